@@ -1,0 +1,1 @@
+"""RankCLIP in JAX: contrastive image-text pretraining with ranking consistency."""
