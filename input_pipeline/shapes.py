@@ -1,0 +1,109 @@
+"""The built-in demo set: scenes of one coloured shape, drawn on the fly, each with a caption.
+
+A scene is a pure function of (split, index): no file, no state. Captions name colour and shape, and some of size,
+position and background in varied wording, so that two captions overlap in meaning by degrees, which is what a
+ranking loss can learn from. `HELD_OUT` colour-shape pairs never appear in training; the model sees each of
+their colours and each of their shapes, but never together.
+"""
+
+import numpy as np
+
+COLOURS = dict(
+    red=(214, 40, 40),
+    green=(46, 160, 67),
+    blue=(36, 84, 220),
+    yellow=(246, 214, 40),
+    purple=(140, 60, 180),
+    orange=(245, 130, 32),
+    white=(250, 250, 250),
+    black=(16, 16, 16),
+)
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star", "ring", "crescent")
+BACKGROUNDS = dict(grey=(128, 128, 128), pink=(240, 170, 185), teal=(70, 150, 150), brown=(120, 85, 60))
+SIZES = dict(small=(0.22, 0.28), large=(0.34, 0.42))  # radius as a share of the picture's side
+_SIZE_WORDS = dict(small=("small", "little", "tiny"), large=("large", "big", "huge"))
+_COLUMNS, _ROWS = ("left", "middle", "right"), ("top", "middle", "bottom")
+
+PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+HELD_OUT = [(c, SHAPES[(3 * i + 1) % len(SHAPES)]) for i, c in enumerate(COLOURS)]  # one a colour, one a shape
+SEEN = [pair for pair in PAIRS if pair not in HELD_OUT]
+CLASS_NAMES = [f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}" for colour, shape in PAIRS]
+TEMPLATES = ["{}", "a picture of {}", "there is {}", "a drawing of {}"]
+# Training scenes show the seen pairs; the two labelled sets have scenes of their own.
+SPLITS = dict(train=(0, SEEN), val=(1, SEEN), seen=(2, SEEN), held_out=(3, HELD_OUT))
+
+
+def draw(split: str, index: int, side: int) -> tuple[np.ndarray, str, int]:
+    """One scene.
+
+    Args:
+      split: a key of SPLITS.
+      index: any number from 0; the same index gives the same scene.
+      side: height and width of the picture in pixels.
+
+    Returns:
+      image (side, side, 3) uint8, caption, and the label (index into CLASS_NAMES).
+    """
+    stream, pairs = SPLITS[split]
+    rng = np.random.Generator(np.random.Philox(key=[stream, index]))
+    colour, shape = _pick(rng, pairs) if split in ("train", "val") else pairs[index % len(pairs)]
+    background = _pick(rng, tuple(BACKGROUNDS))
+    size = _pick(rng, tuple(SIZES))
+    radius = rng.uniform(*SIZES[size])
+    x, y = rng.uniform(radius, 1 - radius, size=2)
+    tilt = rng.uniform(-0.15, 0.15)
+    image = _paint(shape, COLOURS[colour], BACKGROUNDS[background], radius, x, y, tilt, side)
+    return image, _caption(rng, colour, shape, size, x, y, background), PAIRS.index((colour, shape))
+
+
+def _pick(rng, items):
+    return items[rng.integers(len(items))]
+
+
+def _paint(shape, colour, background, radius, x, y, tilt, side):
+    centres = (np.arange(side) + 0.5) / side
+    u, v = np.meshgrid((centres - x) / radius, (y - centres) / radius)
+    u, v = u * np.cos(tilt) - v * np.sin(tilt), u * np.sin(tilt) + v * np.cos(tilt)
+    # The distance is in radii; over one pixel the coverage goes from 0 to 1, which smooths the edge.
+    coverage = np.clip(0.5 - _distance(shape, u, v) * radius * side, 0, 1)[..., None]
+    mixed = coverage * np.array(colour) + (1 - coverage) * np.array(background)
+    return np.round(mixed).astype(np.uint8)
+
+
+def _distance(shape, u, v):
+    """Signed distance to the outline of a shape of radius 1 (negative inside, v pointing up)."""
+    au, av, r = np.abs(u), np.abs(v), np.hypot(u, v)
+    match shape:
+        case "circle":
+            return r - 0.9
+        case "square":
+            return np.maximum(au, av) - 0.75
+        case "triangle":
+            return np.maximum(au * np.sqrt(0.75) + v * 0.5, -v) - 0.48
+        case "diamond":
+            return (au * 1.5 + av) / np.hypot(1.5, 1) - 0.55
+        case "cross":
+            return np.minimum(np.maximum(au - 0.22, av - 0.9), np.maximum(av - 0.22, au - 0.9))
+        case "star":
+            # Fold the plane onto half a point of the star; its outline there is one straight line.
+            fifth = 2 * np.pi / 5
+            angle = np.abs((np.arctan2(u, v) + fifth / 2) % fifth - fifth / 2)
+            tip, notch = np.array([0.0, 1.0]), 0.42 * np.array([np.sin(fifth / 2), np.cos(fifth / 2)])
+            dx, dy = (notch - tip) / np.hypot(*(notch - tip))
+            return -dy * (r * np.sin(angle) - tip[0]) + dx * (r * np.cos(angle) - tip[1])
+        case "ring":
+            return np.abs(r - 0.7) - 0.2
+        case "crescent":
+            return np.maximum(r - 0.9, 0.8 - np.hypot(u - 0.5, v))
+    raise ValueError(shape)
+
+
+def _caption(rng, colour, shape, size, x, y, background):
+    noun = f"{_pick(rng, _SIZE_WORDS[size])} {colour} {shape}" if rng.random() < 0.5 else f"{colour} {shape}"
+    text = _pick(rng, TEMPLATES).format(f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}")
+    if rng.random() < 0.5:
+        row, column = _ROWS[int(3 * y)], _COLUMNS[int(3 * x)]
+        text += " in the " + ("middle" if row == column else f"{row} {column}")
+    if rng.random() < 0.5:
+        text += _pick(rng, (" on {}", " on a {} background", " against {}")).format(background)
+    return text

@@ -1,0 +1,112 @@
+"""Where samples come from. A source answers any row by number, so the pipeline can shuffle and resume for free.
+
+`open_source` is the one entry. A source has
+
+  size          number of rows
+  read(row)     TensorFlow ops: int64 scalar -> {"image": encoded bytes or uint8 (H, W, 3), "caption": string}
+                (labelled sets add "label": int32)
+  where(row)    str that names a row for a person: file, row, image
+  captions()    iterable of the captions, for training a tokenizer
+"""
+
+import csv
+import dataclasses
+import glob
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from input_pipeline import shapes
+from rankclip_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Rows of images and captions by number; see the module's docstring."""
+
+    size: int
+    read: Callable
+    where: Callable[[int], str]
+    captions: Callable[[], Iterable[str]]
+
+
+def open_source(spec, path, *, image_side: int) -> Source:
+    """Opens config.data's `train` or `val`, or a labelled set of config.eval.zero_shot.
+
+    Args:
+      spec: has `format`, and for csv `image_key`, `caption_key` (or `label_key`) and `delimiter`.
+      path: csv: the file. shapes: the number of training scenes, or the name of a labelled split.
+      image_side: pixels; side of the scenes that `shapes` draws.
+
+    Raises:
+      InputError: unknown format, missing file or column, or no rows.
+    """
+    match spec.format:
+        case "csv":
+            return _csv(spec, path)
+        case "shapes":
+            return _shapes(path, image_side)
+    raise InputError(f"config.data.format must be csv or shapes; got {spec.format!r}")
+
+
+def _csv(spec, path) -> Source:
+    if not path:
+        raise InputError("config.data.train is not set; give the csv file: --config.data.train=FILE.csv")
+    files = sorted(glob.glob(str(path)))
+    if not files:
+        raise InputError(f"no such file: {path} (a csv with columns {spec.image_key!r} and captions)")
+    label_key = spec.get("label_key")
+    text_key = label_key or spec.caption_key
+    images, texts, wheres = [], [], []
+    for file in files:
+        with open(file, newline="", encoding="utf-8") as lines:
+            reader = csv.DictReader(lines, delimiter="\t" if file.endswith(".tsv") else spec.delimiter)
+            for key in (spec.image_key, text_key):
+                if key not in (reader.fieldnames or ()):
+                    columns = ", ".join(reader.fieldnames or ()) or "none"
+                    raise InputError(f"{file} has no column {key!r}; its columns are: {columns}")
+            for row in reader:
+                # os.path semantics: an absolute path stays as it is, a relative one starts at the csv's folder.
+                images.append(str(Path(file).parent / (row[spec.image_key] or "")))
+                texts.append(row[text_key] or "")
+                wheres.append(f"{file} row {reader.line_num - 2}")
+    if not images:
+        raise InputError(f"{path} has no rows below its header")
+    if label_key:
+        try:
+            labels = np.array([int(t) for t in texts], np.int32)
+        except ValueError as error:
+            raise InputError(f"{path}: column {label_key!r} must hold class numbers: {error}") from None
+    images_N, texts_N = tf.constant(images), tf.constant(texts)
+
+    def read(row):
+        sample = {"image": tf.io.read_file(images_N[row]), "caption": texts_N[row]}
+        if label_key:
+            sample["label"] = tf.constant(labels)[row]
+        else:
+            tf.debugging.assert_greater(tf.strings.length(tf.strings.strip(texts_N[row])), 0, "empty caption")
+        return sample
+
+    return Source(len(images), read, lambda row: f"{wheres[row]}: {images[row]}", lambda: texts)
+
+
+def _shapes(path, side: int) -> Source:
+    if path in ("seen", "held_out"):
+        split, size = path, 16 * len(shapes.SEEN if path == "seen" else shapes.HELD_OUT)
+    elif isinstance(path, int) and path > 0:
+        split, size = "train", path
+    else:
+        raise InputError(f"shapes: give a number of scenes, or seen or held_out; got {path!r}")
+
+    def read(row):
+        def draw(row):
+            image, caption, label = shapes.draw(split, int(row), side)
+            return image, caption.encode(), np.int32(label)
+
+        image, caption, label = tf.numpy_function(draw, [row], (tf.uint8, tf.string, tf.int32))
+        return {"image": tf.ensure_shape(image, (side, side, 3)), "caption": caption, "label": label}
+
+    captions = lambda: (shapes.draw(split, row, 8)[1] for row in range(min(size, 10_000)))  # noqa: E731
+    return Source(size, read, lambda row: f"shapes {split} scene {row}", captions)

@@ -1,0 +1,180 @@
+"""Every configuration key with its default, and the merge of an experiment's file over these defaults.
+
+An experiment in `configs/` says only what it changes. `complete` fills in the rest and refuses a key that does
+not exist, naming the nearest one that does, so a typing error cannot silently train something else.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+
+from ml_collections import ConfigDict
+
+from rankclip_jax.errors import InputError
+
+# Keys that may differ between the start of a run and its resumption: they change what is looked at or kept,
+# never a number that is trained.
+MAY_CHANGE = ("log_every", "eval", "checkpoint")
+
+# What one labelled set for zero-shot classification can say (config.eval.zero_shot.NAME).
+ZERO_SHOT_SET = dict(
+    format="csv",  # csv | shapes
+    path=None,  # csv: the file; shapes: "seen" or "held_out"
+    image_key="image",
+    label_key="label",
+    delimiter=",",
+    classes=None,  # JSON list of class names, in label order
+    templates=None,  # JSON list of prompts with {}; None: "a photo of a {}."
+)
+
+
+def default_config() -> ConfigDict:
+    """All keys and their defaults. `None` means: decided elsewhere, as the comment says."""
+    return ConfigDict(
+        dict(
+            seed=0,
+            batch_size=256,  # global, over all devices and processes
+            epochs=32,
+            steps=None,  # stop after so many steps instead of `epochs`
+            log_every=50,  # steps between lines of metrics
+            loss=dict(
+                objective="rankclip",  # clip | rankclip
+                lambda_in=1 / 16,  # weight of the in-modal ranking term; paper and released code: 1/16
+                lambda_cross=1 / 16,  # weight of the cross-modal ranking term; the same
+                schedule="ramp",  # ramp: 0 to 2 over the epochs (released code) | constant: 1 (arXiv v2)
+                decay=None,  # None | "log": list position k weighs 1 / log(k + 1) (arXiv v2)
+                top_k=None,  # count only the first k positions of every list
+            ),
+            model=dict(
+                name="ViT-B/32",  # a preset of rankclip_jax/models/presets.py
+                image_size=None,  # None: the preset's
+                context_length=None,  # tokens a caption; None: the preset's
+                dtype="float32",  # of the computation: float32 | bfloat16; parameters stay float32
+                activation=None,  # quick_gelu | gelu; None: the preset's
+                scan_layers=False,  # one compiled layer for all: faster to compile, same numbers
+                remat=False,  # recompute activations in the backward pass: less memory, same numbers
+                vision={},  # fields of the preset's vision tower to change
+                text={},  # fields of the preset's text tower to change
+            ),
+            tokenizer=dict(
+                path=None,  # tokenizer.json, or a Hugging Face hub id; None: train one on the captions
+                vocab_size=4096,  # of the trained one, at most
+            ),
+            optim=dict(
+                lr=5e-4,
+                b1=0.9,
+                b2=0.999,
+                eps=1e-8,
+                weight_decay=0.1,  # on matrices only
+                warmup_steps=10_000,
+                grad_clip_norm=None,
+            ),
+            data=dict(
+                format="shapes",  # csv | shapes
+                train=None,  # csv: the file; shapes: the number of scenes an epoch
+                val=None,  # the same, for the validation loss; None: none
+                image_key="image",
+                caption_key="caption",
+                delimiter=",",
+                crop_scale=(0.9, 1.0),  # share of the image's area that a training crop covers
+                flip=False,  # mirror half of the training images
+                max_bad_fraction=0.1,  # stop when more of the samples than this cannot be used
+            ),
+            eval=dict(
+                every_epochs=1,
+                zero_shot={},  # name -> fields of ZERO_SHOT_SET
+            ),
+            checkpoint=dict(
+                every_steps=None,  # None: at the end of every epoch only
+                keep=2,  # the latest so many
+                best=None,  # metric (as in metrics.jsonl) whose best checkpoint is kept too
+            ),
+            mesh=dict(data=-1),  # axis -> devices; -1: all that are left
+            sharding=((".*", ()),),  # (regex over the parameter's path, axes of its PartitionSpec)
+        )
+    )
+
+
+def complete(config: Mapping) -> ConfigDict:
+    """Returns the defaults with `config` merged over them.
+
+    Raises:
+      InputError: a key that does not exist, or a value of another type than the default's.
+    """
+    merged = default_config()
+    _merge(merged, config, "config")
+    for name in merged.eval.zero_shot:
+        spec = ConfigDict(ZERO_SHOT_SET)
+        _merge(spec, merged.eval.zero_shot[name], f"config.eval.zero_shot.{name}")
+        merged.eval.zero_shot[name] = spec
+    _check_choice(merged, "loss.objective", ("clip", "rankclip"))
+    _check_choice(merged, "loss.schedule", ("ramp", "constant"))
+    _check_choice(merged, "loss.decay", (None, "log"))
+    _check_choice(merged, "model.dtype", ("float32", "bfloat16"))
+    return merged
+
+
+# Groups whose keys are the user's own (names, axes, fields of a preset): taken as they come.
+_OPEN_GROUPS = ("config.model.vision", "config.model.text", "config.eval.zero_shot", "config.mesh")
+
+
+def _merge(into: ConfigDict, values: Mapping, where: str) -> None:
+    if where == "config.mesh":
+        into.clear()  # a mesh is given whole, not axis by axis
+    for key in values:
+        value = values[key]
+        path = f"{where}.{key}"
+        if where in _OPEN_GROUPS:
+            into[key] = value
+        elif key not in into:
+            near = difflib.get_close_matches(key, list(into), n=1, cutoff=0.0)
+            raise InputError(f"{path} does not exist; the nearest key is {where}.{near[0]}")
+        elif isinstance(into[key], ConfigDict):
+            if not isinstance(value, Mapping | ConfigDict):
+                raise InputError(f"{path} is a group of keys, not a value; got {value!r}")
+            _merge(into[key], value, path)
+        else:
+            with into.unlocked(), into.ignore_type():
+                into[key] = _typed(value, into[key], path)
+
+
+def _typed(value, default, path: str):
+    if default is None or value is None:
+        return value
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(default, tuple) and isinstance(value, list):
+        return tuple(value)
+    if type(value) is not type(default):
+        raise InputError(f"{path} must be a {type(default).__name__}; got {value!r}")
+    return value
+
+
+def _check_choice(config: ConfigDict, key: str, choices: tuple) -> None:
+    group, name = key.split(".")
+    value = config[group][name]
+    if value not in choices:
+        raise InputError(f"config.{key} must be one of {', '.join(map(str, choices))}; got {value!r}")
+
+
+def to_json(config: ConfigDict) -> str:
+    """The configuration as stored in a workdir's config.json."""
+    return json.dumps(config.to_dict(), indent=2)
+
+
+def differences(old: Mapping, new: Mapping) -> list[str]:
+    """One "key: old -> new" a differing key, except those that a resumed run may change."""
+    old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    return [
+        f"config.{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
+        for key in sorted(flat_old | flat_new)
+        if flat_old.get(key) != flat_new.get(key) and key.split(".")[0] not in MAY_CHANGE
+    ]
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

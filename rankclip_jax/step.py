@@ -1,0 +1,131 @@
+"""The training step: a pure function of a state and a batch, jitted over a mesh of all devices."""
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rankclip_jax import images
+from rankclip_jax.losses import objective_loss, rank_weight
+from rankclip_jax.sharding import batch_sharding, state_shardings
+
+# OpenAI clamps the learned scale of the logits to at most 100; below 1 it would flatten them.
+MIN_LOG_SCALE, MAX_LOG_SCALE = 0.0, float(np.log(100))
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes. Randomness is not in it: keys are folded from the seed and `step`.
+
+    Attributes:
+      step: int32 scalar, updates done so far.
+      params: float32 tree of the model.
+      batch_stats: running statistics of batch norms; empty for ViT.
+      opt_state: of optax.
+    """
+
+    step: jax.Array
+    params: dict
+    batch_stats: dict
+    opt_state: optax.OptState
+
+
+def init_state(model, tx: optax.GradientTransformation, seed: int, mesh, rules) -> TrainState:
+    """A fresh state, born with the shardings that `rules` (config.sharding) give it."""
+    init, shardings = _init_and_shardings(model, tx, seed, mesh, rules)
+    return jax.jit(init, out_shardings=shardings)()
+
+
+def abstract_state(model, tx: optax.GradientTransformation, mesh, rules) -> TrainState:
+    """The state's shapes, dtypes and shardings, without allocating it: what a checkpoint is restored into."""
+    init, shardings = _init_and_shardings(model, tx, 0, mesh, rules)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init), shardings
+    )
+
+
+def _init_and_shardings(model, tx, seed, mesh, rules):
+    side, length = model.config.vision.image_size, model.config.text.context_length
+
+    def init():
+        variables = model.init(
+            jax.random.key(seed), jnp.zeros((1, side, side, 3)), jnp.zeros((1, length), jnp.int32)
+        )
+        params = variables["params"]
+        return TrainState(jnp.int32(0), params, variables.get("batch_stats", {}), tx.init(params))
+
+    return init, state_shardings(jax.eval_shape(init), mesh, rules)
+
+
+def make_train_step(
+    model, tx: optax.GradientTransformation, config, mesh, *, total_steps: int, steps_per_epoch: int
+) -> Callable:
+    """Returns jitted train_step(state, batch) -> (state, metrics); the state given is donated.
+
+    `batch`: {"image": uint8 (B, S, S, 3), "tokens": int32 (B, L)}, split over the mesh's "data" axis; B is global,
+    and so are the batch statistics and the negatives. `metrics`: float32 scalars.
+    """
+    loss_config = config.loss
+    epochs = -(-total_steps // steps_per_epoch)
+    seed_key = jax.random.key(config.seed)
+
+    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        pixels = batch["image"]
+        if config.data.flip:
+            pixels = images.random_flip(jax.random.fold_in(seed_key, state.step), pixels)
+        pixels = images.normalize(pixels)
+        weight = rank_weight(state.step // steps_per_epoch + 1, epochs, loss_config.schedule)
+
+        def loss_fn(params):
+            (z_img_BxD, z_txt_BxD, scale), updated = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                pixels,
+                batch["tokens"],
+                train=True,
+                mutable=["batch_stats"],
+            )
+            loss, parts = objective_loss(
+                z_img_BxD,
+                z_txt_BxD,
+                scale,
+                objective=loss_config.objective,
+                rank_weight=weight,
+                lambda_in=loss_config.lambda_in,
+                lambda_cross=loss_config.lambda_cross,
+                decay=loss_config.decay,
+                top_k=loss_config.top_k,
+                mesh=mesh,
+            )
+            return loss, (parts, scale, updated.get("batch_stats", {}))
+
+        (loss, (parts, scale, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params["logit_scale"] = jnp.clip(params["logit_scale"], MIN_LOG_SCALE, MAX_LOG_SCALE)
+        metrics = {"loss": loss, **parts, "grad_norm": optax.global_norm(grads), "logit_scale": scale}
+        if loss_config.objective == "rankclip":
+            metrics["rank_weight"] = jnp.asarray(weight, jnp.float32)
+        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_embed_step(model) -> Callable:
+    """Returns jitted embed(state, batch) -> float32 (B, D) of unit norm, for batch["image"] or batch["tokens"]."""
+
+    def embed(state: TrainState, batch: dict) -> jax.Array:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        if "image" in batch:
+            return model.apply(variables, images.normalize(batch["image"]), method="encode_image")
+        return model.apply(variables, batch["tokens"], method="encode_text")
+
+    return jax.jit(embed)
+
+
+def to_devices(batch: dict, mesh) -> dict:
+    """This process's share of a batch (numpy) -> global arrays, split over the mesh."""
+    sharding = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

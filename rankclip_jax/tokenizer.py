@@ -1,0 +1,95 @@
+"""Captions to token ids by a Hugging Face `tokenizers` file: given, from the hub, or trained on the captions."""
+
+import html
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import ftfy
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from rankclip_jax.errors import InputError
+
+PAD, START, END = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
+
+
+def clean(text: str) -> str:
+    """Repairs a caption as OpenAI's CLIP does before tokenising: ftfy, then HTML entities, twice over."""
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text.strip()  # nothing to repair, and ftfy is slow
+    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+
+
+class Tokenizer:
+    """Texts -> int32 ids (n, context_length): start, text, end, zeros; a long text keeps its end token.
+
+    Attributes:
+      vocab_size: number of ids.
+      eot_id: id of the end-of-text token, at whose first place the text tower pools.
+    """
+
+    def __init__(self, hf: tokenizers.Tokenizer):
+        self._hf = hf
+        self.vocab_size = hf.get_vocab_size()
+        self.eot_id = hf.token_to_id(END)
+        if self.eot_id is None or hf.token_to_id(START) is None:
+            raise InputError(f"the tokenizer has no {START} or no {END} token; CLIP's text tower needs both")
+
+    @classmethod
+    def load(cls, path: str) -> "Tokenizer":
+        """Reads a tokenizer.json by path, or fetches it from the Hugging Face hub by its id.
+
+        Raises:
+          InputError: no such file or id, or not a tokenizer with start and end tokens.
+        """
+        if Path(path).is_file():
+            try:
+                return cls(tokenizers.Tokenizer.from_file(str(path)))
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
+            except Exception as error:  # tokenizers raises bare Exception on a file that it cannot read
+                raise InputError(f"{path} is not a tokenizer.json of Hugging Face tokenizers: {error}") from None
+        if path.endswith(".json") or path.startswith((".", "/")):
+            raise InputError(f"config.tokenizer.path: no file {path}; give a tokenizer.json or a hub id")
+        try:
+            return cls(tokenizers.Tokenizer.from_pretrained(path))
+        except Exception as error:  # whatever the hub client's version raises
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(
+                f"config.tokenizer.path: {path!r} is no file and could not be fetched from the hub ({reason})"
+            ) from None
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Byte-level BPE on lower-cased captions. Any text can be encoded; nothing is ever unknown."""
+        hf = tokenizers.Tokenizer(models.BPE())
+        hf.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        hf.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 1,
+            special_tokens=[PAD, START],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        hf.train_from_iterator((clean(c) for c in captions), trainer)
+        # Last, so that it has the highest id, as in OpenAI's vocabulary: code that pools at the highest id works.
+        hf.add_special_tokens([END])
+        start, end = hf.token_to_id(START), hf.token_to_id(END)
+        hf.post_processor = processors.TemplateProcessing(
+            single=f"{START} $A {END}", special_tokens=[(START, start), (END, end)]
+        )
+        return cls(hf)
+
+    def save(self, path) -> None:
+        """Writes tokenizer.json."""
+        Path(path).write_text(json.dumps(json.loads(self._hf.to_str()), ensure_ascii=False))
+
+    def __call__(self, texts: list[str], context_length: int) -> np.ndarray:
+        """Returns int32 ids (len(texts), context_length)."""
+        self._hf.enable_truncation(context_length)
+        self._hf.enable_padding(length=context_length, pad_id=0)
+        encoded = self._hf.encode_batch([clean(text) for text in texts])
+        return np.array([e.ids for e in encoded], np.int32).reshape(len(texts), context_length)
