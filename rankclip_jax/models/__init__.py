@@ -1,0 +1,29 @@
+"""CLIP in flax.linen: the only room that knows a neural network library.
+
+Parameters are plain nested dicts of float32 arrays under OpenAI CLIP's names, in two subtrees and a scalar:
+
+    visual/...       ViT: conv1, class_embedding, positional_embedding, ln_pre, transformer, ln_post, proj
+                     ResNet: conv1..3, bn1..3, layer1_0.. (stage_block), attnpool
+    text/...         token_embedding, positional_embedding, transformer, ln_final, text_projection
+    logit_scale      float32 scalar, the logarithm of the multiplier
+
+Transformer blocks are `transformer/resblocks_<n>/...`, or `transformer/resblocks/...` with a leading layer
+axis when scanned; `stack_layers` and `unstack_layers` go from one to the other.
+"""
+
+from rankclip_jax.models.clip import CLIP, build
+from rankclip_jax.models.presets import PRESETS, ClipConfig, ResNetConfig, TextConfig, VitConfig, configure
+from rankclip_jax.models.transformer import stack_layers, unstack_layers
+
+__all__ = [
+    "CLIP",
+    "PRESETS",
+    "ClipConfig",
+    "ResNetConfig",
+    "TextConfig",
+    "VitConfig",
+    "build",
+    "configure",
+    "stack_layers",
+    "unstack_layers",
+]

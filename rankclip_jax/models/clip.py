@@ -1,0 +1,92 @@
+"""The dual encoder: two towers, unit-length embeddings, a learned logit scale."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from rankclip_jax.models.layers import l2_normalize
+from rankclip_jax.models.presets import ClipConfig, VitConfig, configure
+from rankclip_jax.models.resnet import ModifiedResNet
+from rankclip_jax.models.text import TextTransformer
+from rankclip_jax.models.vit import VisionTransformer
+
+
+class CLIP(nn.Module):
+    """CLIP as OpenAI's. Parameters are float32, the towers compute in `dtype`, embeddings are float32.
+
+    variables = model.init(key, *model.example_inputs())  # 'params' and, for a ResNet, 'batch_stats'
+    z_img, z_txt, scale = model.apply(variables, images, tokens)
+    z_img = model.apply(variables, images, method='encode_image')
+    ResNet training: (z_img, z_txt, scale), new = model.apply(..., train=True, mutable=['batch_stats'])
+    """
+
+    config: ClipConfig
+    dtype: DTypeLike = jnp.float32
+    scan_layers: bool = False
+    remat: bool = False
+
+    def setup(self):
+        cfg = self.config
+        if isinstance(cfg.vision, VitConfig):
+            self.visual = VisionTransformer(
+                cfg.vision, cfg.embed_dim, cfg.activation, self.dtype, self.scan_layers, self.remat
+            )
+        else:
+            self.visual = ModifiedResNet(cfg.vision, cfg.embed_dim, self.dtype, self.remat)
+        self.text = TextTransformer(
+            cfg.text, cfg.embed_dim, cfg.activation, self.dtype, self.scan_layers, self.remat
+        )
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(1 / 0.07)), ())
+
+    def encode_image(self, images_BxHxWx3: jax.Array, train: bool = False) -> jax.Array:
+        """Normalised float images (B, size, size, 3) -> (B, D) float32 of unit length.
+
+        `train` uses (and, if mutable, updates) batch statistics; a ViT has none.
+        Raises ValueError for images that are not of the model's size.
+        """
+        size = self.config.vision.image_size
+        if images_BxHxWx3.shape[1:] != (size, size, 3):
+            raise ValueError(f"images {images_BxHxWx3.shape} given to a model of (batch, {size}, {size}, 3)")
+        return l2_normalize(self.visual(images_BxHxWx3, train))
+
+    def encode_text(self, tokens_BxL: jax.Array) -> jax.Array:
+        """Token ids (B, L) int32 -> (B, D) float32 of unit length. L may be below the context length.
+
+        Raises ValueError for longer rows. Ids are not checked: inside jit they are not known.
+        """
+        limit = self.config.text.context_length
+        if tokens_BxL.ndim != 2 or not 0 < tokens_BxL.shape[1] <= limit:
+            raise ValueError(f"tokens {tokens_BxL.shape} given to a model of (batch, 1..{limit})")
+        return l2_normalize(self.text(tokens_BxL))
+
+    def __call__(self, images_BxHxWx3: jax.Array, tokens_BxL: jax.Array, train: bool = False):
+        """Returns z_img_BxD, z_txt_BxD and the logit multiplier exp(logit_scale), a float32 scalar."""
+        z_img_BxD = self.encode_image(images_BxHxWx3, train)
+        return z_img_BxD, self.encode_text(tokens_BxL), jnp.exp(self.logit_scale)
+
+    def example_inputs(self, batch: int = 1) -> tuple[jax.Array, jax.Array]:
+        """Zero images and tokens of the right shapes, for init and eval_shape."""
+        size, length = self.config.vision.image_size, self.config.text.context_length
+        return jnp.zeros((batch, size, size, 3)), jnp.zeros((batch, length), jnp.int32)
+
+
+def build(
+    name: str,
+    *,
+    dtype: str = "float32",
+    scan_layers: bool = False,
+    remat: bool = False,
+    **overrides,
+) -> CLIP:
+    """A CLIP from a preset. `overrides` are those of `presets.configure`.
+
+    dtype: 'float32' or 'bfloat16', what the towers compute in. scan_layers: transformer blocks under one
+    scan (smaller programs, stacked parameters). remat: recompute blocks in the backward pass.
+    Raises ValueError as `configure` does, and for another dtype.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype {dtype!r} is neither 'float32' nor 'bfloat16'")
+    return CLIP(configure(name, **overrides), jnp.dtype(dtype), scan_layers, remat)

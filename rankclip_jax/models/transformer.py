@@ -1,0 +1,170 @@
+"""The pre-norm transformer of both towers, and its two parameter layouts: unrolled and scanned."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from rankclip_jax.models.layers import LayerNorm, Linear, activate
+
+
+def attend(q_BxLxD, k_BxSxD, v_BxSxD, heads: int, causal: bool = False) -> jax.Array:
+    """Multi-head softmax attention, (B, L, D), (B, S, D), (B, S, D) -> (B, L, D).
+
+    Operands are transposed to (B, H, L, Dh) first: on CPU XLA then runs batched matrix products, three times
+    as fast as the contraction over (B, L, H, Dh). The softmax is in float32.
+    """
+    b, length, d = q_BxLxD.shape
+
+    def split(x):
+        return x.reshape(b, x.shape[1], heads, d // heads).transpose(0, 2, 1, 3)
+
+    q, k, v = split(q_BxLxD * (d // heads) ** -0.5), split(k_BxSxD), split(v_BxSxD)
+    logits_BxHxLxS = jnp.matmul(q, k.swapaxes(-1, -2)).astype(jnp.float32)
+    if causal:
+        mask_LxL = jnp.tril(jnp.ones((length, length), bool))
+        logits_BxHxLxS = jnp.where(mask_LxL, logits_BxHxLxS, -jnp.inf)
+    weights = jax.nn.softmax(logits_BxHxLxS, axis=-1).astype(v.dtype)
+    return jnp.matmul(weights, v).transpose(0, 2, 1, 3).reshape(b, length, d)
+
+
+class Attention(nn.Module):
+    """Self-attention. q, k and v have a weight each: one fused product would only be split again."""
+
+    heads: int
+    causal: bool
+    layers: int | None
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+        b, length, d = x_BxLxD.shape
+        if self.layers is None:
+            # nn.MultiheadAttention's: Xavier uniform over the fused (3D, D) weight; the output uniform.
+            qkv, out = {"bound": (6 / (4 * d)) ** 0.5}, {}
+        else:
+            qkv, out = {"std": d**-0.5}, {"std": d**-0.5 * (2 * self.layers) ** -0.5}
+        x_NxD = x_BxLxD.reshape(b * length, d)
+        q, k, v = (
+            Linear(d, **qkv, zero_bias=True, dtype=self.dtype, name=f"{n}_proj")(x_NxD).reshape(b, length, d)
+            for n in "qkv"
+        )
+        y_NxD = attend(q, k, v, self.heads, self.causal).reshape(b * length, d)
+        return Linear(d, **out, zero_bias=True, dtype=self.dtype, name="out_proj")(y_NxD).reshape(
+            b, length, d
+        )
+
+
+class Mlp(nn.Module):
+    """Linear, activation, linear, on (N, D)."""
+
+    width: int
+    activation: str
+    layers: int | None
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_NxD: jax.Array) -> jax.Array:
+        d = x_NxD.shape[-1]
+        fc, proj = (
+            (None, None) if self.layers is None else ((2 * d) ** -0.5, d**-0.5 * (2 * self.layers) ** -0.5)
+        )
+        h = activate(Linear(self.width, std=fc, dtype=self.dtype, name="c_fc")(x_NxD), self.activation)
+        return Linear(d, std=proj, dtype=self.dtype, name="c_proj")(h)
+
+
+class ResidualAttentionBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    heads: int
+    mlp_width: int
+    activation: str
+    causal: bool
+    layers: int | None
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+        attn = Attention(self.heads, self.causal, self.layers, self.dtype, name="attn")
+        x = x_BxLxD + attn(LayerNorm(self.dtype, name="ln_1")(x_BxLxD))
+        mlp = Mlp(self.mlp_width, self.activation, self.layers, self.dtype, name="mlp")
+        h_NxD = LayerNorm(self.dtype, name="ln_2")(x).reshape(-1, x.shape[-1])
+        return x + mlp(h_NxD).reshape(x.shape)
+
+
+class Transformer(nn.Module):
+    """`layers` blocks on (B, L, D). scan and remat change memory and compile time, never the numbers.
+
+    scaled_init: OpenAI initialises the text tower's blocks by width and depth, and leaves the visual
+    tower's at PyTorch's defaults (its `initialize_parameters` touches `transformer`, not `visual`).
+    """
+
+    layers: int
+    heads: int
+    mlp_width: int | None
+    activation: str
+    causal: bool
+    scaled_init: bool
+    dtype: DTypeLike = jnp.float32
+    scan_layers: bool = False
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+        kind = ResidualAttentionBlock
+        if self.remat:
+            kind = nn.remat(kind, prevent_cse=not self.scan_layers)
+
+        def block(name):
+            return kind(
+                heads=self.heads,
+                mlp_width=self.mlp_width or 4 * x_BxLxD.shape[-1],
+                activation=self.activation,
+                causal=self.causal,
+                layers=self.layers if self.scaled_init else None,
+                dtype=self.dtype,
+                name=name,
+            )
+
+        if self.scan_layers:
+            scan = nn.scan(
+                lambda block, x, _: (block(x), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=self.layers,
+            )
+            return scan(block("resblocks"), x_BxLxD, None)[0]
+        x = x_BxLxD
+        for i in range(self.layers):
+            x = block(f"resblocks_{i}")(x)
+        return x
+
+
+def stack_layers(tree: dict) -> dict:
+    """Unrolled parameters (or optimiser moments) as scanned ones: resblocks_<n> -> one stacked resblocks."""
+    if not isinstance(tree, dict):
+        return tree
+    blocks = {int(m[1]): v for k, v in tree.items() if (m := re.fullmatch(r"resblocks_(\d+)", k))}
+    rest = {k: stack_layers(v) for k, v in tree.items() if not re.fullmatch(r"resblocks_\d+", k)}
+    if blocks:
+        rest["resblocks"] = jax.tree.map(_stack, *(blocks[i] for i in range(len(blocks))))
+    return rest
+
+
+def unstack_layers(tree: dict) -> dict:
+    """The inverse of `stack_layers`."""
+    if not isinstance(tree, dict):
+        return tree
+    out = {k: unstack_layers(v) for k, v in tree.items() if k != "resblocks"}
+    if "resblocks" in tree:
+        for i in range(len(jax.tree.leaves(tree["resblocks"])[0])):
+            out[f"resblocks_{i}"] = jax.tree.map(lambda x, i=i: x[i], tree["resblocks"])
+    return out
+
+
+def _stack(*layers):
+    # Host arrays stay on the host: weights being converted need not fit on the accelerator.
+    return np.stack(layers) if isinstance(layers[0], np.ndarray) else jnp.stack(layers)

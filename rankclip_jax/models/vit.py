@@ -1,0 +1,64 @@
+"""The vision transformer: patches and a class token in, one embedding out."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from rankclip_jax.models.layers import LayerNorm, symmetric_uniform
+from rankclip_jax.models.presets import VitConfig
+from rankclip_jax.models.transformer import Transformer
+
+
+class VisionTransformer(nn.Module):
+    """(B, H, W, 3) normalised images -> (B, embed_dim), not yet of unit length."""
+
+    config: VitConfig
+    embed_dim: int
+    activation: str
+    dtype: DTypeLike = jnp.float32
+    scan_layers: bool = False
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, images_BxHxWx3: jax.Array, train: bool = False) -> jax.Array:
+        cfg, width, p, g = self.config, self.config.width, self.config.patch_size, self.config.grid
+        normal = nn.initializers.normal(width**-0.5)
+        b = images_BxHxWx3.shape[0]
+
+        # conv1's stride is its size, so it is one matrix product over flattened patches.
+        kernel = PatchKernel(p, width, name="conv1")()
+        patches = images_BxHxWx3.astype(self.dtype).reshape(b, g, p, g, p, 3).transpose(0, 1, 3, 2, 4, 5)
+        x = patches.reshape(b * g * g, p * p * 3) @ kernel.reshape(p * p * 3, width).astype(self.dtype)
+
+        class_embedding = self.param("class_embedding", normal, (width,)).astype(self.dtype)
+        positions = self.param("positional_embedding", normal, (g * g + 1, width)).astype(self.dtype)
+        classes = jnp.broadcast_to(class_embedding, (b, 1, width))
+        x = jnp.concatenate([classes, x.reshape(b, g * g, width)], axis=1) + positions
+        x = LayerNorm(self.dtype, name="ln_pre")(x)
+        x = Transformer(
+            cfg.layers,
+            cfg.heads,
+            cfg.mlp_width,
+            self.activation,
+            causal=False,
+            scaled_init=False,
+            dtype=self.dtype,
+            scan_layers=self.scan_layers,
+            remat=self.remat,
+            name="transformer",
+        )(x)
+        x_BxD = LayerNorm(self.dtype, name="ln_post")(x[:, 0])
+        return x_BxD @ self.param("proj", normal, (width, self.embed_dim)).astype(self.dtype)
+
+
+class PatchKernel(nn.Module):
+    """Holds conv1's weight, (p, p, 3, width)."""
+
+    patch_size: int
+    width: int
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        p = self.patch_size
+        return self.param("kernel", symmetric_uniform((3 * p * p) ** -0.5), (p, p, 3, self.width))
