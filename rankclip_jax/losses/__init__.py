@@ -1,0 +1,6 @@
+"""Losses: pure functions of arrays, float32 in log space whatever comes in."""
+
+from rankclip_jax.losses.objective import RankTerms, clip_loss, objective_loss, rank_consistency, rank_weight
+from rankclip_jax.losses.plackett_luce import plackett_luce_nll
+
+__all__ = ["RankTerms", "clip_loss", "objective_loss", "plackett_luce_nll", "rank_consistency", "rank_weight"]

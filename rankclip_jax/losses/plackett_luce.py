@@ -1,0 +1,163 @@
+"""The Plackett-Luce negative log-likelihood of a ranking, exact in float32, with its closed-form gradient.
+
+Placing items 1..n in the order of `reference`, the loss of position k is log(sum_{j>=k} exp(s_j)) - s_k.
+A suffix sum of exponentials never cancels, so one cumulative sum is exact wherever it neither overflows nor
+underflows: float32 holds exp(y) with all its bits for y in [-60, 70]. Lists whose scores spread over more
+than 130 take another pass over what is left, anchored at its largest score (cosines times 100: two at most).
+That replaces a scan of logaddexp, which is some 30 times as slow, and loses nothing.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rankclip_jax.losses.order import descending_order
+
+_HIGH, _LOW = 70.0, -60.0
+
+
+def position_weights(n: int, decay: str | None) -> jax.Array:
+    """(n,) float32 weights of the list positions: 1, or 1 / log(k + 1) with k from 1 for decay="log"."""
+    if decay is None:
+        return jnp.ones((n,), jnp.float32)
+    if decay == "log":
+        return 1.0 / jnp.log(jnp.arange(2, n + 2, dtype=jnp.float32))
+    raise ValueError(f'decay={decay!r}: it must be None or "log"')
+
+
+def _shift_left(x, fill=0.0):
+    return jnp.concatenate([x[:, 1:], jnp.full_like(x[:, :1], fill)], axis=1)
+
+
+def _shift_right(x, fill=0.0):
+    return jnp.concatenate([jnp.full_like(x[:, :1], fill), x[:, :-1]], axis=1)
+
+
+def _sorted_nll(scores_RxN, weights_N, with_grad: bool):
+    """Loss (R,) and gradient (R, N) of lists that already stand in their order."""
+    top = jnp.max(scores_RxN, axis=1, keepdims=True)
+
+    def one_pass(anchor, pending, nll, grad):
+        # The anchor is one of the scores, so that those near it lose no bits in the difference.
+        y = scores_RxN - anchor + _HIGH
+        e = jnp.exp(jnp.minimum(y, _HIGH))  # larger ones have been placed already and must not overflow
+        here = lax.cumsum(e, axis=1, reverse=True)
+        now = pending & (here >= math.exp(_LOW))
+        weight = jnp.where(now, weights_N, 0.0)
+        rest = jnp.where(now, _shift_left(here), 0.0)
+        here = jnp.where(now, here, 1.0)
+        # The probability that a later item is placed here. Both uses below keep all bits when it is small,
+        # where log(here) - y and softmax - 1 would cancel to nothing.
+        later = rest / here
+        nll_k = jnp.where(later < 0.5, -jnp.log1p(-jnp.minimum(later, 0.5)), jnp.log(here) - y)
+        nll += jnp.sum(jnp.where(now, weight * nll_k, 0.0), axis=1)
+        if with_grad:
+            earlier = _shift_right(lax.cumsum(weight / here, axis=1))
+            grad += e * earlier - weight * later
+        return pending & ~now, nll, grad
+
+    def next_anchor(pending):
+        return jnp.max(jnp.where(pending, scores_RxN, -jnp.inf), axis=1, keepdims=True)
+
+    nll = jnp.zeros(scores_RxN.shape[:1], jnp.float32)
+    grad = jnp.zeros_like(scores_RxN) if with_grad else jnp.zeros((), jnp.float32)
+    state = one_pass(top, jnp.ones(scores_RxN.shape, bool), nll, grad)
+
+    def more(state):
+        return jnp.any(jnp.isfinite(next_anchor(state[0])))
+
+    def body(state):
+        anchor = next_anchor(state[0])
+        return one_pass(jnp.where(jnp.isfinite(anchor), anchor, 0.0), *state)
+
+    _, nll, grad = lax.while_loop(more, body, state)
+    nll += jnp.squeeze(top - top, 1)  # 0, or NaN where a score is NaN or infinite: never hide it
+    return nll, grad if with_grad else None
+
+
+def _scatter_rows(values_RxK, order_RxK, base_RxN):
+    rows = lax.broadcasted_iota(jnp.int32, order_RxK.shape, 0)
+    return base_RxN.at[rows, order_RxK].set(values_RxK, unique_indices=True, mode="promise_in_bounds")
+
+
+def list_nll(scores_RxN, reference_RxN, weights_N, top_k: int | None, platform: str, with_grad: bool):
+    """Loss (R,) and gradient with respect to the scores (R, N) of R lists; float32 in and out.
+
+    with_grad=False returns None for the gradient and does not compute it.
+    """
+    n = scores_RxN.shape[1]
+    if n == 0:
+        return jnp.zeros(scores_RxN.shape[:1], jnp.float32), scores_RxN if with_grad else None
+    if top_k is None or top_k >= n:
+        order = descending_order(reference_RxN, platform)
+        sorted_scores = jnp.take_along_axis(scores_RxN, order, axis=1, mode="promise_in_bounds")
+        nll, grad = _sorted_nll(sorted_scores, weights_N, with_grad)
+        return nll, _scatter_rows(grad, order, jnp.zeros_like(scores_RxN)) if with_grad else None
+    # The items below the cut only appear as a sum, so they enter as one item of weight 0: their logsumexp.
+    order = lax.top_k(reference_RxN + 0.0, top_k)[1]
+    placed = jnp.take_along_axis(scores_RxN, order, axis=1, mode="promise_in_bounds")
+    below = _scatter_rows(jnp.full_like(placed, -jnp.inf), order, scores_RxN)
+    below_lse = jax.nn.logsumexp(below, axis=1, keepdims=True)
+    weights = jnp.append(weights_N[:top_k], 0.0)
+    nll, grad = _sorted_nll(jnp.concatenate([placed, below_lse], axis=1), weights, with_grad)
+    if not with_grad:
+        return nll, None
+    return nll, _scatter_rows(grad[:, :-1], order, jnp.exp(below - below_lse) * grad[:, -1:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _nll(scores, reference, decay, top_k):
+    return _nll_forward(scores, reference, decay, top_k, with_grad=False)[0]
+
+
+def _nll_forward(scores, reference, decay, top_k, with_grad=True):
+    n = scores.shape[-1]
+    nll, grad = list_nll(
+        scores.reshape(-1, n).astype(jnp.float32),
+        reference.reshape(-1, n).astype(jnp.float32),
+        position_weights(n, decay),
+        top_k,
+        jax.default_backend(),
+        with_grad,
+    )
+    nll = nll.reshape(scores.shape[:-1])
+    return nll, grad.reshape(scores.shape).astype(scores.dtype) if with_grad else None
+
+
+def _nll_backward(decay, top_k, grad, cotangent):
+    del decay, top_k
+    return (cotangent[..., None] * grad).astype(grad.dtype), None
+
+
+_nll.defvjp(_nll_forward, _nll_backward)
+
+
+def plackett_luce_nll(scores, reference, *, decay: str | None = None, top_k: int | None = None) -> jax.Array:
+    """Negative log-likelihood, under Plackett-Luce, of the ranking that `reference` gives.
+
+    This is ListMLE (Xia et al., 2008). Items are placed in descending order of `reference`; ties keep index
+    order. Each position costs logsumexp(scores of the items not yet placed) - score of the item placed.
+
+    Args:
+      scores: (..., n) floating; computed in float32 whatever comes in.
+      reference: (..., n) floating, same shape; no gradient flows to it.
+      decay: None, or "log" to weight position k (from 1) by 1 / log(k + 1).
+      top_k: keep the first k positions; the remaining items stay in the sums.
+
+    Returns:
+      (...) float32, in nats: the sum over list positions. Not averaged.
+
+    Raises:
+      ValueError: shapes differ, decay is unknown, or top_k is below 1.
+    """
+    scores, reference = jnp.asarray(scores), jnp.asarray(reference)
+    if scores.shape != reference.shape or scores.ndim == 0:
+        raise ValueError(
+            f"scores {scores.shape} and reference {reference.shape} must have one shape (..., n)"
+        )
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k}: it must be at least 1, or None for the whole list")
+    return _nll(scores, lax.stop_gradient(reference), decay, top_k)
