@@ -50,7 +50,7 @@ class TrainBatches:
 
         def row_of(position):
             stream = position * count + index
-            key = tf.cast(tf.stack([seed, stream // source.size, 0]), tf.uint32)
+            key = tf.cast(tf.stack([seed, stream // source.size]), tf.uint32)
             return tf.random.experimental.index_shuffle(stream % source.size, key, source.size - 1)
 
         def sample(position):

@@ -12,6 +12,7 @@
 import csv
 import dataclasses
 import glob
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -110,3 +111,26 @@ def _shapes(path, side: int) -> Source:
 
     captions = lambda: (shapes.draw(split, row, 8)[1] for row in range(min(size, 10_000)))  # noqa: E731
     return Source(size, read, lambda row: f"shapes {split} scene {row}", captions)
+
+
+def open_labelled(spec, *, image_side: int) -> tuple[Source, list[str], list[str] | None]:
+    """A set of config.eval.zero_shot: its source, class names in label order, and prompts (None: not given).
+
+    Raises:
+      InputError: as `open_source`; or the class names are missing, or fewer than the labels need.
+    """
+    source = open_source(spec, spec.path, image_side=image_side)
+    if spec.format == "shapes":
+        return source, shapes.CLASS_NAMES, shapes.TEMPLATES
+    return source, _json_list(spec.classes, "classes"), _json_list(spec.templates, "templates")
+
+
+def _json_list(path, key):
+    if path is None and key == "templates":
+        return None
+    if not path or not Path(path).is_file():
+        raise InputError(f"config.eval.zero_shot: {key} must be a JSON file with a list of strings; no file {path}")
+    items = json.loads(Path(path).read_text())
+    if not (isinstance(items, list) and items and all(isinstance(item, str) for item in items)):
+        raise InputError(f"{path} must hold a JSON list of strings")
+    return items

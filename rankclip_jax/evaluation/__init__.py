@@ -1,0 +1,1 @@
+"""What a trained model can do: evaluations that the trainer and --mode=eval share."""

@@ -1,0 +1,283 @@
+"""Wiring and cadence: data, step, metrics, evaluation, checkpoints. Data flows one way and every room stays pure.
+
+Where a run starts, in this order:
+  1. WORKDIR has a complete checkpoint: its newest, with the exact place in the data;
+  2. otherwise: fresh parameters from config.seed.
+"""
+
+import json
+import math
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from rankclip_jax import config as configs
+from rankclip_jax import metrics, models, optim, sharding
+from rankclip_jax import step as steps
+from rankclip_jax.checkpoint import Checkpoints
+from rankclip_jax.errors import InputError
+from rankclip_jax.evaluation import zero_shot
+from rankclip_jax.tokenizer import Tokenizer
+
+
+class Preempted(Exception):  # noqa: N818 -- not an error: the run was asked to stop, saved, and can go on
+    """SIGTERM came; the state is saved."""
+
+
+class Run:
+    """What training and evaluation share: mesh, tokenizer, model, and how to encode batches."""
+
+    def __init__(self, config: ConfigDict, workdir, tokenizer: Tokenizer):
+        self.config, self.workdir, self.tokenizer = config, Path(workdir), tokenizer
+        self.mesh = sharding.make_mesh(config.mesh)
+        shards = self.mesh.shape["data"]
+        if config.batch_size % shards:
+            raise InputError(
+                f"config.batch_size = {config.batch_size} does not divide over {shards} devices; "
+                f"try {max(1, config.batch_size // shards) * shards}"
+            )
+        self.process = (jax.process_index(), jax.process_count())
+        self.local_batch = config.batch_size // jax.process_count()
+        self.model = build_model(config, tokenizer)
+        self.side = self.model.config.vision.image_size
+        self.context_length = self.model.config.text.context_length
+        self._embed = steps.make_embed_step(self.model)
+
+    def encode_images(self, state, images_bxSxSx3: np.ndarray) -> np.ndarray:
+        """One batch of this process's share -> float32 (b, D) on the host."""
+        return np.asarray(self._embed(state, steps.to_devices({"image": images_bxSxSx3}, self.mesh)))
+
+    def encode_texts(self, state, texts: list[str]) -> np.ndarray:
+        """Any number of texts -> float32 (n, D) on the host, in batches of one shape."""
+        parts = []
+        for start in range(0, len(texts), self.local_batch):
+            some = texts[start : start + self.local_batch]
+            padded = some + [""] * (self.local_batch - len(some))
+            tokens = self.tokenizer(padded, self.context_length)
+            parts.append(np.asarray(self._embed(state, steps.to_devices({"tokens": tokens}, self.mesh)))[: len(some)])
+        return np.concatenate(parts)
+
+    def zero_shot(self, state) -> dict[str, dict[str, float]]:
+        """Results of every set of config.eval.zero_shot."""
+        from input_pipeline import pipeline, sources
+
+        results = {}
+        for name, spec in self.config.eval.zero_shot.items():
+            source, classnames, templates = sources.open_labelled(spec, image_side=self.side)
+            results[name] = zero_shot.zero_shot(
+                lambda images: self.encode_images(state, images),
+                lambda texts: self.encode_texts(state, texts),
+                pipeline.eval_batches(
+                    source, batch_size=self.local_batch, image_side=self.side, process=self.process
+                ),
+                classnames,
+                templates or list(zero_shot.DEFAULT_TEMPLATES),
+            )
+        return results
+
+
+def build_model(config: ConfigDict, tokenizer: Tokenizer):
+    """The model of config.model, with the tokenizer's vocabulary."""
+    fields = config.model.to_dict()
+    try:
+        return models.build(fields.pop("name"), vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, **fields)
+    except ValueError as error:
+        raise InputError(f"config.model: {error}") from None
+
+
+def train(config: ConfigDict, workdir) -> None:
+    """Trains to the end, going on from the workdir's newest checkpoint.
+
+    Raises:
+      InputError: something in the configuration, the data or the workdir is wrong, or the loss stopped being finite.
+      Preempted: SIGTERM came and the state is saved.
+    """
+    from clu import metric_writers  # imports TensorFlow, as the pipeline does
+
+    from input_pipeline import pipeline, sources
+
+    workdir = Path(workdir)
+    side = _preset_side(config)
+    source = sources.open_source(config.data, config.data.train, image_side=side)
+    steps_per_epoch = source.size // config.batch_size
+    if not steps_per_epoch:
+        raise InputError(f"config.batch_size = {config.batch_size} is more than the {source.size} training samples")
+    total_steps = config.steps or config.epochs * steps_per_epoch
+    tx = optim.make_optimizer(config.optim, total_steps)
+    _claim(workdir, config)
+    run = Run(config, workdir, _tokenizer(config, workdir, source))
+
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    start, position = checkpoints.latest() or 0, 0
+    if start:
+        abstract = steps.abstract_state(run.model, tx, run.mesh, config.sharding)
+        state, position = checkpoints.restore(start, abstract)
+        print(f"resuming from step {start} of {total_steps} in {workdir}")
+    else:
+        state = steps.init_state(run.model, tx, config.seed, run.mesh, config.sharding)
+    if start >= total_steps:
+        print(f"{workdir} is trained to its last step, {start}")
+        return
+    train_step = steps.make_train_step(
+        run.model, tx, config, run.mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch
+    )
+    batches = pipeline.TrainBatches(
+        source,
+        run.tokenizer,
+        batch_size=run.local_batch,
+        image_side=run.side,
+        context_length=run.context_length,
+        crop_scale=config.data.crop_scale,
+        seed=config.seed,
+        start=position,
+        process=run.process,
+        bad_path=workdir / "bad_samples.jsonl",
+        max_bad_fraction=config.data.max_bad_fraction,
+    )
+    recorder = _Recorder(run, optim.learning_rate(config.optim, total_steps), start, total_steps, steps_per_epoch)
+    tensorboard = metric_writers.SummaryWriter(str(workdir))
+    recorder.writers.append(tensorboard.write_scalars)
+    terminated = _watch_sigterm()
+    parameters = sum(p.size for p in jax.tree.leaves(state.params))
+    print(
+        f"training {config.model.name} ({parameters:,} parameters) with {config.loss.objective} on {source.size:,} "
+        f"samples: {total_steps} steps of {config.batch_size} on {jax.device_count()} {jax.default_backend()} device(s)"
+    )
+
+    for step in range(start + 1, total_steps + 1):
+        batch = steps.to_devices(next(batches), run.mesh)
+        state, numbers = train_step(state, batch)
+        recorder.take(step, numbers)
+        epoch_ends = step % steps_per_epoch == 0 or step == total_steps
+        epoch = -(-step // steps_per_epoch)
+        saves = config.checkpoint.every_steps
+        results = {}
+        if epoch_ends and (step == total_steps or epoch % config.eval.every_epochs == 0):
+            results = recorder.evaluate(step, state)
+        if epoch_ends or terminated or (saves and step % saves == 0):
+            recorder.flush()  # raises on a loss that is not finite, before a bad state is saved
+            checkpoints.save(step, state, batches.position, results)
+        if terminated:
+            checkpoints.close()
+            raise Preempted(f"SIGTERM: saved step {step} in {workdir}; the same command goes on from there")
+    checkpoints.close()
+    tensorboard.close()
+    if batches.bad.count:
+        print(f"{batches.bad.count} bad samples were passed over; {workdir / 'bad_samples.jsonl'} names them")
+    print(f"curves: {metrics.plot_curves(workdir)}")
+
+
+def evaluate(config: ConfigDict, workdir) -> dict:
+    """Zero-shot results of the workdir's best (or newest) checkpoint; prints a table and writes eval.json."""
+    workdir = Path(workdir)
+    if not (workdir / "tokenizer.json").exists():
+        raise InputError(f"{workdir} holds no trained run (no tokenizer.json); train there first with --mode=train")
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    step = checkpoints.best()
+    if step is None:
+        raise InputError(f"{workdir} holds no complete checkpoint; train there first with --mode=train")
+    run = Run(config, workdir, Tokenizer.load(str(workdir / "tokenizer.json")))
+    # The rates do not matter here, but the optimiser's state has its place in the checkpoint.
+    tx = optim.make_optimizer(config.optim, config.optim.warmup_steps + 1)
+    state, _ = checkpoints.restore(step, steps.abstract_state(run.model, tx, run.mesh, config.sharding))
+    if not config.eval.zero_shot:
+        raise InputError("config.eval.zero_shot names no set to evaluate on")
+    results = run.zero_shot(state)
+    (workdir / "eval.json").write_text(json.dumps({"step": step, "zero_shot": results}, indent=2) + "\n")
+    print(f"step {step} of {workdir}\n{metrics.table(results)}")
+    return results
+
+
+class _Recorder:
+    """Reads metrics one step late, so that the accelerator never waits for the host, and writes them down."""
+
+    def __init__(self, run: Run, rate, start: int, total_steps: int, steps_per_epoch: int):
+        self._run, self._rate, self._steps_per_epoch = run, rate, steps_per_epoch
+        self._total = total_steps
+        self._progress = metrics.Progress(start, total_steps, run.config.batch_size)
+        self._pending = None
+        self.writers = [metrics.MetricsFile(run.workdir, start).write]
+
+    def take(self, step: int, numbers: dict) -> None:
+        """Holds the numbers of `step` and writes those of the step before."""
+        self.flush()
+        self._pending = step, numbers
+
+    def flush(self) -> None:
+        """Reads what is held. Raises InputError when a number is not finite."""
+        if self._pending is None:
+            return
+        (step, numbers), self._pending = self._pending, None
+        loss, norm = float(numbers["loss"]), float(numbers["grad_norm"])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise InputError(
+                f"step {step}: loss {loss}, gradient norm {norm}; stopped. The last good checkpoint is kept in "
+                f"{self._run.workdir}; try a lower config.optim.lr or set config.optim.grad_clip_norm=1.0"
+            )
+        if step % self._run.config.log_every and step not in (1, self._total):
+            return
+        numbers = {k: float(v) for k, v in numbers.items()} | {"learning_rate": float(self._rate(step - 1))}
+        epoch = -(-step // self._steps_per_epoch)
+        line, images_per_second = self._progress.line(step, epoch, numbers)
+        print(line, flush=True)
+        self._write(step, numbers | {"images_per_second": round(images_per_second, 1)})
+
+    def evaluate(self, step: int, state) -> dict[str, float]:
+        """Runs the evaluations, writes their numbers, prints the table; the time does not count in the rate."""
+        self.flush()
+        paused = self._progress.pause()
+        results = self._run.zero_shot(state)
+        numbers = {f"zero_shot/{name}/{k}": v for name, row in results.items() for k, v in row.items() if k != "n"}
+        if numbers:
+            print(metrics.table(results), flush=True)
+            self._write(step, numbers)
+        self._progress.resume(paused)
+        return numbers
+
+    def _write(self, step, numbers):
+        for write in self.writers:
+            write(step, numbers)
+
+
+def _preset_side(config) -> int:
+    try:
+        fields = {"image_size": config.model.image_size, "vision": config.model.vision.to_dict()}
+        return models.configure(config.model.name, **fields).vision.image_size
+    except ValueError as error:
+        raise InputError(f"config.model: {error}") from None
+
+
+def _claim(workdir: Path, config: ConfigDict) -> None:
+    """Writes config.json, or checks that the run already there is this one."""
+    stored = workdir / "config.json"
+    if stored.exists():
+        changed = configs.differences(json.loads(stored.read_text()), config.to_dict())
+        if changed:
+            raise InputError(
+                f"{workdir} holds a run with another configuration ({'; '.join(changed)}); "
+                "give a new --workdir, or the old values to go on with it"
+            )
+    workdir.mkdir(parents=True, exist_ok=True)
+    stored.write_text(configs.to_json(config) + "\n")
+
+
+def _tokenizer(config: ConfigDict, workdir: Path, source) -> Tokenizer:
+    """The workdir's own; otherwise the given one, or one trained on the captions, saved in the workdir."""
+    path = workdir / "tokenizer.json"
+    if not path.exists():
+        if config.tokenizer.path:
+            tokenizer = Tokenizer.load(config.tokenizer.path)
+        else:
+            tokenizer = Tokenizer.train(source.captions(), config.tokenizer.vocab_size)
+        tokenizer.save(path)
+    return Tokenizer.load(str(path))
+
+
+def _watch_sigterm() -> list:
+    """An empty list that SIGTERM fills."""
+    received = []
+    signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+    return received

@@ -1,0 +1,104 @@
+"""The numbers of a run: metrics.jsonl, the console, and the curves as a picture."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from rankclip_jax.errors import InputError
+
+
+def read_metrics(workdir) -> list[dict]:
+    """The lines of WORKDIR/metrics.jsonl; a last line cut off by a crash is left out."""
+    path = Path(workdir) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise InputError(f"{path} line {number} is not JSON; mend or delete it") from None
+    return rows
+
+
+class MetricsFile:
+    """Appends to WORKDIR/metrics.jsonl. Opened for a run that goes on at `step`, it drops what came after."""
+
+    def __init__(self, workdir, step: int):
+        path = Path(workdir) / "metrics.jsonl"
+        kept = [row for row in read_metrics(workdir) if row["step"] <= step]
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(part, path)
+        self._file = path.open("a")
+
+    def write(self, step: int, numbers: dict) -> None:
+        """One line: the step and the numbers."""
+        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self._file.flush()
+
+
+class Progress:
+    """Console lines with rate and time left."""
+
+    def __init__(self, step: int, total_steps: int, batch_size: int):
+        self._total, self._batch = total_steps, batch_size
+        self._step, self._time = step, time.monotonic()
+
+    def line(self, step: int, epoch: int, numbers: dict) -> tuple[str, float]:
+        """Returns the line for `step`, and images per second since the last one."""
+        now = time.monotonic()
+        rate = (step - self._step) / max(now - self._time, 1e-9)
+        self._step, self._time = step, now
+        left = time.strftime("%H:%M:%S", time.gmtime((self._total - step) / max(rate, 1e-9)))
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
+        images = rate * self._batch
+        return f"step {step}/{self._total}  epoch {epoch}  {shown}  {images:.0f} images/s  {left} left", images
+
+    def pause(self) -> float:
+        """Time spent since is not training; call the result of this with `resume`."""
+        return time.monotonic()
+
+    def resume(self, paused: float) -> None:
+        """Ends a pause, so that evaluation does not count in the rate."""
+        self._time += time.monotonic() - paused
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Zero-shot results, a row for each set."""
+    columns = list(dict.fromkeys(key for row in results.values() for key in row))
+    width = max(12, *(len(name) + 2 for name in results))
+    lines = ["zero-shot".ljust(width) + "".join(c.rjust(16) for c in columns)]
+    for name, row in results.items():
+        cells = ("" if c not in row else f"{row[c]:d}" if c == "n" else f"{100 * row[c]:.2f} %" for c in columns)
+        lines.append(name.ljust(width) + "".join(cell.rjust(16) for cell in cells))
+    return "\n".join(lines)
+
+
+def plot_curves(workdir) -> Path:
+    """Draws loss and zero-shot accuracy over the steps to WORKDIR/curves.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(workdir)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for key, label in (("loss", "total"), ("clip", "CLIP term"), ("val/clip", "CLIP term, validation")):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            left.plot(*zip(*points, strict=True), label=label, alpha=0.5 if key == "loss" else 1)
+    left.set(xlabel="step", ylabel="loss (nats)", title="Loss")
+    for key in dict.fromkeys(k for row in rows for k in row if k.startswith("zero_shot/") and k.endswith("/top1")):
+        points = [(row["step"], 100 * row[key]) for row in rows if key in row]
+        right.plot(*zip(*points, strict=True), marker="o", label=key.split("/")[1])
+    right.set(xlabel="step", ylabel="top-1 (%)", title="Zero-shot accuracy", ylim=(0, 100))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    path = Path(workdir) / "curves.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
