@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rankclip_jax.losses.order import descending_order
+from rankclip_jax.losses.order import descending_order, one_zero
 
 _HIGH, _LOW = 70.0, -60.0
 
@@ -28,15 +28,30 @@ def position_weights(n: int, decay: str | None) -> jax.Array:
     raise ValueError(f'decay={decay!r}: it must be None or "log"')
 
 
-def _shift_left(x, fill=0.0):
-    return jnp.concatenate([x[:, 1:], jnp.full_like(x[:, :1], fill)], axis=1)
+def _cumsum(x_RxN, platform: str, reverse: bool = False):
+    """Cumulative sums of non-negative rows."""
+    if platform != "cpu":
+        return lax.cumsum(x_RxN, axis=1, reverse=reverse)
+    # In blocks of 32 by a triangular matmul, then over the blocks: 0.7 ms for a million on 2 cores against
+    # the 3.2 ms of lax.cumsum, and no less exact, since nothing here is negative.
+    rows, n = x_RxN.shape
+    blocks = -(-n // 32)
+    padded = jnp.pad(x_RxN, ((0, 0), (0, blocks * 32 - n))).reshape(rows * blocks, 32)
+    triangle = jnp.triu(jnp.ones((32, 32), jnp.float32))
+    within = jnp.matmul(padded, triangle.T if reverse else triangle, precision=lax.Precision.HIGHEST)
+    within = within.reshape(rows, blocks, 32)
+    total = within[:, :, 0 if reverse else -1]
+    before = _shift(lax.cumsum(total, axis=1, reverse=reverse), left=reverse)
+    return (within + before[:, :, None]).reshape(rows, blocks * 32)[:, :n]
 
 
-def _shift_right(x, fill=0.0):
-    return jnp.concatenate([jnp.full_like(x[:, :1], fill), x[:, :-1]], axis=1)
+def _shift(x_RxN, left: bool):
+    """Rows moved by one place, a zero coming in."""
+    zero = jnp.zeros_like(x_RxN[:, :1])
+    return jnp.concatenate([x_RxN[:, 1:], zero] if left else [zero, x_RxN[:, :-1]], axis=1)
 
 
-def _sorted_nll(scores_RxN, weights_N, with_grad: bool):
+def _sorted_nll(scores_RxN, weights_N, platform: str, with_grad: bool):
     """Loss (R,) and gradient (R, N) of lists that already stand in their order."""
     top = jnp.max(scores_RxN, axis=1, keepdims=True)
 
@@ -44,10 +59,10 @@ def _sorted_nll(scores_RxN, weights_N, with_grad: bool):
         # The anchor is one of the scores, so that those near it lose no bits in the difference.
         y = scores_RxN - anchor + _HIGH
         e = jnp.exp(jnp.minimum(y, _HIGH))  # larger ones have been placed already and must not overflow
-        here = lax.cumsum(e, axis=1, reverse=True)
+        here = _cumsum(e, platform, reverse=True)
         now = pending & (here >= math.exp(_LOW))
         weight = jnp.where(now, weights_N, 0.0)
-        rest = jnp.where(now, _shift_left(here), 0.0)
+        rest = jnp.where(now, _shift(here, left=True), 0.0)
         here = jnp.where(now, here, 1.0)
         # The probability that a later item is placed here. Both uses below keep all bits when it is small,
         # where log(here) - y and softmax - 1 would cancel to nothing.
@@ -55,7 +70,7 @@ def _sorted_nll(scores_RxN, weights_N, with_grad: bool):
         nll_k = jnp.where(later < 0.5, -jnp.log1p(-jnp.minimum(later, 0.5)), jnp.log(here) - y)
         nll += jnp.sum(jnp.where(now, weight * nll_k, 0.0), axis=1)
         if with_grad:
-            earlier = _shift_right(lax.cumsum(weight / here, axis=1))
+            earlier = _shift(_cumsum(weight / here, platform), left=False)
             grad += e * earlier - weight * later
         return pending & ~now, nll, grad
 
@@ -94,15 +109,15 @@ def list_nll(scores_RxN, reference_RxN, weights_N, top_k: int | None, platform: 
     if top_k is None or top_k >= n:
         order = descending_order(reference_RxN, platform)
         sorted_scores = jnp.take_along_axis(scores_RxN, order, axis=1, mode="promise_in_bounds")
-        nll, grad = _sorted_nll(sorted_scores, weights_N, with_grad)
+        nll, grad = _sorted_nll(sorted_scores, weights_N, platform, with_grad)
         return nll, _scatter_rows(grad, order, jnp.zeros_like(scores_RxN)) if with_grad else None
     # The items below the cut only appear as a sum, so they enter as one item of weight 0: their logsumexp.
-    order = lax.top_k(reference_RxN + 0.0, top_k)[1]
+    order = lax.top_k(one_zero(reference_RxN), top_k)[1]
     placed = jnp.take_along_axis(scores_RxN, order, axis=1, mode="promise_in_bounds")
     below = _scatter_rows(jnp.full_like(placed, -jnp.inf), order, scores_RxN)
     below_lse = jax.nn.logsumexp(below, axis=1, keepdims=True)
     weights = jnp.append(weights_N[:top_k], 0.0)
-    nll, grad = _sorted_nll(jnp.concatenate([placed, below_lse], axis=1), weights, with_grad)
+    nll, grad = _sorted_nll(jnp.concatenate([placed, below_lse], axis=1), weights, platform, with_grad)
     if not with_grad:
         return nll, None
     return nll, _scatter_rows(grad[:, :-1], order, jnp.exp(below - below_lse) * grad[:, -1:])
