@@ -7,6 +7,7 @@
                 (labelled sets add "label": int32)
   where(row)    str that names a row for a person: file, row, image
   captions()    iterable of the captions, for training a tokenizer
+  labels        int32 (size,) of a labelled csv
 """
 
 import csv
@@ -31,15 +32,17 @@ class Source:
     read: Callable
     where: Callable[[int], str]
     captions: Callable[[], Iterable[str]]
+    labels: np.ndarray | None = None
 
 
-def open_source(spec, path, *, image_side: int) -> Source:
+def open_source(spec, path, *, image_side: int, split: str = "train") -> Source:
     """Opens config.data's `train` or `val`, or a labelled set of config.eval.zero_shot.
 
     Args:
       spec: has `format`, and for csv `image_key`, `caption_key` (or `label_key`) and `delimiter`.
-      path: csv: the file. shapes: the number of training scenes, or the name of a labelled split.
+      path: csv: the file. shapes: the number of scenes, or the name of a labelled split.
       image_side: pixels; side of the scenes that `shapes` draws.
+      split: train | val; which stream of scenes `shapes` draws from.
 
     Raises:
       InputError: unknown format, missing file or column, or no rows.
@@ -48,18 +51,17 @@ def open_source(spec, path, *, image_side: int) -> Source:
         case "csv":
             return _csv(spec, path)
         case "shapes":
-            return _shapes(path, image_side)
+            return _shapes(path, image_side, split)
     raise InputError(f"config.data.format must be csv or shapes; got {spec.format!r}")
 
 
 def _csv(spec, path) -> Source:
-    if not path:
-        raise InputError("config.data.train is not set; give the csv file: --config.data.train=FILE.csv")
-    files = sorted(glob.glob(str(path)))
-    if not files:
-        raise InputError(f"no such file: {path} (a csv with columns {spec.image_key!r} and captions)")
     label_key = spec.get("label_key")
     text_key = label_key or spec.caption_key
+    files = sorted(glob.glob(str(path))) if path else []
+    if not files:
+        hint = spec.get("hint") or f"give a csv with columns {spec.image_key},{text_key} (config.data.train, .val)"
+        raise InputError(f"no such file: {path}; {hint}")
     images, texts, wheres = [], [], []
     for file in files:
         with open(file, newline="", encoding="utf-8") as lines:
@@ -75,11 +77,7 @@ def _csv(spec, path) -> Source:
                 wheres.append(f"{file} row {reader.line_num - 2}")
     if not images:
         raise InputError(f"{path} has no rows below its header")
-    if label_key:
-        try:
-            labels = np.array([int(t) for t in texts], np.int32)
-        except ValueError as error:
-            raise InputError(f"{path}: column {label_key!r} must hold class numbers: {error}") from None
+    labels = _class_numbers(texts, path, label_key) if label_key else None
     images_N, texts_N = tf.constant(images), tf.constant(texts)
 
     def read(row):
@@ -90,14 +88,21 @@ def _csv(spec, path) -> Source:
             tf.debugging.assert_greater(tf.strings.length(tf.strings.strip(texts_N[row])), 0, "empty caption")
         return sample
 
-    return Source(len(images), read, lambda row: f"{wheres[row]}: {images[row]}", lambda: texts)
+    return Source(len(images), read, lambda row: f"{wheres[row]}: {images[row]}", lambda: texts, labels)
 
 
-def _shapes(path, side: int) -> Source:
+def _class_numbers(texts, path, label_key):
+    try:
+        return np.array([int(text) for text in texts], np.int32)
+    except ValueError as error:
+        raise InputError(f"{path}: column {label_key!r} must hold class numbers: {error}") from None
+
+
+def _shapes(path, side: int, split: str) -> Source:
     if path in ("seen", "held_out"):
         split, size = path, 16 * len(shapes.SEEN if path == "seen" else shapes.HELD_OUT)
     elif isinstance(path, int) and path > 0:
-        split, size = "train", path
+        size = path
     else:
         raise InputError(f"shapes: give a number of scenes, or seen or held_out; got {path!r}")
 
@@ -122,7 +127,11 @@ def open_labelled(spec, *, image_side: int) -> tuple[Source, list[str], list[str
     source = open_source(spec, spec.path, image_side=image_side)
     if spec.format == "shapes":
         return source, shapes.CLASS_NAMES, shapes.TEMPLATES
-    return source, _json_list(spec.classes, "classes"), _json_list(spec.templates, "templates")
+    classes = _json_list(spec.classes, "classes")
+    if source.labels.min() < 0 or source.labels.max() >= len(classes):
+        wrong = source.labels[(source.labels < 0) | (source.labels >= len(classes))][0]
+        raise InputError(f"{spec.path} has label {wrong}, but {spec.classes} names {len(classes)} classes")
+    return source, classes, _json_list(spec.templates, "templates")
 
 
 def _json_list(path, key):

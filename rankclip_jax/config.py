@@ -73,6 +73,7 @@ def default_config() -> ConfigDict:
                 format="shapes",  # csv | shapes
                 train=None,  # csv: the file; shapes: the number of scenes an epoch
                 val=None,  # the same, for the validation loss; None: none
+                hint=None,  # what to tell a user who lacks the data
                 image_key="image",
                 caption_key="caption",
                 delimiter=",",
@@ -120,7 +121,8 @@ _OPEN_GROUPS = ("config.model.vision", "config.model.text", "config.eval.zero_sh
 
 def _merge(into: ConfigDict, values: Mapping, where: str) -> None:
     if where == "config.mesh":
-        into.clear()  # a mesh is given whole, not axis by axis
+        for axis in list(into):  # a mesh is given whole, not axis by axis
+            del into[axis]
     for key in values:
         value = values[key]
         path = f"{where}.{key}"

@@ -45,6 +45,7 @@ class Run:
         self.side = self.model.config.vision.image_size
         self.context_length = self.model.config.text.context_length
         self._embed = steps.make_embed_step(self.model)
+        self._val_step = steps.make_val_step(self.model, config, self.mesh)
 
     def encode_images(self, state, images_bxSxSx3: np.ndarray) -> np.ndarray:
         """One batch of this process's share -> float32 (b, D) on the host."""
@@ -59,6 +60,28 @@ class Run:
             tokens = self.tokenizer(padded, self.context_length)
             parts.append(np.asarray(self._embed(state, steps.to_devices({"tokens": tokens}, self.mesh)))[: len(some)])
         return np.concatenate(parts)
+
+    def validation(self, state) -> dict[str, float]:
+        """Mean of the loss's parts over the whole batches of config.data.val; empty without one."""
+        from input_pipeline import pipeline, sources
+
+        config = self.config
+        if config.data.val is None:
+            return {}
+        source = sources.open_source(config.data, config.data.val, image_side=self.side, split="val")
+        if source.size < config.batch_size:
+            raise InputError(f"config.data.val has {source.size} samples, fewer than a batch of {config.batch_size}")
+        batches = pipeline.eval_batches(
+            source, batch_size=self.local_batch, image_side=self.side, process=self.process
+        )
+        parts = []
+        for _ in range(source.size // config.batch_size):
+            batch = next(batches)
+            tokens = self.tokenizer(batch["caption"], self.context_length)
+            parts.append(
+                self._val_step(state, steps.to_devices({"image": batch["image"], "tokens": tokens}, self.mesh))
+            )
+        return {f"val/{key}": float(np.mean([float(part[key]) for part in parts])) for key in parts[0]}
 
     def zero_shot(self, state) -> dict[str, dict[str, float]]:
         """Results of every set of config.eval.zero_shot."""
@@ -231,8 +254,10 @@ class _Recorder:
         paused = self._progress.pause()
         results = self._run.zero_shot(state)
         numbers = {f"zero_shot/{name}/{k}": v for name, row in results.items() for k, v in row.items() if k != "n"}
-        if numbers:
+        numbers |= self._run.validation(state)
+        if results:
             print(metrics.table(results), flush=True)
+        if numbers:
             self._write(step, numbers)
         self._progress.resume(paused)
         return numbers

@@ -1,6 +1,8 @@
 """The device mesh, and which parameter lies where on it: rules in the config, outside the model."""
 
+import math
 import re
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -9,25 +11,23 @@ from rankclip_jax.errors import InputError
 from rankclip_jax.optim import path_name
 
 
-def make_mesh(axes: dict[str, int]) -> Mesh:
-    """A mesh of all devices, {"data": -1, ...}; -1 stands for all devices that the other axes leave.
+def make_mesh(axes: Mapping[str, int], devices: Sequence | None = None) -> Mesh:
+    """A mesh of all devices (or of `devices`), {"data": -1, ...}; -1 stands for all that the other axes leave.
 
     Raises:
-      InputError: the sizes do not multiply to the number of devices.
+      InputError: there is no axis "data", or the sizes do not multiply to the number of devices.
     """
-    devices = jax.device_count()
-    sizes = dict(axes)
-    fixed = 1
-    for size in sizes.values():
-        fixed *= max(size, 1)
-    sizes = {name: devices // fixed if size == -1 else size for name, size in sizes.items()}
-    product = 1
-    for size in sizes.values():
-        product *= size
-    if product != devices:
-        raise InputError(f"config.mesh = {dict(axes)} takes {product} devices, but there are {devices}")
+    count = len(devices) if devices is not None else jax.device_count()
+    if "data" not in axes:
+        raise InputError(f'config.mesh = {dict(axes)} has no axis "data", over which batches are split')
+    fixed = math.prod(size for size in axes.values() if size != -1)
+    sizes = {name: count // fixed if size == -1 else size for name, size in axes.items()}
+    if math.prod(sizes.values()) != count:
+        raise InputError(f"config.mesh = {dict(axes)} takes {math.prod(sizes.values())} devices; there are {count}")
     # jax.make_mesh defaults to Explicit axes, under which sharded layers and z_img @ z_txt.T raise.
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -68,7 +68,6 @@ def make_train_step(
     `batch`: {"image": uint8 (B, S, S, 3), "tokens": int32 (B, L)}, split over the mesh's "data" axis; B is global,
     and so are the batch statistics and the negatives. `metrics`: float32 scalars.
     """
-    loss_config = config.loss
     epochs = -(-total_steps // steps_per_epoch)
     seed_key = jax.random.key(config.seed)
 
@@ -77,7 +76,7 @@ def make_train_step(
         if config.data.flip:
             pixels = images.random_flip(jax.random.fold_in(seed_key, state.step), pixels)
         pixels = images.normalize(pixels)
-        weight = rank_weight(state.step // steps_per_epoch + 1, epochs, loss_config.schedule)
+        weight = rank_weight(state.step // steps_per_epoch + 1, epochs, config.loss.schedule)
 
         def loss_fn(params):
             (z_img_BxD, z_txt_BxD, scale), updated = model.apply(
@@ -87,30 +86,50 @@ def make_train_step(
                 train=True,
                 mutable=["batch_stats"],
             )
-            loss, parts = objective_loss(
-                z_img_BxD,
-                z_txt_BxD,
-                scale,
-                objective=loss_config.objective,
-                rank_weight=weight,
-                lambda_in=loss_config.lambda_in,
-                lambda_cross=loss_config.lambda_cross,
-                decay=loss_config.decay,
-                top_k=loss_config.top_k,
-                mesh=mesh,
-            )
+            loss, parts = _objective(z_img_BxD, z_txt_BxD, scale, config.loss, weight, mesh)
             return loss, (parts, scale, updated.get("batch_stats", {}))
 
         (loss, (parts, scale, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        params["logit_scale"] = jnp.clip(params["logit_scale"], MIN_LOG_SCALE, MAX_LOG_SCALE)
+        params = clamp_logit_scale(optax.apply_updates(state.params, updates))
         metrics = {"loss": loss, **parts, "grad_norm": optax.global_norm(grads), "logit_scale": scale}
-        if loss_config.objective == "rankclip":
+        if config.loss.objective == "rankclip":
             metrics["rank_weight"] = jnp.asarray(weight, jnp.float32)
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def clamp_logit_scale(params: dict) -> dict:
+    """Params with the logit scale brought into [0, ln 100], as OpenAI does after each update."""
+    return params | {"logit_scale": jnp.clip(params["logit_scale"], MIN_LOG_SCALE, MAX_LOG_SCALE)}
+
+
+def _objective(z_img_BxD, z_txt_BxD, scale, loss_config, weight, mesh):
+    return objective_loss(
+        z_img_BxD,
+        z_txt_BxD,
+        scale,
+        objective=loss_config.objective,
+        rank_weight=weight,
+        lambda_in=loss_config.lambda_in,
+        lambda_cross=loss_config.lambda_cross,
+        decay=loss_config.decay,
+        top_k=loss_config.top_k,
+        mesh=mesh,
+        axes=("data",),
+    )
+
+
+def make_val_step(model, config, mesh) -> Callable:
+    """Returns jitted val_step(state, batch) -> the objective's parts (float32 scalars), as in evaluation."""
+
+    def val_step(state: TrainState, batch: dict) -> dict:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        z_img_BxD, z_txt_BxD, scale = model.apply(variables, images.normalize(batch["image"]), batch["tokens"])
+        return _objective(z_img_BxD, z_txt_BxD, scale, config.loss, 1.0, mesh)[1]
+
+    return jax.jit(val_step)
 
 
 def make_embed_step(model) -> Callable:

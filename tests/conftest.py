@@ -1,0 +1,27 @@
+"""Eight devices in every test process, so that sharded code runs as sharded; and data that the tests make."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """A csv of 40 captioned PNGs in tmp_path/images: picture i is filled with grey level 5 i."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    with open(tmp_path / "data.csv", "w", newline="") as out:
+        writer = csv.writer(out)
+        writer.writerow(["image", "caption"])
+        for i in range(40):
+            Image.fromarray(np.full((12, 16, 3), 5 * i, np.uint8)).save(folder / f"{i}.png")
+            writer.writerow([f"images/{i}.png", f"grey level {i}"])
+    return tmp_path / "data.csv"

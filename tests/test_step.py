@@ -1,0 +1,128 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rankclip_jax import images, models, optim, sharding
+from rankclip_jax import step as steps
+from rankclip_jax.config import complete
+
+SMALL = {
+    "ViT-tiny": dict(image_size=16, vision=dict(width=32, layers=1, heads=2)),
+    "RN-tiny": dict(image_size=16, vision=dict(width=4, layers=(1, 1))),
+}
+TEXT = dict(width=32, heads=2, layers=1, vocab_size=64, eot_id=63, context_length=8)
+
+
+def run(name, devices, *, count, rules=((".*", ()),), mesh_axes=None, fields=None, flip=True):
+    """Trains `count` steps on made data; returns the state, every step's metrics, and the mesh."""
+    config = complete(
+        {"batch_size": 16, "data": {"flip": flip}, "optim": {"lr": 1e-3, "warmup_steps": 2}} | (fields or {})
+    )
+    model = models.build(name, text=TEXT, **SMALL[name])
+    mesh = sharding.make_mesh(mesh_axes or {"data": -1}, jax.devices()[:devices])
+    tx = optim.make_optimizer(config.optim, 100)
+    state = steps.init_state(model, tx, 0, mesh, rules)
+    train_step = steps.make_train_step(model, tx, config, mesh, total_steps=100, steps_per_epoch=2)
+    rng = np.random.default_rng(0)
+    metrics = []
+    for _ in range(count):
+        tokens = rng.integers(1, 63, (16, 8)).astype(np.int32)
+        tokens[:, -1] = 63
+        batch = {"image": rng.integers(0, 256, (16, 16, 16, 3)).astype(np.uint8), "tokens": tokens}
+        state, numbers = train_step(state, steps.to_devices(batch, mesh))
+        metrics.append({k: float(v) for k, v in numbers.items()})
+    return state, metrics, mesh
+
+
+@pytest.mark.parametrize("name", ["ViT-tiny", "RN-tiny"])
+@pytest.mark.slow
+def test_eight_devices_equal_one(name):
+    one, one_metrics, _ = run(name, 1, count=5)
+    eight, eight_metrics, mesh = run(name, 8, count=5)
+    assert mesh.size == 8
+    # Sums over the batch are taken in another order, so float32 results differ in their last bits; the loss and
+    # the gradient norm, themselves such sums, agree to a few units of 1e-7 each, and five updates add them up.
+    for a, b in zip(one_metrics, eight_metrics, strict=True):
+        assert a.keys() == b.keys() and {"clip", "rank_in_modal", "rank_cross_modal", "grad_norm"} <= a.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+    # Adam divides by the gradient's own size: where that is rounding noise, its sign may differ and the
+    # parameter with it by the learning rate. So: all within the five rates' sum, and nearly all far closer.
+    flat_one, flat_eight = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(s.params)]) for s in (one, eight))
+    difference = np.abs(flat_one - flat_eight)
+    assert difference.max() < 5e-3 and np.quantile(difference, 0.99) < 2e-5
+    for a, b in zip(jax.tree.leaves(one.batch_stats), jax.tree.leaves(eight.batch_stats), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # global statistics, not each device's own
+
+
+@pytest.mark.parametrize("name", ["ViT-tiny", "RN-tiny"])
+def test_gradients_of_eight_devices_equal_those_of_one(name):
+    # Adam's first moment after one step is 0.1 times the gradient.
+    moments = []
+    for devices in (1, 8):
+        state, _, _ = run(name, devices, count=1)
+        adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu"))
+        moments.append(np.concatenate([np.ravel(x) for x in jax.tree.leaves(adam.mu)]))
+    # Relative to the whole gradient: single entries may be rounding noise of sums that cancel.
+    assert np.linalg.norm(moments[0] - moments[1]) < 1e-5 * np.linalg.norm(moments[0])
+
+
+@pytest.mark.slow
+def test_sharded_parameters_train_the_same():
+    replicated, metrics, _ = run("ViT-tiny", 8, count=3)
+    rules = (("attn/.*kernel|mlp/.*kernel", (None, "fsdp")), (".*", ()))
+    sharded, sharded_metrics, _ = run("ViT-tiny", 8, count=3, rules=rules, mesh_axes={"data": 4, "fsdp": 2})
+    for a, b in zip(metrics, sharded_metrics, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    kernel = sharded.params["visual"]["transformer"]["resblocks_0"]["mlp"]["c_fc"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 2
+    del replicated
+
+
+def test_the_weight_ramps_over_epochs_and_the_loss_is_the_weighted_sum():
+    _, metrics, _ = run("ViT-tiny", 1, count=4)
+    for step, numbers in enumerate(metrics):
+        weight = np.clip(3 * (step // 2) / (50 - 1), 0, 2)  # 100 steps, 2 an epoch: 50 epochs
+        assert numbers["rank_weight"] == pytest.approx(weight, rel=1e-6)
+        expected = numbers["clip"] + weight * (numbers["rank_in_modal"] + numbers["rank_cross_modal"]) / 16
+        assert numbers["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss, parts",
+    [
+        (dict(objective="clip"), {"clip"}),
+        (dict(lambda_in=0.0), {"clip", "rank_cross_modal"}),
+        (dict(lambda_cross=0.0), {"clip", "rank_in_modal"}),
+    ],
+)
+def test_objectives_compute_only_their_terms(loss, parts):
+    _, (metrics,), _ = run("ViT-tiny", 1, count=1, fields={"loss": loss})
+    assert {key for key in metrics if key.startswith(("clip", "rank_")) and key != "rank_weight"} == parts
+
+
+def test_the_logit_scale_stays_clamped():
+    for raw, clamped in ((9.0, np.log(100)), (-1.0, 0.0), (2.0, 2.0)):
+        assert float(steps.clamp_logit_scale({"logit_scale": jnp.float32(raw)})["logit_scale"]) == np.float32(clamped)
+    # In the step: a rate of 10 would throw the scale far beyond its bounds, were it not clamped.
+    state, metrics, _ = run("ViT-tiny", 1, count=2, fields={"optim": {"lr": 10.0, "warmup_steps": 0}})
+    assert 0 <= float(state.params["logit_scale"]) <= np.float32(np.log(100))
+    assert metrics[0]["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-6)
+
+
+def test_flips_are_random_by_step_and_only_mirror():
+    pixels = jnp.arange(64 * 4 * 4 * 3, dtype=jnp.uint8).reshape(64, 4, 4, 3)
+    first, again, other = (images.random_flip(jax.random.key(k), pixels) for k in (0, 0, 1))
+    assert jnp.array_equal(first, again) and not jnp.array_equal(first, other)
+    mirrored = np.array([not np.array_equal(a, b) for a, b in zip(first, pixels, strict=True)])
+    assert 16 < mirrored.sum() < 48
+    np.testing.assert_array_equal(first[mirrored], np.asarray(pixels)[mirrored][:, :, ::-1])
+
+
+def test_normalization_is_openais():
+    pixels = np.array([[[[0, 128, 255]]]], np.uint8)
+    expected = (pixels / 255 - np.array([0.48145466, 0.4578275, 0.40821073])) / np.array(
+        [0.26862954, 0.26130258, 0.27577711]
+    )
+    np.testing.assert_allclose(images.normalize(pixels), expected, rtol=1e-5)
