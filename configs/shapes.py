@@ -27,7 +27,7 @@ def get_config(argument: str = "") -> ConfigDict:
             # No flip: it would turn "left" into "right". Crops keep nearly all, for the same reason.
             data=dict(format="shapes", train=12_800, val=1_280, crop_scale=(0.9, 1.0)),
             eval=dict(
-                every_epochs=2,
+                every_epochs=1,
                 zero_shot=dict(
                     seen=dict(format="shapes", path="seen"),
                     held_out=dict(format="shapes", path="held_out"),

@@ -1,0 +1,47 @@
+"""Small real images in the csv layout: 20,000 captioned CIFAR-10 pictures, zero-shot on the 10,000 test images.
+
+The folder holds train.csv and val.csv (image,caption), labels.csv (image,label), classes.json and templates.json:
+--config configs/cifar10.py:dir=PATH,objective=clip
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    """`argument`: dir=FOLDER (default data/cifar10), objective=clip | rankclip."""
+    arguments = dict(pair.split("=") for pair in argument.split(",") if pair)
+    folder = arguments.get("dir", "data/cifar10")
+    return ConfigDict(
+        dict(
+            batch_size=128,
+            epochs=16,
+            log_every=50,
+            loss=dict(objective=arguments.get("objective", "rankclip")),
+            model=dict(
+                name="RN-tiny",
+                image_size=32,
+                context_length=16,
+                text=dict(layers=1),
+            ),
+            tokenizer=dict(vocab_size=512),
+            optim=dict(lr=2e-3, weight_decay=0.1, warmup_steps=200, grad_clip_norm=1.0),
+            data=dict(
+                format="csv",
+                train=f"{folder}/train.csv",
+                val=f"{folder}/val.csv",
+                hint="name the folder of the csv files and unzipped images: --config configs/cifar10.py:dir=FOLDER",
+                crop_scale=(0.5, 1.0),
+                flip=True,
+            ),
+            eval=dict(
+                every_epochs=2,
+                zero_shot=dict(
+                    cifar10=dict(
+                        path=f"{folder}/labels.csv",
+                        classes=f"{folder}/classes.json",
+                        templates=f"{folder}/templates.json",
+                    )
+                ),
+            ),
+        )
+    )
