@@ -1,0 +1,282 @@
+"""A ClipConfig from weights or from another library's config, and back."""
+
+import math
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from rankclip_jax.models import ClipConfig, ResNetConfig, TextConfig, VitConfig
+
+
+def from_weights(state: Mapping[str, np.ndarray], activation: str = "quick_gelu") -> ClipConfig:
+    """The architecture of an OpenAI state dict, read from its shapes.
+
+    What shapes do not tell is taken as in every OpenAI model: heads of 64 channels, end-of-text the highest
+    id, and QuickGELU unless `activation` says otherwise. Raises ValueError if it is no CLIP.
+    """
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in state:
+            raise ValueError(f"{name} is missing: not the weights of a CLIP")
+        return state[name].shape
+
+    def count(pattern: str) -> int:
+        return len({m[1] for k in state if (m := re.match(pattern, k))})
+
+    if "visual.proj" in state:
+        width, _, _, patch = shape("visual.conv1.weight")
+        grid = math.isqrt(shape("visual.positional_embedding")[0] - 1)
+        vision = VitConfig(
+            image_size=grid * patch,
+            patch_size=patch,
+            width=width,
+            layers=count(r"visual\.transformer\.resblocks\.(\d+)\."),
+            heads=_heads("visual.conv1.weight", width),
+            mlp_width=_mlp(width, shape("visual.transformer.resblocks.0.mlp.c_fc.weight")[0]),
+        )
+    else:
+        stem = "imagenet" if "visual.conv2.weight" in state else "small"
+        stages = count(r"visual\.layer(\d+)\.")
+        cells = math.isqrt(shape("visual.attnpool.positional_embedding")[0] - 1)
+        vision = ResNetConfig(
+            image_size=cells * (4 if stem == "imagenet" else 1) * 2 ** (stages - 1),
+            layers=tuple(count(rf"visual\.layer{s + 1}\.(\d+)\.") for s in range(stages)),
+            width=shape("visual.layer1.0.conv1.weight")[0],
+            stem=stem,
+        )
+    vocab_size, width = shape("token_embedding.weight")
+    text = TextConfig(
+        width=width,
+        heads=_heads("token_embedding.weight", width),
+        layers=count(r"transformer\.resblocks\.(\d+)\."),
+        context_length=shape("positional_embedding")[0],
+        vocab_size=vocab_size,
+        eot_id=vocab_size - 1,
+        mlp_width=_mlp(width, shape("transformer.resblocks.0.mlp.c_fc.weight")[0]),
+    )
+    return ClipConfig(shape("text_projection")[1], vision, text, activation)
+
+
+def _heads(name: str, width: int) -> int:
+    if width % 64:
+        raise ValueError(
+            f"{name}: a width of {width} is not a multiple of 64, so the number of heads cannot be guessed; "
+            "give the config"
+        )
+    return width // 64
+
+
+def _mlp(width: int, mlp_width: int) -> int | None:
+    return None if mlp_width == 4 * width else mlp_width
+
+
+# What may stand in an open_clip config without changing the model that we build, with the values that it
+# may have. Dropout acts in training only, and then it is the trainer's business.
+_OPEN_CLIP_NEUTRAL = {
+    "patch_dropout": None,
+    "output_tokens": None,
+    "tokenizer_kwargs": None,
+    "tokenizer_mode": None,
+    "hf_tokenizer_name": None,
+    "pad_id": None,
+    "eos_id": None,
+    "attn_pooler_queries": None,
+    "attn_pooler_heads": None,
+    "final_ln_after_pool": (False,),
+    "embed_cls": (False,),
+    "proj_bias": (False,),
+    "no_causal_mask": (False,),
+    "no_ln_pre": (False,),
+    "attentional_pool": (False,),
+    "pos_embed_type": ("learnable",),
+    "proj_type": ("linear",),
+    "pool_type": ("tok", "argmax", "eos"),
+    "ls_init_value": (None,),
+    "block_type": (None, "default"),
+    "norm_kwargs": (None, {}),
+    "act_kwargs": (None, {}),
+}
+
+
+def from_open_clip(model_cfg: Mapping) -> ClipConfig:
+    """The config in open_clip's `open_clip_config.json` under 'model_cfg'.
+
+    Raises ValueError naming the first field that asks for something other than CLIP's own two towers.
+    """
+    model_cfg = {k: v for k, v in model_cfg.items() if v not in (None, False)}
+    for key in model_cfg.keys() - {
+        "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale"
+    }:  # fmt: skip
+        raise ValueError(f"open_clip's {key} = {model_cfg[key]!r} is not supported")
+    vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    size_keys = {"layers", "width", "heads", "head_width", "mlp_ratio", "patch_size", "image_size"}
+    for key, value in (*vision.items(), *text.items()):
+        if key in size_keys or key in ("context_length", "vocab_size"):
+            continue
+        allowed = _OPEN_CLIP_NEUTRAL.get(key, (None, False))
+        if allowed is not None and value not in allowed:
+            raise ValueError(f"open_clip's {key} = {value!r} is not supported")
+    size = vision.get("image_size", 224)
+    if isinstance(size, list | tuple):
+        if len(set(size)) > 1:
+            raise ValueError(f"open_clip's image_size = {size!r}: only square images are supported")
+        size = size[0]
+    width = vision.get("width", 768)
+    layers = vision.get("layers", 12)
+    if isinstance(layers, list | tuple):
+        vision_config = ResNetConfig(size, tuple(layers), width)
+    else:
+        mlp = int(width * vision.get("mlp_ratio", 4.0))
+        heads = width // vision.get("head_width", 64)
+        vision_config = VitConfig(size, vision.get("patch_size", 16), width, layers, heads, _mlp(width, mlp))
+    vocab_size, text_width = text.get("vocab_size", 49408), text.get("width", 512)
+    return ClipConfig(
+        model_cfg["embed_dim"],
+        vision_config,
+        TextConfig(
+            text_width,
+            text.get("heads", 8),
+            text.get("layers", 12),
+            text.get("context_length", 77),
+            vocab_size,
+            text.get("eos_id", 2) if text.get("pool_type") == "eos" else vocab_size - 1,
+            _mlp(text_width, int(text_width * text.get("mlp_ratio", 4.0))),
+        ),
+        "quick_gelu" if model_cfg.get("quick_gelu") else "gelu",
+    )
+
+
+def to_open_clip(config: ClipConfig) -> dict | None:
+    """open_clip's 'model_cfg'; None for a ResNet that it has no fields for (stem 'small', not 4 stages)."""
+    vision, text = config.vision, config.text
+    if isinstance(vision, ResNetConfig):
+        if vision.stem != "imagenet" or len(vision.layers) != 4:
+            return None
+        vision_cfg = {"layers": list(vision.layers), "width": vision.width, "patch_size": None}
+    else:
+        vision_cfg = {
+            "layers": vision.layers,
+            "width": vision.width,
+            "patch_size": vision.patch_size,
+            "head_width": vision.width // vision.heads,
+            "mlp_ratio": _ratio(vision.width, vision.mlp_width),
+        }
+    text_cfg = {
+        "context_length": text.context_length,
+        "vocab_size": text.vocab_size,
+        "width": text.width,
+        "heads": text.heads,
+        "layers": text.layers,
+        "mlp_ratio": _ratio(text.width, text.mlp_width),
+    }
+    if text.eot_id != text.vocab_size - 1:
+        # Its default pools at the highest id, which is then another token.
+        text_cfg |= {"pool_type": "eos", "eos_id": text.eot_id}
+    return {
+        "embed_dim": config.embed_dim,
+        "quick_gelu": config.activation == "quick_gelu",
+        "vision_cfg": {"image_size": vision.image_size, **vision_cfg},
+        "text_cfg": text_cfg,
+    }
+
+
+def _ratio(width: int, mlp_width: int | None) -> float:
+    # open_clip takes int(width * ratio): half a unit more, so that rounding cannot fall below.
+    return 4.0 if mlp_width is None else (mlp_width + 0.5) / width
+
+
+# transformers' own defaults, for the fields that a config.json leaves out.
+_HF_VISION = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+}  # fmt: skip
+_HF_TEXT = {
+    "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
+    "vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407,
+    "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+}  # fmt: skip
+
+
+def from_hugging_face(config: Mapping) -> ClipConfig:
+    """The architecture in a CLIP folder's `config.json`.
+
+    Raises ValueError for another model type, and naming a field whose value has no counterpart here.
+    """
+    if config.get("model_type") != "clip":
+        raise ValueError(f"model_type {config.get('model_type')!r} is not 'clip'")
+    # Old files carry their changes in *_config_dict, which then overrules.
+    vision = _HF_VISION | config.get("vision_config", {}) | (config.get("vision_config_dict") or {})
+    text = _HF_TEXT | config.get("text_config", {}) | (config.get("text_config_dict") or {})
+    for tower in (vision, text):
+        if tower["layer_norm_eps"] != 1e-5:
+            raise ValueError(f"layer_norm_eps {tower['layer_norm_eps']} is not supported, only 1e-5")
+    if vision.get("num_channels", 3) != 3:
+        raise ValueError(f"num_channels {vision['num_channels']} is not supported, only 3")
+    if vision["hidden_act"] != text["hidden_act"]:
+        raise ValueError(f"towers with two activations, {vision['hidden_act']!r} and {text['hidden_act']!r}")
+    eot_id = text["eos_token_id"]
+    if eot_id == 2:  # written by old versions whatever the tokenizer; transformers then pools the highest id
+        eot_id = text["vocab_size"] - 1
+    return ClipConfig(
+        config.get("projection_dim", 512),
+        VitConfig(
+            vision["image_size"],
+            vision["patch_size"],
+            vision["hidden_size"],
+            vision["num_hidden_layers"],
+            vision["num_attention_heads"],
+            _mlp(vision["hidden_size"], vision["intermediate_size"]),
+        ),
+        TextConfig(
+            text["hidden_size"],
+            text["num_attention_heads"],
+            text["num_hidden_layers"],
+            text["max_position_embeddings"],
+            text["vocab_size"],
+            eot_id,
+            _mlp(text["hidden_size"], text["intermediate_size"]),
+        ),
+        text["hidden_act"],
+    )
+
+
+def to_hugging_face(config: ClipConfig, bos_id: int | None = None) -> dict:
+    """The contents of `config.json`. Raises ValueError for what `transformers.CLIPModel` does not have."""
+    vision, text = config.vision, config.text
+    if isinstance(vision, ResNetConfig):
+        raise ValueError("Hugging Face's CLIP has no ResNet tower: write the OpenAI layout instead")
+    if text.eot_id == 2 and text.vocab_size > 3:
+        raise ValueError(
+            "transformers takes an end-of-text id of 2 for 'pool the highest id': use another id"
+        )
+    shared = {"hidden_act": config.activation, "layer_norm_eps": 1e-5, "projection_dim": config.embed_dim}
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": config.embed_dim,
+        "logit_scale_init_value": math.log(1 / 0.07),
+        "dtype": "float32",
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": vision.width,
+            "intermediate_size": vision.mlp_width or 4 * vision.width,
+            "num_hidden_layers": vision.layers,
+            "num_attention_heads": vision.heads,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            **shared,
+        },
+        "text_config": {
+            "model_type": "clip_text_model",
+            "hidden_size": text.width,
+            "intermediate_size": text.mlp_width or 4 * text.width,
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.context_length,
+            "bos_token_id": bos_id if bos_id is not None else max(text.eot_id - 1, 0),
+            "eos_token_id": text.eot_id,
+            **shared,
+        },
+    }

@@ -1,0 +1,161 @@
+"""Names and axes of the same weights here, in OpenAI's (and open_clip's) state dicts, and in Hugging Face's.
+
+A layout is a function from a parameter's path here to its place there; reading and writing walk the
+parameters that a config has, so that whatever is missing, left over or misshapen is found by name.
+Scanned towers are unstacked for writing; reading gives unrolled ones (`models.stack_layers` converts).
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from rankclip_jax.models import CLIP, ClipConfig, unstack_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Tensor `key` there; `axes` transposes ours to theirs; `part` i of n: a slice of their first axis."""
+
+    key: str
+    axes: tuple[int, ...] | None = None
+    part: int | None = None
+
+
+Layout = Callable[[str, int], Place]
+
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}  # (in, out) -> (out, in); (h, w, in, out) -> (out, in, h, w)
+
+
+def openai(path: str, ndim: int) -> Place:
+    """Place in OpenAI's state dict of the array at `path`, such as 'visual/layer1_0/conv1/kernel'."""
+    path = re.sub(r"(resblocks|layer\d|downsample)_(\d+)", r"\1/\2", path.removeprefix("text/"))
+    *modules, leaf = path.split("/")
+    axes = _AXES[ndim] if leaf == "kernel" else None
+    if modules[-1:] and modules[-1] in ("q_proj", "k_proj", "v_proj") and modules[-2] == "attn":
+        # nn.MultiheadAttention keeps q, k and v in one tensor; the attention pool keeps them apart.
+        fused = ".".join([*modules[:-1], "in_proj_weight" if leaf == "kernel" else "in_proj_bias"])
+        return Place(fused, axes, "qkv".index(modules[-1][0]))
+    return Place(".".join([*modules, _LEAVES.get(leaf, leaf)]), axes)
+
+
+_HUGGING_FACE = [
+    (r"^visual/proj$", "visual_projection/kernel"),
+    (r"^text/text_projection$", "text_projection/kernel"),
+    (r"^visual/", "vision_model/"),
+    (r"^text/", "text_model/"),
+    (r"/class_embedding$", "/embeddings/class_embedding"),
+    (r"/conv1/", "/embeddings/patch_embedding/"),
+    (r"/positional_embedding$", "/embeddings/position_embedding/embedding"),
+    (r"/token_embedding/", "/embeddings/token_embedding/"),
+    (r"/ln_pre/", "/pre_layrnorm/"),  # their spelling
+    (r"/ln_post/", "/post_layernorm/"),
+    (r"/ln_final/", "/final_layer_norm/"),
+    (r"/transformer/resblocks_(\d+)/", r"/encoder/layers/\1/"),
+    (r"/ln_(\d)/", r"/layer_norm\1/"),
+    (r"/attn/", "/self_attn/"),
+    (r"/mlp/c_fc/", "/mlp/fc1/"),
+    (r"/mlp/c_proj/", "/mlp/fc2/"),
+]
+
+
+def hugging_face(path: str, ndim: int) -> Place:
+    """Place in the state dict of `transformers.CLIPModel`, which has vision transformers only."""
+    for pattern, new in _HUGGING_FACE:
+        path = re.sub(pattern, new, path)
+    *modules, leaf = path.split("/")
+    return Place(".".join([*modules, _LEAVES.get(leaf, leaf)]), _AXES[ndim] if leaf == "kernel" else None)
+
+
+# Tensors that carry no weight: sizes OpenAI registered as buffers, masks, position numbers, batch counters.
+_IGNORED = re.compile(
+    r"input_resolution|context_length|vocab_size|(.*\.)?attn_mask|.*\.position_ids|.*\.num_batches_tracked"
+)
+
+
+def from_state(state: Mapping[str, np.ndarray], config: ClipConfig, layout: Layout) -> dict:
+    """{'params': ...} and, for a ResNet, 'batch_stats', as float32 NumPy arrays in unrolled layout.
+
+    Raises ValueError, one line, naming the tensors that are missing, unknown, or of another shape.
+    """
+    template = _template(config)
+    used, missing, fused = set(), [], {}
+    out: dict = {}
+    for (collection, *path), shape in template.items():
+        place = layout("/".join(path), len(shape))
+        used.add(place.key)
+        if place.key not in state:
+            missing.append(place.key)
+            continue
+        theirs = state[place.key]
+        expected = tuple(shape[a] for a in place.axes) if place.axes else shape
+        if place.part is not None:
+            expected = (3 * expected[0], *expected[1:])
+        if theirs.shape != expected and not (expected == () and theirs.size == 1):
+            raise ValueError(f"{place.key} has shape {theirs.shape}; this architecture needs {expected}")
+        if place.part is not None:
+            theirs = fused.setdefault(place.key, np.split(theirs, 3))[place.part]
+        value = theirs.transpose(np.argsort(place.axes)) if place.axes else theirs
+        node = out.setdefault(collection, {})
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = np.ascontiguousarray(value, np.float32).reshape(shape)
+    if missing:
+        raise ValueError(f"missing {_some(dict.fromkeys(missing))}")
+    unknown = [k for k in state if k not in used and not _IGNORED.fullmatch(k)]
+    if unknown:
+        raise ValueError(f"unknown tensors {_some(unknown)}: not a CLIP of this architecture")
+    return out
+
+
+def to_state(variables: Mapping, config: ClipConfig, layout: Layout) -> dict[str, np.ndarray]:
+    """The float32 state dict of `variables` ({'params': ..., 'batch_stats': ...}, unrolled or scanned).
+
+    Raises ValueError naming a parameter that is missing, unknown, or of another shape.
+    """
+    arrays = _flatten({k: unstack_layers(v) for k, v in variables.items() if v})
+    template = _template(config)
+    for odd in template.keys() ^ arrays.keys():
+        raise ValueError(
+            f"{'/'.join(odd)} is {'missing' if odd in template else 'unknown'}: another config's?"
+        )
+    state: dict = {}
+    for path, value in arrays.items():
+        if np.shape(value) != template[path]:
+            raise ValueError(
+                f"{'/'.join(path)} has shape {np.shape(value)}; the config needs {template[path]}"
+            )
+        place = layout("/".join(path[1:]), len(template[path]))
+        value = np.asarray(value, np.float32)
+        value = value.transpose(place.axes) if place.axes else value
+        if place.part is None:
+            state[place.key] = value
+        else:
+            state.setdefault(place.key, [None] * 3)[place.part] = value
+    return {k: np.array(np.concatenate(v) if isinstance(v, list) else v, order="C") for k, v in state.items()}
+
+
+def _template(config: ClipConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    model = CLIP(config)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))
+    return {path: x.shape for path, x in _flatten(shapes).items()}
+
+
+def _flatten(tree: Mapping) -> dict[tuple[str, ...], object]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
+
+
+def _some(names) -> str:
+    names = list(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,193 @@
+"""Reading the tensors of a PyTorch file without PyTorch and without running anything the file says.
+
+A `.pt` is a zip archive: `data.pkl` is a pickle that describes the objects, `data/<n>` holds the bytes of
+each tensor. Unpickling calls whatever the pickle names, so this reader gives it only what tensors need:
+OrderedDict, storages, the functions that make a tensor from a storage (ours, not PyTorch's), and, for
+TorchScript archives such as OpenAI's, inert stand-ins for the modules. Everything else is refused by name.
+The archive's layout: PyTorch's torch/csrc/jit/docs/serialization.md.
+"""
+
+import collections
+import dataclasses
+import io
+import math
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+_DTYPES = {
+    "DoubleStorage": np.dtype("<f8"),
+    "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+}
+
+
+def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
+    """The state dict in a `.pt`, `.pth` or `.bin` file, as arrays of the dtypes they were saved in.
+
+    Reads a plain state dict, a checkpoint that has one under 'state_dict' (RankCLIP's, open_clip's; the
+    optimiser's tensors beside it are not read), and a TorchScript archive (OpenAI's; names are the modules'
+    attributes). Raises ValueError, one line naming the file, when it is truncated or no PyTorch archive, when
+    it has no state dict, or when its pickle names anything that is not needed for tensors.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            tensors = _state_dict(_unpickle(archive))
+            return {name: tensor.array(archive) for name, tensor in tensors.items()}
+    except _RefusedError as e:
+        raise ValueError(f"{path}: {e}") from None
+    except zipfile.BadZipFile as e:
+        raise ValueError(
+            f"{path}: {e}: truncated, or not a PyTorch archive (files older than PyTorch 1.6 are not zips: "
+            "load and save them again with a newer PyTorch)"
+        ) from None
+
+
+class _RefusedError(Exception):
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
+    dtype: np.dtype
+    entry: str  # name in the zip
+    size: int  # elements
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """A tensor not yet read: checkpoints hold optimiser moments that nobody asks for."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def array(self, archive: zipfile.ZipFile) -> np.ndarray:
+        if self.storage.entry not in archive.namelist():
+            raise _RefusedError(f"truncated: {self.storage.entry} is missing")
+        flat = np.frombuffer(archive.read(self.storage.entry), np.uint8)
+        # Strides come from the file: never look outside the bytes that it holds.
+        last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        if flat.size != self.storage.size * self.storage.dtype.itemsize:
+            raise _RefusedError(
+                f"{self.storage.entry} has {flat.size} bytes where {self.storage.size} elements of "
+                f"{self.storage.dtype} are announced"
+            )
+        if math.prod(self.shape) and not 0 <= last < self.storage.size:
+            raise _RefusedError(f"a tensor reaches beyond its storage {self.storage.entry}")
+        if 0 in self.shape:
+            return np.zeros(self.shape, self.storage.dtype)
+        flat = flat.view(self.storage.dtype)[self.offset :]
+        strides = [s * flat.itemsize for s in self.strides]
+        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, self.shape, strides)).reshape(
+            self.shape
+        )
+
+
+class _Module:
+    """Stands for a TorchScript module: keeps its attributes and does nothing."""
+
+    def __setstate__(self, state):
+        self.attributes = state
+
+
+def _rebuild_tensor(storage, offset, shape, strides, *_):
+    ints = (offset, *shape, *strides)
+    valid = isinstance(storage, _Storage) and len(shape) == len(strides)
+    if not valid or not all(type(n) is int and n >= 0 for n in ints):
+        raise _RefusedError("a tensor with an invalid description")
+    return _Tensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter(data, *_):
+    return data
+
+
+def _rebuild_list(items, *_):
+    return items
+
+
+_ALLOWED = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch.jit._pickle", "build_intlist"): _rebuild_list,
+    ("torch.jit._pickle", "build_doublelist"): _rebuild_list,
+    ("torch.jit._pickle", "build_boollist"): _rebuild_list,
+    ("torch.jit._pickle", "build_tensorlist"): _rebuild_list,
+    ("torch.jit._pickle", "restore_type_tag"): _rebuild_list,
+    **{("torch", name): name for name in _DTYPES},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, root: str):
+        super().__init__(io.BytesIO(data))
+        self.root = root
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "__torch__" or module.startswith("__torch__."):
+            return _Module
+        if (module, name) not in _ALLOWED:
+            raise _RefusedError(
+                f"refused: its pickle asks for {module}.{name}, which tensors do not need and which may run "
+                "code; if you trust the file, load it with PyTorch and save its state_dict() alone"
+            )
+        return _ALLOWED[module, name]
+
+    def persistent_load(self, pid) -> _Storage:
+        kind, dtype, key, _, size = pid
+        if kind != "storage" or dtype not in _DTYPES or type(size) is not int:
+            raise _RefusedError(f"refused: unknown storage {dtype}")
+        return _Storage(_DTYPES[dtype], f"{self.root}data/{key}", size)
+
+
+def _unpickle(archive: zipfile.ZipFile) -> Any:
+    roots = [n.removesuffix("data.pkl") for n in archive.namelist() if n.split("/")[1:] == ["data.pkl"]]
+    if len(roots) != 1:
+        raise _RefusedError("a zip, but not a PyTorch archive: it has no data.pkl")
+    (root,) = roots
+    order = f"{root}byteorder"
+    if order in archive.namelist() and archive.read(order) != b"little":
+        raise _RefusedError("saved on a big-endian machine, which is not supported")
+    try:
+        return _Unpickler(archive.read(f"{root}data.pkl"), root).load()
+    except (_RefusedError, zipfile.BadZipFile):
+        raise
+    except Exception as e:  # a damaged pickle may raise nearly anything
+        raise _RefusedError(f"its pickle is damaged ({type(e).__name__}: {e})") from e
+
+
+def _state_dict(obj: Any) -> dict[str, _Tensor]:
+    if isinstance(obj, _Module):
+        return dict(_module_tensors(obj, ""))
+    if isinstance(obj, dict) and isinstance(obj.get("state_dict"), dict):
+        obj = obj["state_dict"]
+    tensors = {k: v for k, v in obj.items() if isinstance(v, _Tensor)} if isinstance(obj, dict) else {}
+    if not tensors:
+        found = (
+            f"a dict with keys {', '.join(map(str, list(obj)[:8]))}" if isinstance(obj, dict) else type(obj)
+        )
+        raise _RefusedError(f"no state dict: found {found}")
+    return tensors
+
+
+def _module_tensors(module: _Module, prefix: str):
+    for name, value in getattr(module, "attributes", {}).items():
+        if isinstance(value, _Tensor):
+            yield prefix + name, value
+        elif isinstance(value, _Module):
+            yield from _module_tensors(value, f"{prefix}{name}.")
