@@ -4,9 +4,12 @@ An experiment in `configs/` says only what it changes. `complete` fills in the r
 not exist, naming the nearest one that does, so a typing error cannot silently train something else.
 """
 
+import ast
 import difflib
+import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -96,14 +99,48 @@ def default_config() -> ConfigDict:
     )
 
 
-def complete(config: Mapping) -> ConfigDict:
-    """Returns the defaults with `config` merged over them.
+def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The configuration of the command line, complete and checked.
+
+    Args:
+      spec: file of an experiment, with an argument for its get_config after a colon: configs/cc3m.py:model=RN50.
+      overrides: "key.of.a.group=value", values as Python literals; what is no literal is a string.
+
+    Raises:
+      InputError: no such file, or what `complete` refuses.
+    """
+    path, _, argument = spec.partition(":")
+    if not Path(path).is_file():
+        raise InputError(f"--config: no file {path}; the experiments are in configs/, for example configs/shapes.py")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    given = module.get_config(argument) if argument else module.get_config()
+    changes = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise InputError(f"--config.{override}: write --config.{override}=VALUE")
+        group = changes
+        *parents, last = key.split(".")
+        for parent in parents:
+            group = group.setdefault(parent, {})
+        try:
+            group[last] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            group[last] = text
+    return complete(given, changes)
+
+
+def complete(*configs: Mapping) -> ConfigDict:
+    """Returns the defaults with each of `configs` merged over what came before.
 
     Raises:
       InputError: a key that does not exist, or a value of another type than the default's.
     """
     merged = default_config()
-    _merge(merged, config, "config")
+    for config in configs:
+        _merge(merged, config, "config")
     for name in merged.eval.zero_shot:
         spec = ConfigDict(ZERO_SHOT_SET)
         _merge(spec, merged.eval.zero_shot[name], f"config.eval.zero_shot.{name}")

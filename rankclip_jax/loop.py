@@ -130,8 +130,13 @@ def train(config: ConfigDict, workdir) -> None:
         raise InputError(f"config.batch_size = {config.batch_size} is more than the {source.size} training samples")
     total_steps = config.steps or config.epochs * steps_per_epoch
     tx = optim.make_optimizer(config.optim, total_steps)
-    _claim(workdir, config)
-    run = Run(config, workdir, _tokenizer(config, workdir, source))
+    resumes = _check_same_run(workdir, config)
+    tokenizer = Tokenizer.load(str(workdir / "tokenizer.json")) if resumes else _new_tokenizer(config, source)
+    run = Run(config, workdir, tokenizer)
+    if not resumes:  # only now, when everything that the user gave has proved right
+        workdir.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(workdir / "tokenizer.json")
+        (workdir / "config.json").write_text(configs.to_json(config) + "\n")
 
     checkpoints = Checkpoints(workdir, config.checkpoint)
     start, position = checkpoints.latest() or 0, 0
@@ -275,30 +280,24 @@ def _preset_side(config) -> int:
         raise InputError(f"config.model: {error}") from None
 
 
-def _claim(workdir: Path, config: ConfigDict) -> None:
-    """Writes config.json, or checks that the run already there is this one."""
+def _check_same_run(workdir: Path, config: ConfigDict) -> bool:
+    """Whether the workdir holds a run already; refuses one of another configuration."""
     stored = workdir / "config.json"
-    if stored.exists():
-        changed = configs.differences(json.loads(stored.read_text()), config.to_dict())
-        if changed:
-            raise InputError(
-                f"{workdir} holds a run with another configuration ({'; '.join(changed)}); "
-                "give a new --workdir, or the old values to go on with it"
-            )
-    workdir.mkdir(parents=True, exist_ok=True)
-    stored.write_text(configs.to_json(config) + "\n")
+    if not stored.exists():
+        return False
+    changed = configs.differences(json.loads(stored.read_text()), config.to_dict())
+    if changed:
+        raise InputError(
+            f"{workdir} holds a run with another configuration ({'; '.join(changed)}); "
+            "give a new --workdir, or the old values to go on with it"
+        )
+    return True
 
 
-def _tokenizer(config: ConfigDict, workdir: Path, source) -> Tokenizer:
-    """The workdir's own; otherwise the given one, or one trained on the captions, saved in the workdir."""
-    path = workdir / "tokenizer.json"
-    if not path.exists():
-        if config.tokenizer.path:
-            tokenizer = Tokenizer.load(config.tokenizer.path)
-        else:
-            tokenizer = Tokenizer.train(source.captions(), config.tokenizer.vocab_size)
-        tokenizer.save(path)
-    return Tokenizer.load(str(path))
+def _new_tokenizer(config: ConfigDict, source) -> Tokenizer:
+    if config.tokenizer.path:
+        return Tokenizer.load(config.tokenizer.path)
+    return Tokenizer.train(source.captions(), config.tokenizer.vocab_size)
 
 
 def _watch_sigterm() -> list:

@@ -54,6 +54,17 @@ def test_cc3m_has_the_published_hyperparameters():
     assert config.model.name == "RN50"
 
 
+def test_the_command_line_overrides_the_file():
+    overrides = ["optim.lr=0.1", "data.val=None", "checkpoint.best=zero_shot/seen/top1", "model.vision={'width': 8}"]
+    config = configs.load("configs/shapes.py:objective=clip", overrides)
+    assert (config.optim.lr, config.data.val, config.checkpoint.best) == (0.1, None, "zero_shot/seen/top1")
+    assert config.model.vision.width == 8 and config.loss.objective == "clip"
+    with pytest.raises(InputError, match="no file configs/shape.py"):
+        configs.load("configs/shape.py")
+    with pytest.raises(InputError, match="write --config.seed=VALUE"):
+        configs.load("configs/shapes.py", ["seed"])
+
+
 def test_differences_name_what_changed_and_allow_what_may():
     old = configs.complete({"batch_size": 4})
     stored = json.loads(configs.to_json(old))

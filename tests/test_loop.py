@@ -1,0 +1,179 @@
+"""The command line as a user has it: in processes of its own, on one CPU device, with a small run on shapes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rankclip_jax import config as configs
+from rankclip_jax import loop
+from rankclip_jax.errors import InputError
+
+REPO = Path(__file__).parents[1]
+ENV = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+SMALL = [
+    "--config=configs/shapes.py",
+    "--config.batch_size=32",
+    "--config.data.train=192",
+    "--config.data.val=32",
+    "--config.epochs=3",
+    "--config.log_every=1",
+    "--config.optim.warmup_steps=2",
+    "--config.model.image_size=16",
+    "--config.model.vision={'layers':(1,1),'width':8,'stem':'small'}",
+    "--config.model.text={'layers':1,'width':32,'heads':2}",
+    "--config.checkpoint.every_steps=2",
+]
+
+
+def start(workdir, *flags):
+    command = [sys.executable, "-m", "rankclip_jax.train", *SMALL, f"--workdir={workdir}", *flags]
+    return subprocess.Popen(command, cwd=REPO, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(workdir, *flags):
+    process = start(workdir, *flags)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def numbers(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained")
+    code, output = finish(workdir)
+    assert code == 0, output
+    return workdir, output
+
+
+def test_a_run_leaves_what_the_contract_names(trained):
+    workdir, output = trained
+    for name in ("metrics.jsonl", "config.json", "tokenizer.json", "checkpoints", "curves.png"):
+        assert (workdir / name).exists(), name
+    assert list(workdir.glob("events.out.tfevents.*"))
+    rows = numbers(workdir)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 19))
+    last = [row for row in rows if "loss" in row][-1]
+    assert {"clip", "rank_in_modal", "rank_cross_modal", "grad_norm", "logit_scale", "learning_rate"} <= last.keys()
+    evaluated = [row for row in rows if "zero_shot/seen/top1" in row]
+    assert [row["step"] for row in evaluated] == [6, 12, 18] and "val/clip" in evaluated[0]
+    assert re.search(r"step 18/18 .* images/s .* left", output)
+
+
+def test_evaluation_says_digit_for_digit_what_training_said(trained):
+    workdir, _ = trained
+    code, output = finish(workdir, "--mode=eval")
+    assert code == 0, output
+    results = json.loads((workdir / "eval.json").read_text())
+    assert results["step"] == 18
+    said = next(row for row in numbers(workdir) if row["step"] == 18 and "zero_shot/seen/top1" in row)
+    for name, row in results["zero_shot"].items():
+        assert row["n"] == {"seen": 896, "held_out": 128}[name]
+        for key in ("top1", "top3", "top5", "mean_per_class"):
+            assert row[key] == said[f"zero_shot/{name}/{key}"]
+    assert re.search(r"held_out +\d+\.\d\d %", output)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_goes_on_with_the_same_numbers(trained, tmp_path):
+    process = start(tmp_path / "run")
+    for line in process.stdout:
+        if line.startswith("step 9/"):
+            process.kill()
+            break
+    process.wait()
+    code, output = finish(tmp_path / "run")
+    assert code == 0 and "resuming from step" in output, output
+    assert numbers(tmp_path / "run") == numbers(trained[0])
+
+
+@pytest.mark.slow
+def test_sigterm_saves_first_and_the_next_start_goes_on(trained, tmp_path):
+    process = start(tmp_path / "run", "--config.checkpoint.every_steps=None")
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 75, rest
+    step = int(re.search(r"SIGTERM: saved step (\d+)", rest)[1])
+    assert (tmp_path / "run" / "checkpoints" / str(step)).exists()
+    code, output = finish(tmp_path / "run")
+    assert code == 0 and f"resuming from step {step} of 18" in output
+    assert numbers(tmp_path / "run") == numbers(trained[0])
+
+
+def test_the_command_line_prints_one_line_about_wrong_input(tmp_path):
+    code, output = finish(tmp_path / "run", "--config.batchsize=3")
+    assert code == 1 and "Traceback" not in output
+    assert [line for line in output.splitlines() if line.startswith("error: ")] == [
+        "error: config.batchsize does not exist; the nearest key is config.batch_size"
+    ]
+
+
+def small(config="configs/shapes.py", **overrides):
+    flags = [flag.removeprefix("--config.") for flag in SMALL[1:]]
+    return configs.load(str(REPO / config), [*flags, *(f"{key}={value}" for key, value in overrides.items())])
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"optim.warmup_steps": 99}, r"warmup_steps = 99 must be fewer than the run's 18 steps"),
+        ({"model.image_size": 15}, r"image_size 15 is not a multiple of the vision tower's stride 2"),
+        ({"model.name": "ViT-tiny", "model.vision": {"patch_size": 5}}, r"image_size 16 is not a multiple .* patch size 5"),
+        ({"model.text": {"widht": 3}}, r"did you mean 'width'"),
+        ({"model.name": "ViT-B/31"}, r"unknown model 'ViT-B/31'; did you mean 'ViT-B/32'"),
+        ({"batch_size": 512}, r"batch_size = 512 is more than the 192 training samples"),
+        ({"batch_size": 12}, r"batch_size = 12 does not divide over 8 devices; try 8"),
+        ({"tokenizer.path": "gone/tokenizer.json"}, r"no file gone/tokenizer.json"),
+        ({"data.format": "csv", "data.train": "gone.csv"}, r"no such file: gone.csv; give a csv with columns image,caption"),
+        ({"mesh": {"data": 3}}, r"takes 3 devices; there are 8"),
+        ({"data.train": 0}, r"give a number of scenes"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_refused_before_anything_is_written(tmp_path, overrides, message):
+    with pytest.raises(InputError, match=message):
+        loop.train(small(**overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_cc3m_says_what_it_is_and_how_to_get_it(tmp_path):
+    config = configs.load(str(REPO / "configs/cc3m.py"))
+    with pytest.raises(InputError, match=r"no such file: data/cc3m/train.csv; CC3M is a list of URLs .* img2dataset"):
+        loop.train(config, tmp_path)
+
+
+def test_a_workdir_of_another_configuration_says_what_differs(trained):
+    with pytest.raises(InputError, match=r"another configuration \(config.optim.lr: 0.002 -> 0.5\); .*--workdir"):
+        loop.train(small(**{"optim.lr": 0.5}), trained[0])
+
+
+def test_evaluating_an_empty_workdir_says_so(tmp_path):
+    with pytest.raises(InputError, match="holds no trained run"):
+        loop.evaluate(small(), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(InputError, match=r"step \d+: loss .* The last good checkpoint is kept") as stopped:
+        loop.train(small(**{"optim.lr": 1e30, "optim.grad_clip_norm": None}), tmp_path / "run")
+    step = int(re.match(r"step (\d+)", str(stopped.value))[1])
+    saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert all(s < step for s in saved)
+
+
+@pytest.mark.slow
+def test_a_csv_trains_too(captioned, tmp_path):
+    data = {"data.format": "csv", "data.train": captioned, "data.val": None, "eval.zero_shot": {}, "epochs": 4}
+    loop.train(small(**data), tmp_path / "run")
+    assert [row["step"] for row in numbers(tmp_path / "run")] == [1, 2, 3, 4]  # 40 rows: one batch of 32 an epoch
