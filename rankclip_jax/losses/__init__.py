@@ -1,6 +1,16 @@
 """Losses: pure functions of arrays, float32 in log space whatever comes in."""
 
+from rankclip_jax.losses.diagnostics import embedding_diagnostics, gradient_cosine
 from rankclip_jax.losses.objective import RankTerms, clip_loss, objective_loss, rank_consistency, rank_weight
 from rankclip_jax.losses.plackett_luce import plackett_luce_nll
 
-__all__ = ["RankTerms", "clip_loss", "objective_loss", "plackett_luce_nll", "rank_consistency", "rank_weight"]
+__all__ = [
+    "RankTerms",
+    "clip_loss",
+    "embedding_diagnostics",
+    "gradient_cosine",
+    "objective_loss",
+    "plackett_luce_nll",
+    "rank_consistency",
+    "rank_weight",
+]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from rankclip_jax.losses.plackett_luce import list_nll, position_weights
+from rankclip_jax.losses.plackett_luce import first_order_only, list_nll, position_weights
 
 # Scores err by scale * eps, so at logit scale 100 anything below full float32 products (TF32, one or three
 # bfloat16 passes) would break the 1e-5 that the loss promises. bfloat16 embeddings multiply exactly as is.
@@ -213,6 +213,7 @@ def weighted_terms(img_BxD, txt_BxD, scale, weights, plan: Plan):
 
 
 def _forward(img_BxD, txt_BxD, scale, weights, plan):
+    img_BxD, txt_BxD, scale = (first_order_only(x) for x in (img_BxD, txt_BxD, scale))
     means, d_img, d_txt, d_scale = _batch_terms(img_BxD, txt_BxD, scale, weights, plan, with_grad=True)
     d_img, d_txt = d_img.astype(img_BxD.dtype), d_txt.astype(txt_BxD.dtype)
     return (_total(means, weights), means), (d_img, d_txt, d_scale, means)

@@ -53,11 +53,14 @@ def _shift(x_RxN, left: bool):
 
 def _sorted_nll(scores_RxN, weights_N, platform: str, with_grad: bool):
     """Loss (R,) and gradient (R, N) of lists that already stand in their order."""
-    top = jnp.max(scores_RxN, axis=1, keepdims=True)
 
-    def one_pass(anchor, pending, nll, grad):
+    def next_anchor(pending):
+        return jnp.max(jnp.where(pending, scores_RxN, -jnp.inf), axis=1, keepdims=True)
+
+    def one_pass(state):
+        anchor, pending, nll, grad = state
         # The anchor is one of the scores, so that those near it lose no bits in the difference.
-        y = scores_RxN - anchor + _HIGH
+        y = scores_RxN - jnp.where(jnp.isfinite(anchor), anchor, 0.0) + _HIGH
         e = jnp.exp(jnp.minimum(y, _HIGH))  # larger ones have been placed already and must not overflow
         here = _cumsum(e, platform, reverse=True)
         now = pending & (here >= math.exp(_LOW))
@@ -72,25 +75,33 @@ def _sorted_nll(scores_RxN, weights_N, platform: str, with_grad: bool):
         if with_grad:
             earlier = _shift(_cumsum(weight / here, platform), left=False)
             grad += e * earlier - weight * later
-        return pending & ~now, nll, grad
+        pending &= ~now
+        return next_anchor(pending), pending, nll, grad
 
-    def next_anchor(pending):
-        return jnp.max(jnp.where(pending, scores_RxN, -jnp.inf), axis=1, keepdims=True)
-
-    nll = jnp.zeros(scores_RxN.shape[:1], jnp.float32)
+    top = jnp.max(scores_RxN, axis=1, keepdims=True)
+    nll = jnp.squeeze(top - top, 1)  # 0, or NaN where a score is NaN or infinite: never hide it
     grad = jnp.zeros_like(scores_RxN) if with_grad else jnp.zeros((), jnp.float32)
-    state = one_pass(top, jnp.ones(scores_RxN.shape, bool), nll, grad)
-
-    def more(state):
-        return jnp.any(jnp.isfinite(next_anchor(state[0])))
-
-    def body(state):
-        anchor = next_anchor(state[0])
-        return one_pass(jnp.where(jnp.isfinite(anchor), anchor, 0.0), *state)
-
-    _, nll, grad = lax.while_loop(more, body, state)
-    nll += jnp.squeeze(top - top, 1)  # 0, or NaN where a score is NaN or infinite: never hide it
+    state = top, jnp.ones(scores_RxN.shape, bool), nll, grad
+    _, _, nll, grad = lax.while_loop(lambda state: jnp.any(jnp.isfinite(state[0])), one_pass, state)
     return nll, grad if with_grad else None
+
+
+@jax.custom_jvp
+def first_order_only(x):
+    """The identity; differentiating it says why there is no second derivative.
+
+    It guards what the forward rules compute, which is differentiated only for a derivative of the gradient.
+    """
+    return x
+
+
+@first_order_only.defjvp
+def _no_second_order(primals, tangents):
+    del primals, tangents
+    raise NotImplementedError(
+        "the losses of rankclip_jax have a closed-form gradient and no second derivative: a gradient penalty "
+        "or a Hessian through them is not supported; put jax.lax.stop_gradient around the inner gradient"
+    )
 
 
 def _scatter_rows(values_RxK, order_RxK, base_RxN):
@@ -125,21 +136,19 @@ def list_nll(scores_RxN, reference_RxN, weights_N, top_k: int | None, platform: 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _nll(scores, reference, decay, top_k):
-    return _nll_forward(scores, reference, decay, top_k, with_grad=False)[0]
+    return _flat_nll(scores, reference, decay, top_k, with_grad=False)[0]
 
 
-def _nll_forward(scores, reference, decay, top_k, with_grad=True):
+def _flat_nll(scores, reference, decay, top_k, with_grad):
     n = scores.shape[-1]
-    nll, grad = list_nll(
-        scores.reshape(-1, n).astype(jnp.float32),
-        reference.reshape(-1, n).astype(jnp.float32),
-        position_weights(n, decay),
-        top_k,
-        jax.default_backend(),
-        with_grad,
-    )
+    lists = [x.reshape(-1, n).astype(jnp.float32) for x in (scores, reference)]
+    nll, grad = list_nll(*lists, position_weights(n, decay), top_k, jax.default_backend(), with_grad)
     nll = nll.reshape(scores.shape[:-1])
     return nll, grad.reshape(scores.shape).astype(scores.dtype) if with_grad else None
+
+
+def _nll_forward(scores, reference, decay, top_k):
+    return _flat_nll(first_order_only(scores), reference, decay, top_k, with_grad=True)
 
 
 def _nll_backward(decay, top_k, grad, cotangent):
