@@ -17,9 +17,7 @@ torch = pytest.importorskip("torch")
 
 def _same(array, tensor):
     theirs = (
-        tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        if tensor.dtype == torch.bfloat16
-        else tensor.numpy()
+        tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
     )
     assert array.dtype == theirs.dtype and array.shape == theirs.shape
     assert array.tobytes() == np.ascontiguousarray(theirs).tobytes()
@@ -157,9 +155,7 @@ def test_damaged_and_crafted_archives(tmp_path, pickled, entries, message):
 
 
 def test_the_crafted_pickle_is_otherwise_valid(tmp_path):
-    _archive(
-        tmp_path / "a.pt", _tensor_pickle(), **{"data/0": np.float32([1, 2]).tobytes(), "byteorder": "little"}
-    )
+    _archive(tmp_path / "a.pt", _tensor_pickle(), **{"data/0": np.float32([1, 2]).tobytes(), "byteorder": "little"})
     np.testing.assert_array_equal(read_torch_file(tmp_path / "a.pt")["w"], np.float32([1, 2]))
 
 

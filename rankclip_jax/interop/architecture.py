@@ -247,9 +247,7 @@ def to_hugging_face(config: ClipConfig, bos_id: int | None = None) -> dict:
     if isinstance(vision, ResNetConfig):
         raise ValueError("Hugging Face's CLIP has no ResNet tower: write the OpenAI layout instead")
     if text.eot_id == 2 and text.vocab_size > 3:
-        raise ValueError(
-            "transformers takes an end-of-text id of 2 for 'pool the highest id': use another id"
-        )
+        raise ValueError("transformers takes an end-of-text id of 2 for 'pool the highest id': use another id")
     shared = {"hidden_act": config.activation, "layer_norm_eps": 1e-5, "projection_dim": config.embed_dim}
     return {
         "architectures": ["CLIPModel"],

@@ -78,7 +78,7 @@ def hugging_face(path: str, ndim: int) -> Place:
 
 
 # Tensors that carry no weight: sizes OpenAI registered as buffers, masks, position numbers, batch counters.
-_IGNORED = re.compile(
+IGNORED = re.compile(
     r"input_resolution|context_length|vocab_size|(.*\.)?attn_mask|.*\.position_ids|.*\.num_batches_tracked"
 )
 
@@ -112,7 +112,7 @@ def from_state(state: Mapping[str, np.ndarray], config: ClipConfig, layout: Layo
         node[path[-1]] = np.ascontiguousarray(value, np.float32).reshape(shape)
     if missing:
         raise ValueError(f"missing {_some(dict.fromkeys(missing))}")
-    unknown = [k for k in state if k not in used and not _IGNORED.fullmatch(k)]
+    unknown = [k for k in state if k not in used and not IGNORED.fullmatch(k)]
     if unknown:
         raise ValueError(f"unknown tensors {_some(unknown)}: not a CLIP of this architecture")
     return out
@@ -126,15 +126,11 @@ def to_state(variables: Mapping, config: ClipConfig, layout: Layout) -> dict[str
     arrays = _flatten({k: unstack_layers(v) for k, v in variables.items() if v})
     template = _template(config)
     for odd in template.keys() ^ arrays.keys():
-        raise ValueError(
-            f"{'/'.join(odd)} is {'missing' if odd in template else 'unknown'}: another config's?"
-        )
+        raise ValueError(f"{'/'.join(odd)} is {'missing' if odd in template else 'unknown'}: another config's?")
     state: dict = {}
     for path, value in arrays.items():
         if np.shape(value) != template[path]:
-            raise ValueError(
-                f"{'/'.join(path)} has shape {np.shape(value)}; the config needs {template[path]}"
-            )
+            raise ValueError(f"{'/'.join(path)} has shape {np.shape(value)}; the config needs {template[path]}")
         place = layout("/".join(path[1:]), len(template[path]))
         value = np.asarray(value, np.float32)
         value = value.transpose(place.axes) if place.axes else value

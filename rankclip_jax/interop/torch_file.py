@@ -92,9 +92,7 @@ class _Tensor:
             return np.zeros(self.shape, self.storage.dtype)
         flat = flat.view(self.storage.dtype)[self.offset :]
         strides = [s * flat.itemsize for s in self.strides]
-        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, self.shape, strides)).reshape(
-            self.shape
-        )
+        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, self.shape, strides)).reshape(self.shape)
 
 
 class _Module:
@@ -178,9 +176,7 @@ def _state_dict(obj: Any) -> dict[str, _Tensor]:
         obj = obj["state_dict"]
     tensors = {k: v for k, v in obj.items() if isinstance(v, _Tensor)} if isinstance(obj, dict) else {}
     if not tensors:
-        found = (
-            f"a dict with keys {', '.join(map(str, list(obj)[:8]))}" if isinstance(obj, dict) else type(obj)
-        )
+        found = f"a dict with keys {', '.join(map(str, list(obj)[:8]))}" if isinstance(obj, dict) else type(obj)
         raise _RefusedError(f"no state dict: found {found}")
     return tensors
 

@@ -19,9 +19,7 @@ _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bi
 _HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 
-def read(
-    path: str | Path, config: ClipConfig | None = None, activation: str = "quick_gelu"
-) -> tuple[ClipConfig, dict]:
+def read(path: str | Path, config: ClipConfig | None = None, activation: str = "quick_gelu") -> tuple[ClipConfig, dict]:
     """Read a CLIP from a file or folder, whoever wrote it.
 
     path: a Hugging Face folder (config.json and model.safetensors, sharded, or pytorch_model.bin), an
@@ -116,7 +114,7 @@ def _read_state(path: Path) -> dict[str, np.ndarray]:
         except (safetensors.SafetensorError, KeyError) as e:
             raise ValueError(f"{path.name} is damaged or truncated ({e})") from e
     raise ValueError(
-        f"{path.name} is neither safetensors nor a PyTorch archive (if it is older than PyTorch 1.6, load and "
+        f"{path.name} is neither safetensors nor a PyTorch archive (if older than PyTorch 1.6, load and "
         "save it again with a newer PyTorch)"
     )
 
