@@ -3,8 +3,8 @@
     python -m benchmarks.loss_scaling [--batch 32768] [--devices 1 8 64 256] [--topologies v5e:4x4 ...]
 
 --devices compiles for that many fake CPU devices; --topologies compiles for real TPUs ahead of time, which
-needs libtpu (`pip install "jax[tpu]"`) but no TPU. Each program is compiled in a process of its own: the device
-count is fixed when JAX starts, and libtpu locks a file.
+needs libtpu (`pip install "jax[tpu]"`) but no TPU. Each program is compiled in a process of its own: the
+device count is fixed when JAX starts, and libtpu locks a file.
 """
 
 import argparse
@@ -89,9 +89,7 @@ def _run_child(target: str, batch: int):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=32768)
     parser.add_argument("--devices", nargs="*", default=["1", "8", "64", "256"])
     parser.add_argument("--topologies", nargs="*", default=["v5e:4x4", "v5e:16x16", "v5p:4x4x8"])
@@ -99,9 +97,7 @@ def main():
     args = parser.parse_args()
     if args.child:
         return _run_child(args.child, args.batch)
-    print(
-        f"B = {args.batch:,}, D = {WIDTH}, float32, forward and backward of clip, in-modal and cross-modal\n"
-    )
+    print(f"B = {args.batch:,}, D = {WIDTH}, float32, forward and backward of clip, in-modal and cross-modal\n")
     print("| target | devices | temporary MB a device | collectives a step |")
     print("|---|---|---|---|")
     for target in (*args.devices, *args.topologies):
@@ -113,9 +109,7 @@ def main():
         for kind, size in got["collectives"]:
             kinds.setdefault((kind, size), []).append(size)
         moved = ", ".join(
-            f"{len(sizes)} {kind} of {size / 2**20:.3g} MB"
-            if size > 1000
-            else f"{len(sizes)} {kind} of {size} B"
+            f"{len(sizes)} {kind} of {size / 2**20:.3g} MB" if size > 1000 else f"{len(sizes)} {kind} of {size} B"
             for (kind, size), sizes in sorted(kinds.items())
         )
         name = f"CPU x {target}" if target.isdigit() else target

@@ -31,9 +31,7 @@ def embeddings(batch: int) -> tuple[np.ndarray, np.ndarray]:
     """Pairs as a trained model has them: the text is half its image, half its own."""
     rng = np.random.default_rng(0)
     img, noise = rng.normal(size=(2, batch, D))
-    return tuple(
-        (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32) for z in (img, img + noise)
-    )
+    return tuple((z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32) for z in (img, img + noise))
 
 
 def _jax_step(terms):
@@ -241,9 +239,7 @@ def speed(batches, rounds, limit_gb, names):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit_gb", type=float, default=12.0)
