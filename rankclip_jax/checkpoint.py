@@ -5,8 +5,6 @@ from pathlib import Path
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from rankclip_jax.errors import InputError
-
 
 class Checkpoints:
     """WORKDIR/checkpoints. A checkpoint appears under its name only when it is complete.
@@ -15,14 +13,15 @@ class Checkpoints:
     """
 
     def __init__(self, workdir, config):
+        self._best = config.best
+        metric = (lambda metrics: metrics[config.best]) if config.best else None
         policies = [keep.LatestN(config.keep)]
         if config.best:
-            policies.append(keep.BestN(get_metric_fn=lambda m: m[config.best], n=1, keep_checkpoints_without_metrics=False))
-        self._best = config.best
-        self._manager = ocp.CheckpointManager(
-            Path(workdir).resolve() / "checkpoints",
-            options=ocp.CheckpointManagerOptions(preservation_policy=keep.AnyPreservationPolicy(policies)),
+            policies.append(keep.BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False))
+        options = ocp.CheckpointManagerOptions(
+            best_fn=metric, preservation_policy=keep.AnyPreservationPolicy(policies)
         )
+        self._manager = ocp.CheckpointManager(Path(workdir).resolve() / "checkpoints", options=options)
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""

@@ -115,13 +115,12 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    given = module.get_config(argument) if argument else module.get_config()
-    changes = {}
+    config = (module.get_config(argument) if argument else module.get_config()).to_dict()
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise InputError(f"--config.{override}: write --config.{override}=VALUE")
-        group = changes
+        group = config
         *parents, last = key.split(".")
         for parent in parents:
             group = group.setdefault(parent, {})
@@ -129,18 +128,17 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
             group[last] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             group[last] = text
-    return complete(given, changes)
+    return complete(config)
 
 
-def complete(*configs: Mapping) -> ConfigDict:
-    """Returns the defaults with each of `configs` merged over what came before.
+def complete(config: Mapping) -> ConfigDict:
+    """Returns the defaults with `config` merged over them.
 
     Raises:
       InputError: a key that does not exist, or a value of another type than the default's.
     """
     merged = default_config()
-    for config in configs:
-        _merge(merged, config, "config")
+    _merge(merged, config, "config")
     for name in merged.eval.zero_shot:
         spec = ConfigDict(ZERO_SHOT_SET)
         _merge(spec, merged.eval.zero_shot[name], f"config.eval.zero_shot.{name}")
