@@ -14,7 +14,7 @@ def get_config(argument: str = "") -> ConfigDict:
     return ConfigDict(
         dict(
             batch_size=128,
-            epochs=16,
+            epochs=10,
             log_every=50,
             loss=dict(objective=arguments.get("objective", "rankclip")),
             model=dict(
