@@ -54,9 +54,7 @@ def embedding_diagnostics(image_embeds, text_embeds, *, sample: int = 256, top_k
         raise ValueError(f"diagnostics need at least 3 pairs, not {n}")
     z_img, z_txt = (jax.lax.stop_gradient(z[:n].astype(jnp.float32)) for z in (image_embeds, text_embeds))
     others = ~jnp.eye(n, dtype=bool)
-    column = jnp.arange(n - 1) + (
-        jnp.arange(n - 1) >= jnp.arange(n)[:, None]
-    )  # every row without its own item
+    column = jnp.arange(n - 1) + (jnp.arange(n - 1) >= jnp.arange(n)[:, None])  # every row without its own item
     ii, tt, it = z_img @ z_img.T, z_txt @ z_txt.T, z_img @ z_txt.T
     in_modal = (jnp.take_along_axis(x, column, axis=1) for x in (ii, tt))
     spearman_in, overlap_in = _agreement(*in_modal, min(top_k, n - 1))
@@ -76,9 +74,7 @@ def embedding_diagnostics(image_embeds, text_embeds, *, sample: int = 256, top_k
     }
 
 
-def gradient_cosine(
-    image_embeds, text_embeds, logit_scale, *, sample: int = 256, **rank_options
-) -> jax.Array:
+def gradient_cosine(image_embeds, text_embeds, logit_scale, *, sample: int = 256, **rank_options) -> jax.Array:
     """Cosine between the gradients of the CLIP loss and of the ranking terms with respect to the embeddings.
 
     Near 1 the ranking terms repeat what CLIP asks for, near 0 they add to it, below 0 they work against it.

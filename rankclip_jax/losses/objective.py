@@ -33,9 +33,7 @@ def _plan(image_embeds, text_embeds, terms, *, mesh, axes, chunk, decay=None, to
             devices *= mesh.shape[axis]
         if image_embeds.shape[0] % devices:
             batch = image_embeds.shape[0]
-            raise ValueError(
-                f"a batch of {batch} does not divide over the {devices} devices of mesh axes {axes}"
-            )
+            raise ValueError(f"a batch of {batch} does not divide over the {devices} devices of mesh axes {axes}")
     return Plan(terms, decay, top_k, keep_self, chunk, mesh, axes or ())
 
 

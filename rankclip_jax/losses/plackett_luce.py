@@ -179,9 +179,7 @@ def plackett_luce_nll(scores, reference, *, decay: str | None = None, top_k: int
     """
     scores, reference = jnp.asarray(scores), jnp.asarray(reference)
     if scores.shape != reference.shape or scores.ndim == 0:
-        raise ValueError(
-            f"scores {scores.shape} and reference {reference.shape} must have one shape (..., n)"
-        )
+        raise ValueError(f"scores {scores.shape} and reference {reference.shape} must have one shape (..., n)")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}: it must be at least 1, or None for the whole list")
     return _nll(scores, lax.stop_gradient(reference), decay, top_k)
