@@ -123,8 +123,11 @@ def _chunk_terms(img_RxD, txt_RxD, img_BxD, txt_BxD, scale, weights, labels_R, p
 
 
 def _chunk_size(rows: int, batch: int, platform: str) -> int:
-    """Rows at a time: half a million scores a matrix on CPU, near the cache; eight million elsewhere."""
-    return max(1, min(rows, (1 << (19 if platform == "cpu" else 23)) // batch))
+    """Rows at a time: half a million scores a matrix on CPU, near the cache; eight million elsewhere.
+
+    At least 64 rows, below which adding up the (B, D) gradients of the chunks costs more than they do.
+    """
+    return min(rows, max(64, (1 << (19 if platform == "cpu" else 23)) // batch))
 
 
 def _local_terms(img_RxD, txt_RxD, img_BxD, txt_BxD, scale, weights, first_row, plan: Plan, with_grad):
