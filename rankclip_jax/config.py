@@ -86,6 +86,7 @@ def default_config() -> ConfigDict:
             ),
             eval=dict(
                 every_epochs=1,
+                diagnostics=False,  # rank agreement, gradient cosine, modality gap ... on the first validation batch
                 zero_shot={},  # name -> fields of ZERO_SHOT_SET
             ),
             checkpoint=dict(

@@ -11,11 +11,12 @@ import signal
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from rankclip_jax import config as configs
-from rankclip_jax import metrics, models, optim, sharding
+from rankclip_jax import losses, metrics, models, optim, sharding
 from rankclip_jax import step as steps
 from rankclip_jax.checkpoint import Checkpoints
 from rankclip_jax.errors import InputError
@@ -62,7 +63,10 @@ class Run:
         return np.concatenate(parts)
 
     def validation(self, state) -> dict[str, float]:
-        """Mean of the loss's parts over the whole batches of config.data.val; empty without one."""
+        """Mean of the loss's parts over the whole batches of config.data.val; empty without one.
+
+        With config.eval.diagnostics also how the first batch's embeddings lie (losses/diagnostics.py).
+        """
         from input_pipeline import pipeline, sources
 
         config = self.config
@@ -74,14 +78,18 @@ class Run:
         batches = pipeline.eval_batches(
             source, batch_size=self.local_batch, image_side=self.side, process=self.process
         )
-        parts = []
+        parts, numbers = [], {}
         for _ in range(source.size // config.batch_size):
             batch = next(batches)
             tokens = self.tokenizer(batch["caption"], self.context_length)
+            if config.eval.diagnostics and not parts:
+                z = self.encode_images(state, batch["image"]), self.encode_texts(state, batch["caption"])
+                numbers = _diagnostics(*z, jnp.exp(state.params["logit_scale"]))
             parts.append(
                 self._val_step(state, steps.to_devices({"image": batch["image"], "tokens": tokens}, self.mesh))
             )
-        return {f"val/{key}": float(np.mean([float(part[key]) for part in parts])) for key in parts[0]}
+        numbers |= {key: np.mean([float(part[key]) for part in parts]) for key in parts[0]}
+        return {f"val/{key}": float(value) for key, value in numbers.items()}
 
     def zero_shot(self, state) -> dict[str, dict[str, float]]:
         """Results of every set of config.eval.zero_shot."""
@@ -100,6 +108,12 @@ class Run:
                 templates or list(zero_shot.DEFAULT_TEMPLATES),
             )
         return results
+
+
+@jax.jit
+def _diagnostics(z_img_BxD, z_txt_BxD, scale) -> dict:
+    cosine = losses.gradient_cosine(z_img_BxD, z_txt_BxD, scale)
+    return losses.embedding_diagnostics(z_img_BxD, z_txt_BxD) | {"gradient_cosine": cosine}
 
 
 def build_model(config: ConfigDict, tokenizer: Tokenizer):

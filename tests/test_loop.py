@@ -28,6 +28,7 @@ SMALL = [
     "--config.model.vision={'layers':(1,1),'width':8,'stem':'small'}",
     "--config.model.text={'layers':1,'width':32,'heads':2}",
     "--config.checkpoint.every_steps=2",
+    "--config.eval.diagnostics=True",
 ]
 
 
@@ -65,7 +66,9 @@ def test_a_run_leaves_what_the_contract_names(trained):
     last = [row for row in rows if "loss" in row][-1]
     assert {"clip", "rank_in_modal", "rank_cross_modal", "grad_norm", "logit_scale", "learning_rate"} <= last.keys()
     evaluated = [row for row in rows if "zero_shot/seen/top1" in row]
-    assert [row["step"] for row in evaluated] == [6, 12, 18] and "val/clip" in evaluated[0]
+    assert [row["step"] for row in evaluated] == [6, 12, 18]
+    assert {"val/clip", "val/spearman_in_modal", "val/gradient_cosine", "val/modality_gap"} <= evaluated[0].keys()
+    assert -1 <= evaluated[0]["val/gradient_cosine"] <= 1
     assert re.search(r"step 18/18 .* images/s .* left", output)
 
 
