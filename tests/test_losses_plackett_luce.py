@@ -29,9 +29,7 @@ def check(scores, reference, **options):
         assert oracle.relative(grad[row], want_grad) < GRADIENT
 
 
-@pytest.mark.parametrize(
-    ("n", "spread"), [(1, 1), (2, 1), (2, 30), (7, 100), (300, 1), (300, 100), (300, 1000)]
-)
+@pytest.mark.parametrize(("n", "spread"), [(1, 1), (2, 1), (2, 30), (7, 100), (300, 1), (300, 100), (300, 1000)])
 def test_equals_float64(n, spread):
     rng = np.random.default_rng(n)
     scores = rng.uniform(-spread, spread, (5, n)).astype(np.float32)
@@ -47,9 +45,7 @@ def test_long_lists(spread):
     check(scores, np.stack([scores[0], rng.normal(size=4096)]).astype(np.float32))
 
 
-@pytest.mark.parametrize(
-    "options", [{"decay": "log"}, {"top_k": 1}, {"top_k": 9}, {"top_k": 9, "decay": "log"}]
-)
+@pytest.mark.parametrize("options", [{"decay": "log"}, {"top_k": 1}, {"top_k": 9}, {"top_k": 9, "decay": "log"}])
 @pytest.mark.parametrize("spread", [1, 100, 1000])
 def test_decay_and_top_k(options, spread):
     rng = np.random.default_rng(1)
@@ -60,9 +56,7 @@ def test_decay_and_top_k(options, spread):
 def test_top_k_of_the_whole_list_is_the_whole_list():
     rng = np.random.default_rng(2)
     scores, reference = rng.normal(size=(2, 4, 30)).astype(np.float32)
-    np.testing.assert_array_equal(
-        plackett_luce_nll(scores, reference, top_k=30), plackett_luce_nll(scores, reference)
-    )
+    np.testing.assert_array_equal(plackett_luce_nll(scores, reference, top_k=30), plackett_luce_nll(scores, reference))
 
 
 def test_spelled_out():
@@ -205,9 +199,7 @@ def test_host_sort_survives_many_devices_and_queued_steps():
         total = lax.scan(step, 0, jnp.arange(3))[0]
         return lax.psum(total, "data")
 
-    f = jax.jit(
-        jax.shard_map(body, mesh=mesh, in_specs=rows, out_specs=jax.sharding.PartitionSpec(), check_vma=False)
-    )
+    f = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=rows, out_specs=jax.sharding.PartitionSpec(), check_vma=False))
     x = np.random.default_rng(9).normal(size=(256, 2048)).astype(np.float32)
     totals = [f(x) for _ in range(4)]
     want = 3 * (x.argmax(1) + x.argmin(1)).sum()
