@@ -47,6 +47,7 @@ def default_config() -> ConfigDict:
                 schedule="ramp",  # ramp: 0 to 2 over the epochs (released code) | constant: 1 (arXiv v2)
                 decay=None,  # None | "log": list position k weighs 1 / log(k + 1) (arXiv v2)
                 top_k=None,  # count only the first k positions of every list
+                keep_self=True,  # keep an item in its own in-modal lists, as the authors do
             ),
             model=dict(
                 name="ViT-B/32",  # a preset of rankclip_jax/models/presets.py

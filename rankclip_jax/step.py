@@ -116,6 +116,7 @@ def _objective(z_img_BxD, z_txt_BxD, scale, loss_config, weight, mesh):
         lambda_cross=loss_config.lambda_cross,
         decay=loss_config.decay,
         top_k=loss_config.top_k,
+        keep_self=loss_config.keep_self,
         mesh=mesh,
         axes=("data",),
     )
