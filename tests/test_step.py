@@ -56,7 +56,7 @@ def test_eight_devices_equal_one(name):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # global statistics, not each device's own
 
 
-@pytest.mark.parametrize("name", ["ViT-tiny", "RN-tiny"])
+@pytest.mark.parametrize("name", [pytest.param("ViT-tiny", marks=pytest.mark.slow), "RN-tiny"])
 def test_gradients_of_eight_devices_equal_those_of_one(name):
     # Adam's first moment after one step is 0.1 times the gradient.
     moments = []
@@ -89,6 +89,7 @@ def test_the_weight_ramps_over_epochs_and_the_loss_is_the_weighted_sum():
         assert numbers["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss, parts",
     [
