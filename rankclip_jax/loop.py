@@ -11,7 +11,6 @@ import signal
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -22,6 +21,8 @@ from rankclip_jax.checkpoint import Checkpoints
 from rankclip_jax.errors import InputError
 from rankclip_jax.evaluation import zero_shot
 from rankclip_jax.tokenizer import Tokenizer
+
+_ON_CONSOLE = ("loss", "clip", "rank_in_modal", "rank_cross_modal", "grad_norm", "logit_scale", "learning_rate")
 
 
 class Preempted(Exception):  # noqa: N818 -- not an error: the run was asked to stop, saved, and can go on
@@ -84,7 +85,7 @@ class Run:
             tokens = self.tokenizer(batch["caption"], self.context_length)
             if config.eval.diagnostics and not parts:
                 z = self.encode_images(state, batch["image"]), self.encode_texts(state, batch["caption"])
-                numbers = _diagnostics(*z, jnp.exp(state.params["logit_scale"]))
+                numbers = _diagnostics(*z, np.exp(float(state.params["logit_scale"])))
             parts.append(
                 self._val_step(state, steps.to_devices({"image": batch["image"], "tokens": tokens}, self.mesh))
             )
@@ -182,34 +183,38 @@ def train(config: ConfigDict, workdir) -> None:
     recorder = _Recorder(run, optim.learning_rate(config.optim, total_steps), start, total_steps, steps_per_epoch)
     tensorboard = metric_writers.SummaryWriter(str(workdir))
     recorder.writers.append(tensorboard.write_scalars)
-    terminated = _watch_sigterm()
     parameters = sum(p.size for p in jax.tree.leaves(state.params))
     print(
         f"training {config.model.name} ({parameters:,} parameters) with {config.loss.objective} on {source.size:,} "
         f"samples: {total_steps} steps of {config.batch_size} on {jax.device_count()} {jax.default_backend()} device(s)"
     )
 
-    for step in range(start + 1, total_steps + 1):
-        batch = steps.to_devices(next(batches), run.mesh)
-        state, numbers = train_step(state, batch)
-        recorder.take(step, numbers)
-        epoch_ends = step % steps_per_epoch == 0 or step == total_steps
-        epoch = -(-step // steps_per_epoch)
-        saves = config.checkpoint.every_steps
-        results = {}
-        if epoch_ends and (step == total_steps or epoch % config.eval.every_epochs == 0):
-            results = recorder.evaluate(step, state)
-        if epoch_ends or terminated or (saves and step % saves == 0):
-            recorder.flush()  # raises on a loss that is not finite, before a bad state is saved
-            checkpoints.save(step, state, batches.position, results)
-        if terminated:
-            checkpoints.close()
-            raise Preempted(f"SIGTERM: saved step {step} in {workdir}; the same command goes on from there")
-    checkpoints.close()
+    try:
+        _run_steps(run, state, train_step, batches, recorder, checkpoints, range(start + 1, total_steps + 1))
+    finally:
+        checkpoints.close()  # also on an error: what was being saved is good
     tensorboard.close()
     if batches.bad.count:
         print(f"{batches.bad.count} bad samples were passed over; {workdir / 'bad_samples.jsonl'} names them")
     print(f"curves: {metrics.plot_curves(workdir)}")
+
+
+def _run_steps(run, state, train_step, batches, recorder, checkpoints, step_range) -> None:
+    config, terminated = run.config, _watch_sigterm()
+    for step in step_range:
+        state, numbers = train_step(state, steps.to_devices(next(batches), run.mesh))
+        recorder.take(step, numbers)
+        last = step == step_range[-1]
+        epoch_ends = last or step % recorder.steps_per_epoch == 0
+        saves = epoch_ends or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0)
+        results = {}
+        if epoch_ends and (last or (step // recorder.steps_per_epoch) % config.eval.every_epochs == 0):
+            results = recorder.evaluate(step, state)
+        if saves or terminated:
+            recorder.flush()  # raises on a loss that is not finite, before a bad state is saved
+            checkpoints.save(step, state, batches.position, results)
+        if terminated:
+            raise Preempted(f"SIGTERM: saved step {step} in {run.workdir}; the same command goes on from there")
 
 
 def evaluate(config: ConfigDict, workdir) -> dict:
@@ -237,7 +242,7 @@ class _Recorder:
     """Reads metrics one step late, so that the accelerator never waits for the host, and writes them down."""
 
     def __init__(self, run: Run, rate, start: int, total_steps: int, steps_per_epoch: int):
-        self._run, self._rate, self._steps_per_epoch = run, rate, steps_per_epoch
+        self._run, self._rate, self.steps_per_epoch = run, rate, steps_per_epoch
         self._total = total_steps
         self._progress = metrics.Progress(start, total_steps, run.config.batch_size)
         self._pending = None
@@ -262,8 +267,9 @@ class _Recorder:
         if step % self._run.config.log_every and step not in (1, self._total):
             return
         numbers = {k: float(v) for k, v in numbers.items()} | {"learning_rate": float(self._rate(step - 1))}
-        epoch = -(-step // self._steps_per_epoch)
-        line, images_per_second = self._progress.line(step, epoch, numbers)
+        epoch = -(-step // self.steps_per_epoch)
+        shown = {key: numbers[key] for key in _ON_CONSOLE if key in numbers}
+        line, images_per_second = self._progress.line(step, epoch, shown)
         print(line, flush=True)
         self._write(step, numbers | {"images_per_second": round(images_per_second, 1)})
 
