@@ -8,6 +8,7 @@ import numpy as np
 
 from rankclip_jax.errors import InputError
 
+
 def augment(caption: str, rng: np.random.Generator, synonyms: Mapping[str, Sequence[str]] | None = None) -> str:
     """One random edit of a caption; each edit that is possible is equally likely.
 
