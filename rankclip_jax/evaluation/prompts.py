@@ -1,0 +1,99 @@
+"""What classes are called and how they are put into sentences: part of a zero-shot protocol, so named and written down.
+
+A protocol is a JSON file of `protocols/`: for each data set a table from the set's own label names (ImageNet: WordNet
+ids), in the order of its builder in tensorflow-datasets, to the names that prompts use, and the prompts. Keyed by name,
+a table is right in whatever order a source numbers its classes.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+
+from rankclip_jax.errors import InputError
+
+PROTOCOLS = ("openai", "simple")
+_FOLDER = Path(__file__).parent / "protocols"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Classes of a set as the text tower sees them.
+
+    Attributes:
+      names: C class names.
+      templates: prompts, each with {} where the name goes.
+      class_of_label: int32 (labels,): the class of each label of the source, -1 where the protocol leaves it out.
+      keys: C label names as the set spells them; they tell classes apart where two names are the same.
+    """
+
+    names: list[str]
+    templates: list[str]
+    class_of_label: np.ndarray
+    keys: list[str]
+
+
+def plain(names: list[str], templates: list[str] | None = None) -> Prompts:
+    """Names and prompts as given, one class a label; without prompts: "a photo of a {}."."""
+    templates = templates or load_protocol("simple")["templates"]
+    for template in templates:
+        if "{}" not in template:
+            raise InputError(f"the prompt {template!r} has no {{}} where the class name goes")
+    return Prompts(list(names), list(templates), np.arange(len(names), dtype=np.int32), list(names))
+
+
+def from_protocol(protocol: str, set_name: str, label_names: list[str]) -> Prompts:
+    """Classes of `set_name` by a named protocol.
+
+    Args:
+      protocol: one of PROTOCOLS.
+      set_name: the set's name in the protocol's file, for example "imagenet_a".
+      label_names: the source's label names in label order; "0", "1" ... where it knows only numbers, which then
+        are taken to be in the protocol's (TFDS's) order.
+
+    Raises:
+      InputError: unknown protocol or set, or a label name that its table lacks.
+    """
+    table, only, templates = _set_of(protocol, set_name)
+    if label_names == [str(i) for i in range(len(label_names))]:
+        if len(label_names) != len(table):
+            raise InputError(
+                f"{set_name} has {len(label_names)} numbered classes, but protocol {protocol!r} names {len(table)}"
+            )
+        label_names = list(table)
+    unknown = [name for name in label_names if name not in table]
+    if unknown:
+        raise InputError(
+            f"protocol {protocol!r} knows no class {unknown[0]!r} of {set_name}; its classes are {', '.join(table)[:80]}"
+            " ...; give the names as JSON (classes=FILE.json) instead"
+        )
+    keys = [name for name in label_names if only is None or name in only]
+    class_of = {key: number for number, key in enumerate(keys)}
+    class_of_label = np.array([class_of.get(name, -1) for name in label_names], np.int32)
+    return Prompts([table[key] for key in keys], list(templates), class_of_label, keys)
+
+
+def _set_of(protocol, set_name) -> tuple[dict, frozenset | None, list]:
+    data = load_protocol(protocol)
+    names = load_protocol(data["names_of"]) if "names_of" in data else data
+    sets = names["sets"]
+    if set_name not in sets:
+        raise InputError(f"protocol {protocol!r} has no set {set_name!r}; it has {', '.join(sorted(sets))}")
+    entry = sets[set_name]
+    whole = sets[entry.get("same_as", set_name)]
+    only = frozenset(entry["only"]) if "only" in entry else None
+    return whole["classes"], only, data.get("templates") or whole["templates"]
+
+
+@functools.cache
+def load_protocol(protocol: str) -> dict:
+    """The JSON of a named protocol.
+
+    Raises:
+      InputError: there is none of that name.
+    """
+    if protocol not in PROTOCOLS:
+        raise InputError(f"no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}, or give JSON files")
+    return json.loads((_FOLDER / f"{protocol}.json").read_text(encoding="utf-8"))
