@@ -31,7 +31,8 @@ class Progress:
 
     def _show(self, end):
         self._shown = time.monotonic()
-        text = line(self._what, self._done, self._total, self._unit, self._done - self._first, self._shown - self._start)
+        new, seconds = self._done - self._first, self._shown - self._start
+        text = line(self._what, self._done, self._total, self._unit, new, seconds)
         text += f" · {self._note}" if self._note else ""
         # \x1b[K clears what is left of a longer line before.
         print(f"\r{text}\x1b[K" if self._terminal else text, end=end, file=sys.stderr, flush=True)
