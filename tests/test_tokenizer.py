@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,30 @@ def test_a_long_caption_keeps_its_end_and_an_empty_one_has_both(trained):
     long, empty = trained(["cat " * 100, ""], 12)
     assert long[-1] == trained.eot_id and long[0] == empty[0]
     assert empty[1] == trained.eot_id and (empty[2:] == 0).all()
+
+
+def test_threads_with_different_lengths_do_not_disturb_each_other(trained):
+    def encode(length):
+        return [trained(CAPTIONS, length) for _ in range(30)]
+
+    with ThreadPoolExecutor(3) as pool:
+        for length, several in zip((8, 16, 32), pool.map(encode, (8, 16, 32)), strict=True):
+            assert all(np.array_equal(ids, trained(CAPTIONS, length)) for ids in several)
+
+
+def test_lengths_count_what_a_long_context_would_hold(trained):
+    texts = ["", "a cat", "two dogs on a beach " * 50, "&amp;", "🙂"]
+    ends = [ids.tolist().index(trained.eot_id) for ids in trained(texts, 2000)]
+    assert trained.lengths(texts).tolist() == [end + 1 for end in ends]
+    assert trained.lengths([]).shape == (0,)
+
+
+@pytest.mark.parametrize("unit", ["x", "a cat ", "日本語 ", "&amp;amp; ", "Ã©t ", " ", "\0"])
+def test_the_start_of_a_very_long_caption_decides_its_tokens(trained, unit):
+    text = unit * (300_000 // len(unit.encode()))
+    uncut = trained._hf.encode(clean(text)).ids
+    expected = [*uncut[:15], trained.eot_id] if len(uncut) > 16 else uncut + [0] * (16 - len(uncut))
+    assert trained([text], 16)[0].tolist() == expected
 
 
 def test_any_text_can_be_encoded(trained):
