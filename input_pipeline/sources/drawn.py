@@ -1,0 +1,28 @@
+"""The built-in demo set, drawn on the fly (input_pipeline/shapes.py)."""
+
+import numpy as np
+import tensorflow as tf
+
+from input_pipeline import shapes
+from input_pipeline.sources.source import Source
+from rankclip_jax.errors import InputError
+
+
+def open_drawn(path, side: int, split: str) -> Source:
+    if path in ("seen", "held_out"):
+        split, size = path, 16 * len(shapes.SEEN if path == "seen" else shapes.HELD_OUT)
+    elif isinstance(path, int) and path > 0:
+        size = path
+    else:
+        raise InputError(f"shapes: give a number of scenes, or seen or held_out; got {path!r}")
+
+    def read(row):
+        def draw(row):
+            image, caption, label = shapes.draw(split, int(row), side)
+            return image, caption.encode(), np.int32(label)
+
+        image, caption, label = tf.numpy_function(draw, [row], (tf.uint8, tf.string, tf.int32))
+        return {"image": tf.ensure_shape(image, (side, side, 3)), "caption": caption, "label": label}
+
+    captions = lambda: (shapes.draw(split, row, 8)[1] for row in range(min(size, 10_000)))  # noqa: E731
+    return Source(size, read, lambda row: f"shapes {split} scene {row}", captions)
