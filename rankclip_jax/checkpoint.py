@@ -1,7 +1,11 @@
 """Checkpoints of a run: the state and the place in the data, written in the background, the best one kept."""
 
+import contextlib
+import logging
 from pathlib import Path
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
@@ -50,3 +54,43 @@ class Checkpoints:
         """Waits until everything is written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def read_variables(workdir, best: str | None) -> tuple[int, dict] | None:
+    """(step, {"params", "batch_stats"} as NumPy arrays) of the best checkpoint by the metric `best`, or the newest.
+
+    None without a complete checkpoint. Reads no optimiser state, writes nothing, and needs no device.
+    """
+    folder = Path(workdir).resolve() / "checkpoints"
+    if not folder.is_dir():
+        return None
+    metric = (lambda metrics: metrics[best]) if best else None
+    with _quiet():
+        options = ocp.CheckpointManagerOptions(read_only=True, best_fn=metric)
+        with ocp.CheckpointManager(folder, options=options) as manager:
+            step = (manager.best_step() if best else None) or manager.latest_step()
+        if step is None:
+            return None
+        return step, _read_arrays(folder / str(step) / "state", ("params", "batch_stats"))
+
+
+def _read_arrays(folder: Path, names) -> dict:
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.metadata(folder).item_metadata.tree
+        wanted = {name: tree[name] for name in names if tree.get(name)}
+        numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        return reader.restore(
+            folder, args=ocp.args.PyTreeRestore(item=wanted, restore_args=numpy, partial_restore=True)
+        )
+
+
+@contextlib.contextmanager
+def _quiet():
+    # Orbax warns four times about what was asked for: to read only, and only a part.
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -9,6 +9,12 @@ import numpy as np
 from rankclip_jax.models import ClipConfig, ResNetConfig, TextConfig, VitConfig
 
 
+def from_ours(fields: Mapping) -> ClipConfig:
+    """The inverse of `dataclasses.asdict(config)`."""
+    vision = (ResNetConfig if "stem" in fields["vision"] else VitConfig)(**fields["vision"])
+    return ClipConfig(**{**fields, "vision": vision, "text": TextConfig(**fields["text"])})
+
+
 def from_weights(state: Mapping[str, np.ndarray], activation: str = "quick_gelu") -> ClipConfig:
     """The architecture of an OpenAI state dict, read from its shapes.
 

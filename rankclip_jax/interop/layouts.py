@@ -88,10 +88,10 @@ def from_state(state: Mapping[str, np.ndarray], config: ClipConfig, layout: Layo
 
     Raises ValueError, one line, naming the tensors that are missing, unknown, or of another shape.
     """
-    template = _template(config)
+    shapes = template(config)
     used, missing, fused = set(), [], {}
     out: dict = {}
-    for (collection, *path), shape in template.items():
+    for (collection, *path), shape in shapes.items():
         place = layout("/".join(path), len(shape))
         used.add(place.key)
         if place.key not in state:
@@ -124,14 +124,14 @@ def to_state(variables: Mapping, config: ClipConfig, layout: Layout) -> dict[str
     Raises ValueError naming a parameter that is missing, unknown, or of another shape.
     """
     arrays = _flatten({k: unstack_layers(v) for k, v in variables.items() if v})
-    template = _template(config)
-    for odd in template.keys() ^ arrays.keys():
-        raise ValueError(f"{'/'.join(odd)} is {'missing' if odd in template else 'unknown'}: another config's?")
+    shapes = template(config)
+    for odd in shapes.keys() ^ arrays.keys():
+        raise ValueError(f"{'/'.join(odd)} is {'missing' if odd in shapes else 'unknown'}: another config's?")
     state: dict = {}
     for path, value in arrays.items():
-        if np.shape(value) != template[path]:
-            raise ValueError(f"{'/'.join(path)} has shape {np.shape(value)}; the config needs {template[path]}")
-        place = layout("/".join(path[1:]), len(template[path]))
+        if np.shape(value) != shapes[path]:
+            raise ValueError(f"{'/'.join(path)} has shape {np.shape(value)}; the config needs {shapes[path]}")
+        place = layout("/".join(path[1:]), len(shapes[path]))
         value = np.asarray(value, np.float32)
         value = value.transpose(place.axes) if place.axes else value
         if place.part is None:
@@ -141,7 +141,8 @@ def to_state(variables: Mapping, config: ClipConfig, layout: Layout) -> dict[str
     return {k: np.array(np.concatenate(v) if isinstance(v, list) else v, order="C") for k, v in state.items()}
 
 
-def _template(config: ClipConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+def template(config: ClipConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Path, such as ('params', 'visual', 'proj'), -> shape of every array of the model, unrolled."""
     model = CLIP(config)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))
     return {path: x.shape for path, x in _flatten(shapes).items()}

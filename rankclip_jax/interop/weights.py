@@ -10,9 +10,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from rankclip_jax.interop import architecture, layouts
+from rankclip_jax.interop import architecture, layouts, orbax_folder
 from rankclip_jax.interop.torch_file import read_torch_file
-from rankclip_jax.models import ClipConfig, ResNetConfig, TextConfig, VitConfig
+from rankclip_jax.models import ClipConfig
 
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -24,8 +24,8 @@ def read(path: str | Path, config: ClipConfig | None = None, activation: str = "
 
     path: a Hugging Face folder (config.json and model.safetensors, sharded, or pytorch_model.bin), an
         open_clip folder (open_clip_config.json), or a file: OpenAI's `.pt` (TorchScript or state dict), a
-        checkpoint of the RankCLIP code or of open_clip, a `.safetensors` of either layout. A config file
-        that lies beside a file is used.
+        checkpoint of the RankCLIP code or of open_clip, a `.safetensors` of either layout; or a folder of
+        `write_orbax`. A config file that lies beside a file is used.
     config: overrides what config files and shapes say. activation: for files that nothing describes
         ('quick_gelu' as OpenAI and RankCLIP train; open_clip's own models mostly have 'gelu').
 
@@ -37,8 +37,10 @@ def read(path: str | Path, config: ClipConfig | None = None, activation: str = "
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    folder, weights = (path, _weights_in(path)) if path.is_dir() else (path.parent, path)
     try:
+        if (path / orbax_folder.CONFIG).is_file():
+            return orbax_folder.read_orbax(path)
+        folder, weights = (path, _weights_in(path)) if path.is_dir() else (path.parent, path)
         state = _without_wrappers(_read_state(weights))
         hugging_face = any(k.startswith(("vision_model.", "text_model.")) for k in state)
         if config is None:
@@ -132,13 +134,8 @@ def _config_in(folder: Path, hugging_face: bool) -> ClipConfig | None:
     if hugging_face:
         return architecture.from_hugging_face(described)
     if "rankclip_jax" in described:
-        return _ours(described["rankclip_jax"])
+        return architecture.from_ours(described["rankclip_jax"])
     return architecture.from_open_clip(described["model_cfg"])
-
-
-def _ours(fields: dict) -> ClipConfig:
-    vision = (ResNetConfig if "stem" in fields["vision"] else VitConfig)(**fields["vision"])
-    return ClipConfig(**{**fields, "vision": vision, "text": TextConfig(**fields["text"])})
 
 
 def _read_json(path: Path) -> dict:
