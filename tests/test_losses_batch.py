@@ -204,7 +204,7 @@ def test_nothing_but_embeddings_moves_between_devices(top_k):
     batch, width = img.shape
     f = jax.jit(jax.value_and_grad(lambda *a: objective_loss(*a, mesh=mesh, top_k=top_k)[0], (0, 1, 2)))
     moved = sorted(collectives(f.lower(img, txt, 30.0).compile()))
-    scalars = 4  # three terms and the gradient of the scale
+    scalars = 5  # three terms, the gradients of the scale and of the bias
     assert moved == sorted(
         [("all-gather", (batch, width))] * 2
         + [("reduce-scatter", (batch // 8, width))] * 2
@@ -260,5 +260,11 @@ def test_errors():
         rank_consistency(img, txt, 1.0, top_k=0)
     with pytest.raises(ValueError, match="chunk=0"):
         clip_loss(img, txt, 1.0, chunk=0)
-    with pytest.raises(ValueError, match="objective='siglip'"):
-        objective_loss(img, txt, 1.0, objective="siglip")
+    with pytest.raises(ValueError, match="objective='blip'"):
+        objective_loss(img, txt, 1.0, objective="blip")
+    with pytest.raises(ValueError, match="no term 'rank'"):
+        objective_loss(img, txt, 1.0, terms={"rank": 1.0})
+    with pytest.raises(ValueError, match="every weight is zero"):
+        objective_loss(img, txt, 1.0, objective="siglip", terms={"siglip": 0})
+    with pytest.raises(ValueError, match="form='fast'"):
+        rank_consistency(img, txt, 1.0, form="fast")

@@ -1,7 +1,14 @@
 """Losses: pure functions of arrays, float32 in log space whatever comes in."""
 
 from rankclip_jax.losses.diagnostics import embedding_diagnostics, gradient_cosine
-from rankclip_jax.losses.objective import RankTerms, clip_loss, objective_loss, rank_consistency, rank_weight
+from rankclip_jax.losses.objective import (
+    RankTerms,
+    clip_loss,
+    objective_loss,
+    rank_consistency,
+    rank_weight,
+    siglip_loss,
+)
 from rankclip_jax.losses.plackett_luce import plackett_luce_nll
 
 __all__ = [
@@ -13,4 +20,5 @@ __all__ = [
     "plackett_luce_nll",
     "rank_consistency",
     "rank_weight",
+    "siglip_loss",
 ]

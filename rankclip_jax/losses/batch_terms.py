@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from rankclip_jax.losses.plackett_luce import first_order_only, list_nll, position_weights
+from rankclip_jax.losses.plackett_luce import first_order_only
+from rankclip_jax.losses.row_terms import MATRICES, row_term
 
 # Scores err by scale * eps, so at logit scale 100 anything below full float32 products (TF32, one or three
 # bfloat16 passes) would break the 1e-5 that the loss promises. bfloat16 embeddings multiply exactly as is.
@@ -25,10 +26,11 @@ _PRECISION = lax.Precision.HIGHEST
 class Plan(NamedTuple):
     """What is static about the computation; hashable, so that it can be a custom_vjp's nondiff argument."""
 
-    terms: tuple[str, ...]  # of "clip", "in_modal", "cross_modal"
+    terms: tuple[str, ...]  # of row_terms.MATRICES
     decay: str | None
     top_k: int | None
     keep_self: bool
+    released: bool  # the ranking terms as the authors' code computes them
     chunk: int | None
     mesh: jax.sharding.Mesh | None
     axes: tuple[str, ...]
@@ -49,77 +51,21 @@ def _mix(grad_RxB, all_BxD, platform):
     return jnp.matmul(grad_RxB, all_BxD.astype(jnp.float32), precision=precision)
 
 
-def _contrastive(logits_RxB, labels_R, with_grad):
-    """Cross-entropy (R,) of each row against its own pair, exact also when it is nearly zero."""
-    is_pair = lax.broadcasted_iota(jnp.int32, logits_RxB.shape, 1) == labels_R[:, None]
-    positive = jnp.sum(jnp.where(is_pair, logits_RxB, 0.0), axis=1)
-    others = jnp.where(is_pair, -jnp.inf, logits_RxB)
-    others_lse = jax.nn.logsumexp(others, axis=1)
-    loss = jax.nn.softplus(others_lse - positive)
-    if not with_grad:
-        return loss, None
-    pair_grad = -jax.nn.sigmoid(others_lse - positive)[:, None]
-    log_total = jnp.logaddexp(others_lse, positive)[:, None]
-    return loss, jnp.where(is_pair, pair_grad, jnp.exp(others - log_total))
-
-
-def _drop_self(x_RxB, labels_R):
-    """(R, B) -> (R, B - 1): each row without its own item, the rest in their order."""
-    column = lax.broadcasted_iota(jnp.int32, (x_RxB.shape[0], x_RxB.shape[1] - 1), 1)
-    return jnp.where(column < labels_R[:, None], x_RxB[:, :-1], x_RxB[:, 1:])
-
-
-def _restore_self(grad_RxM, labels_R):
-    """The transpose of _drop_self: zero for the item itself."""
-    zero = jnp.zeros((grad_RxM.shape[0], 1), jnp.float32)
-    before, after = jnp.concatenate([grad_RxM, zero], 1), jnp.concatenate([zero, grad_RxM], 1)
-    column = lax.broadcasted_iota(jnp.int32, before.shape, 1)
-    label = labels_R[:, None]
-    return jnp.where(column < label, before, jnp.where(column > label, after, 0.0))
-
-
-def _rank_pair(a_RxN, b_RxN, plan: Plan, with_grad):
-    """Both directions of one term: the rows' mean nll, summed (scalar), and the gradients of a and b."""
-    n = a_RxN.shape[1]
-    weights = position_weights(n, plan.decay)
-    kept = max(1, n if plan.top_k is None else min(plan.top_k, n))
-    loss, grads = 0.0, []
-    for scores, reference in ((a_RxN, b_RxN), (b_RxN, a_RxN)):
-        nll, grad = list_nll(scores, reference, weights, plan.top_k, plan.platform, with_grad)
-        loss += jnp.sum(nll) / (2 * kept)
-        grads.append(grad / (2 * kept) if with_grad else None)
-    return loss, grads
-
-
-def _chunk_terms(img_RxD, txt_RxD, img_BxD, txt_BxD, scale, weights, labels_R, plan: Plan, with_grad):
-    """Sums over one chunk of rows: {term: scalar}; and the weighted gradients of the four score matrices."""
-    sums, g = {}, dict.fromkeys(("ii", "tt", "it", "ti"))
-
-    def add(name, weight, grad):
-        g[name] = weight * grad if g[name] is None else g[name] + weight * grad
-
-    if "in_modal" in plan.terms:
-        ii, tt = scale * _scores(img_RxD, img_BxD), scale * _scores(txt_RxD, txt_BxD)
-        if not plan.keep_self:
-            ii, tt = _drop_self(ii, labels_R), _drop_self(tt, labels_R)
-        sums["in_modal"], grads = _rank_pair(ii, tt, plan, with_grad)
-        if with_grad:
-            for name, grad in zip(("ii", "tt"), grads, strict=True):
-                add(name, weights["in_modal"], grad if plan.keep_self else _restore_self(grad, labels_R))
-    if "clip" in plan.terms or "cross_modal" in plan.terms:
-        it, ti = scale * _scores(img_RxD, txt_BxD), scale * _scores(txt_RxD, img_BxD)
-        if "cross_modal" in plan.terms:
-            sums["cross_modal"], grads = _rank_pair(it, ti, plan, with_grad)
-            if with_grad:
-                for name, grad in zip(("it", "ti"), grads, strict=True):
-                    add(name, weights["cross_modal"], grad)
-        if "clip" in plan.terms:
-            (loss_it, grad_it), (loss_ti, grad_ti) = (_contrastive(x, labels_R, with_grad) for x in (it, ti))
-            sums["clip"] = (jnp.sum(loss_it) + jnp.sum(loss_ti)) / 2
-            if with_grad:
-                add("it", weights["clip"] / 2, grad_it)
-                add("ti", weights["clip"] / 2, grad_ti)
-    return sums, g
+def _chunk_terms(img_RxD, txt_RxD, img_BxD, txt_BxD, scale, bias, weights, labels_R, plan: Plan, with_grad):
+    """Sums over one chunk of rows {term: scalar}; weighted gradients of the score matrices and of the bias."""
+    rows, columns = {"i": img_RxD, "t": txt_RxD}, {"i": img_BxD, "t": txt_BxD}
+    used = sorted({matrix for term in plan.terms for matrix in MATRICES[term]})
+    scores = {matrix: scale * _scores(rows[matrix[0]], columns[matrix[1]]) for matrix in used}
+    sums, grads, d_bias = {}, {}, jnp.zeros((), jnp.float32)
+    for term in plan.terms:
+        pair = MATRICES[term]
+        result = row_term(term, *(scores[matrix] for matrix in pair), bias, labels_R, plan, with_grad)
+        sums[term] = result.loss
+        d_bias += weights[term] * result.grad_bias
+        for matrix, grad in zip(pair, (result.grad_a, result.grad_b), strict=True):
+            if grad is not None:
+                grads[matrix] = grads.get(matrix, 0.0) + weights[term] * grad
+    return sums, grads, d_bias
 
 
 def _chunk_size(rows: int, batch: int, platform: str) -> int:
@@ -130,33 +76,33 @@ def _chunk_size(rows: int, batch: int, platform: str) -> int:
     return min(rows, max(64, (1 << (19 if platform == "cpu" else 23)) // batch))
 
 
-def _local_terms(img_RxD, txt_RxD, img_BxD, txt_BxD, scale, weights, first_row, plan: Plan, with_grad):
-    """Sums of the terms over this device's rows; gradients of its rows, of all embeddings, of the scale."""
+def _local_terms(img_RxD, txt_RxD, img_BxD, txt_BxD, scale, bias, weights, first_row, plan: Plan, with_grad):
+    """Sums of the terms over this device's rows; gradients of its rows, all embeddings, the scale and the bias."""
     rows, batch = img_RxD.shape[0], img_BxD.shape[0]
     chunk = min(rows, plan.chunk or _chunk_size(rows, batch, plan.platform))
 
     def one_chunk(carry, first, img_CxD, txt_CxD):
-        sums, d_img_all, d_txt_all, d_scale = carry
+        sums, d_img_all, d_txt_all, d_scale, d_bias = carry
         labels = first_row + first + jnp.arange(img_CxD.shape[0], dtype=jnp.int32)
-        new, g = _chunk_terms(img_CxD, txt_CxD, img_BxD, txt_BxD, scale, weights, labels, plan, with_grad)
+        new, grads, new_d_bias = _chunk_terms(
+            img_CxD, txt_CxD, img_BxD, txt_BxD, scale, bias, weights, labels, plan, with_grad
+        )
         sums = {name: sums[name] + new[name] for name in sums}
         if not with_grad:
-            return (sums, d_img_all, d_txt_all, d_scale), None
+            return (sums, d_img_all, d_txt_all, d_scale, d_bias), None
         d_rows = {"i": jnp.zeros(img_CxD.shape, jnp.float32), "t": jnp.zeros(txt_CxD.shape, jnp.float32)}
         d_all = {"i": d_img_all, "t": d_txt_all}
         row, col = {"i": img_CxD, "t": txt_CxD}, {"i": img_BxD, "t": txt_BxD}
-        for name, grad in g.items():
-            if grad is not None:
-                a, b = name
-                d_rows[a] += _mix(grad, col[b], plan.platform)
-                d_all[b] += scale * _mix(grad.T, row[a], plan.platform)
+        for (a, b), grad in grads.items():
+            d_rows[a] += _mix(grad, col[b], plan.platform)
+            d_all[b] += scale * _mix(grad.T, row[a], plan.platform)
         # <row, d score / d row> summed is the gradient of the scale; it saves a pass over the scores.
         d_scale += jnp.sum(d_rows["i"] * img_CxD) + jnp.sum(d_rows["t"] * txt_CxD)
-        return (sums, d_all["i"], d_all["t"], d_scale), (scale * d_rows["i"], scale * d_rows["t"])
+        return (sums, d_all["i"], d_all["t"], d_scale, d_bias + new_d_bias), (scale * d_rows["i"], scale * d_rows["t"])
 
     zero = jnp.zeros((), jnp.float32)
     zeros_BxD = jnp.zeros(img_BxD.shape if with_grad else (), jnp.float32)
-    carry = ({name: zero for name in plan.terms}, zeros_BxD, zeros_BxD, zero)
+    carry = ({name: zero for name in plan.terms}, zeros_BxD, zeros_BxD, zero, zero)
     full = rows // chunk
     split = full * chunk
     shaped = [x[:split].reshape(full, chunk, -1) for x in (img_RxD, txt_RxD)]
@@ -172,11 +118,11 @@ def _local_terms(img_RxD, txt_RxD, img_BxD, txt_BxD, scale, weights, first_row, 
     return carry, d_rows
 
 
-def _batch_terms(img_BxD, txt_BxD, scale, weights, plan: Plan, with_grad):
+def _batch_terms(img_BxD, txt_BxD, scale, bias, weights, plan: Plan, with_grad):
     """Means of the terms over the batch; with_grad also the gradients of their weighted sum."""
     batch = img_BxD.shape[0]
 
-    def body(img_RxD, txt_RxD, scale, weights):
+    def body(img_RxD, txt_RxD, scale, bias, weights):
         if plan.mesh is None:
             gather = reduce_sum = scatter = lambda x: x
             first_row = 0
@@ -185,52 +131,53 @@ def _batch_terms(img_BxD, txt_BxD, scale, weights, plan: Plan, with_grad):
             scatter = functools.partial(lax.psum_scatter, axis_name=plan.axes, tiled=True)
             reduce_sum = functools.partial(lax.psum, axis_name=plan.axes)
             first_row = lax.axis_index(plan.axes) * img_RxD.shape[0]
-        (sums, d_img_all, d_txt_all, d_scale), d_rows = _local_terms(
-            img_RxD, txt_RxD, gather(img_RxD), gather(txt_RxD), scale, weights, first_row, plan, with_grad
+        (sums, d_img_all, d_txt_all, d_scale, d_bias), d_rows = _local_terms(
+            img_RxD, txt_RxD, gather(img_RxD), gather(txt_RxD), scale, bias, weights, first_row, plan, with_grad
         )
         # One all-reduce for all scalars.
-        *totals, d_scale = reduce_sum(jnp.stack([*(sums[name] for name in plan.terms), d_scale])) / batch
+        scalars = jnp.stack([*(sums[name] for name in plan.terms), d_scale, d_bias])
+        *totals, d_scale, d_bias = reduce_sum(scalars) / batch
         means = dict(zip(plan.terms, totals, strict=True))
         if not with_grad:
             return means
         d_img, d_txt = ((scatter(a) + r) / batch for a, r in zip((d_img_all, d_txt_all), d_rows, strict=True))
-        return means, d_img, d_txt, d_scale
+        return means, d_img, d_txt, d_scale, d_bias
 
     if plan.mesh is None:
-        return body(img_BxD, txt_BxD, scale, weights)
+        return body(img_BxD, txt_BxD, scale, bias, weights)
     by_row = P(plan.axes)
-    out_specs = (P(), by_row, by_row, P()) if with_grad else P()
+    out_specs = (P(), by_row, by_row, P(), P()) if with_grad else P()
     # Gradients are made here by hand and never by differentiating through shard_map, so its replication check
     # has nothing to add.
     return jax.shard_map(
-        body, mesh=plan.mesh, in_specs=(by_row, by_row, P(), P()), out_specs=out_specs, check_vma=False
-    )(img_BxD, txt_BxD, scale, weights)
+        body, mesh=plan.mesh, in_specs=(by_row, by_row, P(), P(), P()), out_specs=out_specs, check_vma=False
+    )(img_BxD, txt_BxD, scale, bias, weights)
 
 
 def _total(means, weights):
     return sum(weights[name] * means[name] for name in means)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def weighted_terms(img_BxD, txt_BxD, scale, weights, plan: Plan):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def weighted_terms(img_BxD, txt_BxD, scale, bias, weights, plan: Plan):
     """-> (sum of weights[name] * means[name], means). Only the sum carries gradient."""
-    means = _batch_terms(img_BxD, txt_BxD, scale, weights, plan, with_grad=False)
+    means = _batch_terms(img_BxD, txt_BxD, scale, bias, weights, plan, with_grad=False)
     return _total(means, weights), means
 
 
-def _forward(img_BxD, txt_BxD, scale, weights, plan):
-    img_BxD, txt_BxD, scale = (first_order_only(x) for x in (img_BxD, txt_BxD, scale))
-    means, d_img, d_txt, d_scale = _batch_terms(img_BxD, txt_BxD, scale, weights, plan, with_grad=True)
+def _forward(img_BxD, txt_BxD, scale, bias, weights, plan):
+    img_BxD, txt_BxD, scale, bias = (first_order_only(x) for x in (img_BxD, txt_BxD, scale, bias))
+    means, d_img, d_txt, d_scale, d_bias = _batch_terms(img_BxD, txt_BxD, scale, bias, weights, plan, with_grad=True)
     d_img, d_txt = d_img.astype(img_BxD.dtype), d_txt.astype(txt_BxD.dtype)
-    return (_total(means, weights), means), (d_img, d_txt, d_scale, means)
+    return (_total(means, weights), means), (d_img, d_txt, d_scale, d_bias, means)
 
 
 def _backward(plan, kept, cotangents):
     del plan
-    d_img, d_txt, d_scale, means = kept
+    d_img, d_txt, d_scale, d_bias, means = kept
     g, _ = cotangents
     d_img, d_txt = ((g * d).astype(d.dtype) for d in (d_img, d_txt))
-    return d_img, d_txt, g * d_scale, {name: g * mean for name, mean in means.items()}
+    return d_img, d_txt, g * d_scale, g * d_bias, {name: g * mean for name, mean in means.items()}
 
 
 weighted_terms.defvjp(_forward, _backward)

@@ -1,5 +1,6 @@
-"""The losses of a batch of embeddings: CLIP, ranking consistency, and their weighted sum (RankCLIP)."""
+"""The losses of a batch of embeddings, each alone, and the weighted sums of them that have names (RankCLIP first)."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -7,6 +8,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from rankclip_jax.losses.batch_terms import Plan, weighted_terms
+from rankclip_jax.losses.row_terms import MATRICES
+
+# The terms of each objective besides the ranking terms, with their weights: CLIP (Radford et al., 2021), SigLIP
+# (Zhai et al., 2023) and CyCLIP (Goel et al., 2022). RANKING are the objectives that have the ranking terms too.
+OBJECTIVES = {
+    "clip": {"clip": 1.0},
+    "rankclip": {"clip": 1.0},
+    "rank": {},
+    "siglip": {"siglip": 1.0},
+    "cyclip": {"clip": 1.0, "cyclic_in_modal": 0.25, "cyclic_cross_modal": 0.25},
+}
+RANKING = ("rankclip", "rank")
 
 
 class RankTerms(NamedTuple):
@@ -16,7 +29,9 @@ class RankTerms(NamedTuple):
     cross_modal: jax.Array
 
 
-def _plan(image_embeds, text_embeds, terms, *, mesh, axes, chunk, decay=None, top_k=None, keep_self=True):
+def _plan(image_embeds, text_embeds, terms, *, mesh, axes, chunk, decay=None, top_k=None, keep_self=True, form="exact"):
+    if form not in ("exact", "released"):
+        raise ValueError(f'form={form!r}: it must be "exact" or "released"')
     if image_embeds.ndim != 2 or image_embeds.shape != text_embeds.shape:
         shapes = f"image_embeds {image_embeds.shape} and text_embeds {text_embeds.shape}"
         raise ValueError(f"{shapes} must have one shape (B, D)")
@@ -34,13 +49,13 @@ def _plan(image_embeds, text_embeds, terms, *, mesh, axes, chunk, decay=None, to
         if image_embeds.shape[0] % devices:
             batch = image_embeds.shape[0]
             raise ValueError(f"a batch of {batch} does not divide over the {devices} devices of mesh axes {axes}")
-    return Plan(terms, decay, top_k, keep_self, chunk, mesh, axes or ())
+    return Plan(terms, decay, top_k, keep_self, form == "released", chunk, mesh, axes or ())
 
 
-def _one(name, image_embeds, text_embeds, logit_scale, **options):
+def _one(name, image_embeds, text_embeds, logit_scale, bias=0.0, **options):
     plan = _plan(image_embeds, text_embeds, (name,), **options)
-    scale = jnp.asarray(logit_scale, jnp.float32)
-    return weighted_terms(image_embeds, text_embeds, scale, {name: jnp.float32(1)}, plan)[0]
+    scale, bias = jnp.asarray(logit_scale, jnp.float32), jnp.asarray(bias, jnp.float32)
+    return weighted_terms(image_embeds, text_embeds, scale, bias, {name: jnp.float32(1)}, plan)[0]
 
 
 def clip_loss(image_embeds, text_embeds, logit_scale, *, mesh=None, axes=None, chunk=None) -> jax.Array:
@@ -49,6 +64,16 @@ def clip_loss(image_embeds, text_embeds, logit_scale, *, mesh=None, axes=None, c
     Args: as `rank_consistency`, which see.
     """
     return _one("clip", image_embeds, text_embeds, logit_scale, mesh=mesh, axes=axes, chunk=chunk)
+
+
+def siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias, *, mesh=None, axes=None, chunk=None) -> jax.Array:
+    """SigLIP's pairwise sigmoid loss (Zhai et al., 2023, equation 1): summed over a row, mean over the rows, in nats.
+
+    Args:
+      logit_bias: scalar added to every scaled cosine; learned, from -10, beside a scale learned from 10.
+      The others: as `rank_consistency`.
+    """
+    return _one("siglip", image_embeds, text_embeds, logit_scale, logit_bias, mesh=mesh, axes=axes, chunk=chunk)
 
 
 def rank_consistency(
@@ -62,6 +87,7 @@ def rank_consistency(
     decay: str | None = None,
     top_k: int | None = None,
     keep_self: bool = True,
+    form: str = "exact",
 ) -> RankTerms:
     """The two ranking terms of RankCLIP (arXiv 2404.09387), each differentiable on its own.
 
@@ -77,6 +103,8 @@ def rank_consistency(
       chunk: rows of B x B matrices held at a time; None chooses it from B and the backend.
       decay, top_k: as in `plackett_luce_nll`; with top_k the mean is over the k positions kept.
       keep_self: keep item i in its own in-modal lists, as the authors do, or leave it out.
+      form: "exact", or "released": float32 log(sum of exponentials + 1e-10) with its gradient, as the authors'
+        code has it, to compare what that does to training.
 
     Returns:
       RankTerms of float32 scalars, in nats.
@@ -84,7 +112,7 @@ def rank_consistency(
     Raises:
       ValueError: shapes, options, or a batch that the devices do not divide.
     """
-    options = dict(mesh=mesh, axes=axes, chunk=chunk, decay=decay, top_k=top_k)
+    options = dict(mesh=mesh, axes=axes, chunk=chunk, decay=decay, top_k=top_k, form=form)
     return RankTerms(
         _one("in_modal", image_embeds, text_embeds, logit_scale, keep_self=keep_self, **options),
         _one("cross_modal", image_embeds, text_embeds, logit_scale, **options),
@@ -114,40 +142,66 @@ def objective_loss(
     image_embeds,
     text_embeds,
     logit_scale,
+    logit_bias=0.0,
     *,
     objective: str = "rankclip",
     rank_weight=1.0,
     lambda_in=1 / 16,
     lambda_cross=1 / 16,
+    terms: Mapping | None = None,
     decay: str | None = None,
     top_k: int | None = None,
     keep_self: bool = True,
+    form: str = "exact",
     chunk: int | None = None,
     mesh=None,
     axes=None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """clip + rank_weight * (lambda_in * in_modal + lambda_cross * cross_modal), in one pass over the scores.
+    """The weighted sum of an objective's terms, in one pass over the scores.
+
+    rankclip: clip + rank_weight * (lambda_in * in_modal + lambda_cross * cross_modal). rank: the same without clip.
+    clip, siglip, cyclip: see OBJECTIVES. CyCLIP's terms are B times the mean squared difference of the cosines
+    (image-image against text-text; image-text against its transpose), which does not depend on the scale.
 
     Args:
-      objective: "clip", or "rankclip" for the ranking terms too.
+      logit_bias: scalar, of the siglip term only.
+      objective: a key of OBJECTIVES.
       rank_weight: scalar, may be traced (see the function of that name).
-      lambda_in, lambda_cross: weights of the terms; one that is the Python number 0 drops its term.
+      lambda_in, lambda_cross: weights of the ranking terms.
+      terms: weights of terms (of row_terms.MATRICES) to add to the objective, or to put in place of its own. A weight
+        that is the Python number 0, here or above, drops its term.
       The others: as `rank_consistency`.
 
     Returns:
       (loss, parts): a float32 scalar that carries the gradient, and the unweighted parts for metrics, which
-      carry none: {"clip", "rank_in_modal", "rank_cross_modal"}, those that were computed.
+      carry none: "clip", "rank_in_modal", "rank_cross_modal", "siglip" ..., those that were computed.
+
+    Raises:
+      ValueError: an unknown objective or term, none left, or what `rank_consistency` refuses.
     """
-    if objective not in ("clip", "rankclip"):
-        raise ValueError(f'objective={objective!r}: it must be "clip" or "rankclip"')
-    lambdas = {"in_modal": lambda_in, "cross_modal": lambda_cross} if objective == "rankclip" else {}
-    weights = {"clip": jnp.float32(1)} | {
-        term: jnp.asarray(rank_weight * weight, jnp.float32)
-        for term, weight in lambdas.items()
-        if not (isinstance(weight, int | float) and weight == 0)
-    }
-    options = dict(mesh=mesh, axes=axes, chunk=chunk, decay=decay, top_k=top_k, keep_self=keep_self)
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective={objective!r}: it must be one of {', '.join(OBJECTIVES)}")
+    lambdas = {"in_modal": lambda_in, "cross_modal": lambda_cross} if objective in RANKING else {}
+    wanted = OBJECTIVES[objective] | {t: w if _is_zero(w) else rank_weight * w for t, w in lambdas.items()}
+    wanted |= dict(terms or {})
+    if unknown := sorted(set(wanted) - set(MATRICES)):
+        raise ValueError(f"terms: no term {unknown[0]!r}, only {', '.join(MATRICES)}")
+    weights = {t: jnp.asarray(w, jnp.float32) for t, w in wanted.items() if not _is_zero(w)}
+    if not weights:
+        raise ValueError(f"objective={objective!r}: every weight is zero")
+    options = dict(mesh=mesh, axes=axes, chunk=chunk, decay=decay, top_k=top_k, keep_self=keep_self, form=form)
     plan = _plan(image_embeds, text_embeds, tuple(weights), **options)
-    scale = jnp.asarray(logit_scale, jnp.float32)
-    loss, means = weighted_terms(image_embeds, text_embeds, scale, weights, plan)
-    return loss, {t if t == "clip" else f"rank_{t}": lax.stop_gradient(mean) for t, mean in means.items()}
+    scale, bias = jnp.asarray(logit_scale, jnp.float32), jnp.asarray(logit_bias, jnp.float32)
+    # The cyclic terms are of cosines, the matrices hold scale times those.
+    units = {t: 1 / jnp.square(scale) if t.startswith("cyclic") else jnp.float32(1) for t in weights}
+    in_units = {t: weights[t] * units[t] for t in weights}
+    loss, means = weighted_terms(image_embeds, text_embeds, scale, bias, in_units, plan)
+    return loss, {_metric(t): lax.stop_gradient(mean * units[t]) for t, mean in means.items()}
+
+
+def _is_zero(weight) -> bool:
+    return isinstance(weight, int | float) and weight == 0
+
+
+def _metric(term: str) -> str:
+    return f"rank_{term}" if term in ("in_modal", "cross_modal") else term

@@ -17,6 +17,7 @@ from jax import lax
 from rankclip_jax.losses.order import descending_order, one_zero
 
 _HIGH, _LOW = 70.0, -60.0
+_RELEASED_EPS = 1e-10  # inside the logarithm of the authors' code
 
 
 def position_weights(n: int, decay: str | None) -> jax.Array:
@@ -109,18 +110,37 @@ def _scatter_rows(values_RxK, order_RxK, base_RxN):
     return base_RxN.at[rows, order_RxK].set(values_RxK, unique_indices=True, mode="promise_in_bounds")
 
 
-def list_nll(scores_RxN, reference_RxN, weights_N, top_k: int | None, platform: str, with_grad: bool):
+def _released_nll(scores_RxN, weights_N, platform: str, with_grad: bool):
+    """As _sorted_nll, but as the authors' code has it: float32 log(sum + 1e-10), right up to a spread of 20 or so.
+
+    Its gradient is what autograd makes of that code, the maximum that it subtracts included.
+    """
+    top = jnp.max(scores_RxN, axis=1, keepdims=True)
+    e = jnp.exp(scores_RxN - top)
+    here = _cumsum(e, platform, reverse=True) + _RELEASED_EPS
+    nll = jnp.sum(weights_N * (jnp.log(here) - (scores_RxN - top)), axis=1)
+    if not with_grad:
+        return nll, None
+    grad = e * _cumsum(weights_N / here, platform) - weights_N
+    is_top = lax.broadcasted_iota(jnp.int32, grad.shape, 1) == jnp.argmax(scores_RxN, axis=1)[:, None]
+    return nll, grad - jnp.where(is_top, jnp.sum(grad, axis=1, keepdims=True), 0.0)
+
+
+def list_nll(
+    scores_RxN, reference_RxN, weights_N, top_k: int | None, platform: str, with_grad: bool, released: bool = False
+):
     """Loss (R,) and gradient with respect to the scores (R, N) of R lists; float32 in and out.
 
-    with_grad=False returns None for the gradient and does not compute it.
+    with_grad=False returns None for the gradient and does not compute it. released: as the authors' code does.
     """
+    sorted_nll = _released_nll if released else _sorted_nll
     n = scores_RxN.shape[1]
     if n == 0:
         return jnp.zeros(scores_RxN.shape[:1], jnp.float32), scores_RxN if with_grad else None
     if top_k is None or top_k >= n:
         order = descending_order(reference_RxN, platform)
         sorted_scores = jnp.take_along_axis(scores_RxN, order, axis=1, mode="promise_in_bounds")
-        nll, grad = _sorted_nll(sorted_scores, weights_N, platform, with_grad)
+        nll, grad = sorted_nll(sorted_scores, weights_N, platform, with_grad)
         return nll, _scatter_rows(grad, order, jnp.zeros_like(scores_RxN)) if with_grad else None
     # The items below the cut only appear as a sum, so they enter as one item of weight 0: their logsumexp.
     order = lax.top_k(one_zero(reference_RxN), top_k)[1]
@@ -128,7 +148,7 @@ def list_nll(scores_RxN, reference_RxN, weights_N, top_k: int | None, platform: 
     below = _scatter_rows(jnp.full_like(placed, -jnp.inf), order, scores_RxN)
     below_lse = jax.nn.logsumexp(below, axis=1, keepdims=True)
     weights = jnp.append(weights_N[:top_k], 0.0)
-    nll, grad = _sorted_nll(jnp.concatenate([placed, below_lse], axis=1), weights, platform, with_grad)
+    nll, grad = sorted_nll(jnp.concatenate([placed, below_lse], axis=1), weights, platform, with_grad)
     if not with_grad:
         return nll, None
     return nll, _scatter_rows(grad[:, :-1], order, jnp.exp(below - below_lse) * grad[:, -1:])

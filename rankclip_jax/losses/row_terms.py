@@ -1,0 +1,112 @@
+"""Each term of the objective on some rows of the score matrices: its sum over the rows, and its gradient.
+
+A term looks at one pair of matrices: (image-image, text-text) or (image-text, text-image), R rows of B scores each.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rankclip_jax.losses.plackett_luce import list_nll, position_weights
+
+# Which pair of score matrices a term compares.
+MATRICES = {
+    "clip": ("it", "ti"),
+    "siglip": ("it", "ti"),
+    "cross_modal": ("it", "ti"),
+    "in_modal": ("ii", "tt"),
+    "cyclic_cross_modal": ("it", "ti"),
+    "cyclic_in_modal": ("ii", "tt"),
+}
+
+
+class Rows(NamedTuple):
+    """A term on R rows: the sum of its rows' losses, gradients of it (None: zero, or not asked for).
+
+    Attributes:
+      loss: float32 scalar.
+      grad_a, grad_b: (R, B), with respect to the first and the second matrix.
+      grad_bias: with respect to the bias.
+    """
+
+    loss: jax.Array
+    grad_a: jax.Array | None = None
+    grad_b: jax.Array | None = None
+    grad_bias: jax.Array | float = 0.0
+
+
+def row_term(name: str, a_RxB, b_RxB, bias, labels_R, plan, with_grad: bool) -> Rows:
+    """The term `name` of MATRICES; labels_R are the columns of the rows' own items, plan a batch_terms.Plan."""
+    if name == "clip":
+        (loss_a, grad_a), (loss_b, grad_b) = (_cross_entropy(x, labels_R, with_grad) for x in (a_RxB, b_RxB))
+        return Rows((loss_a + loss_b) / 2, *((grad_a / 2, grad_b / 2) if with_grad else ()))
+    if name == "siglip":
+        return _siglip(a_RxB, bias, labels_R, with_grad)
+    if name.startswith("cyclic"):
+        difference = a_RxB - b_RxB
+        return Rows(jnp.sum(jnp.square(difference)), *((2 * difference, -2 * difference) if with_grad else ()))
+    if name == "in_modal" and not plan.keep_self:
+        loss, grads = _rank_pair(_drop_self(a_RxB, labels_R), _drop_self(b_RxB, labels_R), plan, with_grad)
+        return Rows(loss, *(_restore_self(grad, labels_R) for grad in grads))
+    loss, grads = _rank_pair(a_RxB, b_RxB, plan, with_grad)
+    return Rows(loss, *grads)
+
+
+def _is_pair(x_RxB, labels_R):
+    return lax.broadcasted_iota(jnp.int32, x_RxB.shape, 1) == labels_R[:, None]
+
+
+def _cross_entropy(logits_RxB, labels_R, with_grad):
+    """Summed cross-entropy of the rows against their own pairs, exact also when it is nearly zero."""
+    is_pair = _is_pair(logits_RxB, labels_R)
+    positive = jnp.sum(jnp.where(is_pair, logits_RxB, 0.0), axis=1)
+    others = jnp.where(is_pair, -jnp.inf, logits_RxB)
+    others_lse = jax.nn.logsumexp(others, axis=1)
+    loss = jnp.sum(jax.nn.softplus(others_lse - positive))
+    if not with_grad:
+        return loss, None
+    pair_grad = -jax.nn.sigmoid(others_lse - positive)[:, None]
+    log_total = jnp.logaddexp(others_lse, positive)[:, None]
+    return loss, jnp.where(is_pair, pair_grad, jnp.exp(others - log_total))
+
+
+def _siglip(logits_RxB, bias, labels_R, with_grad):
+    """-log sigmoid of +(score + bias) for the pair and of -(score + bias) for the others (Zhai et al., 2023, eq. 1)."""
+    signed = jnp.where(_is_pair(logits_RxB, labels_R), -1.0, 1.0)
+    wrong = signed * (logits_RxB + bias)
+    loss = jnp.sum(jax.nn.softplus(wrong))
+    if not with_grad:
+        return Rows(loss)
+    grad = signed * jax.nn.sigmoid(wrong)
+    return Rows(loss, grad, None, jnp.sum(grad))
+
+
+def _drop_self(x_RxB, labels_R):
+    """(R, B) -> (R, B - 1): each row without its own item, the rest in their order."""
+    column = lax.broadcasted_iota(jnp.int32, (x_RxB.shape[0], x_RxB.shape[1] - 1), 1)
+    return jnp.where(column < labels_R[:, None], x_RxB[:, :-1], x_RxB[:, 1:])
+
+
+def _restore_self(grad_RxM, labels_R):
+    """The transpose of _drop_self: zero for the item itself."""
+    zero = jnp.zeros((grad_RxM.shape[0], 1), jnp.float32)
+    before, after = jnp.concatenate([grad_RxM, zero], 1), jnp.concatenate([zero, grad_RxM], 1)
+    column = lax.broadcasted_iota(jnp.int32, before.shape, 1)
+    label = labels_R[:, None]
+    return jnp.where(column < label, before, jnp.where(column > label, after, 0.0))
+
+
+def _rank_pair(a_RxN, b_RxN, plan, with_grad):
+    """Both directions of a ranking term: the rows' mean nll, summed (scalar), and the gradients of a and b."""
+    n = a_RxN.shape[1]
+    weights = position_weights(n, plan.decay)
+    kept = max(1, n if plan.top_k is None else min(plan.top_k, n))
+    loss, grads = 0.0, []
+    for scores, reference in ((a_RxN, b_RxN), (b_RxN, a_RxN)):
+        nll, grad = list_nll(scores, reference, weights, plan.top_k, plan.platform, with_grad, plan.released)
+        loss += jnp.sum(nll) / (2 * kept)
+        if with_grad:
+            grads.append(grad / (2 * kept))
+    return loss, grads
