@@ -103,7 +103,7 @@ def eval_batches(
     """Every sample once, in order.
 
     Yields {"image": uint8 (b, S, S, 3), "label": int32 (b,), -1 without labels, "caption": list of b str,
-    "mask": bool (b,)}.
+    "row": int64 (b,), -1 for padding, "mask": bool (b,)}.
 
     `batch_size` b is this process's share. Every process gets the same number of batches; what is missing at
     the end, and what could not be read (named on the console), is padding: mask False.
@@ -114,13 +114,16 @@ def eval_batches(
     def row_of(position):
         return position * count + index
 
-    def sample(position):
-        raw = source.read(row_of(position))
+    def sample(position, raw=None):
+        raw = source.read(row_of(position)) if raw is None else raw
         image = transforms.resize_centre_crop(transforms.decode(raw["image"]), image_side)
         return {"image": image, "label": raw.get("label", -1), "caption": raw["caption"], "position": position}
 
     mine = len(range(index, source.size, count))
-    data = tf.data.Dataset.range(mine).map(sample, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    data = tf.data.Dataset.range(mine)
+    if source.scan is not None:
+        data = tf.data.Dataset.zip(data, source.scan().shard(count, index))
+    data = data.map(sample, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     batches = data.ignore_errors().batch(batch_size).prefetch(2).as_numpy_iterator()
     came = []
     for _ in range(-(-source.size // (batch_size * count))):
@@ -130,11 +133,13 @@ def eval_batches(
             "image": np.zeros((batch_size, image_side, image_side, 3), np.uint8),
             "label": np.full(batch_size, -1, np.int32),
             "caption": [""] * batch_size,
+            "row": np.full(batch_size, -1, np.int64),
             "mask": np.arange(batch_size) < good,
         }
         if good:
             padded["image"][:good], padded["label"][:good] = batch["image"], batch["label"]
             padded["caption"][:good] = [c.decode(errors="replace") for c in batch["caption"]]
+            padded["row"][:good] = row_of(batch["position"])
             came.extend(batch["position"].tolist())
         yield padded
     bad.check(len(came), sorted(set(range(mine)) - set(came)), row_of, sample)

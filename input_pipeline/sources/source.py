@@ -17,6 +17,7 @@ class Source:
       where: names a row for a person: file, row, image.
       captions: iterable of the captions, for training a tokenizer.
       labels: int32 (size,) of a labelled csv.
+      scan: the samples in order as a tf.data.Dataset, for a set that is only evaluated and is slow to read by number.
     """
 
     size: int
@@ -24,3 +25,4 @@ class Source:
     where: Callable[[int], str]
     captions: Callable[[], Iterable[str]]
     labels: np.ndarray | None = None
+    scan: Callable | None = None
