@@ -118,19 +118,24 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     config = (module.get_config(argument) if argument else module.get_config()).to_dict()
-    for override in overrides:
-        key, equals, text = override.partition("=")
+    return complete(override(config, overrides))
+
+
+def override(config: dict, overrides: Sequence[str]) -> dict:
+    """Writes "key.of.a.group=value" of the command line into a nested dict; returns it."""
+    for text in overrides:
+        key, equals, value = text.partition("=")
         if not equals:
-            raise InputError(f"--config.{override}: write --config.{override}=VALUE")
+            raise InputError(f"--config.{text}: write --config.{text}=VALUE")
         group = config
         *parents, last = key.split(".")
         for parent in parents:
             group = group.setdefault(parent, {})
         try:
-            group[last] = ast.literal_eval(text)
+            group[last] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            group[last] = text
-    return complete(config)
+            group[last] = value
+    return config
 
 
 def complete(config: Mapping) -> ConfigDict:

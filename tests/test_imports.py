@@ -48,7 +48,7 @@ def imports(path):
         ("rankclip_jax/losses", ("rankclip_jax.losses",)),
         ("rankclip_jax/models", ("rankclip_jax.models",)),
         ("configs", ()),
-        ("input_pipeline", ("input_pipeline", "rankclip_jax.tokenizer", "rankclip_jax.errors")),
+        ("input_pipeline", ("input_pipeline", "rankclip_jax.tokenizer", "rankclip_jax.errors", "rankclip_jax.config")),
     ],
 )
 def test_arrows_go_one_way(room, may):
