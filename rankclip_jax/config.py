@@ -21,13 +21,38 @@ MAY_CHANGE = ("log_every", "eval", "checkpoint")
 
 # What one labelled set for zero-shot classification can say (config.eval.zero_shot.NAME).
 ZERO_SHOT_SET = dict(
-    format="csv",  # csv | shapes
-    path=None,  # csv: the file; shapes: "seen" or "held_out"
+    format="csv",  # csv | folder | clip_benchmark | tfds | shapes (input_pipeline/labelled.py)
+    path=None,  # the file or folder; tfds: "NAME:SPLIT"; shapes: "seen" or "held_out"
     image_key="image",
     label_key="label",
     delimiter=",",
-    classes=None,  # JSON list of class names, in label order
-    templates=None,  # JSON list of prompts with {}; None: "a photo of a {}."
+    data_dir=None,  # tfds: where the sets were prepared; None: its default
+    classes=None,  # JSON list of class names, in label order; None: the protocol's, or what the set brings
+    templates=None,  # JSON list of prompts with {}; None: the same, and else "a photo of a {}."
+    protocol=None,  # openai | simple: class names and prompts by evaluation/protocols
+    protocol_set=None,  # the set's name there; None: NAME
+    hint=None,  # what to tell a user who lacks the data
+)
+# One set for a linear probe (config.eval.linear_probe.NAME): tested on `path`.
+LINEAR_PROBE_SET = ZERO_SHOT_SET | dict(
+    train=None,  # as `path`: the images to train on
+    metric="top1",  # top1 | mean_per_class: what the regularisation is chosen by
+)
+# One set of images with captions (config.eval.retrieval.NAME).
+CAPTIONED_SET = dict(
+    format="csv",  # csv (rows of one image are its captions) | clip_benchmark | tfds | shapes
+    path=None,
+    image_key="image",
+    caption_key="caption",
+    image_folder=None,  # csv: folder of the images, relative to the file
+    delimiter=",",
+    data_dir=None,
+    hint=None,
+)
+# The same for config.eval.geometry.NAME.
+GEOMETRY_SET = CAPTIONED_SET | dict(sample=1000)  # the first so many images, each with its first caption
+_EVAL_SETS = dict(
+    zero_shot=ZERO_SHOT_SET, linear_probe=LINEAR_PROBE_SET, retrieval=CAPTIONED_SET, geometry=GEOMETRY_SET
 )
 
 
@@ -41,13 +66,15 @@ def default_config() -> ConfigDict:
             steps=None,  # stop after so many steps instead of `epochs`
             log_every=50,  # steps between lines of metrics
             loss=dict(
-                objective="rankclip",  # clip | rankclip
+                objective="rankclip",  # clip | rankclip | rank (ranking alone) | siglip | cyclip
+                terms={},  # weights of more terms (TERMS above), or in place of the objective's own
                 lambda_in=1 / 16,  # weight of the in-modal ranking term; paper and released code: 1/16
                 lambda_cross=1 / 16,  # weight of the cross-modal ranking term; the same
                 schedule="ramp",  # ramp: 0 to 2 over the epochs (released code) | constant: 1 (arXiv v2)
                 decay=None,  # None | "log": list position k weighs 1 / log(k + 1) (arXiv v2)
                 top_k=None,  # count only the first k positions of every list
                 keep_self=True,  # keep an item in its own in-modal lists, as the authors do
+                form="exact",  # exact | released: the ranking terms with the authors' 1e-10 inside the logarithm
             ),
             model=dict(
                 name="ViT-B/32",  # a preset of rankclip_jax/models/presets.py
@@ -56,6 +83,8 @@ def default_config() -> ConfigDict:
                 dtype="float32",  # of the computation: float32 | bfloat16; parameters stay float32
                 activation=None,  # quick_gelu | gelu; None: the preset's
                 scan_layers=False,  # one compiled layer for all: faster to compile, same numbers
+                logit_scale=None,  # where its logarithm starts; None: ln(1 / 0.07), and ln 10 for siglip
+                logit_bias=None,  # where a learned bias starts, for siglip's term; None: no bias, and -10 for siglip
                 remat=False,  # recompute activations in the backward pass: less memory, same numbers
                 vision={},  # fields of the preset's vision tower to change
                 text={},  # fields of the preset's text tower to change
@@ -89,6 +118,22 @@ def default_config() -> ConfigDict:
                 every_epochs=1,
                 diagnostics=False,  # rank agreement, gradient cosine, modality gap ... on the first validation batch
                 zero_shot={},  # name -> fields of ZERO_SHOT_SET
+                suite=None,  # "all" or names of evaluation/suite.py: published zero-shot sets, looked for in data_dir
+                data_dir=None,
+                retrieval={},  # name -> fields of CAPTIONED_SET
+                linear_probe={},  # name -> fields of LINEAR_PROBE_SET
+                geometry={},  # name -> fields of GEOMETRY_SET
+                robustness=dict(
+                    reference="imagenet",  # a zero-shot set, and those that show its classes otherwise
+                    shifted=("imagenet_v2", "imagenet_sketch", "imagenet_a", "imagenet_r"),
+                    baselines=None,  # JSON {"imagenet_a": [[reference, shifted], ...], ...} of standard models
+                ),
+                every=dict(  # epochs between evaluations in the trainer; None: in --mode=eval only
+                    retrieval=1,
+                    linear_probe=None,
+                    geometry=1,
+                ),
+                model=None,  # --mode=eval: an export or an OpenAI .pt to evaluate instead of the workdir's checkpoint
             ),
             checkpoint=dict(
                 every_steps=None,  # None: at the end of every epoch only
@@ -146,11 +191,17 @@ def complete(config: Mapping) -> ConfigDict:
     """
     merged = default_config()
     _merge(merged, config, "config")
-    for name in merged.eval.zero_shot:
-        spec = ConfigDict(ZERO_SHOT_SET)
-        _merge(spec, merged.eval.zero_shot[name], f"config.eval.zero_shot.{name}")
-        merged.eval.zero_shot[name] = spec
-    _check_choice(merged, "loss.objective", ("clip", "rankclip"))
+    for kind, fields in _EVAL_SETS.items():
+        for name in merged.eval[kind]:
+            spec = ConfigDict(fields)
+            _merge(spec, merged.eval[kind][name], f"config.eval.{kind}.{name}")
+            merged.eval[kind][name] = spec
+    _check_choice(merged, "loss.objective", OBJECTIVES)
+    for term, weight in merged.loss.terms.items():
+        if term not in TERMS:
+            raise InputError(f"config.loss.terms.{term} does not exist; the terms are {', '.join(TERMS)}")
+        _typed(weight, 1.0, f"config.loss.terms.{term}")
+    _check_choice(merged, "loss.form", ("exact", "released"))
     _check_choice(merged, "loss.schedule", ("ramp", "constant"))
     _check_choice(merged, "loss.decay", (None, "log"))
     _check_choice(merged, "model.dtype", ("float32", "bfloat16"))
@@ -158,7 +209,9 @@ def complete(config: Mapping) -> ConfigDict:
 
 
 # Groups whose keys are the user's own (names, axes, fields of a preset): taken as they come.
-_OPEN_GROUPS = ("config.model.vision", "config.model.text", "config.eval.zero_shot", "config.mesh")
+_OPEN_GROUPS = ("config.loss.terms", "config.model.vision", "config.model.text", "config.mesh") + tuple(
+    f"config.eval.{kind}" for kind in _EVAL_SETS
+)
 
 
 def _merge(into: ConfigDict, values: Mapping, where: str) -> None:

@@ -15,11 +15,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rankclip_jax import config as configs
-from rankclip_jax import losses, metrics, models, optim, sharding
+from rankclip_jax import evaluation, losses, metrics, models, optim, sharding
 from rankclip_jax import step as steps
 from rankclip_jax.checkpoint import Checkpoints
 from rankclip_jax.errors import InputError
-from rankclip_jax.evaluation import zero_shot
 from rankclip_jax.tokenizer import Tokenizer
 
 _ON_CONSOLE = ("loss", "clip", "rank_in_modal", "rank_cross_modal", "grad_norm", "logit_scale", "learning_rate")
@@ -32,7 +31,8 @@ class Preempted(Exception):  # noqa: N818 -- not an error: the run was asked to 
 class Run:
     """What training and evaluation share: mesh, tokenizer, model, and how to encode batches."""
 
-    def __init__(self, config: ConfigDict, workdir, tokenizer: Tokenizer):
+    def __init__(self, config: ConfigDict, workdir, tokenizer: Tokenizer, model=None):
+        """`model`: a models.CLIP of another origin; None: that of config.model."""
         self.config, self.workdir, self.tokenizer = config, Path(workdir), tokenizer
         self.mesh = sharding.make_mesh(config.mesh)
         shards = self.mesh.shape["data"]
@@ -43,15 +43,15 @@ class Run:
             )
         self.process = (jax.process_index(), jax.process_count())
         self.local_batch = config.batch_size // jax.process_count()
-        self.model = build_model(config, tokenizer)
+        self.model = build_model(config, tokenizer) if model is None else model
         self.side = self.model.config.vision.image_size
         self.context_length = self.model.config.text.context_length
         self._embed = steps.make_embed_step(self.model)
         self._val_step = steps.make_val_step(self.model, config, self.mesh)
 
-    def encode_images(self, state, images_bxSxSx3: np.ndarray) -> np.ndarray:
+    def encode_images(self, state, batch: dict) -> np.ndarray:
         """One batch of this process's share -> float32 (b, D) on the host."""
-        return np.asarray(self._embed(state, steps.to_devices({"image": images_bxSxSx3}, self.mesh)))
+        return np.asarray(self._embed(state, steps.to_devices({"image": batch["image"]}, self.mesh)))
 
     def encode_texts(self, state, texts: list[str]) -> np.ndarray:
         """Any number of texts -> float32 (n, D) on the host, in batches of one shape."""
@@ -84,7 +84,7 @@ class Run:
             batch = next(batches)
             tokens = self.tokenizer(batch["caption"], self.context_length)
             if config.eval.diagnostics and not parts:
-                z = self.encode_images(state, batch["image"]), self.encode_texts(state, batch["caption"])
+                z = self.encode_images(state, batch), self.encode_texts(state, batch["caption"])
                 numbers = _diagnostics(*z, np.exp(float(state.params["logit_scale"])))
             parts.append(
                 self._val_step(state, steps.to_devices({"image": batch["image"], "tokens": tokens}, self.mesh))
@@ -92,23 +92,18 @@ class Run:
         numbers |= {key: np.mean([float(part[key]) for part in parts]) for key in parts[0]}
         return {f"val/{key}": float(value) for key, value in numbers.items()}
 
-    def zero_shot(self, state) -> dict[str, dict[str, float]]:
-        """Results of every set of config.eval.zero_shot."""
-        from input_pipeline import pipeline, sources
+    def encoder(self, state) -> evaluation.Encoder:
+        """What the evaluations need of the model."""
+        from input_pipeline import pipeline
 
-        results = {}
-        for name, spec in self.config.eval.zero_shot.items():
-            source, classnames, templates = sources.open_labelled(spec, image_side=self.side)
-            results[name] = zero_shot.zero_shot(
-                lambda images: self.encode_images(state, images),
-                lambda texts: self.encode_texts(state, texts),
-                pipeline.eval_batches(
-                    source, batch_size=self.local_batch, image_side=self.side, process=self.process
-                ),
-                classnames,
-                templates or list(zero_shot.DEFAULT_TEMPLATES),
-            )
-        return results
+        return evaluation.Encoder(
+            images=lambda batch: self.encode_images(state, batch),
+            texts=lambda texts: self.encode_texts(state, texts),
+            batches=lambda source: pipeline.eval_batches(
+                source, batch_size=self.local_batch, image_side=self.side, process=self.process
+            ),
+            image_side=self.side,
+        )
 
 
 @jax.jit
@@ -118,8 +113,11 @@ def _diagnostics(z_img_BxD, z_txt_BxD, scale) -> dict:
 
 
 def build_model(config: ConfigDict, tokenizer: Tokenizer):
-    """The model of config.model, with the tokenizer's vocabulary."""
+    """The model of config.model, with the tokenizer's vocabulary and the objective's scale and bias."""
     fields = config.model.to_dict()
+    if config.loss.objective == "siglip" or "siglip" in config.loss.terms:  # starts as Zhai et al. have it
+        fields["logit_scale"] = math.log(10) if fields["logit_scale"] is None else fields["logit_scale"]
+        fields["logit_bias"] = -10.0 if fields["logit_bias"] is None else fields["logit_bias"]
     try:
         return models.build(fields.pop("name"), vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, **fields)
     except ValueError as error:
@@ -208,34 +206,14 @@ def _run_steps(run, state, train_step, batches, recorder, checkpoints, step_rang
         epoch_ends = last or step % recorder.steps_per_epoch == 0
         saves = epoch_ends or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0)
         results = {}
-        if epoch_ends and (last or (step // recorder.steps_per_epoch) % config.eval.every_epochs == 0):
-            results = recorder.evaluate(step, state)
+        if epoch_ends:
+            kinds = evaluation.due(config.eval, step // recorder.steps_per_epoch, last)
+            results = recorder.evaluate(step, state, kinds)
         if saves or terminated:
             recorder.flush()  # raises on a loss that is not finite, before a bad state is saved
             checkpoints.save(step, state, batches.position, results)
         if terminated:
             raise Preempted(f"SIGTERM: saved step {step} in {run.workdir}; the same command goes on from there")
-
-
-def evaluate(config: ConfigDict, workdir) -> dict:
-    """Zero-shot results of the workdir's best (or newest) checkpoint; prints a table and writes eval.json."""
-    workdir = Path(workdir)
-    if not (workdir / "tokenizer.json").exists():
-        raise InputError(f"{workdir} holds no trained run (no tokenizer.json); train there first with --mode=train")
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    step = checkpoints.best()
-    if step is None:
-        raise InputError(f"{workdir} holds no complete checkpoint; train there first with --mode=train")
-    run = Run(config, workdir, Tokenizer.load(str(workdir / "tokenizer.json")))
-    # The rates do not matter here, but the optimiser's state has its place in the checkpoint.
-    tx = optim.make_optimizer(config.optim, config.optim.warmup_steps + 1)
-    state, _ = checkpoints.restore(step, steps.abstract_state(run.model, tx, run.mesh, config.sharding))
-    if not config.eval.zero_shot:
-        raise InputError("config.eval.zero_shot names no set to evaluate on")
-    results = run.zero_shot(state)
-    (workdir / "eval.json").write_text(json.dumps({"step": step, "zero_shot": results}, indent=2) + "\n")
-    print(f"step {step} of {workdir}\n{metrics.table(results)}")
-    return results
 
 
 class _Recorder:
@@ -273,15 +251,17 @@ class _Recorder:
         print(line, flush=True)
         self._write(step, numbers | {"images_per_second": round(images_per_second, 1)})
 
-    def evaluate(self, step: int, state) -> dict[str, float]:
-        """Runs the evaluations, writes their numbers, prints the table; the time does not count in the rate."""
+    def evaluate(self, step: int, state, kinds: tuple[str, ...]) -> dict[str, float]:
+        """Runs the evaluations due, writes their numbers, prints tables; the time does not count in the rate."""
+        if not kinds:
+            return {}
         self.flush()
         paused = self._progress.pause()
-        results = self._run.zero_shot(state)
-        numbers = {f"zero_shot/{name}/{k}": v for name, row in results.items() for k, v in row.items() if k != "n"}
-        numbers |= self._run.validation(state)
-        if results:
-            print(metrics.table(results), flush=True)
+        results = evaluation.evaluate(self._run.config.eval, self._run.encoder(state), kinds=kinds)
+        numbers = evaluation.flat(results)
+        if "zero_shot" in kinds:
+            numbers |= self._run.validation(state)
+        print(evaluation.text(results), end="", flush=True)
         if numbers:
             self._write(step, numbers)
         self._progress.resume(paused)

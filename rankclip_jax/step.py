@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from rankclip_jax import images
-from rankclip_jax.losses import objective_loss, rank_weight
+from rankclip_jax.losses import RANKING, objective_loss, rank_weight
 from rankclip_jax.sharding import batch_sharding, state_shardings
 
 # OpenAI clamps the learned scale of the logits to at most 100; below 1 it would flatten them.
@@ -86,14 +86,16 @@ def make_train_step(
                 train=True,
                 mutable=["batch_stats"],
             )
-            loss, parts = _objective(z_img_BxD, z_txt_BxD, scale, config.loss, weight, mesh)
+            loss, parts = _objective(z_img_BxD, z_txt_BxD, scale, params, config.loss, weight, mesh)
             return loss, (parts, scale, updated.get("batch_stats", {}))
 
         (loss, (parts, scale, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = clamp_logit_scale(optax.apply_updates(state.params, updates))
         metrics = {"loss": loss, **parts, "grad_norm": optax.global_norm(grads), "logit_scale": scale}
-        if config.loss.objective == "rankclip":
+        if "logit_bias" in state.params:
+            metrics["logit_bias"] = state.params["logit_bias"]
+        if config.loss.objective in RANKING:
             metrics["rank_weight"] = jnp.asarray(weight, jnp.float32)
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
@@ -105,18 +107,21 @@ def clamp_logit_scale(params: dict) -> dict:
     return params | {"logit_scale": jnp.clip(params["logit_scale"], MIN_LOG_SCALE, MAX_LOG_SCALE)}
 
 
-def _objective(z_img_BxD, z_txt_BxD, scale, loss_config, weight, mesh):
+def _objective(z_img_BxD, z_txt_BxD, scale, params, loss_config, weight, mesh):
     return objective_loss(
         z_img_BxD,
         z_txt_BxD,
         scale,
+        params.get("logit_bias", 0.0),
         objective=loss_config.objective,
         rank_weight=weight,
         lambda_in=loss_config.lambda_in,
         lambda_cross=loss_config.lambda_cross,
+        terms=loss_config.terms.to_dict(),
         decay=loss_config.decay,
         top_k=loss_config.top_k,
         keep_self=loss_config.keep_self,
+        form=loss_config.form,
         mesh=mesh,
         axes=("data",),
     )
@@ -128,7 +133,7 @@ def make_val_step(model, config, mesh) -> Callable:
     def val_step(state: TrainState, batch: dict) -> dict:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         z_img_BxD, z_txt_BxD, scale = model.apply(variables, images.normalize(batch["image"]), batch["tokens"])
-        return _objective(z_img_BxD, z_txt_BxD, scale, config.loss, 1.0, mesh)[1]
+        return _objective(z_img_BxD, z_txt_BxD, scale, state.params, config.loss, 1.0, mesh)[1]
 
     return jax.jit(val_step)
 

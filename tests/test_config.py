@@ -5,6 +5,8 @@ import pytest
 
 from rankclip_jax import config as configs
 from rankclip_jax.errors import InputError
+from rankclip_jax.losses.objective import OBJECTIVES
+from rankclip_jax.losses.row_terms import MATRICES
 
 
 def test_a_mistyped_key_names_the_nearest_valid_one():
@@ -23,6 +25,8 @@ def test_a_mistyped_key_names_the_nearest_valid_one():
         ({"batch_size": 2.5}, "config.batch_size must be a int"),
         ({"model": 3}, "config.model is a group of keys"),
         ({"loss": {"objective": "siglip2"}}, "config.loss.objective must be one of clip, rankclip"),
+        ({"loss": {"terms": {"clipp": 1.0}}}, "config.loss.terms.clipp does not exist; the terms are clip"),
+        ({"loss": {"terms": {"clip": "1"}}}, "config.loss.terms.clip must be a float"),
         ({"loss": {"schedule": "linear"}}, "config.loss.schedule must be one of"),
         ({"model": {"dtype": "float16"}}, "config.model.dtype must be one of"),
     ],
@@ -71,3 +75,8 @@ def test_differences_name_what_changed_and_allow_what_may():
     new = configs.complete({"batch_size": 8, "log_every": 1, "checkpoint": {"keep": 9}})
     assert configs.differences(stored, old.to_dict()) == []
     assert configs.differences(stored, new.to_dict()) == ["config.batch_size: 4 -> 8"]
+
+
+def test_objectives_and_terms_are_those_of_the_losses():
+    assert tuple(OBJECTIVES) == configs.OBJECTIVES
+    assert tuple(MATRICES) == configs.TERMS

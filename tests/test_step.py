@@ -14,12 +14,12 @@ SMALL = {
 TEXT = dict(width=32, heads=2, layers=1, vocab_size=64, eot_id=63, context_length=8)
 
 
-def run(name, devices, *, count, rules=((".*", ()),), mesh_axes=None, fields=None, flip=True):
+def run(name, devices, *, count, rules=((".*", ()),), mesh_axes=None, fields=None, flip=True, model_fields=None):
     """Trains `count` steps on made data; returns the state, every step's metrics, and the mesh."""
     config = complete(
         {"batch_size": 16, "data": {"flip": flip}, "optim": {"lr": 1e-3, "warmup_steps": 2}} | (fields or {})
     )
-    model = models.build(name, text=TEXT, **SMALL[name])
+    model = models.build(name, text=TEXT, **SMALL[name], **(model_fields or {}))
     mesh = sharding.make_mesh(mesh_axes or {"data": -1}, jax.devices()[:devices])
     tx = optim.make_optimizer(config.optim, 100)
     state = steps.init_state(model, tx, 0, mesh, rules)
@@ -101,6 +101,18 @@ def test_the_weight_ramps_over_epochs_and_the_loss_is_the_weighted_sum():
 def test_objectives_compute_only_their_terms(loss, parts):
     _, (metrics,), _ = run("ViT-tiny", 1, count=1, fields={"loss": loss})
     assert {key for key in metrics if key.startswith(("clip", "rank_")) and key != "rank_weight"} == parts
+
+
+def test_siglip_learns_its_bias():
+    start = dict(logit_scale=np.log(10), logit_bias=-10.0)
+    fields = {"loss": {"objective": "siglip", "terms": {"in_modal": 0.1}}, "optim": {"lr": 0.1, "warmup_steps": 0}}
+    state, metrics, _ = run("ViT-tiny", 1, count=3, fields=fields, model_fields=start)
+    assert {"siglip", "rank_in_modal", "logit_bias"} <= metrics[0].keys() and "clip" not in metrics[0]
+    assert metrics[0]["logit_scale"] == pytest.approx(10) and metrics[0]["logit_bias"] == -10
+    expected = metrics[0]["siglip"] + 0.1 * metrics[0]["rank_in_modal"]
+    assert metrics[0]["loss"] == pytest.approx(expected, rel=1e-5)
+    # Of 16 texts 15 do not fit, but at -10 the pair that does costs 10 nats: the bias must rise.
+    assert -10 < metrics[1]["logit_bias"] < float(state.params["logit_bias"])
 
 
 def test_the_logit_scale_stays_clamped():

@@ -2,6 +2,7 @@
 
 from rankclip_jax.losses.diagnostics import embedding_diagnostics, gradient_cosine
 from rankclip_jax.losses.objective import (
+    RANKING,
     RankTerms,
     clip_loss,
     objective_loss,
@@ -12,6 +13,7 @@ from rankclip_jax.losses.objective import (
 from rankclip_jax.losses.plackett_luce import plackett_luce_nll
 
 __all__ = [
+    "RANKING",
     "RankTerms",
     "clip_loss",
     "embedding_diagnostics",

@@ -27,6 +27,8 @@ class CLIP(nn.Module):
     dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
     remat: bool = False
+    initial_scale: float = math.log(1 / 0.07)
+    initial_bias: float | None = None
 
     def setup(self):
         cfg = self.config
@@ -39,7 +41,9 @@ class CLIP(nn.Module):
         self.text = TextTransformer(
             cfg.text, cfg.embed_dim, cfg.activation, self.dtype, self.scan_layers, self.remat
         )
-        self.logit_scale = self.param("logit_scale", nn.initializers.constant(math.log(1 / 0.07)), ())
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.initial_scale), ())
+        if self.initial_bias is not None:  # a parameter of SigLIP's loss, which no tower needs
+            self.param("logit_bias", nn.initializers.constant(self.initial_bias), ())
 
     def encode_image(self, images_BxHxWx3: jax.Array, train: bool = False) -> jax.Array:
         """Normalised float images (B, size, size, 3) -> (B, D) float32 of unit length.
@@ -79,14 +83,19 @@ def build(
     dtype: str = "float32",
     scan_layers: bool = False,
     remat: bool = False,
+    logit_scale: float | None = None,
+    logit_bias: float | None = None,
     **overrides,
 ) -> CLIP:
     """A CLIP from a preset. `overrides` are those of `presets.configure`.
 
     dtype: 'float32' or 'bfloat16', what the towers compute in. scan_layers: transformer blocks under one
-    scan (smaller programs, stacked parameters). remat: recompute blocks in the backward pass.
+    scan (smaller programs, stacked parameters). remat: recompute blocks in the backward pass. logit_scale: what the
+    learned logarithm of the multiplier starts at (None: CLIP's ln(1 / 0.07)). logit_bias: what a learned bias, of
+    SigLIP's loss, starts at (None: no such parameter).
     Raises ValueError as `configure` does, and for another dtype.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {dtype!r} is neither 'float32' nor 'bfloat16'")
-    return CLIP(configure(name, **overrides), jnp.dtype(dtype), scan_layers, remat)
+    start = CLIP.initial_scale if logit_scale is None else logit_scale
+    return CLIP(configure(name, **overrides), jnp.dtype(dtype), scan_layers, remat, start, logit_bias)
