@@ -19,6 +19,10 @@ from rankclip_jax.errors import InputError
 # never a number that is trained.
 MAY_CHANGE = ("log_every", "eval", "checkpoint")
 
+# Spelled out here, so that reading a configuration imports no JAX; a test compares them with rankclip_jax/losses.
+OBJECTIVES = ("clip", "rankclip", "rank", "siglip", "cyclip")
+TERMS = ("clip", "siglip", "cross_modal", "in_modal", "cyclic_cross_modal", "cyclic_in_modal")
+
 # What one labelled set for zero-shot classification can say (config.eval.zero_shot.NAME).
 ZERO_SHOT_SET = dict(
     format="csv",  # csv | folder | clip_benchmark | tfds | shapes (input_pipeline/labelled.py)
@@ -209,8 +213,12 @@ def complete(config: Mapping) -> ConfigDict:
 
 
 # Groups whose keys are the user's own (names, axes, fields of a preset): taken as they come.
-_OPEN_GROUPS = ("config.loss.terms", "config.model.vision", "config.model.text", "config.mesh") + tuple(
-    f"config.eval.{kind}" for kind in _EVAL_SETS
+_OPEN_GROUPS = (
+    "config.loss.terms",
+    "config.model.vision",
+    "config.model.text",
+    "config.mesh",
+    *(f"config.eval.{kind}" for kind in _EVAL_SETS),
 )
 
 

@@ -65,14 +65,21 @@ class Progress:
         self._time += time.monotonic() - paused
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
-    """Zero-shot results, a row for each set."""
+def table(results: dict[str, dict[str, float]], title: str = "zero-shot", percent: bool = True) -> str:
+    """A row for each set. Counts (int) as they are, the rest in per cent, or with four decimals."""
     columns = list(dict.fromkeys(key for row in results.values() for key in row))
-    width = max(12, *(len(name) + 2 for name in results))
-    lines = ["zero-shot".ljust(width) + "".join(c.rjust(16) for c in columns)]
+    first = max(12, len(title) + 2, *(len(name) + 2 for name in results))
+    widths = [max(11, len(column) + 2) for column in columns]
+    lines = [title.ljust(first) + "".join(c.rjust(w) for c, w in zip(columns, widths, strict=True))]
+
+    def cell(row, column):
+        value = row.get(column)
+        if value is None or isinstance(value, int):
+            return "" if value is None else f"{value:,}"
+        return f"{100 * value:.2f} %" if percent and column != "l2" else f"{value:.4g}"
+
     for name, row in results.items():
-        cells = ("" if c not in row else f"{row[c]:d}" if c == "n" else f"{100 * row[c]:.2f} %" for c in columns)
-        lines.append(name.ljust(width) + "".join(cell.rjust(16) for cell in cells))
+        lines.append(name.ljust(first) + "".join(cell(row, c).rjust(w) for c, w in zip(columns, widths, strict=True)))
     return "\n".join(lines)
 
 

@@ -172,22 +172,6 @@ def test_wrong_input_says_what_and_where(tmp_path, captioned):
         sources.open_source(ConfigDict(dict(format="zip")), captioned, image_side=8)
 
 
-def test_labelled_sets_need_classes_and_numbers(tmp_path, captioned):
-    spec = ConfigDict(dict(format="csv", path=str(captioned), image_key="image", label_key="caption", delimiter=","))
-    spec.update(classes="gone.json", templates=None)
-    with pytest.raises(InputError, match="must hold class numbers"):
-        sources.open_labelled(spec, image_side=8)
-    labels = tmp_path / "labels.csv"
-    labels.write_text("image,label\nimages/1.png,0\nimages/2.png,2\n")
-    spec.update(path=str(labels), label_key="label")
-    with pytest.raises(InputError, match="classes must be a JSON file"):
-        sources.open_labelled(spec, image_side=8)
-    (tmp_path / "classes.json").write_text('["a", "b"]')
-    spec.classes = str(tmp_path / "classes.json")
-    with pytest.raises(InputError, match=r"labels.csv has label 2, but .*classes.json names 2 classes"):
-        sources.open_labelled(spec, image_side=8)
-
-
 @pytest.mark.parametrize("size", [(40, 60), (60, 40), (33, 33), (17, 100)])
 def test_evaluation_view_is_pils(size):
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)

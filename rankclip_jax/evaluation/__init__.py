@@ -1,1 +1,6 @@
 """What a trained model can do: evaluations that the trainer and --mode=eval share."""
+
+from rankclip_jax.evaluation.run import KINDS, Encoder, due, evaluate
+from rankclip_jax.evaluation.tables import flat, text
+
+__all__ = ["KINDS", "Encoder", "due", "evaluate", "flat", "text"]

@@ -1,4 +1,4 @@
-"""How the embeddings of the two modalities lie: the gap between them, their spread, and whether their rankings agree."""
+"""How the two modalities' embeddings lie: the gap between them, their spread, whether their rankings agree."""
 
 import jax
 import numpy as np

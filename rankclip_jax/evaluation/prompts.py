@@ -66,7 +66,7 @@ def from_protocol(protocol: str, set_name: str, label_names: list[str]) -> Promp
     unknown = [name for name in label_names if name not in table]
     if unknown:
         raise InputError(
-            f"protocol {protocol!r} knows no class {unknown[0]!r} of {set_name}; its classes are {', '.join(table)[:80]}"
+            f"protocol {protocol!r} knows no class {unknown[0]!r} of {set_name}; it has {', '.join(table)[:60]}"
             " ...; give the names as JSON (classes=FILE.json) instead"
         )
     keys = [name for name in label_names if only is None or name in only]

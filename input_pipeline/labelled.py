@@ -1,0 +1,254 @@
+"""Evaluation sets: images with labels, or with one caption or several each, in the layouts that people have.
+
+  csv             a column of images and one of class numbers (or captions); `classes` is a JSON list of names
+  folder          a folder a class, named by it; classes in order of the names
+  clip_benchmark  CLIP_benchmark's WebDataset layout: classnames.txt, zeroshot_classification_templates.txt, and
+                  test/nshards.txt, test/0.tar ... with an image and .cls (or .txt, a caption a line) a sample
+  tfds            NAME[/CONFIG]:SPLIT of tensorflow-datasets, prepared in `data_dir`
+  shapes          the built-in demo
+"""
+
+import csv
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+
+from input_pipeline import shapes, tar_members, tfds_scan, transforms
+from input_pipeline.sources import Source, open_source
+from rankclip_jax.errors import InputError
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledSet:
+    """Images with labels.
+
+    Attributes:
+      source: its rows have "label".
+      names: what the set itself calls its labels, in their order; "0", "1" ... where it does not say.
+      templates: prompts that came with it, {} where the name goes; None: none.
+      from_file: the names were given, or came with the data, to be used in prompts as they are.
+    """
+
+    source: Source
+    names: list[str]
+    templates: list[str] | None
+    from_file: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionedSet:
+    """Images, every one once, and their captions.
+
+    Attributes:
+      source: rows of images.
+      captions: all captions.
+      image_of_text: int64 (captions,), the row of each caption's image.
+    """
+
+    source: Source
+    captions: list[str]
+    image_of_text: np.ndarray
+
+
+def open_labelled(spec, *, image_side: int) -> LabelledSet:
+    """A set of config.eval.zero_shot.
+
+    Raises:
+      InputError: it is not where `spec.path` says, is not of its format, or a label has no class name.
+    """
+    found = _open_labelled(spec, spec.path, image_side)
+    if spec.classes:
+        found = dataclasses.replace(found, names=_json_list(spec.classes, "classes"), from_file=True)
+    if spec.templates:
+        found = dataclasses.replace(found, templates=_json_list(spec.templates, "templates"))
+    labels = found.source.labels
+    if labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() < len(found.names):
+        row = int(np.flatnonzero((labels < 0) | (labels >= len(found.names)))[0])
+        raise InputError(
+            f"{spec.path} has label {labels[row]} ({found.source.where(row)}), "
+            f"but {spec.classes or 'the set'} names {len(found.names)} classes"
+        )
+    return found
+
+
+def open_train_and_test(spec, *, image_side: int) -> tuple[LabelledSet, LabelledSet]:
+    """The sets of config.eval.linear_probe: `train` and `path`, of one format. Raises InputError as `open_labelled`."""
+    train, test = (_open_labelled(spec, path, image_side) for path in (spec.train, spec.path))
+    if train.names != test.names:
+        raise InputError(
+            f"{spec.train} has {len(train.names)} classes, {spec.path} has {len(test.names)}, or they are other ones; "
+            "a linear probe needs the same"
+        )
+    return train, test
+
+
+def _open_labelled(spec, path, image_side) -> LabelledSet:
+    if path is None:
+        raise InputError(f"a set of format {spec.format!r} needs a path{_hint(spec)}")
+    match spec.format:
+        case "csv":
+            source = open_source(spec, path, image_side=image_side)
+            count = int(source.labels.max()) + 1
+            if not (spec.classes or spec.protocol or "train" in spec):
+                _json_list(None, "classes")
+            return LabelledSet(source, [str(i) for i in range(count)], None, False)
+        case "folder":
+            return _folder(spec, path)
+        case "clip_benchmark":
+            return _clip_benchmark(spec, path)
+        case "tfds":
+            source, names = tfds_scan.open_labels(path, spec.data_dir)
+            return LabelledSet(source, names, None, False)
+        case "shapes":
+            source = open_source(spec, path, image_side=image_side)
+            return LabelledSet(source, shapes.CLASS_NAMES, shapes.TEMPLATES, True)
+    raise InputError(f"format must be csv, folder, clip_benchmark, tfds or shapes; got {spec.format!r}")
+
+
+def _folder(spec, path) -> LabelledSet:
+    root = Path(path)
+    classes = sorted(item.name for item in root.iterdir() if item.is_dir()) if root.is_dir() else []
+    if not classes:
+        raise InputError(f"{path} is no folder with a folder for each class{_hint(spec)}")
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(str(file) for file in (root / name).rglob("*") if file.suffix.lower() in IMAGES)
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        raise InputError(f"{path}: its class folders hold no images ({', '.join(IMAGES)})")
+    return LabelledSet(_files(files, np.array(labels, np.int32)), classes, None, False)
+
+
+def _files(files: list[str], labels_N: np.ndarray) -> Source:
+    files_N, labels = tf.constant(files), tf.constant(labels_N)
+
+    def read(row):
+        return {"image": tf.io.read_file(files_N[row]), "caption": "", "label": labels[row]}
+
+    return Source(size=len(files), read=read, where=lambda row: files[row], captions=lambda: (), labels=labels_N)
+
+
+def _clip_benchmark(spec, path) -> LabelledSet:
+    root, members = _shards(spec, path)
+    labels = np.array([_class_number(sample, ".cls") for sample in members], np.int32)
+    names, templates = (_lines(root / f) for f in ("classnames.txt", "zeroshot_classification_templates.txt"))
+    return LabelledSet(
+        tar_members.open_members(members, IMAGES, labels),
+        names or [str(i) for i in range(int(labels.max()) + 1)],
+        templates and [template.replace("{c}", "{}") for template in templates],
+        bool(names),
+    )
+
+
+def _shards(spec, path) -> tuple[Path, list[dict]]:
+    """The set's folder, and its samples (tar_members.index) in order; `path` is that folder or a split within."""
+    root = Path(path)
+    split, root = (root, root.parent) if (root / "nshards.txt").is_file() else (root / "test", root)
+    counted = split / "nshards.txt"
+    if not counted.is_file():
+        raise InputError(f"no such file: {counted}, which CLIP_benchmark's layout has{_hint(spec)}")
+    try:
+        count = int(counted.read_text())
+    except ValueError:
+        raise InputError(f"{counted} must hold the number of shards, not {counted.read_text()[:20]!r}") from None
+    samples = [sample for shard in range(count) for sample in tar_members.index(split / f"{shard}.tar", IMAGES)]
+    if not samples:
+        raise InputError(f"{split} has {count} shards without a sample")
+    return root, samples
+
+
+def _class_number(sample, suffix) -> int:
+    text = sample["texts"].get(suffix)
+    try:
+        return int(text)
+    except (TypeError, ValueError):
+        raise InputError(f"{sample['where']}: its {suffix} must hold a class number; got {text!r}") from None
+
+
+def _lines(path: Path) -> list[str] | None:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
+
+
+def open_captioned(spec, *, image_side: int) -> CaptionedSet:
+    """A set of config.eval.retrieval or .geometry. Rows of one image, in a csv, are its captions.
+
+    Raises:
+      InputError: it is not where `spec.path` says, is not of its format, or has an image without a caption.
+    """
+    match spec.format:
+        case "csv":
+            return _captioned_csv(spec)
+        case "clip_benchmark":
+            _, members = _shards(spec, spec.path or "")
+            captions = [sample["texts"].get(".txt", "").split("\n") for sample in members]
+            return _captioned(tar_members.open_members(members, IMAGES, None), captions)
+        case "tfds":
+            return _captioned(*tfds_scan.open_captions(spec.path, spec.data_dir))
+        case "shapes":
+            source = open_source(spec, spec.path, image_side=image_side, split="val")
+            return _captioned(source, [[shapes.draw("val", row, 8)[1]] for row in range(source.size)])
+    raise InputError(f"format must be csv, clip_benchmark, tfds or shapes; got {spec.format!r}")
+
+
+def _captioned(source: Source, captions: list[list[str]]) -> CaptionedSet:
+    captions = [[text.strip() for text in texts if text.strip()] for texts in captions]
+    for row, texts in enumerate(captions):
+        if not texts:
+            raise InputError(f"{source.where(row)}: an image without a caption; retrieval needs one for each")
+    image_of_text = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
+    return CaptionedSet(source, [text for texts in captions for text in texts], image_of_text)
+
+
+def _captioned_csv(spec) -> CaptionedSet:
+    path = Path(spec.path or "")
+    if not path.is_file():
+        raise InputError(f"no such file: {spec.path}{_hint(spec)}")
+    captions_of: dict[str, list[str]] = {}
+    with path.open(newline="", encoding="utf-8") as lines:
+        reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else spec.delimiter)
+        columns = [name.strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = columns  # Flickr30k's own file has a space after each delimiter
+        for key in (spec.image_key, spec.caption_key):
+            if key not in columns:
+                raise InputError(f"{path} has no column {key!r}; its columns are: {', '.join(columns) or 'none'}")
+        for row in reader:
+            image, caption = (row[spec.image_key] or "").strip(), row[spec.caption_key] or ""
+            captions_of.setdefault(str(path.parent / (spec.image_folder or "") / image), []).append(caption)
+    if not captions_of:
+        raise InputError(f"{path} has no rows below its header")
+    files = list(captions_of)
+    return _captioned(_files(files, np.full(len(files), -1, np.int32)), list(captions_of.values()))
+
+
+def thumbnail(source: Source, row: int, side: int = 112) -> bytes:
+    """A sample's picture as a JPEG of at most `side` pixels."""
+    pixels = np.asarray(transforms.decode(source.read(tf.constant(row, tf.int64))["image"]))
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=85)
+    return out.getvalue()
+
+
+def _hint(spec) -> str:
+    return f"; {spec.hint}" if spec.get("hint") else ""
+
+
+def _json_list(path, key) -> list[str]:
+    if not path or not Path(path).is_file():
+        raise InputError(f"{key} must be a JSON file with a list of strings; no file {path}")
+    try:
+        items = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not (isinstance(items, list) and items and all(isinstance(item, str) for item in items)):
+        raise InputError(f"{path} must hold a JSON list of strings")
+    return items

@@ -1,0 +1,69 @@
+"""Mode eval: every evaluation that the configuration names, of a checkpoint or of weights from elsewhere."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from rankclip_jax import evaluation, images, models, optim, pretrained, sharding
+from rankclip_jax import step as steps
+from rankclip_jax.checkpoint import Checkpoints
+from rankclip_jax.errors import InputError
+from rankclip_jax.loop import Run
+from rankclip_jax.tokenizer import Tokenizer
+
+
+def evaluate(config: ConfigDict, workdir) -> dict:
+    """Evaluates the workdir's best (or newest) checkpoint, or config.eval.model.
+
+    Prints tables, writes WORKDIR/eval.json ({"step", "zero_shot": {set: numbers}, ..., "missing": {"kind/set":
+    reason}}) and WORKDIR/eval/ for the report.
+
+    Raises:
+      InputError: there is nothing to evaluate, or nothing to evaluate on.
+    """
+    workdir = Path(workdir)
+    run, state = _workdir(config, workdir) if config.eval.model is None else _model(config, workdir)
+    step = int(state.step)
+    results = evaluation.evaluate(config.eval, run.encoder(state), folder=workdir / "eval")
+    if not any(results[kind] for kind in evaluation.KINDS):
+        raise InputError("; ".join(results["missing"].values()) or "config.eval names no set to evaluate on")
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "eval.json").write_text(json.dumps({"step": step, **results}, indent=2) + "\n")
+        print(f"{config.eval.model or f'step {step} of {workdir}'}\n{evaluation.text(results)}", end="")
+    return results
+
+
+def _workdir(config, workdir):
+    if not (workdir / "tokenizer.json").exists():
+        raise InputError(f"{workdir} holds no trained run (no tokenizer.json); train there first with --mode=train")
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    step = checkpoints.best()
+    if step is None:
+        raise InputError(f"{workdir} holds no complete checkpoint; train there first with --mode=train")
+    run = Run(config, workdir, Tokenizer.load(str(workdir / "tokenizer.json")))
+    # The rates do not matter here, but the optimiser's state has its place in the checkpoint.
+    tx = optim.make_optimizer(config.optim, config.optim.warmup_steps + 1)
+    state, _ = checkpoints.restore(step, steps.abstract_state(run.model, tx, run.mesh, config.sharding))
+    return run, state
+
+
+def _model(config, workdir):
+    read = pretrained.read(config.eval.model, config.tokenizer.path)
+    if read.tokenizer is None:
+        raise InputError(
+            f"{config.eval.model} brings no tokenizer; give --config.tokenizer.path a tokenizer.json or a hub id "
+            '(OpenAI\'s is "openai/clip-vit-base-patch32")'
+        )
+    side = read.config.vision.image_size
+    if (read.view.mean, read.view.std, read.view.resize, read.view.crop) != (images.MEAN, images.STD, side, side):
+        raise InputError(f"{config.eval.model} prepares its pictures otherwise than CLIP does; evaluation does not")
+    run = Run(config, workdir, read.tokenizer, models.CLIP(read.config, jnp.dtype(config.model.dtype)))
+    variables = read.variables
+    state = steps.TrainState(
+        jnp.int32(read.step or 0), variables["params"], variables.get("batch_stats", {}), opt_state=()
+    )
+    return run, jax.device_put(state, sharding.state_shardings(state, run.mesh, config.sharding))

@@ -1,0 +1,66 @@
+"""What evaluations leave in WORKDIR/eval for the report to draw; the report itself reads no data and no model."""
+
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+
+from rankclip_jax.evaluation.geometry import project, similarity_histograms
+from rankclip_jax.evaluation.retrieval import nearest
+
+_QUERIES, _ANSWERS = 6, 5
+
+
+class Artifacts:
+    """Writes into `folder`; with None writes nothing.
+
+      zero_shot_NAME.npz   classes (C,) str, confusion (C, C) int64: [label, class that came first]
+      retrieval_NAME.json  "image_to_text" and "text_to_image": queries with their 5 nearest, pictures as JPEG in base64
+      geometry_NAME.npz    image, text (N, 2) float32 on two principal axes, explained (2,), captions (N,) str;
+                           edges, positive, negative: the histogram of cosines
+    """
+
+    def __init__(self, folder: Path | None):
+        self._folder = folder
+
+    def _path(self, name: str) -> Path:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return self._folder / name.replace("/", "_")
+
+    def confusion(self, name: str, classes: list[str], confusion_CxC: np.ndarray) -> None:
+        """The confusion matrix of a labelled set."""
+        if self._folder:
+            np.savez_compressed(self._path(f"zero_shot_{name}.npz"), classes=classes, confusion=confusion_CxC)
+
+    def geometry(self, name: str, z_img_NxD: np.ndarray, z_txt_NxD: np.ndarray, captions: list[str]) -> None:
+        """Projection and histograms of pairs."""
+        if self._folder and len(captions) >= 2:
+            arrays = project(z_img_NxD, z_txt_NxD) | similarity_histograms(z_img_NxD, z_txt_NxD)
+            np.savez_compressed(self._path(f"geometry_{name}.npz"), captions=[c[:120] for c in captions], **arrays)
+
+    def gallery(self, name, source, rows, captions, image_of_text, z_img_NxD, z_txt_MxD) -> None:
+        """Queries evenly spaced over the set, so that none is picked for its result, with their nearest both ways."""
+        if not self._folder:
+            return
+        from input_pipeline.labelled import thumbnail
+
+        def picture(i):
+            return base64.b64encode(thumbnail(source, int(rows[i]))).decode()
+
+        def spaced(n):
+            return np.linspace(0, n - 1, min(n, _QUERIES)).astype(int)
+
+        from_images = []
+        for i in spaced(len(z_img_NxD)):
+            found = nearest(z_img_NxD[i], z_txt_MxD, _ANSWERS)
+            answers = [{"caption": captions[t], "right": bool(image_of_text[t] == i)} for t in found]
+            from_images.append({"picture": picture(i), "answers": answers})
+        from_texts = []
+        for t in spaced(len(z_txt_MxD)):
+            found = nearest(z_txt_MxD[t], z_img_NxD, _ANSWERS)
+            answers = [{"picture": picture(i), "right": bool(image_of_text[t] == i)} for i in found]
+            from_texts.append({"caption": captions[t], "answers": answers})
+        self._path(f"retrieval_{name}.json").write_text(
+            json.dumps({"image_to_text": from_images, "text_to_image": from_texts})
+        )

@@ -1,0 +1,192 @@
+"""Runs the evaluations that a configuration names, for the trainer and for --mode=eval alike.
+
+A set that cannot be opened does not stop the others: `missing` says which, where it looked and how to get it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from rankclip_jax.errors import InputError
+from rankclip_jax.evaluation import geometry, linear_probe, prompts, retrieval, robustness, suite, zero_shot
+from rankclip_jax.evaluation.artifacts import Artifacts
+from rankclip_jax.progress import Progress
+
+KINDS = ("zero_shot", "retrieval", "linear_probe", "geometry")
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """What an evaluation needs of a model.
+
+    Attributes:
+      images: a batch of `batches` -> float32 (b, D) of unit norm, this process's share.
+      texts: any number of texts -> float32 (n, D) of unit norm.
+      batches: source -> its batches as input_pipeline's eval_batches yields them: "mask", "row" and "label" (b,), the
+        rest is for `images` alone.
+      image_side: pixels.
+    """
+
+    images: Callable[[dict], np.ndarray]
+    texts: Callable[[list[str]], np.ndarray]
+    batches: Callable[[object], Iterator[dict]]
+    image_side: int
+
+
+def due(config, epoch: int, last: bool) -> tuple[str, ...]:
+    """The KINDS that config.eval asks for at the end of this epoch (from 1); all that training runs at the last."""
+    every = {"zero_shot": config.every_epochs} | dict(config.every)
+    return tuple(kind for kind in KINDS if every[kind] and (last or epoch % every[kind] == 0))
+
+
+def evaluate(config, encoder: Encoder, *, kinds=KINDS, folder: Path | None = None) -> dict:
+    """Results by kind and set: {"zero_shot": {name: numbers}, "retrieval": ..., "missing": {"kind/name": reason}}.
+
+    Args:
+      config: config.eval.
+      kinds: which of KINDS to run; robustness comes with zero_shot.
+      folder: where to leave what a report draws (evaluation/artifacts.py); None: nowhere.
+    """
+    from input_pipeline import labelled
+
+    artifacts = Artifacts(folder)
+    missing = {}
+
+    def opened(kind, specs, open_set):
+        for name, spec in specs.items():
+            try:
+                yield name, spec, open_set(spec, image_side=encoder.image_side)
+            except InputError as error:
+                missing[f"{kind}/{name}"] = str(error)
+
+    results = {}
+    if "zero_shot" in kinds:
+        sets = {}
+        for name, spec, found in opened("zero_shot", suite.zero_shot_sets(config), labelled.open_labelled):
+            try:
+                sets[name] = found, _prompts(name, spec, found)
+            except InputError as error:
+                missing[f"zero_shot/{name}"] = str(error)
+        results |= _zero_shot(config.robustness, encoder, sets, artifacts)
+    if "retrieval" in kinds:
+        results["retrieval"] = {
+            name: _retrieval(encoder, name, found, artifacts)
+            for name, _, found in opened("retrieval", config.retrieval, labelled.open_captioned)
+        }
+    if "linear_probe" in kinds:
+        results["linear_probe"] = {
+            name: _linear_probe(encoder, name, spec, *pair)
+            for name, spec, pair in opened("linear_probe", config.linear_probe, labelled.open_train_and_test)
+        }
+    if "geometry" in kinds:
+        results["geometry"] = {
+            name: _geometry(encoder, name, spec, found, artifacts)
+            for name, spec, found in opened("geometry", config.geometry, labelled.open_captioned)
+        }
+    return results | {"missing": missing}
+
+
+def _prompts(name, spec, found) -> prompts.Prompts:
+    if spec.protocol and not (spec.classes or found.from_file):
+        given = prompts.from_protocol(spec.protocol, spec.protocol_set or name, found.names)
+        return dataclasses.replace(given, templates=found.templates) if spec.templates else given
+    return prompts.plain(found.names, found.templates)
+
+
+def _encoded(encoder: Encoder, source, what: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(embeddings (n, D), labels (n,), rows (n,)) of every usable sample once, from all processes, batch by batch."""
+    with Progress(f"images of {what}", source.size) as progress:
+        for batch in encoder.batches(source):
+            parts = encoder.images(batch), batch["label"], batch["row"], batch["mask"]
+            if jax.process_count() > 1:
+                parts = jax.tree.map(np.concatenate, multihost_utils.process_allgather(parts))
+            z, labels, rows, mask = parts
+            progress.add(int(mask.sum()))
+            yield z[mask], labels[mask], rows[mask]
+
+
+def _all_encoded(encoder, source, what):
+    """Everything of `_encoded` at once, in order of the rows."""
+    parts = list(_encoded(encoder, source, what))
+    z, labels, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
+    order = np.argsort(rows)
+    return z[order], labels[order], rows[order]
+
+
+def _zero_shot(config, encoder, sets, artifacts) -> dict:
+    known, results, on_shared = {}, {}, {}
+    shifted = {name: sets[name] for name in config.shifted if name in sets}
+    for name, (found, classes) in sets.items():
+        z_CxD = zero_shot.class_embeddings(encoder.texts, classes.names, classes.templates, known)
+        counter, subsets = zero_shot.ZeroShot(z_CxD), {}
+        if name == config.reference:
+            for other, (_, their) in shifted.items():
+                shared = robustness.shared_classes(classes.keys, their.keys)
+                if shared is not None:
+                    place = np.full(len(classes.keys), -1)
+                    place[shared] = np.arange(len(shared))
+                    subsets[other] = place, zero_shot.ZeroShot(z_CxD[shared])
+        for z, labels, _ in _encoded(encoder, found.source, name):
+            labels = classes.class_of_label[labels]
+            kept = labels >= 0  # a protocol may leave classes out
+            counter.add(z[kept], labels[kept])
+            for place, sub in subsets.values():
+                inside = kept & (place[labels] >= 0)
+                sub.add(z[inside], place[labels[inside]])
+        results[name] = _checked(counter.results, name)
+        on_shared |= {other: _checked(sub.results, name)["top1"] for other, (_, sub) in subsets.items()}
+        artifacts.confusion(name, classes.names, counter.confusion_CxC)
+    baselines = robustness.read_baselines(config.baselines) if config.baselines else {}
+    rows = {
+        name: robustness.table_row(results[name]["top1"], on_shared[name], baselines.get(name)) for name in on_shared
+    }
+    return {"zero_shot": results, "robustness": rows}
+
+
+def _checked(compute, name):
+    try:
+        return compute()
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def _retrieval(encoder, name, found, artifacts) -> dict:
+    z_img, _, rows = _all_encoded(encoder, found.source, name)
+    usable = np.isin(found.image_of_text, rows)  # an image that cannot be read is left out with its captions
+    captions = [caption for caption, good in zip(found.captions, usable, strict=True) if good]
+    image_of_text = np.searchsorted(rows, found.image_of_text[usable])
+    z_txt = encoder.texts(captions)
+    ranks = retrieval.retrieval_ranks(z_img, z_txt, image_of_text)
+    artifacts.gallery(name, found.source, rows, captions, image_of_text, z_img, z_txt)
+    return retrieval.recalls(*ranks)
+
+
+def _linear_probe(encoder, name, spec, train, test) -> dict:
+    features = [_all_encoded(encoder, found.source, f"{name} ({part})")[:2] for part, found in
+                (("train", train), ("test", test))]  # fmt: skip
+    return _checked(
+        lambda: linear_probe.linear_probe(
+            *features, classes=len(test.names), metric=spec.metric, report=lambda line: print(f"{name}: {line}")
+        ),
+        name,
+    )
+
+
+def _geometry(encoder, name, spec, found, artifacts) -> dict:
+    # The first caption of each of the first images; rows come in order, so reading can stop early.
+    z_img, rows = [], []
+    for z, _, some in _encoded(encoder, found.source, name):
+        z_img.append(z)
+        rows.append(some)
+        if sum(map(len, rows)) >= spec.sample:
+            break
+    z_img, rows = np.concatenate(z_img)[: spec.sample], np.concatenate(rows)[: spec.sample]
+    images, first = np.unique(found.image_of_text, return_index=True)
+    captions = [found.captions[first[np.searchsorted(images, row)]] for row in rows]
+    z_txt = encoder.texts(captions)
+    artifacts.geometry(name, z_img, z_txt, captions)
+    return _checked(lambda: geometry.geometry(z_img, z_txt), name)
