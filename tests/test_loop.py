@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rankclip_jax import config as configs
-from rankclip_jax import loop
+from rankclip_jax import evaluate, loop
 from rankclip_jax.errors import InputError
 
 REPO = Path(__file__).parents[1]
@@ -168,7 +168,7 @@ def test_a_workdir_of_another_configuration_says_what_differs(trained):
 
 def test_evaluating_an_empty_workdir_says_so(tmp_path):
     with pytest.raises(InputError, match="holds no trained run"):
-        loop.evaluate(small(), tmp_path)
+        evaluate.evaluate(small(), tmp_path)
 
 
 @pytest.mark.slow
