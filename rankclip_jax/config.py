@@ -23,6 +23,16 @@ MAY_CHANGE = ("log_every", "eval", "checkpoint")
 OBJECTIVES = ("clip", "rankclip", "rank", "siglip", "cyclip")
 TERMS = ("clip", "siglip", "cross_modal", "in_modal", "cyclic_cross_modal", "cyclic_in_modal")
 
+# One source of a mixture (config.data.train.NAME); what is None is as in config.data.
+MIXTURE_PART = dict(
+    path=None,
+    weight=None,  # its share of the samples, relative to the others' weights; None, for all: as many as it has rows
+    format=None,
+    image_key=None,
+    caption_key=None,
+    delimiter=None,
+    data_dir=None,
+)
 # What one labelled set for zero-shot classification can say (config.eval.zero_shot.NAME).
 ZERO_SHOT_SET = dict(
     format="csv",  # csv | folder | clip_benchmark | tfds | shapes (input_pipeline/labelled.py)
@@ -107,13 +117,19 @@ def default_config() -> ConfigDict:
                 grad_clip_norm=None,
             ),
             data=dict(
-                format="shapes",  # csv | shapes
-                train=None,  # csv: the file; shapes: the number of scenes an epoch
-                val=None,  # the same, for the validation loss; None: none
+                format="shapes",  # csv | tfrecord | webdataset | folder | parquet | tfds | shapes
+                # A path, {00000..00331} range, glob, folder or list of these, also gs://; tfds: NAME:SPLIT; shapes: the
+                # number of scenes an epoch. Or a mixture: name -> fields of MIXTURE_PART.
+                train=None,
+                val=None,  # the same, for the validation loss; None: none. Of a mixture every row comes, once
                 hint=None,  # what to tell a user who lacks the data
-                image_key="image",
-                caption_key="caption",
-                delimiter=",",
+                # Column, feature or ending of the member; several: the first that a sample has. None: csv and parquet
+                # image; tfrecord and webdataset jpg, jpeg, png or webp; tfds its image feature.
+                image_key=None,
+                caption_key=None,  # None: caption; txt or caption; tfds its caption, captions, or a text
+                delimiter=",",  # csv; a .tsv has tabs
+                data_dir=None,  # tfds: where the sets were prepared; None: its own default
+                cache_dir=None,  # for the offsets of shards and unpacked Parquet; None: beside the data, or ~/.cache
                 crop_scale=(0.9, 1.0),  # share of the image's area that a training crop covers
                 flip=False,  # mirror half of the training images
                 max_bad_fraction=0.1,  # stop when more of the samples than this cannot be used
@@ -145,7 +161,9 @@ def default_config() -> ConfigDict:
                 best=None,  # metric (as in metrics.jsonl) whose best checkpoint is kept too
             ),
             mesh=dict(data=-1),  # axis -> devices; -1: all that are left
-            sharding=((".*", ()),),  # (regex over the parameter's path, axes of its PartitionSpec)
+            # replicated | fsdp | tensor | fsdp+tensor (rankclip_jax/sharding.py), or rules: (regex over the parameter's
+            # path, mesh axes of its last dimensions) each. None: replicated
+            sharding=None,
         )
     )
 

@@ -35,7 +35,7 @@ class Run:
         """`model`: a models.CLIP of another origin; None: that of config.model."""
         self.config, self.workdir, self.tokenizer = config, Path(workdir), tokenizer
         self.mesh = sharding.make_mesh(config.mesh)
-        shards = self.mesh.shape["data"]
+        shards = sharding.batch_shards(self.mesh)
         if config.batch_size % shards:
             raise InputError(
                 f"config.batch_size = {config.batch_size} does not divide over {shards} devices; "

@@ -5,10 +5,33 @@ import re
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rankclip_jax.errors import InputError
 from rankclip_jax.optim import path_name
+
+# Parameters this small stay whole on every device: gathering them would cost more time than they cost memory.
+_SMALL = 2**14
+
+
+def _tensor(other):
+    """Each transformer layer's first products split by their outputs, its second by their inputs (Megatron's way)."""
+    return (
+        (r"(attn|attnpool)/[qkv]_proj/kernel|mlp/c_fc/kernel", (other, "model")),
+        (r"(attn|attnpool)/[qkv]_proj/bias|mlp/c_fc/bias", ("model",)),
+        (r"attn/out_proj/kernel|attnpool/c_proj/kernel|mlp/c_proj/kernel", ("model", other)),
+    )
+
+
+# config.sharding by name. A rule is (regex over the parameter's path, the mesh axes of its last dimensions); an axis
+# in place of the dimensions means: the largest dimension that divides over it.
+KINDS = {
+    "replicated": ((".*", ()),),
+    "fsdp": ((".*", "fsdp"),),
+    "tensor": (*_tensor(None), (".*", ())),
+    "fsdp+tensor": (*_tensor("fsdp"), (".*", "fsdp")),
+}
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence | None = None) -> Mesh:
@@ -30,9 +53,19 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence | None = None) -> Mesh:
     )
 
 
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes over which a batch is split: all but "model", whose devices work on the same rows together."""
+    return tuple(axis for axis in mesh.axis_names if axis != "model")
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches are split along their first axis over the axis "data"."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """Batches are split along their first axis."""
+    return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
 
 
 def state_shardings(abstract_state, mesh: Mesh, rules):
@@ -40,9 +73,18 @@ def state_shardings(abstract_state, mesh: Mesh, rules):
 
     Optimiser moments carry their parameter's path within theirs, and so lie where it does. Scalars are replicated.
 
+    Args:
+      rules: config.sharding: a key of KINDS, a sequence of rules as they stand there, or None for "replicated".
+
     Raises:
-      InputError: a rule that matches no parameter, or a parameter that no rule matches.
+      InputError: no such kind; an axis that the mesh lacks, or that a dimension does not divide over; a rule that
+        matches no parameter; a parameter that no rule matches.
     """
+    rules = rules or "replicated"
+    if isinstance(rules, str):
+        if rules not in KINDS:
+            raise InputError(f"config.sharding = {rules!r} is none of {', '.join(KINDS)}; rules do as well")
+        rules = KINDS[rules]
     used = set()
 
     def place(path, leaf):
@@ -52,7 +94,7 @@ def state_shardings(abstract_state, mesh: Mesh, rules):
         for pattern, spec in rules:
             if re.search(pattern, name):
                 used.add(pattern)
-                return NamedSharding(mesh, PartitionSpec(*spec))
+                return NamedSharding(mesh, _spec(leaf.shape, spec, mesh, name))
         raise InputError(f"config.sharding has no rule for {name}; end the rules with ('.*', ())")
 
     shardings = jax.tree_util.tree_map_with_path(place, abstract_state)
@@ -60,3 +102,25 @@ def state_shardings(abstract_state, mesh: Mesh, rules):
     if unused:
         raise InputError(f"config.sharding: the rule {unused[0]!r} matches no parameter")
     return shardings
+
+
+def _spec(shape, spec, mesh, name) -> PartitionSpec:
+    for axis in (spec,) if isinstance(spec, str) else spec:
+        if axis is not None and axis not in mesh.shape:
+            raise InputError(
+                f"config.sharding asks for an axis {axis!r}, which config.mesh lacks; for example "
+                f"--config.mesh=\"{{'data': -1, '{axis}': 2}}\""
+            )
+    if isinstance(spec, str):
+        fits = [i for i, size in enumerate(shape) if size % mesh.shape[spec] == 0]
+        if math.prod(shape) < _SMALL or not fits:
+            return PartitionSpec()
+        largest = fits[int(np.argmax([shape[i] for i in fits]))]
+        return PartitionSpec(*[spec if i == largest else None for i in range(len(shape))])
+    if not any(spec):
+        return PartitionSpec()
+    axes = [None] * (len(shape) - len(spec)) + list(spec)  # scanned layers have a dimension before the others
+    for size, axis in zip(shape, axes, strict=True):
+        if axis is not None and size % mesh.shape[axis]:
+            raise InputError(f"config.sharding: {name} {shape} does not divide over {axis!r} = {mesh.shape[axis]}")
+    return PartitionSpec(*axes)

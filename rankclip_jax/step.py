@@ -10,7 +10,7 @@ import optax
 
 from rankclip_jax import images
 from rankclip_jax.losses import RANKING, objective_loss, rank_weight
-from rankclip_jax.sharding import batch_sharding, state_shardings
+from rankclip_jax.sharding import batch_axes, batch_sharding, state_shardings
 
 # OpenAI clamps the learned scale of the logits to at most 100; below 1 it would flatten them.
 MIN_LOG_SCALE, MAX_LOG_SCALE = 0.0, float(np.log(100))
@@ -65,8 +65,8 @@ def make_train_step(
 ) -> Callable:
     """Returns jitted train_step(state, batch) -> (state, metrics); the state given is donated.
 
-    `batch`: {"image": uint8 (B, S, S, 3), "tokens": int32 (B, L)}, split over the mesh's "data" axis; B is global,
-    and so are the batch statistics and the negatives. `metrics`: float32 scalars.
+    `batch`: {"image": uint8 (B, S, S, 3), "tokens": int32 (B, L)}, split over sharding.batch_axes; B is global, and so are
+    the batch statistics and the negatives. `metrics`: float32 scalars.
     """
     epochs = -(-total_steps // steps_per_epoch)
     seed_key = jax.random.key(config.seed)
@@ -108,6 +108,8 @@ def clamp_logit_scale(params: dict) -> dict:
 
 
 def _objective(z_img_BxD, z_txt_BxD, scale, params, loss_config, weight, mesh):
+    # The loss's rows go over all devices, the towers' only over those that hold different rows.
+    loss_axes = mesh.axis_names if z_img_BxD.shape[0] % mesh.size == 0 else batch_axes(mesh)
     return objective_loss(
         z_img_BxD,
         z_txt_BxD,
@@ -123,7 +125,7 @@ def _objective(z_img_BxD, z_txt_BxD, scale, params, loss_config, weight, mesh):
         keep_self=loss_config.keep_self,
         form=loss_config.form,
         mesh=mesh,
-        axes=("data",),
+        axes=loss_axes,
     )
 
 

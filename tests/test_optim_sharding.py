@@ -68,9 +68,39 @@ def test_mesh_sizes_must_fit_the_devices():
 def test_rules_place_parameters_and_complain_when_they_do_not_fit():
     mesh = sharding.make_mesh({"data": 4, "fsdp": 2})
     state = {"params": {"a": {"kernel": jnp.zeros((4, 4))}, "b": jnp.zeros(4)}, "step": jnp.int32(0)}
-    placed = sharding.state_shardings(state, mesh, (("kernel", ("fsdp",)), (".*", ())))
-    assert placed["params"]["a"]["kernel"].spec == P("fsdp") and placed["params"]["b"].spec == P()
+    placed = sharding.state_shardings(state, mesh, (("kernel", ("fsdp", None)), (".*", ())))
+    assert placed["params"]["a"]["kernel"].spec == P("fsdp", None) and placed["params"]["b"].spec == P()
     with pytest.raises(InputError, match="no rule for params/b"):
         sharding.state_shardings(state, mesh, (("kernel", ()),))
     with pytest.raises(InputError, match="'attn' matches no parameter"):
         sharding.state_shardings(state, mesh, (("attn", ()), (".*", ())))
+    with pytest.raises(InputError, match="'zero' is none of replicated, fsdp, tensor"):
+        sharding.state_shardings(state, mesh, "zero")
+    with pytest.raises(InputError, match="an axis 'model', which config.mesh lacks"):
+        sharding.state_shardings(state, mesh, (("kernel", (None, "model")), (".*", ())))
+    with pytest.raises(InputError, match=r"params/c \(3,\) does not divide over 'fsdp' = 2"):
+        sharding.state_shardings({"params": {"c": jnp.zeros(3)}}, mesh, ((".*", ("fsdp",)),))
+
+
+@pytest.mark.parametrize("name", ["ViT-B/32", "RN50"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_kinds_split_what_they_should(name, scan):
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "model": 2})
+    model = models.build(name, scan_layers=scan)
+    params = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
+
+    def share(kind):  # of the parameters, how much lies on one device
+        placed = sharding.state_shardings(params, mesh, kind)
+        sizes = jax.tree.map(lambda p, s: np.prod(s.shard_shape(p.shape)), params, placed)
+        return sum(jax.tree.leaves(sizes)) / sum(p.size for p in jax.tree.leaves(params)), placed
+
+    assert share(None)[0] == share("replicated")[0] == 1
+    assert 0.5 <= share("fsdp")[0] < 0.51  # all but the small ones
+    tensor, placed = share("tensor")
+    assert 0.5 < tensor < 0.85  # embeddings and convolutions stay whole
+    both, _ = share("fsdp+tensor")
+    assert 0.25 < both < min(0.45, tensor)
+    blocks = placed["text"]["transformer"]
+    mlp = (blocks["resblocks"] if scan else blocks["resblocks_0"])["mlp"]
+    assert mlp["c_fc"]["kernel"].spec[-2:] == (None, "model") and mlp["c_proj"]["kernel"].spec[-2:] == ("model", None)
+    assert mlp["c_fc"]["bias"].spec[-1] == "model"

@@ -69,15 +69,24 @@ def test_gradients_of_eight_devices_equal_those_of_one(name):
 
 
 @pytest.mark.slow
-def test_sharded_parameters_train_the_same():
-    replicated, metrics, _ = run("ViT-tiny", 8, count=3)
-    rules = (("attn/.*kernel|mlp/.*kernel", (None, "fsdp")), (".*", ()))
-    sharded, sharded_metrics, _ = run("ViT-tiny", 8, count=3, rules=rules, mesh_axes={"data": 4, "fsdp": 2})
+@pytest.mark.parametrize(
+    ("kind", "axes"),
+    [
+        ("fsdp", {"data": 1, "fsdp": 8}),
+        ("tensor", {"data": 4, "model": 2}),
+        ("fsdp+tensor", {"data": 2, "fsdp": 2, "model": 2}),
+        ((("attn/.*kernel|mlp/.*kernel", (None, "fsdp")), (".*", ())), {"data": 4, "fsdp": 2}),
+    ],
+)
+def test_sharded_parameters_train_the_same(kind, axes, monkeypatch):
+    monkeypatch.setattr(sharding, "_SMALL", 0)
+    _, metrics, _ = run("ViT-tiny", 8, count=3)
+    sharded, sharded_metrics, _ = run("ViT-tiny", 8, count=3, rules=kind, mesh_axes=axes)
     for a, b in zip(metrics, sharded_metrics, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     kernel = sharded.params["visual"]["transformer"]["resblocks_0"]["mlp"]["c_fc"]["kernel"]
-    assert kernel.addressable_shards[0].data.size == kernel.size // 2
-    del replicated
+    parts = axes.get("model", 1) * axes.get("fsdp", 1)
+    assert kernel.addressable_shards[0].data.size == kernel.size // parts
 
 
 def test_the_weight_ramps_over_epochs_and_the_loss_is_the_weighted_sum():
