@@ -32,7 +32,7 @@ class Tokenizer:
 
     Attributes:
       vocab_size: number of ids.
-      eot_id: id of the end-of-text token, at whose first place the text tower pools.
+      start_id, eot_id: ids of the start token, and of the end-of-text token, at whose first place the text tower pools.
     """
 
     def __init__(self, hf: tokenizers.Tokenizer):
@@ -42,8 +42,8 @@ class Tokenizer:
         hf.no_padding()
         self._hf = hf
         self.vocab_size = hf.get_vocab_size()
-        self.eot_id = hf.token_to_id(END)
-        if self.eot_id is None or hf.token_to_id(START) is None:
+        self.start_id, self.eot_id = hf.token_to_id(START), hf.token_to_id(END)
+        if self.start_id is None or self.eot_id is None:
             raise InputError(f"the tokenizer has no {START} or no {END} token; CLIP's text tower needs both")
 
     @classmethod
@@ -61,13 +61,13 @@ class Tokenizer:
             except Exception as error:  # tokenizers raises bare Exception on a file that it cannot read
                 raise InputError(f"{path} is not a tokenizer.json of Hugging Face tokenizers: {error}") from None
         if path.endswith(".json") or path.startswith((".", "/")):
-            raise InputError(f"config.tokenizer.path: no file {path}; give a tokenizer.json or a hub id")
+            raise InputError(f"tokenizer: no file {path}; give a tokenizer.json or a hub id")
         try:
             return cls(tokenizers.Tokenizer.from_pretrained(path))
         except Exception as error:  # whatever the hub client's version raises
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
-                f"config.tokenizer.path: {path!r} is no file and could not be fetched from the hub ({reason})"
+                f"tokenizer: {path!r} is no file and could not be fetched from the hub ({reason})"
             ) from None
 
     @classmethod
@@ -94,7 +94,11 @@ class Tokenizer:
 
     def save(self, path) -> None:
         """Writes tokenizer.json."""
-        Path(path).write_text(json.dumps(json.loads(self._hf.to_str()), ensure_ascii=False))
+        Path(path).write_text(json.dumps(self.to_dict(), ensure_ascii=False))
+
+    def to_dict(self) -> dict:
+        """The contents of tokenizer.json, without truncation and padding: their length is the model's."""
+        return json.loads(self._hf.to_str()) | {"truncation": None, "padding": None}
 
     def __call__(self, texts: list[str], context_length: int) -> np.ndarray:
         """Returns int32 ids (len(texts), context_length)."""

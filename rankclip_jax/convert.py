@@ -1,0 +1,50 @@
+"""The command line: python -m rankclip_jax.convert SRC DST --to hf|openai|orbax."""
+
+import argparse
+import os
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed; an accelerator need not be free
+
+from rankclip_jax import export, pretrained
+from rankclip_jax.errors import InputError
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 wrong input (one line on stderr), 2 wrong flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rankclip_jax.convert",
+        description="Writes a model for another library: weights, configuration, tokenizer, preprocessing, model card.",
+    )
+    parser.add_argument("src", help="a workdir, a Hugging Face or open_clip folder, an OpenAI or RankCLIP .pt, ...")
+    parser.add_argument("dst", help="the folder to write")
+    parser.add_argument(
+        "--to",
+        choices=export.LAYOUTS,
+        required=True,
+        help="hf: for transformers; openai: a state dict for open_clip and OpenAI's code; orbax: for JAX",
+    )
+    parser.add_argument("--tokenizer", help="a tokenizer.json or hub id, where SRC brings none")
+    parser.add_argument(
+        "--activation",
+        choices=["quick_gelu", "gelu"],
+        default="quick_gelu",
+        help="of weights that no config describes: quick_gelu (OpenAI, RankCLIP; default) or gelu",
+    )
+    flags = parser.parse_args()
+    try:
+        model = pretrained.read(flags.src, flags.tokenizer, flags.activation)
+        export.write(model, flags.dst, flags.to)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: cannot write {flags.dst}: {error.strerror or error}")
+    print(f"wrote {flags.dst}: " + ", ".join(sorted(os.listdir(flags.dst))))
+    if flags.to != "orbax" and export.ours_alone(model.config, flags.to):
+        print("open_clip has no such ResNet (three stages, or the small stem): only rankclip_jax.load reads the folder")
+    if model.tokenizer is None:
+        print(f"no tokenizer files: {flags.src} brings none; give one with --tokenizer to have them written")
+
+
+if __name__ == "__main__":
+    main()
