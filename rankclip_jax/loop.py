@@ -192,8 +192,8 @@ def train(config: ConfigDict, workdir) -> None:
     finally:
         checkpoints.close()  # also on an error: what was being saved is good
     tensorboard.close()
-    if batches.bad.count:
-        print(f"{batches.bad.count} bad samples were passed over; {workdir / 'bad_samples.jsonl'} names them")
+    if batches.bad.reasons:
+        print(f"{batches.bad.summary()}; {workdir / 'bad_samples.jsonl'} names them")
     print(f"curves: {metrics.plot_curves(workdir)}")
 
 

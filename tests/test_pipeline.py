@@ -97,7 +97,13 @@ def test_bad_samples_are_passed_over_named_and_counted(captioned, tokenizer, tmp
     lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert {line["row"] for line in lines} == {3, 7, 11, 20} and len(lines) == 4
     reasons = {line["row"]: line["reason"] for line in lines}
-    assert "No such file" in reasons[3] and "empty caption" in reasons[20]
+    assert reasons == {
+        3: "no such file",
+        7: "not an image, or of a kind that PIL does not know",
+        11: "broken or truncated JPEG",
+        20: "empty caption",
+    }
+    assert iterator.bad.reasons == dict.fromkeys(reasons.values(), 1)
     assert "images/7.png" in next(line["where"] for line in lines if line["row"] == 7)
     assert iterator.bad.count in (8, 7)  # twice an epoch; the second epoch's last batch may not be complete
     assert "bad sample passed over" in capsys.readouterr().err
@@ -117,7 +123,7 @@ def test_too_many_bad_samples_stop_the_run(captioned, tokenizer, tmp_path):
 def test_a_set_without_one_good_sample_is_refused_at_once(captioned, tokenizer, tmp_path):
     for image in (tmp_path / "images").iterdir():
         image.unlink()
-    with pytest.raises(InputError, match="none of the first 40 samples could be used; .*No such file"):
+    with pytest.raises(InputError, match="none of the first 40 samples could be used; .*no such file"):
         batches(captioned, tokenizer)
 
 

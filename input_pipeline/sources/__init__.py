@@ -1,27 +1,52 @@
 """Where samples come from: one file a format. `open_source` is the one entry, `Source` what it gives."""
 
-from input_pipeline.sources import drawn, table
-from input_pipeline.sources.source import Source
+import dataclasses
+
+import tensorflow as tf
+
+from input_pipeline.sources import drawn, table, tar, tfrecord
+from input_pipeline.sources.source import Lost, Source, require
 from rankclip_jax.errors import InputError
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Lost", "Source", "open_source"]
 
 
 def open_source(spec, path, *, image_side: int, split: str = "train") -> Source:
-    """Opens config.data's `train` or `val`, or a labelled set of config.eval.zero_shot.
+    """Opens config.data's `train` or `val`, or a labelled set of config.eval.
 
     Args:
-      spec: has `format`, and for csv `image_key`, `caption_key` (or `label_key`) and `delimiter`.
-      path: csv: the file. shapes: the number of scenes, or the name of a labelled split.
+      spec: has `format` and the keys that config.data has for it; a labelled csv has `label_key` instead of captions.
+      path: files, as `format` takes them. shapes: the number of scenes, or the name of a labelled split.
       image_side: pixels; side of the scenes that `shapes` draws.
       split: train | val; which stream of scenes `shapes` draws from.
 
     Raises:
-      InputError: unknown format, missing file or column, or no rows.
+      InputError: unknown format, missing file, column or key, or no rows.
     """
     match spec.format:
         case "csv":
-            return table.open_table(spec, path)
+            return _checked(table.open_table(spec, path))
+        case "tfrecord":
+            return _checked(tfrecord.open_tfrecord(spec, path))
+        case "webdataset":
+            return _checked(tar.open_webdataset(spec, path))
         case "shapes":
             return drawn.open_drawn(path, image_side, split)
-    raise InputError(f"config.data.format must be csv or shapes; got {spec.format!r}")
+    raise InputError(f"config.data.format must be csv, tfrecord, webdataset or shapes; got {spec.format!r}")
+
+
+def _checked(source: Source) -> Source:
+    """The source with rows refused that have no image or no caption at all."""
+
+    def read(row):
+        sample = source.read(row)
+        require(tf.strings.length(sample["image"]) > 0, "empty image")
+        if "label" not in sample:
+            caption = sample["caption"]
+            with_text = tf.strings.length(tf.strings.strip(caption)) > 0
+            if caption.shape.rank:  # several
+                sample["caption"] = caption = tf.boolean_mask(caption, with_text)
+            require(tf.reduce_any(with_text), "empty caption")
+        return sample
+
+    return dataclasses.replace(source, read=read)

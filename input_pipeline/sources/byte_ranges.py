@@ -1,0 +1,58 @@
+"""Any span of bytes of any of many files, inside the graph.
+
+TensorFlow has no op for it: tf.io.read_file takes whole files, and a FixedLengthRecordDataset reads its way through
+everything before the span (measured: 9 ms for 40 MB). So local files are memory-mapped, once, as uint8 tensors, which
+a TensorList holds by number. A span is a slice of one; 52 us of CPU for 20 kB, as much as tf.io.read_file takes for a
+file of that size. Files in a bucket are read by Python, whose microseconds do not count beside the network's
+milliseconds.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from input_pipeline.sources.paths import is_remote
+
+
+def byte_ranges(paths: Sequence[str], sizes: Sequence[int]) -> Callable:
+    """Returns ops (file, int32; begin, int64; length, int64) -> string scalar. Files must not shrink afterwards."""
+    return _fetched(paths) if is_remote(paths[0]) else _mapped(paths, sizes)
+
+
+def _mapped(paths, sizes):
+    files = tf.raw_ops.EmptyTensorList(element_shape=[-1], max_num_elements=-1, element_dtype=tf.uint8)
+    for path, size in zip(paths, sizes, strict=True):
+        # A mapping of no bytes is impossible, and no row lies in such a file.
+        file = (
+            tf.raw_ops.ImmutableConst(dtype=tf.uint8, shape=[size], memory_region_name=path)
+            if size
+            else tf.zeros(0, tf.uint8)
+        )
+        files = tf.raw_ops.TensorListPushBack(input_handle=files, tensor=file)
+
+    def read(file, begin, length):
+        whole = tf.raw_ops.TensorListGetItem(input_handle=files, index=file, element_shape=[-1], element_dtype=tf.uint8)
+        # From uint8 to string there is no op, but a serialised tensor ends with its bytes as they are.
+        span = tf.io.serialize_tensor(tf.slice(whole, [begin], [length]))
+        return tf.strings.substr(span, tf.cast(tf.strings.length(span), tf.int64) - length, length)
+
+    return read
+
+
+def _fetched(paths):
+    paths_F = tf.constant(paths)
+
+    def fetch(path, begin, length):
+        with tf.io.gfile.GFile(path.decode(), "rb") as file:
+            file.seek(int(begin))
+            return np.asarray(file.read(int(length)), object)
+
+    def read(file, begin, length):
+        span = tf.ensure_shape(tf.numpy_function(fetch, [paths_F[file], begin, length], tf.string), ())
+        tf.debugging.Assert(
+            tf.cast(tf.strings.length(span), tf.int64) == length, ["the shard is shorter than its index says"]
+        )
+        return span
+
+    return read

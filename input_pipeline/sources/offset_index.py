@@ -1,0 +1,175 @@
+"""Where each sample begins in a shard: found once by going through the shards, then kept in a file beside them.
+
+The index of a set is one .npz in `.rankclip_index` of the first shard's folder; where that cannot be written, and for
+buckets, in the user's cache folder. A shard counts as unchanged while its size and its time of change are the same;
+only others are gone through again.
+"""
+
+import dataclasses
+import hashlib
+import json
+import mmap
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from input_pipeline.progress import Progress
+from input_pipeline.sources.paths import is_remote, stamps
+from input_pipeline.sources.source import Lost
+
+_REMOTE_WINDOW = 8 << 20  # bytes fetched at once from a bucket; local files are memory-mapped
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """What one shard holds: `columns`, arrays of one length, an item a sample; `lost`, what could not be reached."""
+
+    columns: dict[str, np.ndarray]
+    lost: Lost | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class OffsetIndex:
+    """Samples of all shards, one after the other.
+
+    Attributes:
+      paths: the shards, F of them.
+      sizes: bytes of each.
+      starts: int64 (F,); the row with which each shard starts.
+      columns: arrays (rows, ...), as `Scan` has them.
+      lost: what could not be reached.
+    """
+
+    paths: list[str]
+    sizes: list[int]
+    starts: np.ndarray
+    columns: dict[str, np.ndarray]
+    lost: list[Lost]
+
+    @property
+    def size(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def file_of(self, row: int) -> int:
+        """The number of the shard that holds a row."""
+        return int(np.searchsorted(self.starts, row, side="right")) - 1
+
+    def file_in_graph(self, row) -> tf.Tensor:
+        """The same as TensorFlow ops, int32."""
+        return tf.searchsorted(self.starts, [row], side="right")[0] - 1
+
+
+def offset_index(kind: str, paths: Sequence[str], scan: Callable, cache_dir: str | None = None) -> OffsetIndex:
+    """Reads or builds the index of `paths`.
+
+    Args:
+      kind: what was looked for; part of the stored file's name.
+      scan: (bytes by slices, size, path) -> Scan.
+      cache_dir: folder for the stored index instead of the usual ones.
+    """
+    stamps_F = stamps(paths)
+    name = hashlib.sha256("\n".join([kind, *paths]).encode()).hexdigest()[:20] + ".npz"
+    known = _load(name, paths, cache_dir)
+    scans = [known.get((path, *stamp)) for path, stamp in zip(paths, stamps_F, strict=True)]
+    new = [i for i, one in enumerate(scans) if one is None]
+    if new:
+
+        def go_through(i):
+            with open_slices(paths[i], stamps_F[i][0]) as data:
+                return scan(data, stamps_F[i][0], paths[i])
+
+        with Progress("indexing", len(new), unit="files") as progress, ThreadPoolExecutor() as pool:
+            for done, (i, result) in enumerate(zip(new, pool.map(go_through, new), strict=True), 1):
+                scans[i] = result
+                progress.update(done)
+    index = OffsetIndex(
+        list(paths),
+        [size for size, _ in stamps_F],
+        np.cumsum([0] + [_rows(one) for one in scans[:-1]], dtype=np.int64),
+        {key: np.concatenate([one.columns[key] for one in scans]) for key in scans[0].columns},
+        [one.lost for one in scans if one.lost],
+    )
+    if new:
+        files = [[p, *s, _rows(one)] for p, s, one in zip(paths, stamps_F, scans, strict=True)]
+        _store(name, index, files, cache_dir)
+    return index
+
+
+def open_slices(path: str, size: int):
+    """A context manager whose value gives bytes [begin:end] of a file."""
+    if is_remote(path):
+        return _Window(path)
+    if not size:
+        return memoryview(b"")
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+class _Window:
+    """Slices of a file in a bucket, fetched in large pieces."""
+
+    def __init__(self, path):
+        self._file, self._begin, self._bytes = tf.io.gfile.GFile(path, "rb"), 0, b""
+
+    def __getitem__(self, span: slice) -> bytes:
+        inside = self._begin <= span.start and span.stop <= self._begin + len(self._bytes)
+        if not inside:
+            self._file.seek(span.start)
+            self._begin, self._bytes = span.start, self._file.read(max(_REMOTE_WINDOW, span.stop - span.start))
+        return self._bytes[span.start - self._begin : span.stop - self._begin]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+
+def _rows(scan):
+    return len(next(iter(scan.columns.values())))
+
+
+def cache_folders(paths: Sequence[str], cache_dir: str | None) -> list[Path]:
+    """Where something derived from the shards may lie, best first."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankclip_jax"
+    beside = [] if is_remote(paths[0]) else [Path(paths[0]).parent / ".rankclip_index"]
+    return [Path(cache_dir)] if cache_dir else [*beside, home]
+
+
+def _load(name, paths, cache_dir):
+    """(path, size, time) -> Scan of what is stored; empty where nothing is, or nothing that can be read."""
+    for folder in cache_folders(paths, cache_dir):
+        try:
+            with np.load(folder / name, allow_pickle=False) as stored:
+                columns = {key: stored[key] for key in stored.files if key != "meta"}
+                meta = json.loads(stored["meta"].tobytes())
+            lost = {one["where"]: Lost(**one) for one in meta["lost"]}
+            known, start = {}, 0
+            for path, size, time, rows in meta["files"]:
+                part = {key: column[start : start + rows] for key, column in columns.items()}
+                known[path, size, time] = Scan(part, lost.get(path))
+                start += rows
+            return known
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+            continue
+    return {}
+
+
+def _store(name, index, files, cache_dir):
+    meta = json.dumps(dict(files=files, lost=[dataclasses.asdict(one) for one in index.lost])).encode()
+    for folder in cache_folders(index.paths, cache_dir):
+        # Several processes may do this at once: each writes its own file, and the last one's name wins.
+        part = folder / f".{name}.{os.getpid()}.npz"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            np.savez(part, meta=np.frombuffer(meta, np.uint8), **index.columns)
+            os.replace(part, folder / name)
+            return
+        except OSError:
+            continue
+    # Nowhere to keep it: the next start builds it again.

@@ -1,0 +1,93 @@
+"""Which files a configuration means: brace ranges, globs, folders and lists, local or in a bucket."""
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import tensorflow as tf
+
+from rankclip_jax.errors import InputError
+
+_RANGE = re.compile(r"\{([^{}]*)\}")
+
+
+def expand(pattern: str | Sequence[str], *, endings: tuple[str, ...], hint: str | None = None) -> list[str]:
+    """The files that a pattern names, in order.
+
+    Args:
+      pattern: a path; {00000..00331} counts, with leading zeros kept, {a,b} chooses, *, ? and [...] match; a folder
+        stands for the files in it that end in one of `endings`. Several patterns: their files one after the other.
+        gs:// and whatever else tf.io.gfile knows stays as it is.
+      hint: what to tell somebody who lacks the data.
+
+    Raises:
+      InputError: nothing matches, or a bucket's scheme that TensorFlow does not know here.
+    """
+    if not isinstance(pattern, str):
+        if not isinstance(pattern, Sequence) or not pattern:
+            raise InputError(f"config.data.train and .val take a path or a list of paths; got {pattern!r}")
+        return [path for one in pattern for path in expand(str(one), endings=endings, hint=hint)]
+    paths = []
+    for path in braces(pattern):
+        found = _matches(path, endings)
+        if not found:
+            raise InputError(f"no such file: {path}" + (f"; {hint}" if hint else ""))
+        paths += found
+    return paths
+
+
+def braces(pattern: str) -> list[str]:
+    """`a{08..10}` -> a08, a09, a10; `{x,y}` -> x, y; without braces the pattern itself."""
+    match = _RANGE.search(pattern)
+    if not match:
+        return [pattern]
+    first, dots, last = match[1].partition("..")
+    if dots and first.isdigit() and last.isdigit() and int(first) <= int(last):
+        choices = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    elif "," in match[1]:
+        choices = match[1].split(",")
+    else:
+        raise InputError(
+            f"{pattern}: {match[0]} is neither a range such as {{00000..00331}} nor a choice such as {{a,b}}"
+        )
+    return [path for choice in choices for path in braces(pattern[: match.start()] + choice + pattern[match.end() :])]
+
+
+def is_remote(path: str) -> bool:
+    """Whether the path has a scheme, as gs://bucket/file has."""
+    return "://" in path
+
+
+def stamps(paths: Sequence[str]) -> list[tuple[int, int]]:
+    """(size in bytes, time of the last change in ns) of each file; many at once, for buckets answer slowly."""
+
+    def stamp(path):
+        stat = tf.io.gfile.stat(path)
+        return stat.length, stat.mtime_nsec
+
+    try:
+        with ThreadPoolExecutor(32) as pool:
+            return list(pool.map(stamp, paths))
+    except tf.errors.OpError as error:
+        raise InputError(f"cannot be read: {error.message.splitlines()[0]}") from None
+
+
+def _matches(path, endings):
+    try:
+        if tf.io.gfile.isdir(path):
+            names = sorted(tf.io.gfile.listdir(path))
+            found = [tf.io.gfile.join(path, name) for name in names if name.endswith(endings)]
+            if not found:
+                raise InputError(f"{path} holds no file that ends in {' or '.join(endings)}")
+            return found
+        if tf.io.gfile.exists(path):
+            return [path]
+        return sorted(tf.io.gfile.glob(path)) if re.search(r"[*?\[]", path) else []
+    except tf.errors.UnimplementedError:
+        scheme = path.split("://")[0]
+        raise InputError(
+            f"{path}: this TensorFlow has no file system for {scheme}://; copy or mount the data, or install a "
+            f"TensorFlow plug-in for it and import it first"
+        ) from None
+    except tf.errors.OpError as error:
+        raise InputError(f"{path} cannot be reached: {error.message.splitlines()[0]}") from None

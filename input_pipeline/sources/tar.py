@@ -1,0 +1,209 @@
+"""WebDataset tars: members whose names differ only behind the first dot are one sample (00012.jpg, 00012.txt).
+
+The tars are gone through once, header by header (offset_index.py); from then on a sample is one span of bytes, read
+inside the graph (byte_ranges.py). `open_members` opens samples of any members:
+
+  members = open_members(["test/0.tar"], {"image": ("jpg", "png", "webp"), "cls": ("cls",)})
+  members.read(row)     ops: {"image": bytes, "cls": bytes}; a row without one of them is a bad one
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import tensorflow as tf
+
+from input_pipeline.sources.byte_ranges import byte_ranges
+from input_pipeline.sources.offset_index import OffsetIndex, Scan, offset_index, open_slices
+from input_pipeline.sources.paths import expand
+from input_pipeline.sources.source import Lost, Source, keys, read_captions, require
+from rankclip_jax.errors import InputError
+
+_BLOCK = 512
+_ABSENT = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """Samples of tars by number.
+
+    Attributes:
+      index: where they lie; columns begin and length, (rows, kinds of members), -1 where there is none.
+      read: ops, row (int64 scalar) -> {name: bytes (string scalar)}.
+    """
+
+    index: OffsetIndex
+    read: Callable
+
+    def where(self, row: int) -> str:
+        """Names a sample: file and key."""
+        file = self.index.file_of(row)
+        begin = self.index.columns["begin"][row].max()  # of any member
+        return f"{self.index.paths[file]} key {_keys_by_begin(self.index.paths[file], self.index.sizes[file])[begin]}"
+
+
+def open_webdataset(spec, path) -> Source:
+    """Opens tars of images and captions. `spec`: image_key, caption_key, hint, cache_dir of config.data.
+
+    Raises:
+      InputError: no tar, a compressed one, or no sample with an image or a caption under these keys.
+    """
+    wanted = {
+        "image": keys(spec.get("image_key"), ("jpg", "jpeg", "png", "webp")),
+        "caption": keys(spec.get("caption_key"), ("txt", "caption")),
+    }
+    members = open_members(expand(path, endings=(".tar",), hint=spec.get("hint")), wanted, spec.get("cache_dir"))
+    size = members.index.size
+    return Source(
+        size, members.read, members.where, lambda: read_captions(members.read, size), lost=tuple(members.index.lost)
+    )
+
+
+def open_members(paths: list[str], wanted: Mapping[str, tuple[str, ...]], cache_dir: str | None = None) -> Members:
+    """Opens tars by the numbers of their samples.
+
+    Args:
+      wanted: name -> endings behind the first dot of a member's name, lower case, the first that a sample has counts.
+
+    Raises:
+      InputError: a tar is compressed, or no sample has a member with one of the endings.
+    """
+    kind = "tar " + repr(sorted(wanted.items()))
+    index = offset_index(kind, paths, functools.partial(_scan, wanted), cache_dir)
+    for name, found_N in zip(wanted, index.columns["length"].T, strict=True):
+        if not (found_N >= 0).any():
+            raise InputError(f"{paths[0]}: no sample has a {name}, a member that ends in .{' or .'.join(wanted[name])}")
+    fetch = byte_ranges(index.paths, index.sizes)
+    begin_NxM, length_NxM = tf.constant(index.columns["begin"]), tf.constant(index.columns["length"])
+
+    def read(row):
+        begin_M, length_M = begin_NxM[row], tf.cast(length_NxM[row], tf.int64)
+        for i, name in enumerate(wanted):
+            require(length_M[i] >= 0, f"no {name}: no member ends in .{' or .'.join(wanted[name])}")
+        # Members of a sample lie side by side: one span has them all.
+        first = tf.reduce_min(begin_M)
+        span = fetch(index.file_in_graph(row), first, tf.reduce_max(begin_M + length_M) - first)
+        return {name: tf.strings.substr(span, begin_M[i] - first, length_M[i]) for i, name in enumerate(wanted)}
+
+    return Members(index, read)
+
+
+def _scan(wanted, data, size, path) -> Scan:
+    place = {ending: (i, rank) for i, endings in enumerate(wanted.values()) for rank, ending in enumerate(endings)}
+    begins, lengths = [], []  # of one sample after the other, flat: as many as there are kinds of members
+    key, ranks, torn = None, [], None
+    try:
+        for name, begin, length in _members(data, size, path):
+            stem, ending = _split(name)
+            if not stem:
+                continue  # a hidden file
+            if stem != key:
+                key, ranks = stem, [len(place)] * len(wanted)
+                begins += [_ABSENT] * len(wanted)
+                lengths += [_ABSENT] * len(wanted)
+            i, rank = place.get(ending, (0, len(place)))
+            if rank < ranks[i]:
+                at = len(begins) - len(wanted) + i
+                begins[at], lengths[at], ranks[i] = begin, length, rank
+    except _TornError as error:
+        torn = error
+    shape = (-1, len(wanted))
+    columns = dict(begin=np.array(begins, np.int64).reshape(shape), length=np.array(lengths, np.int32).reshape(shape))
+    # A sample of none of the wanted members (a .json alone, a read-me) is no sample.
+    some = (columns["length"] >= 0).any(axis=1)
+    columns = {name: column[some] for name, column in columns.items()}
+    lost = None
+    if torn:
+        samples = round((size - torn.at) * some.sum() / torn.at) if torn.at else 1
+        lost = Lost(path, f"{torn}; the {size - torn.at:,} bytes from there on are lost", max(1, samples))
+    return Scan(columns, lost)
+
+
+class _TornError(Exception):
+    """A tar that cannot be followed any further, from byte `at` on."""
+
+    def __init__(self, what, at):
+        super().__init__(f"{what} at byte {at}")
+        self.at = at
+
+
+def _members(data, size, path):
+    """Yields (name, begin, length) of the files in a tar (ustar, pax or GNU); raises _TornError where it is broken."""
+    if data[0:2] == b"\x1f\x8b":
+        raise InputError(f"{path} is compressed, so its members cannot be read by number; unpack it with gunzip first")
+    at, ended, long_name, long_size = 0, False, None, None
+    while at + _BLOCK <= size:
+        head = bytes(data[at : at + _BLOCK])
+        if not head.strip(b"\0"):
+            # The end mark. Tars joined with `cat` have one in their middle, too.
+            at, ended = at + _BLOCK, True
+            continue
+        stored, length = _number(head[148:156]), _number(head[124:136])
+        if stored is None or stored != sum(head) - sum(head[148:156]) + 8 * ord(" ") or length is None:
+            raise _TornError("a broken header", at)
+        kind, begin, ended = head[156:157], at + _BLOCK, False
+        if kind in (b"0", b"\0", b"7") and long_size is not None:
+            length = long_size
+        end = begin + -(-length // _BLOCK) * _BLOCK
+        if begin + length > size:
+            raise _TornError("cut off inside the member that starts", at)
+        if kind == b"x":  # pax: the next member's name or size, where they do not fit into its header
+            records = _pax_records(bytes(data[begin : begin + length]))
+            long_name = records.get("path", long_name)
+            long_size = int(records["size"]) if "size" in records else None
+        elif kind == b"L":  # GNU: the same for its name
+            long_name = bytes(data[begin : begin + length]).rstrip(b"\0").decode(errors="replace")
+        else:
+            if kind in (b"0", b"\0", b"7"):  # a plain file; links and folders hold nothing
+                yield long_name or _name(head), begin, length
+            long_name = long_size = None
+        at = end
+    if not ended:
+        raise _TornError("no end mark, so it may have been cut off", min(at, size))
+
+
+def _number(field):
+    if field[0] & 0x80:  # GNU: more than 8 GB
+        return int.from_bytes(field[1:], "big")
+    try:
+        return int(field.split(b"\0")[0].strip() or b"0", 8)
+    except ValueError:
+        return None
+
+
+def _name(head):
+    name, prefix = (head[a:b].split(b"\0")[0].decode(errors="replace") for a, b in ((0, 100), (345, 500)))
+    return f"{prefix}/{name}" if prefix and head[257:263] == b"ustar\0" else name
+
+
+def _pax_records(data):
+    records = {}
+    while data:
+        length, space, _ = data.partition(b" ")
+        if not space or not length.isdigit() or not 0 < int(length) <= len(data):
+            break
+        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        records[key.decode(errors="replace")] = value.decode(errors="replace")
+        data = data[int(length) :]
+    return records
+
+
+def _split(name):
+    """folder/00012.jpg -> folder/00012, jpg; nothing in front for hidden files."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, ending = base.partition(".")
+    return folder + slash + stem if stem else "", ending.lower()
+
+
+@functools.lru_cache(8)
+def _keys_by_begin(path, size):
+    """Byte at which a member begins -> key; names are not worth their memory in the index."""
+    found = {}
+    with open_slices(path, size) as data:
+        try:
+            for name, begin, _ in _members(data, size, path):
+                found[begin] = _split(name)[0]
+        except _TornError:
+            pass
+    return found
