@@ -3,6 +3,7 @@
 import re
 
 import jax
+import numpy as np
 import optax
 
 from rankclip_jax.errors import InputError
@@ -43,8 +44,42 @@ def learning_rate(config, total_steps: int) -> optax.Schedule:
     )
 
 
+# What follows the last block of a tower.
+_HEADS = ("ln_post", "proj", "attnpool", "ln_final", "text_projection")
+
+
+def layer_scales(params, decay: float):
+    """A tree like `params` of factors for the learning rate: decay^d, d blocks before the end of a tower.
+
+    Heads and the logit scale have 1, the last block `decay`, what comes before the first of n blocks decay^(n + 1).
+    Scanned blocks get an array over their leading axis.
+    """
+
+    def tower(tree):
+        blocks = tree.get("transformer") or {k: v for k, v in tree.items() if re.fullmatch(r"layer\d+_\d+", k)}
+        names = sorted(blocks, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
+        scanned = names == ["resblocks"]
+        count = len(jax.tree.leaves(blocks)[0]) if scanned else len(names)
+        if scanned:
+            factors = decay ** np.arange(count, 0, -1, dtype=np.float32)
+            scaled = jax.tree.map(lambda x: factors.reshape(-1, *[1] * (x.ndim - 1)), blocks)
+        else:
+            scaled = {name: _constant(blocks[name], decay ** (count - i)) for i, name in enumerate(names)}
+        rest = {k: _constant(v, 1.0 if k in _HEADS else decay ** (count + 1)) for k, v in tree.items()}
+        return rest | ({"transformer": scaled} if "transformer" in tree else scaled)
+
+    return {k: tower(v) if k in ("visual", "text") else _constant(v, 1.0) for k, v in params.items()}
+
+
+def _constant(tree, value: float):
+    return jax.tree.map(lambda _: value, tree)
+
+
+FROZEN = {"vision": "visual", "text": "text"}  # config.optim.freeze -> the subtree of the parameters
+
+
 def make_optimizer(config, total_steps: int) -> optax.GradientTransformation:
-    """Optimiser of `config.optim` for a run of `total_steps`."""
+    """Optimiser of `config.optim` for a run of `total_steps`. A frozen tower has no moments and is never changed."""
     clip = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
     adamw = optax.adamw(
         learning_rate(config, total_steps),
@@ -54,4 +89,19 @@ def make_optimizer(config, total_steps: int) -> optax.GradientTransformation:
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
-    return optax.chain(*clip, adamw)
+    chain = optax.chain(*clip, adamw)
+    if config.layer_lr_decay is not None:
+        chain = optax.chain(chain, optax.stateless(lambda updates, _: _scaled(updates, config.layer_lr_decay)))
+    if config.freeze is None:
+        return chain
+    frozen = FROZEN[config.freeze]
+    return optax.partition(
+        {"train": chain, "freeze": optax.set_to_zero()},
+        lambda params: {k: _constant(v, "freeze" if k == frozen else "train") for k, v in params.items()},
+    )
+
+
+def _scaled(updates, decay: float):
+    # A frozen tower's place holds no arrays here, so it needs no factors.
+    here = {k: v for k, v in updates.items() if jax.tree.leaves(v)}
+    return updates | jax.tree.map(lambda update, factor: update * factor, here, layer_scales(here, decay))
