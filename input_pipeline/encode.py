@@ -1,0 +1,119 @@
+"""One image as it goes into a shard: decoded once as a check, made smaller and plain where needed, by Pillow."""
+
+import dataclasses
+import hashlib
+import io
+
+import numpy as np
+from PIL import Image
+
+MAX_PIXELS = 89_478_485  # as in training: where Pillow too begins to warn
+# What the pipeline decodes inside its graph, by Pillow's name of the format, and the key that img2dataset gives it.
+_KEPT = dict(JPEG="jpg", MPO="jpg", PNG="png", WEBP="webp")
+
+
+class BadImageError(Exception):
+    """An image that cannot be used: the reason, in words that many images share, and what is particular to this one."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Attributes: data, the encoded bytes; key, jpg | png | webp; sizes in pixels, the original's too."""
+
+    data: bytes
+    key: str
+    width: int
+    height: int
+    original_width: int
+    original_height: int
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def open_image(image: bytes | np.ndarray) -> Image.Image:
+    """Opens encoded bytes, or takes uint8 pixels (H, W, 3); a JPEG, PNG and the like is not decoded yet.
+
+    Raises:
+      BadImageError: empty, not an image, or of more than MAX_PIXELS, which is found before any of them is decoded.
+    """
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image)
+    if not image:
+        raise BadImageError("empty file")
+    try:
+        opened = Image.open(io.BytesIO(image))
+    except Image.DecompressionBombError:
+        raise BadImageError(f"more than {MAX_PIXELS:,} pixels") from None
+    except Exception:  # Pillow's readers raise what they like on bytes made up to look like an image
+        reason = "an HTML page" if b"<html" in image[:1024].lower() else "not an image"
+        raise BadImageError(reason, f"begins with {image[:16]!r}") from None
+    if opened.width * opened.height > MAX_PIXELS:
+        raise BadImageError(f"more than {MAX_PIXELS:,} pixels", f"{opened.width} x {opened.height}")
+    return opened
+
+
+def load(opened: Image.Image, at_least: tuple[int, int]) -> None:
+    """Decodes; a JPEG to a smaller size, width and height `at_least`, which costs less and checks all of it too.
+
+    Raises:
+      BadImageError: truncated or broken.
+    """
+    opened.draft(None, at_least)
+    try:
+        opened.load()
+    except Exception as error:  # as above; a truncated file is an OSError, a broken one is anything
+        raise BadImageError("truncated image" if "truncated" in str(error) else "broken image", str(error)) from None
+
+
+def encode(image: bytes | np.ndarray, *, short_side: int | None = None, quality: int = 95) -> Encoded:
+    """The image for a shard. Grey or RGB JPEG, PNG and WebP of the right size keep their very bytes.
+
+    An image whose shorter side is above `short_side` is brought to it (bicubic, antialiased) and becomes a JPEG; none
+    is made larger. Animations (first frame), transparency (on white), CMYK, palettes of other formats and 16 bit
+    become plain 8-bit RGB: a JPEG where the original had lost detail already, else a PNG. A rotation noted in EXIF is
+    not applied, as in img2dataset and in CLIP's own loader.
+
+    Args:
+      image: encoded bytes, or uint8 pixels (H, W, 3).
+      short_side: pixels; None: keep every size.
+      quality: of a JPEG that is written, 1 to 100.
+
+    Raises:
+      BadImageError: cannot be used, and why.
+    """
+    opened = open_image(image)
+    kind, width, height = opened.format, opened.width, opened.height
+    scale = min(1.0, short_side / min(width, height)) if short_side else 1.0
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    ordinary = opened.mode in ("L", "RGB") and not opened.has_transparency_data
+    moving = kind != "MPO" and getattr(opened, "is_animated", False)  # MPO: a JPEG with further ones behind it
+    keep = kind in _KEPT and scale == 1.0 and ordinary and not moving
+    load(opened, (1, 1) if keep else (2 * size[0], 2 * size[1]))  # twice the size: the rest is the good filter's
+    if keep:
+        return Encoded(image, _KEPT[kind], width, height, width, height)
+    picture = plain(opened)
+    if picture.size != size:
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    lossy = scale < 1.0 or kind in ("JPEG", "MPO", "WEBP")
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=quality) if lossy else picture.save(out, "PNG")
+    return Encoded(out.getvalue(), "jpg" if lossy else "png", *size, width, height)
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: transparency on white, 16 bit to its upper 8."""
+    if image.mode.startswith("I") or image.mode == "F":
+        levels = np.asarray(image).astype(np.float64)
+        # Pillow opens 16-bit grey as I;16 or I; float images come in 0 to 1 or 0 to 255.
+        scale = 1 / 257 if image.mode != "F" else 255 if levels.max(initial=0) <= 1 else 1
+        image = Image.fromarray(np.clip(np.rint(levels * scale), 0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

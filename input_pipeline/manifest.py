@@ -1,0 +1,129 @@
+"""manifest.json and bad_samples.jsonl of a folder of shards: what is finished, by checksum, and what was left out."""
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from input_pipeline import shards
+from input_pipeline.progress import Progress
+from rankclip_jax.errors import InputError
+
+
+class Manifest:
+    """The finished shards of a folder; opening it checks them and takes back whatever is not finished.
+
+    Attributes:
+      settings: what decides the contents; a folder holds shards of one set of settings.
+      shards: a dict for each, in order: name, rows [begin, end), samples, bytes, sha256, bad (reason -> count).
+      bad: reason -> count over all of them.
+    """
+
+    def __init__(self, folder: Path, settings: dict):
+        """Raises InputError: `folder` cannot be written, or holds shards that were made with other settings."""
+        self._folder, self.settings, self.shards = folder, settings, []
+        if "://" in str(folder):
+            raise InputError(f"OUT_DIR must be a local folder, to be copied when it is complete; got {folder}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for part in folder.glob("*.part"):  # what a run that was killed left
+                part.unlink()
+        except OSError as error:
+            raise InputError(f"cannot write to {folder}: {error.strerror}") from None
+        old = self._read()
+        if old is None and (strangers := sorted(path.name for path in folder.glob("*.tfrecord"))):
+            raise InputError(f"{folder} has shards ({strangers[0]} ...) but no manifest.json; give another folder")
+        if old is not None:
+            self._check_settings(old["settings"])
+            self.shards = self._intact(old["shards"])
+        self._write(complete=False)
+        self._take_back_bad_samples()
+
+    @property
+    def rows(self) -> int:
+        return sum(end - begin for begin, end in (shard["rows"] for shard in self.shards))
+
+    @property
+    def bad(self) -> Counter:
+        return sum((Counter(shard["bad"]) for shard in self.shards), Counter())
+
+    def add(self, shard: dict, bad_samples: list[dict]) -> None:
+        """Notes a finished shard and what was bad in it: dicts of row, where, reason, detail.
+
+        Raises:
+          InputError: the disk is full or cannot be written.
+        """
+        shard["bad"] = dict(Counter(sample["reason"] for sample in bad_samples))
+        path = self._folder / "bad_samples.jsonl"
+        try:
+            # Before the manifest: should it stop in between, the next start takes these lines back.
+            with open(path, "a", encoding="utf-8") as out:
+                out.writelines(json.dumps(sample) + "\n" for sample in bad_samples)
+        except OSError as error:
+            raise InputError(shards.cannot_write(path, error.strerror)) from None
+        self.shards = sorted([*self.shards, shard], key=lambda shard: shard["rows"])
+        self._write(complete=False)
+
+    def finish(self) -> None:
+        """Marks the folder as complete."""
+        self._write(complete=True)
+
+    def _read(self):
+        path = self._folder / "manifest.json"
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            return {"settings": dict(manifest["settings"]), "shards": list(manifest["shards"])}
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is not a manifest of prepare: {error!r}; give another folder") from None
+
+    def _check_settings(self, old):
+        keys = sorted(key for key in old | self.settings if old.get(key) != self.settings.get(key))
+        changes = "; ".join(f"{key}: {old.get(key)!r} -> {self.settings.get(key)!r}" for key in keys)
+        if changes:
+            raise InputError(f"{self._folder} holds shards of other settings ({changes}); give another folder")
+
+    def _intact(self, old):
+        kept = []
+        with Progress("verify", len(old), unit="shards") as progress, ThreadPoolExecutor() as pool:
+            intact = pool.map(lambda shard: is_intact(self._folder / shard["name"], shard), old)
+            for number, (shard, good) in enumerate(zip(old, intact, strict=True), start=1):
+                if good:
+                    kept.append(shard)
+                else:
+                    print(f"{shard['name']} is missing or not what manifest.json says: made again", file=sys.stderr)
+                    (self._folder / shard["name"]).unlink(missing_ok=True)
+                progress.update(number)
+        return kept
+
+    def _write(self, complete):
+        manifest = {
+            "complete": complete,
+            "samples": sum(shard["samples"] for shard in self.shards),
+            "bad": dict(self.bad),
+            "settings": self.settings,
+            "shards": self.shards,
+        }
+        shards.write_text(self._folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+    def _take_back_bad_samples(self):
+        """Leaves only the lines about rows of finished shards: the others will be read again."""
+        path = self._folder / "bad_samples.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        spans = [range(*shard["rows"]) for shard in self.shards if shard["bad"]]
+        whole = [line for line in lines if line.endswith("\n")]  # the last may be torn
+        kept = [line for line in whole if any(json.loads(line)["row"] in span for span in spans)]
+        shards.write_text(path, "".join(kept))
+
+
+def is_intact(path: Path, shard: dict) -> bool:
+    """Whether a file is what its entry in the manifest says, by size and SHA-256."""
+    if not shard["samples"]:
+        return not path.exists()
+    if not path.is_file() or path.stat().st_size != shard["bytes"]:
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == shard["sha256"]

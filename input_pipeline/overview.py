@@ -1,0 +1,164 @@
+"""What is in a data set: counts, formats, sizes, caption lengths, repetitions, and what cannot be used."""
+
+import dataclasses
+import hashlib
+import itertools
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from input_pipeline.encode import BadImageError, load, open_image
+from input_pipeline.progress import Progress
+from input_pipeline.rows import Row, in_order, read_rows
+from input_pipeline.sources import Source
+from rankclip_jax.tokenizer import Tokenizer
+
+_CHUNK = 32  # rows that a thread takes at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Overview:
+    """Numbers of the rows that were looked at; `n` of them are good.
+
+    Attributes:
+      rows: of the source.
+      looked_at: of these.
+      bad: reason -> count.
+      kinds: format and mode -> count, as Pillow names them: "JPEG RGB".
+      measures: name -> float64: width, height, shorter side (pixels), aspect ratio (width / height) and kB of each
+        image; characters, words, and with a tokenizer tokens (start and end included) of each caption.
+      repeated: "images" (the same bytes), "captions", "pairs" -> how many good rows repeat an earlier one.
+      frequent: the captions that come most often, at most 3: (hash, number of the first row, count).
+      good_rows: int64 (n,), their numbers in order.
+    """
+
+    rows: int
+    looked_at: int
+    bad: Counter
+    kinds: Counter
+    measures: dict[str, np.ndarray]
+    repeated: dict[str, int]
+    frequent: list[tuple[int, int, int]]
+    good_rows: np.ndarray
+
+
+def survey(source: Source, *, tokenizer: Tokenizer | None, sample: int | None, workers: int) -> Overview:
+    """Reads and decodes every row, or `sample` rows evenly spread, by `workers` threads, and keeps numbers alone."""
+    step = max(1, source.size // sample) if sample else 1
+    numbers = range(0, source.size, step)[:sample]
+    bad, kinds = Counter(), Counter()
+    measures, hashes, good_rows = defaultdict(lambda: array("d")), defaultdict(lambda: array("Q")), array("q")
+    caption_rows, looked_at = array("q"), 0
+    rows = read_rows(source, numbers)
+    chunks = iter(lambda: list(itertools.islice(rows, _CHUNK)), [])
+    with ThreadPoolExecutor(workers) as pool, Progress("inspect", len(numbers)) as progress:
+        for chunk in in_order(pool, lambda chunk: [_look(row) for row in chunk], chunks, ahead=2 * workers):
+            good = [look for look in chunk if isinstance(look, _Look)]
+            bad.update(reason for reason in chunk if isinstance(reason, str))
+            for look in good:
+                good_rows.append(look.row)
+                kinds[look.kind] += 1
+                for name, values in look.measures.items():
+                    measures[name].extend(values)
+                for name, values in look.hashes.items():
+                    hashes[name].extend(values)
+                caption_rows.extend([look.row] * len(look.captions))
+            if tokenizer:
+                measures["tokens"].extend(tokenizer.lengths([text for look in good for text in look.captions]))
+            looked_at += len(chunk)
+            progress.update(looked_at, f"{bad.total():,} bad" if bad else "")
+    return Overview(
+        source.size,
+        looked_at,
+        bad,
+        kinds,
+        {name: np.array(values) for name, values in measures.items()},
+        {name: len(values) - len(set(values)) for name, values in hashes.items()},
+        _frequent(hashes["captions"], caption_rows),
+        np.array(good_rows, np.int64),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    row: int
+    kind: str
+    captions: tuple[str, ...]
+    measures: dict[str, list[float]]
+    hashes: dict[str, list[int]]
+
+
+def _look(row: Row) -> _Look | str:
+    """What there is to say about a row, or the reason why it cannot be used."""
+    try:
+        if row.reason is not None:
+            return row.reason
+        opened = open_image(row.image)
+        width, height, kind = opened.width, opened.height, f"{opened.format or 'pixels'} {opened.mode}"
+        load(opened, (1, 1))
+    except BadImageError as error:
+        return error.reason
+    data = row.image if isinstance(row.image, bytes) else row.image.tobytes()
+    measures = {
+        "width": [width],
+        "height": [height],
+        "shorter side": [min(width, height)],
+        "aspect ratio": [width / height],
+        "kB an image": [len(data) / 1000],
+        "characters": [len(caption) for caption in row.captions],
+        "words": [len(caption.split()) for caption in row.captions],
+    }
+    image, captions = _hash(data), [_hash(caption.encode()) for caption in row.captions]
+    pairs = [hash((image, caption)) % 2**64 for caption in captions]
+    return _Look(row.number, kind, row.captions, measures, {"images": [image], "captions": captions, "pairs": pairs})
+
+
+def _hash(data):
+    # 64 bits: among ten million different ones, two collide with a chance of 3 in a million.
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())
+
+
+def _frequent(hashes, rows):
+    _, first, counts = np.unique(np.array(hashes, np.uint64), return_index=True, return_counts=True)
+    order = [i for i in np.lexsort((first, -counts))[:3] if counts[i] > 1]
+    return [(int(hashes[first[i]]), int(rows[first[i]]), int(counts[i])) for i in order]
+
+
+def text(overview: Overview, captions_of: Callable[[int], tuple[str, ...]]) -> str:
+    """The tables for a terminal; `captions_of` gives the captions of a row."""
+    looked_at, good = overview.looked_at, len(overview.good_rows)
+    part = "" if looked_at == overview.rows else f", {looked_at:,} of them looked at, evenly spread"
+    lines = [f"{overview.rows:,} rows{part}: {good:,} good, {looked_at - good:,} bad"]
+    lines += [_count(count, looked_at, reason) for reason, count in overview.bad.most_common()]
+    if not good:
+        return "\n".join(lines)
+    lines += ["", "images", *(_count(count, good, kind) for kind, count in overview.kinds.most_common())]
+    percentiles = (0, 5, 25, 50, 75, 95, 100)
+    heads = ("least", *(f"{p} %" for p in percentiles[1:-1]), "most", "mean")
+    lines += ["", " " * 14 + "".join(f"{head:>10}" for head in heads)]
+    for name, values in overview.measures.items():
+        numbers = (*np.percentile(values, percentiles), values.mean())
+        lines.append(f"{name:<14}" + "".join(f"{_short(number):>10}" for number in numbers))
+    captions = len(overview.measures["characters"])
+    several = "" if captions == good else f", {captions / good:.3g} an image"
+    lines += ["", f"{captions:,} captions{several}"]
+    tokens = overview.measures.get("tokens")
+    if tokens is not None:
+        lines.append(_count(int((tokens > 77).sum()), captions, "of more than 77 tokens, which CLIP cuts"))
+    of = {"images": good, "captions": captions, "pairs": captions}
+    lines += [_count(count, of[what], f"{what} that came before") for what, count in overview.repeated.items()]
+    for hashed, row, count in overview.frequent:
+        caption = next(" ".join(caption.split()) for caption in captions_of(row) if _hash(caption.encode()) == hashed)
+        lines.append(_count(count, captions, f'"{caption[:60]}{"..." if len(caption) > 60 else ""}"'))
+    return "\n".join(lines)
+
+
+def _count(count, of, what):
+    return f"{count:>10,}  {count / of:>6.1%}  {what}"
+
+
+def _short(number):
+    return f"{number:,.0f}" if number >= 100 or number == int(number) else f"{number:.3g}"

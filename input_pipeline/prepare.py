@@ -1,0 +1,286 @@
+"""Any data set to TFRecord shards: python -m input_pipeline.prepare SOURCE OUT_DIR; --inspect shows what is in it."""
+
+import argparse
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+
+from input_pipeline import contact_sheet, overview, shards, sources
+from input_pipeline.encode import BadImageError, encode, open_image, plain
+from input_pipeline.manifest import Manifest
+from input_pipeline.progress import Progress
+from input_pipeline.rows import captions_of, in_order, read_rows
+from rankclip_jax import config as configs
+from rankclip_jax.errors import InputError
+from rankclip_jax.tokenizer import Tokenizer
+
+_CHUNK = 32  # rows that a thread takes at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What decides the contents of the shards; a folder holds shards of one set of options.
+
+    Attributes:
+      shard_size: rows a shard, bad ones included.
+      short_side: pixels; images whose shorter side is longer are made smaller. None: sizes stay.
+      quality: of the JPEGs that are written.
+      tokenizer: writes each caption's ids under `tokens`; None: not.
+      context_length: ids a caption.
+      max_bad_fraction: above this share of bad rows, from 100 rows on, it stops.
+    """
+
+    shard_size: int = 10_000
+    short_side: int | None = None
+    quality: int = 95
+    tokenizer: Tokenizer | None = None
+    context_length: int = 77
+    max_bad_fraction: float = 0.1
+
+
+def prepare(source: sources.Source, out_dir: Path, options: Options, described: dict, workers: int) -> Manifest:
+    """Writes `source` to `out_dir` as 00000.tfrecord and so on, with manifest.json and bad_samples.jsonl.
+
+    A record has img2dataset's keys: the image under jpg, png or webp; txt, key, width, height, original_width,
+    original_height, sha256 (of the image's bytes), and tokens with a tokenizer. Finished shards that are what the
+    manifest says are kept, so the same command goes on where it was stopped.
+
+    Args:
+      described: what else must be the same for a resumption, such as the source's path; goes into the manifest.
+      workers: threads that decode and encode; Pillow does both outside Python's lock.
+
+    Returns:
+      The manifest, finished.
+
+    Raises:
+      InputError: too many bad rows, shards of other settings in the folder, or the disk is full or not writable.
+    """
+    manifest = Manifest(out_dir, described | _settings(source, options))
+    finished = {shard["name"] for shard in manifest.shards}
+    if options.tokenizer:
+        options.tokenizer.save(out_dir / "tokenizer.json")
+    with ThreadPoolExecutor(workers) as pool, Progress("prepare", source.size, done=manifest.rows) as progress:
+        job = _Job(source, options, pool, workers, progress, rows=manifest.rows, bad=manifest.bad.total())
+        try:
+            for begin in range(0, source.size, options.shard_size):
+                number = begin // options.shard_size
+                name = f"{number:05d}.tfrecord"
+                if name not in finished:
+                    rows = range(begin, min(begin + options.shard_size, source.size))
+                    written = shards.write_shard(out_dir / name, job.records(number, rows))
+                    manifest.add({"name": name, "rows": [rows.start, rows.stop], **written}, job.bad_samples)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    manifest.finish()
+    return manifest
+
+
+class _Job:
+    """The records of one shard after another; counts what was bad over all of them."""
+
+    def __init__(self, source, options, pool, workers, progress, *, rows, bad):
+        self._source, self._options, self._pool, self._workers = source, options, pool, workers
+        self._progress, self._rows, self._bad = progress, rows, bad
+        self.bad_samples: list[dict] = []  # of the shard last written
+
+    def records(self, shard: int, numbers: range) -> Iterator[bytes]:
+        self.bad_samples = []
+        digits = len(str(self._options.shard_size - 1))
+        rows = read_rows(self._source, numbers)
+        chunks = iter(lambda: list(itertools.islice(rows, _CHUNK)), [])
+        for chunk in in_order(self._pool, self._encode, chunks, ahead=2 * self._workers):
+            good = [row for row in chunk if row.reason is None]
+            tokens = self._tokens(good)
+            for row, ids in zip(good, tokens, strict=True):
+                yield _record(row, f"{shard:05d}{row.number - numbers.start:0{digits}d}", ids)
+            self._count(len(chunk), [row for row in chunk if row.reason is not None])
+
+    def _encode(self, chunk):
+        for row in chunk:
+            try:
+                if row.reason is None:
+                    row.image = encode(row.image, short_side=self._options.short_side, quality=self._options.quality)
+            except BadImageError as error:
+                row.reason, row.detail = error.reason, error.detail
+        return chunk
+
+    def _tokens(self, rows):
+        if not self._options.tokenizer:
+            return [None] * len(rows)
+        for row in rows:
+            if len(row.captions) > 1:
+                where = self._source.where(row.number)
+                raise InputError(f"{where} has several captions, of which tokens could hold one; leave out --tokenizer")
+        return self._options.tokenizer([row.captions[0] for row in rows], self._options.context_length).tolist()
+
+    def _count(self, rows, bad):
+        for row in bad:
+            where = self._source.where(row.number)
+            sample = {"row": row.number, "where": where, "reason": row.reason, "detail": row.detail}
+            self.bad_samples.append(sample)
+        self._rows += rows
+        self._bad += len(bad)
+        self._progress.update(self._rows, f"{self._bad:,} bad" if self._bad else "")
+        if bad and self._rows >= 100 and self._bad > self._options.max_bad_fraction * self._rows:
+            raise InputError(
+                f"{self._bad} of {self._rows} rows cannot be used, more than config.data.max_bad_fraction = "
+                f"{self._options.max_bad_fraction}; for example {where}: {row.reason}"
+            )
+
+
+def _record(row, key, tokens):
+    image = row.image
+    features = {image.key: image.data, "txt": row.captions, "key": key, "sha256": image.sha256}
+    features |= {name: getattr(image, name) for name in ("width", "height", "original_width", "original_height")}
+    return shards.example(features | ({} if tokens is None else {"tokens": tokens}))
+
+
+def _settings(source, options):
+    settings = {"rows": source.size} | dataclasses.asdict(dataclasses.replace(options, tokenizer=None))
+    del settings["max_bad_fraction"], settings["tokenizer"]  # when to stop is no property of what is written
+    if options.tokenizer:
+        text = json.dumps(options.tokenizer.to_dict(), sort_keys=True)
+        settings["tokenizer"] = hashlib.sha256(text.encode()).hexdigest()
+    return settings
+
+
+def lost(source: sources.Source) -> str:
+    """Lines about what of the source could not be reached and has no row."""
+    return "".join(f"\nlost: about {part.samples:,} samples of {part.where}: {part.reason}" for part in source.lost)
+
+
+def summary(manifest: Manifest, out_dir: Path) -> str:
+    """What was written, and how to train on it."""
+    samples, size = (sum(shard[key] for shard in manifest.shards) for key in ("samples", "bytes"))
+    files = sum(shard["samples"] > 0 for shard in manifest.shards)
+    lines = [f"{samples:,} samples in {files:,} shards, {size / 1e6:,.1f} MB: {out_dir}"]
+    if manifest.bad:
+        lines.append(f"{manifest.bad.total():,} rows left out, named in {out_dir / 'bad_samples.jsonl'}:")
+        lines += [f"{count:>10,}  {reason}" for reason, count in manifest.bad.most_common()]
+    train = f"--config.data.format=tfrecord '--config.data.train={out_dir}/*.tfrecord'"
+    if "tokenizer" in manifest.settings:
+        train += f" --config.tokenizer.path={out_dir / 'tokenizer.json'}"
+    return "\n".join([*lines, f"train with: {train}"])
+
+
+def inspect(source: sources.Source, name: str, out_dir: Path, tokenizer, sample: int | None, workers: int) -> None:
+    """Prints what is in `source` and writes contact_sheet.png, examples evenly spread over the good rows."""
+
+    def read(row):
+        return {key: value.numpy() for key, value in source.read(tf.constant(row, tf.int64)).items()}
+
+    seen = overview.survey(source, tokenizer=tokenizer, sample=sample, workers=workers)
+    print(f"{name}\n" + overview.text(seen, lambda row: captions_of(read(row))) + lost(source))
+    count = min(len(seen.good_rows), contact_sheet.EXAMPLES)
+    if not count:
+        return
+    examples = []
+    for place in np.linspace(0, len(seen.good_rows) - 1, count).astype(int):
+        row = int(seen.good_rows[place])
+        sample = read(row)
+        image = plain(open_image(sample["image"]))
+        examples.append((image, captions_of(sample)[0], f"row {row:,} · {image.width} x {image.height}"))
+    path = out_dir / "contact_sheet.png"
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        contact_sheet.draw(path, f"{name}: {count} of {source.size:,} rows", examples)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    print(f"\nexamples: {path}")
+
+
+def guess_format(source: str) -> str:
+    """The format that a path's name suggests.
+
+    Raises:
+      InputError: it suggests none.
+    """
+    kinds = dict(csv="csv", tsv="csv", tar="webdataset", tfrecord="tfrecord", tfrecords="tfrecord", parquet="parquet")
+    if Path(source).is_dir():
+        shards_in = [kind for end, kind in kinds.items() if end != "csv" and any(Path(source).glob(f"*.{end}"))]
+        return shards_in[0] if shards_in else "folder"
+    kind = kinds.get(source.rpartition(".")[2].lower())
+    if kind:
+        return kind
+    raise InputError(f"cannot tell the format of {source} by its name; add --format (see docs/data.md)")
+
+
+def _flags():
+    parser = argparse.ArgumentParser(
+        prog="python -m input_pipeline.prepare",
+        description="Writes a data set to TFRecord shards; stopped, it goes on by the same command.",
+        epilog="Keys of the source are given as in training, for example --config.data.image_key=filepath.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="as config.data.train: a path, glob or {a..b} range")
+    parser.add_argument("out_dir", metavar="OUT_DIR", nargs="?", type=Path, help="folder of the shards")
+    parser.add_argument("--format", help="of the source, as config.data.format; default: by the name of SOURCE")
+    parser.add_argument("--inspect", action="store_true", help="print what is in SOURCE; a picture goes to OUT_DIR")
+    parser.add_argument("--sample", type=int, help="with --inspect: look at so many rows, evenly spread")
+    parser.add_argument("--short-side", type=int, help="bring larger images to so many pixels, as JPEG; 288 for 224")
+    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs written (95)")
+    parser.add_argument("--shard-size", type=int, default=10_000, help="rows a shard (10000)")
+    parser.add_argument("--tokenizer", help="store the captions' ids too: tokenizer.json or hub id")
+    parser.add_argument("--context-length", type=int, default=77, help="ids a caption, with --tokenizer (77)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads (one a core)")
+    return parser
+
+
+def _check(parser, flags):
+    if flags.out_dir is None and not flags.inspect:
+        parser.error("OUT_DIR is missing")
+    for name in ("sample", "short_side", "shard_size", "context_length", "workers"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+    if not 1 <= flags.quality <= 100:
+        parser.error(f"--quality must be 1 to 100; got {flags.quality}")
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 wrong input or disk (one line on stderr), 2 wrong flags, 130 interrupted."""
+    parser = _flags()
+    flags, rest = parser.parse_known_args()
+    for flag in rest:
+        if not flag.startswith("--config.data."):
+            parser.error(f"unknown flag {flag}")
+    _check(parser, flags)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # encode.py has a limit of its own
+    try:
+        kind = flags.format or guess_format(flags.source)
+        overrides = [f"data.train={flags.source}", *(flag.removeprefix("--config.") for flag in rest)]
+        data = configs.complete(configs.override({"data": {"format": kind}}, overrides)).data
+        source = sources.open_source(data, data.train, image_side=flags.short_side or 64)
+        tokenizer = Tokenizer.load(flags.tokenizer) if flags.tokenizer else None
+        if flags.inspect:
+            inspect(source, flags.source, flags.out_dir or Path(), tokenizer, flags.sample, flags.workers)
+            return
+        options = Options(
+            flags.shard_size, flags.short_side, flags.quality, tokenizer, flags.context_length, data.max_bad_fraction
+        )
+        described = {"source": flags.source, "format": kind, "keys": rest}
+        print(summary(prepare(source, flags.out_dir, options, described, flags.workers), flags.out_dir) + lost(source))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on after the finished shards", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

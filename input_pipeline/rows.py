@@ -1,0 +1,69 @@
+"""The rows of a source in order, each good or with its reason, for what reads a data set once: prepare, inspect."""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import tensorflow as tf
+
+from input_pipeline.bad_samples import reason_of_failure
+from input_pipeline.sources import Source
+
+
+@dataclasses.dataclass
+class Row:
+    """One row, or why there is none.
+
+    Attributes:
+      number: in the source.
+      image: encoded bytes, or uint8 (H, W, 3).
+      captions: one, or all that the image has.
+      reason: the kind of failure, in words that many rows share; None: the row is good.
+      detail: what is particular to this row's failure.
+    """
+
+    number: int
+    image: object = None
+    captions: tuple[str, ...] = ()
+    reason: str | None = None
+    detail: str = ""
+
+
+def read_rows(source: Source, numbers: range) -> Iterator[Row]:
+    """Yields a Row for each of `numbers`, in order; what cannot be read comes with its reason."""
+    data = tf.data.Dataset.range(numbers.start, numbers.stop, numbers.step)
+    data = data.map(lambda row: source.read(row) | {"row": row}, num_parallel_calls=tf.data.AUTOTUNE)
+    expected = iter(numbers)
+    for sample in data.ignore_errors().prefetch(64).as_numpy_iterator():
+        # A row that fails leaves a gap; only then is it read once more, alone, for its reason.
+        for number in expected:
+            if number == sample["row"]:
+                break
+            yield _failed(source, number)
+        yield Row(int(sample["row"]), sample["image"], captions_of(sample))
+    for number in expected:
+        yield _failed(source, number)
+
+
+def captions_of(sample: dict) -> tuple[str, ...]:
+    """The captions of a sample that tf.data gave: bytes, or an array of several."""
+    captions = sample["caption"]
+    return tuple(c.decode(errors="replace") for c in ([captions] if isinstance(captions, bytes) else captions))
+
+
+def _failed(source, number):
+    message = reason_of_failure(source.read, number) or "could not be read at first, and could when tried again"
+    detail, _, reason = message.rpartition("; ")
+    return Row(number, reason=reason, detail=detail)
+
+
+def in_order(pool: ThreadPoolExecutor, work: Callable, items: Iterable, ahead: int) -> Iterator:
+    """As pool.map(work, items), but with at most `ahead` items taken and not yet yielded, so memory stays bounded."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
