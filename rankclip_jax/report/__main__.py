@@ -1,0 +1,36 @@
+"""The command line: python -m rankclip_jax.report DIR [DIR ...] --out report.html."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rankclip_jax.errors import InputError
+from rankclip_jax.report import page, runs
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 wrong input (one line on stderr), 2 wrong flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rankclip_jax.report",
+        description="Draws training curves, evaluations and configurations of one run or several as one HTML page.",
+    )
+    parser.add_argument("workdirs", nargs="+", metavar="DIR", help="workdir of a run; --mode=eval there draws more")
+    parser.add_argument("--out", default="report.html", help="the page to write (default: report.html)")
+    flags = parser.parse_args()
+    try:
+        out = Path(flags.out)
+        if out.is_dir():
+            raise InputError(f"--out {out} is a folder; give the name of a file, for example {out / 'report.html'}")
+        text = page.render([runs.read_run(workdir) for workdir in flags.workdirs])
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
+
+
+if __name__ == "__main__":
+    main()
