@@ -76,8 +76,12 @@ def default_config() -> ConfigDict:
         dict(
             seed=0,
             batch_size=256,  # global, over all devices and processes
+            accumulate=1,  # parts in which a batch goes through the towers: less memory, the same gradient, a third more time
             epochs=32,
             steps=None,  # stop after so many steps instead of `epochs`
+            init_from=None,  # start from a workdir, export, OpenAI or RankCLIP .pt, open_clip or Hugging Face model
+            init_towers="both",  # both | vision | text: what to take from it
+            init_skip=(),  # regexes over parameters (visual/proj ...) that start fresh all the same
             log_every=50,  # steps between lines of metrics
             loss=dict(
                 objective="rankclip",  # clip | rankclip | rank (ranking alone) | siglip | cyclip
@@ -115,6 +119,8 @@ def default_config() -> ConfigDict:
                 weight_decay=0.1,  # on matrices only
                 warmup_steps=10_000,
                 grad_clip_norm=None,
+                freeze=None,  # vision | text: the tower that stays as it is (LiT: vision, with init_from)
+                layer_lr_decay=None,  # a block's learning rate as a share of the next one's, for fine-tuning
             ),
             data=dict(
                 format="shapes",  # csv | tfrecord | webdataset | folder | parquet | tfds | shapes
@@ -226,6 +232,8 @@ def complete(config: Mapping) -> ConfigDict:
     _check_choice(merged, "loss.form", ("exact", "released"))
     _check_choice(merged, "loss.schedule", ("ramp", "constant"))
     _check_choice(merged, "loss.decay", (None, "log"))
+    _check_choice(merged, "init_towers", ("both", "vision", "text"))
+    _check_choice(merged, "optim.freeze", (None, "vision", "text"))
     _check_choice(merged, "model.dtype", ("float32", "bfloat16"))
     return merged
 
@@ -274,8 +282,9 @@ def _typed(value, default, path: str):
 
 
 def _check_choice(config: ConfigDict, key: str, choices: tuple) -> None:
-    group, name = key.split(".")
-    value = config[group][name]
+    value = config
+    for name in key.split("."):
+        value = value[name]
     if value not in choices:
         raise InputError(f"config.{key} must be one of {', '.join(map(str, choices))}; got {value!r}")
 
