@@ -32,6 +32,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 hint="name the folder of the csv files and unzipped images: --config configs/cifar10.py:dir=FOLDER",
                 crop_scale=(0.5, 1.0),
                 flip=True,
+                canvas=32,  # no picture is larger
             ),
             eval=dict(
                 every_epochs=2,

@@ -3,8 +3,16 @@
 The training stream is endless: stream position p is epoch p // size, and within an epoch every row comes once, in
 an order that `index_shuffle` computes from (seed, epoch) without a list. So a batch is a function of the position
 at which it starts, and resuming at any position costs nothing. Each process reads every P-th position.
+
+Pictures come in one of two ways (transforms.py makes them, rankclip_jax/images.py takes them), b to a batch:
+
+  canvas=C     "image" uint8 (b, C, C, 3), each picture at the top left, zeros beyond; "size" int32 (b, 2), its
+               height and width there; "windows" float32 (b, V, 4), what to see of it: (top, left, height, width) in
+               its pixels. The device cuts out and resizes. V is 2 when training with two views, otherwise 1.
+  canvas=None  "image" uint8 (b, S, S, 3), resized here; (b, 2, S, S, 3) with two views.
 """
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +20,7 @@ import tensorflow as tf
 
 from input_pipeline import transforms
 from input_pipeline.bad_samples import BadSamples, reason_of_failure
+from input_pipeline.captions import augment
 from input_pipeline.sources import Source
 from rankclip_jax.errors import InputError
 
@@ -20,7 +29,7 @@ tf.config.set_visible_devices([], "GPU")
 
 
 class TrainBatches:
-    """Iterator over {"image": uint8 (b, S, S, 3), "tokens": int32 (b, L)}, b this process's share of the batch.
+    """Iterator over batches: the pictures as above, and "tokens" int32 (b, L), or (b, 2, L) with two views.
 
     Attributes:
       position: this process's place in its stream after the batch last returned; given as `start`, the
@@ -42,8 +51,15 @@ class TrainBatches:
         process: tuple[int, int] = (0, 1),
         bad_path=None,
         max_bad_fraction: float = 1.0,
+        canvas: int | None = None,
+        two_views: bool = False,
+        synonyms=None,
     ):
-        """`batch_size` is this process's share; `process` is (its index, how many there are)."""
+        """`batch_size` b is this process's share; `process` is (its index, how many there are).
+
+        With `two_views` each picture has a second window and each caption a second, edited version (captions.py), for
+        which `synonyms` is the table.
+        """
         self.position = start
         self.bad = BadSamples(source, bad_path, max_bad_fraction)
         index, count = process
@@ -56,22 +72,35 @@ class TrainBatches:
         def sample(position):
             raw = source.read(row_of(position))
             key = tf.stack([tf.constant(seed, tf.int64), position * count + index])
-            image = transforms.random_resized_crop(transforms.decode(raw["image"]), image_side, crop_scale, key)
-            return {"image": image, "caption": raw["caption"], "position": position}
+            views = transforms.view(
+                raw["image"],
+                lambda size: transforms.random_windows(size, crop_scale, key, 2 if two_views else 1),
+                side=image_side,
+                canvas=canvas,
+                exact=False,
+            )
+            return views | {"caption": raw["caption"], "position": position}
+
+        def tokens_of(captions, positions):
+            texts = [c.decode(errors="replace") for c in captions]
+            if two_views:
+                edited = [
+                    augment(text, np.random.default_rng((seed, position * count + index)), synonyms)
+                    for text, position in zip(texts, positions, strict=True)
+                ]
+                texts = [text for pair in zip(texts, edited, strict=True) for text in pair]
+            return tokenizer(texts, context_length).reshape(*shape)
 
         def tokenize(batch):
-            ids = tf.numpy_function(
-                lambda captions: tokenizer([c.decode(errors="replace") for c in captions], context_length),
-                [batch.pop("caption")],
-                tf.int32,
-            )
-            return batch | {"tokens": tf.ensure_shape(ids, (batch_size, context_length))}
+            ids = tf.numpy_function(tokens_of, [batch.pop("caption"), batch["position"]], tf.int32)
+            return batch | {"tokens": tf.ensure_shape(ids, shape)}
 
+        shape = (batch_size, 2, context_length) if two_views else (batch_size, context_length)
         self._row_of, self._sample = row_of, sample
         self._require_one_good(source, start)
         data = tf.data.Dataset.range(start, np.iinfo(np.int64).max)
         data = data.map(sample, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).ignore_errors()
-        data = data.batch(batch_size, drop_remainder=True).map(tokenize).prefetch(2)
+        data = _padded_batches(data, batch_size, canvas, drop_remainder=True).map(tokenize).prefetch(2)
         self._iterator = data.as_numpy_iterator()
 
     def _require_one_good(self, source, start):
@@ -98,11 +127,11 @@ class TrainBatches:
 
 
 def eval_batches(
-    source: Source, *, batch_size: int, image_side: int, process: tuple[int, int] = (0, 1)
+    source: Source, *, batch_size: int, image_side: int, process: tuple[int, int] = (0, 1), canvas: int | None = None
 ) -> Iterator[dict]:
-    """Every sample once, in order.
+    """Every sample once, in order, seen as CLIP's evaluation does.
 
-    Yields {"image": uint8 (b, S, S, 3), "label": int32 (b,), -1 without labels, "caption": list of b str,
+    Yields the pictures as above, and {"label": int32 (b,), -1 without labels, "caption": list of b str,
     "row": int64 (b,), -1 for padding, "mask": bool (b,)}.
 
     `batch_size` b is this process's share. Every process gets the same number of batches; what is missing at
@@ -116,30 +145,37 @@ def eval_batches(
 
     def sample(position, raw=None):
         raw = source.read(row_of(position)) if raw is None else raw
-        image = transforms.resize_centre_crop(transforms.decode(raw["image"]), image_side)
-        return {"image": image, "label": raw.get("label", -1), "caption": raw["caption"], "position": position}
+        windows_of = functools.partial(transforms.centre_window, side=image_side)
+        views = transforms.view(raw["image"], windows_of, side=image_side, canvas=canvas, exact=True)
+        return views | {"label": raw.get("label", -1), "caption": raw["caption"], "position": position}
 
     mine = len(range(index, source.size, count))
     data = tf.data.Dataset.range(mine)
     if source.scan is not None:
         data = tf.data.Dataset.zip(data, source.scan().shard(count, index))
     data = data.map(sample, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    batches = data.ignore_errors().batch(batch_size).prefetch(2).as_numpy_iterator()
+    batches = _padded_batches(data.ignore_errors(), batch_size, canvas).prefetch(2).as_numpy_iterator()
+    side = canvas or image_side
+    blank = {"image": np.zeros((side, side, 3), np.uint8), "label": np.int32(-1), "position": np.int64(-1)}
+    if canvas:
+        blank |= {"size": np.int32([side, side]), "windows": np.float32([[0, 0, side, side]])}
     came = []
     for _ in range(-(-source.size // (batch_size * count))):
-        batch = next(batches, None)
-        good = 0 if batch is None else len(batch["position"])
-        padded = {
-            "image": np.zeros((batch_size, image_side, image_side, 3), np.uint8),
-            "label": np.full(batch_size, -1, np.int32),
-            "caption": [""] * batch_size,
-            "row": np.full(batch_size, -1, np.int64),
-            "mask": np.arange(batch_size) < good,
-        }
-        if good:
-            padded["image"][:good], padded["label"][:good] = batch["image"], batch["label"]
-            padded["caption"][:good] = [c.decode(errors="replace") for c in batch["caption"]]
-            padded["row"][:good] = row_of(batch["position"])
-            came.extend(batch["position"].tolist())
-        yield padded
+        batch = next(batches, {"position": [], "caption": []})
+        good = len(batch["position"])
+        came.extend(batch["position"])
+        captions = [c.decode(errors="replace") for c in batch.pop("caption")] + [""] * (batch_size - good)
+        if good < batch_size:
+            batch = {k: np.stack([*batch.get(k, ()), *[filler] * (batch_size - good)]) for k, filler in blank.items()}
+        mask = np.arange(batch_size) < good
+        position = batch.pop("position")
+        yield batch | {"caption": captions, "row": np.where(mask, row_of(position), -1), "mask": mask}
     bad.check(len(came), sorted(set(range(mine)) - set(came)), row_of, sample)
+
+
+def _padded_batches(data, batch_size, canvas, drop_remainder=False):
+    shapes = {key: spec.shape for key, spec in data.element_spec.items()}
+    if canvas:
+        shapes["image"] = (canvas, canvas, 3)
+    # The zeros beyond a picture are written where the batch is put together: one copy less than padding each.
+    return data.padded_batch(batch_size, shapes, drop_remainder=drop_remainder)

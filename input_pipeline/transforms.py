@@ -1,43 +1,150 @@
-"""One sample: encoded bytes to a square uint8 image, by TensorFlow ops on the host."""
+"""What of a picture is seen: windows for training and evaluation, and the two ways to bring them to the model's size.
 
+On the device (images.py): the picture, or the part of it that its windows need, is laid at the top left of a canvas of
+one size for all, and travels with its own size and windows. On the host: the window is resized here.
+
+A window is (top, left, height, width) in pixels, float32, as PIL's `resize(box=...)` takes it: pixels just outside it
+weigh in at its border, except beyond the picture.
+"""
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
 import tensorflow as tf
+from PIL import Image
+
+from input_pipeline.decode import decode, is_jpeg, jpeg, jpeg_size
+
+_ASPECT = (3 / 4, 4 / 3)
+_TRIES = 10
 
 
-def decode(image) -> tf.Tensor:
-    """JPEG, PNG, GIF (first frame) or BMP bytes -> uint8 (H, W, 3). A uint8 image passes through."""
-    if image.dtype == tf.uint8:
-        return image
-    return tf.io.decode_image(image, channels=3, expand_animations=False)
+def random_windows(size_2, scale: tuple[float, float], seed_2, count: int = 1) -> tf.Tensor:
+    """Windows (count, 4) for random resized crops: whole pixels, inside the picture, any place equally likely.
+
+    Area and aspect ratio are drawn as torchvision's RandomResizedCrop does: `scale` of the area, uniformly; 3/4 to
+    4/3, log-uniformly; where ten draws do not fit, the largest central window of an allowed ratio.
+
+    Args:
+      size_2: int32, height and width of the picture.
+      seed_2: int64; the same seed gives the same windows.
+    """
+    height, width = tf.unstack(tf.cast(size_2, tf.float32))
+    uniform = tf.random.stateless_uniform((4, count, _TRIES), seed_2)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * uniform[0])
+    ratio = tf.exp(tf.math.log(_ASPECT[0]) + (tf.math.log(_ASPECT[1]) - tf.math.log(_ASPECT[0])) * uniform[1])
+    # A last try that always fits.
+    fallback_w, fallback_h = tf.minimum(width, height * _ASPECT[1]), tf.minimum(height, width / _ASPECT[0])
+    h = tf.concat([tf.sqrt(area / ratio), tf.fill((count, 1), fallback_h)], axis=1)
+    w = tf.concat([tf.sqrt(area * ratio), tf.fill((count, 1), fallback_w)], axis=1)
+    h, w = tf.maximum(tf.round(h), 1), tf.maximum(tf.round(w), 1)
+    first = tf.argmax((h <= height) & (w <= width), axis=1)
+    h, w = (tf.gather(x, first, axis=1, batch_dims=1) for x in (h, w))
+    top, left = tf.floor(uniform[2, :, 0] * (height - h + 1)), tf.floor(uniform[3, :, 0] * (width - w + 1))
+    central = first == _TRIES
+    top, left = tf.where(central, (height - h) // 2, top), tf.where(central, (width - w) // 2, left)
+    return tf.stack([top, left, h, w], axis=1)
 
 
-def random_resized_crop(image_HxWx3, side: int, scale: tuple[float, float], seed_2) -> tf.Tensor:
-    """A random window of `scale` of the area and an aspect ratio of 3/4 to 4/3, resized to (side, side, 3)."""
-    begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
-        tf.shape(image_HxWx3),
-        tf.zeros((1, 0, 4)),
-        seed=seed_2,
-        min_object_covered=0.0,
-        aspect_ratio_range=(3 / 4, 4 / 3),
-        area_range=scale,
-        use_image_if_no_bounding_boxes=True,
-    )
-    return _resize(tf.slice(image_HxWx3, begin, size), side, side)
+def centre_window(size_2, side: int) -> tf.Tensor:
+    """The window (1, 4) of CLIP's evaluation view: the shorter side resized to `side`, then the central square.
+
+    As CLIPImageProcessor of transformers: the longer side is truncated to whole pixels, and so is the square's place.
+    """
+    resized = size_2 * side // tf.reduce_min(size_2)
+    corner = (resized - side) // 2
+    step = tf.cast(size_2, tf.float32) / tf.cast(resized, tf.float32)
+    return tf.concat([tf.cast(corner, tf.float32) * step, side * step], axis=0)[None]
 
 
-def resize_centre_crop(image_HxWx3, side: int) -> tf.Tensor:
-    """CLIP's evaluation view: the shorter side to `side`, then the central square."""
-    shape = tf.shape(image_HxWx3)
-    height, width = shape[0], shape[1]
-    short = tf.minimum(height, width)
-    # As torchvision: the long side is truncated to whole pixels, the crop's corner rounded.
-    new_h, new_w = height * side // short, width * side // short
-    resized = _resize(image_HxWx3, new_h, new_w)
-    top = tf.cast(tf.round((new_h - side) / 2), tf.int32)
-    left = tf.cast(tf.round((new_w - side) / 2), tf.int32)
-    return tf.ensure_shape(resized[top : top + side, left : left + side], (side, side, 3))
+def view(image, windows_of: Callable, *, side: int, canvas: int | None, exact: bool) -> dict[str, tf.Tensor]:
+    """One sample as the model's input, or as what the device makes it from.
+
+    Args:
+      image: encoded bytes, or uint8 (H, W, 3).
+      windows_of: int32 (2,) height and width of a picture -> its windows, float32 (V, 4).
+      side: pixels of the model's input.
+      canvas: side C of the canvas, at least `side`; None: resize here.
+      exact: what does not fit the canvas is resized here from its full resolution, which is slow (V must be 1).
+        Otherwise a JPEG's decoder scales it, to no less than `side` a window, and what is still too large is shrunk
+        by averaging over areas, which is quick and close.
+
+    Returns:
+      With a canvas: "image" uint8 (h, w, 3), h and w at most C; "size" int32 (2,) = (h, w); "windows" float32
+      (V, 4), in its pixels. Without: "image" uint8 (side, side, 3), or (V, side, side, 3) if there are more.
+    """
+    pixels, windows = _decoded(image, windows_of, side, None if exact else canvas)
+    if canvas is None:
+        resized = [resize(pixels, window, side) for window in tf.unstack(windows)]
+        return {"image": tf.stack(resized) if len(resized) > 1 else resized[0]}
+
+    def whole():
+        return pixels, windows
+
+    def part():
+        # Beyond two pixels of the model's input outside a window nothing has weight.
+        margin = tf.math.ceil(2 * tf.maximum(windows[:, 2:] / side, 1))
+        begin = tf.reduce_min(tf.maximum(windows[:, :2] - margin, 0), axis=0)
+        end = tf.reduce_max(tf.minimum(windows[:, :2] + windows[:, 2:] + margin, tf.cast(size_2, tf.float32)), axis=0)
+        begin, end = tf.math.floor(begin), tf.math.ceil(end)
+        area = tf.concat([begin, end - begin], axis=0)
+        moved = windows - tf.concat([begin, [0.0, 0.0]], axis=0)
+
+        def cut():
+            (top, left), (height, width) = tf.unstack(tf.cast(begin, tf.int32)), tf.unstack(tf.cast(area[2:], tf.int32))
+            return pixels[top : top + height, left : left + width], moved
+
+        def shrunk():
+            if exact:
+                return resize(pixels, windows[0], side), tf.constant([[0.0, 0.0, side, side]])
+            region, _ = cut()
+            smaller = tf.minimum(tf.shape(region)[:2], canvas)
+            factor = tf.cast(smaller, tf.float32) / area[2:]
+            averaged = tf.image.resize(region, smaller, "area")
+            return tf.cast(tf.round(averaged), tf.uint8), moved * tf.concat([factor, factor], axis=0)
+
+        return tf.cond(tf.reduce_all(area[2:] <= canvas), cut, shrunk)
+
+    size_2 = tf.shape(pixels)[:2]
+    placed, windows = tf.cond(tf.reduce_all(size_2 <= canvas), whole, part)
+    return {"image": placed, "size": tf.shape(placed)[:2], "windows": windows}
 
 
-def _resize(image_HxWx3, height, width):
-    # Antialiased bicubic is what PIL does, and so what every published CLIP was trained and evaluated with.
-    resized = tf.image.resize(image_HxWx3, (height, width), "bicubic", antialias=True)
-    return tf.cast(tf.clip_by_value(tf.round(resized), 0, 255), tf.uint8)
+def _decoded(image, windows_of, side, canvas):
+    """Pixels and windows. A JPEG beyond the canvas comes smaller by 2, 4 or 8, if every window keeps `side` pixels."""
+
+    def full():
+        pixels = decode(image)
+        return pixels, windows_of(tf.shape(pixels)[:2])
+
+    def scaled():
+        size_2 = jpeg_size(image)
+        windows = windows_of(size_2)
+        times = tf.where(tf.reduce_max(size_2) > canvas, tf.reduce_min(windows[:, 2:]) / side, 1.0)
+        log2_ratio = tf.reduce_sum(tf.cast(times >= [2.0, 4.0, 8.0], tf.int32))
+        return jpeg(image, log2_ratio), windows / tf.cast(2**log2_ratio, tf.float32)
+
+    if image.dtype == tf.uint8 or canvas is None:
+        return full()
+    return tf.cond(is_jpeg(image), scaled, full)
+
+
+def resize(pixels_HxWx3, window_4, side: int) -> tf.Tensor:
+    """A window -> uint8 (side, side, 3), by PIL itself: bicubic with antialiasing, the width first.
+
+    That is PIL's own order too, but for version 13, which takes the height first where it shrinks much more.
+    """
+    resized = tf.numpy_function(functools.partial(_resize_by_pil, side=side), [pixels_HxWx3, window_4], tf.uint8)
+    return tf.ensure_shape(resized, (side, side, 3))
+
+
+@tf.autograph.experimental.do_not_convert
+def _resize_by_pil(pixels, window, side):
+    top, left, height, width = (float(x) for x in window)
+    margin = 2 * max(height / side, 1)  # rows farther from the window have no weight
+    first, last = max(0, int(top - margin)), min(len(pixels), int(top + height + margin) + 1)
+    rows = Image.fromarray(pixels[first:last])
+    right, bottom = min(left + width, rows.width), min(top + height, len(pixels)) - first
+    narrow = rows.resize((side, rows.height), Image.Resampling.BICUBIC, box=(left, 0, right, rows.height))
+    return np.asarray(narrow.resize((side, side), Image.Resampling.BICUBIC, box=(0, top - first, side, bottom)))

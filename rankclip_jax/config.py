@@ -138,6 +138,11 @@ def default_config() -> ConfigDict:
                 cache_dir=None,  # for the offsets of shards and unpacked Parquet; None: beside the data, or ~/.cache
                 crop_scale=(0.9, 1.0),  # share of the image's area that a training crop covers
                 flip=False,  # mirror half of the training images
+                color_jitter=None,  # (brightness, contrast, saturation), each scaled by up to 1 +- so much
+                resize="device",  # device | host: where windows are cut out and resized; the host is slower, by PIL
+                canvas=None,  # side of the square on which the host sends a picture. None: 1.75 times image_size
+                two_views=False,  # also a second window and an edited caption of each sample: CyCLIP's "inmodal"
+                synonyms=None,  # JSON table of words for the edited captions: {"sofa": ["couch"]}
                 max_bad_fraction=0.1,  # stop when more of the samples than this cannot be used
             ),
             eval=dict(
@@ -234,7 +239,13 @@ def complete(config: Mapping) -> ConfigDict:
     _check_choice(merged, "loss.decay", (None, "log"))
     _check_choice(merged, "init_towers", ("both", "vision", "text"))
     _check_choice(merged, "optim.freeze", (None, "vision", "text"))
+    _check_choice(merged, "data.resize", ("device", "host"))
     _check_choice(merged, "model.dtype", ("float32", "bfloat16"))
+    if merged.data.two_views and merged.loss.objective in ("rank", "siglip") and not merged.loss.terms.get("clip"):
+        raise InputError(
+            f"config.data.two_views adds to the contrastive term, which objective = {merged.loss.objective} lacks; "
+            "take another config.loss.objective, or add config.loss.terms.clip=1.0"
+        )
     return merged
 
 

@@ -46,12 +46,28 @@ class Run:
         self.model = build_model(config, tokenizer) if model is None else model
         self.side = self.model.config.vision.image_size
         self.context_length = self.model.config.text.context_length
+        # How the pipeline makes batches, for training and evaluation alike.
+        self.view = dict(batch_size=self.local_batch, image_side=self.side, process=self.process, canvas=self._canvas())
         self._embed = steps.make_embed_step(self.model)
         self._val_step = steps.make_val_step(self.model, config, self.mesh)
 
+    def _canvas(self) -> int | None:
+        data = self.config.data
+        if data.resize == "host":
+            return None
+        # The scenes of shapes are drawn as large as the model wants them. For 224 pixels it is 392: what is stored with
+        # a short side of 288 fits with the widest window.
+        canvas = data.canvas or (self.side if data.format == "shapes" else 8 * math.ceil(1.75 * self.side / 8))
+        if canvas < self.side:
+            raise InputError(
+                f"config.data.canvas = {canvas} is less than the model's image_size, {self.side}; give more, or "
+                "None to choose it"
+            )
+        return canvas
+
     def encode_images(self, state, batch: dict) -> np.ndarray:
         """One batch of this process's share -> float32 (b, D) on the host."""
-        return np.asarray(self._embed(state, steps.to_devices({"image": batch["image"]}, self.mesh)))
+        return np.asarray(self._embed(state, steps.to_devices(_pictures(batch), self.mesh)))
 
     def encode_texts(self, state, texts: list[str]) -> np.ndarray:
         """Any number of texts -> float32 (n, D) on the host, in batches of one shape."""
@@ -76,9 +92,7 @@ class Run:
         source = sources.open_source(config.data, config.data.val, image_side=self.side, split="val")
         if source.size < config.batch_size:
             raise InputError(f"config.data.val has {source.size} samples, fewer than a batch of {config.batch_size}")
-        batches = pipeline.eval_batches(
-            source, batch_size=self.local_batch, image_side=self.side, process=self.process
-        )
+        batches = pipeline.eval_batches(source, **self.view)
         parts, numbers = [], {}
         for _ in range(source.size // config.batch_size):
             batch = next(batches)
@@ -86,9 +100,7 @@ class Run:
             if config.eval.diagnostics and not parts:
                 z = self.encode_images(state, batch), self.encode_texts(state, batch["caption"])
                 numbers = _diagnostics(*z, np.exp(float(state.params["logit_scale"])))
-            parts.append(
-                self._val_step(state, steps.to_devices({"image": batch["image"], "tokens": tokens}, self.mesh))
-            )
+            parts.append(self._val_step(state, steps.to_devices(_pictures(batch) | {"tokens": tokens}, self.mesh)))
         numbers |= {key: np.mean([float(part[key]) for part in parts]) for key in parts[0]}
         return {f"val/{key}": float(value) for key, value in numbers.items()}
 
@@ -99,11 +111,13 @@ class Run:
         return evaluation.Encoder(
             images=lambda batch: self.encode_images(state, batch),
             texts=lambda texts: self.encode_texts(state, texts),
-            batches=lambda source: pipeline.eval_batches(
-                source, batch_size=self.local_batch, image_side=self.side, process=self.process
-            ),
+            batches=lambda source: pipeline.eval_batches(source, **self.view),
             image_side=self.side,
         )
+
+
+def _pictures(batch: dict) -> dict:
+    return {key: batch[key] for key in ("image", "size", "windows") if key in batch}
 
 
 @jax.jit
@@ -133,9 +147,10 @@ def train(config: ConfigDict, workdir) -> None:
     """
     from clu import metric_writers  # imports TensorFlow, as the pipeline does
 
-    from input_pipeline import pipeline, sources
+    from input_pipeline import captions, pipeline, sources
 
     workdir = Path(workdir)
+    synonyms = captions.read_synonyms(config.data.synonyms) if config.data.synonyms else None
     side = _preset_side(config)
     source = sources.open_source(config.data, config.data.train, image_side=side)
     steps_per_epoch = source.size // config.batch_size
@@ -168,15 +183,15 @@ def train(config: ConfigDict, workdir) -> None:
     batches = pipeline.TrainBatches(
         source,
         run.tokenizer,
-        batch_size=run.local_batch,
-        image_side=run.side,
+        **run.view,
         context_length=run.context_length,
         crop_scale=config.data.crop_scale,
         seed=config.seed,
         start=position,
-        process=run.process,
         bad_path=workdir / "bad_samples.jsonl",
         max_bad_fraction=config.data.max_bad_fraction,
+        two_views=config.data.two_views,
+        synonyms=synonyms,
     )
     recorder = _Recorder(run, optim.learning_rate(config.optim, total_steps), start, total_steps, steps_per_epoch)
     tensorboard = metric_writers.SummaryWriter(str(workdir))

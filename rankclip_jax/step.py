@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from rankclip_jax import images
-from rankclip_jax.losses import RANKING, objective_loss, rank_weight
+from rankclip_jax.losses import OBJECTIVES, RANKING, clip_loss, objective_loss, rank_weight
 from rankclip_jax.sharding import batch_axes, batch_sharding, state_shardings
 
 # OpenAI clamps the learned scale of the logits to at most 100; below 1 it would flatten them.
@@ -65,28 +65,32 @@ def make_train_step(
 ) -> Callable:
     """Returns jitted train_step(state, batch) -> (state, metrics); the state given is donated.
 
-    `batch`: {"image": uint8 (B, S, S, 3), "tokens": int32 (B, L)}, split over sharding.batch_axes; B is global, and so are
-    the batch statistics and the negatives. `metrics`: float32 scalars.
+    `batch`: pictures as input_pipeline's TrainBatches gives them (images.views) and "tokens" int32 (B, L) or (B, V,
+    L), split over sharding.batch_axes; B is global, and so are the batch statistics and the negatives. `metrics`:
+    float32 scalars.
     """
     epochs = -(-total_steps // steps_per_epoch)
     seed_key = jax.random.key(config.seed)
+    side = model.config.vision.image_size
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        pixels = batch["image"]
-        if config.data.flip:
-            pixels = images.random_flip(jax.random.fold_in(seed_key, state.step), pixels)
-        pixels = images.normalize(pixels)
+        views_BxVxSxSx3 = images.views(batch, side)
+        flat = views_BxVxSxSx3.reshape(-1, side, side, 3)  # the views of a picture side by side, on its device
+        key = jax.random.fold_in(seed_key, state.step)
+        pixels = images.normalize(images.augment(key, flat, flip=config.data.flip, jitter=config.data.color_jitter))
+        tokens = batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
         weight = rank_weight(state.step // steps_per_epoch + 1, epochs, config.loss.schedule)
 
         def loss_fn(params):
-            (z_img_BxD, z_txt_BxD, scale), updated = model.apply(
+            (z_img_NxD, z_txt_NxD, scale), updated = model.apply(
                 {"params": params, "batch_stats": state.batch_stats},
                 pixels,
-                batch["tokens"],
+                tokens,
                 train=True,
                 mutable=["batch_stats"],
             )
-            loss, parts = _objective(z_img_BxD, z_txt_BxD, scale, params, config.loss, weight, mesh)
+            z_img_BxVxD, z_txt_BxVxD = (z.reshape(len(batch["image"]), -1, z.shape[-1]) for z in (z_img_NxD, z_txt_NxD))
+            loss, parts = _objective(z_img_BxVxD, z_txt_BxVxD, scale, params, config.loss, weight, mesh)
             return loss, (parts, scale, updated.get("batch_stats", {}))
 
         (loss, (parts, scale, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
@@ -107,10 +111,18 @@ def clamp_logit_scale(params: dict) -> dict:
     return params | {"logit_scale": jnp.clip(params["logit_scale"], MIN_LOG_SCALE, MAX_LOG_SCALE)}
 
 
-def _objective(z_img_BxD, z_txt_BxD, scale, params, loss_config, weight, mesh):
+def _objective(z_img_BxVxD, z_txt_BxVxD, scale, params, loss_config, weight, mesh):
+    """The objective of the first views; with a second view of each, the contrastive term gives half its weight to the
+    mean of the images' contrastive loss with their second views and the captions' with theirs (CyCLIP's "inmodal")."""
+    z_img_BxD, z_txt_BxD = z_img_BxVxD[:, 0], z_txt_BxVxD[:, 0]
+    terms = loss_config.terms.to_dict()
+    two_views = z_img_BxVxD.shape[1] == 2
+    if two_views:
+        clip_weight = terms.get("clip", OBJECTIVES[loss_config.objective].get("clip", 0.0))
+        terms["clip"] = clip_weight / 2
     # The loss's rows go over all devices, the towers' only over those that hold different rows.
     loss_axes = mesh.axis_names if z_img_BxD.shape[0] % mesh.size == 0 else batch_axes(mesh)
-    return objective_loss(
+    loss, parts = objective_loss(
         z_img_BxD,
         z_txt_BxD,
         scale,
@@ -119,7 +131,7 @@ def _objective(z_img_BxD, z_txt_BxD, scale, params, loss_config, weight, mesh):
         rank_weight=weight,
         lambda_in=loss_config.lambda_in,
         lambda_cross=loss_config.lambda_cross,
-        terms=loss_config.terms.to_dict(),
+        terms=terms,
         decay=loss_config.decay,
         top_k=loss_config.top_k,
         keep_self=loss_config.keep_self,
@@ -129,24 +141,33 @@ def _objective(z_img_BxD, z_txt_BxD, scale, params, loss_config, weight, mesh):
     )
 
 
+    if two_views:
+        pairs = [(z[:, 0], z[:, 1]) for z in (z_img_BxVxD, z_txt_BxVxD)]
+        second = sum(clip_loss(*z, scale, mesh=mesh, axes=loss_axes) for z in pairs) / 2
+        loss, parts = loss + clip_weight / 2 * second, parts | {"clip_second_view": jax.lax.stop_gradient(second)}
+    return loss, parts
+
+
 def make_val_step(model, config, mesh) -> Callable:
     """Returns jitted val_step(state, batch) -> the objective's parts (float32 scalars), as in evaluation."""
 
     def val_step(state: TrainState, batch: dict) -> dict:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        z_img_BxD, z_txt_BxD, scale = model.apply(variables, images.normalize(batch["image"]), batch["tokens"])
-        return _objective(z_img_BxD, z_txt_BxD, scale, state.params, config.loss, 1.0, mesh)[1]
+        pixels = images.normalize(images.views(batch, model.config.vision.image_size)[:, 0])
+        z_img_BxD, z_txt_BxD, scale = model.apply(variables, pixels, batch["tokens"])
+        return _objective(z_img_BxD[:, None], z_txt_BxD[:, None], scale, state.params, config.loss, 1.0, mesh)[1]
 
     return jax.jit(val_step)
 
 
 def make_embed_step(model) -> Callable:
-    """Returns jitted embed(state, batch) -> float32 (B, D) of unit norm, for batch["image"] or batch["tokens"]."""
+    """Returns jitted embed(state, batch) -> float32 (B, D) of unit norm, of the pictures or of batch["tokens"]."""
 
     def embed(state: TrainState, batch: dict) -> jax.Array:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         if "image" in batch:
-            return model.apply(variables, images.normalize(batch["image"]), method="encode_image")
+            pixels = images.views(batch, model.config.vision.image_size)[:, 0]
+            return model.apply(variables, images.normalize(pixels), method="encode_image")
         return model.apply(variables, batch["tokens"], method="encode_text")
 
     return jax.jit(embed)

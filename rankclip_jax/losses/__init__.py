@@ -2,6 +2,7 @@
 
 from rankclip_jax.losses.diagnostics import embedding_diagnostics, gradient_cosine
 from rankclip_jax.losses.objective import (
+    OBJECTIVES,
     RANKING,
     RankTerms,
     clip_loss,
@@ -13,6 +14,7 @@ from rankclip_jax.losses.objective import (
 from rankclip_jax.losses.plackett_luce import plackett_luce_nll
 
 __all__ = [
+    "OBJECTIVES",
     "RANKING",
     "RankTerms",
     "clip_loss",
