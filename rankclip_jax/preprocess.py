@@ -25,8 +25,8 @@ class View:
     def __call__(self, image) -> np.ndarray:
         """A picture -> uint8 (crop, crop, 3); mean and std are applied on the device.
 
-        image: PIL, uint8 (H, W, 3), or the path of a file. Transparency is dropped and an EXIF rotation ignored, as
-        `CLIPImageProcessor` does with a PIL image. Raises InputError, saying what was wrong with it.
+        image: PIL, uint8 (H, W, 3), or the path of a file. What is transparent is laid on white, and an EXIF rotation
+        ignored, as `CLIPImageProcessor` does with a PIL image. Raises InputError, saying what was wrong with it.
         """
         if isinstance(image, str | os.PathLike):
             try:
@@ -46,7 +46,11 @@ class View:
         return self._of_pil(Image.fromarray(array))
 
     def _of_pil(self, image: Image.Image) -> np.ndarray:
-        image = image.convert("RGB")
+        if image.mode != "RGB":
+            if "A" in image.getbands() or image.info.get("transparency") is not None:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
         width, height = image.size
         short = min(width, height)
         size = (width * self.resize // short, height * self.resize // short)

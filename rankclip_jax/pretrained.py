@@ -77,9 +77,8 @@ def _workdir(path: Path, tokenizer: Tokenizer | None) -> Pretrained:
     if found is None:
         raise InputError(f"{path} holds no complete checkpoint")
     step, variables = found
-    config = models.build(
-        **run.model.to_dict(), vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id
-    ).config
+    config = models.build(**run.model.to_dict(), vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id).config
     variables = {name: models.unstack_layers(tree) for name, tree in variables.items()}
+    variables["params"].pop("logit_bias", None)  # of SigLIP's loss: neither embeddings nor a softmax see it
     side = config.vision.image_size
     return Pretrained(path, config, variables, preprocess.View(side, side), tokenizer, run, step)
