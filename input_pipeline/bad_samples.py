@@ -86,11 +86,11 @@ class BadSamples:
 
 
 def reason_of_failure(sample: Callable, position: int) -> str | None:
-    """Why `sample(position)` fails: a reason that many may share, behind "details; " if it has some. None: it does not."""
+    """Why `sample(position)` fails, "details; reason", the reason being one that many may share; None: it works."""
     try:
         sample(tf.constant(position, tf.int64))
-    except tf.errors.NotFoundError:
-        return "no such file"
+    except tf.errors.NotFoundError as error:
+        return f"{_in_words(error.message).split('; ')[0]}; no such file"
     except tf.errors.DataLossError:
         return "the record does not match its checksum"
     except Exception as error:  # TensorFlow's own, or whatever a Python part of the pipeline raises

@@ -4,7 +4,7 @@ import dataclasses
 
 import tensorflow as tf
 
-from input_pipeline.sources import drawn, table, tar, tfrecord
+from input_pipeline.sources import drawn, folder, parquet, table, tar, tfds, tfrecord
 from input_pipeline.sources.source import Lost, Source, require
 from rankclip_jax.errors import InputError
 
@@ -30,16 +30,23 @@ def open_source(spec, path, *, image_side: int, split: str = "train") -> Source:
             return _checked(tfrecord.open_tfrecord(spec, path))
         case "webdataset":
             return _checked(tar.open_webdataset(spec, path))
+        case "folder":
+            return _checked(folder.open_folder(spec, path))
+        case "parquet":
+            return _checked(parquet.open_parquet(spec, path))
+        case "tfds":
+            return _checked(tfds.open_tfds(spec, path))
         case "shapes":
             return drawn.open_drawn(path, image_side, split)
-    raise InputError(f"config.data.format must be csv, tfrecord, webdataset or shapes; got {spec.format!r}")
+    known = "csv, tfrecord, webdataset, folder, parquet, tfds or shapes"
+    raise InputError(f"config.data.format must be {known}; got {spec.format!r}")
 
 
 def _checked(source: Source) -> Source:
     """The source with rows refused that have no image or no caption at all."""
 
     def read(row):
-        sample = source.read(row)
+        sample = source.read(tf.cast(row, tf.int64))
         require(tf.strings.length(sample["image"]) > 0, "empty image")
         if "label" not in sample:
             caption = sample["caption"]

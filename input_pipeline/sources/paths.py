@@ -1,5 +1,6 @@
 """Which files a configuration means: brace ranges, globs, folders and lists, local or in a bucket."""
 
+import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +24,12 @@ def expand(pattern: str | Sequence[str], *, endings: tuple[str, ...], hint: str 
     Raises:
       InputError: nothing matches, or a bucket's scheme that TensorFlow does not know here.
     """
+    if isinstance(pattern, os.PathLike):
+        pattern = os.fspath(pattern)
+    if not pattern:
+        raise InputError("no path is given for the data" + (f"; {hint}" if hint else ""))
     if not isinstance(pattern, str):
-        if not isinstance(pattern, Sequence) or not pattern:
+        if not isinstance(pattern, Sequence):
             raise InputError(f"config.data.train and .val take a path or a list of paths; got {pattern!r}")
         return [path for one in pattern for path in expand(str(one), endings=endings, hint=hint)]
     paths = []

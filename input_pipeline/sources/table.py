@@ -1,48 +1,104 @@
 """A csv or tsv: a column of image paths and a column of captions or labels."""
 
 import csv
-import glob
-from pathlib import Path
+import io
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 import tensorflow as tf
 
-from input_pipeline.sources.source import Source
+from input_pipeline.sources.packed_strings import PackedStrings
+from input_pipeline.sources.paths import expand, is_remote
+from input_pipeline.sources.source import Lost, Source, keys
 from rankclip_jax.errors import InputError
+
+_BLOCK = 64 << 20  # bytes read at once; a row must fit
 
 
 def open_table(spec, path) -> Source:
+    """Opens one table, or several with the same columns.
+
+    `spec`: delimiter, image_key, caption_key (or label_key), hint of config.data. Paths of images are relative to their
+    table's folder, absolute, or in a bucket. A row with more or fewer columns than the header is lost, and named.
+
+    Raises:
+      InputError: no such file or column, no rows, a quote that is never closed, or labels that are no numbers.
+    """
     label_key = spec.get("label_key")
-    text_key = label_key or spec.caption_key
-    files = sorted(glob.glob(str(path))) if path else []
-    if not files:
-        hint = spec.get("hint") or f"give a csv with columns {spec.image_key},{text_key} (config.data.train, .val)"
-        raise InputError(f"no such file: {path}; {hint}")
-    images, texts, wheres = [], [], []
-    for file in files:
-        with open(file, newline="", encoding="utf-8") as lines:
-            reader = csv.DictReader(lines, delimiter="\t" if file.endswith(".tsv") else spec.delimiter)
-            for key in (spec.image_key, text_key):
-                if key not in (reader.fieldnames or ()):
-                    columns = ", ".join(reader.fieldnames or ()) or "none"
-                    raise InputError(f"{file} has no column {key!r}; its columns are: {columns}")
-            for row in reader:
-                # os.path semantics: an absolute path stays as it is, a relative one starts at the csv's folder.
-                images.append(str(Path(file).parent / (row[spec.image_key] or "")))
-                texts.append(row[text_key] or "")
-                wheres.append(f"{file} row {reader.line_num - 2}")
-    if not images:
+    text_keys = (label_key,) if label_key else keys(spec.get("caption_key"), ("caption",))
+    image_keys = keys(spec.get("image_key"), ("image",))
+    hint = spec.get("hint") or f"give a csv with columns {image_keys[0]},{text_keys[0]} (config.data.train, .val)"
+    files = expand(path, endings=(".csv", ".tsv"), hint=hint)
+    tables, wrongs = zip(*(_columns(file, image_keys, text_keys, spec.delimiter) for file in files), strict=True)
+    images, texts = (PackedStrings(pa.concat_tables(tables)[name]) for name in ("image", "text"))
+    if not len(images):
         raise InputError(f"{path} has no rows below its header")
     labels = _class_numbers(texts, path, label_key) if label_key else None
-    images_N, texts_N = tf.constant(images), tf.constant(texts)
+    starts = np.cumsum([0] + [len(table) for table in tables[:-1]])
+    folders_F = tf.constant([file.rpartition("/")[0] + "/" if "/" in file else "" for file in files])
+
+    def image_path(row):
+        image = images.at(row)
+        absolute = tf.strings.regex_full_match(image, r"(?s)(/|\w+://).*")
+        folder = folders_F[tf.searchsorted(starts, [row], side="right")[0] - 1]
+        return tf.where(absolute, image, tf.strings.join([folder, image]))
 
     def read(row):
-        sample = {"image": tf.io.read_file(images_N[row]), "caption": texts_N[row]}
+        sample = {"image": tf.io.read_file(image_path(row)), "caption": texts.at(row)}
         if label_key:
             sample["label"] = tf.constant(labels)[row]
         return sample
 
-    return Source(len(images), read, lambda row: f"{wheres[row]}: {images[row]}", lambda: texts, labels)
+    def where(row):
+        file = int(np.searchsorted(starts, row, side="right")) - 1
+        # Rows are counted as they stand in the file, with those that are lost.
+        wrong, below = np.array(wrongs[file]), row - starts[file]
+        number = below + np.searchsorted(wrong - np.arange(len(wrong)), below, side="right")
+        return f"{files[file]} row {number}: {image_path(tf.constant(row, tf.int64)).numpy().decode(errors='replace')}"
+
+    reason = "another number of columns than the header"
+    lost = tuple(
+        Lost(f"{file} row {row}", reason, 1) for file, wrong in zip(files, wrongs, strict=True) for row in wrong
+    )
+    return Source(len(images), read, where, lambda: texts, labels, lost=lost)
+
+
+def _columns(file, image_keys, text_keys, delimiter) -> tuple[pa.Table, list[int]]:
+    """Columns image and text, as bytes, and the numbers of the rows that have not as many columns as the header."""
+    wrong = []
+
+    def skip(row):
+        wrong.append(row.number - 2)  # from 0 below the header
+        return "skip"
+
+    delimiter = "\t" if file.endswith(".tsv") else delimiter
+    with tf.io.gfile.GFile(file, "rb") as opened:
+        header = next(csv.reader([opened.readline().decode("utf-8-sig", "replace")], delimiter=delimiter), [])
+    found = []
+    for wanted in (image_keys, text_keys):
+        found += [key for key in wanted if key in header][:1]
+        if not any(key in header for key in wanted):
+            columns = ", ".join(header) or "none"
+            raise InputError(f"{file} has no column {' or '.join(map(repr, wanted))}; its columns are: {columns}")
+    try:
+        table = pyarrow.csv.open_csv(
+            io.BytesIO(tf.io.gfile.GFile(file, "rb").read()) if is_remote(file) else file,
+            # One thread alone counts the rows, by which the lost ones are named.
+            pyarrow.csv.ReadOptions(use_threads=False, block_size=_BLOCK),
+            pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=skip),
+            # As bytes: a caption that is not UTF-8 is repaired later, one by one.
+            pyarrow.csv.ConvertOptions(include_columns=found, column_types=dict.fromkeys(found, pa.large_binary())),
+        ).read_all()
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{file} cannot be read as a csv: {error}") from None
+    for key in found:
+        last = table[key][-1].as_py() if len(table) else b""
+        if last.endswith(b"\n"):  # it has taken everything to the file's end
+            raise InputError(
+                f"{file}: a quote is never closed; the field begins {last[:40].decode(errors='replace')!r}"
+            )
+    return pa.table({"image": table[found[0]], "text": table[found[1]]}), wrong
 
 
 def _class_numbers(texts, path, label_key):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from input_pipeline.sources.offset_index import OffsetIndex, Scan, offset_index
+from input_pipeline.sources.offset_index import Scan, offset_index
 from input_pipeline.sources.paths import expand
 from input_pipeline.sources.source import Lost, Source, keys, read_captions
 from rankclip_jax.errors import InputError
@@ -25,54 +25,58 @@ class Records:
     """Serialised records by number.
 
     Attributes:
-      index: where they lie.
+      size: number of records.
       read: ops, row (int64 scalar) -> the record (string scalar); a wrong checksum raises DataLossError.
+      where: names a record: file, number in it, byte.
+      lost: what could not be reached.
     """
 
-    index: OffsetIndex
+    size: int
     read: Callable
-
-    def where(self, row: int) -> str:
-        """Names a record: file, number in it, byte."""
-        file = self.index.file_of(row)
-        begin = self.index.columns["begin"][row]
-        return f"{self.index.paths[file]} record {row - self.index.starts[file]} (byte {begin})"
+    where: Callable[[int], str]
+    lost: tuple[Lost, ...]
 
     def first(self, count: int) -> list[bytes]:
         """Those of the first `count` records that can be read."""
-        data = tf.data.Dataset.range(min(count, self.index.size)).map(self.read).ignore_errors()
+        data = tf.data.Dataset.range(min(count, self.size)).map(self.read).ignore_errors()
         return list(data.as_numpy_iterator())
 
 
 def open_tfrecord(spec, path) -> Source:
     """Opens shards. `spec`: image_key, caption_key, hint, cache_dir of config.data.
 
-    A record may hold `tokens`, int64 (L,), its caption as token ids.
+    A record may hold several captions, and `tokens`, int64 (L,), its caption as token ids.
 
     Raises:
       InputError: no shard, no record, a compressed shard, or records without image or caption under these keys.
     """
-    records = open_records(
-        expand(path, endings=(".tfrecord", ".tfrecords"), hint=spec.get("hint")), spec.get("cache_dir")
-    )
+    paths = expand(path, endings=(".tfrecord", ".tfrecords"), hint=spec.get("hint"))
     image_keys = keys(spec.get("image_key"), ("jpg", "jpeg", "png", "webp"))
     caption_keys = keys(spec.get("caption_key"), ("txt", "caption"))
-    examples = [tf.train.Example.FromString(record).features.feature for record in records.first(10)]
+    return examples(open_records(paths, spec.get("cache_dir")), image_keys, caption_keys)
+
+
+def examples(
+    records: Records, image_keys: tuple[str, ...], caption_keys: tuple[str, ...], several: bool | None = None
+) -> Source:
+    """A source of records that are tf.train.Examples with one of the `image_keys` and one of the `caption_keys`.
+
+    `several`: whether a record has more captions than one; None: as the first records have.
+    """
+    first = [tf.train.Example.FromString(record).features.feature for record in records.first(10)]
     for wanted, option in ((image_keys, "image_key"), (caption_keys, "caption_key")):
-        if examples and not any(key in example for example in examples for key in wanted):
+        if first and not any(key in example for example in first for key in wanted):
             raise InputError(
-                f"{records.index.paths[0]}: no feature {' or '.join(wanted)}; its features are: "
-                f"{', '.join(sorted(examples[0]))}; set config.data.{option}"
+                f"{records.where(0)} and the next have no feature {' or '.join(wanted)}; the features are: "
+                f"{', '.join(sorted(first[0]))}; set config.data.{option}"
             )
-    several = any(
-        len(example[key].bytes_list.value) > 1 for example in examples for key in caption_keys if key in example
-    )
-    tokens = next((len(e["tokens"].int64_list.value) for e in examples if "tokens" in e), None)
-    one, many = (
-        tf.io.FixedLenFeature((), tf.string, ""),
-        tf.io.FixedLenSequenceFeature((), tf.string, allow_missing=True),
-    )
-    features = {key: one for key in image_keys} | {key: many if several else one for key in caption_keys}
+    if several is None:
+        found = [example[key].bytes_list.value for example in first for key in caption_keys if key in example]
+        several = any(len(captions) > 1 for captions in found)
+    tokens = next((len(example["tokens"].int64_list.value) for example in first if "tokens" in example), None)
+    one = tf.io.FixedLenFeature((), tf.string, "")
+    many = tf.io.FixedLenSequenceFeature((), tf.string, allow_missing=True)
+    features = dict.fromkeys(image_keys, one) | dict.fromkeys(caption_keys, many if several else one)
     if tokens:
         features["tokens"] = tf.io.FixedLenFeature((tokens,), tf.int64)
 
@@ -84,25 +88,28 @@ def open_tfrecord(spec, path) -> Source:
             sample["tokens"] = tf.cast(parsed["tokens"], tf.int32)
         return sample
 
-    size = records.index.size
-    return Source(size, read, records.where, lambda: read_captions(read, size), lost=tuple(records.index.lost))
+    return Source(records.size, read, records.where, lambda: read_captions(read, records.size), lost=records.lost)
 
 
-def open_records(paths: list[str], cache_dir: str | None = None) -> Records:
+def open_records(paths: list[str], cache_dir: str | None = None, part: Callable | None = None) -> Records:
     """Opens TFRecord files of any content by the numbers of their records.
+
+    Args:
+      part: OffsetIndex -> int64 numbers of those records that are wanted; None: all.
 
     Raises:
       InputError: a file is compressed, or not one of them holds a record.
     """
     index = offset_index("tfrecord", paths, _scan, cache_dir)
     if not index.size:
-        raise InputError(
-            f"{paths[0]} holds no TFRecord" + (f", nor do the other {len(paths) - 1} files" if paths[1:] else "")
-        )
-    paths_F = tf.constant(paths)
+        more = f", nor do the other {len(paths) - 1} files" if len(paths) > 1 else ""
+        raise InputError(f"{paths[0]} holds no TFRecord{more}")
+    rows_N = part(index) if part else None
+    paths_F, wanted_N = tf.constant(paths), None if rows_N is None else tf.constant(rows_N)
     begin_N, length_N = (tf.constant(index.columns[key]) for key in ("begin", "length"))
 
     def read(row):
+        row = row if wanted_N is None else wanted_N[row]
         # One read of exactly this record: a larger buffer would fetch its neighbours too.
         dataset = tf.raw_ops.TFRecordDatasetV2(
             filenames=[paths_F[index.file_in_graph(row)]],
@@ -114,7 +121,12 @@ def open_records(paths: list[str], cache_dir: str | None = None) -> Records:
         dataset = tf.raw_ops.TakeDataset(input_dataset=dataset, count=1, **only)
         return tf.raw_ops.DatasetToSingleElement(dataset=dataset, **only)[0]
 
-    return Records(index, read)
+    def where(row):
+        row = row if rows_N is None else rows_N[row]
+        file = index.file_of(row)
+        return f"{paths[file]} record {row - index.starts[file]} (byte {index.columns['begin'][row]})"
+
+    return Records(index.size if rows_N is None else len(rows_N), read, where, tuple(index.lost))
 
 
 def _first_with_bytes(candidates):

@@ -1,0 +1,55 @@
+"""A folder of images, at any depth, with a .txt of the same name beside each."""
+
+import os
+
+import tensorflow as tf
+
+from input_pipeline.sources.packed_strings import PackedStrings
+from input_pipeline.sources.paths import is_remote
+from input_pipeline.sources.source import Lost, Source, read_captions
+from rankclip_jax.errors import InputError
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+
+
+def open_folder(spec, path) -> Source:
+    """Opens a folder. Rows are in the order of the images' paths; a .txt without an image is lost, and named.
+
+    `spec`: hint of config.data.
+
+    Raises:
+      InputError: no such folder, or no image in it.
+    """
+    root = os.fspath(path) if isinstance(path, str | os.PathLike) else repr(path)
+    if not tf.io.gfile.isdir(root):
+        raise InputError(f"{root} is no folder" + (f"; {spec.hint}" if spec.get("hint") else ""))
+    names = sorted(_files(root))
+    images = [name for name in names if name.lower().endswith(IMAGES)]
+    if not images:
+        raise InputError(f"{root} holds no images ({', '.join(IMAGES)})")
+    stems = {os.path.splitext(name)[0] for name in images}
+    alone = [name for name in names if name.endswith(".txt") and name[:-4] not in stems]
+    lost = tuple(Lost(os.path.join(root, name), "a caption without an image", 1) for name in alone)
+    size, images = len(images), PackedStrings([os.fsencode(name) for name in images])
+
+    def read(row):
+        image = tf.strings.join([root.rstrip("/") + "/", images.at(row)])
+        return {
+            "image": tf.io.read_file(image),
+            "caption": tf.io.read_file(tf.strings.regex_replace(image, r"\.[^./]*$", ".txt")),
+        }
+
+    return Source(size, read, lambda row: os.path.join(root, images[row]), lambda: read_captions(read, size), lost=lost)
+
+
+def _files(root):
+    """Paths below `root`, relative to it, hidden ones left out; links are followed, but not in circles."""
+    seen = set()
+    for folder, folders, files in tf.io.gfile.walk(root) if is_remote(root) else os.walk(root, followlinks=True):
+        real = folder if is_remote(root) else os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        below = folder[len(root) :].lstrip("/")
+        yield from (f"{below}/{name}" if below else name for name in files if not name.startswith("."))

@@ -1,0 +1,127 @@
+"""Sets of tensorflow-datasets that are prepared already: their files are read by number, as any TFRecord shard is.
+
+ArrayRecord files, which TensorFlow cannot read inside a graph, go through their own reader in Python.
+"""
+
+import re
+
+import numpy as np
+import tensorflow as tf
+
+from input_pipeline.sources.source import Source, keys
+from input_pipeline.sources.tfrecord import Records, examples, open_records
+from rankclip_jax.errors import InputError
+
+_PATH = re.compile(r"(.+?(?::\d+\.\d+\.\d+)?):([A-Za-z_]\w*(?:\[.*\])?(?:\+.*)?)")
+_CAPTIONS = ("caption", "captions", "captions/text", "caption/text", "text")
+
+
+def open_tfds(spec, path) -> Source:
+    """Opens NAME[/CONFIG][:VERSION]:SPLIT, or the folder of a prepared set instead of its name; SPLIT as train[:90%].
+
+    `spec`: image_key and caption_key (of a feature inside another: captions/text), data_dir, cache_dir of config.data.
+
+    Raises:
+      InputError: no such set, split or feature, or it is not prepared.
+    """
+    import tensorflow_datasets  # slow to import, and only needed here
+
+    builder, split = _builder(tensorflow_datasets, str(path), spec.get("data_dir"))
+    features = dict(_flat(builder.info.features.get_serialized_info()))
+    images = [
+        name for name, kind in builder.info.features.items() if isinstance(kind, tensorflow_datasets.features.Image)
+    ]
+    image_keys = keys(spec.get("image_key"), tuple(images[:1]) or ("image",))
+    caption_keys = keys(spec.get("caption_key"), _CAPTIONS)
+    found = []
+    for wanted, option in ((image_keys, "image_key"), (caption_keys, "caption_key")):
+        found.append(tuple(key for key in wanted if key in features))
+        if not found[-1]:
+            raise InputError(
+                f"tfds {path} has no feature {' or '.join(wanted)}; its features are: {', '.join(sorted(features))}; "
+                f"set config.data.{option}"
+            )
+    several = any(features[key].shape == (None,) for key in found[1])
+    return examples(_records(builder, split, spec.get("cache_dir")), *found, several)
+
+
+def _builder(tensorflow_datasets, path, data_dir):
+    match = _PATH.fullmatch(path)
+    if not match:
+        raise InputError(f"a tfds path is NAME:SPLIT, for example coco_captions:train; got {path!r}")
+    name, split = match.groups()
+    try:
+        if tf.io.gfile.exists(tf.io.gfile.join(name, "dataset_info.json")):
+            builder = tensorflow_datasets.builder_from_directory(name)
+        else:
+            builder = tensorflow_datasets.builder(name, data_dir=data_dir)
+    except Exception as error:  # not found, an unknown config or version, no network: each has its own class
+        raise InputError(f"tfds {name!r} cannot be opened: {str(error).strip().splitlines()[0]}") from None
+    if not tf.io.gfile.exists(tf.io.gfile.join(builder.data_dir, "dataset_info.json")):
+        raise InputError(
+            f"tfds {name!r} is not prepared in {builder.data_dir}; `tfds build {name}` fetches and prepares it "
+            "(--data_dir=DIR for another folder, then config.data.data_dir=DIR)"
+        )
+    try:
+        return builder, builder.info.splits[split]
+    except (KeyError, ValueError) as error:
+        splits = ", ".join(builder.info.splits)
+        raise InputError(
+            f"tfds {name!r} has no split {split!r}; it has {splits} ({str(error).splitlines()[0]})"
+        ) from None
+
+
+def _records(builder, split, cache_dir) -> Records:
+    instructions = [(one.filename, one.skip, one.take) for one in split.file_instructions]
+    files = list(dict.fromkeys(filename for filename, _, _ in instructions))
+    if not files:
+        raise InputError(f"tfds {builder.info.full_name}: the split holds no samples")
+    kind = builder.info.file_format.value
+    if kind == "array_record":
+        return _array_records(files, instructions)
+    if kind != "tfrecord":
+        raise InputError(f"{builder.data_dir} is prepared as {kind}; tfrecord and array_record can be read")
+
+    def part(index):
+        ends = [*index.starts[1:], index.size]
+        return _rows(files, instructions, index.starts, ends)
+
+    return open_records(files, cache_dir, part)
+
+
+def _rows(files, instructions, starts, ends):
+    """Numbers, over all files, of the records that the split's instructions name."""
+    spans = []
+    for filename, skip, take in instructions:
+        file = files.index(filename)
+        begin = starts[file] + skip
+        spans.append(np.arange(begin, min(ends[file], begin + take) if take >= 0 else ends[file]))
+    return np.concatenate(spans).astype(np.int64)
+
+
+def _array_records(files, instructions) -> Records:
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    sizes = [len(ArrayRecordDataSource([file])) for file in files]
+    ends = np.cumsum(sizes)
+    rows_N = _rows(files, instructions, ends - sizes, ends)
+    source = ArrayRecordDataSource(files)
+
+    def read(row):
+        record = tf.numpy_function(lambda row: np.asarray(source[int(rows_N[row])], object), [row], tf.string)
+        return tf.ensure_shape(record, ())
+
+    def where(row):
+        file = int(np.searchsorted(ends, rows_N[row], side="right"))
+        return f"{files[file]} record {rows_N[row] - (ends[file] - sizes[file])}"
+
+    return Records(len(rows_N), read, where, ())
+
+
+def _flat(info, prefix=""):
+    """a: {b: ...} -> a/b, as the features are called in the records."""
+    for name, value in info.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
