@@ -79,7 +79,7 @@ class TrainBatches:
                 canvas=canvas,
                 exact=False,
             )
-            return views | {"caption": raw["caption"], "position": position}
+            return views | {"caption": tf.ensure_shape(raw["caption"], ()), "position": position}
 
         def tokens_of(captions, positions):
             texts = [c.decode(errors="replace") for c in captions]
@@ -147,7 +147,8 @@ def eval_batches(
         raw = source.read(row_of(position)) if raw is None else raw
         windows_of = functools.partial(transforms.centre_window, side=image_side)
         views = transforms.view(raw["image"], windows_of, side=image_side, canvas=canvas, exact=True)
-        return views | {"label": raw.get("label", -1), "caption": raw["caption"], "position": position}
+        label, caption = (tf.ensure_shape(x, ()) for x in (raw.get("label", -1), raw["caption"]))
+        return views | {"label": label, "caption": caption, "position": position}
 
     mine = len(range(index, source.size, count))
     data = tf.data.Dataset.range(mine)

@@ -108,6 +108,7 @@ def view(image, windows_of: Callable, *, side: int, canvas: int | None, exact: b
 
     size_2 = tf.shape(pixels)[:2]
     placed, windows = tf.cond(tf.reduce_all(size_2 <= canvas), whole, part)
+    placed = tf.ensure_shape(placed, (None, None, 3))
     return {"image": placed, "size": tf.shape(placed)[:2], "windows": windows}
 
 
