@@ -45,7 +45,7 @@ def open_image(image: bytes | np.ndarray) -> Image.Image:
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
     if not image:
-        raise BadImageError("empty file")
+        raise BadImageError("empty image")
     try:
         opened = Image.open(io.BytesIO(image))
     except Image.DecompressionBombError:

@@ -24,8 +24,6 @@ class Manifest:
     def __init__(self, folder: Path, settings: dict):
         """Raises InputError: `folder` cannot be written, or holds shards that were made with other settings."""
         self._folder, self.settings, self.shards = folder, settings, []
-        if "://" in str(folder):
-            raise InputError(f"OUT_DIR must be a local folder, to be copied when it is complete; got {folder}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for part in folder.glob("*.part"):  # what a run that was killed left

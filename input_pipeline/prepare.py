@@ -228,7 +228,7 @@ def _flags():
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SOURCE", help="as config.data.train: a path, glob or {a..b} range")
-    parser.add_argument("out_dir", metavar="OUT_DIR", nargs="?", type=Path, help="folder of the shards")
+    parser.add_argument("out_dir", metavar="OUT_DIR", nargs="?", help="folder of the shards, local")
     parser.add_argument("--format", help="of the source, as config.data.format; default: by the name of SOURCE")
     parser.add_argument("--inspect", action="store_true", help="print what is in SOURCE; a picture goes to OUT_DIR")
     parser.add_argument("--sample", type=int, help="with --inspect: look at so many rows, evenly spread")
@@ -260,21 +260,24 @@ def main() -> None:
         if not flag.startswith("--config.data."):
             parser.error(f"unknown flag {flag}")
     _check(parser, flags)
+    out_dir = Path(flags.out_dir or ".")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # encode.py has a limit of its own
     try:
+        if flags.out_dir and "://" in flags.out_dir:
+            raise InputError(f"OUT_DIR must be local, to be copied to {flags.out_dir} when it is complete")
         kind = flags.format or guess_format(flags.source)
         overrides = [f"data.train={flags.source}", *(flag.removeprefix("--config.") for flag in rest)]
         data = configs.complete(configs.override({"data": {"format": kind}}, overrides)).data
         source = sources.open_source(data, data.train, image_side=flags.short_side or 64)
         tokenizer = Tokenizer.load(flags.tokenizer) if flags.tokenizer else None
         if flags.inspect:
-            inspect(source, flags.source, flags.out_dir or Path(), tokenizer, flags.sample, flags.workers)
+            inspect(source, flags.source, out_dir, tokenizer, flags.sample, flags.workers)
             return
         options = Options(
             flags.shard_size, flags.short_side, flags.quality, tokenizer, flags.context_length, data.max_bad_fraction
         )
         described = {"source": flags.source, "format": kind, "keys": rest}
-        print(summary(prepare(source, flags.out_dir, options, described, flags.workers), flags.out_dir) + lost(source))
+        print(summary(prepare(source, out_dir, options, described, flags.workers), out_dir) + lost(source))
     except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

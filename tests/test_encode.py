@@ -112,7 +112,7 @@ JPEG, PNG = file(PHOTO, "JPEG"), file(PHOTO, "PNG")
 @pytest.mark.parametrize(
     "data, reason",
     [
-        (b"", "empty file"),
+        (b"", "empty image"),
         (b"hello", "not an image"),
         (b"\0" * 1000, "not an image"),
         (b"<!DOCTYPE html>\n<HTML><body>404", "an HTML page"),
