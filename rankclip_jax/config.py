@@ -143,6 +143,7 @@ def default_config() -> ConfigDict:
                 canvas=None,  # side of the square on which the host sends a picture. None: 1.75 times image_size
                 two_views=False,  # also a second window and an edited caption of each sample: CyCLIP's "inmodal"
                 synonyms=None,  # JSON table of words for the edited captions: {"sofa": ["couch"]}
+                recover_truncated=False,  # use a truncated JPEG as far as it goes, grey below; it is then no bad sample
                 max_bad_fraction=0.1,  # stop when more of the samples than this cannot be used
             ),
             eval=dict(
@@ -229,6 +230,9 @@ def complete(config: Mapping) -> ConfigDict:
             spec = ConfigDict(fields)
             _merge(spec, merged.eval[kind][name], f"config.eval.{kind}.{name}")
             merged.eval[kind][name] = spec
+    for split in ("train", "val"):
+        if isinstance(merged.data[split], Mapping | ConfigDict):
+            merged.data[split] = _mixture(merged.data[split], f"config.data.{split}")
     _check_choice(merged, "loss.objective", OBJECTIVES)
     for term, weight in merged.loss.terms.items():
         if term not in TERMS:
@@ -247,6 +251,17 @@ def complete(config: Mapping) -> ConfigDict:
             "take another config.loss.objective, or add config.loss.terms.clip=1.0"
         )
     return merged
+
+
+def _mixture(parts: Mapping, where: str) -> ConfigDict:
+    mixture = ConfigDict()
+    for name in parts:
+        if not isinstance(parts[name], Mapping | ConfigDict):
+            raise InputError(f"{where}.{name} is a group of keys, such as path and weight; got {parts[name]!r}")
+        part = ConfigDict(MIXTURE_PART)
+        _merge(part, parts[name], f"{where}.{name}")
+        mixture[name] = part
+    return mixture
 
 
 # Groups whose keys are the user's own (names, axes, fields of a preset): taken as they come.
