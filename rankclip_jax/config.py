@@ -76,7 +76,7 @@ def default_config() -> ConfigDict:
         dict(
             seed=0,
             batch_size=256,  # global, over all devices and processes
-            accumulate=1,  # parts in which a batch goes through the towers: less memory, the same gradient, a third more time
+            accumulate=1,  # parts in which a batch goes through the towers: less memory for time, the same gradient
             epochs=32,
             steps=None,  # stop after so many steps instead of `epochs`
             init_from=None,  # start from a workdir, export, OpenAI or RankCLIP .pt, open_clip or Hugging Face model

@@ -41,9 +41,19 @@ class Run:
                 f"config.batch_size = {config.batch_size} does not divide over {shards} devices; "
                 f"try {max(1, config.batch_size // shards) * shards}"
             )
+        if config.batch_size % (shards * config.accumulate):
+            raise InputError(
+                f"config.batch_size = {config.batch_size} does not divide into config.accumulate = {config.accumulate} "
+                f"parts over {shards} devices"
+            )
         self.process = (jax.process_index(), jax.process_count())
         self.local_batch = config.batch_size // jax.process_count()
         self.model = build_model(config, tokenizer) if model is None else model
+        if config.accumulate > 1 and isinstance(self.model.config.vision, models.ResNetConfig):
+            raise InputError(
+                f"config.accumulate = {config.accumulate}: a ResNet's batch norm needs the statistics of the whole "
+                "batch at every layer, so its batch cannot go through in parts; use a ViT, or config.model.remat=True"
+            )
         self.side = self.model.config.vision.image_size
         self.context_length = self.model.config.text.context_length
         # How the pipeline makes batches, for training and evaluation alike.

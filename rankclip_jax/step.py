@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rankclip_jax import images
+from rankclip_jax.accumulation import loss_and_grads
 from rankclip_jax.losses import OBJECTIVES, RANKING, clip_loss, objective_loss, rank_weight
 from rankclip_jax.sharding import batch_axes, batch_sharding, state_shardings
 
@@ -67,36 +69,47 @@ def make_train_step(
 
     `batch`: pictures as input_pipeline's TrainBatches gives them (images.views) and "tokens" int32 (B, L) or (B, V,
     L), split over sharding.batch_axes; B is global, and so are the batch statistics and the negatives. `metrics`:
-    float32 scalars.
+    float32 scalars. With config.accumulate > 1 (no batch norm) the activations of that part of the batch are held
+    at a time, for the same gradient.
     """
     epochs = -(-total_steps // steps_per_epoch)
     seed_key = jax.random.key(config.seed)
     side = model.config.vision.image_size
+    parts_sharding = NamedSharding(mesh, PartitionSpec(None, batch_axes(mesh)))
+
+    def constrain(tree):
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, parts_sharding), tree)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        views_BxVxSxSx3 = images.views(batch, side)
-        flat = views_BxVxSxSx3.reshape(-1, side, side, 3)  # the views of a picture side by side, on its device
+        views_BxVxSxSx3, tokens_BxVxL = images.views(batch, side), batch["tokens"]
+        flat = views_BxVxSxSx3.reshape(-1, side, side, 3)
         key = jax.random.fold_in(seed_key, state.step)
-        pixels = images.normalize(images.augment(key, flat, flip=config.data.flip, jitter=config.data.color_jitter))
-        tokens = batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
+        pixels = images.augment(key, flat, flip=config.data.flip, jitter=config.data.color_jitter)
         weight = rank_weight(state.step // steps_per_epoch + 1, epochs, config.loss.schedule)
 
-        def loss_fn(params):
-            (z_img_NxD, z_txt_NxD, scale), updated = model.apply(
+        def embed(params, rows):
+            (z_img_nxD, z_txt_nxD, _), updated = model.apply(
                 {"params": params, "batch_stats": state.batch_stats},
-                pixels,
-                tokens,
+                images.normalize(rows["image"].reshape(-1, side, side, 3)),
+                rows["tokens"].reshape(-1, rows["tokens"].shape[-1]),
                 train=True,
                 mutable=["batch_stats"],
             )
-            z_img_BxVxD, z_txt_BxVxD = (z.reshape(len(batch["image"]), -1, z.shape[-1]) for z in (z_img_NxD, z_txt_NxD))
-            loss, parts = _objective(z_img_BxVxD, z_txt_BxVxD, scale, params, config.loss, weight, mesh)
-            return loss, (parts, scale, updated.get("batch_stats", {}))
+            z_img_bxVxD, z_txt_bxVxD = (z.reshape(len(rows["image"]), -1, z.shape[-1]) for z in (z_img_nxD, z_txt_nxD))
+            return z_img_bxVxD, z_txt_bxVxD, updated.get("batch_stats", {})
 
-        (loss, (parts, scale, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        def loss_of(params, embeds):
+            z_img_BxVxD, z_txt_BxVxD, batch_stats = embeds
+            loss, parts = _objective(z_img_BxVxD, z_txt_BxVxD, params, config.loss, weight, mesh)
+            return loss, (parts, batch_stats)
+
+        rows = {"image": pixels.reshape(views_BxVxSxSx3.shape), "tokens": tokens_BxVxL}
+        (loss, (parts, batch_stats)), grads = loss_and_grads(
+            embed, loss_of, state.params, rows, config.accumulate, constrain
+        )
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = clamp_logit_scale(optax.apply_updates(state.params, updates))
-        metrics = {"loss": loss, **parts, "grad_norm": optax.global_norm(grads), "logit_scale": scale}
+        metrics = {"loss": loss, **parts, "grad_norm": optax.global_norm(grads), "logit_scale": _scale(state.params)}
         if "logit_bias" in state.params:
             metrics["logit_bias"] = state.params["logit_bias"]
         if config.loss.objective in RANKING:
@@ -111,7 +124,11 @@ def clamp_logit_scale(params: dict) -> dict:
     return params | {"logit_scale": jnp.clip(params["logit_scale"], MIN_LOG_SCALE, MAX_LOG_SCALE)}
 
 
-def _objective(z_img_BxVxD, z_txt_BxVxD, scale, params, loss_config, weight, mesh):
+def _scale(params):
+    return jnp.exp(params["logit_scale"])
+
+
+def _objective(z_img_BxVxD, z_txt_BxVxD, params, loss_config, weight, mesh):
     """The objective of the first views; with a second view of each, the contrastive term gives half its weight to the
     mean of the images' contrastive loss with their second views and the captions' with theirs (CyCLIP's "inmodal")."""
     z_img_BxD, z_txt_BxD = z_img_BxVxD[:, 0], z_txt_BxVxD[:, 0]
@@ -125,7 +142,7 @@ def _objective(z_img_BxVxD, z_txt_BxVxD, scale, params, loss_config, weight, mes
     loss, parts = objective_loss(
         z_img_BxD,
         z_txt_BxD,
-        scale,
+        _scale(params),
         params.get("logit_bias", 0.0),
         objective=loss_config.objective,
         rank_weight=weight,
@@ -143,7 +160,7 @@ def _objective(z_img_BxVxD, z_txt_BxVxD, scale, params, loss_config, weight, mes
 
     if two_views:
         pairs = [(z[:, 0], z[:, 1]) for z in (z_img_BxVxD, z_txt_BxVxD)]
-        second = sum(clip_loss(*z, scale, mesh=mesh, axes=loss_axes) for z in pairs) / 2
+        second = sum(clip_loss(*z, _scale(params), mesh=mesh, axes=loss_axes) for z in pairs) / 2
         loss, parts = loss + clip_weight / 2 * second, parts | {"clip_second_view": jax.lax.stop_gradient(second)}
     return loss, parts
 
@@ -154,8 +171,8 @@ def make_val_step(model, config, mesh) -> Callable:
     def val_step(state: TrainState, batch: dict) -> dict:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         pixels = images.normalize(images.views(batch, model.config.vision.image_size)[:, 0])
-        z_img_BxD, z_txt_BxD, scale = model.apply(variables, pixels, batch["tokens"])
-        return _objective(z_img_BxD[:, None], z_txt_BxD[:, None], scale, state.params, config.loss, 1.0, mesh)[1]
+        z_img_BxD, z_txt_BxD, _ = model.apply(variables, pixels, batch["tokens"])
+        return _objective(z_img_BxD[:, None], z_txt_BxD[:, None], state.params, config.loss, 1.0, mesh)[1]
 
     return jax.jit(val_step)
 

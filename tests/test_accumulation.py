@@ -1,0 +1,103 @@
+"""A batch in parts has the gradient of the whole, for every objective, in less memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rankclip_jax import sharding
+from rankclip_jax.accumulation import loss_and_grads
+from rankclip_jax.config import complete
+from rankclip_jax.errors import InputError
+from rankclip_jax.loop import Run
+from rankclip_jax.losses import objective_loss
+from rankclip_jax.tokenizer import Tokenizer
+from tests.test_step import SMALL, run
+
+
+def embed(params, batch):
+    """Two small towers, so that a test compiles in a second."""
+    z = [jnp.tanh(batch[name] @ params[name]) for name in ("image", "tokens")]
+    return [x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in z]
+
+
+def problem(rows=32, width=8):
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=(6, width)).astype(np.float32) for name in ("image", "tokens")}
+    batch = {name: rng.normal(size=(rows, 6)).astype(np.float32) for name in ("image", "tokens")}
+    return params | {"scale": np.float32(20.0)}, batch
+
+
+@pytest.mark.parametrize("objective", ["rankclip", "clip", "siglip", "cyclip"])
+@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_parts_give_the_gradient_of_the_whole(objective, devices):
+    params, batch = problem()
+    mesh = sharding.make_mesh({"data": devices}, jax.devices()[:devices])
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    where = NamedSharding(mesh, PartitionSpec(None, "data"))
+
+    def loss(params, z):
+        return objective_loss(*z, params["scale"], -5.0, objective=objective, decay="log", mesh=mesh)
+
+    def grads(parts):
+        return jax.jit(
+            lambda p, b: loss_and_grads(
+                embed,
+                loss,
+                p,
+                b,
+                parts,
+                lambda t: jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, where), t),
+            )
+        )(params, batch)
+
+    whole = grads(1)
+    assert all(np.linalg.norm(g) > 0 for g in jax.tree.leaves(whole[1]))
+    for parts in (2, 4, 8):
+        for a, b in zip(jax.tree.leaves(grads(parts)), jax.tree.leaves(whole), strict=True):
+            # Only the order of the sums over rows differs.
+            assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b) + 1e-7
+
+
+def test_the_usual_accumulation_would_be_wrong():
+    params, batch = problem()
+
+    def grad(params, batch):
+        return jax.grad(lambda p: objective_loss(*embed(p, batch), p["scale"], objective="clip")[0])(params)["image"]
+
+    halves = [grad(params, jax.tree.map(lambda x: x[i::2], batch)) for i in (0, 1)]  # noqa: B023
+    whole = grad(params, batch)
+    assert np.linalg.norm((halves[0] + halves[1]) / 2 - whole) > 0.1 * np.linalg.norm(whole)
+
+
+@pytest.mark.slow
+def test_the_training_step_in_parts():
+    whole, numbers, _ = run("ViT-tiny", 8, count=2)
+    parts, got, _ = run("ViT-tiny", 8, count=2, fields={"accumulate": 2})
+    assert [n["loss"] for n in got] == pytest.approx([n["loss"] for n in numbers], rel=1e-4)
+    assert got[0]["grad_norm"] == pytest.approx(numbers[0]["grad_norm"], rel=1e-5)
+    flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(s.params)]) for s in (whole, parts)]
+    assert np.quantile(np.abs(flat[0] - flat[1]), 0.99) < 2e-5
+
+
+def test_parts_take_less_memory():
+    def temporary(parts):
+        def deep(params, batch):
+            z = embed(params, batch)
+            return [jnp.mean(jax.nn.gelu(x[:, :, None] * jnp.arange(1.0, 65.0)), axis=2) for x in z]
+
+        f = jax.jit(lambda p, b: loss_and_grads(deep, lambda p, z: (jnp.vdot(*z), ()), p, b, parts))
+        return f.lower(*problem(rows=4096)).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(8) < temporary(1) / 3
+
+
+def test_what_cannot_go_in_parts_is_refused(tmp_path):
+    tokenizer = Tokenizer.train(["a red circle", "a blue square"], 64)
+    small = {"name": "ViT-tiny", "context_length": 8}
+    with pytest.raises(InputError, match=r"batch_size = 24 does not divide into config.accumulate = 2 parts over 8"):
+        Run(complete({"batch_size": 24, "accumulate": 2, "model": small}), tmp_path, tokenizer)
+    with pytest.raises(InputError, match="batch norm needs the statistics of the whole batch"):
+        fields = {"batch_size": 16, "accumulate": 2, "model": {"name": "RN-tiny", **SMALL["RN-tiny"]}}
+        Run(complete(fields), tmp_path, tokenizer)
