@@ -1,6 +1,7 @@
 """A trained model in three lines: `model = rankclip_jax.load(path)`, `encode_image`, `encode_text`, `zero_shot`."""
 
 import itertools
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,13 @@ class Model:
 
         self._embed = jax.jit(embed)
 
+    def fingerprint(self) -> str:
+        """A checksum of all parameters: tells embeddings of different models apart."""
+        checksum = 0
+        for leaf in jax.tree.leaves(self.source.variables):
+            checksum = zlib.crc32(np.ascontiguousarray(leaf), checksum)
+        return f"{checksum:08x}"
+
     def encode_image(self, images) -> np.ndarray:
         """Images -> float32 (n, D), rows of unit length.
 
@@ -77,10 +85,13 @@ class Model:
             except InputError as error:
                 raise InputError(f"image {number}: {error}") from None
 
-        with ThreadPoolExecutor() as threads:
-            return self._encode(
-                "images", enumerate(images), _length(images), lambda some: np.stack(list(threads.map(prepare, some)))
-            )
+        with ThreadPoolExecutor() as threads, Progress("images", _length(images)) as progress:
+            views = lambda some: np.stack(list(threads.map(prepare, some)))  # noqa: E731
+            return self._encode(enumerate(images), views, progress.add)
+
+    def encode_views(self, views: Iterable[np.ndarray]) -> np.ndarray:
+        """Views, uint8 (S, S, 3) as `source.view` makes them -> float32 (n, D), rows of unit length. Prints nothing."""
+        return self._encode(views, np.stack, lambda count: None)
 
     def encode_text(self, texts) -> np.ndarray:
         """Texts -> float32 (n, D), rows of unit length.
@@ -91,7 +102,8 @@ class Model:
         config = self.source.config.text
         if isinstance(texts, np.ndarray | jax.Array):
             ids_NxL = _check_ids(np.asarray(texts), config)
-            return self._encode("texts", ids_NxL, len(ids_NxL), lambda rows: self._shorten(np.stack(rows)))
+            with Progress("texts", len(ids_NxL)) as progress:
+                return self._encode(ids_NxL, lambda rows: self._shorten(np.stack(rows)), progress.add)
         tokenizer = self.source.tokenizer
         if tokenizer is None:
             raise InputError(
@@ -107,7 +119,8 @@ class Model:
                 raise InputError(f"a text must be a str; got {type(odd).__name__}")
             return self._shorten(tokenizer(list(some), config.context_length))
 
-        return self._encode("texts", texts, _length(texts), prepare)
+        with Progress("texts", _length(texts)) as progress:
+            return self._encode(texts, prepare, progress.add)
 
     def zero_shot(self, images, classnames: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
         """Probabilities float32 (n, classes), rows summing to 1: the softmax of scaled cosines with the classes.
@@ -124,24 +137,23 @@ class Model:
         weights_NxC = np.exp(logits_NxC - logits_NxC.max(axis=1, keepdims=True, initial=-np.inf))
         return weights_NxC / weights_NxC.sum(axis=1, keepdims=True)
 
-    def _encode(self, noun: str, items: Iterable, total: int | None, prepare: Callable) -> np.ndarray:
-        """prepare(a tuple of at most batch_size items) -> (b, ...); returns (n, D)."""
+    def _encode(self, items: Iterable, prepare: Callable, done: Callable[[int], None]) -> np.ndarray:
+        """prepare(a tuple of at most batch_size items) -> (b, ...); done(b) after each batch. Returns (n, D)."""
         parts, running = [np.zeros((0, self.source.config.embed_dim), np.float32)], deque()
-        with Progress(noun, total) as progress:
 
-            def collect():
-                count, z_BxD = running.popleft()
-                parts.append(np.asarray(z_BxD)[:count])
-                progress.add(count)
+        def collect():
+            count, z_BxD = running.popleft()
+            parts.append(np.asarray(z_BxD)[:count])
+            done(count)
 
-            items = iter(items)
-            while some := tuple(itertools.islice(items, self.batch_size)):
-                batch = prepare(some)
-                running.append((len(batch), self._embed(self._variables, self._pad(batch))))
-                if len(running) > 1:  # the devices work on one batch while the host prepares the next
-                    collect()
-            while running:
+        items = iter(items)
+        while some := tuple(itertools.islice(items, self.batch_size)):
+            batch = prepare(some)
+            running.append((len(batch), self._embed(self._variables, self._pad(batch))))
+            if len(running) > 1:  # the devices work on one batch while the host prepares the next
                 collect()
+        while running:
+            collect()
         return np.concatenate(parts)
 
     def _pad(self, batch: np.ndarray) -> jax.Array:

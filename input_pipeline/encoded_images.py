@@ -1,0 +1,25 @@
+"""The encoded image of any row of a source, for whoever decodes it without TensorFlow."""
+
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from input_pipeline.sources import Source
+from rankclip_jax.errors import InputError
+
+
+def reader(source: Source) -> Callable[[int], bytes]:
+    """Returns read(row) -> the bytes of its image. May be called from several threads.
+
+    read raises InputError with the reason for a row that cannot be used.
+    """
+    read_image = tf.function(lambda row: source.read(row)["image"])
+    graph = read_image.get_concrete_function(tf.TensorSpec((), tf.int64))  # once, before the threads come
+
+    def read(row: int) -> bytes:
+        try:
+            return graph(tf.constant(row, tf.int64)).numpy()
+        except tf.errors.OpError as error:
+            raise InputError(error.message.splitlines()[0][:200]) from None
+
+    return read

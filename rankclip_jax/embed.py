@@ -1,0 +1,76 @@
+"""The command line: embed a collection of pictures, and search in it by text.
+
+python -m rankclip_jax.embed MODEL DATA --out photos.npz
+python -m rankclip_jax.embed MODEL photos.npz --search "a dog on a beach" --png matches.png
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # for shards
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+import rankclip_jax
+from rankclip_jax.embeddings import collection, search, store
+from rankclip_jax.embeddings.pictures import open_pictures
+from rankclip_jax.errors import InputError
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 wrong input (one line on stderr), 2 wrong flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rankclip_jax.embed",
+        description="Embeds a collection of pictures; a run that stops goes on by the same command. Or searches in it.",
+    )
+    parser.add_argument("model", help="whatever rankclip_jax.load takes: a workdir, an export, a .pt, ...")
+    parser.add_argument(
+        "data", help="a folder of images, a .csv or .tsv, shards (.tar, .tfrecord, .parquet); or what --out wrote"
+    )
+    parser.add_argument("--out", type=Path, help="the file to write: .npz or .parquet")
+    parser.add_argument("--search", nargs="+", metavar="TEXT", help="print the best matches of each text")
+    parser.add_argument("--top", type=int, default=10, help="how many (default 10)")
+    parser.add_argument("--png", type=Path, help="draw them too")
+    parser.add_argument("--image-key", help="column, feature or member of the image; default: the format's usual one")
+    parser.add_argument("--delimiter", default=",", help="of a csv (default ,)")
+    parser.add_argument("--tokenizer", help="a tokenizer.json or hub id, where MODEL brings none")
+    parser.add_argument("--activation", choices=["quick_gelu", "gelu"], default="quick_gelu", help="as in convert")
+    flags = parser.parse_args()
+    if not (flags.out or flags.search):
+        parser.error("give --out FILE to embed DATA, --search TEXT to search in it, or both")
+    try:
+        model = rankclip_jax.load(flags.model, tokenizer=flags.tokenizer, activation=flags.activation)
+        if flags.out:
+            about = {
+                "data": str(Path(flags.data).resolve()),
+                "image_key": flags.image_key,
+                "delimiter": flags.delimiter,
+                "model": model.fingerprint(),
+            }
+            pictures = open_pictures(flags.data, flags.image_key, flags.delimiter)
+            collection.embed(model, pictures, flags.out, about | {"size": pictures.size})
+        if flags.search:
+            _search(model, flags.out or Path(flags.data), flags.search, flags.top, flags.png)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:  # a folder that is not there, a full disk
+        sys.exit(f"error: {error.filename}: {error.strerror}")
+
+
+def _search(model, path: Path, texts: list[str], top: int, png: Path | None) -> None:
+    embeddings = store.read(path)
+    about = embeddings.about
+    if about["model"] != model.fingerprint():
+        raise InputError(f"{path} was made with another model than {model.source.path}: embed the collection again")
+    found_TxK, cosines_TxK = search.best(embeddings, model.encode_text(texts), top)
+    for text, found, cosines in zip(texts, found_TxK, cosines_TxK, strict=True):
+        print(search.table(text, embeddings, found, cosines))
+    if png:
+        pictures = open_pictures(about["data"], about["image_key"], about["delimiter"])
+        search.draw(png, texts, embeddings, pictures, found_TxK, cosines_TxK, model.source.view)
+        print(f"drawn: {png}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""A collection through the image tower, in parts, so that a run that stops goes on where it was."""
+
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from rankclip_jax.embeddings import store
+from rankclip_jax.embeddings.pictures import Pictures
+from rankclip_jax.errors import InputError
+from rankclip_jax.progress import Progress
+
+PART = 512  # pictures a part: what a run that stops has to do again, at most
+
+
+def embed(model, pictures: Pictures, out: Path, about: dict) -> None:
+    """Writes the embeddings of all pictures to `out` (.npz or .parquet; see `store.write`).
+
+    Finished parts lie in OUT.parts until the end; started again, the run goes on from them. Pictures that cannot be
+    used are left out, and named with the reason in OUT.bad_samples.jsonl.
+
+    Args:
+      model: of `rankclip_jax.load`.
+      about: what the file says of itself; also what must be the same for a run to go on.
+
+    Raises:
+      InputError: `out` exists or has another ending; its parts are of another run; or no picture could be used.
+    """
+    if out.suffix not in store.ENDINGS:
+        raise InputError(f"--out {out} must end in {' or '.join(store.ENDINGS)}")
+    if out.exists():
+        raise InputError(f"{out} exists already: search in it, delete it, or give another --out")
+    folder = out.with_name(out.name + ".parts")
+    _same_run(folder, about)
+    starts = range(0, pictures.size, PART)
+    missing = [start for start in starts if not (folder / f"{start}.npz").exists()]
+    if len(missing) < len(starts):
+        print(f"going on with {folder}: {len(starts) - len(missing)} of {len(starts)} parts are done")
+    left = sum(min(PART, pictures.size - start) for start in missing)
+    with ThreadPoolExecutor() as threads, Progress("images", left) as progress:
+        for start in missing:
+            rows = range(start, min(start + PART, pictures.size))
+            _write_part(folder / f"{start}.npz", *_embed_rows(model, pictures, rows, threads))
+            progress.add(len(rows))
+
+    bad = [line for start in starts for line in _load(folder, start)["bad"].tolist()]
+    if len(bad) == pictures.size:
+        raise InputError(f"none of the {pictures.size} images could be used; for example {_told(bad[0])}")
+    count = store.write(out, (_part(folder, start) for start in starts), about)
+    if bad:
+        named = out.with_name(out.name + ".bad_samples.jsonl")
+        named.write_text("".join(line + "\n" for line in bad))
+        print(f"{len(bad)} images were left out; {named} names them, for example {_told(bad[0])}")
+    shutil.rmtree(folder)
+    print(f"wrote {out}: {count:,} embeddings of {model.source.config.embed_dim} numbers")
+
+
+def _embed_rows(model, pictures, rows, threads):
+    good, bad = [], []
+
+    def prepare(row):
+        try:
+            return row, model.source.view(pictures.image(row)), None
+        except InputError as error:
+            return row, None, str(error)
+
+    def views():
+        for row, view, reason in threads.map(prepare, rows):
+            if reason is None:
+                good.append(row)
+                yield view
+            else:
+                bad.append(json.dumps({"row": row, "where": pictures.name(row), "reason": reason}))
+
+    z_NxD = model.encode_views(views())
+    return z_NxD, good, [pictures.name(row) for row in good], bad
+
+
+def _write_part(path: Path, z_NxD, rows, names, bad) -> None:
+    unfinished = path.with_suffix(".unfinished")
+    with open(unfinished, "wb") as file:
+        names, bad = np.array(names, dtype=str), np.array(bad, dtype=str)
+        np.savez(file, embedding=z_NxD, row=np.array(rows, np.int64), name=names, bad=bad)
+    os.replace(unfinished, path)
+
+
+def _load(folder: Path, start: int):
+    return np.load(folder / f"{start}.npz", allow_pickle=False)
+
+
+def _part(folder: Path, start: int) -> store.Embeddings:
+    with _load(folder, start) as arrays:
+        return store.Embeddings(arrays["embedding"], arrays["row"], arrays["name"].tolist(), {})
+
+
+def _same_run(folder: Path, about: dict) -> None:
+    stored = folder / "about.json"
+    if stored.exists():
+        old = json.loads(stored.read_text())
+        changed = [f"{key}: {old.get(key)!r} -> {about.get(key)!r}" for key in about if old.get(key) != about[key]]
+        if changed:
+            raise InputError(f"{folder} is the beginning of another run ({'; '.join(changed)}); delete it to start")
+    folder.mkdir(parents=True, exist_ok=True)
+    stored.write_text(json.dumps(about))
+
+
+def _told(line: str) -> str:
+    sample = json.loads(line)
+    return f"{sample['where']}: {sample['reason']}"
