@@ -20,7 +20,8 @@ def read(config) -> pretrained.Pretrained | None:
     """The model of config.init_from; None without one. Raises InputError as `pretrained.read` does."""
     if config.init_from is None:
         return None
-    return pretrained.read(config.init_from, config.tokenizer.path, config.model.activation or "quick_gelu")
+    tokenizer = config.tokenizer.path if "text" in TOWERS[config.init_towers] else None
+    return pretrained.read(config.init_from, tokenizer, config.model.activation or "quick_gelu")
 
 
 def tokenizer(start: pretrained.Pretrained, config) -> Tokenizer | None:

@@ -2,7 +2,8 @@
 
 Where a run starts, in this order:
   1. WORKDIR has a complete checkpoint: its newest, with the exact place in the data;
-  2. otherwise: fresh parameters from config.seed.
+  2. otherwise config.init_from: the parameters of a trained model, step 0;
+  3. otherwise: fresh parameters from config.seed.
 """
 
 import json
@@ -15,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rankclip_jax import config as configs
-from rankclip_jax import evaluation, losses, metrics, models, optim, sharding
+from rankclip_jax import evaluation, init_from, losses, metrics, models, optim, sharding
 from rankclip_jax import step as steps
 from rankclip_jax.checkpoint import Checkpoints
 from rankclip_jax.errors import InputError
@@ -169,7 +170,8 @@ def train(config: ConfigDict, workdir) -> None:
     total_steps = config.steps or config.epochs * steps_per_epoch
     tx = optim.make_optimizer(config.optim, total_steps)
     resumes = _check_same_run(workdir, config)
-    tokenizer = Tokenizer.load(str(workdir / "tokenizer.json")) if resumes else _new_tokenizer(config, source)
+    origin = None if resumes else init_from.read(config)
+    tokenizer = Tokenizer.load(str(workdir / "tokenizer.json")) if resumes else _new_tokenizer(config, source, origin)
     run = Run(config, workdir, tokenizer)
     if not resumes:  # only now, when everything that the user gave has proved right
         workdir.mkdir(parents=True, exist_ok=True)
@@ -184,6 +186,8 @@ def train(config: ConfigDict, workdir) -> None:
         print(f"resuming from step {start} of {total_steps} in {workdir}")
     else:
         state = steps.init_state(run.model, tx, config.seed, run.mesh, config.sharding)
+        if origin:
+            state = init_from.apply(state, origin, run.model.config, tx, config)
     if start >= total_steps:
         print(f"{workdir} is trained to its last step, {start}")
         return
@@ -319,7 +323,9 @@ def _check_same_run(workdir: Path, config: ConfigDict) -> bool:
     return True
 
 
-def _new_tokenizer(config: ConfigDict, source) -> Tokenizer:
+def _new_tokenizer(config: ConfigDict, source, origin) -> Tokenizer:
+    if origin and (tokenizer := init_from.tokenizer(origin, config)):
+        return tokenizer
     if config.tokenizer.path:
         return Tokenizer.load(config.tokenizer.path)
     return Tokenizer.train(source.captions(), config.tokenizer.vocab_size)

@@ -78,6 +78,13 @@ def _constant(tree, value: float):
 FROZEN = {"vision": "visual", "text": "text"}  # config.optim.freeze -> the subtree of the parameters
 
 
+def hold(params, freeze: str | None):
+    """Params through which no gradient flows to the frozen tower, so that none is computed."""
+    if freeze is None:
+        return params
+    return params | {FROZEN[freeze]: jax.lax.stop_gradient(params[FROZEN[freeze]])}
+
+
 def make_optimizer(config, total_steps: int) -> optax.GradientTransformation:
     """Optimiser of `config.optim` for a run of `total_steps`. A frozen tower has no moments and is never changed."""
     clip = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []

@@ -48,9 +48,12 @@ def read(path, tokenizer: str | None = None, activation: str = "quick_gelu") -> 
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    if (folder / "tokenizer.json").is_file() and tokenizer is None:
-        tokenizer = str(folder / "tokenizer.json")
-    words = Tokenizer.load(tokenizer) if tokenizer else None
+    own = folder / "tokenizer.json"
+    words = Tokenizer.load(str(own)) if own.is_file() else None
+    given = Tokenizer.load(tokenizer) if tokenizer else None
+    if words and given and words.vocabulary() != given.vocabulary():
+        raise InputError(f"{path} brings its own tokenizer, and {tokenizer} has other ids: leave the latter out")
+    words = words or given
     if path.is_dir() and (path / "checkpoints").is_dir():
         return _workdir(path, words)
     try:
@@ -60,8 +63,8 @@ def read(path, tokenizer: str | None = None, activation: str = "quick_gelu") -> 
         raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     if words and (words.eot_id != config.text.eot_id or words.vocab_size > config.text.vocab_size):
         raise InputError(
-            f"{tokenizer} has {words.vocab_size} ids, end-of-text {words.eot_id}; the model {path} has "
-            f"{config.text.vocab_size}, end-of-text {config.text.eot_id}: give the tokenizer that it was trained with"
+            f"the tokenizer {tokenizer or own} has {words.vocab_size} ids, end-of-text {words.eot_id}; the model {path} "
+            f"has {config.text.vocab_size}, end-of-text {config.text.eot_id}: give the one that it was trained with"
         )
     return Pretrained(path, config, variables, view, words)
 

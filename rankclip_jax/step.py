@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rankclip_jax import images
 from rankclip_jax.accumulation import loss_and_grads
 from rankclip_jax.losses import OBJECTIVES, RANKING, clip_loss, objective_loss, rank_weight
+from rankclip_jax.optim import hold
 from rankclip_jax.sharding import batch_axes, batch_sharding, state_shardings
 
 # OpenAI clamps the learned scale of the logits to at most 100; below 1 it would flatten them.
@@ -89,10 +90,10 @@ def make_train_step(
 
         def embed(params, rows):
             (z_img_nxD, z_txt_nxD, _), updated = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
+                {"params": hold(params, config.optim.freeze), "batch_stats": state.batch_stats},
                 images.normalize(rows["image"].reshape(-1, side, side, 3)),
                 rows["tokens"].reshape(-1, rows["tokens"].shape[-1]),
-                train=True,
+                train=config.optim.freeze != "vision",  # batch norm's statistics stay too
                 mutable=["batch_stats"],
             )
             z_img_bxVxD, z_txt_bxVxD = (z.reshape(len(rows["image"]), -1, z.shape[-1]) for z in (z_img_nxD, z_txt_nxD))

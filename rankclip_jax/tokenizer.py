@@ -96,6 +96,10 @@ class Tokenizer:
         """Writes tokenizer.json."""
         Path(path).write_text(json.dumps(self.to_dict(), ensure_ascii=False))
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id."""
+        return self._hf.get_vocab()
+
     def to_dict(self) -> dict:
         """The contents of tokenizer.json, without truncation and padding: their length is the model's."""
         return json.loads(self._hf.to_str()) | {"truncation": None, "padding": None}
