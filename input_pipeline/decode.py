@@ -27,23 +27,27 @@ def jpeg_size(image) -> tf.Tensor:
         return tf.identity(size)
 
 
-def jpeg(image, log2_ratio=None) -> tf.Tensor:
+def jpeg(image, log2_ratio=None, recover=False) -> tf.Tensor:
     """A JPEG -> uint8 (H, W, 3), bit for bit what PIL decodes.
 
     Args:
       image: encoded bytes.
       log2_ratio: int32 scalar, 0 to 3: the decoder itself scales the picture down by 1, 2, 4 or 8, rounded up.
+      recover: a truncated one is decoded as far as it goes.
     """
+    options = dict(channels=3, dct_method="INTEGER_ACCURATE", try_recover_truncated=recover)
 
     def scaled(ratio):
         # TensorFlow's default transform is quicker by a little, and up to 13 grey levels off.
-        return lambda: tf.io.decode_jpeg(image, channels=3, ratio=ratio, dct_method="INTEGER_ACCURATE")
+        return lambda: tf.io.decode_jpeg(image, ratio=ratio, **options)
 
     return scaled(1)() if log2_ratio is None else tf.switch_case(log2_ratio, [scaled(r) for r in (1, 2, 4, 8)])
 
 
-def decode(image) -> tf.Tensor:
+def decode(image, recover=False) -> tf.Tensor:
     """Bytes of any kind -> uint8 (H, W, 3). A uint8 image passes through.
+
+    With `recover` a truncated JPEG is decoded as far as it goes.
 
     Raises, when it runs, InvalidArgumentError (PIL's part: ValueError when run eagerly) with the reason, where the
     bytes cannot be read or the picture has more than MAX_PIXELS.
@@ -55,13 +59,18 @@ def decode(image) -> tf.Tensor:
     webp = tf.reduce_all(tf.gather(head, (0, 1, 2, 3, 8, 9, 10, 11)) == list(b"RIFFWEBP"))
     animated = (head[15] == ord("X")) & (head[20] // 2 % 2 == 1)
     kind = tf.where(is_jpeg(image), 0, tf.where(png, 1, tf.where(webp & ~animated, 2, 3)))
-    branches = [lambda: _jpeg(image), lambda: _png(image, head), lambda: _webp(image, head), lambda: _by_pil(image)]
+    branches = [
+        lambda: _jpeg(image, recover),
+        lambda: _png(image, head),
+        lambda: _webp(image, head),
+        lambda: _by_pil(image),
+    ]
     return tf.ensure_shape(tf.switch_case(kind, branches), (None, None, 3))
 
 
-def _jpeg(image):
+def _jpeg(image, recover):
     with tf.control_dependencies([jpeg_size(image)]):
-        return jpeg(image)
+        return jpeg(image, recover=recover)
 
 
 def _png(image, head):

@@ -1,8 +1,8 @@
 """Batches from a source: shuffled and resumable for training, complete and padded for evaluation.
 
 The training stream is endless: stream position p is epoch p // size, and within an epoch every row comes once, in
-an order that `index_shuffle` computes from (seed, epoch) without a list. So a batch is a function of the position
-at which it starts, and resuming at any position costs nothing. Each process reads every P-th position.
+an order that is computed from (seed, epoch) without a list (order.py). So a batch is a function of the position at
+which it starts, and resuming at any position costs nothing. Each process reads every P-th position.
 
 Pictures come in one of two ways (transforms.py makes them, rankclip_jax/images.py takes them), b to a batch:
 
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow as tf
 
-from input_pipeline import transforms
+from input_pipeline import order, transforms
 from input_pipeline.bad_samples import BadSamples, reason_of_failure
 from input_pipeline.captions import augment
 from input_pipeline.sources import Source
@@ -26,6 +26,10 @@ from rankclip_jax.errors import InputError
 
 # tf.data runs on the host; TensorFlow must never take the accelerator's memory.
 tf.config.set_visible_devices([], "GPU")
+
+
+# A span of the training stream that is read in one go; between two of them the pipeline fills anew.
+_SPAN_BATCHES = 1000
 
 
 class TrainBatches:
@@ -54,20 +58,19 @@ class TrainBatches:
         canvas: int | None = None,
         two_views: bool = False,
         synonyms=None,
+        recover_truncated: bool = False,
     ):
         """`batch_size` b is this process's share; `process` is (its index, how many there are).
 
         With `two_views` each picture has a second window and each caption a second, edited version (captions.py), for
-        which `synonyms` is the table.
+        which `synonyms` is the table. With `recover_truncated` a JPEG that breaks off is used as far as it goes.
         """
         self.position = start
         self.bad = BadSamples(source, bad_path, max_bad_fraction)
         index, count = process
 
         def row_of(position):
-            stream = position * count + index
-            key = tf.cast(tf.stack([seed, stream // source.size]), tf.uint32)
-            return tf.random.experimental.index_shuffle(stream % source.size, key, source.size - 1)
+            return order.row_at(source, position * count + index, seed)
 
         def sample(position):
             raw = source.read(row_of(position))
@@ -92,24 +95,31 @@ class TrainBatches:
             return tokenizer(texts, context_length).reshape(*shape)
 
         def tokenize(batch):
+            if "tokens" in batch:
+                return {key: value for key, value in batch.items() if key != "caption"}
             ids = tf.numpy_function(tokens_of, [batch.pop("caption"), batch["position"]], tf.int32)
             return batch | {"tokens": tf.ensure_shape(ids, shape)}
 
         shape = (batch_size, 2, context_length) if two_views else (batch_size, context_length)
         self._row_of, self._sample = row_of, sample
-        self._require_one_good(source, start)
-        data = tf.data.Dataset.range(start, np.iinfo(np.int64).max)
+        good = self._one_good(source, start)
+        if "tokens" in good:
+            _check_tokens(good, tokenizer, context_length)
+        # Where every sample is bad, `ignore_errors` would look for a good one for ever. So it gets a span of positions,
+        # and when no batch comes out of it any more, the next span begins where the last batch ended.
+        self._from = tf.Variable(start, dtype=tf.int64)
+        span = _SPAN_BATCHES * batch_size
+        data = tf.data.Dataset.from_tensors(0).flat_map(lambda _: tf.data.Dataset.range(self._from, self._from + span))
         data = data.map(sample, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).ignore_errors()
-        data = _padded_batches(data, batch_size, canvas, drop_remainder=True).map(tokenize).prefetch(2)
-        self._iterator = data.as_numpy_iterator()
+        self._data = _padded_batches(data, batch_size, canvas, drop_remainder=True).map(tokenize).prefetch(2)
+        self._iterator = self._data.as_numpy_iterator()
 
-    def _require_one_good(self, source, start):
-        # Where every sample is bad, ignore_errors would look for a good one for ever.
+    def _one_good(self, source, start):
         reasons = []
         for position in range(start, start + min(source.size, 100)):
             reason = reason_of_failure(self._sample, position)
             if reason is None:
-                return
+                return self._sample(tf.constant(position, tf.int64))
             reasons.append(f"{source.where(int(self._row_of(position)))}: {reason}")
         raise InputError(f"none of the first {len(reasons)} samples could be used; for example {reasons[0]}")
 
@@ -117,7 +127,16 @@ class TrainBatches:
         return self
 
     def __next__(self) -> dict:
-        batch = next(self._iterator)
+        batch = next(self._iterator, None)
+        if batch is None:
+            self._from.assign(self.position)
+            self._iterator = self._data.as_numpy_iterator()
+            batch = next(self._iterator, None)
+        if batch is None:
+            raise InputError(
+                f"not one batch of good samples in {_SPAN_BATCHES} batches; the next one fails with: "
+                f"{reason_of_failure(self._sample, self.position)}"
+            )
         came = batch.pop("position")
         end = int(came[-1]) + 1
         dropped = sorted(set(range(self.position, end)) - set(came.tolist()))
@@ -172,6 +191,28 @@ def eval_batches(
         position = batch.pop("position")
         yield batch | {"caption": captions, "row": np.where(mask, row_of(position), -1), "mask": mask}
     bad.check(len(came), sorted(set(range(mine)) - set(came)), row_of, sample)
+
+
+def _one_of(captions, key_2=None):
+    """One of several captions, drawn with the key; without a key the first. A single caption is returned as it is."""
+    captions = tf.convert_to_tensor(captions)
+    if not captions.shape.rank:
+        return captions
+    if key_2 is None:
+        return captions[0]
+    # Another key than the window's, with which it would go together.
+    drawn = tf.random.stateless_uniform((), tf.add(key_2, [1 << 32, 0]), maxval=tf.size(captions), dtype=tf.int32)
+    return captions[drawn]
+
+
+def _check_tokens(sample, tokenizer, context_length):
+    stored, caption = sample["tokens"].numpy(), sample["caption"].numpy().decode(errors="replace")
+    if len(stored) != context_length or not np.array_equal(stored, tokenizer([caption], context_length)[0]):
+        raise InputError(
+            f"the data holds {len(stored)} tokens a caption, made by another tokenizer than this run's, or for another "
+            f"context than {context_length}: {caption[:40]!r} is {stored[:8].tolist()} ... there; set "
+            "config.tokenizer.path and config.model.context_length as they were, or prepare the data again"
+        )
 
 
 def _padded_batches(data, batch_size, canvas, drop_remainder=False):

@@ -58,7 +58,9 @@ def centre_window(size_2, side: int) -> tf.Tensor:
     return tf.concat([tf.cast(corner, tf.float32) * step, side * step], axis=0)[None]
 
 
-def view(image, windows_of: Callable, *, side: int, canvas: int | None, exact: bool) -> dict[str, tf.Tensor]:
+def view(
+    image, windows_of: Callable, *, side: int, canvas: int | None, exact: bool, recover: bool = False
+) -> dict[str, tf.Tensor]:
     """One sample as the model's input, or as what the device makes it from.
 
     Args:
@@ -69,12 +71,13 @@ def view(image, windows_of: Callable, *, side: int, canvas: int | None, exact: b
       exact: what does not fit the canvas is resized here from its full resolution, which is slow (V must be 1).
         Otherwise a JPEG's decoder scales it, to no less than `side` a window, and what is still too large is shrunk
         by averaging over areas, which is quick and close.
+      recover: decode a truncated JPEG as far as it goes.
 
     Returns:
       With a canvas: "image" uint8 (h, w, 3), h and w at most C; "size" int32 (2,) = (h, w); "windows" float32
       (V, 4), in its pixels. Without: "image" uint8 (side, side, 3), or (V, side, side, 3) if there are more.
     """
-    pixels, windows = _decoded(image, windows_of, side, None if exact else canvas)
+    pixels, windows = _decoded(image, windows_of, side, None if exact else canvas, recover)
     if canvas is None:
         resized = [resize(pixels, window, side) for window in tf.unstack(windows)]
         return {"image": tf.stack(resized) if len(resized) > 1 else resized[0]}
@@ -112,11 +115,11 @@ def view(image, windows_of: Callable, *, side: int, canvas: int | None, exact: b
     return {"image": placed, "size": tf.shape(placed)[:2], "windows": windows}
 
 
-def _decoded(image, windows_of, side, canvas):
+def _decoded(image, windows_of, side, canvas, recover):
     """Pixels and windows. A JPEG beyond the canvas comes smaller by 2, 4 or 8, if every window keeps `side` pixels."""
 
     def full():
-        pixels = decode(image)
+        pixels = decode(image, recover)
         return pixels, windows_of(tf.shape(pixels)[:2])
 
     def scaled():
@@ -124,7 +127,7 @@ def _decoded(image, windows_of, side, canvas):
         windows = windows_of(size_2)
         times = tf.where(tf.reduce_max(size_2) > canvas, tf.reduce_min(windows[:, 2:]) / side, 1.0)
         log2_ratio = tf.reduce_sum(tf.cast(times >= [2.0, 4.0, 8.0], tf.int32))
-        return jpeg(image, log2_ratio), windows / tf.cast(2**log2_ratio, tf.float32)
+        return jpeg(image, log2_ratio, recover), windows / tf.cast(2**log2_ratio, tf.float32)
 
     if image.dtype == tf.uint8 or canvas is None:
         return full()

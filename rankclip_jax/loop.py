@@ -204,6 +204,7 @@ def train(config: ConfigDict, workdir) -> None:
         start=position,
         bad_path=workdir / "bad_samples.jsonl",
         max_bad_fraction=config.data.max_bad_fraction,
+        recover_truncated=config.data.recover_truncated,
         two_views=config.data.two_views,
         synonyms=synonyms,
     )

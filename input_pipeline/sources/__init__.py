@@ -1,10 +1,13 @@
 """Where samples come from: one file a format. `open_source` is the one entry, `Source` what it gives."""
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 
 import tensorflow as tf
+from ml_collections import ConfigDict
 
-from input_pipeline.sources import drawn, folder, parquet, table, tar, tfds, tfrecord
+from input_pipeline.sources import drawn, folder, mixture, parquet, table, tar, tfds, tfrecord
 from input_pipeline.sources.source import Lost, Source, require
 from rankclip_jax.errors import InputError
 
@@ -16,13 +19,16 @@ def open_source(spec, path, *, image_side: int, split: str = "train") -> Source:
 
     Args:
       spec: has `format` and the keys that config.data has for it; a labelled csv has `label_key` instead of captions.
-      path: files, as `format` takes them. shapes: the number of scenes, or the name of a labelled split.
+      path: files, as `format` takes them. shapes: the number of scenes, or the name of a labelled split. A mixture:
+        name -> path, weight, and what differs from `spec` (mixture.py).
       image_side: pixels; side of the scenes that `shapes` draws.
       split: train | val; which stream of scenes `shapes` draws from.
 
     Raises:
       InputError: unknown format, missing file, column or key, or no rows.
     """
+    if isinstance(path, Mapping | ConfigDict):
+        return mixture.open_mixture(spec, path, functools.partial(open_source, image_side=image_side, split=split))
     match spec.format:
         case "csv":
             return _checked(table.open_table(spec, path))
