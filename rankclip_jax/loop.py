@@ -16,10 +16,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rankclip_jax import config as configs
-from rankclip_jax import evaluation, init_from, losses, metrics, models, optim, sharding
+from rankclip_jax import evaluation, init_from, input_wait, losses, metrics, models, optim, sharding
 from rankclip_jax import step as steps
 from rankclip_jax.checkpoint import Checkpoints
 from rankclip_jax.errors import InputError
+from rankclip_jax.input_wait import InputWait
 from rankclip_jax.tokenizer import Tokenizer
 
 _ON_CONSOLE = ("loss", "clip", "rank_in_modal", "rank_cross_modal", "grad_norm", "logit_scale", "learning_rate")
@@ -208,7 +209,8 @@ def train(config: ConfigDict, workdir) -> None:
         two_views=config.data.two_views,
         synonyms=synonyms,
     )
-    recorder = _Recorder(run, optim.learning_rate(config.optim, total_steps), start, total_steps, steps_per_epoch)
+    rate = optim.learning_rate(config.optim, total_steps)
+    recorder = _Recorder(run, rate, InputWait(batches), start, total_steps, steps_per_epoch)
     tensorboard = metric_writers.SummaryWriter(str(workdir))
     recorder.writers.append(tensorboard.write_scalars)
     parameters = sum(p.size for p in jax.tree.leaves(state.params))
@@ -230,7 +232,8 @@ def train(config: ConfigDict, workdir) -> None:
 def _run_steps(run, state, train_step, batches, recorder, checkpoints, step_range) -> None:
     config, terminated = run.config, _watch_sigterm()
     for step in step_range:
-        state, numbers = train_step(state, steps.to_devices(next(batches), run.mesh))
+        state, numbers = train_step(state, steps.to_devices(next(recorder.wait), run.mesh))
+        recorder.wait.step_started(numbers["loss"])
         recorder.take(step, numbers)
         last = step == step_range[-1]
         epoch_ends = last or step % recorder.steps_per_epoch == 0
@@ -249,8 +252,9 @@ def _run_steps(run, state, train_step, batches, recorder, checkpoints, step_rang
 class _Recorder:
     """Reads metrics one step late, so that the accelerator never waits for the host, and writes them down."""
 
-    def __init__(self, run: Run, rate, start: int, total_steps: int, steps_per_epoch: int):
-        self._run, self._rate, self.steps_per_epoch = run, rate, steps_per_epoch
+    def __init__(self, run: Run, rate, wait: InputWait, start: int, total_steps: int, steps_per_epoch: int):
+        self._run, self._rate, self.wait, self.steps_per_epoch = run, rate, wait, steps_per_epoch
+        self._advised = False
         self._total = total_steps
         self._progress = metrics.Progress(start, total_steps, run.config.batch_size)
         self._pending = None
@@ -277,9 +281,12 @@ class _Recorder:
         numbers = {k: float(v) for k, v in numbers.items()} | {"learning_rate": float(self._rate(step - 1))}
         epoch = -(-step // self.steps_per_epoch)
         shown = {key: numbers[key] for key in _ON_CONSOLE if key in numbers}
-        line, images_per_second = self._progress.line(step, epoch, shown)
+        line, speed = self._progress.line(step, epoch, shown, *self.wait.take())
         print(line, flush=True)
-        self._write(step, numbers | {"images_per_second": round(images_per_second, 1)})
+        self._write(step, numbers | speed)
+        if step > 1 and not self._advised and speed["data_wait"] > input_wait.WORTH_SAYING:
+            self._advised = True
+            print(input_wait.advice(speed["data_wait"], speed["images_read_per_second"], self._run.config.data.resize))
 
     def evaluate(self, step: int, state, kinds: tuple[str, ...]) -> dict[str, float]:
         """Runs the evaluations due, writes their numbers, prints tables; the time does not count in the rate."""

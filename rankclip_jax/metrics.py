@@ -46,15 +46,27 @@ class Progress:
         self._total, self._batch = total_steps, batch_size
         self._step, self._time = step, time.monotonic()
 
-    def line(self, step: int, epoch: int, numbers: dict) -> tuple[str, float]:
-        """Returns the line for `step`, and images per second since the last one."""
+    def line(self, step: int, epoch: int, numbers: dict, waited: float, read: int) -> tuple[str, dict[str, float]]:
+        """Returns the line for `step`, and the speed since the last one.
+
+        Args:
+          waited: seconds in which the devices had no data.
+          read: samples that this process read, whether usable or not.
+        """
         now = time.monotonic()
-        rate = (step - self._step) / max(now - self._time, 1e-9)
+        seconds = max(now - self._time, 1e-9)
+        rate = (step - self._step) / seconds
         self._step, self._time = step, now
         left = time.strftime("%H:%M:%S", time.gmtime((self._total - step) / max(rate, 1e-9)))
         shown = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
-        images = rate * self._batch
-        return f"step {step}/{self._total}  epoch {epoch}  {shown}  {images:.0f} images/s  {left} left", images
+        speed = {
+            "images_per_second": round(rate * self._batch, 1),
+            "images_read_per_second": round(read / seconds, 1),
+            "data_wait": round(min(waited / seconds, 1.0), 4),
+        }
+        images = f"{speed['images_per_second']:.0f} images/s"
+        waits = f" (waits for data {100 * speed['data_wait']:.0f} %)" if speed["data_wait"] >= 0.01 else ""
+        return f"step {step}/{self._total}  epoch {epoch}  {shown}  {images}{waits}  {left} left", speed
 
     def pause(self) -> float:
         """Time spent since is not training; call the result of this with `resume`."""
