@@ -18,8 +18,8 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from input_pipeline import shapes, tar_members, tfds_scan, transforms
-from input_pipeline.sources import Source, open_source
+from input_pipeline import shapes, tfds_scan, transforms
+from input_pipeline.sources import Source, open_source, tar
 from rankclip_jax.errors import InputError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -137,40 +137,60 @@ def _files(files: list[str], labels_N: np.ndarray) -> Source:
 
 
 def _clip_benchmark(spec, path) -> LabelledSet:
-    root, members = _shards(spec, path)
-    labels = np.array([_class_number(sample, ".cls") for sample in members], np.int32)
+    root, members, classes = _shards(spec, path, "cls")
+    labels = np.array([_class_number(text, members, row) for row, text in enumerate(classes)], np.int32)
+
+    def read(row):
+        sample = members.read(row)
+        number = tf.strings.to_number(tf.strings.strip(sample["cls"]), tf.int32)
+        return {"image": sample["image"], "caption": "", "label": number}
+
     names, templates = (_lines(root / f) for f in ("classnames.txt", "zeroshot_classification_templates.txt"))
     return LabelledSet(
-        tar_members.open_members(members, IMAGES, labels),
+        _of_members(members, read, labels),
         names or [str(i) for i in range(int(labels.max()) + 1)],
         templates and [template.replace("{c}", "{}") for template in templates],
         bool(names),
     )
 
 
-def _shards(spec, path) -> tuple[Path, list[dict]]:
-    """The set's folder, and its samples (tar_members.index) in order; `path` is that folder or a split within."""
+def _shards(spec, path, text_member: str) -> tuple[Path, tar.Members, list[str]]:
+    """The set's folder, its images with a text member each, and these texts; `path`: that folder or a split in it."""
     root = Path(path)
     split, root = (root, root.parent) if (root / "nshards.txt").is_file() else (root / "test", root)
     counted = split / "nshards.txt"
     if not counted.is_file():
         raise InputError(f"no such file: {counted}, which CLIP_benchmark's layout has{_hint(spec)}")
-    try:
-        count = int(counted.read_text())
-    except ValueError:
-        raise InputError(f"{counted} must hold the number of shards, not {counted.read_text()[:20]!r}") from None
-    samples = [sample for shard in range(count) for sample in tar_members.index(split / f"{shard}.tar", IMAGES)]
-    if not samples:
-        raise InputError(f"{split} has {count} shards without a sample")
-    return root, samples
+    text = counted.read_text()
+    if not text.strip().isdigit() or int(text) < 1:
+        raise InputError(f"{counted} must hold the number of shards; got {text[:20]!r}")
+    shards = [split / f"{number}.tar" for number in range(int(text))]
+    lacking = [shard for shard in shards if not shard.is_file()]
+    if lacking:
+        raise InputError(f"no such file: {lacking[0]}, one of the {len(shards)} shards that {counted} promises")
+    shards = [str(shard) for shard in shards]
+    endings = {"image": tuple(suffix[1:] for suffix in IMAGES), text_member: (text_member,)}
+    members = tar.open_members(shards, endings)
+    whole = (members.index.columns["length"] >= 0).all(axis=1)
+    if not whole.all():
+        where = members.where(int(np.flatnonzero(~whole)[0]))
+        raise InputError(f"{where} lacks its image or its .{text_member}")
+    # The texts are opened once more alone, so that reading them all does not read the images that lie between.
+    texts = tar.open_members(shards, {text_member: (text_member,)})
+    rows = tf.data.Dataset.range(texts.index.size).map(lambda row: texts.read(row)[text_member])
+    return root, members, [text.decode(errors="replace") for text in rows.as_numpy_iterator()]
 
 
-def _class_number(sample, suffix) -> int:
-    text = sample["texts"].get(suffix)
+def _of_members(members: tar.Members, read, labels_N=None) -> Source:
+    lost = tuple(members.index.lost)
+    return Source(members.index.size, read, members.where, captions=lambda: (), labels=labels_N, lost=lost)
+
+
+def _class_number(text, members, row) -> int:
     try:
         return int(text)
-    except (TypeError, ValueError):
-        raise InputError(f"{sample['where']}: its {suffix} must hold a class number; got {text!r}") from None
+    except ValueError:
+        raise InputError(f"{members.where(row)}: its .cls must hold a class number; got {text[:20]!r}") from None
 
 
 def _lines(path: Path) -> list[str] | None:
@@ -187,9 +207,12 @@ def open_captioned(spec, *, image_side: int) -> CaptionedSet:
         case "csv":
             return _captioned_csv(spec)
         case "clip_benchmark":
-            _, members = _shards(spec, spec.path or "")
-            captions = [sample["texts"].get(".txt", "").split("\n") for sample in members]
-            return _captioned(tar_members.open_members(members, IMAGES, None), captions)
+            _, members, texts = _shards(spec, spec.path or "", "txt")
+
+            def read(row):
+                return {"image": members.read(row)["image"], "caption": ""}
+
+            return _captioned(_of_members(members, read), [text.split("\n") for text in texts])
         case "tfds":
             return _captioned(*tfds_scan.open_captions(spec.path, spec.data_dir))
         case "shapes":

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rankclip_jax import config as configs
-from rankclip_jax import evaluate, loop
+from rankclip_jax import evaluate, evaluation, loop
 from rankclip_jax.errors import InputError
 
 REPO = Path(__file__).parents[1]
@@ -29,16 +30,20 @@ SMALL = [
     "--config.model.text={'layers':1,'width':32,'heads':2}",
     "--config.checkpoint.every_steps=2",
     "--config.eval.diagnostics=True",
+    "--config.eval.retrieval={'scenes':{'format':'shapes','path':41}}",
+    "--config.eval.geometry={'scenes':{'format':'shapes','path':41}}",
+    "--config.eval.every.retrieval=3",
+    "--config.eval.every.geometry=3",
 ]
 
 
-def start(workdir, *flags):
+def start(workdir, *flags, env=ENV):
     command = [sys.executable, "-m", "rankclip_jax.train", *SMALL, f"--workdir={workdir}", *flags]
-    return subprocess.Popen(command, cwd=REPO, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=REPO, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(workdir, *flags):
-    process = start(workdir, *flags)
+def finish(workdir, *flags, env=ENV):
+    process = start(workdir, *flags, env=env)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
@@ -80,11 +85,45 @@ def test_evaluation_says_digit_for_digit_what_training_said(trained):
     results = json.loads((workdir / "eval.json").read_text())
     assert results["step"] == 18
     said = next(row for row in numbers(workdir) if row["step"] == 18 and "zero_shot/seen/top1" in row)
-    for name, row in results["zero_shot"].items():
-        assert row["n"] == {"seen": 896, "held_out": 128}[name]
-        for key in ("top1", "top3", "top5", "mean_per_class"):
-            assert row[key] == said[f"zero_shot/{name}/{key}"]
+    assert {name: row["n"] for name, row in results["zero_shot"].items()} == {"seen": 896, "held_out": 128}
+    numbers_of_eval = evaluation.flat(results)
+    assert numbers_of_eval == {key: said[key] for key in numbers_of_eval}
+    kinds = {key.split("/")[0] for key in numbers_of_eval}
+    assert kinds == {"zero_shot", "retrieval", "geometry"} and results["missing"] == {}
     assert re.search(r"held_out +\d+\.\d\d %", output)
+
+
+@pytest.mark.slow
+def test_eight_devices_evaluate_as_one_does(trained, tmp_path):
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    code, output = finish(
+        workdir, "--mode=eval", env=ENV | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    )
+    assert code == 0, output
+    said = next(row for row in numbers(workdir) if row["step"] == 18 and "zero_shot/seen/top1" in row)
+    for key, value in evaluation.flat(json.loads((workdir / "eval.json").read_text())).items():
+        exact = key.startswith(("zero_shot/", "retrieval/"))  # hits are counted; geometry adds floats up
+        assert value == (said[key] if exact else pytest.approx(said[key], rel=1e-4, abs=1e-5)), key
+
+
+@pytest.mark.slow
+def test_weights_from_elsewhere_are_evaluated_as_the_workdir_they_came_from(trained, tmp_path):
+    from rankclip_jax import pretrained
+    from rankclip_jax.interop import write_openai
+
+    read = pretrained.read(trained[0])
+    (tmp_path / "export").mkdir()
+    write_openai(tmp_path / "export", read.config, read.variables)
+    tokenizer = f"--config.tokenizer.path={trained[0] / 'tokenizer.json'}"
+    weights = next((tmp_path / "export").glob("*.safetensors"))
+    code, output = finish(tmp_path / "out", "--mode=eval", f"--config.eval.model={weights}", tokenizer)
+    assert code == 0, output
+    results = json.loads((tmp_path / "out" / "eval.json").read_text())
+    said = next(row for row in numbers(trained[0]) if row["step"] == 18 and "zero_shot/seen/top1" in row)
+    assert results["zero_shot"]["seen"]["top1"] == pytest.approx(said["zero_shot/seen/top1"], abs=2 / 896)
+    assert results["geometry"]["scenes"]["alignment"] == pytest.approx(said["geometry/scenes/alignment"], rel=1e-3)
+    code, output = finish(tmp_path / "out", "--mode=eval", f"--config.eval.model={weights}")
+    assert code == 1 and "brings no tokenizer; give --config.tokenizer.path" in output
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import numpy as np
 from rankclip_jax.losses import embedding_diagnostics
 
 BINS = 60
+_diagnostics = jax.jit(embedding_diagnostics, static_argnames="sample")
 
 
 def geometry(z_img_NxD: np.ndarray, z_txt_NxD: np.ndarray) -> dict[str, float]:
@@ -14,10 +15,9 @@ def geometry(z_img_NxD: np.ndarray, z_txt_NxD: np.ndarray) -> dict[str, float]:
     Args:
       z_img_NxD, z_txt_NxD: float32 of unit norm, row i of one paired with row i of the other; at least 3.
     """
-    n = len(z_img_NxD)
     with jax.default_matmul_precision("float32"):
-        numbers = embedding_diagnostics(z_img_NxD, z_txt_NxD, sample=n)
-    return {key: float(value) for key, value in numbers.items()} | {"n": n}
+        numbers = _diagnostics(z_img_NxD, z_txt_NxD, sample=len(z_img_NxD))
+    return {key: float(value) for key, value in numbers.items()} | {"n": len(z_img_NxD)}
 
 
 def similarity_histograms(z_img_NxD: np.ndarray, z_txt_NxD: np.ndarray) -> dict[str, np.ndarray]:

@@ -18,11 +18,12 @@ from rankclip_jax.errors import InputError
 
 
 def shared_classes(reference_keys: list[str], shifted_keys: list[str]) -> np.ndarray | None:
-    """Classes of the reference set that the shifted set has, int64 in its order; None where one is not among them."""
-    number = {key: i for i, key in enumerate(reference_keys)}
-    if len(number) < len(reference_keys) or not set(shifted_keys) <= set(number):
+    """Classes of the reference set that the shifted set has, int64 in its order; None where that is not clear."""
+    if reference_keys == shifted_keys:
+        return np.arange(len(reference_keys))
+    if any(reference_keys.count(key) != 1 for key in shifted_keys):
         return None
-    return np.array([number[key] for key in shifted_keys])
+    return np.array([reference_keys.index(key) for key in shifted_keys])
 
 
 def fit_baseline(points_Nx2) -> tuple[float, float]:

@@ -126,6 +126,8 @@ def _zero_shot(config, encoder, sets, artifacts) -> dict:
         if name == config.reference:
             for other, (_, their) in shifted.items():
                 shared = robustness.shared_classes(classes.keys, their.keys)
+                if shared is None:  # one of the two numbers its classes otherwise: their names may do
+                    shared = robustness.shared_classes(classes.names, their.names)
                 if shared is not None:
                     place = np.full(len(classes.keys), -1)
                     place[shared] = np.arange(len(shared))

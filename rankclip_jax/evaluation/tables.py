@@ -20,10 +20,17 @@ def text(results: dict) -> str:
         if rows and kind == "geometry":  # a row a number: there are ten of them, and few sets
             turned = {key: {name: row[key] for name, row in rows.items()} for key in next(iter(rows.values()))}
             parts.append(metrics.table(turned, title, percent=False))
+        elif rows and kind == "retrieval":
+            short = {name: {_short(key): value for key, value in row.items()} for name, row in rows.items()}
+            parts.append(metrics.table(short, title))
         elif rows:
             parts.append(metrics.table(rows, title))
     parts += [f"missing: {name}: {reason}" for name, reason in results.get("missing", {}).items()]
     return "".join(part + "\n" for part in parts)
+
+
+def _short(key: str) -> str:
+    return key.replace("image_to_text_r", "i2t R@").replace("text_to_image_r", "t2i R@")
 
 
 def flat(results: dict) -> dict[str, float]:

@@ -126,13 +126,16 @@ def confusion(runs: list[Run]) -> str:
                 for (label, said), count in rows
             )
             listed = (
-                '<div class="scroll"><table class="words"><tr><th>is</th><th>taken for</th><th>images</th><th>of its class</th></tr>'
+                '<div class="scroll"><table class="words"><tr><th>is</th><th>taken for</th><th>images</th>'
+                "<th>of its class</th></tr>"
                 f"{lines}</table></div>" if lines else "<p>No image was taken for another class.</p>"
             )  # fmt: skip
             legend = _heat_labels(classes)
             parts.append(
-                f'{_fold(run, runs)}<summary>{_e(name)}{_of(run, runs)}</summary><div class="pair"><div>{charts.heatmap(matrix)}'
-                f"<p>Rows: the class it is. Columns: the class it was taken for. {legend}</p></div>{listed}</div></details>"
+                f"{_fold(run, runs)}<summary>{_e(name)}{_of(run, runs)}</summary>"
+                f'<div class="pair"><div>{charts.heatmap(matrix)}'
+                f"<p>Rows: the class it is. Columns: the class it was taken for. {legend}</p></div>"
+                f"{listed}</div></details>"
             )
     return "".join(parts)
 
@@ -190,10 +193,10 @@ def _numbers(runs):
     if not columns:
         return ""
     head = "".join(f"<th>{_e(name)}{_of(run, runs)}</th>" for run, name, _ in columns)
-    body = "".join(
-        f"<tr><td>{_e(label)}</td>" + "".join(f"<td>{row.get(key, float('nan')):.3f}</td>" for _, _, row in columns)
-        + "</tr>" for key, label in _GEOMETRY.items()
-    )  # fmt: skip
+    body = ""
+    for key, label in _GEOMETRY.items():
+        cells = "".join(f"<td>{row[key]:.3f}</td>" if key in row else "<td></td>" for _, _, row in columns)
+        body += f"<tr><td>{_e(label)}</td>{cells}</tr>"
     return f'<div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>'
 
 
