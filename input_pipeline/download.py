@@ -1,0 +1,274 @@
+"""A list of image URLs to WebDataset shards, by img2dataset: python -m input_pipeline.download URLS OUT_DIR."""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import venv
+from collections import Counter
+from pathlib import Path
+
+from input_pipeline import url_list
+from input_pipeline.progress import Progress
+from rankclip_jax.errors import InputError
+
+# imghdr, which img2dataset imports, left Python with 3.13.
+REQUIREMENTS = ("img2dataset>=1.47,<2", "standard-imghdr; python_version >= '3.13'")
+# What the messages of img2dataset mean, in words that many URLs share.
+_REASONS = (
+    (r"X-Robots-Tag", "the site asks not to use it (X-Robots-Tag)"),
+    (r"slower than \d+ s|larger than \d+ MB", None),  # of img2dataset_driver.py, as they are
+    (r"timed out|timeout", "no answer in time"),
+    (r"HTTP Error \d+", None),
+    (r"Name or service not known|No address associated|name resolution|nodename", "no such host any more"),
+    (r"certificate|SSL|TLS|EOF occurred in violation", "no secure connection (certificate)"),
+    (r"IncompleteRead|Remote end closed|Connection reset|Connection aborted", "the connection broke off"),
+    (r"Connection refused|No route to host|Network is unreachable", "the host refuses connections"),
+    (r"Image decoding error|not an image|cannot identify", "not an image, or a broken one"),
+    (r"image too small|image area too large|aspect ratio", None),
+)
+
+
+def find_python(folder: Path) -> Path:
+    """A Python that has img2dataset: this one, or that of an environment in `folder`, which is made if need be.
+
+    img2dataset brings a hundred packages (OpenCV, pandas, wandb and their needs), which have no business next to a
+    training; so it is not installed here, but used where it already is.
+
+    Raises:
+      InputError: the environment cannot be made, for example offline.
+    """
+    if importlib.util.find_spec("img2dataset"):
+        return Path(sys.executable)
+    python = folder / "bin" / "python"
+    # Another Python, or other requirements than when it was made: made anew.
+    wanted = json.dumps([sys.version, *REQUIREMENTS])
+    ready = folder / "ready.json"
+    if python.exists() and ready.exists() and ready.read_text() == wanted:
+        return python
+    print(f"img2dataset is not installed here: making an environment for it in {folder}, 800 MB, once", file=sys.stderr)
+    try:
+        ready.unlink(missing_ok=True)
+        venv.create(folder, clear=True, symlinks=True, with_pip=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise InputError(f"cannot make an environment in {folder}: {error}; give another folder by --env") from None
+    install = [python, "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check", *REQUIREMENTS]
+    done = subprocess.run(install, capture_output=True, text=True)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+        raise InputError(f"img2dataset cannot be installed: {why}; or install it into an environment given by --env")
+    ready.write_text(wanted)
+    return python
+
+
+def download(urls: Path, out_dir: Path, options: argparse.Namespace) -> tuple[Counter, int]:
+    """Downloads what of `urls` is not yet in `out_dir`: 00000.tar and so on, each with its .parquet and _stats.json.
+
+    Args:
+      options: the flags of the command line.
+
+    Returns:
+      What `count` says of the whole folder, and the number of URLs.
+
+    Raises:
+      InputError: a bad list, a folder of another list or other options, or img2dataset failed.
+    """
+    own = out_dir / "_download"  # a folder, because img2dataset takes every .json beside the shards for its own
+    try:
+        settings = _settings(urls, options)
+        own.mkdir(parents=True, exist_ok=True)
+        _same_as_before(out_dir, own / "settings.json", settings)
+        _remove_unfinished(out_dir)
+        total, left_out = url_list.normalise(urls, own / "urls.parquet", options.url_column, options.caption_column)
+        print(f"{total:,} URLs" + (f"; {left_out:,} lines without a URL or a caption left out" if left_out else ""))
+        if total:
+            _run(find_python(options.env), _arguments(out_dir, own, options), out_dir, own / "img2dataset.log", total)
+    except OSError as error:
+        raise InputError(f"{error.filename or out_dir}: {error.strerror or error}") from None
+    return count(out_dir, total), total
+
+
+def _settings(urls, options):
+    """What decides which URL is in which shard, and what becomes of its image."""
+    with open(urls, "rb") as file:
+        settings = {"URLS": hashlib.file_digest(file, "sha256").hexdigest()}
+    names = ("url_column", "caption_column", "shard_size", "short_side", "quality")
+    return settings | {"--" + name.replace("_", "-"): getattr(options, name) for name in names}
+
+
+def _arguments(out_dir, own, options):
+    """Of img2dataset.download."""
+    return {
+        "url_list": str(own / "urls.parquet"),
+        "input_format": "parquet",
+        "url_col": "url",
+        "caption_col": "caption",
+        "output_folder": str(out_dir),
+        # Its TFRecord writer needs tensorflow_io, which today's TensorFlow has no more; `prepare` makes them of these.
+        "output_format": "webdataset",
+        "image_size": options.short_side,
+        "resize_mode": "keep_ratio",  # the shorter side, nothing cut off
+        "resize_only_if_bigger": True,
+        "skip_reencode": True,  # a JPEG that is small enough keeps its bytes
+        "encode_quality": options.quality,
+        "number_sample_per_shard": options.shard_size,
+        "processes_count": options.processes,
+        "thread_count": options.threads,
+        "timeout": options.timeout,
+        "retries": options.retries,
+        "extract_exif": False,
+        "incremental_mode": "incremental",  # shards with a _stats.json are kept
+    }
+
+
+def _same_as_before(out_dir, path, settings):
+    if path.exists():
+        old = json.loads(path.read_text())
+        changed = ", ".join(key for key in settings if old.get(key) != settings[key])
+        if changed:
+            raise InputError(f"{out_dir} was downloaded with another {changed}; give another folder")
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(settings))
+    os.replace(part, path)
+
+
+def _remove_unfinished(out_dir):
+    """Removes what a stop left of shards: img2dataset writes under the final names, the _stats.json last."""
+    for path in out_dir.glob("*_stats.json"):
+        if _read_stats(path) is None:
+            path.unlink()
+    for path in (*out_dir.glob("*.tar"), *out_dir.glob("*.parquet")):
+        if not path.with_name(f"{path.stem}_stats.json").exists():
+            path.unlink()
+    shutil.rmtree(out_dir / "_tmp", ignore_errors=True)
+
+
+def _run(python, arguments, out_dir, log, total):
+    """Runs img2dataset, its own words in a log, and shows how far it is by the shards that it finishes."""
+    driver = Path(__file__).with_name("img2dataset_driver.py")
+    done = sum(stats["count"] for stats in _stats(out_dir))
+    with open(log, "w") as out, Progress("download", total, done=done, unit="URLs") as progress:
+        # A session of its own, so that an interrupt reaches all of its processes at once, and none survives.
+        child = subprocess.Popen(
+            [python, driver, json.dumps(arguments)], stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            while child.poll() is None:
+                time.sleep(0.5)
+                finished = _stats(out_dir)
+                done = sum(stats["count"] for stats in finished)
+                images = sum(stats["successes"] for stats in finished)
+                progress.update(done, f"{images / done:.0%} of them images" if done else "")
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+            _remove_unfinished(out_dir)
+    if child.returncode:
+        last = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
+        raise InputError(f"img2dataset failed: {last}; {log} has more, and the same command goes on")
+
+
+def _stats(out_dir):
+    return [stats for path in out_dir.glob("*_stats.json") if (stats := _read_stats(path)) is not None]
+
+
+def _read_stats(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError:  # half of it is written
+        return None
+
+
+def count(out_dir: Path, total: int) -> Counter:
+    """What became of `total` URLs: "images", the reasons of those that are lost, and "shards not finished"."""
+    counts = Counter()
+    for stats in _stats(out_dir):
+        counts["images"] += stats["successes"]
+        # Before it counts a failure, img2dataset may stumble over a sample; such ones are only in its total.
+        named = sum(stats["status_dict"].values())
+        counts["lost without a reason"] += stats["count"] - named
+        for message, number in stats["status_dict"].items():
+            if message != "success":
+                counts[reason(message)] += number
+    counts["shards not finished"] = total - counts.total()
+    return +counts
+
+
+def reason(message: str) -> str:
+    """An error message of img2dataset in words that many URLs share."""
+    for pattern, words in _REASONS:
+        found = re.search(pattern, message, re.IGNORECASE)
+        if found:
+            return words or (message.strip() if "HTTP Error" in message else found[0])
+    return re.sub(r"\d{2,}|'[^']*'", "...", message.strip().splitlines()[0] if message.strip() else "no message")[:70]
+
+
+def summary(counts: Counter, out_dir: Path, total: int) -> str:
+    """The table of what came and what was lost and why, and how to go on."""
+    size = sum(path.stat().st_size for path in out_dir.glob("*.tar"))
+    images, share = counts["images"], counts["images"] / max(1, total)
+    lines = [f"{images:,} of {total:,} URLs gave an image ({share:.1%}), {size / 1e6:,.1f} MB: {out_dir}"]
+    lost = [(what, number) for what, number in counts.most_common() if what != "images"]
+    lines += [f"{number:>10,}  {number / total:>6.1%}  {what}" for what, number in lost[:20]]
+    if lost[20:]:
+        lines.append(f"{sum(number for _, number in lost[20:]):>10,}  for {len(lost) - 20} other reasons")
+    if counts["shards not finished"]:
+        log = out_dir / "_download" / "img2dataset.log"
+        lines.append(f"some shards are not finished: {log} says why, and the same command goes on with them")
+    elif images:
+        lines.append(f"train with: --config.data.format=webdataset '--config.data.train={out_dir}/*.tar'")
+    return "\n".join(lines)
+
+
+def _flags():
+    parser = argparse.ArgumentParser(
+        prog="python -m input_pipeline.download",
+        description="Downloads the images of a URL list to WebDataset shards; stopped, it goes on by the same command.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("urls", metavar="URLS", type=Path, help="tsv, csv (also .gz) or parquet of URLs and captions")
+    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="folder of the shards")
+    parser.add_argument("--url-column", help="its name in the header; default: found by what is in it")
+    parser.add_argument("--caption-column", help="its name in the header; default: the only other, or caption, text")
+    parser.add_argument("--short-side", type=int, default=288, help="larger images are brought to so many pixels (288)")
+    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs written (95)")
+    parser.add_argument("--shard-size", type=int, default=10_000, help="URLs a shard (10000)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(one a core)")
+    parser.add_argument("--threads", type=int, default=64, help="downloads at once in each process (64)")
+    parser.add_argument("--timeout", type=int, default=10, help="seconds without an answer (10)")
+    parser.add_argument("--retries", type=int, default=1, help="after a failed download (1)")
+    env = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankclip_jax" / "img2dataset"
+    parser.add_argument("--env", type=Path, default=env, help=f"environment of img2dataset, made if need be ({env})")
+    return parser
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 wrong input or no img2dataset (one line on stderr), 2 wrong flags, 130 interrupted."""
+    parser = _flags()
+    flags = parser.parse_args()
+    for name in ("short_side", "shard_size", "processes", "threads", "timeout"):
+        if getattr(flags, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1; got {getattr(flags, name)}")
+    if not 1 <= flags.quality <= 100:
+        parser.error(f"--quality must be 1 to 100; got {flags.quality}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that img2dataset is ended too
+    try:
+        counts, total = download(flags.urls, flags.out_dir, flags)
+        print(summary(counts, flags.out_dir, total))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on after the finished shards", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
