@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.request
 
-TIMEOUTS, BYTES = 6, 100_000_000  # for one image: so many times img2dataset's timeout, and so much
+TIMEOUTS, BYTES = 3, 100_000_000  # for one image: so many times img2dataset's timeout, and so much
 _urlopen = urllib.request.urlopen
 
 

@@ -54,7 +54,7 @@ class Web(BaseHTTPRequestHandler):
             case "cut":
                 self.answer(half, length=2 * len(half))
             case "mute":
-                time.sleep(2)
+                time.sleep(5)
             case "slow":
                 self.drip(b"x" * 1000)
             case "noai":
@@ -85,10 +85,13 @@ class Web(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads, request_queue_size = True, 64
+
+
 @pytest.fixture(scope="module")
 def web():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Web)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), Web)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -218,7 +221,7 @@ def fetch_with_limits(url, timeout):
 
 def test_an_answer_is_bounded_in_time_and_must_be_whole(web):
     assert int(fetch_with_limits(f"{web}/large/0.jpg", 5).stdout) == len(LARGE["/large/0.jpg"])
-    assert "TimeoutError: slower than 1.5 s" in fetch_with_limits(f"{web}/slow", 0.25).stderr
+    assert "TimeoutError: slower than 0.75 s" in fetch_with_limits(f"{web}/slow", 0.25).stderr
     assert "IncompleteRead" in fetch_with_limits(f"{web}/cut", 5).stderr
     assert "timed out" in fetch_with_limits(f"{web}/mute", 0.2).stderr
 
@@ -258,7 +261,7 @@ def test_what_can_be_had_is_there_and_what_not_is_counted_by_reason(web, env, tm
     urls += ["http://127.0.0.1:1/refused.jpg", "http://no-such-host.invalid/x.jpg"]
     (tmp_path / "list.tsv").write_text("".join(f'a "{i}\t{url}\n' for i, url in enumerate(urls)))
     options = download._flags().parse_args([str(tmp_path / "list.tsv"), str(tmp_path / "out")])
-    vars(options).update(shard_size=10, short_side=120, processes=1, threads=20, timeout=1, retries=0, env=env)
+    vars(options).update(shard_size=10, short_side=120, processes=1, threads=20, timeout=2, retries=0, env=env)
     counts, total = download.download(options.urls, options.out_dir, options)
     assert total == len(urls) == counts.total()
     assert counts == {
