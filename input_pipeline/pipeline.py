@@ -81,8 +81,12 @@ class TrainBatches:
                 side=image_side,
                 canvas=canvas,
                 exact=False,
+                recover=recover_truncated,
             )
-            return views | {"caption": tf.ensure_shape(raw["caption"], ()), "position": position}
+            text = {"caption": _one_of(raw["caption"], key)}
+            if "tokens" in raw and not two_views:
+                text["tokens"] = raw["tokens"]
+            return views | text | {"position": position}
 
         def tokens_of(captions, positions):
             texts = [c.decode(errors="replace") for c in captions]
@@ -166,7 +170,7 @@ def eval_batches(
         raw = source.read(row_of(position)) if raw is None else raw
         windows_of = functools.partial(transforms.centre_window, side=image_side)
         views = transforms.view(raw["image"], windows_of, side=image_side, canvas=canvas, exact=True)
-        label, caption = (tf.ensure_shape(x, ()) for x in (raw.get("label", -1), raw["caption"]))
+        label, caption = (tf.ensure_shape(x, ()) for x in (raw.get("label", -1), _one_of(raw["caption"])))
         return views | {"label": label, "caption": caption, "position": position}
 
     mine = len(range(index, source.size, count))

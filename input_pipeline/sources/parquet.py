@@ -75,8 +75,10 @@ def _columns(file, image_keys, caption_keys) -> tuple[str, str]:
 @contextlib.contextmanager
 def _opened(file):
     try:
-        with tf.io.gfile.GFile(file, "rb") if is_remote(file) else open(file, "rb") as opened:
-            yield pq.ParquetFile(pa.PythonFile(opened, "r"))
+        # A file from a bucket is fetched whole: nearly all of it is wanted anyway.
+        where = pa.BufferReader(tf.io.gfile.GFile(file, "rb").read()) if is_remote(file) else file
+        with pq.ParquetFile(where) as opened:
+            yield opened
     except pa.ArrowInvalid as error:
         raise InputError(f"{file} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
 

@@ -73,7 +73,8 @@ def examples(
     if several is None:
         found = [example[key].bytes_list.value for example in first for key in caption_keys if key in example]
         several = any(len(captions) > 1 for captions in found)
-    tokens = next((len(example["tokens"].int64_list.value) for example in first if "tokens" in example), None)
+    lengths = {len(example["tokens"].int64_list.value) if "tokens" in example else 0 for example in first}
+    tokens = lengths.pop() if len(lengths) == 1 else 0  # as long everywhere, or they do not count
     one = tf.io.FixedLenFeature((), tf.string, "")
     many = tf.io.FixedLenSequenceFeature((), tf.string, allow_missing=True)
     features = dict.fromkeys(image_keys, one) | dict.fromkeys(caption_keys, many if several else one)
