@@ -63,7 +63,7 @@ def read(path, tokenizer: str | None = None, activation: str = "quick_gelu") -> 
         raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     if words and (words.eot_id != config.text.eot_id or words.vocab_size > config.text.vocab_size):
         raise InputError(
-            f"the tokenizer {tokenizer or own} has {words.vocab_size} ids, end-of-text {words.eot_id}; the model {path} "
+            f"tokenizer {tokenizer or own} has {words.vocab_size} ids, end-of-text {words.eot_id}; the model {path} "
             f"has {config.text.vocab_size}, end-of-text {config.text.eot_id}: give the one that it was trained with"
         )
     return Pretrained(path, config, variables, view, words)

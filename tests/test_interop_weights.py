@@ -185,6 +185,8 @@ def test_old_hugging_face_configs():
 @pytest.fixture(scope="module")
 def open_clip():
     """open_clip, with an empty torchvision where that is not installed: its models do not use it."""
+    if "open_clip" in sys.modules:  # imported for another file's tests
+        return sys.modules["open_clip"]
     if importlib.util.find_spec("open_clip") is None:
         pytest.skip("open_clip is not installed")
     if importlib.util.find_spec("torchvision") is not None:
