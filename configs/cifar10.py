@@ -43,6 +43,9 @@ def get_config(argument: str = "") -> ConfigDict:
                         templates=f"{folder}/templates.json",
                     )
                 ),
+                # The images lie in a folder a class. Only --mode=eval does this one.
+                linear_probe=dict(cifar10=dict(format="folder", train=f"{folder}/train", path=f"{folder}/test")),
+                geometry=dict(val=dict(path=f"{folder}/val.csv")),
             ),
         )
     )

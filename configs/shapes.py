@@ -32,6 +32,9 @@ def get_config(argument: str = "") -> ConfigDict:
                     seen=dict(format="shapes", path="seen"),
                     held_out=dict(format="shapes", path="held_out"),
                 ),
+                retrieval=dict(scenes=dict(format="shapes", path=320)),
+                geometry=dict(scenes=dict(format="shapes", path=320)),
+                every=dict(retrieval=None, geometry=1),
             ),
         )
     )

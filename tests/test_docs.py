@@ -20,7 +20,8 @@ def test_files_commands_and_keys_exist(page):
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (page.parent / target).exists(), target
     for module in re.findall(r"python -m ((?:rankclip_jax|input_pipeline|benchmarks)[\w.]*)", text):
-        assert (REPO / (module.replace(".", "/") + ".py")).exists(), module
+        path = REPO / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
     for key in set(re.findall(r"--config\.([\w.]+)=", text)) - {"key"}:  # --config.key=value stands for any
         value = configs.default_config()
         for part in key.split("."):

@@ -197,7 +197,7 @@ def _numbers(runs):
     for key, label in _GEOMETRY.items():
         cells = "".join(f"<td>{row[key]:.3f}</td>" if key in row else "<td></td>" for _, _, row in columns)
         body += f"<tr><td>{_e(label)}</td>{cells}</tr>"
-    return f'<div class="scroll"><table><tr><th></th>{head}</tr>{body}</table></div>'
+    return f'<div class="scroll"><table class="numbers"><tr><th></th>{head}</tr>{body}</table></div>'
 
 
 def missing(runs: list[Run]) -> str:
