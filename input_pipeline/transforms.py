@@ -8,6 +8,7 @@ weigh in at its border, except beyond the picture.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 
 from input_pipeline.decode import decode, is_jpeg, jpeg, jpeg_size
 
-_ASPECT = (3 / 4, 4 / 3)
+_LOG_ASPECT = math.log(4 / 3)
 _TRIES = 10
 
 
@@ -30,21 +31,18 @@ def random_windows(size_2, scale: tuple[float, float], seed_2, count: int = 1) -
       size_2: int32, height and width of the picture.
       seed_2: int64; the same seed gives the same windows.
     """
-    height, width = tf.unstack(tf.cast(size_2, tf.float32))
-    uniform = tf.random.stateless_uniform((4, count, _TRIES), seed_2)
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * uniform[0])
-    ratio = tf.exp(tf.math.log(_ASPECT[0]) + (tf.math.log(_ASPECT[1]) - tf.math.log(_ASPECT[0])) * uniform[1])
-    # A last try that always fits.
-    fallback_w, fallback_h = tf.minimum(width, height * _ASPECT[1]), tf.minimum(height, width / _ASPECT[0])
-    h = tf.concat([tf.sqrt(area / ratio), tf.fill((count, 1), fallback_h)], axis=1)
-    w = tf.concat([tf.sqrt(area * ratio), tf.fill((count, 1), fallback_w)], axis=1)
-    h, w = tf.maximum(tf.round(h), 1), tf.maximum(tf.round(w), 1)
-    first = tf.argmax((h <= height) & (w <= width), axis=1)
-    h, w = (tf.gather(x, first, axis=1, batch_dims=1) for x in (h, w))
-    top, left = tf.floor(uniform[2, :, 0] * (height - h + 1)), tf.floor(uniform[3, :, 0] * (width - w + 1))
-    central = first == _TRIES
-    top, left = tf.where(central, (height - h) // 2, top), tf.where(central, (width - w) // 2, left)
-    return tf.stack([top, left, h, w], axis=1)
+    limit = tf.reshape(tf.cast(size_2, tf.float32), (2, 1, 1))
+    uniform = tf.random.stateless_uniform((4, count, _TRIES + 1), seed_2, alg="philox")
+    side = tf.sqrt((scale[0] + (scale[1] - scale[0]) * uniform[0]) * tf.reduce_prod(limit))
+    stretch = tf.exp(_LOG_ASPECT * (uniform[1] - 0.5))  # the root of width / height
+    drawn = tf.stack([side / stretch, side * stretch])
+    central = tf.minimum(limit, limit[::-1] * 4 / 3)  # always fits; in the last place, and so taken last
+    sizes = tf.maximum(tf.round(tf.where(tf.range(_TRIES + 1) < _TRIES, drawn, central)), 1)
+    first = tf.argmax(tf.reduce_all(sizes <= limit, axis=0), axis=-1, output_type=tf.int32)
+    size = tf.reduce_sum(sizes * tf.one_hot(first, _TRIES + 1), axis=-1)
+    room = limit[..., 0] - size
+    corner = tf.floor(tf.where(first < _TRIES, uniform[2:, :, 0] * (room + 1), room / 2))
+    return tf.transpose(tf.concat([corner, size], axis=0))
 
 
 def centre_window(size_2, side: int) -> tf.Tensor:

@@ -140,7 +140,7 @@ def default_config() -> ConfigDict:
                 flip=False,  # mirror half of the training images
                 color_jitter=None,  # (brightness, contrast, saturation), each scaled by up to 1 +- so much
                 resize="device",  # device | host: where windows are cut out and resized; the host is slower, by PIL
-                canvas=None,  # side of the square on which the host sends a picture. None: 1.75 times image_size
+                canvas=None,  # side of the square on which the host sends a picture. None: 1.8 times image_size
                 two_views=False,  # also a second window and an edited caption of each sample: CyCLIP's "inmodal"
                 synonyms=None,  # JSON table of words for the edited captions: {"sofa": ["couch"]}
                 recover_truncated=False,  # use a truncated JPEG as far as it goes, grey below; it is then no bad sample

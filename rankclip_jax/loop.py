@@ -67,9 +67,9 @@ class Run:
         data = self.config.data
         if data.resize == "host":
             return None
-        # The scenes of shapes are drawn as large as the model wants them. For 224 pixels it is 392: what is stored with
-        # a short side of 288 fits with the widest window.
-        canvas = data.canvas or (self.side if data.format == "shapes" else 8 * math.ceil(1.75 * self.side / 8))
+        # The scenes of shapes are drawn as large as the model wants them. For 224 pixels it is 408: pictures with a
+        # short side of 300 fit whole up to 4 : 3, and with their widest window beyond that.
+        canvas = data.canvas or (self.side if data.format == "shapes" else 8 * math.ceil(1.8 * self.side / 8))
         if canvas < self.side:
             raise InputError(
                 f"config.data.canvas = {canvas} is less than the model's image_size, {self.side}; give more, or "
