@@ -175,6 +175,7 @@ def summary(manifest: Manifest, out_dir: Path) -> str:
     train = f"--config.data.format=tfrecord '--config.data.train={out_dir}/*.tfrecord'"
     if "tokenizer" in manifest.settings:
         train += f" --config.tokenizer.path={out_dir / 'tokenizer.json'}"
+        train += f" --config.model.context_length={manifest.settings['context_length']}"
     return "\n".join([*lines, f"train with: {train}"])
 
 
