@@ -17,7 +17,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import numpy as np
 import tensorflow as tf
-from PIL import Image
+from PIL import Image, ImageFile
 
 from input_pipeline import contact_sheet, overview, shards, sources
 from input_pipeline.encode import BadImageError, encode, open_image, plain
@@ -269,6 +269,7 @@ def main() -> None:
         kind = flags.format or guess_format(flags.source)
         overrides = [f"data.train={flags.source}", *(flag.removeprefix("--config.") for flag in rest)]
         data = configs.complete(configs.override({"data": {"format": kind}}, overrides)).data
+        ImageFile.LOAD_TRUNCATED_IMAGES = data.recover_truncated  # Pillow has it for the whole process alone
         source = sources.open_source(data, data.train, image_side=flags.short_side or 64)
         tokenizer = Tokenizer.load(flags.tokenizer) if flags.tokenizer else None
         if flags.inspect:

@@ -114,6 +114,14 @@ def test_what_was_prepared_is_a_source_of_the_same_samples(mixed, tmp_path, monk
     assert [row.image for row in got[:GOOD]] == [(mixed.parent / f"images/{i}").read_bytes() for i in range(GOOD)]
 
 
+def test_truncated_images_are_recovered_where_asked(mixed, tmp_path, monkeypatch):
+    run(monkeypatch, mixed, tmp_path / "out", "--short-side", 15, "--config.data.recover_truncated=True", *ALL)
+    reasons = json.loads((tmp_path / "out/manifest.json").read_text())["bad"]
+    assert reasons == dict(Counter(reason for row, reason in BAD.items() if row != 27))
+    (record,) = [r for r in records(tmp_path / "out") if r["txt"].startswith(b"caption 27")]
+    assert Image.open(io.BytesIO(record["jpg"])).size == (20, 15)
+
+
 def test_short_side_and_quality_reach_the_images(mixed, tmp_path, monkeypatch):
     run(monkeypatch, mixed, tmp_path / "out", "--short-side", 15, "--quality", 50, *ALL)
     got = records(tmp_path / "out")
