@@ -40,7 +40,7 @@ def tokenizer(start: pretrained.Pretrained, config) -> Tokenizer | None:
     return start.tokenizer
 
 
-def apply(state, start: pretrained.Pretrained, ours: ClipConfig, tx, config):
+def apply(state, start: pretrained.Pretrained, ours: ClipConfig, config):
     """A fresh state with the parameters (and batch statistics) of `start` in place of its own.
 
     A vision tower's position embeddings are resized to another image size, a text tower's cut to a shorter context.
@@ -49,7 +49,6 @@ def apply(state, start: pretrained.Pretrained, ours: ClipConfig, tx, config):
     Args:
       state: a fresh TrainState of the model, which may be sharded.
       ours: the model's architecture.
-      tx: the optimiser, whose state starts anew from the parameters.
 
     Raises:
       InputError: names every parameter that does not fit, or a pattern of config.init_skip that matches none.
@@ -97,8 +96,7 @@ def apply(state, start: pretrained.Pretrained, ours: ClipConfig, tx, config):
         raise InputError(f"config.init_skip: {sorted(unused)[0]!r} matches no parameter of the towers taken")
     step = "" if start.step is None else f", step {start.step}"
     print(f"starting from {start.path}{step} ({config.init_towers})" + "".join(f"; {note}" for note in notes))
-    shardings = jax.tree.map(lambda x: x.sharding, state.opt_state)
-    return state.replace(**taken, opt_state=jax.jit(tx.init, out_shardings=shardings)(taken["params"]))
+    return state.replace(**taken)  # AdamW's moments start at zero whatever the parameters
 
 
 def _unlike(ours: ClipConfig, theirs: ClipConfig, towers) -> list[str]:
