@@ -188,7 +188,7 @@ def train(config: ConfigDict, workdir) -> None:
     else:
         state = steps.init_state(run.model, tx, config.seed, run.mesh, config.sharding)
         if origin:
-            state = init_from.apply(state, origin, run.model.config, tx, config)
+            state = init_from.apply(state, origin, run.model.config, config)
     if start >= total_steps:
         print(f"{workdir} is trained to its last step, {start}")
         return
