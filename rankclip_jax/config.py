@@ -17,7 +17,7 @@ from rankclip_jax.errors import InputError
 
 # Keys that may differ between the start of a run and its resumption: they change what is looked at or kept,
 # never a number that is trained.
-MAY_CHANGE = ("log_every", "eval", "checkpoint")
+MAY_CHANGE = ("log_every", "eval", "checkpoint", "plan")
 
 # Spelled out here, so that reading a configuration imports no JAX; a test compares them with rankclip_jax/losses.
 OBJECTIVES = ("clip", "rankclip", "rank", "siglip", "cyclip")
@@ -171,6 +171,11 @@ def default_config() -> ConfigDict:
                 every_steps=None,  # None: at the end of every epoch only
                 keep=2,  # the latest so many
                 best=None,  # metric (as in metrics.jsonl) whose best checkpoint is kept too
+            ),
+            plan=dict(  # --mode=plan
+                target="v5e:4x4",  # a TPU topology, or a number of GPUs: 8xH100
+                utilisation=0.4,  # of the devices' peak, for the estimate of time
+                samples=None,  # training samples, for the estimate of the whole schedule
             ),
             mesh=dict(data=-1),  # axis -> devices; -1: all that are left
             # replicated | fsdp | tensor | fsdp+tensor (rankclip_jax/sharding.py), or rules: (regex over the parameter's

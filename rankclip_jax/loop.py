@@ -59,27 +59,14 @@ class Run:
         self.side = self.model.config.vision.image_size
         self.context_length = self.model.config.text.context_length
         # How the pipeline makes batches, for training and evaluation alike.
-        self.view = dict(batch_size=self.local_batch, image_side=self.side, process=self.process, canvas=self._canvas())
+        canvas = canvas_side(config, self.side)
+        self.view = dict(batch_size=self.local_batch, image_side=self.side, process=self.process, canvas=canvas)
         self._embed = steps.make_embed_step(self.model)
         self._val_step = steps.make_val_step(self.model, config, self.mesh)
 
-    def _canvas(self) -> int | None:
-        data = self.config.data
-        if data.resize == "host":
-            return None
-        # The scenes of shapes are drawn as large as the model wants them. For 224 pixels it is 408: pictures with a
-        # short side of 300 fit whole up to 4 : 3, and with their widest window beyond that.
-        canvas = data.canvas or (self.side if data.format == "shapes" else 8 * math.ceil(1.8 * self.side / 8))
-        if canvas < self.side:
-            raise InputError(
-                f"config.data.canvas = {canvas} is less than the model's image_size, {self.side}; give more, or "
-                "None to choose it"
-            )
-        return canvas
-
     def encode_images(self, state, batch: dict) -> np.ndarray:
         """One batch of this process's share -> float32 (b, D) on the host."""
-        return np.asarray(self._embed(state, steps.to_devices(_pictures(batch), self.mesh)))
+        return steps.to_host(self._embed(state, steps.to_devices(_pictures(batch), self.mesh)), self.mesh)
 
     def encode_texts(self, state, texts: list[str]) -> np.ndarray:
         """Any number of texts -> float32 (n, D) on the host, in batches of one shape."""
@@ -88,7 +75,8 @@ class Run:
             some = texts[start : start + self.local_batch]
             padded = some + [""] * (self.local_batch - len(some))
             tokens = self.tokenizer(padded, self.context_length)
-            parts.append(np.asarray(self._embed(state, steps.to_devices({"tokens": tokens}, self.mesh)))[: len(some)])
+            z = self._embed(state, steps.to_devices({"tokens": tokens}, self.mesh))
+            parts.append(steps.to_host(z, self.mesh)[: len(some)])
         return np.concatenate(parts)
 
     def validation(self, state) -> dict[str, float]:
@@ -126,6 +114,22 @@ class Run:
             batches=lambda source: pipeline.eval_batches(source, **self.view),
             image_side=self.side,
         )
+
+
+def canvas_side(config: ConfigDict, side: int) -> int | None:
+    """Side of the square on which the host sends pictures to a model of `side` pixels; None: it resizes them itself."""
+    data = config.data
+    if data.resize == "host":
+        return None
+    # The scenes of shapes are drawn as large as the model wants them. For 224 pixels it is 408: pictures with a
+    # short side of 300 fit whole up to 4 : 3, and with their widest window beyond that.
+    canvas = data.canvas or (side if data.format == "shapes" else 8 * math.ceil(1.8 * side / 8))
+    if canvas < side:
+        raise InputError(
+            f"config.data.canvas = {canvas} is less than the model's image_size, {side}; give more, or None to choose "
+            "it"
+        )
+    return canvas
 
 
 def _pictures(batch: dict) -> dict:

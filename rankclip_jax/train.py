@@ -10,7 +10,7 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-from rankclip_jax import config, evaluate, loop
+from rankclip_jax import config, evaluate, loop, plan
 from rankclip_jax.errors import InputError
 
 PREEMPTED = 75  # exit code: saved and stopped by SIGTERM; start again to go on (EX_TEMPFAIL of sysexits.h)
@@ -39,7 +39,7 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="a file of configs/, with its argument after a colon")
     parser.add_argument("--workdir", help="folder of the run; default: runs/ and the config's name")
-    parser.add_argument("--mode", choices=["train", "eval"], default="train")
+    parser.add_argument("--mode", choices=["train", "eval", "plan"], default="train")
     flags, rest = parser.parse_known_args()
     _keep_freed_memory()
     for flag in rest:
@@ -48,7 +48,10 @@ def main() -> None:
     workdir = flags.workdir or Path("runs") / Path(flags.config.partition(":")[0]).stem
     try:
         settings = config.load(flags.config, [flag.removeprefix("--config.") for flag in rest])
-        loop.train(settings, workdir) if flags.mode == "train" else evaluate.evaluate(settings, workdir)
+        if flags.mode == "plan":
+            plan.plan(settings)
+        else:
+            loop.train(settings, workdir) if flags.mode == "train" else evaluate.evaluate(settings, workdir)
     except InputError as error:
         sys.exit(f"error: {error}")
     except loop.Preempted as stop:

@@ -1,0 +1,257 @@
+"""What a run will need, before any launch: python -m rankclip_jax.train --config FILE --mode=plan.
+
+The training step of the configuration is compiled for the devices of config.plan.target, which this machine need not
+have, and read: what each device holds and what moves between devices. For TPUs libtpu compiles for the real
+topology. For GPUs the program is compiled for as many fake CPU devices: collectives and states are those of the GPU,
+the activations an estimate, since XLA fuses differently there.
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+from ml_collections import ConfigDict
+
+from rankclip_jax import config as configs
+from rankclip_jax.errors import InputError
+
+# name: (memory in GB of 2^30 bytes as JAX can use it at most, dense bfloat16 TFLOP/s). From the vendors' data sheets.
+ACCELERATORS = {
+    "v4": (32, 275),
+    "v5e": (16, 197),
+    "v5p": (95, 459),
+    "v6e": (32, 918),
+    "T4": (16, 65),
+    "L4": (24, 121),
+    "A100-40": (40, 312),
+    "A100-80": (80, 312),
+    "H100": (80, 989),
+    "H200": (141, 989),
+    "B200": (180, 2250),
+}
+_COLLECTIVE = re.compile(
+    r"= (?P<type>\(?[a-z0-9]+\[[^=]*?) "
+    r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
+)
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{\n((?:.*\n)*?)\}", re.MULTILINE)
+_LOOP = re.compile(r" while\(.*body=%?([\w.-]+).*known_trip_count[^0-9]*([0-9]+)")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
+
+
+def plan(config: ConfigDict) -> dict:
+    """Prints and returns what the training step of `config` needs on config.plan.target.
+
+    Raises:
+      InputError: an unknown target, libtpu missing, or a configuration that does not fit the devices.
+    """
+    target = parse_target(config.plan.target)
+    print(f"compiling the step of {config.model.name} for {config.plan.target}; minutes for a large model", flush=True)
+    whole = compile_step(config, target)
+    half = compile_step(_with_batch(config, config.batch_size // 2), target) if "error" not in whole else whole
+    numbers = summary(config, target, whole, half)
+    print("\n".join(lines(config, target, numbers)))
+    return numbers
+
+
+def parse_target(text: str) -> dict:
+    """A TPU topology ("v5e:4x4") or a number of GPUs ("8xH100") -> {"kind", "count", "topology" or None}."""
+    gpu = re.fullmatch(r"(\d+)x([A-Za-z0-9-]+)", text)
+    tpu = re.fullmatch(r"(v\w+):\d+(x\d+)+", text)
+    if tpu and tpu[1] in ACCELERATORS:
+        count = math.prod(int(size) for size in text.partition(":")[2].split("x"))
+        return {"kind": tpu[1], "count": count, "topology": text}
+    if gpu and gpu[2] in ACCELERATORS and not gpu[2].startswith("v"):
+        return {"kind": gpu[2], "count": int(gpu[1]), "topology": None}
+    raise InputError(
+        f"config.plan.target = {text!r}: give a TPU topology such as v5e:4x4, or a number of GPUs such as 8xH100; "
+        f"known are {', '.join(ACCELERATORS)}"
+    )
+
+
+def compile_step(config: ConfigDict, target: dict) -> dict:
+    """What `_describe` reads from the program, made in a process of its own: JAX fixes its devices when it starts."""
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TF_CPP_MIN_LOG_LEVEL="3")
+    if target["topology"] is None:
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={target['count']}"
+    done = subprocess.run(
+        [sys.executable, "-m", "rankclip_jax.plan"],
+        env=environment,
+        input=json.dumps({"config": config.to_dict(), "topology": target["topology"]}),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise InputError(f"the step could not be compiled: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if "refused" in found:
+        raise InputError(found["refused"])
+    return found
+
+
+def summary(config: ConfigDict, target: dict, whole: dict, half: dict) -> dict:
+    """The numbers of a plan, from what the compiler said of the batch and of half of it."""
+    memory, tflops = ACCELERATORS[target["kind"]]
+    flops = whole["flops"]
+    numbers = {
+        "parameters": whole["parameters"],
+        "tflop_per_step": flops / 1e12,
+        "limit_gib": memory,
+        "seconds_per_step": flops / (target["count"] * tflops * 1e12 * config.plan.utilisation),
+    }
+    numbers["images_per_second"] = config.batch_size / numbers["seconds_per_step"]
+    steps = config.steps or (config.plan.samples and config.plan.samples // config.batch_size * config.epochs)
+    if steps:
+        numbers["days"] = steps * numbers["seconds_per_step"] / 86400
+    if "error" in whole:
+        return numbers | {"error": whole["error"]}
+    numbers |= {f"{key}_gib": whole[key] / 2**30 for key in ("states", "temporary")}
+    numbers["peak_gib"] = numbers["states_gib"] + numbers["temporary_gib"]
+    numbers["collectives"] = whole["collectives"]
+    a_row = (whole["temporary"] - half["temporary"]) / 2**30 / (config.batch_size - config.batch_size // 2)
+    if a_row > 0:
+        fixed = numbers["peak_gib"] - a_row * config.batch_size
+        unit = target["count"] * config.accumulate
+        numbers["largest_batch"] = max(0, int((memory - fixed) / a_row) // unit * unit)
+    return numbers
+
+
+def lines(config: ConfigDict, target: dict, numbers: dict) -> list[str]:
+    """The plan as text."""
+    rows = [
+        ("parameters", f"{numbers['parameters']:,}"),
+        ("batch", f"{config.batch_size:,}, {config.batch_size // target['count']:,} a device"),
+        ("floating-point operations", f"{numbers['tflop_per_step']:.3g} TFLOP a step"),
+    ]
+    if "error" in numbers:
+        rows.append(("memory a device", numbers["error"]))
+    else:
+        moved = [f"{n} {kind}, {size / 2**20:.3g} MiB" for kind, (n, size) in sorted(numbers["collectives"].items())]
+        rows += [
+            ("memory a device", f"{numbers['peak_gib']:.2f} of {numbers['limit_gib']} GiB"),
+            ("  states and inputs", f"{numbers['states_gib']:.2f} GiB"),
+            ("  activations, gradients, loss", f"{numbers['temporary_gib']:.2f} GiB"),
+            ("collectives a step", "; ".join(moved) or "none"),
+        ]
+        if "largest_batch" in numbers:
+            rows.append(("largest batch that fits", f"about {numbers['largest_batch']:,} (a line through two batches)"))
+    used = f"at {100 * config.plan.utilisation:.0f} % of {ACCELERATORS[target['kind']][1]} TFLOP/s a device"
+    rate = f"{numbers['images_per_second']:,.0f} images/s"
+    rows.append(("time a step", f"{numbers['seconds_per_step']:.3g} s {used}: {rate}"))
+    if "days" in numbers:
+        rows.append(("the whole schedule", f"{numbers['days']:.2f} days"))
+    else:
+        rows.append(("the whole schedule", "give config.plan.samples, the number of training samples, or config.steps"))
+    return [f"{name:32}{text}" for name, text in rows]
+
+
+def _with_batch(config: ConfigDict, batch_size: int) -> ConfigDict:
+    changed = configs.complete(config.to_dict())
+    changed.batch_size = batch_size
+    return changed
+
+
+def collectives(hlo: str) -> dict[str, tuple[int, int]]:
+    """{kind: (how many, bytes of their largest arrays together)} in one run of a compiled program, loops counted."""
+    bodies = {match[1]: match[2] for match in _COMPUTATION.finditer(hlo)}
+    times = dict.fromkeys(bodies, 1)
+    for name in reversed(bodies):  # a computation stands before those that call it
+        for body, trips in _LOOP.findall(bodies[name]):
+            times[body] = times[name] * int(trips)
+    found = {}
+    for name, text in bodies.items():
+        for match in _COLLECTIVE.finditer(text):
+            sizes = []
+            for dtype, shape in re.findall(r"([a-z]+[0-9]+)\[([0-9,]*)\]", match["type"]):
+                sizes.append(_BYTES[dtype] * math.prod(int(size) for size in shape.split(",") if size))
+            count, total = found.get(match["kind"], (0, 0))
+            found[match["kind"]] = count + times[name], total + times[name] * max(sizes)
+    return found
+
+
+def _describe(config: ConfigDict, topology: str | None) -> dict:
+    """In the child: compiles the step and reads the program. {"error": ...} where the compiler says it cannot fit."""
+    import jax
+    import numpy as np
+
+    from rankclip_jax import models, optim, sharding
+    from rankclip_jax import step as steps
+    from rankclip_jax.loop import canvas_side
+
+    if topology:
+        from jax.experimental import topologies
+
+        try:
+            devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        except Exception as error:  # jaxlib raises several kinds, some for a missing libtpu, some for a wrong name
+            said = str(error).splitlines()[0]
+            raise InputError(f'{topology}: {said}; TPU plans need libtpu (pip install "jax[tpu]")') from None
+    else:
+        devices = jax.devices()
+    mesh = sharding.make_mesh(config.mesh, devices)
+    fields = config.model.to_dict()
+    size = config.tokenizer.vocab_size  # of a tokenizer yet to be trained, whose last id ends a text
+    vocabulary = {} if config.tokenizer.path else {"vocab_size": size, "eot_id": size - 1}
+    model = models.build(fields.pop("name"), **vocabulary, **fields)
+    side, length = model.config.vision.image_size, model.config.text.context_length
+    tx = optim.make_optimizer(config.optim, config.optim.warmup_steps + 1)
+    state = steps.abstract_state(model, tx, mesh, config.sharding)
+    step = steps.make_train_step(model, tx, config, mesh, total_steps=2, steps_per_epoch=1)
+    where, b = sharding.batch_sharding(mesh), config.batch_size
+    if b % (sharding.batch_shards(mesh) * config.accumulate):
+        raise InputError(f"config.batch_size = {b} does not divide over {len(devices)} devices")
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=where)
+
+    canvas = canvas_side(config, side)
+    batch = {"image": array(np.uint8, canvas or side, canvas or side, 3), "tokens": array(np.int32, length)}
+    if canvas:
+        batch |= {"size": array(np.int32, 2), "windows": array(np.float32, 1, 4)}
+    found = {
+        "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
+        "flops": _flops(model, b),
+    }
+    try:
+        compiled = step.lower(state, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return found | {"error": "does not fit: " + str(error).splitlines()[0].rpartition("HBM, ")[2]}
+    memory = compiled.memory_analysis()
+    return found | {
+        "states": memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "collectives": collectives(compiled.as_text()),
+    }
+
+
+def _flops(model, batch: int) -> float:
+    """Floating-point operations of the towers, forward and backward, as XLA counts them unrolled, and of the loss.
+
+    Those of one pair, times the batch; recomputation under remat or accumulation is not counted, as is the custom.
+    """
+    import jax
+
+    from rankclip_jax.models import CLIP
+
+    plain = CLIP(model.config, model.dtype)
+    images, tokens = plain.example_inputs(2)
+    variables = jax.eval_shape(plain.init, jax.random.key(0), images, tokens)
+
+    def towers(variables):
+        z_img, z_txt, _ = plain.apply(variables, images, tokens)
+        return z_img.sum() + z_txt.sum()
+
+    pair = jax.jit(jax.grad(towers)).lower(variables).cost_analysis()["flops"] / 2
+    return batch * pair + 24.0 * batch**2 * model.config.embed_dim
+
+
+if __name__ == "__main__":
+    given = json.load(sys.stdin)
+    try:
+        print(json.dumps(_describe(configs.complete(given["config"]), given["topology"])))
+    except InputError as refused:
+        print(json.dumps({"refused": str(refused)}))

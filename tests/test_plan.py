@@ -1,0 +1,134 @@
+"""The plan of a run: what it reads from compiled programs is what the formulas say."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rankclip_jax import models, plan, sharding
+from rankclip_jax.config import complete
+from rankclip_jax.errors import InputError
+
+SMALL = dict(
+    batch_size=64,
+    model=dict(name="ViT-tiny", image_size=32, context_length=16, scan_layers=True),
+    tokenizer=dict(vocab_size=512),
+    data=dict(format="shapes"),
+    plan=dict(target="8xH100", samples=6400, utilisation=0.5),
+    epochs=10,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "count"), [("v5e:4x4", "v5e", 16), ("v5p:4x4x8", "v5p", 128), ("8xH100", "H100", 8)]
+)
+def test_targets(text, kind, count):
+    target = plan.parse_target(text)
+    assert (target["kind"], target["count"]) == (kind, count)
+    assert (target["topology"] == text) == kind.startswith("v")
+
+
+@pytest.mark.parametrize("text", ["v5e", "H100", "8xH99", "v9:4x4", "0.5xH100", ""])
+def test_a_wrong_target_says_what_is_known(text):
+    with pytest.raises(InputError, match=r"config.plan.target = .*such as v5e:4x4.*H100"):
+        plan.parse_target(text)
+
+
+def test_operations_are_those_of_the_matrix_products():
+    model = models.build("ViT-tiny", image_size=32, context_length=16, vocab_size=512, eot_id=511)
+    config, batch = model.config, 64
+    vision, text = config.vision, config.text
+    length = (vision.image_size // vision.patch_size) ** 2 + 1
+
+    def tower(layers, width, tokens):  # multiply-adds of 12 w^2 weights a token, and of the two products of attention
+        return layers * (12 * width**2 * tokens + 2 * tokens**2 * width)
+
+    patches = (length - 1) * vision.width * 3 * vision.patch_size**2
+    forward = tower(vision.layers, vision.width, length) + tower(text.layers, text.width, text.context_length)
+    forward += (vision.width + text.width) * config.embed_dim
+    # Two operations a multiply-add, three times: forward, by the input, by the weights; patches have no gradient.
+    expected = batch * (6 * forward + 4 * patches) + 24 * batch**2 * config.embed_dim
+    assert plan._flops(model, batch) == pytest.approx(expected, rel=0.1)  # the rest is not in matrices
+
+
+def test_collectives_are_counted_by_kind_and_as_often_as_they_run():
+    hlo = """HloModule jit_step
+
+%inner (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %c = bf16[4]{0} all-reduce-start(bf16[4]{0} %w), to_apply=%add
+}
+
+%layers (p: f32[8]) -> f32[8] {
+  %g = f32[64,32]{1,0} all-gather(f32[8,32]{1,0} %x), dimensions={0}
+  ROOT %v = f32[8]{0} while(%t), condition=%c2, body=%inner, backend_config={"known_trip_count":{"n":"5"}}
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %b = (f32[10]{0}, f32[20,2]{1,0}) all-reduce(%y, %z), to_apply=%add
+  %v = f32[8]{0} while(%t), condition=%c1, body=%layers, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %d = f32[8]{0} add(%p, %q)
+}
+"""
+    assert plan.collectives(hlo) == {"all-gather": (3, 3 * 64 * 32 * 4), "all-reduce": (1 + 15, 160 + 15 * 8)}
+
+
+def test_the_counts_are_those_of_a_real_program():
+    mesh = sharding.make_mesh({"data": 8})
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+
+    def layers(x, w):
+        def layer(x, w):
+            return jax.lax.with_sharding_constraint(jnp.tanh(x @ w), rows), None
+
+        return jax.lax.scan(layer, x, w)[0]
+
+    x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=rows)
+    w = jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "data")))
+    compiled = jax.jit(layers, out_shardings=whole).lower(x, w).compile()
+    count, size = plan.collectives(compiled.as_text())["all-gather"]
+    # Five gathers of a weight, in the loop or before it, or its rows' share of products; and the result.
+    assert size >= 5 * 64 * 64 * 4 + 16 * 64 * 4 and count in (2, 6)
+
+
+def test_a_line_through_two_batches_and_days():
+    config = complete(SMALL | {"batch_size": 128})
+    half = dict(parameters=1, flops=1e12, states=2**30, temporary=3 * 2**30, collectives={})
+    numbers = plan.summary(config, plan.parse_target("8xH100"), half | dict(temporary=5 * 2**30), half)
+    assert numbers["peak_gib"] == 6
+    # Half of the batch took 2 GiB more, so a row takes 1/32 GiB, and what the batch does not change takes 2 GiB.
+    assert numbers["largest_batch"] == (80 - 2) * 32 // 8 * 8
+    assert numbers["seconds_per_step"] == pytest.approx(1e12 / (8 * 989e12 * 0.5))
+    assert numbers["days"] == pytest.approx(10 * (6400 // 128) * numbers["seconds_per_step"] / 86400)
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_small_run(capsys):
+    numbers = plan.plan(complete(SMALL | {"mesh": {"data": 2, "fsdp": 4}, "sharding": "fsdp"}))
+    said = capsys.readouterr().out
+    model = models.build("ViT-tiny", image_size=32, context_length=16, vocab_size=512, eot_id=511, scan_layers=True)
+    params = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
+    count = sum(p.size for p in jax.tree.leaves(params))
+    assert numbers["parameters"] == count and f"{count:,}" in said
+    # Parameters and two moments, nearly all split in four, and inputs: uint8 pictures and int32 tokens.
+    states = 3 * 4 * count / 4 / 2**30
+    assert states < numbers["states_gib"] < 1.5 * states + 2**-10
+    kinds = numbers["collectives"]
+    assert "all-gather" in kinds and kinds["all-gather"][1] > 4 * count * 0.5  # parameters are gathered to be used
+    assert "largest batch that fits" in said and "days" in said
+
+
+@pytest.mark.slow
+def test_the_command_line_refuses_in_one_line():
+    command = [sys.executable, "-m", "rankclip_jax.train", "--config", "configs/shapes.py", "--mode=plan"]
+    for flag, message in (
+        ("--config.plan.target=v5e", "config.plan.target = 'v5e'"),
+        ("--config.batch_size=100", "batch_size = 100 does not divide over 8 devices"),
+    ):
+        extra = [] if "target" in flag else ["--config.plan.target=8xH100"]
+        done = subprocess.run([*command, flag, *extra], capture_output=True, text=True, env=os.environ)
+        assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
