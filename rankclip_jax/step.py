@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rankclip_jax import images
@@ -195,3 +196,10 @@ def to_devices(batch: dict, mesh) -> dict:
     """This process's share of a batch (numpy) -> global arrays, split over the mesh."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def to_host(array: jax.Array, mesh) -> np.ndarray:
+    """This process's share of a global array split as batches are: the way back of `to_devices`."""
+    if jax.process_count() > 1:
+        array = multihost_utils.global_array_to_host_local_array(array, mesh, batch_sharding(mesh).spec)
+    return np.asarray(array)

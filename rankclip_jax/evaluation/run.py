@@ -99,7 +99,7 @@ def _prompts(name, spec, found) -> prompts.Prompts:
 
 def _encoded(encoder: Encoder, source, what: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(embeddings (n, D), labels (n,), rows (n,)) of every usable sample once, from all processes, batch by batch."""
-    with Progress(f"images of {what}", source.size) as progress:
+    with Progress(f"{what} images", source.size) as progress:
         for batch in encoder.batches(source):
             parts = encoder.images(batch), batch["label"], batch["row"], batch["mask"]
             if jax.process_count() > 1:
