@@ -22,7 +22,9 @@ def open_drawn(path, side: int, split: str) -> Source:
             return image, caption.encode(), np.int32(label)
 
         image, caption, label = tf.numpy_function(draw, [row], (tf.uint8, tf.string, tf.int32))
-        return {"image": tf.ensure_shape(image, (side, side, 3)), "caption": caption, "label": label}
+        sample = {"image": image, "caption": caption, "label": label}
+        known = {"image": (side, side, 3), "caption": (), "label": ()}
+        return {key: tf.ensure_shape(value, known[key]) for key, value in sample.items()}
 
     captions = lambda: (shapes.draw(split, row, 8)[1] for row in range(min(size, 10_000)))  # noqa: E731
     return Source(size, read, lambda row: f"shapes {split} scene {row}", captions)
