@@ -1,0 +1,177 @@
+"""Looks at what a run needs of this machine, and says in one line how to mend what is wrong.
+
+python -m rankclip_jax.doctor [--workdir DIR] [--tokenizer PATH_OR_HUB_ID]
+"""
+
+import argparse
+import importlib.metadata
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from packaging.requirements import Requirement
+
+from rankclip_jax.errors import InputError
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only decodes here, so its greetings say nothing
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
+class Finding(NamedTuple):
+    """One line of the report: `remedy` is None where all is well."""
+
+    what: str
+    found: str
+    remedy: str | None = None
+
+
+def packages(requirements: list[str]) -> Iterator[Finding]:
+    """Compares what is installed with requirements as pip writes them ("jax>=0.10.2,<0.12")."""
+    for requirement in map(Requirement, requirements):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        mend = f"pip install '{requirement.name}{requirement.specifier}'"
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(requirement.name, "not installed", mend)
+            continue
+        fits = requirement.specifier.contains(version, prereleases=True)
+        yield Finding(requirement.name, version, None if fits else mend)
+
+
+def devices() -> Iterator[Finding]:
+    """The devices that JAX has, and whether it overlooks a GPU; a small training step on each backend."""
+    import jax
+
+    backend = jax.default_backend()
+    kinds = sorted({device.device_kind for device in jax.devices()})
+    idle_gpu = backend == "cpu" and Path("/dev/nvidia0").exists()
+    mend = "JAX does not use the NVIDIA GPU of this machine: pip install 'jax[cuda13]<0.12'" if idle_gpu else None
+    yield Finding("devices", f"{jax.device_count()} {backend} ({', '.join(kinds)})", mend)
+    for name in dict.fromkeys((backend, "cpu")):
+        loss, first, second = _small_step(jax.local_devices(backend=name)[:1])
+        well = 0 < loss < 100
+        yield Finding(
+            f"training step on {name}",
+            f"loss {loss:.3f}, {1000 * second:.0f} ms after {first:.1f} s of compiling",
+            None if well else f"JAX computes wrongly on {name}: reinstall jax and jaxlib, and the driver",
+        )
+
+
+def _small_step(where) -> tuple[float, float, float]:
+    """Loss, seconds of the first and of the second step of a small model on the devices `where`."""
+    import numpy as np
+
+    from rankclip_jax import config as configs
+    from rankclip_jax import models, optim, sharding
+    from rankclip_jax import step as steps
+
+    config = configs.complete({"loss": {"schedule": "constant"}, "optim": {"warmup_steps": 0}})
+    model = models.build("ViT-tiny", image_size=32, context_length=8, vocab_size=64, eot_id=63, scan_layers=True)
+    mesh = sharding.make_mesh({"data": 1}, where)
+    tx = optim.make_optimizer(config.optim, 10)
+    state = steps.init_state(model, tx, 0, mesh, None)
+    step = steps.make_train_step(model, tx, config, mesh, total_steps=10, steps_per_epoch=10)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (8, 32, 32, 3)).astype(np.uint8),
+        "tokens": rng.integers(1, 64, (8, 8)).astype(np.int32),
+    }
+    batch, seconds = steps.to_devices(batch, mesh), []
+    for _ in range(2):
+        start = time.perf_counter()
+        state, numbers = step(state, batch)
+        loss = float(numbers["loss"])
+        seconds.append(time.perf_counter() - start)
+    return loss, *seconds
+
+
+def pipeline(pictures: int = 400) -> Iterator[Finding]:
+    """Whether TensorFlow keeps off the accelerators, and how fast it decodes."""
+    try:
+        import tensorflow as tf
+
+        from input_pipeline import decode
+    except ImportError as error:
+        yield Finding("TensorFlow", f"cannot be imported: {error}", "pip install -r requirements.txt")
+        return
+    import input_pipeline.pipeline  # noqa: F401 -- it keeps TensorFlow off the GPUs
+
+    seen = tf.config.get_visible_devices("GPU")
+    yield Finding(
+        "TensorFlow's devices",
+        "the CPU alone" if not seen else f"{len(seen)} GPU(s), whose memory it will take",
+        "import input_pipeline before anything else uses TensorFlow, or pip install tensorflow-cpu" if seen else None,
+    )
+    import numpy as np
+
+    rows, columns = np.mgrid[0:300, 0:400]
+    noise = np.random.default_rng(0).integers(0, 64, (300, 400, 3))
+    image = tf.io.encode_jpeg(((rows + columns)[..., None] // 4 + noise).astype(np.uint8), quality=90)
+    data = tf.data.Dataset.from_tensors(image).repeat(pictures)
+    data = data.map(lambda x: tf.shape(decode.decode(x)), num_parallel_calls=tf.data.AUTOTUNE)
+    start = time.perf_counter()
+    done = sum(1 for _ in data)
+    rate = done / (time.perf_counter() - start)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding("decoding", f"{rate:,.0f} JPEGs of 400 x 300 a second on {cores} cores")
+
+
+def places(workdir: str, tokenizer: str | None) -> Iterator[Finding]:
+    """Whether the workdir can be written, has room, and the tokenizer is there."""
+    folder = Path(workdir).absolute()
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+        yield Finding("workdir", f"{workdir} can be written")
+    except OSError as error:
+        mend = f"give a --workdir that you may write, or: chmod u+w {there}"
+        yield Finding("workdir", f"{there}: {error.strerror}", mend)
+    free = shutil.disk_usage(there).free / 2**30
+    mend = f"free some space below {there}: two checkpoints of ViT-B/32 take 3.5 GiB" if free < 5 else None
+    yield Finding("free disk", f"{free:,.1f} GiB", mend)
+    if tokenizer:
+        from rankclip_jax.tokenizer import Tokenizer
+
+        try:
+            yield Finding("tokenizer", f"{tokenizer}: {Tokenizer.load(tokenizer).vocab_size:,} tokens")
+        except InputError as error:
+            yield Finding("tokenizer", str(error), "give the path of a tokenizer.json, or none to train one")
+
+
+def findings(workdir: str, tokenizer: str | None) -> Iterator[Finding]:
+    """All of them, as they are found."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    yield Finding("Python", version, None if supported else "use Python 3.11, 3.12 or 3.13")
+    yield from packages(importlib.metadata.requires("rankclip_jax") or [])
+    yield from places(workdir, tokenizer)
+    yield from devices()
+    yield from pipeline()
+
+
+def main() -> None:
+    """Prints the report. Exit code 1 when something has to be mended."""
+    parser = argparse.ArgumentParser(prog="python -m rankclip_jax.doctor", description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", default="runs", help="where runs will be written")
+    parser.add_argument("--tokenizer", help="the tokenizer.json or hub id that config.tokenizer.path will name")
+    flags = parser.parse_args()
+    ill = 0
+    for what, found, remedy in findings(flags.workdir, flags.tokenizer):
+        ill += remedy is not None
+        print(f"{'ok ' if remedy is None else 'BAD'}  {what:26}{found}", flush=True)
+        if remedy is not None:
+            print(f"     {'':26}-> {remedy}", flush=True)
+    print(f"\n{ill} thing(s) to mend" if ill else "\nall is well")
+    sys.exit(ill > 0)
+
+
+if __name__ == "__main__":
+    main()
