@@ -81,6 +81,9 @@ def open_labelled(spec, *, image_side: int) -> LabelledSet:
 def open_train_and_test(spec, *, image_side: int) -> tuple[LabelledSet, LabelledSet]:
     """The sets of config.eval.linear_probe: `train` and `path`, of one format. Raises InputError as `open_labelled`."""
     train, test = (_open_labelled(spec, path, image_side) for path in (spec.train, spec.path))
+    if spec.format == "csv":  # it has numbers only, and the last class may be missing in one of the two
+        names = max(train.names, test.names, key=len)
+        train, test = (dataclasses.replace(found, names=names) for found in (train, test))
     if train.names != test.names:
         raise InputError(
             f"{spec.train} has {len(train.names)} classes, {spec.path} has {len(test.names)}, or they are other ones; "

@@ -82,6 +82,23 @@ def test_a_missing_set_is_named_and_the_others_are_evaluated(tmp_path):
     assert "missing: zero_shot/gone: no such file" in evaluation.text(results)
 
 
+def test_a_set_of_which_no_image_can_be_read_does_not_stop_the_others(tmp_path):
+    (tmp_path / "bad" / "ash").mkdir(parents=True)
+    (tmp_path / "bad" / "ash" / "0.png").write_text("no image")
+    (tmp_path / "bad.csv").write_text("image,caption\nbad/ash/0.png,some ash\n")
+    bad, fine = str(tmp_path / "bad"), write_set(tmp_path / "fine", [(10, "ash"), (20, "bone"), (30, "clay")])
+    fields = dict(
+        zero_shot={"bad": dict(format="folder", path=bad), "fine": dict(format="folder", path=fine)},
+        retrieval={"bad": dict(path=str(tmp_path / "bad.csv"))},
+        geometry={"bad": dict(path=str(tmp_path / "bad.csv"))},
+    )
+    results = evaluation.evaluate(config_of(**fields), KnownModel().encoder())
+    assert list(results["zero_shot"]) == ["fine"]
+    assert results["missing"] == dict.fromkeys(
+        ["zero_shot/bad", "retrieval/bad", "geometry/bad"], "no image could be used"
+    )
+
+
 def test_the_suite_needs_known_sets_and_a_folder():
     with pytest.raises(InputError, match=r"no set 'mnist'; there are all, caltech101"):
         evaluation.evaluate(config_of(suite="mnist", data_dir="x"), KnownModel().encoder())

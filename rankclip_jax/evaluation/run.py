@@ -4,6 +4,7 @@ A set that cannot be opened does not stop the others: `missing` says which, wher
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -53,41 +54,38 @@ def evaluate(config, encoder: Encoder, *, kinds=KINDS, folder: Path | None = Non
     """
     from input_pipeline import labelled
 
-    artifacts = Artifacts(folder)
-    missing = {}
+    artifacts, results, missing = Artifacts(folder), {}, {}
 
-    def opened(kind, specs, open_set):
+    def each(kind, specs, open_set, compute):
+        rows = {}
         for name, spec in specs.items():
             try:
-                yield name, spec, open_set(spec, image_side=encoder.image_side)
+                rows[name] = compute(name, spec, open_set(spec, image_side=encoder.image_side))
             except InputError as error:
                 missing[f"{kind}/{name}"] = str(error)
+        return rows
 
-    results = {}
     if "zero_shot" in kinds:
-        sets = {}
-        for name, spec, found in opened("zero_shot", suite.zero_shot_sets(config), labelled.open_labelled):
-            try:
-                sets[name] = found, _prompts(name, spec, found)
-            except InputError as error:
-                missing[f"zero_shot/{name}"] = str(error)
-        results |= _zero_shot(config.robustness, encoder, sets, artifacts)
+        # Opened all before any is evaluated: the reference set of robustness needs the others' classes.
+        sets = each("zero_shot", suite.zero_shot_sets(config), labelled.open_labelled, _with_prompts)
+        results |= _zero_shot(config.robustness, encoder, sets, artifacts, missing)
     if "retrieval" in kinds:
-        results["retrieval"] = {
-            name: _retrieval(encoder, name, found, artifacts)
-            for name, _, found in opened("retrieval", config.retrieval, labelled.open_captioned)
-        }
+        results["retrieval"] = each(
+            "retrieval", config.retrieval, labelled.open_captioned, functools.partial(_retrieval, encoder, artifacts)
+        )
     if "linear_probe" in kinds:
-        results["linear_probe"] = {
-            name: _linear_probe(encoder, name, spec, *pair)
-            for name, spec, pair in opened("linear_probe", config.linear_probe, labelled.open_train_and_test)
-        }
+        results["linear_probe"] = each(
+            "linear_probe", config.linear_probe, labelled.open_train_and_test, functools.partial(_linear_probe, encoder)
+        )
     if "geometry" in kinds:
-        results["geometry"] = {
-            name: _geometry(encoder, name, spec, found, artifacts)
-            for name, spec, found in opened("geometry", config.geometry, labelled.open_captioned)
-        }
+        results["geometry"] = each(
+            "geometry", config.geometry, labelled.open_captioned, functools.partial(_geometry, encoder, artifacts)
+        )
     return results | {"missing": missing}
+
+
+def _with_prompts(name, spec, found):
+    return found, _prompts(name, spec, found)
 
 
 def _prompts(name, spec, found) -> prompts.Prompts:
@@ -113,11 +111,13 @@ def _all_encoded(encoder, source, what):
     """Everything of `_encoded` at once, in order of the rows."""
     parts = list(_encoded(encoder, source, what))
     z, labels, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
+    if not len(rows):
+        raise InputError("no image could be used")
     order = np.argsort(rows)
     return z[order], labels[order], rows[order]
 
 
-def _zero_shot(config, encoder, sets, artifacts) -> dict:
+def _zero_shot(config, encoder, sets, artifacts, missing) -> dict:
     known, results, on_shared = {}, {}, {}
     shifted = {name: sets[name] for name in config.shifted if name in sets}
     for name, (found, classes) in sets.items():
@@ -139,24 +139,30 @@ def _zero_shot(config, encoder, sets, artifacts) -> dict:
             for place, sub in subsets.values():
                 inside = kept & (place[labels] >= 0)
                 sub.add(z[inside], place[labels[inside]])
-        results[name] = _checked(counter.results, name)
-        on_shared |= {other: _checked(sub.results, name)["top1"] for other, (_, sub) in subsets.items()}
+        try:
+            results[name] = counter.results()
+            on_shared |= {other: sub.results()["top1"] for other, (_, sub) in subsets.items()}
+        except ValueError as error:
+            missing[f"zero_shot/{name}"] = str(error)
+            continue
         artifacts.confusion(name, classes.names, counter.confusion_CxC)
     baselines = robustness.read_baselines(config.baselines) if config.baselines else {}
     rows = {
-        name: robustness.table_row(results[name]["top1"], on_shared[name], baselines.get(name)) for name in on_shared
+        name: robustness.table_row(results[name]["top1"], on_shared[name], baselines.get(name))
+        for name in on_shared
+        if name in results
     }
     return {"zero_shot": results, "robustness": rows}
 
 
-def _checked(compute, name):
+def _checked(compute):
     try:
         return compute()
     except ValueError as error:
-        raise InputError(f"{name}: {error}") from None
+        raise InputError(str(error)) from None
 
 
-def _retrieval(encoder, name, found, artifacts) -> dict:
+def _retrieval(encoder, artifacts, name, spec, found) -> dict:
     z_img, _, rows = _all_encoded(encoder, found.source, name)
     usable = np.isin(found.image_of_text, rows)  # an image that cannot be read is left out with its captions
     captions = [caption for caption, good in zip(found.captions, usable, strict=True) if good]
@@ -167,18 +173,15 @@ def _retrieval(encoder, name, found, artifacts) -> dict:
     return retrieval.recalls(*ranks)
 
 
-def _linear_probe(encoder, name, spec, train, test) -> dict:
-    features = [_all_encoded(encoder, found.source, f"{name} ({part})")[:2] for part, found in
-                (("train", train), ("test", test))]  # fmt: skip
+def _linear_probe(encoder, name, spec, pair) -> dict:
+    train, test = (_all_encoded(encoder, found.source, name)[:2] for found in pair)
+    report = lambda line: print(f"{name}: {line}", flush=True)  # noqa: E731
     return _checked(
-        lambda: linear_probe.linear_probe(
-            *features, classes=len(test.names), metric=spec.metric, report=lambda line: print(f"{name}: {line}")
-        ),
-        name,
+        lambda: linear_probe.linear_probe(train, test, classes=len(pair[0].names), metric=spec.metric, report=report)
     )
 
 
-def _geometry(encoder, name, spec, found, artifacts) -> dict:
+def _geometry(encoder, artifacts, name, spec, found) -> dict:
     # The first caption of each of the first images; rows come in order, so reading can stop early.
     z_img, rows = [], []
     for z, _, some in _encoded(encoder, found.source, name):
@@ -187,8 +190,10 @@ def _geometry(encoder, name, spec, found, artifacts) -> dict:
         if sum(map(len, rows)) >= spec.sample:
             break
     z_img, rows = np.concatenate(z_img)[: spec.sample], np.concatenate(rows)[: spec.sample]
+    if not len(rows):
+        raise InputError("no image could be used")
     images, first = np.unique(found.image_of_text, return_index=True)
     captions = [found.captions[first[np.searchsorted(images, row)]] for row in rows]
     z_txt = encoder.texts(captions)
     artifacts.geometry(name, z_img, z_txt, captions)
-    return _checked(lambda: geometry.geometry(z_img, z_txt), name)
+    return _checked(lambda: geometry.geometry(z_img, z_txt))
