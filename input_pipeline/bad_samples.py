@@ -93,6 +93,8 @@ def reason_of_failure(sample: Callable, position: int) -> str | None:
         return f"{_in_words(error.message).split('; ')[0]}; no such file"
     except tf.errors.DataLossError:
         return "the record does not match its checksum"
+    except UnicodeDecodeError as error:  # TensorFlow quotes the sample's bytes in its message
+        return _in_words(error.object.decode(errors="replace"))
     except Exception as error:  # TensorFlow's own, or whatever a Python part of the pipeline raises
         return _in_words(getattr(error, "message", None) or str(error) or type(error).__name__)
     return None

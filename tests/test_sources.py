@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import os
 import shutil
@@ -206,10 +207,35 @@ def test_tars_of_every_dialect(tmp_path):
                 tar.add(tmp_path / "x.jpg", f"{key}.JPG")
                 tar.add(tmp_path / "x.txt", f"{key}.txt")
         joined = (tmp_path / "one.tar").read_bytes() * 2  # with an end mark in the middle
-        (tmp_path / "joined.tar").write_bytes(joined)
-        source = opened("webdataset", str(tmp_path / "joined.tar"))
+        (tmp_path / f"joined{dialect}.tar").write_bytes(joined)
+        source = opened("webdataset", str(tmp_path / f"joined{dialect}.tar"))
         assert read_all(source) == [(image, caption)] * 6 and source.lost == ()
         assert [source.where(row).split(" key ")[1] for row in (0, 1, 2)] == ["folder/x", long_key, "\u00e9t\u00e9"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_tar_takes_no_memory(tmp_path):
+    made = samples(2)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for i, (image, caption) in enumerate(made):
+            for ending, data in (("jpg", image), ("txt", caption.encode())):
+                member = tarfile.TarInfo(f"{i}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+            hole = tarfile.TarInfo(f"hole{i}.bin")
+            hole.size = 1 << 31  # a file with a hole has the length and not the bytes
+            tar.addfile(hole)
+            tar.fileobj.seek(hole.size, os.SEEK_CUR)
+            tar.offset += hole.size
+
+    def in_memory():
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["RssAnon"].split()[0]) << 10
+
+    before = in_memory()
+    source = opened("webdataset", str(tmp_path))
+    assert read_all(source) == made and (tmp_path / "0.tar").stat().st_size > 1 << 32
+    assert in_memory() - before < 1 << 29
 
 
 def test_webdataset_keys_can_be_named(tmp_path):

@@ -23,12 +23,11 @@ def byte_ranges(paths: Sequence[str], sizes: Sequence[int]) -> Callable:
 def _mapped(paths, sizes):
     files = tf.raw_ops.EmptyTensorList(element_shape=[-1], max_num_elements=-1, element_dtype=tf.uint8)
     for path, size in zip(paths, sizes, strict=True):
-        # A mapping of no bytes is impossible, and no row lies in such a file.
-        file = (
-            tf.raw_ops.ImmutableConst(dtype=tf.uint8, shape=[size], memory_region_name=path)
-            if size
-            else tf.zeros(0, tf.uint8)
-        )
+        # Nothing can be mapped of a file without bytes, and no row lies in one. DLPack takes the mapping over as it is,
+        # where tf.constant and ImmutableConst copy the file into memory. It refuses a read-only array: so this one is
+        # copy-on-write, and nobody writes.
+        mapped = np.memmap(path, np.uint8, "c") if size else np.zeros(0, np.uint8)
+        file = tf.experimental.dlpack.from_dlpack(mapped.__dlpack__())
         files = tf.raw_ops.TensorListPushBack(input_handle=files, tensor=file)
 
     def read(file, begin, length):

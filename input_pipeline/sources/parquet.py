@@ -79,7 +79,9 @@ def _opened(file):
         where = pa.BufferReader(tf.io.gfile.GFile(file, "rb").read()) if is_remote(file) else file
         with pq.ParquetFile(where) as opened:
             yield opened
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the system, not of Parquet's decoder
         raise InputError(f"{file} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
 
 

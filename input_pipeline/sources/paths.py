@@ -67,6 +67,9 @@ def stamps(paths: Sequence[str]) -> list[tuple[int, int]]:
     """(size in bytes, time of the last change in ns) of each file; many at once, for buckets answer slowly."""
 
     def stamp(path):
+        if not is_remote(path):  # TensorFlow knows the time of local files to the second only
+            stat = os.stat(path)
+            return stat.st_size, stat.st_mtime_ns
         stat = tf.io.gfile.stat(path)
         return stat.length, stat.mtime_nsec
 
@@ -75,6 +78,8 @@ def stamps(paths: Sequence[str]) -> list[tuple[int, int]]:
             return list(pool.map(stamp, paths))
     except tf.errors.OpError as error:
         raise InputError(f"cannot be read: {error.message.splitlines()[0]}") from None
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from None
 
 
 def _matches(path, endings):

@@ -14,7 +14,8 @@ class Lost:
     Attributes:
       where: the file.
       reason: what is wrong with it.
-      samples: how many are lost; an estimate where a shard is torn.
+      samples: how many are lost; an estimate where a shard is damaged, and 1 where it was cut off, since how much is
+        missing cannot be known.
     """
 
     where: str

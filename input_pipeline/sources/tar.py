@@ -40,7 +40,8 @@ class Members:
         """Names a sample: file and key."""
         file = self.index.file_of(row)
         begin = self.index.columns["begin"][row].max()  # of any member
-        return f"{self.index.paths[file]} key {_keys_by_begin(self.index.paths[file], self.index.sizes[file])[begin]}"
+        path, size = self.index.paths[file], self.index.sizes[file]
+        return f"{path} key {_keys_by_begin(path, size).get(begin, 'unknown: the tar has changed')}"
 
 
 def open_webdataset(spec, path) -> Source:
@@ -69,7 +70,7 @@ def open_members(paths: list[str], wanted: Mapping[str, tuple[str, ...]], cache_
     Raises:
       InputError: a tar is compressed, or no sample has a member with one of the endings.
     """
-    kind = "tar " + repr(sorted(wanted.items()))
+    kind = f"tar {list(wanted.items())}"  # in their order, as the columns are
     index = offset_index(kind, paths, functools.partial(_scan, wanted), cache_dir)
     for name, found_N in zip(wanted, index.columns["length"].T, strict=True):
         if not (found_N >= 0).any():
@@ -113,19 +114,20 @@ def _scan(wanted, data, size, path) -> Scan:
     # A sample of none of the wanted members (a .json alone, a read-me) is no sample.
     some = (columns["length"] >= 0).any(axis=1)
     columns = {name: column[some] for name, column in columns.items()}
-    lost = None
-    if torn:
-        samples = round((size - torn.at) * some.sum() / torn.at) if torn.at else 1
-        lost = Lost(path, f"{torn}; the {size - torn.at:,} bytes from there on are lost", max(1, samples))
-    return Scan(columns, lost)
+    if not torn:
+        return Scan(columns)
+    if torn.cut_off:
+        return Scan(columns, Lost(path, f"{torn}; whatever followed is lost", 1))
+    samples = max(1, round((size - torn.at) * some.sum() / torn.at)) if torn.at else 1
+    return Scan(columns, Lost(path, f"{torn}; the {size - torn.at:,} bytes from there on are lost", samples))
 
 
 class _TornError(Exception):
     """A tar that cannot be followed any further, from byte `at` on."""
 
-    def __init__(self, what, at):
+    def __init__(self, what, at, cut_off=True):
         super().__init__(f"{what} at byte {at}")
-        self.at = at
+        self.at, self.cut_off = at, cut_off
 
 
 def _members(data, size, path):
@@ -141,7 +143,7 @@ def _members(data, size, path):
             continue
         stored, length = _number(head[148:156]), _number(head[124:136])
         if stored is None or stored != sum(head) - sum(head[148:156]) + 8 * ord(" ") or length is None:
-            raise _TornError("a broken header", at)
+            raise _TornError("a broken header", at, cut_off=False)
         kind, begin, ended = head[156:157], at + _BLOCK, False
         if kind in (b"0", b"\0", b"7") and long_size is not None:
             length = long_size

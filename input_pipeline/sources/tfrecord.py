@@ -153,18 +153,17 @@ def _scan(data, size, path) -> Scan:
     head_Nx12 = np.frombuffer(b"".join(heads), np.uint8).reshape(-1, 12)
     stored = head_Nx12[:, 8:].copy().view("<u4")[:, 0]
     wrong = np.flatnonzero(stored != _masked_crc32c(head_Nx12[:, :8]))
-    reason = None
+    lost = None
     if len(wrong):  # everything that was found from there on was found at made-up places
         at = begins[wrong[0]]
         begins, head_Nx12 = begins[: wrong[0]], head_Nx12[: wrong[0]]
-        reason = f"the checksum of a record's length is wrong at byte {at}"
+        reason = (
+            f"the checksum of a record's length is wrong at byte {at}; the {size - at:,} bytes from there on are lost"
+        )
+        lost = Lost(path, reason, max(1, round((size - at) * len(begins) / at)) if at else 1)
     elif at < size:
-        reason = f"cut off inside a record that starts at byte {at}"
+        lost = Lost(path, f"cut off inside the record at byte {at}; it and whatever followed are lost", 1)
     columns = dict(begin=np.array(begins, np.int64), length=head_Nx12[:, :8].copy().view("<i8").reshape(-1))
-    lost = None
-    if reason:
-        samples = max(1, round((size - at) * len(begins) / at)) if at else 1
-        lost = Lost(path, f"{reason}; the {size - at:,} bytes from there on are lost", samples)
     return Scan(columns, lost)
 
 
