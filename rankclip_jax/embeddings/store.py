@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def read(path: Path) -> Embeddings:
             return Embeddings(arrays["embedding"], arrays["row"], names, json.loads(str(arrays["about"])))
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
-    except (KeyError, ValueError, OSError) as error:
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is no file of embeddings that rankclip_jax.embed wrote ({error})") from None
 
 
