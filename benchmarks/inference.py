@@ -95,8 +95,8 @@ def main() -> None:
             np.abs(ours.encode_text(texts[:4]) - their_texts(texts[:4]).numpy()).max(),
         )
     print(
-        f"{flags.model}, float32, {jax.default_backend()} of {platform.machine()}, torch with {torch.get_num_threads()} "
-        f"threads; jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}; "
+        f"{flags.model}, float32, {jax.default_backend()} of {platform.machine()}, {torch.get_num_threads()} threads; "
+        f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}; "
         f"{flags.rounds} rounds; largest difference of an embedding {difference:.1e}\n"
     )
     print("| input | batch | rankclip_jax /s | transformers /s | ratio (range) |")
