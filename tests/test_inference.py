@@ -14,7 +14,7 @@ from PIL import Image
 import rankclip_jax
 from rankclip_jax import loop, preprocess, pretrained, progress
 from rankclip_jax.errors import InputError
-from rankclip_jax.interop import write_hf
+from rankclip_jax.interop import layouts, write_hf
 from rankclip_jax.tokenizer import Tokenizer
 from tests.made_models import CAPTIONS, RESNET, VIT, make_config, make_variables, make_workdir
 
@@ -222,6 +222,25 @@ def test_a_model_without_tokenizer_says_what_to_give(model, workdir, tmp_path):
         bare.encode_text("a")
     given = rankclip_jax.load(tmp_path / "bare", tokenizer=str(workdir / "tokenizer.json"))
     np.testing.assert_array_equal(given.encode_text("a cat"), model.encode_text("a cat"))
+
+
+def test_a_checkpoint_of_the_rankclip_code_and_a_pickle_that_would_run_code(model, workdir, tmp_path):
+    torch = pytest.importorskip("torch")
+    state = layouts.to_state(model.source.variables, model.source.config, layouts.openai)
+    state = {f"module.{key}": torch.tensor(value) for key, value in state.items()}
+    torch.save({"epoch": 3, "name": "run", "state_dict": state}, tmp_path / "epoch_3.pt")
+    loaded = rankclip_jax.load(tmp_path / "epoch_3.pt", tokenizer=str(workdir / "tokenizer.json"))
+    assert loaded.source.config == model.source.config  # from the shapes alone
+    np.testing.assert_array_equal(loaded.encode_text(CAPTIONS[:3]), model.encode_text(CAPTIONS[:3]))
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"state_dict": state, "optimizer": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(InputError, match=rf"evil\.pt: refused: its pickle asks for {os.name}\.mkdir, which"):
+        rankclip_jax.load(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_paths_that_hold_no_model_say_why(workdir, tmp_path):
