@@ -1,8 +1,8 @@
 """Encoded bytes of any common kind -> uint8 RGB, in the graph wherever TensorFlow can, by PIL where it cannot.
 
-JPEG, PNG and WebP stay in the graph; an animated WebP, GIF, BMP, TIFF and whatever else PIL reads go through PIL, which
-gives the first frame. Palettes and grey become RGB, CMYK is converted, 16 bits keep their upper 8, and transparency is
-composited on white. An EXIF rotation is ignored, as published CLIPs do.
+JPEG, PNG and WebP stay in the graph; a PNG with a palette, an animated WebP, GIF, BMP, TIFF and whatever else PIL reads
+go through PIL, which gives the first frame. Palettes and grey become RGB, CMYK is converted, 16 bits keep their upper
+8, and transparency is composited on white. An EXIF rotation is ignored, as published CLIPs do.
 """
 
 import io
@@ -55,7 +55,8 @@ def decode(image, recover=False) -> tf.Tensor:
     if image.dtype == tf.uint8:
         return image
     head = _head(image)
-    png = tf.reduce_all(head[:8] == list(b"\x89PNG\r\n\x1a\n"))
+    # libpng makes up wrong alpha for a palette of fewer than 256 colours, so those go to PIL.
+    png = tf.reduce_all(head[:8] == list(b"\x89PNG\r\n\x1a\n")) & (head[25] != 3)
     webp = tf.reduce_all(tf.gather(head, (0, 1, 2, 3, 8, 9, 10, 11)) == list(b"RIFFWEBP"))
     animated = (head[15] == ord("X")) & (head[20] // 2 % 2 == 1)
     kind = tf.where(is_jpeg(image), 0, tf.where(png, 1, tf.where(webp & ~animated, 2, 3)))
@@ -74,14 +75,14 @@ def _jpeg(image, recover):
 
 
 def _png(image, head):
-    # Big-endian sides. Colour types 0 and 2 have no alpha channel, and what libpng makes up for 1-bit pictures would
-    # be wrong. A single colour that is marked as transparent in them stays opaque.
+    # Big-endian sides. Colour types 4 and 6 have an alpha channel; a single colour that the others mark as transparent
+    # stays opaque.
     width, height = (tf.reduce_sum(head[at : at + 4] * [1 << 24, 1 << 16, 1 << 8, 1]) for at in (16, 20))
     with tf.control_dependencies([_check_pixels(height, width)]):
         return tf.cond(
-            (head[25] == 0) | (head[25] == 2),
-            lambda: tf.io.decode_png(image, channels=3),
+            (head[25] == 4) | (head[25] == 6),
             lambda: _on_white(tf.io.decode_png(image, channels=4)),
+            lambda: tf.io.decode_png(image, channels=3),
         )
 
 
