@@ -69,6 +69,9 @@ def prepare(source: sources.Source, out_dir: Path, options: Options, described: 
     Raises:
       InputError: too many bad rows, shards of other settings in the folder, or the disk is full or not writable.
     """
+    unreachable = sum(part.samples for part in source.lost)
+    if unreachable > options.max_bad_fraction * (source.size + unreachable):
+        raise InputError(f"more than config.data.max_bad_fraction = {options.max_bad_fraction} is lost;{lost(source)}")
     manifest = Manifest(out_dir, described | _settings(source, options))
     finished = {shard["name"] for shard in manifest.shards}
     if options.tokenizer:
@@ -160,8 +163,8 @@ def _settings(source, options):
 
 
 def lost(source: sources.Source) -> str:
-    """Lines about what of the source could not be reached and has no row."""
-    return "".join(f"\nlost: about {part.samples:,} samples of {part.where}: {part.reason}" for part in source.lost)
+    """What of the source could not be reached and has no row."""
+    return ";".join(f" about {part.samples:,} samples of {part.where}: {part.reason}" for part in source.lost)
 
 
 def summary(manifest: Manifest, out_dir: Path) -> str:
@@ -186,7 +189,9 @@ def inspect(source: sources.Source, name: str, out_dir: Path, tokenizer, sample:
         return {key: value.numpy() for key, value in source.read(tf.constant(row, tf.int64)).items()}
 
     seen = overview.survey(source, tokenizer=tokenizer, sample=sample, workers=workers)
-    print(f"{name}\n" + overview.text(seen, lambda row: captions_of(read(row))) + lost(source))
+    print(f"{name}\n" + overview.text(seen, lambda row: captions_of(read(row))))
+    if source.lost:
+        print(f"\nlost:{lost(source)}")
     count = min(len(seen.good_rows), contact_sheet.EXAMPLES)
     if not count:
         return
@@ -279,7 +284,9 @@ def main() -> None:
             flags.shard_size, flags.short_side, flags.quality, tokenizer, flags.context_length, data.max_bad_fraction
         )
         described = {"source": flags.source, "format": kind, "keys": rest}
-        print(summary(prepare(source, out_dir, options, described, flags.workers), out_dir) + lost(source))
+        print(summary(prepare(source, out_dir, options, described, flags.workers), out_dir))
+        if source.lost:
+            print(f"lost:{lost(source)}", file=sys.stderr)
     except InputError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

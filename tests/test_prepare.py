@@ -219,6 +219,21 @@ def refused(monkeypatch, *arguments):
     return stop.value.code
 
 
+def test_what_cannot_be_reached_is_said_or_stops_it(tmp_path, capsys, monkeypatch):
+    (tmp_path / "data").mkdir()
+    record = shards.example({"jpg": jpeg(1), "txt": "a cat"})
+    shards.write_shard(tmp_path / "data/0.tfrecord", [record] * 90)
+    shards.write_shard(tmp_path / "data/1.tfrecord", [record] * 10)
+    with open(tmp_path / "data/1.tfrecord", "r+b") as torn:
+        torn.truncate((len(record) + 16) * 5 + 7)
+    run(monkeypatch, tmp_path / "data", tmp_path / "out")
+    said = capsys.readouterr()
+    assert "95 samples in 1 shards" in said.out
+    assert f"lost: about 1 samples of {tmp_path}/data/1.tfrecord: cut off" in said.err
+    message = refused(monkeypatch, tmp_path / "data", tmp_path / "new", "--config.data.max_bad_fraction=0.005")
+    assert "more than config.data.max_bad_fraction = 0.005 is lost; about 1 samples of" in message
+
+
 def test_a_folder_of_other_shards_is_refused(mixed, tmp_path, monkeypatch):
     run(monkeypatch, mixed, tmp_path / "out", *ALL)
     before = files(tmp_path / "out")
