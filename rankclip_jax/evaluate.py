@@ -27,7 +27,8 @@ def evaluate(config: ConfigDict, workdir) -> dict:
     workdir = Path(workdir)
     run, state = _workdir(config, workdir) if config.eval.model is None else _model(config, workdir)
     step = int(state.step)
-    results = evaluation.evaluate(config.eval, run.encoder(state), folder=workdir / "eval")
+    folder = workdir / "eval" if jax.process_index() == 0 else None
+    results = evaluation.evaluate(config.eval, run.encoder(state), folder=folder)
     if not any(results[kind] for kind in evaluation.KINDS):
         raise InputError("; ".join(results["missing"].values()) or "config.eval names no set to evaluate on")
     if jax.process_index() == 0:

@@ -37,11 +37,16 @@ class Prompts:
 
 def plain(names: list[str], templates: list[str] | None = None) -> Prompts:
     """Names and prompts as given, one class a label; without prompts: "a photo of a {}."."""
-    templates = templates or load_protocol("simple")["templates"]
+    templates = check_templates(templates or load_protocol("simple")["templates"])
+    return Prompts(list(names), templates, np.arange(len(names), dtype=np.int32), list(names))
+
+
+def check_templates(templates: list[str]) -> list[str]:
+    """The prompts as given. Raises InputError for one without {}."""
     for template in templates:
         if "{}" not in template:
             raise InputError(f"the prompt {template!r} has no {{}} where the class name goes")
-    return Prompts(list(names), list(templates), np.arange(len(names), dtype=np.int32), list(names))
+    return list(templates)
 
 
 def from_protocol(protocol: str, set_name: str, label_names: list[str]) -> Prompts:

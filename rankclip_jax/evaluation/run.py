@@ -91,7 +91,9 @@ def _with_prompts(name, spec, found):
 def _prompts(name, spec, found) -> prompts.Prompts:
     if spec.protocol and not (spec.classes or found.from_file):
         given = prompts.from_protocol(spec.protocol, spec.protocol_set or name, found.names)
-        return dataclasses.replace(given, templates=found.templates) if spec.templates else given
+        return (
+            dataclasses.replace(given, templates=prompts.check_templates(found.templates)) if spec.templates else given
+        )
     return prompts.plain(found.names, found.templates)
 
 
