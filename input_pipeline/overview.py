@@ -46,9 +46,8 @@ class Overview:
 
 
 def survey(source: Source, *, tokenizer: Tokenizer | None, sample: int | None, workers: int) -> Overview:
-    """Reads and decodes every row, or `sample` rows evenly spread, by `workers` threads, and keeps numbers alone."""
-    step = max(1, source.size // sample) if sample else 1
-    numbers = range(0, source.size, step)[:sample]
+    """Decodes every row, or at most `sample` rows evenly spread, by `workers` threads, and keeps numbers alone."""
+    numbers = range(0, source.size, -(-source.size // sample) if sample else 1)
     bad, kinds = Counter(), Counter()
     measures, hashes, good_rows = defaultdict(lambda: array("d")), defaultdict(lambda: array("Q")), array("q")
     caption_rows, looked_at = array("q"), 0

@@ -237,7 +237,7 @@ def _flags():
     parser.add_argument("out_dir", metavar="OUT_DIR", nargs="?", help="folder of the shards, local")
     parser.add_argument("--format", help="of the source, as config.data.format; default: by the name of SOURCE")
     parser.add_argument("--inspect", action="store_true", help="print what is in SOURCE; a picture goes to OUT_DIR")
-    parser.add_argument("--sample", type=int, help="with --inspect: look at so many rows, evenly spread")
+    parser.add_argument("--sample", type=int, help="with --inspect: look at no more rows, evenly spread")
     parser.add_argument("--short-side", type=int, help="bring larger images to so many pixels, as JPEG; 288 for 224")
     parser.add_argument("--quality", type=int, default=95, help="of the JPEGs written (95)")
     parser.add_argument("--shard-size", type=int, default=10_000, help="rows a shard (10000)")

@@ -38,7 +38,7 @@ def read_rows(source: Source, numbers: range) -> Iterator[Row]:
         return {"row": number, "image": sample["image"], "caption": sample["caption"]}
 
     data = tf.data.Dataset.range(numbers.start, numbers.stop, numbers.step)
-    data = data.map(read, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors()
+    data = data.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).ignore_errors()
     expected = iter(numbers)
     for sample in _samples(data):
         # A row that fails leaves a gap; only then is it read once more, alone, for its reason.

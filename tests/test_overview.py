@@ -100,6 +100,8 @@ def test_a_sample_is_evenly_spread():
     assert seen.looked_at == 10 and seen.good_rows.tolist() == list(range(0, 100, 10))
     assert "100 rows, 10 of them looked at" in overview.text(seen, lambda row: (str(row),))
     assert survey(source_of(images, [str(i) for i in range(100)]), sample=1000).looked_at == 100
+    seen = survey(source_of(images, [str(i) for i in range(100)]), sample=30)
+    assert seen.good_rows.tolist() == list(range(0, 100, 4))  # to the end, rather than exactly 30
 
 
 def test_the_sheet_shows_the_pictures(tmp_path):

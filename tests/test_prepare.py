@@ -203,7 +203,7 @@ def test_a_shard_that_changed_or_is_gone_is_made_again(mixed, tmp_path, monkeypa
 
 
 def test_too_many_bad_rows_stop_it(tmp_path, monkeypatch):
-    (tmp_path / "bad.csv").write_text("image,caption\n" + "gone.jpg,a caption\n" * 300)
+    (tmp_path / "bad.csv").write_text("image,caption\n" + "gone.jpg,a caption\n" * 120)
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, tmp_path / "bad.csv", tmp_path / "out")
     message = stop.value.code
