@@ -47,10 +47,13 @@ def resize(canvas_BxCxCx3: jax.Array, size_Bx2: jax.Array, window_Bx4: jax.Array
 
 def _weights(begin, length, size, side, side_C):
     """(side, C) float32: how much each pixel of one axis weighs in each pixel of the result; rows sum to 1."""
-    step = length / side
-    centres = begin + (jnp.arange(side) + 0.5) * step
-    pixels = jnp.arange(side_C) + 0.5
-    weights = _cubic((pixels - centres[:, None]) / jnp.maximum(step, 1.0)) * (pixels < size)
+    # Centres in whole pixels and a fraction: one float32 would be off by 1e-5, enough to round otherwise than PIL.
+    twice = (2 * jnp.arange(side) + 1) * length  # exact where the length is a whole number
+    whole = jnp.floor(twice / (2 * side))
+    fraction = (twice - whole * (2 * side)) / (2 * side) + (begin - jnp.floor(begin))
+    pixels = jnp.arange(side_C)
+    distance = (pixels - (whole + jnp.floor(begin))[:, None]) + (0.5 - fraction)[:, None]
+    weights = _cubic(distance / jnp.maximum(length / side, 1.0)) * (pixels < size)
     return weights / jnp.sum(weights, axis=1, keepdims=True)
 
 
