@@ -292,6 +292,7 @@ def test_progress_counts_rate_and_time_left(monkeypatch, capsys):
     assert first.split("  ")[:3] == last.split("  ")[:3] == ["200/7,400 images", "10.0 images/s", "0:12:00 left"]
 
 
+@pytest.mark.slow
 def test_loading_imports_neither_tensorflow_nor_torch(workdir):
     code = f"""
 import sys

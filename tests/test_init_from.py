@@ -203,24 +203,38 @@ def test_layer_wise_rates_are_powers_of_the_distance_to_the_end(scan):
     assert (scale["text/token_embedding/embedding"] == 0.5**3).all()
 
 
-def test_layer_wise_rates_of_a_resnet_and_beside_a_frozen_tower():
+def test_layer_wise_rates_of_a_resnet():
     config = make_config(RESNET | dict(vision=dict(layers=(1, 2, 1), width=16)))
     model = loop.build_model(config, Tokenizer.train(["a", "b"], 300))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))["params"]
     scales = optim.layer_scales(shapes, 0.5)["visual"]
     expected = dict(conv1=5, bn1=5, layer1_0=4, layer2_0=3, layer2_1=2, layer3_0=1, attnpool=0)
     assert {k: set(jax.tree.leaves(v)) for k, v in scales.items()} == {k: {0.5**d} for k, d in expected.items()}
-    config.optim.freeze, config.optim.layer_lr_decay = "vision", 0.5
-    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
-    updates = {}
-    for decay in (None, 0.5):
-        config.optim.layer_lr_decay = decay
-        tx = optim.make_optimizer(config.optim, 10)
-        updates[decay] = jax.jit(lambda p, tx=tx: tx.update(p, tx.init(p), p)[0])(params)
-        assert not any(x.any() for x in jax.tree.leaves(updates[decay]["visual"]))
-    fast, slow = (updates[decay]["text"]["token_embedding"]["embedding"] for decay in (None, 0.5))
-    np.testing.assert_allclose(slow, fast * 0.5**2, rtol=1e-6)  # one block: two steps before the end
-    assert (fast != 0).all()
+
+
+def test_layer_wise_rates_beside_a_frozen_tower_and_weight_decay():
+    ones = np.ones((2, 2), np.float32)
+    blocks = {f"resblocks_{i}": {"mlp": {"kernel": ones}} for i in range(3)}
+    params = {
+        "visual": {"conv1": {"kernel": ones}, "transformer": blocks},
+        "text": {"token_embedding": {"embedding": ones}, "transformer": blocks, "text_projection": ones},
+        "logit_scale": np.float32(1),
+    }
+    config = make_config(VIT).optim
+    config.freeze, updates = "vision", {}
+    for config.layer_lr_decay in (None, 0.5):
+        tx = optim.make_optimizer(config, 10)
+        updates[config.layer_lr_decay] = tx.update(params, tx.init(params), params)[0]
+        assert not any(x.any() for x in jax.tree.leaves(updates[config.layer_lr_decay]["visual"]))
+    fast, slow = (leaves(updates[decay]) for decay in (None, 0.5))
+    for name, before_the_end in (
+        ("token_embedding/embedding", 4),
+        ("transformer/resblocks_0/mlp/kernel", 3),
+        ("transformer/resblocks_2/mlp/kernel", 1),
+        ("text_projection", 0),
+    ):
+        assert (fast[f"text/{name}"] < 0).all()
+        np.testing.assert_allclose(slow[f"text/{name}"], fast[f"text/{name}"] * 0.5**before_the_end, rtol=1e-6)
 
 
 @pytest.mark.slow
