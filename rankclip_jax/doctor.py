@@ -95,31 +95,18 @@ def _small_step(where) -> tuple[float, float, float]:
 def pipeline(pictures: int = 400) -> Iterator[Finding]:
     """Whether TensorFlow keeps off the accelerators, and how fast it decodes."""
     try:
-        import tensorflow as tf
-
-        from input_pipeline import decode
+        from input_pipeline import health
     except ImportError as error:
         yield Finding("TensorFlow", f"cannot be imported: {error}", "pip install -r requirements.txt")
         return
-    import input_pipeline.pipeline  # noqa: F401 -- it keeps TensorFlow off the GPUs
-
-    seen = tf.config.get_visible_devices("GPU")
+    gpus = health.gpus_of_tensorflow()
     yield Finding(
         "TensorFlow's devices",
-        "the CPU alone" if not seen else f"{len(seen)} GPU(s), whose memory it will take",
-        "import input_pipeline before anything else uses TensorFlow, or pip install tensorflow-cpu" if seen else None,
+        f"{gpus} GPU(s), whose memory it will take" if gpus else "the CPU alone",
+        "import input_pipeline before anything else uses TensorFlow, or pip install tensorflow-cpu" if gpus else None,
     )
-    import numpy as np
-
-    rows, columns = np.mgrid[0:300, 0:400]
-    noise = np.random.default_rng(0).integers(0, 64, (300, 400, 3))
-    image = tf.io.encode_jpeg(((rows + columns)[..., None] // 4 + noise).astype(np.uint8), quality=90)
-    data = tf.data.Dataset.from_tensors(image).repeat(pictures)
-    data = data.map(lambda x: tf.shape(decode.decode(x)), num_parallel_calls=tf.data.AUTOTUNE)
-    start = time.perf_counter()
-    done = sum(1 for _ in data)
-    rate = done / (time.perf_counter() - start)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    rate = health.jpegs_per_second(pictures)
     yield Finding("decoding", f"{rate:,.0f} JPEGs of 400 x 300 a second on {cores} cores")
 
 
