@@ -1,6 +1,6 @@
 """Images and texts a second: rankclip_jax.load against transformers with PyTorch, on this machine.
 
-    python -m benchmarks.inference [--model ViT-B/32] [--rounds 5]
+    python -m benchmarks.inference [--model ViT-B/32] [--rounds 5] [--inputs texts]
 
 Both sides hold the same random weights in float32 and get the same inputs, in turns within one process, one warm-up
 first. `images` starts from PIL images of 400 x 300 pixels and includes resizing; `pixels` gives both what the view has
@@ -72,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.inference", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="ViT-B/32", help="a preset with a vision transformer")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--inputs", nargs="+", default=["images", "pixels", "texts"])
     flags = parser.parse_args()
     source = make_model(flags.model)
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +113,8 @@ def main() -> None:
             ),
             "texts": (lambda b=batch: ours.encode_text(texts[:b]), lambda b=batch: their_texts(texts[:b])),
         }
-        for name, (our_call, their_call) in cases.items():
+        for name in flags.inputs:
+            our_call, their_call = cases[name]
             with torch.inference_mode():
                 found = rates({"ours": our_call, "theirs": their_call}, batch, flags.rounds)
             ratios = np.divide(found["ours"], found["theirs"])

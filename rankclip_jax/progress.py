@@ -16,7 +16,7 @@ class Progress:
         """`total` None: not known beforehand, so no time left is printed."""
         self._noun, self._total, self._done = noun, total, 0
         self._start = self._printed = time.monotonic()
-        self._every = 0.5 if sys.stderr.isatty() else 10.0
+        self._terminal, self._shown = sys.stderr.isatty(), 0
 
     def __enter__(self) -> "Progress":
         return self
@@ -25,15 +25,16 @@ class Progress:
         """Notes that `count` more are done."""
         self._done += count
         now = time.monotonic()
-        if now - self._start >= QUIET_SECONDS and now - self._printed >= self._every:
+        if now - self._start >= QUIET_SECONDS and now - self._printed >= (0.5 if self._terminal else 10):
             self._printed = now
-            self._print(end="\r" if sys.stderr.isatty() else "\n")
+            self._print(end="\r" if self._terminal else "\n")
 
     def __exit__(self, *_) -> None:
-        if self._printed != self._start:  # something was printed: leave the last line complete
+        if self._shown and (self._terminal or self._shown != self._done):  # leave the last line complete
             self._print(end="\n")
 
     def _print(self, end: str) -> None:
+        self._shown = self._done
         rate = self._done / (time.monotonic() - self._start)
         of = "" if self._total is None else f"/{self._total:,}"
         line = f"{self._done:,}{of} {self._noun}  {rate:,.1f} {self._noun}/s"

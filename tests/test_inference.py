@@ -287,9 +287,12 @@ def test_progress_counts_rate_and_time_left(monkeypatch, capsys):
         assert capsys.readouterr().err == ""  # quiet while it may be short
         now[0] += 18.1
         bar.add(100)
-    first, last = capsys.readouterr().err.splitlines()
-    # 200 in 20 s, 7200 left at 10 a second: 12 minutes.
-    assert first.split("  ")[:3] == last.split("  ")[:3] == ["200/7,400 images", "10.0 images/s", "0:12:00 left"]
+        now[0] += 5
+        bar.add(50)
+    lines = [line.rstrip().split("  ") for line in capsys.readouterr().err.splitlines()]
+    # 200 in 20 s, 7200 left at 10 a second: 12 minutes. 250 in 25 s, 7150 left: 5 s less.
+    assert lines[0] == ["200/7,400 images", "10.0 images/s", "0:12:00 left"]
+    assert lines[1:] == [["250/7,400 images", "10.0 images/s", "0:11:55 left"]]
 
 
 @pytest.mark.slow
