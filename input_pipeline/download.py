@@ -157,7 +157,11 @@ def _run(python, arguments, out_dir, log, total):
     with open(log, "w") as out, Progress("download", total, done=done, unit="URLs") as progress:
         # A session of its own, so that an interrupt reaches all of its processes at once, and none survives.
         child = subprocess.Popen(
-            [python, driver, json.dumps(arguments)], stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            [python, driver, json.dumps(arguments)],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1"},  # it would ask PyPI for news in every process
         )
         try:
             while child.poll() is None:
