@@ -231,7 +231,14 @@ def test_mean_and_deviation_come_from_the_folder(source, png, tmp_path):
 def test_trained_exported_and_used_in_transformers(tmp_path, png):
     """The whole way: train on shapes, export, and embed a PNG and sentences with transformers alone."""
     config = configs.complete(
-        dict(model=VIT, batch_size=32, data=dict(train=320), steps=10, optim=dict(lr=1e-3, warmup_steps=2))
+        dict(
+            model=VIT,
+            batch_size=16,
+            loss=dict(objective="clip"),  # sooner compiled
+            data=dict(train=160),
+            steps=10,
+            optim=dict(lr=1e-3, warmup_steps=2),
+        )
     )
     loop.train(config, tmp_path / "run")
     export.write(pretrained.read(tmp_path / "run"), tmp_path / "hf", "hf")

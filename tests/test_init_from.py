@@ -156,7 +156,7 @@ def test_another_image_size_and_a_shorter_context(workdirs, capsys):
 @pytest.mark.parametrize("freeze, model", [("vision", RESNET), ("text", VIT)])
 def test_a_frozen_tower_stays_to_the_bit(workdirs, freeze, model):
     name = "resnet" if model is RESNET else "vit"
-    config = make_config(model, init_from=str(workdirs[name]))
+    config = make_config(model, init_from=str(workdirs[name]), loss=dict(objective="clip"))
     config.optim.freeze, config.optim.weight_decay, config.optim.lr = freeze, 0.5, 1e-2
     tokenizer = pretrained.read(workdirs[name]).tokenizer
     network, tx = loop.build_model(config, tokenizer), optim.make_optimizer(config.optim, 10)
@@ -243,7 +243,13 @@ def test_a_run_starts_from_another_and_goes_on_without_it(workdirs, tmp_path, ca
     moved = tmp_path / "origin"
     workdirs["vit"].rename(moved)
     config = make_config(
-        VIT, init_from=str(moved), batch_size=32, data=dict(train=64), steps=2, optim=dict(lr=1e-4, warmup_steps=1)
+        VIT,
+        init_from=str(moved),
+        batch_size=16,
+        loss=dict(objective="clip"),  # sooner compiled
+        data=dict(train=32),
+        steps=2,
+        optim=dict(lr=1e-4, warmup_steps=1),
     )
     loop.train(config, tmp_path / "run")
     assert f"starting from {moved}, step 1 (both)" in capsys.readouterr().out
