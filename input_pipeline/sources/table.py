@@ -91,7 +91,7 @@ def _columns(file, image_keys, text_keys, delimiter) -> tuple[pa.Table, list[int
             pyarrow.csv.ConvertOptions(include_columns=found, column_types=dict.fromkeys(found, pa.large_binary())),
         ).read_all()
     except pa.ArrowInvalid as error:
-        raise InputError(f"{file} cannot be read as a csv: {error}") from None
+        raise InputError(f"{file} cannot be read as a csv: {str(error).splitlines()[0][:200]!a}") from None
     for key in found:
         last = table[key][-1].as_py() if len(table) else b""
         if last.endswith(b"\n"):  # it has taken everything to the file's end
