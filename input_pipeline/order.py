@@ -8,11 +8,12 @@ _shuffled = tf.random.experimental.index_shuffle
 
 
 def row_at(source: Source, stream, seed: int) -> tf.Tensor:
-    """The row (int64 scalar) at place `stream` (int64 scalar, from 0) of the endless stream that `seed` gives.
+    """The row (int64 scalar) at place `stream` (int or int64 scalar, from 0) of the endless stream that `seed` gives.
 
     Epoch e is the places from e * size on. In it every row comes once; of a mixture with weights every part comes as
     often as its share says, and its own rows go round in epochs of their own.
     """
+    stream = tf.cast(stream, tf.int64)
     epoch, place = stream // source.size, stream % source.size
     place = _shuffled(place, _key(seed, epoch), source.size - 1)
     if source.shares is None:

@@ -419,8 +419,13 @@ def test_a_mixture_of_every_layout_from_the_configuration(tmp_path):
     batches = pipeline.TrainBatches(
         source, tokenizer, batch_size=4, image_side=8, context_length=16, crop_scale=(1.0, 1.0), seed=0
     )
-    assert [next(batches)["tokens"].shape for _ in range(5)] == [(4, 16)] * 5
-    assert sum(b["mask"].sum() for b in pipeline.eval_batches(source, batch_size=5, image_side=8)) == 16
+    (tmp_path / "csv" / "pictures" / "2.img").write_text("broken from now on")
+    assert [next(batches)["tokens"].shape for _ in range(12)] == [(4, 16)] * 12
+    assert batches.bad.reasons == {"not an image, or of a kind that PIL does not know": 1}
+    assert source.where(2).startswith("csv: ") and source.where(2).endswith(
+        "data.csv row 2: " + str(tmp_path / "csv/pictures/2.img")
+    )
+    assert sum(b["mask"].sum() for b in pipeline.eval_batches(source, batch_size=5, image_side=8)) == 15
 
 
 def test_wrong_mixtures_are_refused():
