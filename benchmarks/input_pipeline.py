@@ -147,7 +147,8 @@ def main() -> None:
         measured = {name: [] for name in contenders}
         for round_number in range(flags.rounds):
             for name, (batches, workers) in contenders.items():
-                for _ in range(2 * flags.workers + 2):  # what was fetched ahead while the others ran
+                time.sleep(2)  # until the one before has fetched ahead all that it will
+                for _ in range(2 * flags.workers + 2):  # what this one has fetched ahead
                     next(batches)
                 begin, cpu = time.perf_counter(), cpu_seconds(workers)
                 for _ in range(flags.images // BATCH):

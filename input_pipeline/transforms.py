@@ -50,6 +50,7 @@ def centre_window(size_2, side: int) -> tf.Tensor:
 
     As CLIPImageProcessor of transformers: the longer side is truncated to whole pixels, and so is the square's place.
     """
+    size_2 = tf.cast(size_2, tf.int64)
     resized = size_2 * side // tf.reduce_min(size_2)
     corner = (resized - side) // 2
     step = tf.cast(size_2, tf.float32) / tf.cast(resized, tf.float32)
