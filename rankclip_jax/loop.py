@@ -178,6 +178,7 @@ def train(config: ConfigDict, workdir) -> None:
     origin = None if resumes else init_from.read(config)
     tokenizer = Tokenizer.load(str(workdir / "tokenizer.json")) if resumes else _new_tokenizer(config, source, origin)
     run = Run(config, workdir, tokenizer)
+    abstract = steps.abstract_state(run.model, tx, run.mesh, config.sharding)
     if not resumes:  # only now, when everything that the user gave has proved right
         workdir.mkdir(parents=True, exist_ok=True)
         tokenizer.save(workdir / "tokenizer.json")
@@ -186,7 +187,6 @@ def train(config: ConfigDict, workdir) -> None:
     checkpoints = Checkpoints(workdir, config.checkpoint)
     start, position = checkpoints.latest() or 0, 0
     if start:
-        abstract = steps.abstract_state(run.model, tx, run.mesh, config.sharding)
         state, position = checkpoints.restore(start, abstract)
         print(f"resuming from step {start} of {total_steps} in {workdir}")
     else:

@@ -181,6 +181,7 @@ def small(config="configs/shapes.py", **overrides):
         ({"data.format": "csv", "data.train": "gone.csv"}, r"no such file: gone.csv; give a csv"),
         ({"mesh": {"data": 3}}, r"takes 3 devices; there are 8"),
         ({"data.train": 0}, r"give a number of scenes"),
+        ({"sharding": "fsdp"}, r"asks for an axis 'fsdp', which config.mesh lacks"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_refused_before_anything_is_written(tmp_path, overrides, message):
