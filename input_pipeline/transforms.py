@@ -115,16 +115,15 @@ def view(
 
 
 def _decoded(image, windows_of, side, canvas, recover):
-    """Pixels and windows. A JPEG beyond the canvas comes smaller by 2, 4 or 8, if every window keeps `side` pixels."""
+    """Pixels and windows. If a window exceeds the canvas, a JPEG is scaled by 2, 4 or 8 where all keep `side` pixels."""
 
     def full():
         pixels = decode(image, recover)
         return pixels, windows_of(tf.shape(pixels)[:2])
 
     def scaled():
-        size_2 = jpeg_size(image)
-        windows = windows_of(size_2)
-        times = tf.where(tf.reduce_max(size_2) > canvas, tf.reduce_min(windows[:, 2:]) / side, 1.0)
+        windows = windows_of(jpeg_size(image))
+        times = tf.where(tf.reduce_max(windows[:, 2:]) > canvas, tf.reduce_min(windows[:, 2:]) / side, 1.0)
         log2_ratio = tf.reduce_sum(tf.cast(times >= [2.0, 4.0, 8.0], tf.int32))
         return jpeg(image, log2_ratio, recover), windows / tf.cast(2**log2_ratio, tf.float32)
 
