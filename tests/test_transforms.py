@@ -94,11 +94,11 @@ CASES = [
 SIZES, WINDOWS = zip(*CASES, strict=True)
 
 
-@pytest.mark.parametrize("make", [picture, noise])
-@pytest.mark.parametrize("side", [24, 7])
-def test_the_device_resizes_as_pil(make, side):
-    pictures = [make(*size) for size in SIZES]
-    for pixels, window, result in zip(pictures, WINDOWS, through_device(pictures, WINDOWS, side, 96), strict=True):
+@pytest.mark.parametrize("side", [24, pytest.param(7, marks=pytest.mark.slow)])
+def test_the_device_resizes_as_pil(side):
+    pictures = [make(*size) for size in SIZES for make in (picture, noise)]
+    windows = [window for window in WINDOWS for _ in range(2)]
+    for pixels, window, result in zip(pictures, windows, through_device(pictures, windows, side, 96), strict=True):
         for expected in (oracle(pixels, window, side), pil_window(pixels, window, side)):
             assert difference(result, expected).max() <= 1 and (difference(result, expected) > 0).mean() < 0.01
         on_host = transforms.resize(tf.constant(pixels), window, side)
@@ -176,7 +176,7 @@ def test_random_windows_keep_scale_and_shape_and_lie_inside(size, scale):
 def test_random_windows_are_distributed_as_torchvisions():
     """In a large square no draw of the area or the ratio is refused, so their laws are those they were drawn from."""
     draw = lambda i: transforms.random_windows((4000, 4000), (0.2, 0.5), tf.stack([3, i]), count=2)  # noqa: E731
-    windows = np.stack(list(tf.data.Dataset.range(1500).map(draw, num_parallel_calls=2).as_numpy_iterator()))
+    windows = np.stack(list(tf.data.Dataset.range(700).map(draw, num_parallel_calls=2).as_numpy_iterator()))
     top, left, height, width = np.moveaxis(windows, -1, 0)
     for values, low, high in (
         (height * width / 4000**2, 0.2, 0.5),
@@ -187,8 +187,8 @@ def test_random_windows_are_distributed_as_torchvisions():
         uniform = (values - low) / (high - low)
         for view in (0, 1):  # Kolmogorov-Smirnov: above 1.95 / sqrt(n) once in a thousand
             ordered = np.sort(uniform[:, view])
-            assert np.abs(ordered - (np.arange(1500) + 0.5) / 1500).max() < 1.95 / np.sqrt(1500)
-        assert abs(np.corrcoef(uniform[:, 0], uniform[:, 1])[0, 1]) < 0.1  # the two views know nothing of each other
+            assert np.abs(ordered - (np.arange(700) + 0.5) / 700).max() < 1.95 / np.sqrt(700)
+        assert abs(np.corrcoef(uniform[:, 0], uniform[:, 1])[0, 1]) < 0.15  # the two views know nothing of each other
 
 
 def test_random_windows_repeat_with_their_seed_and_fall_back_to_the_centre():

@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from input_pipeline import pipeline, sources
-from rankclip_jax import images, models, optim, sharding
+from rankclip_jax import images, loop, models, optim, sharding
 from rankclip_jax import step as steps
 from rankclip_jax.config import complete
 from rankclip_jax.errors import InputError
@@ -125,6 +125,16 @@ def test_two_views_share_the_weight_of_the_contrastive_term(objective, devices, 
     ranking = sum(metrics.get(key, 0.0) for key in ("rank_in_modal", "rank_cross_modal")) / 16
     assert (ranking > 0) == (objective == "rankclip")
     assert metrics["loss"] == pytest.approx((clip + second) / 2 + ranking, rel=1e-5)
+
+
+def test_the_canvas_is_chosen_from_the_image_size_unless_it_is_given():
+    def side(image_size, **data):
+        return loop.canvas_side(complete({"data": {"format": "csv"} | data}), image_size)
+
+    assert (side(224), side(32), side(224, canvas=300), side(224, resize="host")) == (408, 64, 300, None)
+    assert side(48, format="shapes") == 48  # drawn at the model's own size
+    with pytest.raises(InputError, match=r"config.data.canvas = 100 is less than the model's image_size, 224"):
+        side(224, canvas=100)
 
 
 def test_two_views_need_a_contrastive_term_and_resize_is_a_choice():
