@@ -115,7 +115,7 @@ def view(
 
 
 def _decoded(image, windows_of, side, canvas, recover):
-    """Pixels and windows. If a window exceeds the canvas, a JPEG comes 2, 4 or 8 times smaller; all keep `side` pixels."""
+    """Pixels and windows. If a window exceeds the canvas, a JPEG comes 2, 4 or 8 times smaller, none below `side`."""
 
     def full():
         pixels = decode(image, recover)
