@@ -14,12 +14,9 @@ import re
 import subprocess
 import sys
 
+from rankclip_jax.plan import BYTES, COLLECTIVE
+
 WIDTH = 512
-COLLECTIVE = re.compile(
-    r"= (?P<type>\(?[a-z0-9]+\[[^=]*?) "
-    r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
-)
-BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
 
 
 def collectives(hlo: str) -> list[tuple[str, int]]:

@@ -85,4 +85,5 @@ def replace(part: Path, path: Path) -> None:
 
 
 def cannot_write(path: Path, why: str) -> str:
+    """The line for a disk that is full or may not be written."""
     return f"cannot write {path}: {why}; finished shards are kept, and the same command goes on after them"

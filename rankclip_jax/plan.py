@@ -32,13 +32,13 @@ ACCELERATORS = {
     "H200": (141, 989),
     "B200": (180, 2250),
 }
-_COLLECTIVE = re.compile(
+COLLECTIVE = re.compile(
     r"= (?P<type>\(?[a-z0-9]+\[[^=]*?) "
     r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
 )
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{\n((?:.*\n)*?)\}", re.MULTILINE)
 _LOOP = re.compile(r" while\(.*body=%?([\w.-]+).*known_trip_count[^0-9]*([0-9]+)")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
 
 
 def plan(config: ConfigDict) -> dict:
@@ -162,10 +162,10 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
             times[body] = times[name] * int(trips)
     found = {}
     for name, text in bodies.items():
-        for match in _COLLECTIVE.finditer(text):
+        for match in COLLECTIVE.finditer(text):
             sizes = []
             for dtype, shape in re.findall(r"([a-z]+[0-9]+)\[([0-9,]*)\]", match["type"]):
-                sizes.append(_BYTES[dtype] * math.prod(int(size) for size in shape.split(",") if size))
+                sizes.append(BYTES[dtype] * math.prod(int(size) for size in shape.split(",") if size))
             count, total = found.get(match["kind"], (0, 0))
             found[match["kind"]] = count + times[name], total + times[name] * max(sizes)
     return found
