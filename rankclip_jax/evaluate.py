@@ -11,7 +11,7 @@ from rankclip_jax import evaluation, images, models, optim, pretrained, sharding
 from rankclip_jax import step as steps
 from rankclip_jax.checkpoint import Checkpoints
 from rankclip_jax.errors import InputError
-from rankclip_jax.loop import Run
+from rankclip_jax.run import Run
 from rankclip_jax.tokenizer import Tokenizer
 
 

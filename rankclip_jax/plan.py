@@ -178,7 +178,7 @@ def _describe(config: ConfigDict, topology: str | None) -> dict:
 
     from rankclip_jax import models, optim, sharding
     from rankclip_jax import step as steps
-    from rankclip_jax.loop import canvas_side
+    from rankclip_jax.run import canvas_side
 
     if topology:
         from jax.experimental import topologies

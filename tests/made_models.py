@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from rankclip_jax import config as configs
-from rankclip_jax import loop
 from rankclip_jax import step as steps
 from rankclip_jax.checkpoint import Checkpoints
+from rankclip_jax.run import build_model
 from rankclip_jax.tokenizer import Tokenizer
 
 CAPTIONS = ["a photo of a cat", "two dogs on a beach", "a red circle on grey", "the small blue star"] * 5
@@ -36,7 +36,7 @@ def make_config(model, **groups):
 
 def make_variables(config, tokenizer, seed=0):
     """(model, its variables): random ones, nowhere at their initial zeros and ones."""
-    model = loop.build_model(config, tokenizer)
+    model = build_model(config, tokenizer)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))
     rng = np.random.default_rng(seed)
 

@@ -10,8 +10,8 @@ from rankclip_jax import sharding
 from rankclip_jax.accumulation import loss_and_grads
 from rankclip_jax.config import complete
 from rankclip_jax.errors import InputError
-from rankclip_jax.loop import Run
 from rankclip_jax.losses import objective_loss
+from rankclip_jax.run import Run
 from rankclip_jax.tokenizer import Tokenizer
 from tests.test_step import SMALL, run
 

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 import rankclip_jax
-from rankclip_jax import loop, preprocess, pretrained, progress
+from rankclip_jax import preprocess, pretrained, progress
 from rankclip_jax.errors import InputError
 from rankclip_jax.interop import layouts, write_hf
+from rankclip_jax.run import build_model
 from rankclip_jax.tokenizer import Tokenizer
 from tests.made_models import CAPTIONS, RESNET, VIT, make_config, make_variables, make_workdir
 
@@ -312,4 +313,4 @@ print(model.zero_shot(Image.new("RGB", (40, 30)), ["cat", "dog"]).sum())
 
 
 def test_what_loop_builds_is_what_load_builds(model):
-    assert model.source.config == loop.build_model(make_config(VIT), model.source.tokenizer).config
+    assert model.source.config == build_model(make_config(VIT), model.source.tokenizer).config

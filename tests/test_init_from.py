@@ -10,6 +10,7 @@ from rankclip_jax import export, init_from, loop, optim, pretrained, sharding
 from rankclip_jax import step as steps
 from rankclip_jax.errors import InputError
 from rankclip_jax.models import unstack_layers
+from rankclip_jax.run import build_model
 from rankclip_jax.tokenizer import Tokenizer
 from tests.made_models import RESNET, VIT, make_config, make_workdir
 
@@ -24,7 +25,7 @@ def start(config):
     """(fresh state, state that starts from config.init_from)."""
     origin = init_from.read(config)
     tokenizer = init_from.tokenizer(origin, config) or origin.tokenizer or Tokenizer.train(["a", "b"], 300)
-    model, tx = loop.build_model(config, tokenizer), optim.make_optimizer(config.optim, 10)
+    model, tx = build_model(config, tokenizer), optim.make_optimizer(config.optim, 10)
     mesh = sharding.make_mesh(config.mesh)
     abstract = steps.abstract_state(model, tx, mesh, config.sharding)
     fresh = jax.tree.map(lambda x: jax.device_put(np.full(x.shape, 0.25, x.dtype), x.sharding), abstract)
@@ -159,7 +160,7 @@ def test_a_frozen_tower_stays_to_the_bit(workdirs, freeze, model):
     config = make_config(model, init_from=str(workdirs[name]), loss=dict(objective="clip"))
     config.optim.freeze, config.optim.weight_decay, config.optim.lr = freeze, 0.5, 1e-2
     tokenizer = pretrained.read(workdirs[name]).tokenizer
-    network, tx = loop.build_model(config, tokenizer), optim.make_optimizer(config.optim, 10)
+    network, tx = build_model(config, tokenizer), optim.make_optimizer(config.optim, 10)
     mesh = sharding.make_mesh(config.mesh)
     _, state = start(config)
     before = jax.device_get(state)
@@ -187,7 +188,7 @@ def test_a_frozen_tower_stays_to_the_bit(workdirs, freeze, model):
 @pytest.mark.parametrize("scan", [False, True])
 def test_layer_wise_rates_are_powers_of_the_distance_to_the_end(scan):
     config = make_config(VIT | dict(scan_layers=scan, vision=VIT["vision"] | dict(layers=3)))
-    model = loop.build_model(config, Tokenizer.train(["a", "b"], 300))
+    model = build_model(config, Tokenizer.train(["a", "b"], 300))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))["params"]
     factors = optim.layer_scales(shapes, 0.5)
     scale = leaves(jax.tree.map(lambda factor, x: np.broadcast_to(factor, x.shape), factors, shapes))
@@ -205,7 +206,7 @@ def test_layer_wise_rates_are_powers_of_the_distance_to_the_end(scan):
 
 def test_layer_wise_rates_of_a_resnet():
     config = make_config(RESNET | dict(vision=dict(layers=(1, 2, 1), width=16)))
-    model = loop.build_model(config, Tokenizer.train(["a", "b"], 300))
+    model = build_model(config, Tokenizer.train(["a", "b"], 300))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))["params"]
     scales = optim.layer_scales(shapes, 0.5)["visual"]
     expected = dict(conv1=5, bn1=5, layer1_0=4, layer2_0=3, layer2_1=2, layer3_0=1, attnpool=0)

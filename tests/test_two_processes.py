@@ -16,7 +16,7 @@ index, port = int(sys.argv[1]), sys.argv[2]
 if port != "0":
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=index)
 from rankclip_jax import config, evaluation, optim, step
-from rankclip_jax.loop import Run
+from rankclip_jax.run import Run
 from rankclip_jax.tokenizer import Tokenizer
 
 settings = config.load("configs/shapes.py", [

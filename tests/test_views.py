@@ -6,10 +6,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from input_pipeline import pipeline, sources
-from rankclip_jax import images, loop, models, optim, sharding
+from rankclip_jax import images, models, optim, sharding
 from rankclip_jax import step as steps
 from rankclip_jax.config import complete
 from rankclip_jax.errors import InputError
+from rankclip_jax.run import canvas_side
 from rankclip_jax.tokenizer import Tokenizer
 
 SPEC = ConfigDict(dict(format="csv", image_key="image", caption_key="caption", delimiter=","))
@@ -129,7 +130,7 @@ def test_two_views_share_the_weight_of_the_contrastive_term(objective, devices, 
 
 def test_the_canvas_is_chosen_from_the_image_size_unless_it_is_given():
     def side(image_size, **data):
-        return loop.canvas_side(complete({"data": {"format": "csv"} | data}), image_size)
+        return canvas_side(complete({"data": {"format": "csv"} | data}), image_size)
 
     assert (side(224), side(32), side(224, canvas=300), side(224, resize="host")) == (408, 64, 300, None)
     assert side(48, format="shapes") == 48  # drawn at the model's own size
