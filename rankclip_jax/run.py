@@ -1,0 +1,137 @@
+"""What training and evaluation share: the mesh, the tokenizer, the model, and how to encode batches."""
+
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from rankclip_jax import evaluation, losses, models, sharding
+from rankclip_jax import step as steps
+from rankclip_jax.errors import InputError
+from rankclip_jax.tokenizer import Tokenizer
+
+
+class Run:
+    """What training and evaluation share: mesh, tokenizer, model, and how to encode batches."""
+
+    def __init__(self, config: ConfigDict, workdir, tokenizer: Tokenizer, model=None):
+        """`model`: a models.CLIP of another origin; None: that of config.model."""
+        self.config, self.workdir, self.tokenizer = config, Path(workdir), tokenizer
+        self.mesh = sharding.make_mesh(config.mesh)
+        shards = sharding.batch_shards(self.mesh)
+        if config.batch_size % shards:
+            raise InputError(
+                f"config.batch_size = {config.batch_size} does not divide over {shards} devices; "
+                f"try {max(1, config.batch_size // shards) * shards}"
+            )
+        if config.batch_size % (shards * config.accumulate):
+            raise InputError(
+                f"config.batch_size = {config.batch_size} does not divide into config.accumulate = {config.accumulate} "
+                f"parts over {shards} devices"
+            )
+        self.process = (jax.process_index(), jax.process_count())
+        self.local_batch = config.batch_size // jax.process_count()
+        self.model = build_model(config, tokenizer) if model is None else model
+        if config.accumulate > 1 and isinstance(self.model.config.vision, models.ResNetConfig):
+            raise InputError(
+                f"config.accumulate = {config.accumulate}: a ResNet's batch norm needs the statistics of the whole "
+                "batch at every layer, so its batch cannot go through in parts; use a ViT, or config.model.remat=True"
+            )
+        self.side = self.model.config.vision.image_size
+        self.context_length = self.model.config.text.context_length
+        # How the pipeline makes batches, for training and evaluation alike.
+        canvas = canvas_side(config, self.side)
+        self.view = dict(batch_size=self.local_batch, image_side=self.side, process=self.process, canvas=canvas)
+        self._embed = steps.make_embed_step(self.model)
+        self._val_step = steps.make_val_step(self.model, config, self.mesh)
+
+    def encode_images(self, state, batch: dict) -> np.ndarray:
+        """One batch of this process's share -> float32 (b, D) on the host."""
+        return steps.to_host(self._embed(state, steps.to_devices(_pictures(batch), self.mesh)), self.mesh)
+
+    def encode_texts(self, state, texts: list[str]) -> np.ndarray:
+        """Any number of texts -> float32 (n, D) on the host, in batches of one shape."""
+        parts = []
+        for start in range(0, len(texts), self.local_batch):
+            some = texts[start : start + self.local_batch]
+            padded = some + [""] * (self.local_batch - len(some))
+            tokens = self.tokenizer(padded, self.context_length)
+            z = self._embed(state, steps.to_devices({"tokens": tokens}, self.mesh))
+            parts.append(steps.to_host(z, self.mesh)[: len(some)])
+        return np.concatenate(parts)
+
+    def validation(self, state) -> dict[str, float]:
+        """Mean of the loss's parts over the whole batches of config.data.val; empty without one.
+
+        With config.eval.diagnostics also how the first batch's embeddings lie (losses/diagnostics.py).
+        """
+        from input_pipeline import pipeline, sources
+
+        config = self.config
+        if config.data.val is None:
+            return {}
+        source = sources.open_source(config.data, config.data.val, image_side=self.side, split="val")
+        if source.size < config.batch_size:
+            raise InputError(f"config.data.val has {source.size} samples, fewer than a batch of {config.batch_size}")
+        batches = pipeline.eval_batches(source, **self.view)
+        parts, numbers = [], {}
+        for _ in range(source.size // config.batch_size):
+            batch = next(batches)
+            tokens = self.tokenizer(batch["caption"], self.context_length)
+            if config.eval.diagnostics and not parts:
+                z = self.encode_images(state, batch), self.encode_texts(state, batch["caption"])
+                numbers = _diagnostics(*z, np.exp(float(state.params["logit_scale"])))
+            parts.append(self._val_step(state, steps.to_devices(_pictures(batch) | {"tokens": tokens}, self.mesh)))
+        numbers |= {key: np.mean([float(part[key]) for part in parts]) for key in parts[0]}
+        return {f"val/{key}": float(value) for key, value in numbers.items()}
+
+    def encoder(self, state) -> evaluation.Encoder:
+        """What the evaluations need of the model."""
+        from input_pipeline import pipeline
+
+        return evaluation.Encoder(
+            images=lambda batch: self.encode_images(state, batch),
+            texts=lambda texts: self.encode_texts(state, texts),
+            batches=lambda source: pipeline.eval_batches(source, **self.view),
+            image_side=self.side,
+        )
+
+
+def canvas_side(config: ConfigDict, side: int) -> int | None:
+    """Side of the square on which the host sends pictures to a model of `side` pixels; None: it resizes them itself."""
+    data = config.data
+    if data.resize == "host":
+        return None
+    # The scenes of shapes are drawn as large as the model wants them. For 224 pixels it is 408: pictures with a
+    # short side of 300 fit whole up to 4 : 3, and with their widest window beyond that.
+    canvas = data.canvas or (side if data.format == "shapes" else 8 * math.ceil(1.8 * side / 8))
+    if canvas < side:
+        raise InputError(
+            f"config.data.canvas = {canvas} is less than the model's image_size, {side}; give more, or None to choose "
+            "it"
+        )
+    return canvas
+
+
+def _pictures(batch: dict) -> dict:
+    return {key: batch[key] for key in ("image", "size", "windows") if key in batch}
+
+
+@jax.jit
+def _diagnostics(z_img_BxD, z_txt_BxD, scale) -> dict:
+    cosine = losses.gradient_cosine(z_img_BxD, z_txt_BxD, scale)
+    return losses.embedding_diagnostics(z_img_BxD, z_txt_BxD) | {"gradient_cosine": cosine}
+
+
+def build_model(config: ConfigDict, tokenizer: Tokenizer):
+    """The model of config.model, with the tokenizer's vocabulary and the objective's scale and bias."""
+    fields = config.model.to_dict()
+    if config.loss.objective == "siglip" or "siglip" in config.loss.terms:  # starts as Zhai et al. have it
+        fields["logit_scale"] = math.log(10) if fields["logit_scale"] is None else fields["logit_scale"]
+        fields["logit_bias"] = -10.0 if fields["logit_bias"] is None else fields["logit_bias"]
+    try:
+        return models.build(fields.pop("name"), vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, **fields)
+    except ValueError as error:
+        raise InputError(f"config.model: {error}") from None
