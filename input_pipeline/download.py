@@ -16,8 +16,8 @@ from collections import Counter
 from pathlib import Path
 
 from input_pipeline import url_list
-from input_pipeline.progress import Progress
 from rankclip_jax.errors import InputError
+from rankclip_jax.progress import progress
 
 # imghdr, which img2dataset imports, left Python with 3.13.
 REQUIREMENTS = ("img2dataset>=1.47,<2", "standard-imghdr; python_version >= '3.13'")
@@ -154,7 +154,7 @@ def _run(python, arguments, out_dir, log, total):
     """Runs img2dataset, its own words in a log, and shows how far it is by the shards that it finishes."""
     driver = Path(__file__).with_name("img2dataset_driver.py")
     done = sum(stats["count"] for stats in _stats(out_dir))
-    with open(log, "w") as out, Progress("download", total, done=done, unit="URLs") as progress:
+    with open(log, "w") as out, progress("download", total, unit="URLs", done=done) as bar:
         # A session of its own, so that an interrupt reaches all of its processes at once, and none survives.
         child = subprocess.Popen(
             [python, driver, json.dumps(arguments)],
@@ -169,7 +169,8 @@ def _run(python, arguments, out_dir, log, total):
                 finished = _stats(out_dir)
                 done = sum(stats["count"] for stats in finished)
                 images = sum(stats["successes"] for stats in finished)
-                progress.update(done, f"{images / done:.0%} of them images" if done else "")
+                bar.set_postfix_str(f"{images / done:.0%} of them images" if done else "", refresh=False)
+                bar.update(done - bar.n)
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)

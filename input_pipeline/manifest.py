@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from input_pipeline import shards
-from input_pipeline.progress import Progress
 from rankclip_jax.errors import InputError
+from rankclip_jax.progress import progress
 
 
 class Manifest:
@@ -86,15 +86,15 @@ class Manifest:
 
     def _intact(self, old):
         kept = []
-        with Progress("verify", len(old), unit="shards") as progress, ThreadPoolExecutor() as pool:
+        with progress("verify", len(old), unit="shards") as bar, ThreadPoolExecutor() as pool:
             intact = pool.map(lambda shard: is_intact(self._folder / shard["name"], shard), old)
-            for number, (shard, good) in enumerate(zip(old, intact, strict=True), start=1):
+            for shard, good in zip(old, intact, strict=True):
                 if good:
                     kept.append(shard)
                 else:
                     print(f"{shard['name']} is missing or not what manifest.json says: made again", file=sys.stderr)
                     (self._folder / shard["name"]).unlink(missing_ok=True)
-                progress.update(number)
+                bar.update()
         return kept
 
     def _write(self, complete):

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from input_pipeline.encode import BadImageError, load, open_image
-from input_pipeline.progress import Progress
 from input_pipeline.rows import Row, in_order, read_rows
 from input_pipeline.sources import Source
+from rankclip_jax.progress import progress
 from rankclip_jax.tokenizer import Tokenizer
 
 _CHUNK = 32  # rows that a thread takes at once
@@ -53,7 +53,7 @@ def survey(source: Source, *, tokenizer: Tokenizer | None, sample: int | None, w
     caption_rows, looked_at = array("q"), 0
     rows = read_rows(source, numbers)
     chunks = iter(lambda: list(itertools.islice(rows, _CHUNK)), [])
-    with ThreadPoolExecutor(workers) as pool, Progress("inspect", len(numbers)) as progress:
+    with ThreadPoolExecutor(workers) as pool, progress("inspect", len(numbers), unit="rows") as bar:
         for chunk in in_order(pool, lambda chunk: [_look(row) for row in chunk], chunks, ahead=2 * workers):
             good = [look for look in chunk if isinstance(look, _Look)]
             bad.update(reason for reason in chunk if isinstance(reason, str))
@@ -68,7 +68,8 @@ def survey(source: Source, *, tokenizer: Tokenizer | None, sample: int | None, w
             if tokenizer:
                 measures["tokens"].extend(tokenizer.lengths([text for look in good for text in look.captions]))
             looked_at += len(chunk)
-            progress.update(looked_at, f"{bad.total():,} bad" if bad else "")
+            bar.set_postfix_str(f"{bad.total():,} bad" if bad else "", refresh=False)
+            bar.update(len(chunk))
     return Overview(
         source.size,
         looked_at,

@@ -22,10 +22,10 @@ from PIL import Image, ImageFile
 from input_pipeline import contact_sheet, overview, shards, sources
 from input_pipeline.encode import BadImageError, encode, open_image, plain
 from input_pipeline.manifest import Manifest
-from input_pipeline.progress import Progress
 from input_pipeline.rows import captions_of, in_order, read_rows
 from rankclip_jax import config as configs
 from rankclip_jax.errors import InputError
+from rankclip_jax.progress import progress
 from rankclip_jax.tokenizer import Tokenizer
 
 _CHUNK = 32  # rows that a thread takes at once
@@ -76,8 +76,8 @@ def prepare(source: sources.Source, out_dir: Path, options: Options, described: 
     finished = {shard["name"] for shard in manifest.shards}
     if options.tokenizer:
         options.tokenizer.save(out_dir / "tokenizer.json")
-    with ThreadPoolExecutor(workers) as pool, Progress("prepare", source.size, done=manifest.rows) as progress:
-        job = _Job(source, options, pool, workers, progress, rows=manifest.rows, bad=manifest.bad.total())
+    with ThreadPoolExecutor(workers) as pool, progress("prepare", source.size, unit="rows", done=manifest.rows) as bar:
+        job = _Job(source, options, pool, workers, bar, rows=manifest.rows, bad=manifest.bad.total())
         try:
             for begin in range(0, source.size, options.shard_size):
                 number = begin // options.shard_size
@@ -96,9 +96,9 @@ def prepare(source: sources.Source, out_dir: Path, options: Options, described: 
 class _Job:
     """The records of one shard after another; counts what was bad over all of them."""
 
-    def __init__(self, source, options, pool, workers, progress, *, rows, bad):
+    def __init__(self, source, options, pool, workers, bar, *, rows, bad):
         self._source, self._options, self._pool, self._workers = source, options, pool, workers
-        self._progress, self._rows, self._bad = progress, rows, bad
+        self._bar, self._rows, self._bad = bar, rows, bad
         self.bad_samples: list[dict] = []  # of the shard last written
 
     def records(self, shard: int, numbers: range) -> Iterator[bytes]:
@@ -138,7 +138,8 @@ class _Job:
             self.bad_samples.append(sample)
         self._rows += rows
         self._bad += len(bad)
-        self._progress.update(self._rows, f"{self._bad:,} bad" if self._bad else "")
+        self._bar.set_postfix_str(f"{self._bad:,} bad" if self._bad else "", refresh=False)
+        self._bar.update(rows)
         if bad and self._rows >= 100 and self._bad > self._options.max_bad_fraction * self._rows:
             raise InputError(
                 f"{self._bad} of {self._rows} rows cannot be used, more than config.data.max_bad_fraction = "

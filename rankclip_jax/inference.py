@@ -13,7 +13,7 @@ import numpy as np
 from rankclip_jax import models, pretrained
 from rankclip_jax.errors import InputError
 from rankclip_jax.evaluation import zero_shot
-from rankclip_jax.progress import Progress
+from rankclip_jax.progress import progress
 from rankclip_jax.sharding import batch_sharding, make_mesh
 
 
@@ -85,9 +85,9 @@ class Model:
             except InputError as error:
                 raise InputError(f"image {number}: {error}") from None
 
-        with ThreadPoolExecutor() as threads, Progress("images", _length(images)) as progress:
+        with ThreadPoolExecutor() as threads, progress("encode images", _length(images)) as bar:
             views = lambda some: np.stack(list(threads.map(prepare, some)))  # noqa: E731
-            return self._encode(enumerate(images), views, progress.add)
+            return self._encode(enumerate(images), views, bar.update)
 
     def encode_views(self, views: Iterable[np.ndarray]) -> np.ndarray:
         """Views, uint8 (S, S, 3) as `source.view` makes them -> float32 (n, D), rows of unit length. Prints nothing."""
@@ -102,8 +102,8 @@ class Model:
         config = self.source.config.text
         if isinstance(texts, np.ndarray | jax.Array):
             ids_NxL = _check_ids(np.asarray(texts), config)
-            with Progress("texts", len(ids_NxL)) as progress:
-                return self._encode(ids_NxL, lambda rows: self._shorten(np.stack(rows)), progress.add)
+            with progress("encode texts", len(ids_NxL), unit="texts") as bar:
+                return self._encode(ids_NxL, lambda rows: self._shorten(np.stack(rows)), bar.update)
         tokenizer = self.source.tokenizer
         if tokenizer is None:
             raise InputError(
@@ -119,8 +119,8 @@ class Model:
                 raise InputError(f"a text must be a str; got {type(odd).__name__}")
             return self._shorten(tokenizer(list(some), config.context_length))
 
-        with Progress("texts", _length(texts)) as progress:
-            return self._encode(texts, prepare, progress.add)
+        with progress("encode texts", _length(texts), unit="texts") as bar:
+            return self._encode(texts, prepare, bar.update)
 
     def zero_shot(self, images, classnames: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
         """Probabilities float32 (n, classes), rows summing to 1: the softmax of scaled cosines with the classes.

@@ -48,7 +48,10 @@ def imports(path):
         ("rankclip_jax/losses", ("rankclip_jax.losses",)),
         ("rankclip_jax/models", ("rankclip_jax.models",)),
         ("configs", ()),
-        ("input_pipeline", ("input_pipeline", "rankclip_jax.tokenizer", "rankclip_jax.errors", "rankclip_jax.config")),
+        (
+            "input_pipeline",
+            ("input_pipeline", *(f"rankclip_jax.{name}" for name in ("tokenizer", "errors", "config", "progress"))),
+        ),
     ],
 )
 def test_arrows_go_one_way(room, may):

@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from input_pipeline import manifest, prepare, progress, rows, shards, sources
+from input_pipeline import manifest, prepare, rows, shards, sources
 from rankclip_jax.errors import InputError
 from rankclip_jax.tokenizer import Tokenizer
 
@@ -322,13 +322,6 @@ def test_no_more_items_are_taken_ahead_than_asked():
         for done, result in enumerate(rows.in_order(pool, lambda i: i * i, items(), ahead=5)):
             assert result == done**2 and len(taken) <= done + 5
     assert len(taken) == 50
-
-
-def test_progress_says_rate_and_time_left():
-    assert progress.line("work", 300, 1000, "rows", 200, 10.0) == "work: 300 of 1,000 rows · 20/s · 35 s left"
-    assert progress.line("work", 1000, 1000, "rows", 1000, 4000.0) == "work: 1,000 of 1,000 rows · 0.25/s · 1 h 06 min"
-    assert progress.line("work", 5, 1000, "rows", 0, 0.0) == "work: 5 of 1,000 rows"
-    assert progress.duration(59.4) == "59 s" and progress.duration(3599) == "59 min 59 s"
 
 
 def test_manifest_checks_size_and_checksum(tmp_path):

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from input_pipeline.progress import Progress
 from input_pipeline.sources.paths import is_remote, stamps
 from input_pipeline.sources.source import Lost
+from rankclip_jax.progress import progress
 
 _REMOTE_WINDOW = 8 << 20  # bytes fetched at once from a bucket; local files are memory-mapped
 
@@ -83,10 +83,10 @@ def offset_index(kind: str, paths: Sequence[str], scan: Callable, cache_dir: str
             with open_slices(paths[i], stamps_F[i][0]) as data:
                 return scan(data, stamps_F[i][0], paths[i])
 
-        with Progress("indexing", len(new), unit="files") as progress, ThreadPoolExecutor() as pool:
-            for done, (i, result) in enumerate(zip(new, pool.map(go_through, new), strict=True), 1):
+        with progress("index", len(new), unit="files") as bar, ThreadPoolExecutor() as pool:
+            for i, result in zip(new, pool.map(go_through, new), strict=True):
                 scans[i] = result
-                progress.update(done)
+                bar.update()
     index = OffsetIndex(
         list(paths),
         [size for size, _ in stamps_F],

@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow as tf
 
-from input_pipeline.progress import Progress
 from input_pipeline.sources.offset_index import cache_folders
 from input_pipeline.sources.paths import expand, is_remote, stamps
 from input_pipeline.sources.source import Source, keys, read_captions
 from input_pipeline.sources.tar import open_members
 from rankclip_jax.errors import InputError
+from rankclip_jax.progress import progress
 
 _ROWS = 256  # unpacked at once
 
@@ -111,14 +111,13 @@ def _unpacked(files, columns, cache_dir) -> list[str]:
             f"unpacking {files[0]} and its like takes {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB; "
             "set config.data.cache_dir"
         )
-    with Progress(f"unpacking Parquet into {folder} ({needed / 1e9:.1f} GB)", rows, unit="rows") as progress:
-        done = 0
+    with progress(f"unpack Parquet into {folder} ({needed / 1e9:.1f} GB)", rows, unit="rows") as bar:
         for i in missing:
-            done = _unpack(files[i], columns[i], folder / names[i], done, progress)
+            _unpack(files[i], columns[i], folder / names[i], bar)
     return [str(folder / name) for name in names]
 
 
-def _unpack(file, columns, target: Path, done, progress) -> int:
+def _unpack(file, columns, target: Path, bar) -> None:
     part = target.with_name(f".{target.name}.{os.getpid()}")  # never half a tar under its name
     try:
         with _opened(file) as parquet, tarfile.open(part, "w") as tar:
@@ -132,11 +131,10 @@ def _unpack(file, columns, target: Path, done, progress) -> int:
                         member.size = len(data)
                         tar.addfile(member, io.BytesIO(data))
                     row += 1
-                progress.update(done + row)
+                bar.update(len(images))
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)
-    return done + row
 
 
 def _values(batch, column):

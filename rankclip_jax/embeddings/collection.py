@@ -11,7 +11,7 @@ import numpy as np
 from rankclip_jax.embeddings import store
 from rankclip_jax.embeddings.pictures import Pictures
 from rankclip_jax.errors import InputError
-from rankclip_jax.progress import Progress
+from rankclip_jax.progress import progress
 
 PART = 512  # pictures a part: what a run that stops has to do again, at most
 
@@ -40,11 +40,11 @@ def embed(model, pictures: Pictures, out: Path, about: dict) -> None:
     if len(missing) < len(starts):
         print(f"going on with {folder}: {len(starts) - len(missing)} of {len(starts)} parts are done")
     left = sum(min(PART, pictures.size - start) for start in missing)
-    with ThreadPoolExecutor() as threads, Progress("images", left) as progress:
+    with ThreadPoolExecutor() as threads, progress("embed", left) as bar:
         for start in missing:
             rows = range(start, min(start + PART, pictures.size))
             _write_part(folder / f"{start}.npz", *_embed_rows(model, pictures, rows, threads))
-            progress.add(len(rows))
+            bar.update(len(rows))
 
     bad = [line for start in starts for line in _load(folder, start)["bad"].tolist()]
     if len(bad) == pictures.size:

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from rankclip_jax.errors import InputError
 from rankclip_jax.evaluation import geometry, linear_probe, prompts, retrieval, robustness, suite, zero_shot
 from rankclip_jax.evaluation.artifacts import Artifacts
-from rankclip_jax.progress import Progress
+from rankclip_jax.progress import progress
 
 KINDS = ("zero_shot", "retrieval", "linear_probe", "geometry")
 
@@ -99,13 +99,13 @@ def _prompts(name, spec, found) -> prompts.Prompts:
 
 def _encoded(encoder: Encoder, source, what: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(embeddings (n, D), labels (n,), rows (n,)) of every usable sample once, from all processes, batch by batch."""
-    with Progress(f"{what} images", source.size) as progress:
+    with progress(what, source.size) as bar:
         for batch in encoder.batches(source):
             parts = encoder.images(batch), batch["label"], batch["row"], batch["mask"]
             if jax.process_count() > 1:
                 parts = jax.tree.map(np.concatenate, multihost_utils.process_allgather(parts))
             z, labels, rows, mask = parts
-            progress.add(int(mask.sum()))
+            bar.update(int(mask.sum()))
             yield z[mask], labels[mask], rows[mask]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rankclip_jax.progress import Progress
+from rankclip_jax.progress import progress
 
 TOP_K = (1, 3, 5, 10)
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
@@ -27,7 +27,7 @@ def class_embeddings(
     known = {} if known is None else known
     new = [name for name in dict.fromkeys(classnames) if (name, *templates) not in known]
     block = max(1, _PROMPTS_AT_ONCE // len(templates))
-    with Progress("prompts", len(new) * len(templates)) as progress:
+    with progress("encode prompts", len(new) * len(templates), unit="prompts") as bar:
         for start in range(0, len(new), block):
             names = new[start : start + block]
             # Not str.format: a file's template could reach into objects with it, and a stray brace would fail.
@@ -35,7 +35,7 @@ def class_embeddings(
             z_CxD = np.asarray(z_PxD, np.float32).reshape(len(names), len(templates), -1).mean(axis=1)
             z_CxD /= np.linalg.norm(z_CxD, axis=-1, keepdims=True)
             known.update({(name, *templates): z for name, z in zip(names, z_CxD, strict=True)})
-            progress.add(len(names) * len(templates))
+            bar.update(len(names) * len(templates))
     return np.stack([known[(name, *templates)] for name in classnames])
 
 
