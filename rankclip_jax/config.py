@@ -25,21 +25,21 @@ TERMS = ("clip", "siglip", "cross_modal", "in_modal", "cyclic_cross_modal", "cyc
 
 # One source of a mixture (config.data.train.NAME); what is None is as in config.data.
 MIXTURE_PART = dict(
-    path=None,
+    path=None,  # as config.data.train
     weight=None,  # its share of the samples, relative to the others' weights; None, for all: as many as it has rows
-    format=None,
-    image_key=None,
-    caption_key=None,
-    delimiter=None,
-    data_dir=None,
+    format=None,  # as config.data.format
+    image_key=None,  # as config.data.image_key
+    caption_key=None,  # as config.data.caption_key
+    delimiter=None,  # as config.data.delimiter
+    data_dir=None,  # as config.data.data_dir
 )
 # What one labelled set for zero-shot classification can say (config.eval.zero_shot.NAME).
 ZERO_SHOT_SET = dict(
     format="csv",  # csv | folder | clip_benchmark | tfds | shapes (input_pipeline/labelled.py)
     path=None,  # the file or folder; tfds: "NAME:SPLIT"; shapes: "seen" or "held_out"
-    image_key="image",
-    label_key="label",
-    delimiter=",",
+    image_key="image",  # csv: the column of paths, relative to the file
+    label_key="label",  # csv: the column of class numbers, from 0
+    delimiter=",",  # csv; a .tsv has tabs
     data_dir=None,  # tfds: where the sets were prepared; None: its default
     classes=None,  # JSON list of class names, in label order; None: the protocol's, or what the set brings
     templates=None,  # JSON list of prompts with {}; None: the same, and else "a photo of a {}."
@@ -55,13 +55,13 @@ LINEAR_PROBE_SET = ZERO_SHOT_SET | dict(
 # One set of images with captions (config.eval.retrieval.NAME).
 CAPTIONED_SET = dict(
     format="csv",  # csv (rows of one image are its captions) | clip_benchmark | tfds | shapes
-    path=None,
-    image_key="image",
-    caption_key="caption",
+    path=None,  # the file or folder; tfds: "NAME:SPLIT"; shapes: a number of scenes
+    image_key="image",  # csv: the column of paths
+    caption_key="caption",  # csv: the column of captions
     image_folder=None,  # csv: folder of the images, relative to the file
-    delimiter=",",
-    data_dir=None,
-    hint=None,
+    delimiter=",",  # csv; a .tsv has tabs
+    data_dir=None,  # tfds: where the sets were prepared; None: its default
+    hint=None,  # what to tell a user who lacks the data
 )
 # The same for config.eval.geometry.NAME.
 GEOMETRY_SET = CAPTIONED_SET | dict(sample=1000)  # the first so many images, each with its first caption
@@ -74,10 +74,10 @@ def default_config() -> ConfigDict:
     """All keys and their defaults. `None` means: decided elsewhere, as the comment says."""
     return ConfigDict(
         dict(
-            seed=0,
-            batch_size=256,  # global, over all devices and processes
+            seed=0,  # of parameters, the order of the data, windows and jitter
+            batch_size=256,  # global, over all devices and processes. [c] 128; [o] 32,768
             accumulate=1,  # parts in which a batch goes through the towers: less memory for time, the same gradient
-            epochs=32,
+            epochs=32,  # passes over the training data. [o]; [p] [c] 64
             steps=None,  # stop after so many steps instead of `epochs`
             init_from=None,  # start from a workdir, export, OpenAI or RankCLIP .pt, open_clip or Hugging Face model
             init_towers="both",  # both | vision | text: what to take from it
@@ -85,13 +85,13 @@ def default_config() -> ConfigDict:
             log_every=50,  # steps between lines of metrics
             loss=dict(
                 objective="rankclip",  # clip | rankclip | rank (ranking alone) | siglip | cyclip
-                terms={},  # weights of more terms (TERMS above), or in place of the objective's own
-                lambda_in=1 / 16,  # weight of the in-modal ranking term; paper and released code: 1/16
-                lambda_cross=1 / 16,  # weight of the cross-modal ranking term; the same
-                schedule="ramp",  # ramp: 0 to 2 over the epochs (released code) | constant: 1 (arXiv v2)
-                decay=None,  # None | "log": list position k weighs 1 / log(k + 1) (arXiv v2)
+                terms={},  # weights of more terms (TERMS of config.py), or in place of the objective's own
+                lambda_in=1 / 16,  # weight of the in-modal ranking term. [p] [c]
+                lambda_cross=1 / 16,  # weight of the cross-modal ranking term. [p] [c]
+                schedule="ramp",  # ramp: 0 to 2 over the epochs | constant: 1. [c]; [p] v2 constant
+                decay=None,  # None | "log": list position k weighs 1 / log(k + 1). [c]; [p] v2 "log"
                 top_k=None,  # count only the first k positions of every list
-                keep_self=True,  # keep an item in its own in-modal lists, as the authors do
+                keep_self=True,  # keep an item in its own in-modal lists. [c]
                 form="exact",  # exact | released: the ranking terms with the authors' 1e-10 inside the logarithm
             ),
             model=dict(
@@ -101,8 +101,8 @@ def default_config() -> ConfigDict:
                 dtype="float32",  # of the computation: float32 | bfloat16; parameters stay float32
                 activation=None,  # quick_gelu | gelu; None: the preset's
                 scan_layers=False,  # one compiled layer for all: faster to compile, same numbers
-                logit_scale=None,  # where its logarithm starts; None: ln(1 / 0.07), and ln 10 for siglip
-                logit_bias=None,  # where a learned bias starts, for siglip's term; None: no bias, and -10 for siglip
+                logit_scale=None,  # where its logarithm starts; None: ln(1 / 0.07), and ln 10 for siglip. [o] [s]
+                logit_bias=None,  # where siglip's learned bias starts; None: no bias, and -10 for siglip. [s]
                 remat=False,  # recompute activations in the backward pass: less memory, same numbers
                 vision={},  # fields of the preset's vision tower to change
                 text={},  # fields of the preset's text tower to change
@@ -112,13 +112,13 @@ def default_config() -> ConfigDict:
                 vocab_size=4096,  # of the trained one, at most
             ),
             optim=dict(
-                lr=5e-4,
-                b1=0.9,
-                b2=0.999,
-                eps=1e-8,
-                weight_decay=0.1,  # on matrices only
-                warmup_steps=10_000,
-                grad_clip_norm=None,
+                lr=5e-4,  # of AdamW after the warm-up; from there a cosine to 0. [p] [c] [o]
+                b1=0.9,  # decay of the first moment. [p] [c] [o]
+                b2=0.999,  # decay of the second moment. [p] [c]; [o] 0.98 for vision transformers
+                eps=1e-8,  # beside the root of the second moment. [p] [c]; [o] 1e-6 for vision transformers
+                weight_decay=0.1,  # on matrices only, not on biases, norms and the logit scale. [p] [c]; [o] 0.2
+                warmup_steps=10_000,  # in which the learning rate rises from 0. [p] [c]; [o] 2,000
+                grad_clip_norm=None,  # bound on the norm of the whole gradient; None: none. [c]
                 freeze=None,  # vision | text: the tower that stays as it is (LiT: vision, with init_from)
                 layer_lr_decay=None,  # a block's learning rate as a share of the next one's, for fine-tuning
             ),
@@ -141,29 +141,30 @@ def default_config() -> ConfigDict:
                 color_jitter=None,  # (brightness, contrast, saturation), each scaled by up to 1 +- so much
                 resize="device",  # device | host: where windows are cut out and resized; the host is slower, by PIL
                 canvas=None,  # side of the square on which the host sends a picture. None: 1.8 times image_size
-                two_views=False,  # also a second window and an edited caption of each sample: CyCLIP's "inmodal"
+                two_views=False,  # also a second window and an edited caption of each sample ("inmodal"). [y] [c]
                 synonyms=None,  # JSON table of words for the edited captions: {"sofa": ["couch"]}
                 recover_truncated=False,  # use a truncated JPEG as far as it goes, grey below; it is then no bad sample
                 max_bad_fraction=0.1,  # stop when more of the samples than this cannot be used
             ),
             eval=dict(
-                every_epochs=1,
+                every_epochs=1,  # epochs between zero-shot evaluations in the trainer
                 diagnostics=False,  # rank agreement, gradient cosine, modality gap ... on the first validation batch
                 zero_shot={},  # name -> fields of ZERO_SHOT_SET
                 suite=None,  # "all" or names of evaluation/suite.py: published zero-shot sets, looked for in data_dir
-                data_dir=None,
+                data_dir=None,  # the folder in which config.eval.suite finds its sets
                 retrieval={},  # name -> fields of CAPTIONED_SET
                 linear_probe={},  # name -> fields of LINEAR_PROBE_SET
                 geometry={},  # name -> fields of GEOMETRY_SET
                 robustness=dict(
-                    reference="imagenet",  # a zero-shot set, and those that show its classes otherwise
+                    reference="imagenet",  # a zero-shot set
+                    # Those that show its classes otherwise.
                     shifted=("imagenet_v2", "imagenet_sketch", "imagenet_a", "imagenet_r"),
                     baselines=None,  # JSON {"imagenet_a": [[reference, shifted], ...], ...} of standard models
                 ),
-                every=dict(  # epochs between evaluations in the trainer; None: in --mode=eval only
-                    retrieval=1,
-                    linear_probe=None,
-                    geometry=1,
+                every=dict(
+                    retrieval=1,  # epochs between evaluations in the trainer; None: in --mode=eval only
+                    linear_probe=None,  # the same
+                    geometry=1,  # the same
                 ),
                 model=None,  # --mode=eval: an export or an OpenAI .pt to evaluate instead of the workdir's checkpoint
             ),

@@ -1,0 +1,109 @@
+"""Writes docs/config.md from the source of rankclip_jax/config.py: python docs/config_page.py > docs/config.md
+
+The comments beside the keys are the documentation; a test compares the page with them, so neither can drift.
+"""
+
+import ast
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[1] / "rankclip_jax" / "config.py"
+HEAD = """# Every key of the configuration
+
+Generated from the comments in `rankclip_jax/config.py` by `python docs/config_page.py > docs/config.md`.
+
+A key is given on the command line as `--config.optim.lr=1e-3`, or in a file like those in `configs/`, which says only
+what it changes. Values are Python literals; what is none is a string. A key that does not exist is refused, and the
+nearest that does is named. A run that goes on in its workdir may change {may_change}
+and nothing else.
+
+Sources: [p] RankCLIP, arXiv 2404.09387; [c] the code that its authors released; [o] CLIP, arXiv 2103.00020;
+[s] SigLIP, arXiv 2303.15343; [y] CyCLIP, arXiv 2205.14459. A value after one is what stands there instead; where
+there is no source, the default was chosen here. The published values for CC3M are in `configs/cc3m.py`.
+"""
+SETS = {  # constant -> (heading, what it is)
+    "MIXTURE_PART": ("config.data.train.NAME", "One source of a mixture, also `config.data.val.NAME`."),
+    "ZERO_SHOT_SET": ("config.eval.zero_shot.NAME", "A labelled set for zero-shot classification."),
+    "LINEAR_PROBE_SET": ("config.eval.linear_probe.NAME", "Besides the keys of a zero-shot set:"),
+    "CAPTIONED_SET": ("config.eval.retrieval.NAME", "A set of images with captions."),
+    "GEOMETRY_SET": ("config.eval.geometry.NAME", "Besides the keys of a retrieval set:"),
+}
+
+
+def comments(source: str) -> dict[int, tuple[str, bool]]:
+    """Line -> (text of its comment, whether the comment stands alone)."""
+    found = {}
+    for token in tokenize.generate_tokens(iter(source.splitlines(keepends=True)).__next__):
+        if token.type == tokenize.COMMENT:
+            found[token.start[0]] = (token.string.lstrip("# "), token.line.lstrip().startswith("#"))
+    return found
+
+
+def keys(call: ast.Call, source: str, prefix: str = "") -> Iterator[tuple[str, str | None, str]]:
+    """(key, its default as written or None for a group, its comment) of `dict(...)`, groups before their keys."""
+    beside = comments(source)
+    for keyword in call.keywords:
+        lines = [beside[keyword.lineno][0]] if keyword.lineno in beside else []
+        above = keyword.lineno - 1
+        while above > call.lineno and above in beside and beside[above][1]:  # alone above a key: it belongs to it
+            lines.insert(0, beside[above][0])
+            above -= 1
+        group = isinstance(keyword.value, ast.Call) and bool(keyword.value.keywords)
+        default = None if group else ast.get_source_segment(source, keyword.value)
+        yield prefix + keyword.arg, default, " ".join(lines)
+        if group:
+            yield from keys(keyword.value, source, f"{prefix}{keyword.arg}.")
+
+
+def _dict_call(node: ast.AST) -> ast.Call:
+    """The `dict(...)` that holds a table: of default_config, or of an assignment (behind `OTHER |`)."""
+    calls = (n for n in ast.walk(node) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "dict")
+    return next(calls)
+
+
+def _table(rows: list[tuple[str, str | None, str]]) -> Iterator[str]:
+    yield "| key | default | meaning | source |\n| --- | --- | --- | --- |"
+    for key, default, comment in rows:
+        if default is None:
+            continue  # a group within the group: its keys follow
+        meaning, *source = re.split(r" (?=\[[pcosy]\])", comment.replace("|", r"\|"), maxsplit=1)
+        for name, (title, _) in SETS.items():
+            meaning = re.sub(rf"\b{name}\b", f"[{title}](#{title.replace('.', '').lower()})", meaning)
+        yield f"| `{key}` | `{default}` | {meaning.rstrip('.')} | {''.join(source)} |"
+
+
+def tables(source: str) -> dict[str, list[tuple[str, str | None, str]]]:
+    """Name of the function or constant -> the rows of its keys."""
+    found = {}
+    for node in ast.parse(source).body:
+        name = getattr(node, "name", None) or getattr(getattr(node, "targets", [None])[0], "id", None)
+        if name == "default_config" or name in SETS:
+            found[name] = list(keys(_dict_call(node), source))
+    return found
+
+
+def page() -> str:
+    """The whole of docs/config.md."""
+    source = SOURCE.read_text()
+    found = tables(source)
+    may_change = re.search(r"^MAY_CHANGE = \((.*)\)", source, re.MULTILINE).group(1)
+    groups = ", ".join(f"`{name}`" for name in re.findall(r'"(\w+)"', may_change))
+    out = [HEAD.format(may_change=groups), "## The run", ""]
+    rows = found["default_config"]
+    tops = [row for row in rows if "." not in row[0]]
+    at_top = [row for row in tops if row[1] is not None]
+    out += [*_table([(f"config.{key}", *rest) for key, *rest in at_top]), ""]
+    for group, default, comment in tops:
+        if default is None:
+            members = [(f"config.{key}", *rest) for key, *rest in rows if key.startswith(f"{group}.")]
+            out += [f"## config.{group}", "", *([comment[0].upper() + comment[1:] + ".", ""] if comment else [])]
+            out += [*_table(members), ""]
+    for name, (title, what) in SETS.items():
+        out += [f"## {title}", "", what, "", *_table(found[name]), ""]
+    return "\n".join(out).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    print(page(), end="")
