@@ -30,6 +30,15 @@ class Finding(NamedTuple):
     remedy: str | None = None
 
 
+def _requirements() -> list[str]:
+    """What the project asks for: by its installed metadata, or in a checkout by the file beside the package."""
+    try:
+        return importlib.metadata.requires("rankclip_jax") or []
+    except importlib.metadata.PackageNotFoundError:
+        lines = (Path(__file__).parents[1] / "requirements.txt").read_text().splitlines()
+        return [line for line in (line.partition("#")[0].strip() for line in lines) if line]
+
+
 def packages(requirements: list[str]) -> Iterator[Finding]:
     """Compares what is installed with requirements as pip writes them ("jax>=0.10.2,<0.12")."""
     for requirement in map(Requirement, requirements):
@@ -47,21 +56,35 @@ def packages(requirements: list[str]) -> Iterator[Finding]:
 
 def devices() -> Iterator[Finding]:
     """The devices that JAX has, and whether it overlooks a GPU; a small training step on each backend."""
-    import jax
+    try:
+        import jax
 
+        jax.devices()
+    except Exception as error:  # whatever an old, broken or mismatched jax raises
+        yield Finding("devices", _in_a_line(error), "pip install -r requirements.txt, then the jax of your accelerator")
+        return
     backend = jax.default_backend()
     kinds = sorted({device.device_kind for device in jax.devices()})
     idle_gpu = backend == "cpu" and Path("/dev/nvidia0").exists()
     mend = "JAX does not use the NVIDIA GPU of this machine: pip install 'jax[cuda13]<0.12'" if idle_gpu else None
     yield Finding("devices", f"{jax.device_count()} {backend} ({', '.join(kinds)})", mend)
     for name in dict.fromkeys((backend, "cpu")):
-        loss, first, second = _small_step(jax.local_devices(backend=name)[:1])
+        try:
+            loss, first, second = _small_step(jax.local_devices(backend=name)[:1])
+        except Exception as error:  # the same
+            mend = f"mend the packages named above, then reinstall jax, jaxlib and the driver of {name}"
+            yield Finding(f"training step on {name}", _in_a_line(error), mend)
+            continue
         well = 0 < loss < 100
         yield Finding(
             f"training step on {name}",
             f"loss {loss:.3f}, {1000 * second:.0f} ms after {first:.1f} s of compiling",
             None if well else f"JAX computes wrongly on {name}: reinstall jax and jaxlib, and the driver",
         )
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _small_step(where) -> tuple[float, float, float]:
@@ -93,33 +116,41 @@ def _small_step(where) -> tuple[float, float, float]:
 
 
 def pipeline(pictures: int = 400) -> Iterator[Finding]:
-    """Whether TensorFlow keeps off the accelerators, and how fast it decodes."""
+    """Whether TensorFlow keeps off the accelerators, how fast it decodes, and whether TensorBoard can be written."""
+    off = "pip uninstall -y tensorflow && pip install --force-reinstall tensorflow-cpu"
     try:
         from input_pipeline import health
-    except ImportError as error:
-        yield Finding("TensorFlow", f"cannot be imported: {error}", "pip install -r requirements.txt")
+    except RuntimeError as error:  # TensorFlow was at work before, and holds the GPUs already
+        mend = "import input_pipeline.pipeline before TensorFlow does anything; in a notebook restart it first"
+        yield Finding("TensorFlow's devices", _in_a_line(error), mend)
+        return
+    except Exception as error:  # absent, or one of its own packages is, or does not match
+        yield Finding("TensorFlow", f"cannot be imported: {_in_a_line(error)}", "pip install -r requirements.txt")
         return
     gpus = health.gpus_of_tensorflow()
-    yield Finding(
-        "TensorFlow's devices",
-        f"{gpus} GPU(s), whose memory it will take" if gpus else "the CPU alone",
-        "import input_pipeline before anything else uses TensorFlow, or pip install tensorflow-cpu" if gpus else None,
-    )
+    found = f"{gpus} GPU(s), whose memory it will take" if gpus else "the CPU alone"
+    yield Finding("TensorFlow's devices", found, off if gpus else None)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rate = health.jpegs_per_second(pictures)
     yield Finding("decoding", f"{rate:,.0f} JPEGs of 400 x 300 a second on {cores} cores")
+    try:
+        from clu import metric_writers  # noqa: F401 -- what the trainer imports
+    except Exception as error:  # tensorboard absent, or one of its own packages is
+        mend = "pip install --force-reinstall 'tensorboard>=2.21' 'clu>=0.0.12'"
+        yield Finding("TensorBoard events", f"cannot be written: {_in_a_line(error)}", mend)
 
 
 def places(workdir: str, tokenizer: str | None) -> Iterator[Finding]:
     """Whether the workdir can be written, has room, and the tokenizer is there."""
     folder = Path(workdir).absolute()
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # Path.exists may raise
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
         yield Finding("workdir", f"{workdir} can be written")
     except OSError as error:
-        mend = f"give a --workdir that you may write, or: chmod u+w {there}"
+        mend = f"give a --workdir that you may write, or: sudo chown $USER {there}"
+        mend = mend if there.is_dir() else f"{there} is a file: give another --workdir"
         yield Finding("workdir", f"{there}: {error.strerror}", mend)
     free = shutil.disk_usage(there).free / 2**30
     mend = f"free some space below {there}: two checkpoints of ViT-B/32 take 3.5 GiB" if free < 5 else None
@@ -138,7 +169,7 @@ def findings(workdir: str, tokenizer: str | None) -> Iterator[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
     supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
     yield Finding("Python", version, None if supported else "use Python 3.11, 3.12 or 3.13")
-    yield from packages(importlib.metadata.requires("rankclip_jax") or [])
+    yield from packages(_requirements())
     yield from places(workdir, tokenizer)
     yield from devices()
     yield from pipeline()
