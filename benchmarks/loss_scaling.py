@@ -14,23 +14,14 @@ import re
 import subprocess
 import sys
 
-from rankclip_jax.plan import BYTES, COLLECTIVE
+from rankclip_jax.hlo import COLLECTIVE, result_bytes
 
 WIDTH = 512
 
 
 def collectives(hlo: str) -> list[tuple[str, int]]:
-    """(kind, bytes of its largest array) of each collective in a compiled program."""
-    found = []
-    for match in COLLECTIVE.finditer(hlo):
-        sizes = []
-        for dtype, shape in re.findall(r"([a-z]+[0-9]+)\[([0-9,]*)\]", match["type"]):
-            count = 1
-            for dim in shape.split(","):
-                count *= int(dim or 1)
-            sizes.append(count * BYTES[dtype])
-        found.append((match["kind"], max(sizes)))
-    return found
+    """(kind, bytes of its result) of each collective in a compiled program."""
+    return [(match["kind"], result_bytes(match)) for match in COLLECTIVE.finditer(hlo)]
 
 
 def describe(devices, batch: int) -> dict:

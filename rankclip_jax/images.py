@@ -4,6 +4,8 @@ The pipeline lays pictures on a canvas of one size for all, with each one's own 
 (input_pipeline/transforms.py). Resizing a window is two small matrix products an image.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -69,9 +71,17 @@ def _product(subscripts, weights, pixels):
     Accelerators multiply bfloat16 fastest, which holds grey levels exactly. The weights are split into two, whose sum
     is off by 2^-17 of them at most: a thousandth of a grey level.
     """
-    if jax.default_backend() == "cpu":
-        return jnp.einsum(subscripts, weights, pixels.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-    return _split_product(subscripts, weights, pixels)
+    # Chosen where the program is lowered: a step compiled ahead of time is not for the machine that compiles it.
+    return lax.platform_dependent(
+        weights,
+        pixels,
+        cpu=functools.partial(_whole_product, subscripts),
+        default=functools.partial(_split_product, subscripts),
+    )
+
+
+def _whole_product(subscripts, weights, pixels):
+    return jnp.einsum(subscripts, weights, pixels.astype(jnp.float32), precision=lax.Precision.HIGHEST)
 
 
 def _split_product(subscripts, weights, pixels):

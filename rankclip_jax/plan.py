@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from rankclip_jax import config as configs
 from rankclip_jax.errors import InputError
+from rankclip_jax.hlo import collectives
 
 # name: (memory in GB of 2^30 bytes as JAX can use it at most, dense bfloat16 TFLOP/s). From the vendors' data sheets.
 ACCELERATORS = {
@@ -32,13 +33,6 @@ ACCELERATORS = {
     "H200": (141, 989),
     "B200": (180, 2250),
 }
-COLLECTIVE = re.compile(
-    r"= (?P<type>\(?[a-z0-9]+\[[^=]*?) "
-    r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\("
-)
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{\n((?:.*\n)*?)\}", re.MULTILINE)
-_LOOP = re.compile(r" while\(.*body=%?([\w.-]+).*known_trip_count[^0-9]*([0-9]+)")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
 
 
 def plan(config: ConfigDict) -> dict:
@@ -73,9 +67,14 @@ def parse_target(text: str) -> dict:
 
 def compile_step(config: ConfigDict, target: dict) -> dict:
     """What `_describe` reads from the program, made in a process of its own: JAX fixes its devices when it starts."""
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TF_CPP_MIN_LOG_LEVEL="3")
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="3")
     if target["topology"] is None:
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={target['count']}"
+    else:
+        # libtpu neither asks for a TPU's neighbours nor minds other compilations; at its usual level it takes ten
+        # times as long, for a better schedule.
+        environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        environment.setdefault("JAX_OPTIMIZATION_LEVEL", "O1")
     done = subprocess.run(
         [sys.executable, "-m", "rankclip_jax.plan"],
         env=environment,
@@ -153,24 +152,6 @@ def _with_batch(config: ConfigDict, batch_size: int) -> ConfigDict:
     return changed
 
 
-def collectives(hlo: str) -> dict[str, tuple[int, int]]:
-    """{kind: (how many, bytes of their largest arrays together)} in one run of a compiled program, loops counted."""
-    bodies = {match[1]: match[2] for match in _COMPUTATION.finditer(hlo)}
-    times = dict.fromkeys(bodies, 1)
-    for name in reversed(bodies):  # a computation stands before those that call it
-        for body, trips in _LOOP.findall(bodies[name]):
-            times[body] = times[name] * int(trips)
-    found = {}
-    for name, text in bodies.items():
-        for match in COLLECTIVE.finditer(text):
-            sizes = []
-            for dtype, shape in re.findall(r"([a-z]+[0-9]+)\[([0-9,]*)\]", match["type"]):
-                sizes.append(BYTES[dtype] * math.prod(int(size) for size in shape.split(",") if size))
-            count, total = found.get(match["kind"], (0, 0))
-            found[match["kind"]] = count + times[name], total + times[name] * max(sizes)
-    return found
-
-
 def _describe(config: ConfigDict, topology: str | None) -> dict:
     """In the child: compiles the step and reads the program. {"error": ...} where the compiler says it cannot fit."""
     import jax
@@ -220,8 +201,9 @@ def _describe(config: ConfigDict, topology: str | None) -> dict:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return found | {"error": "does not fit: " + str(error).splitlines()[0].rpartition("HBM, ")[2]}
-    memory = compiled.memory_analysis()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
     return found | {
+        "cost": {key: cost[key] for key in ("flops", "bytes accessed", "optimal_seconds") if key in cost},
         "states": memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         "collectives": collectives(compiled.as_text()),

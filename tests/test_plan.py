@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rankclip_jax import models, plan, sharding
+from rankclip_jax import hlo, models, plan, sharding
 from rankclip_jax.config import complete
 from rankclip_jax.errors import InputError
 
@@ -56,7 +56,7 @@ def test_operations_are_those_of_the_matrix_products():
 
 
 def test_collectives_are_counted_by_kind_and_as_often_as_they_run():
-    hlo = """HloModule jit_step
+    text = """HloModule jit_step
 
 %inner (p: f32[8]) -> f32[8] {
   %p = f32[8]{0} parameter(0)
@@ -74,7 +74,33 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   ROOT %d = f32[8]{0} add(%p, %q)
 }
 """
-    assert plan.collectives(hlo) == {"all-gather": (3, 3 * 64 * 32 * 4), "all-reduce": (1 + 15, 160 + 15 * 8)}
+    assert hlo.collectives(text) == {"all-gather": (3, 3 * 64 * 32 * 4), "all-reduce": (1 + 15, 200 + 15 * 8)}
+
+
+def test_joined_arrays_and_loops_as_the_tpu_compiler_writes_them():
+    many = ", ".join(["f32[10]{0:T(8,128)}"] * 5) + ", /*index=5*/bf16[4,2]{1,0:T(8,128)}"
+    text = f"""HloModule jit_step
+
+%counter (p: (s32[], f32[8])) -> pred[] {{
+  %twelve = s32[]{{:T(128)}} constant(12)
+  ROOT %lt = pred[]{{:T(512)}} compare(%i, %twelve), direction=LT
+}}
+
+%until (p: (s32[], f32[8])) -> pred[] {{
+  ROOT %any = pred[]{{:T(512)}} reduce(%pending), to_apply=%or
+}}
+
+%layer (p: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %all-reduce.1 = ({many}) all-reduce(%x, %y), to_apply=%add
+}}
+
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %w = (s32[], f32[8]) while(%t), condition=%counter, body=%layer, metadata={{op_name="while"}}
+  %v = (s32[], f32[8]) while(%t), condition=%until, body=%layer2, metadata={{op_name="while"}}
+  %g = (f32[8]{{0}}, f32[64]{{0}}) all-gather-start(%a), dimensions={{0}}
+}}
+"""
+    assert hlo.collectives(text) == {"all-reduce": (12, 12 * (5 * 40 + 16)), "all-gather": (1, 256)}
 
 
 def test_the_counts_are_those_of_a_real_program():
@@ -90,7 +116,7 @@ def test_the_counts_are_those_of_a_real_program():
     x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=rows)
     w = jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "data")))
     compiled = jax.jit(layers, out_shardings=whole).lower(x, w).compile()
-    count, size = plan.collectives(compiled.as_text())["all-gather"]
+    count, size = hlo.collectives(compiled.as_text())["all-gather"]
     # Five gathers of a weight, in the loop or before it, or its rows' share of products; and the result.
     assert size >= 5 * 64 * 64 * 4 + 16 * 64 * 4 and count in (2, 6)
 

@@ -1,0 +1,56 @@
+"""What a compiled program moves between devices, read from its text."""
+
+import math
+import re
+
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
+COLLECTIVE = re.compile(
+    r"= (?P<type>\(*[a-z0-9]+\[[^=]*?) "
+    r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
+)
+_COMMENT = re.compile(r"/\*.*?\*/")  # /*index=5*/, in tuples of more than five
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{\n((?:.*\n)*?)\}", re.MULTILINE)
+_CALLED = re.compile(r"(?:calls|to_apply|called_computations=\{)=?%?([\w.-]+)")
+_LOOP = re.compile(r" while\(.*condition=%?(?P<condition>[\w.-]+), body=%?(?P<body>[\w.-]+)(?P<rest>.*)")
+_TRIPS = re.compile(r"known_trip_count[^0-9]*([0-9]+)")
+_CONSTANT = re.compile(r"s32\[\]\S* constant\(([0-9]+)\)")
+
+
+def collectives(hlo: str) -> dict[str, tuple[int, int]]:
+    """{kind: (how many, bytes of their results)} in one run of a compiled program on a device, loops counted.
+
+    Those of a loop that ends when a value says so, and not after a number of rounds, are counted once.
+    """
+    bodies = {match[1]: match[2] for match in _COMPUTATION.finditer(_COMMENT.sub("", hlo))}
+    times = dict.fromkeys(bodies, 1)
+    for name in reversed(bodies):  # a computation stands before those that call it
+        for called in _CALLED.findall(bodies[name]):
+            times[called] = times[name]
+        for loop in _LOOP.finditer(bodies[name]):
+            times[loop["body"]] = times[name] * _rounds(loop, bodies.get(loop["condition"], ""))
+    found = {}
+    for name, text in bodies.items():
+        for match in COLLECTIVE.finditer(text):
+            count, total = found.get(match["kind"], (0, 0))
+            found[match["kind"]] = count + times[name], total + times[name] * result_bytes(match)
+    return found
+
+
+def _rounds(loop: re.Match, condition: str) -> int:
+    """CPU and GPU programs say how often a loop runs; for TPU it is the one constant that its counter is held to."""
+    known, constants = _TRIPS.search(loop["rest"]), _CONSTANT.findall(condition)
+    if known:
+        return int(known[1])
+    return int(constants[0]) if len(constants) == 1 and "direction=LT" in condition else 1
+
+
+def result_bytes(match: re.Match) -> int:
+    """Bytes of what a match of COLLECTIVE gives: several arrays where XLA joined several into one."""
+    sizes = []
+    for dtype, shape in re.findall(r"([a-z]+[0-9]*)\[([0-9,]*)\]", match["type"]):
+        sizes.append(BYTES[dtype] * math.prod(int(size) for size in shape.split(",") if size))
+    if match["start"] and match["kind"] == "all-gather":  # the type has the operands first
+        return sum(sizes[len(sizes) // 2 :])
+    if match["start"] and match["kind"] == "collective-permute":  # operand, result, and two counters
+        return sizes[1]
+    return sum(sizes)
