@@ -2,7 +2,8 @@
 
 The training stream is endless: stream position p is epoch p // size, and within an epoch every row comes once, in
 an order that is computed from (seed, epoch) without a list (order.py). So a batch is a function of the position at
-which it starts, and resuming at any position costs nothing. Each process reads every P-th position.
+which it starts, and resuming at any position costs nothing. Of the rows of each batch every process reads its share,
+one after the other, so that a batch is the same with any number of processes.
 
 Pictures come in one of two ways (transforms.py makes them, rankclip_jax/images.py takes them), b to a batch:
 
@@ -67,14 +68,13 @@ class TrainBatches:
         """
         self.position = start
         self.bad = BadSamples(source, bad_path, max_bad_fraction)
-        index, count = process
 
         def row_of(position):
-            return order.row_at(source, position * count + index, seed)
+            return order.row_at(source, _place(position, batch_size, process), seed)
 
         def sample(position):
             raw = source.read(row_of(position))
-            key = tf.stack([tf.constant(seed, tf.int64), position * count + index])
+            key = tf.stack([tf.constant(seed, tf.int64), _place(position, batch_size, process)])
             views = transforms.view(
                 raw["image"],
                 lambda size: transforms.random_windows(size, crop_scale, key, 2 if two_views else 1),
@@ -92,8 +92,8 @@ class TrainBatches:
             texts = [c.decode(errors="replace") for c in captions]
             if two_views:
                 edited = [
-                    augment(text, np.random.default_rng((seed, position * count + index)), synonyms)
-                    for text, position in zip(texts, positions, strict=True)
+                    augment(text, np.random.default_rng((seed, place)), synonyms)
+                    for text, place in zip(texts, _place(positions, batch_size, process), strict=True)
                 ]
                 texts = [text for pair in zip(texts, edited, strict=True) for text in pair]
             return tokenizer(texts, context_length).reshape(*shape)
@@ -164,7 +164,7 @@ def eval_batches(
     bad = BadSamples(source)
 
     def row_of(position):
-        return position * count + index
+        return _place(position, batch_size, process)
 
     def sample(position, raw=None):
         raw = source.read(row_of(position)) if raw is None else raw
@@ -173,10 +173,14 @@ def eval_batches(
         label, caption = (tf.ensure_shape(x, ()) for x in (raw.get("label", -1), _one_of(raw["caption"])))
         return views | {"label": label, "caption": caption, "position": position}
 
-    mine = len(range(index, source.size, count))
+    whole, rest = divmod(source.size, batch_size * count)
+    mine = whole * batch_size + min(max(rest - index * batch_size, 0), batch_size)
     data = tf.data.Dataset.range(mine)
     if source.scan is not None:
-        data = tf.data.Dataset.zip(data, source.scan().shard(count, index))
+        scan = source.scan()
+        if count > 1:
+            scan = scan.enumerate().filter(lambda row, _: row // batch_size % count == index).map(lambda _, raw: raw)
+        data = tf.data.Dataset.zip(data, scan)
     data = data.map(sample, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     batches = _padded_batches(data.ignore_errors(), batch_size, canvas).prefetch(2).as_numpy_iterator()
     side = canvas or image_side
@@ -195,6 +199,32 @@ def eval_batches(
         position = batch.pop("position")
         yield batch | {"caption": captions, "row": np.where(mask, row_of(position), -1), "mask": mask}
     bad.check(len(came), sorted(set(range(mine)) - set(came)), row_of, sample)
+
+
+def _place(position, batch_size, process):
+    """Place in the stream of all processes of `position` in the stream of one, which reads `batch_size` a batch."""
+    index, count = process
+    return (position // batch_size * count + index) * batch_size + position % batch_size
+
+
+def resume_at(positions: list[int], batch_size: int, process: tuple[int, int]) -> tuple[int, int]:
+    """(where a process goes on in its stream, how many samples are passed over by that).
+
+    As many processes as before go on exactly where each of them was. Another number of them begins with the first
+    batch of which no process has read anything: exactly the next one, unless bad samples were passed over, for
+    which the processes had to read ahead.
+
+    Args:
+      positions: where each process was.
+      batch_size: of all processes together.
+      process: (its index, how many there are now).
+    """
+    index, count = process
+    if len(positions) == count:
+        return positions[index], 0
+    share = batch_size // len(positions)
+    batches = max(-(-position // share) for position in positions)
+    return batches * (batch_size // count), batches * batch_size - sum(positions)
 
 
 def _one_of(captions, key_2=None):

@@ -1,96 +1,217 @@
-"""Checkpoints of a run: the state and the place in the data, written in the background, the best one kept."""
+"""Checkpoints of a run: the state and the place in the data, written in the background, checked when read.
 
-import contextlib
-import logging
-from pathlib import Path
+WORKDIR/checkpoints/STEP appears under its name only when it is complete. It holds `state` (Orbax, readable on any
+devices, mesh and sharding), `data` (JSON: each process's place in its stream, and the fingerprint of every array) and
+perhaps `metrics`. What does not read back bit for bit is damaged: it is named, passed over, never deleted.
+"""
+
+import json
+import sys
+import zlib
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from rankclip_jax import distributed
+from rankclip_jax.errors import InputError
+from rankclip_jax.fingerprint import fingerprints
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds: `positions` are those of the processes that saved it, in their order."""
+
+    step: int
+    state: Any
+    positions: list[int]
 
 
 class Checkpoints:
-    """WORKDIR/checkpoints. A checkpoint appears under its name only when it is complete.
+    """Writes WORKDIR/checkpoints, in the background.
 
-    Keeps the latest `config.keep`, and the one whose metric `config.best` is highest.
+    Keeps the latest `config.keep`, every multiple of `config.keep_every`, and the one whose metric `config.best` is
+    highest.
     """
 
-    def __init__(self, workdir, config):
-        self._best = config.best
-        metric = (lambda metrics: metrics[config.best]) if config.best else None
+    def __init__(self, workdir, config, start: int | None = None):
+        """`start`: the step that was restored. Newer ones proved damaged, and make way under another name."""
+        folder = _folder(workdir)
+        self._folder, self._best, self._saved = folder, config.best, start
         policies = [keep.LatestN(config.keep)]
+        if config.keep_every:
+            policies.append(keep.EveryNSteps(config.keep_every))
+        metric = (lambda metrics: metrics[config.best]) if config.best else None
         if config.best:
             policies.append(keep.BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
-            best_fn=metric, preservation_policy=keep.AnyPreservationPolicy(policies)
+            best_fn=metric,
+            preservation_policy=keep.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,  # of saves that were cut off: they would fill the disk, one a kill
         )
-        self._manager = ocp.CheckpointManager(Path(workdir).resolve() / "checkpoints", options=options)
-
-    def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
-        return self._manager.latest_step()
-
-    def best(self) -> int | None:
-        """Step of the best checkpoint by the metric `config.best`; without one, the newest."""
-        return self._manager.best_step() if self._best else self.latest()
+        try:
+            if distributed.is_first():
+                for step in _steps(folder) if start is not None else ():
+                    if step > start:
+                        (folder / str(step)).rename(_free_name(folder, f"damaged-{step}"))
+            distributed.of_all(0)  # the others look into the folder only now
+            self._manager = ocp.CheckpointManager(folder, options=options)
+        except Exception as error:
+            raise _cannot_save(folder, error) from error
 
     def save(self, step: int, state, position: int, metrics: dict) -> None:
-        """Starts to write; returns as soon as the state is copied, so that the next step may donate it."""
-        if step == self.latest():
-            return
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"position": position})
-        )
-        self._manager.save(step, args=items, metrics=metrics if self._best in metrics else None)
+        """Starts to write; returns as soon as the state is copied, so that the next step may donate it.
 
-    def restore(self, step: int, abstract_state) -> tuple:
-        """Returns (state, position). `abstract_state` says the shapes and shardings."""
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), data=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
-        return restored.state, restored.data["position"]
+        Args:
+          position: this process's place in its stream of data.
+
+        Raises:
+          InputError: this checkpoint, or the one before, could not be written. Those before it are as they were.
+        """
+        if step == self._saved:
+            return
+        data = {"positions": distributed.of_all(position), "fingerprints": fingerprints(state)}
+        data["crc32"] = _crc(data)
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
+        try:
+            self._manager.save(step, args=items, metrics=metrics if self._best in metrics else None)
+        except Exception as error:
+            raise _cannot_save(self._folder, error) from error
+        self._saved = step
 
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until everything is written. Raises as `save` does."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.close()
+        except Exception as error:
+            raise _cannot_save(self._folder, error) from error
+
+
+def restore(workdir, abstract_state, best: str | None = None) -> Restored | None:
+    """The newest checkpoint that is whole, or the best one by the metric `best`; None where there is no checkpoint.
+
+    `abstract_state` says the shapes and shardings, which need not be those of the run that saved. A damaged
+    checkpoint is named on stderr and the next one taken. All processes of a run take the same.
+
+    Raises:
+      InputError: there are checkpoints and all of them are damaged.
+    """
+    return _first_whole(workdir, best, lambda folder, data: _read_state(folder, data, abstract_state))
 
 
 def read_variables(workdir, best: str | None) -> tuple[int, dict] | None:
-    """(step, {"params", "batch_stats"} as NumPy arrays) of the best checkpoint by the metric `best`, or the newest.
+    """(step, {"params", "batch_stats"} as NumPy arrays) of the checkpoint that `restore` takes, without the optimiser.
 
-    None without a complete checkpoint. Reads no optimiser state, writes nothing, and needs no device.
+    None without a complete checkpoint. Writes nothing, and takes no accelerator.
     """
-    folder = Path(workdir).resolve() / "checkpoints"
-    if not folder.is_dir():
-        return None
-    metric = (lambda metrics: metrics[best]) if best else None
-    with _quiet():
-        options = ocp.CheckpointManagerOptions(read_only=True, best_fn=metric)
-        with ocp.CheckpointManager(folder, options=options) as manager:
-            step = (manager.best_step() if best else None) or manager.latest_step()
-        if step is None:
-            return None
-        return step, _read_arrays(folder / str(step) / "state", ("params", "batch_stats"))
+    found = _first_whole(workdir, best, lambda folder, data: _read_variables(folder, data), alone=True)
+    return found and (found.step, found.state)
 
 
-def _read_arrays(folder: Path, names) -> dict:
+def _first_whole(workdir, best, read, alone=False) -> Restored | None:
+    folder = _folder(workdir)
+    steps, reason = _by_worth(folder, best), None
+    for step in steps:
+        state, data, problem = None, None, None
+        try:
+            data = _read_data(folder / str(step))
+            state, check = read(folder / str(step) / "state", data)
+        except Exception as error:  # whatever Orbax, TensorStore or JSON raise on damage of every kind
+            problem = f"{type(error).__name__}: {_line(error)}"
+        # A file that one process cannot read, another may not need; all go on from the same step.
+        if (alone and problem is None) or (not alone and min(distributed.of_all(problem is None))):
+            problem = check()
+            if problem is None:
+                return Restored(step, state, data["positions"])
+        reason = problem or reason or "another process could not read it"
+        print(f"checkpoint {folder / str(step)} is damaged and passed over: {reason}", file=sys.stderr)
+    if steps:
+        raise InputError(
+            f"none of the {len(steps)} checkpoints in {folder} can be read (the last: {reason}); nothing was deleted. "
+            "Bring one back from a copy, or start in a new --workdir"
+        )
+    return None
+
+
+def _read_data(folder) -> dict:
+    data = ocp.JsonCheckpointHandler().restore(folder / "data")
+    if "position" in data:  # of before there were several processes
+        return {"positions": [data["position"]], "fingerprints": {}}
+    if data.pop("crc32") != _crc(data):
+        raise ValueError("data does not match its checksum")
+    return data
+
+
+def _read_state(folder, data, abstract_state):
+    state = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(abstract_state))
+    return state, lambda: _difference(state, data["fingerprints"])
+
+
+def _read_variables(folder, data):
     with ocp.PyTreeCheckpointer() as reader:
         tree = reader.metadata(folder).item_metadata.tree
-        wanted = {name: tree[name] for name in names if tree.get(name)}
+        wanted = {name: tree[name] for name in ("params", "batch_stats") if tree.get(name)}
         numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        return reader.restore(
+        variables = reader.restore(
             folder, args=ocp.args.PyTreeRestore(item=wanted, restore_args=numpy, partial_restore=True)
         )
 
+    def check():
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return _difference(variables, data["fingerprints"])
 
-@contextlib.contextmanager
-def _quiet():
-    # Orbax warns four times about what was asked for: to read only, and only a part.
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    return variables, check
+
+
+def _difference(tree, saved: dict[str, int]) -> str | None:
+    for name, number in fingerprints(tree).items() if saved else ():
+        if saved.get(name) != number:
+            return f"{name} is not what was saved"
+    return None
+
+
+def _folder(workdir) -> epath.Path:
+    return epath.Path(workdir).resolve() / "checkpoints"
+
+
+def _steps(folder) -> list[int]:
+    """Complete checkpoints, newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((found.step for found in ocp.path.step.standard_name_format().find_all(folder)), reverse=True)
+
+
+def _by_worth(folder, best) -> list[int]:
+    steps, scores = _steps(folder), {}
+    for step in steps if best else ():
+        try:
+            scores[step] = json.loads((folder / str(step) / "metrics" / "metrics").read_text())[best]
+        except (OSError, ValueError, KeyError):  # it was saved without, or is damaged
+            continue
+    first = [max(scores, key=lambda step: (scores[step], step))] if scores else []
+    return first + [step for step in steps if step not in first]
+
+
+def _free_name(folder, name):
+    taken = [path.name for path in folder.iterdir()]
+    return folder / next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if n not in taken)
+
+
+def _crc(data: dict) -> int:
+    return zlib.crc32(json.dumps([data["positions"], data["fingerprints"]], sort_keys=True).encode())
+
+
+def _line(error) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _cannot_save(folder, error) -> Exception:
+    if isinstance(error, InputError):
+        return error
+    return InputError(
+        f"cannot save in {folder}: {_line(error) or type(error).__name__}. The checkpoints before are as they were; "
+        "make room or make it writable, and start again to go on"
+    )

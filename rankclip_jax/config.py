@@ -171,6 +171,7 @@ def default_config() -> ConfigDict:
             checkpoint=dict(
                 every_steps=None,  # None: at the end of every epoch only
                 keep=2,  # the latest so many
+                keep_every=None,  # also save at every multiple of so many steps, and keep those for good
                 best=None,  # metric (as in metrics.jsonl) whose best checkpoint is kept too
             ),
             plan=dict(  # --mode=plan

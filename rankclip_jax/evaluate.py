@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from rankclip_jax import evaluation, images, models, optim, pretrained, sharding
+from rankclip_jax import checkpoint, evaluation, images, models, optim, pretrained, sharding
 from rankclip_jax import step as steps
-from rankclip_jax.checkpoint import Checkpoints
 from rankclip_jax.errors import InputError
 from rankclip_jax.run import Run
 from rankclip_jax.tokenizer import Tokenizer
@@ -41,15 +40,14 @@ def evaluate(config: ConfigDict, workdir) -> dict:
 def _workdir(config, workdir):
     if not (workdir / "tokenizer.json").exists():
         raise InputError(f"{workdir} holds no trained run (no tokenizer.json); train there first with --mode=train")
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    step = checkpoints.best()
-    if step is None:
-        raise InputError(f"{workdir} holds no complete checkpoint; train there first with --mode=train")
     run = Run(config, workdir, Tokenizer.load(str(workdir / "tokenizer.json")))
     # The rates do not matter here, but the optimiser's state has its place in the checkpoint.
     tx = optim.make_optimizer(config.optim, config.optim.warmup_steps + 1)
-    state, _ = checkpoints.restore(step, steps.abstract_state(run.model, tx, run.mesh, config.sharding))
-    return run, state
+    abstract = steps.abstract_state(run.model, tx, run.mesh, config.sharding)
+    restored = checkpoint.restore(workdir, abstract, config.checkpoint.best)
+    if restored is None:
+        raise InputError(f"{workdir} holds no complete checkpoint; train there first with --mode=train")
+    return run, restored.state
 
 
 def _model(config, workdir):

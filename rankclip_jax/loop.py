@@ -7,25 +7,22 @@ Where a run starts, in this order:
 """
 
 import json
-import signal
+import os
+import sys
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
+from rankclip_jax import checkpoint, distributed, evaluation, init_from, metrics, models, optim
 from rankclip_jax import config as configs
-from rankclip_jax import evaluation, init_from, metrics, models, optim
 from rankclip_jax import step as steps
-from rankclip_jax.checkpoint import Checkpoints
 from rankclip_jax.errors import InputError
 from rankclip_jax.input_wait import InputWait
+from rankclip_jax.preemption import Notice, Preempted
 from rankclip_jax.recorder import Recorder
 from rankclip_jax.run import Run
 from rankclip_jax.tokenizer import Tokenizer
-
-
-class Preempted(Exception):  # noqa: N818 -- not an error: the run was asked to stop, saved, and can go on
-    """SIGTERM came; the state is saved."""
 
 
 def train(config: ConfigDict, workdir) -> None:
@@ -33,7 +30,7 @@ def train(config: ConfigDict, workdir) -> None:
 
     Raises:
       InputError: something in the configuration, the data or the workdir is wrong, or the loss stopped being finite.
-      Preempted: SIGTERM came and the state is saved.
+      Preempted: SIGTERM came, to any of the processes, and the state is saved.
     """
     from clu import metric_writers  # imports TensorFlow, as the pipeline does
 
@@ -50,19 +47,28 @@ def train(config: ConfigDict, workdir) -> None:
     tx = optim.make_optimizer(config.optim, total_steps)
     resumes = _check_same_run(workdir, config)
     origin = None if resumes else init_from.read(config)
-    tokenizer = Tokenizer.load(str(workdir / "tokenizer.json")) if resumes else _new_tokenizer(config, source, origin)
+    tokenizer = Tokenizer.from_json(
+        distributed.from_first(
+            lambda: (
+                Tokenizer.load(str(workdir / "tokenizer.json")) if resumes else _new_tokenizer(config, source, origin)
+            ).to_json()
+        )
+    )
     run = Run(config, workdir, tokenizer)
     abstract = steps.abstract_state(run.model, tx, run.mesh, config.sharding)
-    if not resumes:  # only now, when everything that the user gave has proved right
-        workdir.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(workdir / "tokenizer.json")
-        (workdir / "config.json").write_text(configs.to_json(config) + "\n")
+    if not resumes and distributed.is_first():  # only now, when everything that the user gave has proved right
+        _begin(workdir, config, tokenizer)
 
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    start, position = checkpoints.latest() or 0, 0
-    if start:
-        state, position = checkpoints.restore(start, abstract)
+    index, processes = run.process
+    restored = checkpoint.restore(workdir, abstract)
+    start, position = (restored.step if restored else 0), 0
+    if restored:
+        state = restored.state
+        position, passed_over = pipeline.resume_at(restored.positions, config.batch_size, run.process)
         print(f"resuming from step {start} of {total_steps} in {workdir}")
+        if passed_over:
+            before = len(restored.positions)
+            print(f"{before} processes saved it, {processes} go on: {passed_over} samples are not seen this epoch")
     else:
         state = steps.init_state(run.model, tx, config.seed, run.mesh, config.sharding)
         if origin:
@@ -70,9 +76,11 @@ def train(config: ConfigDict, workdir) -> None:
     if start >= total_steps:
         print(f"{workdir} is trained to its last step, {start}")
         return
+    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint, start if restored else None)
     train_step = steps.make_train_step(
         run.model, tx, config, run.mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch
     )
+    bad_path = workdir / ("bad_samples.jsonl" if index == 0 else f"bad_samples.process{index}.jsonl")
     batches = pipeline.TrainBatches(
         source,
         run.tokenizer,
@@ -81,7 +89,7 @@ def train(config: ConfigDict, workdir) -> None:
         crop_scale=config.data.crop_scale,
         seed=config.seed,
         start=position,
-        bad_path=workdir / "bad_samples.jsonl",
+        bad_path=bad_path,
         max_bad_fraction=config.data.max_bad_fraction,
         recover_truncated=config.data.recover_truncated,
         two_views=config.data.two_views,
@@ -89,33 +97,43 @@ def train(config: ConfigDict, workdir) -> None:
     )
     rate = optim.learning_rate(config.optim, total_steps)
     recorder = Recorder(run, rate, InputWait(batches), start, total_steps, steps_per_epoch)
-    tensorboard = metric_writers.SummaryWriter(str(workdir))
-    recorder.writers.append(tensorboard.write_scalars)
+    if distributed.is_first():
+        tensorboard = metric_writers.SummaryWriter(str(workdir))
+        recorder.writers.append(tensorboard.write_scalars)
     parameters = sum(p.size for p in jax.tree.leaves(state.params))
     print(
         f"training {config.model.name} ({parameters:,} parameters) with {config.loss.objective} on {source.size:,} "
         f"samples: {total_steps} steps of {config.batch_size} on {jax.device_count()} {jax.default_backend()} device(s)"
+        + (f" of {processes} processes" if processes > 1 else "")
     )
 
     try:
         _run_steps(run, state, train_step, batches, recorder, checkpoints, range(start + 1, total_steps + 1))
-    finally:
-        checkpoints.close()  # also on an error: what was being saved is good
-    tensorboard.close()
+    except BaseException as error:
+        # What was being saved is good. But of many processes the others may never come to finish it.
+        if processes == 1 or isinstance(error, Preempted):
+            checkpoints.close()
+        raise
+    checkpoints.close()
     if batches.bad.reasons:
-        print(f"{batches.bad.summary()}; {workdir / 'bad_samples.jsonl'} names them")
-    print(f"curves: {metrics.plot_curves(workdir)}")
+        who = f"process {index} of {processes}: " if processes > 1 else ""
+        print(f"{who}{batches.bad.summary()}; {bad_path} names them", file=sys.stderr if index else sys.stdout)
+    if distributed.is_first():
+        tensorboard.close()
+        print(f"curves: {metrics.plot_curves(workdir)}")
 
 
 def _run_steps(run, state, train_step, batches, recorder, checkpoints, step_range) -> None:
-    config, terminated = run.config, _watch_sigterm()
+    config, notice = run.config, Notice()
     for step in step_range:
         state, numbers = train_step(state, steps.to_devices(next(recorder.wait), run.mesh))
         recorder.wait.step_started(numbers["loss"])
         recorder.take(step, numbers)
         last = step == step_range[-1]
         epoch_ends = last or step % recorder.steps_per_epoch == 0
-        saves = epoch_ends or (config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0)
+        multiples = [n for n in (config.checkpoint.every_steps, config.checkpoint.keep_every) if n]
+        saves = epoch_ends or any(step % n == 0 for n in multiples)
+        terminated = notice.reached(step)
         results = {}
         if epoch_ends:
             kinds = evaluation.due(config.eval, step // recorder.steps_per_epoch, last)
@@ -123,7 +141,7 @@ def _run_steps(run, state, train_step, batches, recorder, checkpoints, step_rang
         if saves or terminated:
             recorder.flush()  # raises on a loss that is not finite, before a bad state is saved
             checkpoints.save(step, state, batches.position, results)
-        if terminated:
+        if terminated and not last:
             raise Preempted(f"SIGTERM: saved step {step} in {run.workdir}; the same command goes on from there")
 
 
@@ -138,9 +156,14 @@ def _preset_side(config) -> int:
 def _check_same_run(workdir: Path, config: ConfigDict) -> bool:
     """Whether the workdir holds a run already; refuses one of another configuration."""
     stored = workdir / "config.json"
+    if len(set(distributed.of_all(stored.exists()))) > 1:
+        raise InputError(f"only some processes find a run in {workdir}; it must be a folder that all of them share")
     if not stored.exists():
         return False
-    changed = configs.differences(json.loads(stored.read_text()), config.to_dict())
+    try:
+        changed = configs.differences(json.loads(stored.read_text()), config.to_dict())
+    except ValueError as error:
+        raise InputError(f"{stored} is damaged ({error}); bring it back from a copy, or give a new --workdir") from None
     if changed:
         raise InputError(
             f"{workdir} holds a run with another configuration ({'; '.join(changed)}); "
@@ -149,16 +172,18 @@ def _check_same_run(workdir: Path, config: ConfigDict) -> bool:
     return True
 
 
+def _begin(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
+    """Writes what makes a folder a run: config.json last and in one go, so that it says that all is there."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(workdir / "tokenizer.json")
+    part = workdir / "config.json.part"
+    part.write_text(configs.to_json(config) + "\n")
+    os.replace(part, workdir / "config.json")
+
+
 def _new_tokenizer(config: ConfigDict, source, origin) -> Tokenizer:
     if origin and (tokenizer := init_from.tokenizer(origin, config)):
         return tokenizer
     if config.tokenizer.path:
         return Tokenizer.load(config.tokenizer.path)
     return Tokenizer.train(source.captions(), config.tokenizer.vocab_size)
-
-
-def _watch_sigterm() -> list:
-    """An empty list that SIGTERM fills."""
-    received = []
-    signal.signal(signal.SIGTERM, lambda *_: received.append(True))
-    return received

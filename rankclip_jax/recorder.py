@@ -2,7 +2,7 @@
 
 import math
 
-from rankclip_jax import evaluation, input_wait, metrics
+from rankclip_jax import distributed, evaluation, input_wait, metrics
 from rankclip_jax.errors import InputError
 from rankclip_jax.input_wait import InputWait
 from rankclip_jax.run import Run
@@ -19,7 +19,7 @@ class Recorder:
         self._total = total_steps
         self._progress = metrics.Progress(start, total_steps, run.config.batch_size)
         self._pending = None
-        self.writers = [metrics.MetricsFile(run.workdir, start).write]
+        self.writers = [metrics.MetricsFile(run.workdir, start).write] if distributed.is_first() else []
 
     def take(self, step: int, numbers: dict) -> None:
         """Holds the numbers of `step` and writes those of the step before."""

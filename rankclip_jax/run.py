@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from rankclip_jax import evaluation, losses, models, sharding
@@ -32,6 +33,11 @@ class Run:
                 f"parts over {shards} devices"
             )
         self.process = (jax.process_index(), jax.process_count())
+        if shards % jax.process_count():
+            raise InputError(
+                f"config.mesh splits a batch in {shards}, over {jax.process_count()} processes: each needs rows of its "
+                'own, so keep the axis "model" within a process'
+            )
         self.local_batch = config.batch_size // jax.process_count()
         self.model = build_model(config, tokenizer) if model is None else model
         if config.accumulate > 1 and isinstance(self.model.config.vision, models.ResNetConfig):
@@ -82,6 +88,8 @@ class Run:
             tokens = self.tokenizer(batch["caption"], self.context_length)
             if config.eval.diagnostics and not parts:
                 z = self.encode_images(state, batch), self.encode_texts(state, batch["caption"])
+                if jax.process_count() > 1:
+                    z = jax.tree.map(np.concatenate, multihost_utils.process_allgather(z))
                 numbers = _diagnostics(*z, np.exp(float(state.params["logit_scale"])))
             parts.append(self._val_step(state, steps.to_devices(_pictures(batch) | {"tokens": tokens}, self.mesh)))
         numbers |= {key: np.mean([float(part[key]) for part in parts]) for key in parts[0]}

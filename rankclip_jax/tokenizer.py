@@ -92,9 +92,18 @@ class Tokenizer:
         )
         return cls(hf)
 
+    @classmethod
+    def from_json(cls, text: str) -> "Tokenizer":
+        """The tokenizer whose `to_json` this is."""
+        return cls(tokenizers.Tokenizer.from_str(text))
+
+    def to_json(self) -> str:
+        """The text of tokenizer.json."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
     def save(self, path) -> None:
         """Writes tokenizer.json."""
-        Path(path).write_text(json.dumps(self.to_dict(), ensure_ascii=False))
+        Path(path).write_text(self.to_json())
 
     def vocabulary(self) -> dict[str, int]:
         """Every token and its id."""

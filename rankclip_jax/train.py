@@ -2,6 +2,7 @@
 
 import argparse
 import ctypes
+import errno
 import os
 import sys
 from pathlib import Path
@@ -10,10 +11,12 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-from rankclip_jax import config, evaluate, loop, plan
+import jax
+
+from rankclip_jax import config, distributed, evaluate, loop, plan, preemption
 from rankclip_jax.errors import InputError
 
-PREEMPTED = 75  # exit code: saved and stopped by SIGTERM; start again to go on (EX_TEMPFAIL of sysexits.h)
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
 def _keep_freed_memory() -> None:
@@ -40,6 +43,10 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a file of configs/, with its argument after a colon")
     parser.add_argument("--workdir", help="folder of the run; default: runs/ and the config's name")
     parser.add_argument("--mode", choices=["train", "eval", "plan"], default="train")
+    cluster = parser.add_argument_group("many processes, where no cluster is detected (docs/reliability.md)")
+    cluster.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    cluster.add_argument("--num_processes", type=int)
+    cluster.add_argument("--process_id", type=int, help="from 0")
     flags, rest = parser.parse_known_args()
     _keep_freed_memory()
     for flag in rest:
@@ -48,15 +55,23 @@ def main() -> None:
     workdir = flags.workdir or Path("runs") / Path(flags.config.partition(":")[0]).stem
     try:
         settings = config.load(flags.config, [flag.removeprefix("--config.") for flag in rest])
+        if flags.mode != "plan":
+            distributed.start(flags.coordinator, flags.num_processes, flags.process_id)
         if flags.mode == "plan":
             plan.plan(settings)
         else:
             loop.train(settings, workdir) if flags.mode == "train" else evaluate.evaluate(settings, workdir)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except loop.Preempted as stop:
+    except preemption.Preempted as stop:
         print(stop)
-        sys.exit(PREEMPTED)
+        sys.exit(preemption.EXIT_CODE)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+            error = InputError(f"cannot write: {error}; make room or make it writable, and start again to go on")
+        if jax.distributed.is_initialized():
+            distributed.stop(error)
+        if not isinstance(error, InputError):
+            raise
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
