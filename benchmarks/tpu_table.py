@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from rankclip_jax import config as configs
-from rankclip_jax import plan
+from rankclip_jax import flops, plan
 
 MODELS = ("ViT-B/32", "ViT-B/16", "RN50")
 OBJECTIVES = ("rankclip", "clip")
@@ -43,7 +43,7 @@ def row(cell: list, found: dict) -> str:
     """A line of the table."""
     batch, sharding, objective, model, topology = cell
     target = plan.parse_target(topology)
-    memory, tflops = plan.ACCELERATORS[target["kind"]]
+    memory, tflops = flops.ACCELERATORS[target["kind"]]
     name = f"| {topology} | {model} | {objective} | {sharding} | {batch:,} |"
     if "error" in found:
         return f"{name} {found['error']} | | |"

@@ -17,7 +17,7 @@ from rankclip_jax.errors import InputError
 
 # Keys that may differ between the start of a run and its resumption: they change what is looked at or kept,
 # never a number that is trained.
-MAY_CHANGE = ("log_every", "eval", "checkpoint", "plan")
+MAY_CHANGE = ("log_every", "eval", "checkpoint", "plan", "profile")
 
 # Spelled out here, so that reading a configuration imports no JAX; a test compares them with rankclip_jax/losses.
 OBJECTIVES = ("clip", "rankclip", "rank", "siglip", "cyclip")
@@ -83,6 +83,7 @@ def default_config() -> ConfigDict:
             init_towers="both",  # both | vision | text: what to take from it
             init_skip=(),  # regexes over parameters (visual/proj ...) that start fresh all the same
             log_every=50,  # steps between lines of metrics
+            profile=None,  # (first, last) steps to trace into WORKDIR/profile
             loss=dict(
                 objective="rankclip",  # clip | rankclip | rank (ranking alone) | siglip | cyclip
                 terms={},  # weights of more terms (TERMS of config.py), or in place of the objective's own
@@ -101,9 +102,11 @@ def default_config() -> ConfigDict:
                 dtype="float32",  # of the computation: float32 | bfloat16; parameters stay float32
                 activation=None,  # quick_gelu | gelu; None: the preset's
                 scan_layers=False,  # one compiled layer for all: faster to compile, same numbers
-                logit_scale=None,  # where its logarithm starts; None: ln(1 / 0.07), and ln 10 for siglip. [o] [s]
+                logit_scale=None,  # where its logarithm starts; None: ln(1 / 0.07), ln 10 for siglip. [o] [s]
                 logit_bias=None,  # where siglip's learned bias starts; None: no bias, and -10 for siglip. [s]
-                remat=False,  # recompute activations in the backward pass: less memory, same numbers
+                # Recompute activations in the backward pass: less memory, same numbers. True: all of a block; or keep
+                # by a policy of models/transformer.py: dots_saveable | dots_with_no_batch_dims_saveable
+                remat=False,
                 vision={},  # fields of the preset's vision tower to change
                 text={},  # fields of the preset's text tower to change
             ),
@@ -303,7 +306,7 @@ def _merge(into: ConfigDict, values: Mapping, where: str) -> None:
 
 
 def _typed(value, default, path: str):
-    if default is None or value is None:
+    if default is None or value is None or path == "config.model.remat":  # a switch, or the name of a policy
         return value
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

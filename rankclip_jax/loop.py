@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from rankclip_jax import checkpoint, distributed, evaluation, init_from, metrics, models, optim
+from rankclip_jax import checkpoint, compilation_cache, distributed, evaluation, init_from, metrics, models, optim
 from rankclip_jax import config as configs
 from rankclip_jax import step as steps
 from rankclip_jax.errors import InputError
@@ -23,6 +23,7 @@ from rankclip_jax.preemption import Notice, Preempted
 from rankclip_jax.recorder import Recorder
 from rankclip_jax.run import Run
 from rankclip_jax.tokenizer import Tokenizer
+from rankclip_jax.trace import Trace
 
 
 def train(config: ConfigDict, workdir) -> None:
@@ -37,6 +38,7 @@ def train(config: ConfigDict, workdir) -> None:
     from input_pipeline import captions, pipeline, sources
 
     workdir = Path(workdir)
+    compilation_cache.enable()
     synonyms = captions.read_synonyms(config.data.synonyms) if config.data.synonyms else None
     side = _preset_side(config)
     source = sources.open_source(config.data, config.data.train, image_side=side)
@@ -125,10 +127,13 @@ def train(config: ConfigDict, workdir) -> None:
 
 def _run_steps(run, state, train_step, batches, recorder, checkpoints, step_range) -> None:
     config, notice = run.config, Notice()
+    trace = Trace(config.profile, run.workdir)
     for step in step_range:
+        trace.before(step)
         state, numbers = train_step(state, steps.to_devices(next(recorder.wait), run.mesh))
         recorder.wait.step_started(numbers["loss"])
         recorder.take(step, numbers)
+        trace.after(step, numbers)
         last = step == step_range[-1]
         epoch_ends = last or step % recorder.steps_per_epoch == 0
         multiples = [n for n in (config.checkpoint.every_steps, config.checkpoint.keep_every) if n]
@@ -143,6 +148,7 @@ def _run_steps(run, state, train_step, batches, recorder, checkpoints, step_rang
             checkpoints.save(step, state, batches.position, results)
         if terminated and not last:
             raise Preempted(f"SIGTERM: saved step {step} in {run.workdir}; the same command goes on from there")
+    trace.close()
 
 
 def _preset_side(config) -> int:

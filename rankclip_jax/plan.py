@@ -17,22 +17,8 @@ from ml_collections import ConfigDict
 
 from rankclip_jax import config as configs
 from rankclip_jax.errors import InputError
+from rankclip_jax.flops import ACCELERATORS, step_flops
 from rankclip_jax.hlo import collectives
-
-# name: (memory in GB of 2^30 bytes as JAX can use it at most, dense bfloat16 TFLOP/s). From the vendors' data sheets.
-ACCELERATORS = {
-    "v4": (32, 275),
-    "v5e": (16, 197),
-    "v5p": (95, 459),
-    "v6e": (32, 918),
-    "T4": (16, 65),
-    "L4": (24, 121),
-    "A100-40": (40, 312),
-    "A100-80": (80, 312),
-    "H100": (80, 989),
-    "H200": (141, 989),
-    "B200": (180, 2250),
-}
 
 
 def plan(config: ConfigDict) -> dict:
@@ -187,13 +173,16 @@ def _describe(config: ConfigDict, topology: str | None) -> dict:
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=where)
 
-    canvas = canvas_side(config, side)
-    batch = {"image": array(np.uint8, canvas or side, canvas or side, 3), "tokens": array(np.int32, length)}
+    canvas, views = canvas_side(config, side), 1 + config.data.two_views
+    batch = {"tokens": array(np.int32, views, length)}
     if canvas:
-        batch |= {"size": array(np.int32, 2), "windows": array(np.float32, 1, 4)}
+        batch["image"] = array(np.uint8, canvas, canvas, 3)
+        batch |= {"size": array(np.int32, 2), "windows": array(np.float32, views, 4)}
+    else:
+        batch["image"] = array(np.uint8, views, side, side, 3)
     found = {
         "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
-        "flops": _flops(model, b),
+        "flops": step_flops(model, b, views),
     }
     try:
         compiled = step.lower(state, batch).compile()
@@ -208,27 +197,6 @@ def _describe(config: ConfigDict, topology: str | None) -> dict:
         "temporary": memory.temp_size_in_bytes,
         "collectives": collectives(compiled.as_text()),
     }
-
-
-def _flops(model, batch: int) -> float:
-    """Floating-point operations of the towers, forward and backward, as XLA counts them unrolled, and of the loss.
-
-    Those of one pair, times the batch; recomputation under remat or accumulation is not counted, as is the custom.
-    """
-    import jax
-
-    from rankclip_jax.models import CLIP
-
-    plain = CLIP(model.config, model.dtype)
-    images, tokens = plain.example_inputs(2)
-    variables = jax.eval_shape(plain.init, jax.random.key(0), images, tokens)
-
-    def towers(variables):
-        z_img, z_txt, _ = plain.apply(variables, images, tokens)
-        return z_img.sum() + z_txt.sum()
-
-    pair = jax.jit(jax.grad(towers)).lower(variables).cost_analysis()["flops"] / 2
-    return batch * pair + 24.0 * batch**2 * model.config.embed_dim
 
 
 if __name__ == "__main__":

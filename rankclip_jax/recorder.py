@@ -2,7 +2,7 @@
 
 import math
 
-from rankclip_jax import distributed, evaluation, input_wait, metrics
+from rankclip_jax import distributed, evaluation, flops, input_wait, metrics
 from rankclip_jax.errors import InputError
 from rankclip_jax.input_wait import InputWait
 from rankclip_jax.run import Run
@@ -19,6 +19,8 @@ class Recorder:
         self._total = total_steps
         self._progress = metrics.Progress(start, total_steps, run.config.batch_size)
         self._pending = None
+        views = 1 + run.config.data.two_views
+        self._tflop = flops.step_flops(run.model, run.config.batch_size, views) / 1e12
         self.writers = [metrics.MetricsFile(run.workdir, start).write] if distributed.is_first() else []
 
     def take(self, step: int, numbers: dict) -> None:
@@ -44,6 +46,8 @@ class Recorder:
         shown = {key: numbers[key] for key in _ON_CONSOLE if key in numbers}
         line, speed = self._progress.line(step, epoch, shown, *self.wait.take())
         print(line, flush=True)
+        steps_per_second = speed["images_per_second"] / self._run.config.batch_size
+        speed |= flops.utilisation(self._tflop * steps_per_second)
         self._write(step, numbers | speed)
         if step > 1 and not self._advised and speed["data_wait"] > input_wait.WORTH_SAYING:
             self._advised = True

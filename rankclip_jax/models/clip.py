@@ -11,6 +11,7 @@ from rankclip_jax.models.layers import l2_normalize
 from rankclip_jax.models.presets import ClipConfig, VitConfig, configure
 from rankclip_jax.models.resnet import ModifiedResNet
 from rankclip_jax.models.text import TextTransformer
+from rankclip_jax.models.transformer import REMAT_POLICIES
 from rankclip_jax.models.vit import VisionTransformer
 
 
@@ -26,7 +27,7 @@ class CLIP(nn.Module):
     config: ClipConfig
     dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
-    remat: bool = False
+    remat: bool | str = False
     initial_scale: float = math.log(1 / 0.07)
     initial_bias: float | None = None
 
@@ -82,7 +83,7 @@ def build(
     *,
     dtype: str = "float32",
     scan_layers: bool = False,
-    remat: bool = False,
+    remat: bool | str = False,
     logit_scale: float | None = None,
     logit_bias: float | None = None,
     **overrides,
@@ -90,12 +91,14 @@ def build(
     """A CLIP from a preset. `overrides` are those of `presets.configure`.
 
     dtype: 'float32' or 'bfloat16', what the towers compute in. scan_layers: transformer blocks under one
-    scan (smaller programs, stacked parameters). remat: recompute blocks in the backward pass. logit_scale: what the
-    learned logarithm of the multiplier starts at (None: CLIP's ln(1 / 0.07)). logit_bias: what a learned bias, of
-    SigLIP's loss, starts at (None: no such parameter).
-    Raises ValueError as `configure` does, and for another dtype.
+    scan (smaller programs, stacked parameters). remat: recompute blocks in the backward pass, all of them (True) or
+    what a policy of REMAT_POLICIES does not keep. logit_scale: what the learned logarithm of the multiplier starts at
+    (None: CLIP's ln(1 / 0.07)). logit_bias: what a learned bias, of SigLIP's loss, starts at (None: no such parameter).
+    Raises ValueError as `configure` does, and for another dtype or remat.
     """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {dtype!r} is neither 'float32' nor 'bfloat16'")
+    if remat not in (False, True, None, *REMAT_POLICIES):
+        raise ValueError(f"remat {remat!r} is none of False, True, {', '.join(REMAT_POLICIES)}")
     start = CLIP.initial_scale if logit_scale is None else logit_scale
     return CLIP(configure(name, **overrides), jnp.dtype(dtype), scan_layers, remat, start, logit_bias)

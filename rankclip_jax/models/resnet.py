@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from rankclip_jax.models.layers import BatchNorm, Conv, Linear, avg_pool
 from rankclip_jax.models.presets import ResNetConfig
-from rankclip_jax.models.transformer import attend
+from rankclip_jax.models.transformer import attend, remat_policy
 
 
 class Bottleneck(nn.Module):
@@ -74,7 +74,7 @@ class ModifiedResNet(nn.Module):
     config: ResNetConfig
     embed_dim: int
     dtype: DTypeLike = jnp.float32
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, images_BxHxWx3: jax.Array, train: bool = False) -> jax.Array:
@@ -91,7 +91,7 @@ class ModifiedResNet(nn.Module):
             x = stem(x, 1, cfg.width // 2, stride=2)
             x = stem(x, 2, cfg.width // 2)
             x = avg_pool(stem(x, 3, cfg.width), 2)
-        block = nn.remat(Bottleneck) if self.remat else Bottleneck
+        block = nn.remat(Bottleneck, policy=remat_policy(self.remat)) if self.remat else Bottleneck
         for stage, blocks in enumerate(cfg.layers):
             for i in range(blocks):
                 stride = 2 if stage > 0 and i == 0 else 1

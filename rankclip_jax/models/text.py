@@ -23,7 +23,7 @@ class TextTransformer(nn.Module):
     activation: str
     dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, tokens_BxL: jax.Array) -> jax.Array:

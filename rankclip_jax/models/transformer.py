@@ -31,6 +31,23 @@ def attend(q_BxLxD, k_BxSxD, v_BxSxD, heads: int, causal: bool = False) -> jax.A
     return jnp.matmul(weights, v).transpose(0, 2, 1, 3).reshape(b, length, d)
 
 
+def has_fused_attention(dtype: DTypeLike, head_width: int) -> bool:
+    """Whether cuDNN has fused attention for such heads on the default backend: half precision, from Ampere on."""
+    device = jax.local_devices()[0]
+    if "cuda" not in device.client.platform_version:
+        return False
+    fits = head_width % 8 == 0 and head_width <= 128 and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    return fits and float(device.compute_capability) >= 8
+
+
+def attend_fused(q_BxLxD, k_BxLxD, v_BxLxD, heads: int, causal: bool = False, implementation: str = "cudnn"):
+    """`attend` by jax.nn.dot_product_attention, which never holds the (B, H, L, L) weights when cuDNN does it."""
+    b, length, d = q_BxLxD.shape
+    q, k, v = (x.reshape(b, length, heads, d // heads) for x in (q_BxLxD, k_BxLxD, v_BxLxD))
+    y_BxLxHxDh = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
+    return y_BxLxHxDh.reshape(b, length, d)
+
+
 class Attention(nn.Module):
     """Self-attention. q, k and v have a weight each: one fused product would only be split again."""
 
@@ -52,10 +69,20 @@ class Attention(nn.Module):
             Linear(d, **qkv, zero_bias=True, dtype=self.dtype, name=f"{n}_proj")(x_NxD).reshape(b, length, d)
             for n in "qkv"
         )
-        y_NxD = attend(q, k, v, self.heads, self.causal).reshape(b * length, d)
+        attention = attend_fused if has_fused_attention(q.dtype, d // self.heads) else attend
+        y_NxD = attention(q, k, v, self.heads, self.causal).reshape(b * length, d)
         return Linear(d, **out, zero_bias=True, dtype=self.dtype, name="out_proj")(y_NxD).reshape(
             b, length, d
         )
+
+
+# What rematerialisation may keep, besides nothing (True): names of jax.checkpoint_policies.
+REMAT_POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable")
+
+
+def remat_policy(remat: bool | str):
+    """What jax.checkpoint takes as its policy: None, to keep nothing, or the named one."""
+    return getattr(jax.checkpoint_policies, remat) if isinstance(remat, str) else None
 
 
 class Mlp(nn.Module):
@@ -110,13 +137,13 @@ class Transformer(nn.Module):
     scaled_init: bool
     dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
         kind = ResidualAttentionBlock
         if self.remat:
-            kind = nn.remat(kind, prevent_cse=not self.scan_layers)
+            kind = nn.remat(kind, prevent_cse=not self.scan_layers, policy=remat_policy(self.remat))
 
         def block(name):
             return kind(

@@ -18,7 +18,7 @@ class VisionTransformer(nn.Module):
     activation: str
     dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
-    remat: bool = False
+    remat: bool | str = False
 
     @nn.compact
     def __call__(self, images_BxHxWx3: jax.Array, train: bool = False) -> jax.Array:

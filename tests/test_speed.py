@@ -1,0 +1,141 @@
+"""What makes a step fast changes none of its numbers, and is there: fused attention, donation, policies, traces."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rankclip_jax import compilation_cache, flops, models, optim, sharding
+from rankclip_jax import step as steps
+from rankclip_jax.config import complete
+from rankclip_jax.errors import InputError
+from rankclip_jax.models.transformer import attend, attend_fused, has_fused_attention
+from rankclip_jax.run import build_model
+from rankclip_jax.tokenizer import Tokenizer
+from rankclip_jax.trace import Trace
+from tests.test_step import SMALL, TEXT
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_fused_attention_is_ours(causal):
+    assert not has_fused_attention(jnp.bfloat16, 64)  # on CPU: there ours is the faster
+    rng = np.random.default_rng(0)
+    q, k, v, d_y = (jnp.asarray(rng.normal(size=(3, 7, 32)), jnp.float32) for _ in range(4))
+
+    def both(attention, **options):
+        y, pull_back = jax.vjp(lambda *args: attention(*args, 4, causal, **options), q, k, v)
+        return y, *pull_back(d_y)
+
+    for a, b in zip(both(attend), both(attend_fused, implementation="xla"), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def make(dtype="float32", remat=False, name="ViT-tiny"):
+    config = complete({"batch_size": 16, "optim": {"warmup_steps": 2}})
+    model = models.build(name, text=TEXT, **SMALL[name], dtype=dtype, remat=remat)
+    mesh = sharding.make_mesh({"data": -1}, jax.devices()[:1])
+    tx = optim.make_optimizer(config.optim, 100)
+    state = steps.abstract_state(model, tx, mesh, None)
+    batch = {
+        "image": jax.ShapeDtypeStruct((16, 16, 16, 3), jnp.uint8),
+        "tokens": jax.ShapeDtypeStruct((16, 8), jnp.int32),
+    }
+    train_step = steps.make_train_step(model, tx, config, mesh, total_steps=100, steps_per_epoch=2)
+    return model, train_step, state, batch
+
+
+@pytest.mark.slow
+def test_the_state_is_donated():
+    _, train_step, state, batch = make()
+    memory = train_step.lower(state, batch).compile().memory_analysis()
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert size <= memory.alias_size_in_bytes <= 1.1 * size
+
+
+@pytest.mark.parametrize("name", ["ViT-tiny", "RN-tiny"])
+def test_bfloat16_is_of_the_towers_only(name):
+    model, train_step, state, batch = make("bfloat16", name=name)
+    new_state, metrics = jax.eval_shape(train_step, state, batch)
+    for leaf in jax.tree.leaves((new_state, metrics)):
+        assert leaf.dtype in (jnp.float32, jnp.int32)
+    images, tokens = model.example_inputs(2)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images, tokens)
+    assert {z.dtype for z in jax.eval_shape(model.apply, variables, images, tokens)} == {jnp.dtype("float32")}
+    text = train_step.lower(state, batch).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line or "convolution" in line]
+    in_half = [line for line in products if "xbf16>) ->" in line]
+    assert len(in_half) > len(products) / 2  # the rest: the resize and the loss, in float32
+
+
+@pytest.mark.slow
+def test_a_policy_changes_what_is_recomputed_not_the_gradient():
+    def products(remat):
+        model = make(remat=remat)[0]
+        images, tokens = (jnp.ones_like(x) for x in model.example_inputs(2))
+        params = model.init(jax.random.key(0), images, tokens)
+
+        def loss(params):
+            z_img, z_txt, scale = model.apply(params, images, tokens)
+            return scale * jnp.vdot(z_img, z_txt)
+
+        gradient = jax.jit(jax.grad(loss))
+        return str(gradient.trace(params).jaxpr).count("dot_general"), lambda: gradient(params)
+
+    found = {remat: products(remat) for remat in (False, "dots_saveable", "dots_with_no_batch_dims_saveable", True)}
+    counts = [count for count, _ in found.values()]
+    assert counts[0] == counts[1] < counts[2] < counts[3]
+    policy, whole = (found[remat][1]() for remat in ("dots_with_no_batch_dims_saveable", False))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), policy, whole)
+
+
+def test_an_unknown_policy_is_refused():
+    tokenizer = Tokenizer.train(["a red circle"], 64)
+    with pytest.raises(InputError, match="remat 'dots' is none of False, True, dots_saveable"):
+        build_model(complete({"model": {"name": "ViT-tiny", "remat": "dots"}}), tokenizer)
+
+
+def test_a_trace_of_some_steps(tmp_path, capsys):
+    for steps_traced, exists in ((None, False), ((3, 4), True)):
+        trace = Trace(steps_traced, tmp_path)
+        for step in range(1, 7):
+            trace.before(step)
+            trace.after(step, jnp.ones(4) + step)
+        assert any(tmp_path.rglob("*.xplane.pb")) == exists
+    assert capsys.readouterr().out.count("profile") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("Tesla T4", 65),
+        ("NVIDIA L40S", None),
+        ("cpu", None),
+    ],
+)
+def test_peaks_by_the_names_that_jax_has(kind, peak):
+    assert flops.peak_tflops(kind) == peak
+
+
+def test_utilisation_is_a_share_of_the_peak(monkeypatch):
+    assert flops.utilisation(16.0) == {"tflops_per_device": 2.0}  # 8 CPU devices
+    monkeypatch.setattr(flops, "peak_tflops", lambda kind: 4.0)
+    assert flops.utilisation(16.0) == {"tflops_per_device": 2.0, "mfu": 0.5}
+
+
+def test_the_compilation_cache_keeps_out_of_cpus(monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    compilation_cache.enable()
+    assert jax.config.jax_compilation_cache_dir == before
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    try:
+        compilation_cache.enable()
+        assert jax.config.jax_compilation_cache_dir.endswith("rankclip_jax/xla")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
