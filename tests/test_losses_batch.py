@@ -81,7 +81,7 @@ def test_duplicated_captions():
 
 @pytest.mark.slow
 def test_well_separated_at_scale_100_in_a_large_batch():
-    check(*embeddings(512, width=64, share=0.8), 100.0)
+    check(*embeddings(320, width=64, share=0.8), 100.0)
 
 
 @pytest.mark.parametrize(
