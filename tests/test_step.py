@@ -1,3 +1,6 @@
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +17,21 @@ SMALL = {
 TEXT = dict(width=32, heads=2, layers=1, vocab_size=64, eot_id=63, context_length=8)
 
 
+class Trained(NamedTuple):
+    """What `run` leaves: the last state, every step's metrics, the mesh, Adam's first moment after the first step."""
+
+    state: steps.TrainState
+    metrics: list
+    mesh: jax.sharding.Mesh
+    first_moment: np.ndarray
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+
+
 def run(name, devices, *, count, rules=((".*", ()),), mesh_axes=None, fields=None, flip=True, model_fields=None):
-    """Trains `count` steps on made data; returns the state, every step's metrics, and the mesh."""
+    """Trains `count` steps on made data."""
     config = complete(
         {"batch_size": 16, "data": {"flip": flip}, "optim": {"lr": 1e-3, "warmup_steps": 2}} | (fields or {})
     )
@@ -25,21 +41,30 @@ def run(name, devices, *, count, rules=((".*", ()),), mesh_axes=None, fields=Non
     state = steps.init_state(model, tx, 0, mesh, rules)
     train_step = steps.make_train_step(model, tx, config, mesh, total_steps=100, steps_per_epoch=2)
     rng = np.random.default_rng(0)
-    metrics = []
+    metrics, first_moment = [], None
     for _ in range(count):
         tokens = rng.integers(1, 63, (16, 8)).astype(np.int32)
         tokens[:, -1] = 63
         batch = {"image": rng.integers(0, 256, (16, 16, 16, 3)).astype(np.uint8), "tokens": tokens}
         state, numbers = train_step(state, steps.to_devices(batch, mesh))
         metrics.append({k: float(v) for k, v in numbers.items()})
-    return state, metrics, mesh
+        if first_moment is None:
+            leaves = jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
+            first_moment = flat(next(leaf for leaf in leaves if hasattr(leaf, "mu")).mu)
+    return Trained(state, metrics, mesh, first_moment)
+
+
+@functools.cache
+def plain(name, devices):
+    """Five steps with the defaults, which several tests look at and none changes."""
+    return run(name, devices, count=5)
 
 
 @pytest.mark.parametrize("name", ["ViT-tiny", "RN-tiny"])
 @pytest.mark.slow
 def test_eight_devices_equal_one(name):
-    one, one_metrics, _ = run(name, 1, count=5)
-    eight, eight_metrics, mesh = run(name, 8, count=5)
+    one, one_metrics, _, _ = plain(name, 1)
+    eight, eight_metrics, mesh, _ = plain(name, 8)
     assert mesh.size == 8
     # Sums over the batch are taken in another order, so float32 results differ in their last bits; the loss and
     # the gradient norm, themselves such sums, agree to a few units of 1e-7 each, and five updates add them up.
@@ -49,8 +74,7 @@ def test_eight_devices_equal_one(name):
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
     # Adam divides by the gradient's own size: where that is rounding noise, its sign may differ and the
     # parameter with it by the learning rate. So: all within the five rates' sum, and nearly all far closer.
-    flat_one, flat_eight = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(s.params)]) for s in (one, eight))
-    difference = np.abs(flat_one - flat_eight)
+    difference = np.abs(flat(one.params) - flat(eight.params))
     assert difference.max() < 5e-3 and np.quantile(difference, 0.99) < 2e-5
     for a, b in zip(jax.tree.leaves(one.batch_stats), jax.tree.leaves(eight.batch_stats), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # global statistics, not each device's own
@@ -59,11 +83,7 @@ def test_eight_devices_equal_one(name):
 @pytest.mark.parametrize("name", [pytest.param("ViT-tiny", marks=pytest.mark.slow), "RN-tiny"])
 def test_gradients_of_eight_devices_equal_those_of_one(name):
     # Adam's first moment after one step is 0.1 times the gradient.
-    moments = []
-    for devices in (1, 8):
-        state, _, _ = run(name, devices, count=1)
-        adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu"))
-        moments.append(np.concatenate([np.ravel(x) for x in jax.tree.leaves(adam.mu)]))
+    moments = [plain(name, devices).first_moment for devices in (1, 8)]
     # Relative to the whole gradient: single entries may be rounding noise of sums that cancel.
     assert np.linalg.norm(moments[0] - moments[1]) < 1e-5 * np.linalg.norm(moments[0])
 
@@ -80,8 +100,8 @@ def test_gradients_of_eight_devices_equal_those_of_one(name):
 )
 def test_sharded_parameters_train_the_same(kind, axes, monkeypatch):
     monkeypatch.setattr(sharding, "_SMALL", 0)
-    _, metrics, _ = run("ViT-tiny", 8, count=3)
-    sharded, sharded_metrics, _ = run("ViT-tiny", 8, count=3, rules=kind, mesh_axes=axes)
+    metrics = plain("ViT-tiny", 8).metrics[:3]
+    sharded, sharded_metrics, _, _ = run("ViT-tiny", 8, count=3, rules=kind, mesh_axes=axes)
     for a, b in zip(metrics, sharded_metrics, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     kernel = sharded.params["visual"]["transformer"]["resblocks_0"]["mlp"]["c_fc"]["kernel"]
@@ -89,8 +109,16 @@ def test_sharded_parameters_train_the_same(kind, axes, monkeypatch):
     assert kernel.addressable_shards[0].data.size == kernel.size // parts
 
 
+@pytest.mark.slow
+def test_a_batch_in_parts_trains_as_the_whole():
+    whole, parts = plain("ViT-tiny", 8), run("ViT-tiny", 8, count=5, fields={"accumulate": 2})
+    assert [n["loss"] for n in parts.metrics] == pytest.approx([n["loss"] for n in whole.metrics], rel=1e-4)
+    assert parts.metrics[0]["grad_norm"] == pytest.approx(whole.metrics[0]["grad_norm"], rel=1e-5)
+    assert np.quantile(np.abs(flat(whole.state.params) - flat(parts.state.params)), 0.99) < 2e-5
+
+
 def test_the_weight_ramps_over_epochs_and_the_loss_is_the_weighted_sum():
-    _, metrics, _ = run("ViT-tiny", 1, count=4)
+    metrics = plain("ViT-tiny", 1).metrics
     for step, numbers in enumerate(metrics):
         weight = np.clip(3 * (step // 2) / (50 - 1), 0, 2)  # 100 steps, 2 an epoch: 50 epochs
         assert numbers["rank_weight"] == pytest.approx(weight, rel=1e-6)
@@ -108,14 +136,14 @@ def test_the_weight_ramps_over_epochs_and_the_loss_is_the_weighted_sum():
     ],
 )
 def test_objectives_compute_only_their_terms(loss, parts):
-    _, (metrics,), _ = run("ViT-tiny", 1, count=1, fields={"loss": loss})
+    (metrics,) = run("ViT-tiny", 1, count=1, fields={"loss": loss}).metrics
     assert {key for key in metrics if key.startswith(("clip", "rank_")) and key != "rank_weight"} == parts
 
 
 def test_siglip_learns_its_bias():
     start = dict(logit_scale=np.log(10), logit_bias=-10.0)
     fields = {"loss": {"objective": "siglip", "terms": {"in_modal": 0.1}}, "optim": {"lr": 0.1, "warmup_steps": 0}}
-    state, metrics, _ = run("ViT-tiny", 1, count=3, fields=fields, model_fields=start)
+    state, metrics, *_ = run("ViT-tiny", 1, count=3, fields=fields, model_fields=start)
     assert {"siglip", "rank_in_modal", "logit_bias"} <= metrics[0].keys() and "clip" not in metrics[0]
     assert metrics[0]["logit_scale"] == pytest.approx(10) and metrics[0]["logit_bias"] == -10
     expected = metrics[0]["siglip"] + 0.1 * metrics[0]["rank_in_modal"]
@@ -128,7 +156,7 @@ def test_the_logit_scale_stays_clamped():
     for raw, clamped in ((9.0, np.log(100)), (-1.0, 0.0), (2.0, 2.0)):
         assert float(steps.clamp_logit_scale({"logit_scale": jnp.float32(raw)})["logit_scale"]) == np.float32(clamped)
     # In the step: a rate of 10 would throw the scale far beyond its bounds, were it not clamped.
-    state, metrics, _ = run("ViT-tiny", 1, count=2, fields={"optim": {"lr": 10.0, "warmup_steps": 0}})
+    state, metrics, *_ = run("ViT-tiny", 1, count=2, fields={"optim": {"lr": 10.0, "warmup_steps": 0}})
     assert 0 <= float(state.params["logit_scale"]) <= np.float32(np.log(100))
     assert metrics[0]["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-6)
 
