@@ -17,10 +17,11 @@ from rankclip_jax.errors import InputError
 
 # Keys that may differ between the start of a run and its resumption: they change what is looked at or kept,
 # never a number that is trained.
-MAY_CHANGE = ("log_every", "eval", "checkpoint", "plan", "profile")
+MAY_CHANGE = ("log_every", "eval", "checkpoint", "plan", "profile", "study")
 
 # Spelled out here, so that reading a configuration imports no JAX; a test compares them with rankclip_jax/losses.
 OBJECTIVES = ("clip", "rankclip", "rank", "siglip", "cyclip")
+SCHEDULES = ("ramp", "constant")
 TERMS = ("clip", "siglip", "cross_modal", "in_modal", "cyclic_cross_modal", "cyclic_in_modal")
 
 # One source of a mixture (config.data.train.NAME); what is None is as in config.data.
@@ -86,7 +87,9 @@ def default_config() -> ConfigDict:
             profile=None,  # (first, last) steps to trace into WORKDIR/profile
             loss=dict(
                 objective="rankclip",  # clip | rankclip | rank (ranking alone) | siglip | cyclip
-                terms={},  # weights of more terms (TERMS of config.py), or in place of the objective's own
+                # weights of more terms (TERMS of config.py), or in place of the objective's own; one that is scheduled is
+                # {"weight": 0.25, "schedule": "ramp"}
+                terms={},
                 lambda_in=1 / 16,  # weight of the in-modal ranking term. [p] [c]
                 lambda_cross=1 / 16,  # weight of the cross-modal ranking term. [p] [c]
                 schedule="ramp",  # ramp: 0 to 2 over the epochs | constant: 1. [c]; [p] v2 constant
@@ -177,6 +180,18 @@ def default_config() -> ConfigDict:
                 keep_every=None,  # also save at every multiple of so many steps, and keep those for good
                 best=None,  # metric (as in metrics.jsonl) whose best checkpoint is kept too
             ),
+            study=dict(  # python -m rankclip_jax.study
+                objectives={},  # name -> keys of config.loss to change; the others are compared with the first
+                seeds=3,  # runs of each objective: seeds 0, 1, 2
+                more_seeds={},  # objective -> its number of seeds
+                lrs=(),  # learning rates to choose from, for each objective by itself; none: optim.lr
+                search_seed=1000,  # of the search; none of the study's own
+                select_on=(),  # names in eval.zero_shot: mean top-1 on the first part of these chooses; none: all
+                select_share=0.2,  # that part, which curves show too; results are of the rest
+                pairs=512,  # of data.val, from the first: retrieval, rank agreement, geometry, gradients
+                probe_l2=0.01,  # penalty of the linear probe (eval.linear_probe), the same for all
+                at_once=1,  # seeds of one objective that train together under vmap
+            ),
             plan=dict(  # --mode=plan
                 target="v5e:4x4",  # a TPU topology, or a number of GPUs: 8xH100
                 utilisation=0.4,  # of the devices' peak, for the estimate of time
@@ -247,9 +262,9 @@ def complete(config: Mapping) -> ConfigDict:
     for term, weight in merged.loss.terms.items():
         if term not in TERMS:
             raise InputError(f"config.loss.terms.{term} does not exist; the terms are {', '.join(TERMS)}")
-        _typed(weight, 1.0, f"config.loss.terms.{term}")
+        merged.loss.terms[term] = _term_weight(weight, f"config.loss.terms.{term}")
     _check_choice(merged, "loss.form", ("exact", "released"))
-    _check_choice(merged, "loss.schedule", ("ramp", "constant"))
+    _check_choice(merged, "loss.schedule", SCHEDULES)
     _check_choice(merged, "loss.decay", (None, "log"))
     _check_choice(merged, "init_towers", ("both", "vision", "text"))
     _check_choice(merged, "optim.freeze", (None, "vision", "text"))
@@ -261,6 +276,15 @@ def complete(config: Mapping) -> ConfigDict:
             "take another config.loss.objective, or add config.loss.terms.clip=1.0"
         )
     return merged
+
+
+def _term_weight(weight, where: str):
+    if not isinstance(weight, Mapping | ConfigDict):
+        return _typed(weight, 1.0, where)
+    if set(weight) != {"weight", "schedule"} or weight["schedule"] not in SCHEDULES:
+        schedules = " or ".join(SCHEDULES)
+        raise InputError(f'{where}: write a number, or {{"weight": 0.25, "schedule": {schedules}}}; got {weight!r}')
+    return ConfigDict(dict(weight=_typed(weight["weight"], 1.0, f"{where}.weight"), schedule=weight["schedule"]))
 
 
 def _mixture(parts: Mapping, where: str) -> ConfigDict:
@@ -280,6 +304,8 @@ _OPEN_GROUPS = (
     "config.model.vision",
     "config.model.text",
     "config.mesh",
+    "config.study.objectives",
+    "config.study.more_seeds",
     *(f"config.eval.{kind}" for kind in _EVAL_SETS),
 )
 

@@ -1,5 +1,6 @@
 """The training step: a pure function of a state and a batch, jitted over a mesh of all devices."""
 
+import functools
 from collections.abc import Callable
 
 import flax.struct
@@ -52,16 +53,17 @@ def abstract_state(model, tx: optax.GradientTransformation, mesh, rules) -> Trai
 
 
 def _init_and_shardings(model, tx, seed, mesh, rules):
-    side, length = model.config.vision.image_size, model.config.text.context_length
-
     def init():
-        variables = model.init(
-            jax.random.key(seed), jnp.zeros((1, side, side, 3)), jnp.zeros((1, length), jnp.int32)
-        )
-        params = variables["params"]
-        return TrainState(jnp.int32(0), params, variables.get("batch_stats", {}), tx.init(params))
+        return fresh_state(model, tx, seed)
 
     return init, state_shardings(jax.eval_shape(init), mesh, rules)
+
+
+def fresh_state(model, tx: optax.GradientTransformation, seed) -> TrainState:
+    """A state before its first step; `seed` may be traced, so that one program makes the states of many seeds."""
+    variables = model.init(jax.random.key(seed), *model.example_inputs())
+    params = variables["params"]
+    return TrainState(jnp.int32(0), params, variables.get("batch_stats", {}), tx.init(params))
 
 
 def make_train_step(
@@ -74,20 +76,38 @@ def make_train_step(
     float32 scalars. With config.accumulate > 1 (no batch norm) the activations of that part of the batch are held
     at a time, for the same gradient.
     """
-    epochs = -(-total_steps // steps_per_epoch)
     seed_key = jax.random.key(config.seed)
-    side = model.config.vision.image_size
-    parts_sharding = NamedSharding(mesh, PartitionSpec(None, batch_axes(mesh)))
-
-    def constrain(tree):
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, parts_sharding), tree)
+    update = train_step_function(model, tx, config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        return update(state, batch, seed_key)
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def train_step_function(
+    model, tx: optax.GradientTransformation, config, mesh, *, total_steps: int, steps_per_epoch: int
+) -> Callable:
+    """Returns what `make_train_step` jits: train_step(state, batch, seed_key) -> (state, metrics).
+
+    A pure function to scan over batches, or to vmap over states and keys of several seeds. `mesh` None: one device,
+    no sharding. `seed_key`: of all randomness of the run; a step folds its number in.
+    """
+    epochs = -(-total_steps // steps_per_epoch)
+    side = model.config.vision.image_size
+
+    def constrain(tree):
+        if mesh is None:
+            return tree
+        parts_sharding = NamedSharding(mesh, PartitionSpec(None, batch_axes(mesh)))
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, parts_sharding), tree)
+
+    def train_step(state: TrainState, batch: dict, seed_key: jax.Array) -> tuple[TrainState, dict]:
         views_BxVxSxSx3, tokens_BxVxL = images.views(batch, side), batch["tokens"]
         flat = views_BxVxSxSx3.reshape(-1, side, side, 3)
         key = jax.random.fold_in(seed_key, state.step)
         pixels = images.augment(key, flat, flip=config.data.flip, jitter=config.data.color_jitter)
-        weight = rank_weight(state.step // steps_per_epoch + 1, epochs, config.loss.schedule)
+        scheduled = functools.partial(rank_weight, state.step // steps_per_epoch + 1, epochs)
 
         def embed(params, rows):
             (z_img_nxD, z_txt_nxD, _), updated = model.apply(
@@ -102,7 +122,7 @@ def make_train_step(
 
         def loss_of(params, embeds):
             z_img_BxVxD, z_txt_BxVxD, batch_stats = embeds
-            loss, parts = _objective(z_img_BxVxD, z_txt_BxVxD, params, config.loss, weight, mesh)
+            loss, parts = _objective(z_img_BxVxD, z_txt_BxVxD, params, config.loss, scheduled, mesh)
             return loss, (parts, batch_stats)
 
         rows = {"image": pixels.reshape(views_BxVxSxSx3.shape), "tokens": tokens_BxVxL}
@@ -115,10 +135,10 @@ def make_train_step(
         if "logit_bias" in state.params:
             metrics["logit_bias"] = state.params["logit_bias"]
         if config.loss.objective in RANKING:
-            metrics["rank_weight"] = jnp.asarray(weight, jnp.float32)
+            metrics["rank_weight"] = jnp.asarray(scheduled(config.loss.schedule), jnp.float32)
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return train_step
 
 
 def clamp_logit_scale(params: dict) -> dict:
@@ -130,24 +150,30 @@ def _scale(params):
     return jnp.exp(params["logit_scale"])
 
 
-def _objective(z_img_BxVxD, z_txt_BxVxD, params, loss_config, weight, mesh):
+def _objective(z_img_BxVxD, z_txt_BxVxD, params, loss_config, scheduled, mesh):
     """The objective of the first views; with a second view of each, the contrastive term gives half its weight to the
-    mean of the images' contrastive loss with their second views and the captions' with theirs (CyCLIP's "inmodal")."""
+    mean of the images' contrastive loss with their second views and the captions' with theirs (CyCLIP's "inmodal").
+    `scheduled`: the name of a schedule -> what it gives at this step."""
     z_img_BxD, z_txt_BxD = z_img_BxVxD[:, 0], z_txt_BxVxD[:, 0]
-    terms = loss_config.terms.to_dict()
+    terms = {
+        term: weight if isinstance(weight, float) else weight["weight"] * scheduled(weight["schedule"])
+        for term, weight in loss_config.terms.to_dict().items()
+    }
     two_views = z_img_BxVxD.shape[1] == 2
     if two_views:
         clip_weight = terms.get("clip", OBJECTIVES[loss_config.objective].get("clip", 0.0))
         terms["clip"] = clip_weight / 2
     # The loss's rows go over all devices, the towers' only over those that hold different rows.
-    loss_axes = mesh.axis_names if z_img_BxD.shape[0] % mesh.size == 0 else batch_axes(mesh)
+    loss_axes = None
+    if mesh is not None:
+        loss_axes = mesh.axis_names if z_img_BxD.shape[0] % mesh.size == 0 else batch_axes(mesh)
     loss, parts = objective_loss(
         z_img_BxD,
         z_txt_BxD,
         _scale(params),
         params.get("logit_bias", 0.0),
         objective=loss_config.objective,
-        rank_weight=weight,
+        rank_weight=scheduled(loss_config.schedule),
         lambda_in=loss_config.lambda_in,
         lambda_cross=loss_config.lambda_cross,
         terms=terms,
@@ -174,7 +200,7 @@ def make_val_step(model, config, mesh) -> Callable:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         pixels = images.normalize(images.views(batch, model.config.vision.image_size)[:, 0])
         z_img_BxD, z_txt_BxD, _ = model.apply(variables, pixels, batch["tokens"])
-        return _objective(z_img_BxD[:, None], z_txt_BxD[:, None], state.params, config.loss, 1.0, mesh)[1]
+        return _objective(z_img_BxD[:, None], z_txt_BxD[:, None], state.params, config.loss, lambda _: 1.0, mesh)[1]
 
     return jax.jit(val_step)
 

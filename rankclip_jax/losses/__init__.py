@@ -1,6 +1,6 @@
 """Losses: pure functions of arrays, float32 in log space whatever comes in."""
 
-from rankclip_jax.losses.diagnostics import embedding_diagnostics, gradient_cosine
+from rankclip_jax.losses.diagnostics import embedding_diagnostics, gradient_cosine, term_gradients
 from rankclip_jax.losses.objective import (
     OBJECTIVES,
     RANKING,
@@ -25,4 +25,5 @@ __all__ = [
     "rank_consistency",
     "rank_weight",
     "siglip_loss",
+    "term_gradients",
 ]

@@ -7,7 +7,7 @@ and only (sample, D) embeddings move between devices.
 import jax
 import jax.numpy as jnp
 
-from rankclip_jax.losses.objective import clip_loss, rank_consistency
+from rankclip_jax.losses.objective import clip_loss, objective_loss, rank_consistency
 
 
 def _ranks(scores_NxM):
@@ -92,3 +92,32 @@ def gradient_cosine(image_embeds, text_embeds, logit_scale, *, sample: int = 256
     clip, rank = (jnp.concatenate([g.ravel() for g in grads]) for grads in (clip, rank))
     norms = jnp.linalg.norm(clip) * jnp.linalg.norm(rank)
     return jnp.where(norms > 0, jnp.vdot(clip, rank) / jnp.where(norms > 0, norms, 1), 0)
+
+
+def term_gradients(image_embeds, text_embeds, logit_scale, *, sample: int = 256) -> dict:
+    """How the gradients of single terms with respect to the embeddings sit with each other, as float32 scalars.
+
+    Args: as `gradient_cosine`; the terms have their plain form, without decay or top_k.
+
+    Returns:
+      norm_TERM of clip, in_modal, cross_modal, cyclic_in_modal, cyclic_cross_modal, each with weight 1; cosine_A_B
+      of clip with each other one, and of in_modal with cross_modal; 0 where a gradient vanishes.
+    """
+    embeds = tuple(z[:sample].astype(jnp.float32) for z in (image_embeds, text_embeds))
+
+    def gradient(term):
+        def loss(z):
+            return objective_loss(*z, logit_scale, objective="rank", lambda_in=0, lambda_cross=0, terms={term: 1.0})[0]
+
+        return jnp.concatenate([g.ravel() for g in jax.grad(loss)(embeds)])
+
+    others = ("in_modal", "cross_modal", "cyclic_in_modal", "cyclic_cross_modal")
+    grads = {term: gradient(term) for term in ("clip", *others)}
+    norms = {term: jnp.linalg.norm(grad) for term, grad in grads.items()}
+    result = {f"norm_{term}": norm for term, norm in norms.items()}
+    for a, b in [("clip", other) for other in others] + [("in_modal", "cross_modal")]:
+        product = norms[a] * norms[b]
+        result[f"cosine_{a}_{b}"] = jnp.where(
+            product > 0, jnp.vdot(grads[a], grads[b]) / jnp.where(product > 0, product, 1), 0
+        )
+    return result

@@ -1,0 +1,89 @@
+"""What a state can do, as numbers: zero-shot, retrieval, linear probe, rank agreement, geometry, gradients of terms."""
+
+import jax
+import numpy as np
+
+from rankclip_jax import losses
+from rankclip_jax import step as steps
+from rankclip_jax.evaluation.geometry import geometry
+from rankclip_jax.evaluation.linear_probe import fit
+from rankclip_jax.evaluation.retrieval import recalls, retrieval_ranks
+from rankclip_jax.evaluation.zero_shot import ZeroShot, class_embeddings
+from rankclip_jax.study.data import Labelled
+
+_BATCH = 256
+_term_gradients = jax.jit(losses.term_gradients)
+
+
+class Embedder:
+    """A state's towers over any number of pictures or texts, by two programs that serve all objectives."""
+
+    def __init__(self, model, tokenizer):
+        """`model`: without a logit bias, which no tower needs."""
+        self._embed, self._tokenizer = steps.make_embed_step(model), tokenizer
+        self._length = model.config.text.context_length
+
+    def of(self, state) -> "Embedded":
+        """The state's encoders."""
+        towers = {key: value for key, value in state.params.items() if key != "logit_bias"}
+        slim = steps.TrainState(state.step, towers, state.batch_stats, ())
+
+        def encode(name, rows):
+            parts = []
+            for start in range(0, len(rows), _BATCH):
+                some = rows[start : start + _BATCH]
+                padded = np.concatenate([some, np.zeros((_BATCH - len(some), *some.shape[1:]), some.dtype)])
+                parts.append(np.asarray(self._embed(slim, {name: padded}))[: len(some)])
+            return np.concatenate(parts)
+
+        return Embedded(
+            images=lambda images: encode("image", images),
+            texts=lambda texts: encode("tokens", self._tokenizer(texts, self._length)),
+            scale=float(np.exp(state.params["logit_scale"])),
+        )
+
+
+class Embedded:
+    """Encoders of one state: images(uint8 (N, S, S, 3)) and texts(N strings) -> float32 (N, D); scale of the logits."""
+
+    def __init__(self, images, texts, scale: float):
+        self.images, self.texts, self.scale = images, texts, scale
+
+
+def zero_shot(model: Embedded, sets: dict[str, Labelled]) -> dict[str, float]:
+    """{"zero_shot/NAME": top-1}."""
+    known, result = {}, {}
+    for name, labelled in sets.items():
+        counter = ZeroShot(class_embeddings(model.texts, labelled.names, labelled.templates, known))
+        counter.add(model.images(labelled.images), labelled.labels)
+        result[f"zero_shot/{name}"] = counter.results()["top1"]
+    return result
+
+
+def pairs(model: Embedded, images_NxSxSx3: np.ndarray, captions: list[str]) -> dict[str, float]:
+    """Of validation pairs: retrieval/..., geometry/... (losses.embedding_diagnostics) and gradient/...
+
+    Equal captions are one text: an image is asked for its text among the different ones, and a text for any of the
+    images that it describes.
+    """
+    z_img_NxD = model.images(images_NxSxSx3)
+    texts, text_of_image_N = np.unique(captions, return_inverse=True)
+    z_texts_UxD = model.texts(list(texts))
+    z_txt_NxD = z_texts_UxD[text_of_image_N]
+    # The roles are turned round: many images may have one text here.
+    text_to_image_U, image_to_text_N = retrieval_ranks(z_texts_UxD, z_img_NxD, text_of_image_N)
+    found = recalls(image_to_text_N, text_to_image_U)
+    result = {f"retrieval/{key}": value for key, value in found.items() if key.endswith(("r1", "r5", "r10"))}
+    result |= {f"geometry/{key}": value for key, value in geometry(z_img_NxD, z_txt_NxD).items() if key != "n"}
+    gradients = _term_gradients(z_img_NxD, z_txt_NxD, model.scale)
+    return result | {f"gradient/{key}": float(value) for key, value in gradients.items()}
+
+
+def probe(model: Embedded, train: Labelled, tests: dict[str, Labelled], l2: float) -> dict[str, float]:
+    """{"linear_probe/NAME": top-1} of a logistic regression on image embeddings, with one fixed penalty."""
+    weights, bias = fit(model.images(train.images), train.labels, len(train.names), l2)
+    result = {}
+    for name, test in tests.items():
+        scores_NxC = model.images(test.images) @ weights + bias
+        result[f"linear_probe/{name}"] = float((scores_NxC.argmax(axis=1) == test.labels).mean())
+    return result

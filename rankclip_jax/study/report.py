@@ -1,0 +1,139 @@
+"""The report of a study: results.json, results.md, curves.png and dynamics.png, from the runs alone."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from rankclip_jax.study.statistics import Estimate, estimate, paired
+
+# Shares, shown in per cent; everything else as it is.
+_PERCENT = ("zero_shot/", "retrieval/", "linear_probe/")
+_TABLE = ("zero_shot/", "linear_probe/", "retrieval/image_to_text_r1", "retrieval/text_to_image_r1",
+          "geometry/spearman", "geometry/modality_gap", "geometry/alignment", "geometry/uniformity")  # fmt: skip
+_DYNAMICS = {
+    "gradient/cosine_clip_in_modal": "cosine of gradients: CLIP, in-modal",
+    "gradient/cosine_clip_cross_modal": "cosine of gradients: CLIP, cross-modal",
+    "gradient/cosine_in_modal_cross_modal": "cosine of gradients: in-modal, cross-modal",
+    "geometry/spearman_in_modal": "rank agreement, in-modal",
+    "geometry/spearman_cross_modal": "rank agreement, cross-modal",
+    "geometry/modality_gap": "modality gap",
+    "geometry/alignment": "alignment (lower is closer)",
+    "geometry/uniformity_image": "uniformity, images (lower is more even)",
+    "geometry/uniformity_text": "uniformity, texts",
+}
+
+
+def write(workdir: Path, config, runs: list[dict]) -> str:
+    """Writes the four files into `workdir`; returns the tables. `runs`: as Study.run gives them."""
+    results = summarise(list(config.study.objectives), runs)
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "results.json").write_text(json.dumps({"results": results, "runs": runs}, indent=1))
+    text = markdown(results)
+    (workdir / "results.md").write_text(text)
+    _plot(
+        workdir / "curves.png",
+        runs,
+        {k: k.split("/")[1] + ", top-1 %" for k in _keys(runs) if k.startswith("zero_shot")},
+    )
+    _plot(workdir / "dynamics.png", runs, {k: title for k, title in _DYNAMICS.items() if k in runs[0]["final"]})
+    return text
+
+
+def _keys(runs):
+    return list(runs[0]["final"])
+
+
+def summarise(names: list[str], runs: list[dict]) -> dict:
+    """{objective: {"lr", "seeds", "seconds", "metrics": {metric: {"mean", "half", "n"}}, "difference": the same}}.
+
+    "difference" is paired by seed, against the first of `names`.
+    """
+    values = {
+        name: {key: {r["seed"]: r["final"][key] for r in runs if r["objective"] == name} for key in _keys(runs)}
+        for name in names
+    }
+    result = {}
+    for name in names:
+        own = [r for r in runs if r["objective"] == name]
+        differences = {key: paired(values[name][key], values[names[0]][key]) for key in values[name]}
+        result[name] = {
+            "lr": own[0]["lr"],
+            "seeds": [r["seed"] for r in own],
+            "seconds": float(np.mean([r["seconds"] for r in own])),
+            "metrics": {key: estimate(list(v.values()))._asdict() for key, v in values[name].items()},
+            "difference": {} if name == names[0] else {k: d._asdict() for k, d in differences.items() if d is not None},
+        }
+    return result
+
+
+def markdown(results: dict) -> str:
+    """The two tables: means, and paired differences with the first objective."""
+    first, *others = results
+    keys = [key for key in results[first]["metrics"] if key.startswith(_TABLE)]
+    heads = [_title(key) for key in keys]
+    lines = ["Mean and 95 % confidence interval over the seeds:", "", _row(["objective", "seeds", "rate", *heads])]
+    lines.append("|---" * (len(keys) + 3) + "|")
+    for name, row in results.items():
+        cells = [_cell(key, row["metrics"][key]) for key in keys]
+        lines.append(_row([name, str(len(row["seeds"])), f"{row['lr']:g}", *cells]))
+    lines += ["", f"Difference from {first}, paired by seed (bold: the 95 % interval excludes 0):", ""]
+    lines += [_row(["objective", "pairs", *heads]), "|---" * (len(keys) + 2) + "|"]
+    for name in others:
+        difference = results[name]["difference"]
+        cells = [_cell(key, difference[key], signed=True) if key in difference else "" for key in keys]
+        pairs = str(next(iter(difference.values()))["n"]) if difference else "0"
+        lines.append(_row([name, pairs, *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells):
+    return "| " + " | ".join(cells) + " |"
+
+
+def _title(key: str) -> str:
+    kind, name = key.split("/")
+    name = name.replace("_", " ").replace("image to text r", "i2t R@").replace("text to image r", "t2i R@")
+    return {"zero_shot": f"zero-shot {name} %", "linear_probe": f"probe {name} %"}.get(
+        kind, name + (" %" if kind == "retrieval" else "")
+    )
+
+
+def _cell(key: str, numbers: dict, signed: bool = False) -> str:
+    found = Estimate(**numbers)
+    scale, digits = (100, 1) if key.startswith(_PERCENT) else (1, 3)
+    text = f"{scale * found.mean:{'+' if signed else ''}.{digits}f}"
+    text += "" if found.half is None else f" ± {scale * found.half:.{digits}f}"
+    return f"**{text}**" if signed and found.excludes_zero else text
+
+
+def _plot(path: Path, runs: list[dict], panels: dict[str, str]) -> None:
+    """A panel a metric over the steps: a line an objective (mean), a band (95 % interval)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(3, max(1, len(panels)))
+    rows = -(-max(1, len(panels)) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), layout="constrained", squeeze=False)
+    names = list(dict.fromkeys(r["objective"] for r in runs))
+    for place, (key, title) in zip(axes.flat, panels.items(), strict=False):
+        scale = 100 if key.startswith(_PERCENT) else 1
+        for colour, name in enumerate(names):
+            curves = [[p for p in r["curve"] if key in p] for r in runs if r["objective"] == name]
+            steps = [p["step"] for p in curves[0]]
+            found = [estimate([scale * curve[i][key] for curve in curves]) for i in range(len(steps))]
+            mean, half = np.array([f.mean for f in found]), np.array([f.half or 0 for f in found])
+            style = dict(color=f"C{colour % 10}", linestyle="-" if colour < 10 else "--")
+            place.plot(steps, mean, label=name, linewidth=1.4, **style)
+            place.fill_between(steps, mean - half, mean + half, alpha=0.12, linewidth=0, color=f"C{colour % 10}")
+        place.set_title(title, fontsize=9)
+        place.grid(alpha=0.3)
+        place.tick_params(labelsize=7)
+    for place in axes.flat[len(panels) :]:
+        place.set_axis_off()
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(path, dpi=75)
+    plt.close(figure)

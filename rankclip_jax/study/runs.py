@@ -1,0 +1,215 @@
+"""A study: the learning rate of each objective, then its seeds; each finished run is one JSON file.
+
+A study that stopped goes on with the runs whose file is lacking. A file says by which configuration it came about; one
+of another configuration is refused, never mixed in. More seeds and more objectives can be added to a finished study.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from rankclip_jax import run as runs
+from rankclip_jax.config import complete
+from rankclip_jax.errors import InputError
+from rankclip_jax.study import measure
+from rankclip_jax.study.data import Labelled, Pairs, read_labelled, read_pairs, view_of
+from rankclip_jax.study.training import Job, Programs
+from rankclip_jax.tokenizer import Tokenizer
+
+
+class Study:
+    """The data of a study, read once, and its runs.
+
+    Attributes:
+      folder: `workdir`/runs and `workdir`/search hold the finished runs.
+    """
+
+    def __init__(self, config, workdir):
+        """`config`: complete, with config.study. Raises InputError for what cannot be studied."""
+        self.config, self.folder = config, Path(workdir)
+        study, side = config.study, self._side()
+        if not study.objectives:
+            raise InputError("config.study.objectives is empty: name them, as configs/study_shapes.py does")
+        if unknown := sorted(set(study.more_seeds) - set(study.objectives)):
+            raise InputError(f"config.study.more_seeds.{unknown[0]} is none of {', '.join(study.objectives)}")
+        canvas = runs.canvas_side(config, side) or side
+        train = read_pairs(config.data, config.data.train, side=side, canvas=canvas, split="train")
+        if len(train.captions) < config.batch_size:
+            raise InputError(f"{len(train.captions)} training pairs are fewer than a batch of {config.batch_size}")
+        self.tokenizer = (
+            Tokenizer.load(config.tokenizer.path)
+            if config.tokenizer.path
+            else Tokenizer.train(train.captions, config.tokenizer.vocab_size)
+        )
+        model = runs.build_model(complete(config.to_dict() | {"loss": {"objective": "clip"}}), self.tokenizer)
+        self._embedder = measure.Embedder(model, self.tokenizer)
+        self._count = len(train.captions)
+        self._data = {
+            "image": jnp.asarray(train.canvas),
+            "size": jnp.asarray(train.size),
+            "tokens": jnp.asarray(self.tokenizer(train.captions, model.config.text.context_length)),
+        }
+        val = read_pairs(config.data, config.data.val, side=side, canvas=canvas, split="val")
+        val = Pairs(val.canvas[: study.pairs], val.size[: study.pairs], val.captions[: study.pairs])
+        self._val = view_of(val, side), val.captions
+        self._selecting, self._reported = {}, {}
+        for name, spec in config.eval.zero_shot.items():
+            selecting, self._reported[name] = split(read_labelled(spec, spec.path, side=side), study.select_share)
+            self._selecting[name] = selecting
+        if unknown := sorted(set(study.select_on) - set(self._selecting)):
+            raise InputError(f"config.study.select_on: {unknown[0]} is none of {', '.join(self._selecting)}")
+        self._probes = {
+            name: (read_labelled(spec, spec.train, side=side), read_labelled(spec, spec.path, side=side))
+            for name, spec in config.eval.linear_probe.items()
+        }
+
+    def _side(self) -> int:
+        from rankclip_jax.models.presets import configure
+
+        try:
+            return configure(self.config.model.name, image_size=self.config.model.image_size).vision.image_size
+        except ValueError as error:
+            raise InputError(f"config.model: {error}") from None
+
+    def run(self) -> list[dict]:
+        """Does what is not done yet; returns every run of the study (not of the search), as its file has it."""
+        done, clock = [], Clock(self._planned())
+        for name in self.config.study.objectives:
+            config = self.config_of(name)
+            lr = self._search(name, config, clock)
+            jobs = [Job(lr, seed) for seed in range(self.config.study.more_seeds.get(name, self.config.study.seeds))]
+            done += self._finish(self.folder / "runs", name, config, jobs, clock, full=True)
+        return done
+
+    def config_of(self, name: str):
+        """The training configuration of an objective."""
+        fields = self.config.to_dict()
+        fields["loss"] = fields["loss"] | self.config.study.objectives[name].to_dict()
+        return complete(fields)
+
+    def _planned(self) -> int:
+        study = self.config.study
+        seeds = sum(study.more_seeds.get(name, study.seeds) for name in study.objectives)
+        return seeds + len(study.objectives) * (len(study.lrs) if len(study.lrs) > 1 else 0)
+
+    def _search(self, name, config, clock) -> float:
+        """The rate with the best mean zero-shot top-1 on the selecting parts; the lower one wins a tie."""
+        lrs = sorted(self.config.study.lrs) or [self.config.optim.lr]
+        if len(lrs) == 1:
+            return lrs[0]
+        jobs = [Job(lr, self.config.study.search_seed) for lr in lrs]
+        tried = self._finish(self.folder / "search", name, config, jobs, clock, full=False)
+        names = self.config.study.select_on or list(self._selecting)
+        scores = {r["lr"]: np.mean([r["curve"][-1][f"zero_shot/{n}"] for n in names]) for r in tried}
+        return max(scores, key=lambda lr: (scores[lr], -lr))
+
+    def _finish(self, folder, name, config, jobs, clock, full) -> list[dict]:
+        """The jobs' runs, those read that are there."""
+        wanted = _identity(config)
+        known = {job: _read(_file(folder, name, job), wanted) for job in jobs}
+        missing = [job for job, found in known.items() if found is None]
+        clock.skip(len(jobs) - len(missing))
+        programs = None
+        for start in range(0, len(missing), self.config.study.at_once):
+            some = missing[start : start + self.config.study.at_once]
+            if programs is None:  # compiled only where something is to be trained
+                programs = Programs(runs.build_model(config, self.tokenizer), config, self._count)
+            began, results = time.monotonic(), self._train(programs, config, some, full)
+            seconds = (time.monotonic() - began) / len(some)
+            for job in some:
+                result = {"objective": name, "lr": job.lr, "seed": job.seed, "seconds": seconds, **results[job]}
+                _write(_file(folder, name, job), result | {"config": wanted})
+                known[job] = result
+                clock.did(f"{folder.name} {name} seed {job.seed} lr {job.lr:g}: {_summary(result)}")
+        return [known[job] for job in jobs]
+
+    def _train(self, programs, config, jobs, full) -> dict[Job, dict]:
+        curves, finals = {job: [] for job in jobs}, {job: {} for job in jobs}
+
+        def seen(job, state, metrics):
+            epoch = len(curves[job]) + 1
+            last = epoch == config.epochs
+            point = {"epoch": epoch, "step": epoch * programs.steps_per_epoch}
+            point |= {f"train/{key}": value for key, value in metrics.items()}
+            if last or (full and epoch % config.eval.every_epochs == 0):
+                model = self._embedder.of(state)
+                point |= measure.zero_shot(model, self._selecting)
+                if full:
+                    point |= measure.pairs(model, *self._val)
+            curves[job].append(point)
+            if last and full:
+                finals[job] = measure.zero_shot(model, self._reported)
+                finals[job] |= {k: v for k, v in point.items() if k.startswith(("retrieval", "geometry", "gradient"))}
+                for name, (train, test) in self._probes.items():
+                    finals[job] |= measure.probe(model, train, {name: test}, self.config.study.probe_l2)
+
+        programs.train(jobs, self._data, config.epochs, seen)
+        return {job: {"curve": curves[job], "final": finals[job]} for job in jobs}
+
+
+def split(labelled: Labelled, share: float) -> tuple[Labelled, Labelled]:
+    """The first `share` of a labelled set, which chooses learning rates, and the rest, which is reported."""
+    cut = round(share * len(labelled.labels))
+    if not 0 < cut < len(labelled.labels):
+        raise InputError(f"config.study.select_share = {share} leaves a part of {len(labelled.labels)} images empty")
+    return labelled.part(slice(0, cut)), labelled.part(slice(cut, None))
+
+
+class Clock:
+    """A line after each run, with the time left at the pace so far."""
+
+    def __init__(self, total: int):
+        self._total, self._skipped, self._done, self._start = total, 0, 0, time.monotonic()
+
+    def skip(self, count: int) -> None:
+        """Notes runs that were done before."""
+        self._skipped += count
+
+    def did(self, line: str) -> None:
+        """Prints the line of a run that just ended."""
+        self._done += 1
+        left = self._total - self._skipped - self._done
+        seconds = round(left * (time.monotonic() - self._start) / self._done)
+        of = f"{self._skipped + self._done}/{self._total}"
+        print(f"{of}  {line}  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left", flush=True)
+
+
+def _identity(config) -> dict:
+    """What makes two runs the same: all of the configuration but what is looked at, printed or planned."""
+    fields = json.loads(json.dumps(config.to_dict()))
+    kept = {k: v for k, v in fields.items() if k not in ("log_every", "checkpoint", "plan", "study", "seed")}
+    study = {k: fields["study"][k] for k in ("search_seed", "select_on", "select_share", "pairs", "probe_l2")}
+    return kept | {"study": study}
+
+
+def _file(folder, name, job) -> Path:
+    return folder / f"{name}-lr{job.lr:g}-seed{job.seed}.json"
+
+
+def _read(file: Path, wanted: dict) -> dict | None:
+    if not file.exists():
+        return None
+    found = json.loads(file.read_text())
+    if found["config"] != wanted:
+        differing = sorted(k for k in wanted.keys() | found["config"].keys() if wanted.get(k) != found["config"].get(k))
+        raise InputError(
+            f"{file} is of another configuration ({', '.join(differing)}); take another --workdir, or remove it"
+        )
+    return {key: value for key, value in found.items() if key != "config"}
+
+
+def _write(file: Path, result: dict) -> None:
+    """Whole or not at all: an interrupted write leaves no file of this name."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1))
+    part.replace(file)
+
+
+def _summary(result: dict) -> str:
+    numbers = result["final"] or result["curve"][-1]
+    shown = [f"{k.split('/')[1]} {100 * v:.1f} %" for k, v in numbers.items() if k.startswith("zero_shot/")]
+    return f"{', '.join(shown)} ({result['seconds']:.0f} s)"

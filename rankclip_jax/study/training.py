@@ -1,0 +1,93 @@
+"""Runs of one objective as a few programs: fresh states, and an epoch as one scan over data on the device.
+
+Seeds and learning rates are arguments of the programs, so that one compilation serves all runs of an objective, and
+several of them can train together under vmap.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rankclip_jax import optim
+from rankclip_jax import step as steps
+from rankclip_jax.study.batches import batch_of, epoch_order
+
+
+class Job(NamedTuple):
+    """One run of an objective."""
+
+    lr: float
+    seed: int
+
+
+def with_rate(config, total_steps: int) -> optax.GradientTransformation:
+    """The optimiser of config.optim whose peak rate is a number in its state ("lr"), not in its program.
+
+    AdamW's update is proportional to the rate, decay and schedule included.
+    """
+    unit = config.copy_and_resolve_references()
+    unit.lr = 1.0
+    inner = optim.make_optimizer(unit, total_steps)
+
+    def init(params):
+        return {"lr": jnp.float32(config.lr), "inner": inner.init(params)}
+
+    def update(grads, state, params=None):
+        updates, new = inner.update(grads, state["inner"], params)
+        return jax.tree.map(lambda u: state["lr"] * u, updates), {"lr": state["lr"], "inner": new}
+
+    return optax.GradientTransformation(init, update)
+
+
+class Programs:
+    """What trains runs of one configuration; states carry a leading axis of jobs where there are several."""
+
+    def __init__(self, model, config, count: int):
+        """`config`: complete, of one objective; `count`: training pairs."""
+        self.steps_per_epoch = count // config.batch_size
+        total = self.steps_per_epoch * config.epochs
+        self._tx = with_rate(config.optim, total)
+        step = steps.train_step_function(
+            model, self._tx, config, None, total_steps=total, steps_per_epoch=self.steps_per_epoch
+        )
+
+        def init(seed, lr):
+            state = steps.fresh_state(model, self._tx, seed)
+            return state.replace(opt_state=state.opt_state | {"lr": lr})
+
+        def epoch(state, seed, data):
+            step_key, order_key, window_key = jax.random.split(jax.random.key(seed), 3)
+            number = state.step // self.steps_per_epoch
+
+            def one(state, rows_B):
+                key = jax.random.fold_in(window_key, state.step)
+                batch = batch_of(data, rows_B, key, config.data.crop_scale)
+                return step(state, batch, step_key)
+
+            order_SxB = epoch_order(order_key, number, count, config.batch_size)
+            state, metrics = jax.lax.scan(one, state, order_SxB)
+            return state, jax.tree.map(jnp.mean, metrics)
+
+        self._one = jax.jit(init), jax.jit(epoch, donate_argnums=0)
+        self._many = jax.jit(jax.vmap(init)), jax.jit(jax.vmap(epoch, (0, 0, None)), donate_argnums=0)
+
+    def train(self, jobs: list[Job], data: dict, epochs: int, seen: Callable) -> None:
+        """Trains the jobs together, and calls seen(job, state, metrics) for each after every epoch.
+
+        data: as `batches.batch_of`; metrics: the epoch's means, {name: float}.
+        """
+        many = len(jobs) > 1
+        init, epoch = self._many if many else self._one
+        lrs = jnp.array([job.lr for job in jobs], jnp.float32)
+        seeds = jnp.array([job.seed for job in jobs], jnp.int32)
+        if not many:
+            lrs, seeds = lrs[0], seeds[0]
+        states = init(seeds, lrs)
+        for _ in range(epochs):
+            states, metrics = epoch(states, seeds, data)
+            for i, job in enumerate(jobs):
+                state, numbers = jax.tree.map(lambda x, i=i: x[i] if many else x, (states, metrics))
+                seen(job, state, {key: float(value) for key, value in numbers.items()})
