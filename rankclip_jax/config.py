@@ -87,7 +87,7 @@ def default_config() -> ConfigDict:
             profile=None,  # (first, last) steps to trace into WORKDIR/profile
             loss=dict(
                 objective="rankclip",  # clip | rankclip | rank (ranking alone) | siglip | cyclip
-                # weights of more terms (TERMS of config.py), or in place of the objective's own; one that is scheduled is
+                # weights of more terms (TERMS of config.py), or in place of the objective's own; a scheduled one:
                 # {"weight": 0.25, "schedule": "ramp"}
                 terms={},
                 lambda_in=1 / 16,  # weight of the in-modal ranking term. [p] [c]
