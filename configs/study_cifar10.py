@@ -14,10 +14,10 @@ OBJECTIVES = {
     "rankclip_v2": dict(objective="rankclip", schedule="constant", decay="log"),
     "rankclip_top10": dict(objective="rankclip", top_k=10),
     "rankclip_released": dict(objective="rankclip", form="released"),
-    "rankclip_8x": dict(objective="rankclip", lambda_in=0.5, lambda_cross=0.5),
     "rank_alone": dict(objective="rank", schedule="constant"),
     "cyclip": dict(objective="cyclip"),
     "siglip": dict(objective="siglip"),
+    "rankclip_8x": dict(objective="rankclip", lambda_in=0.5, lambda_cross=0.5),
 }
 
 
@@ -27,8 +27,8 @@ def get_config(argument: str = "") -> ConfigDict:
     folder = arguments.get("dir", "data/cifar10")
     return ConfigDict(
         dict(
-            batch_size=128,
-            epochs=3,
+            batch_size=64,
+            epochs=4,
             model=dict(
                 name="ViT-tiny",
                 image_size=32,
@@ -37,7 +37,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 text=dict(width=64, layers=1, heads=2),
             ),
             tokenizer=dict(vocab_size=400),
-            optim=dict(lr=2e-3, weight_decay=0.1, warmup_steps=20, grad_clip_norm=1.0),
+            optim=dict(lr=2e-3, weight_decay=0.1, warmup_steps=10, grad_clip_norm=1.0),
             data=dict(
                 format="csv",
                 train=f"{folder}/train.csv",
@@ -48,7 +48,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 canvas=32,
             ),
             eval=dict(
-                every_epochs=1,
+                every_epochs=2,
                 zero_shot=dict(
                     cifar10=dict(
                         path=f"{folder}/labels.csv",
@@ -56,13 +56,14 @@ def get_config(argument: str = "") -> ConfigDict:
                         templates=f"{folder}/templates.json",
                     )
                 ),
-                linear_probe=dict(cifar10=dict(format="folder", train=f"{folder}/train", path=f"{folder}/test")),
             ),
             study=dict(
                 objectives=OBJECTIVES,
                 seeds=3,
                 more_seeds=dict(clip=5, rankclip=5),
                 lrs=(1e-3, 3e-3),
+                limit=2_048,
+                pairs=320,
             ),
         )
     )

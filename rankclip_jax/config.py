@@ -184,12 +184,13 @@ def default_config() -> ConfigDict:
                 objectives={},  # name -> keys of config.loss to change; the others are compared with the first
                 seeds=3,  # runs of each objective: seeds 0, 1, 2
                 more_seeds={},  # objective -> its number of seeds
+                limit=None,  # training pairs, from the first of data.train; None: all
                 lrs=(),  # learning rates to choose from, for each objective by itself; none: optim.lr
                 search_seed=1000,  # of the search; none of the study's own
                 select_on=(),  # names in eval.zero_shot: mean top-1 on the first part of these chooses; none: all
                 select_share=0.2,  # that part, which curves show too; results are of the rest
                 pairs=512,  # of data.val, from the first: retrieval, rank agreement, geometry, gradients
-                probe_l2=0.01,  # penalty of the linear probe (eval.linear_probe), the same for all
+                probe_l2=0.01,  # penalty of the linear probe, which learns from the selecting part
                 at_once=1,  # seeds of one objective that train together under vmap
             ),
             plan=dict(  # --mode=plan

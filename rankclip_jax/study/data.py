@@ -53,19 +53,20 @@ class Labelled:
         return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows])
 
 
-def read_pairs(data, path, *, side: int, canvas: int, split: str) -> Pairs:
+def read_pairs(data, path, *, side: int, canvas: int, split: str, limit: int | None = None) -> Pairs:
     """The pairs of config.data (format csv or shapes) at `path`: a csv, or the number of scenes of `split`.
 
-    Pictures larger than the canvas are shrunk to fit it. Raises InputError for another format, no such file or column,
-    or a picture that cannot be read.
+    `limit`: only so many, from the first. Pictures larger than the canvas are shrunk to fit it. Raises InputError for
+    another format, no such file or column, or a picture that cannot be read.
     """
     if data.format == "shapes":
-        images, captions, _ = _scenes(split, int(path), side)
+        images, captions, _ = _scenes(split, min(int(path), limit or int(path)), side)
         return Pairs(images, np.full((len(images), 2), side, np.int32), captions)
     if data.format != "csv":
         raise InputError(f"a study reads csv and shapes, not config.data.format = {data.format!r}")
     caption_key = data.caption_key or "caption"
     files, captions = _columns(path, data.image_key or "image", caption_key, data.delimiter, data.hint)
+    files, captions = files[:limit], captions[:limit]
     pixels, size = np.zeros((len(files), canvas, canvas, 3), np.uint8), np.zeros((len(files), 2), np.int32)
     with progress("reading", len(files)) as bar:
         for row, file in enumerate(files):
@@ -82,11 +83,12 @@ def view_of(pairs: Pairs, side: int) -> np.ndarray:
     return np.stack([view(c[:h, :w]) for c, (h, w) in zip(pairs.canvas, pairs.size, strict=True)])
 
 
-def read_labelled(spec, path, *, side: int) -> Labelled:
-    """A set of config.eval.zero_shot or .linear_probe (format csv, folder or shapes) at `path`.
+def read_labelled(spec, *, side: int) -> Labelled:
+    """A set of config.eval.zero_shot (format csv, folder or shapes) at spec.path.
 
     shapes: a split of input_pipeline.shapes, or SPLIT:COUNT. Raises InputError as `read_pairs`.
     """
+    path = spec.path
     names, templates = (_json(spec.get(key)) for key in ("classes", "templates"))
     if spec.format == "shapes":
         from input_pipeline import shapes

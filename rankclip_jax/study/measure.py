@@ -52,12 +52,32 @@ class Embedded:
 
 def zero_shot(model: Embedded, sets: dict[str, Labelled]) -> dict[str, float]:
     """{"zero_shot/NAME": top-1}."""
+    known = {}
+    return {
+        f"zero_shot/{name}": _zero_shot(model, labelled, model.images(labelled.images), known)
+        for name, labelled in sets.items()
+    }
+
+
+def labelled(model: Embedded, first: dict[str, Labelled], rest: dict[str, Labelled], l2: float) -> dict[str, float]:
+    """On the rest of each labelled set: "zero_shot/NAME", and "linear_probe/NAME", learned from its first part.
+
+    The probe is a logistic regression on image embeddings with one fixed penalty, the same for all.
+    """
     known, result = {}, {}
-    for name, labelled in sets.items():
-        counter = ZeroShot(class_embeddings(model.texts, labelled.names, labelled.templates, known))
-        counter.add(model.images(labelled.images), labelled.labels)
-        result[f"zero_shot/{name}"] = counter.results()["top1"]
+    for name in rest:
+        z_img_NxD = model.images(rest[name].images)
+        result[f"zero_shot/{name}"] = _zero_shot(model, rest[name], z_img_NxD, known)
+        weights, bias = fit(model.images(first[name].images), first[name].labels, len(first[name].names), l2)
+        right_N = (z_img_NxD @ weights + bias).argmax(axis=1) == rest[name].labels
+        result[f"linear_probe/{name}"] = float(right_N.mean())
     return result
+
+
+def _zero_shot(model, labelled, z_img_NxD, known):
+    counter = ZeroShot(class_embeddings(model.texts, labelled.names, labelled.templates, known))
+    counter.add(z_img_NxD, labelled.labels)
+    return counter.results()["top1"]
 
 
 def pairs(model: Embedded, images_NxSxSx3: np.ndarray, captions: list[str]) -> dict[str, float]:
@@ -77,13 +97,3 @@ def pairs(model: Embedded, images_NxSxSx3: np.ndarray, captions: list[str]) -> d
     result |= {f"geometry/{key}": value for key, value in geometry(z_img_NxD, z_txt_NxD).items() if key != "n"}
     gradients = _term_gradients(z_img_NxD, z_txt_NxD, model.scale)
     return result | {f"gradient/{key}": float(value) for key, value in gradients.items()}
-
-
-def probe(model: Embedded, train: Labelled, tests: dict[str, Labelled], l2: float) -> dict[str, float]:
-    """{"linear_probe/NAME": top-1} of a logistic regression on image embeddings, with one fixed penalty."""
-    weights, bias = fit(model.images(train.images), train.labels, len(train.names), l2)
-    result = {}
-    for name, test in tests.items():
-        scores_NxC = model.images(test.images) @ weights + bias
-        result[f"linear_probe/{name}"] = float((scores_NxC.argmax(axis=1) == test.labels).mean())
-    return result

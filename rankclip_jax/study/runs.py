@@ -15,7 +15,7 @@ from rankclip_jax import run as runs
 from rankclip_jax.config import complete
 from rankclip_jax.errors import InputError
 from rankclip_jax.study import measure
-from rankclip_jax.study.data import Labelled, Pairs, read_labelled, read_pairs, view_of
+from rankclip_jax.study.data import Labelled, read_labelled, read_pairs, view_of
 from rankclip_jax.study.training import Job, Programs
 from rankclip_jax.tokenizer import Tokenizer
 
@@ -36,7 +36,7 @@ class Study:
         if unknown := sorted(set(study.more_seeds) - set(study.objectives)):
             raise InputError(f"config.study.more_seeds.{unknown[0]} is none of {', '.join(study.objectives)}")
         canvas = runs.canvas_side(config, side) or side
-        train = read_pairs(config.data, config.data.train, side=side, canvas=canvas, split="train")
+        train = read_pairs(config.data, config.data.train, side=side, canvas=canvas, split="train", limit=study.limit)
         if len(train.captions) < config.batch_size:
             raise InputError(f"{len(train.captions)} training pairs are fewer than a batch of {config.batch_size}")
         self.tokenizer = (
@@ -52,19 +52,14 @@ class Study:
             "size": jnp.asarray(train.size),
             "tokens": jnp.asarray(self.tokenizer(train.captions, model.config.text.context_length)),
         }
-        val = read_pairs(config.data, config.data.val, side=side, canvas=canvas, split="val")
-        val = Pairs(val.canvas[: study.pairs], val.size[: study.pairs], val.captions[: study.pairs])
+        val = read_pairs(config.data, config.data.val, side=side, canvas=canvas, split="val", limit=study.pairs)
         self._val = view_of(val, side), val.captions
         self._selecting, self._reported = {}, {}
         for name, spec in config.eval.zero_shot.items():
-            selecting, self._reported[name] = split(read_labelled(spec, spec.path, side=side), study.select_share)
+            selecting, self._reported[name] = split(read_labelled(spec, side=side), study.select_share)
             self._selecting[name] = selecting
         if unknown := sorted(set(study.select_on) - set(self._selecting)):
             raise InputError(f"config.study.select_on: {unknown[0]} is none of {', '.join(self._selecting)}")
-        self._probes = {
-            name: (read_labelled(spec, spec.train, side=side), read_labelled(spec, spec.path, side=side))
-            for name, spec in config.eval.linear_probe.items()
-        }
 
     def _side(self) -> int:
         from rankclip_jax.models.presets import configure
@@ -141,10 +136,8 @@ class Study:
                     point |= measure.pairs(model, *self._val)
             curves[job].append(point)
             if last and full:
-                finals[job] = measure.zero_shot(model, self._reported)
+                finals[job] = measure.labelled(model, self._selecting, self._reported, self.config.study.probe_l2)
                 finals[job] |= {k: v for k, v in point.items() if k.startswith(("retrieval", "geometry", "gradient"))}
-                for name, (train, test) in self._probes.items():
-                    finals[job] |= measure.probe(model, train, {name: test}, self.config.study.probe_l2)
 
         programs.train(jobs, self._data, config.epochs, seen)
         return {job: {"curve": curves[job], "final": finals[job]} for job in jobs}
@@ -181,7 +174,7 @@ def _identity(config) -> dict:
     """What makes two runs the same: all of the configuration but what is looked at, printed or planned."""
     fields = json.loads(json.dumps(config.to_dict()))
     kept = {k: v for k, v in fields.items() if k not in ("log_every", "checkpoint", "plan", "study", "seed")}
-    study = {k: fields["study"][k] for k in ("search_seed", "select_on", "select_share", "pairs", "probe_l2")}
+    study = {k: fields["study"][k] for k in ("limit", "search_seed", "select_on", "select_share", "pairs", "probe_l2")}
     return kept | {"study": study}
 
 
