@@ -24,7 +24,7 @@ class BadSamples:
       reasons: reason -> different rows, those of earlier parts of the run included.
     """
 
-    def __init__(self, source: Source, path=None, max_fraction: float = 1.0):
+    def __init__(self, source: Source, path: Path | None = None, max_fraction: float = 1.0):
         """`path`: a JSON-lines file to append to, each row once: row, where, reason, detail; None: only the console.
 
         Raises:

@@ -57,7 +57,7 @@ def _replaced(word, synonyms, rng):
     return before + (choice[:1].upper() + choice[1:] if core[:1].isupper() else choice) + after
 
 
-def read_synonyms(path) -> dict[str, list[str]]:
+def read_synonyms(path: str | Path) -> dict[str, list[str]]:
     """Reads a synonym table: a JSON object, each word with a list of the words that may stand for it.
 
     Raises:

@@ -15,19 +15,19 @@ from PIL import Image
 MAX_PIXELS = 89_478_485
 
 
-def is_jpeg(image) -> tf.Tensor:
+def is_jpeg(image: tf.Tensor) -> tf.Tensor:
     """Whether encoded bytes are a JPEG (bool scalar)."""
     return tf.strings.substr(image, 0, 3) == b"\xff\xd8\xff"
 
 
-def jpeg_size(image) -> tf.Tensor:
+def jpeg_size(image: tf.Tensor) -> tf.Tensor:
     """Height and width, int32 (2,), from a JPEG's header. Raises InvalidArgumentError above MAX_PIXELS."""
     size = tf.io.extract_jpeg_shape(image)[:2]
     with tf.control_dependencies([_check_pixels(size[0], size[1])]):
         return tf.identity(size)
 
 
-def jpeg(image, log2_ratio=None, recover=False) -> tf.Tensor:
+def jpeg(image: tf.Tensor, log2_ratio: tf.Tensor | None = None, recover: bool = False) -> tf.Tensor:
     """A JPEG -> uint8 (H, W, 3), bit for bit what PIL decodes.
 
     Args:
@@ -44,7 +44,7 @@ def jpeg(image, log2_ratio=None, recover=False) -> tf.Tensor:
     return scaled(1)() if log2_ratio is None else tf.switch_case(log2_ratio, [scaled(r) for r in (1, 2, 4, 8)])
 
 
-def decode(image, recover=False) -> tf.Tensor:
+def decode(image: tf.Tensor, recover: bool = False) -> tf.Tensor:
     """Bytes of any kind -> uint8 (H, W, 3). A uint8 image passes through.
 
     With `recover` a truncated JPEG is decoded as far as it goes.

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
+from ml_collections import ConfigDict
 from PIL import Image
 
 from input_pipeline import shapes, tfds_scan, transforms
@@ -57,7 +58,7 @@ class CaptionedSet:
     image_of_text: np.ndarray
 
 
-def open_labelled(spec, *, image_side: int) -> LabelledSet:
+def open_labelled(spec: ConfigDict, *, image_side: int) -> LabelledSet:
     """A set of config.eval.zero_shot.
 
     Raises:
@@ -78,7 +79,7 @@ def open_labelled(spec, *, image_side: int) -> LabelledSet:
     return found
 
 
-def open_train_and_test(spec, *, image_side: int) -> tuple[LabelledSet, LabelledSet]:
+def open_train_and_test(spec: ConfigDict, *, image_side: int) -> tuple[LabelledSet, LabelledSet]:
     """The sets of config.eval.linear_probe: `train` and `path`, of one format. Raises InputError as `open_labelled`."""
     train, test = (_open_labelled(spec, path, image_side) for path in (spec.train, spec.path))
     if spec.format == "csv":  # it has numbers only, and the last class may be missing in one of the two
@@ -200,7 +201,7 @@ def _lines(path: Path) -> list[str] | None:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
 
 
-def open_captioned(spec, *, image_side: int) -> CaptionedSet:
+def open_captioned(spec: ConfigDict, *, image_side: int) -> CaptionedSet:
     """A set of config.eval.retrieval or .geometry. Rows of one image, in a csv, are its captions.
 
     Raises:

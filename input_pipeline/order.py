@@ -7,7 +7,7 @@ from input_pipeline.sources import Source
 _shuffled = tf.random.experimental.index_shuffle
 
 
-def row_at(source: Source, stream, seed: int) -> tf.Tensor:
+def row_at(source: Source, stream: tf.Tensor, seed: int) -> tf.Tensor:
     """The row (int64 scalar) at place `stream` (int or int64 scalar, from 0) of the endless stream that `seed` gives.
 
     Epoch e is the places from e * size on. In it every row comes once; of a mixture with weights every part comes as

@@ -14,7 +14,8 @@ Pictures come in one of two ways (transforms.py makes them, rankclip_jax/images.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
@@ -24,6 +25,7 @@ from input_pipeline.bad_samples import BadSamples, reason_of_failure
 from input_pipeline.captions import augment
 from input_pipeline.sources import Source
 from rankclip_jax.errors import InputError
+from rankclip_jax.tokenizer import Tokenizer
 
 # tf.data runs on the host; TensorFlow must never take the accelerator's memory.
 tf.config.set_visible_devices([], "GPU")
@@ -45,7 +47,7 @@ class TrainBatches:
     def __init__(
         self,
         source: Source,
-        tokenizer,
+        tokenizer: Tokenizer,
         *,
         batch_size: int,
         image_side: int,
@@ -54,11 +56,11 @@ class TrainBatches:
         seed: int,
         start: int = 0,
         process: tuple[int, int] = (0, 1),
-        bad_path=None,
+        bad_path: Path | None = None,
         max_bad_fraction: float = 1.0,
         canvas: int | None = None,
         two_views: bool = False,
-        synonyms=None,
+        synonyms: Mapping[str, Sequence[str]] | None = None,
         recover_truncated: bool = False,
     ):
         """`batch_size` b is this process's share; `process` is (its index, how many there are).

@@ -183,7 +183,9 @@ def summary(manifest: Manifest, out_dir: Path) -> str:
     return "\n".join([*lines, f"train with: {train}"])
 
 
-def inspect(source: sources.Source, name: str, out_dir: Path, tokenizer, sample: int | None, workers: int) -> None:
+def inspect(
+    source: sources.Source, name: str, out_dir: Path, tokenizer: Tokenizer | None, sample: int | None, workers: int
+) -> None:
     """Prints what is in `source` and writes contact_sheet.png, examples evenly spread over the good rows."""
 
     def read(row):

@@ -21,7 +21,7 @@ _LOG_ASPECT = math.log(4 / 3)
 _TRIES = 10
 
 
-def random_windows(size_2, scale: tuple[float, float], seed_2, count: int = 1) -> tf.Tensor:
+def random_windows(size_2: tf.Tensor, scale: tuple[float, float], seed_2: tf.Tensor, count: int = 1) -> tf.Tensor:
     """Windows (count, 4) for random resized crops: whole pixels, inside the picture, any place equally likely.
 
     Area and aspect ratio are drawn as torchvision's RandomResizedCrop does: `scale` of the area, uniformly; 3/4 to
@@ -45,7 +45,7 @@ def random_windows(size_2, scale: tuple[float, float], seed_2, count: int = 1) -
     return tf.transpose(tf.concat([corner, size], axis=0))
 
 
-def centre_window(size_2, side: int) -> tf.Tensor:
+def centre_window(size_2: tf.Tensor, side: int) -> tf.Tensor:
     """The window (1, 4) of CLIP's evaluation view: the shorter side resized to `side`, then the central square.
 
     As CLIPImageProcessor of transformers: the longer side is truncated to whole pixels, and so is the square's place.
@@ -58,7 +58,7 @@ def centre_window(size_2, side: int) -> tf.Tensor:
 
 
 def view(
-    image, windows_of: Callable, *, side: int, canvas: int | None, exact: bool, recover: bool = False
+    image: tf.Tensor, windows_of: Callable, *, side: int, canvas: int | None, exact: bool, recover: bool = False
 ) -> dict[str, tf.Tensor]:
     """One sample as the model's input, or as what the device makes it from.
 
@@ -132,7 +132,7 @@ def _decoded(image, windows_of, side, canvas, recover):
     return tf.cond(is_jpeg(image), scaled, full)
 
 
-def resize(pixels_HxWx3, window_4, side: int) -> tf.Tensor:
+def resize(pixels_HxWx3: tf.Tensor, window_4: tf.Tensor, side: int) -> tf.Tensor:
     """A window -> uint8 (side, side, 3), by PIL itself: bicubic with antialiasing, the width first.
 
     That is PIL's own order too, but for version 13, which takes the height first where it shrinks much more.

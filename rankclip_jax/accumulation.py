@@ -6,14 +6,16 @@ the loss of them all and its gradient with respect to each; embed each part agai
 parameters. The result is the whole batch's gradient, for one more forward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 
-def loss_and_grads(embed: Callable, loss: Callable, params, batch, parts: int, constrain: Callable = lambda x: x):
+def loss_and_grads(
+    embed: Callable, loss: Callable, params: Mapping, batch: Mapping, parts: int, constrain: Callable = lambda x: x
+) -> tuple[tuple, dict]:
     """-> ((loss, aux), gradients of params).
 
     Args:

@@ -14,7 +14,7 @@ from rankclip_jax.run import Run
 from rankclip_jax.tokenizer import Tokenizer
 
 
-def evaluate(config: ConfigDict, workdir) -> dict:
+def evaluate(config: ConfigDict, workdir: str | Path) -> dict:
     """Evaluates the workdir's best (or newest) checkpoint, or config.eval.model.
 
     Prints tables, writes WORKDIR/eval.json ({"step", "zero_shot": {set: numbers}, ..., "missing": {"kind/set":

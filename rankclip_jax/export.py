@@ -16,7 +16,7 @@ from rankclip_jax.tokenizer import END, START
 LAYOUTS = ("hf", "openai", "orbax")
 
 
-def write(model: Pretrained, folder, layout: str) -> None:
+def write(model: Pretrained, folder: str | Path, layout: str) -> None:
     """Writes `model` to a folder.
 
     Args:

@@ -1,11 +1,13 @@
 """Checksums of arrays, the same on any devices and in any sharding: what was read is what was saved, bit for bit."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def fingerprints(tree) -> dict[str, int]:
+def fingerprints(tree: Any) -> dict[str, int]:
     """Path of a leaf -> 32 bits. Sums whole numbers, whose order does not matter, so no sharding can change it.
 
     Every flipped bit changes its leaf's; other damage is overlooked once in four billion times.

@@ -96,7 +96,9 @@ def _grey_levels(x):
     return jnp.clip(jnp.round(x), 0, 255).astype(jnp.uint8)
 
 
-def augment(key: jax.Array, images_BxHxWx3: jax.Array, *, flip: bool, jitter) -> jax.Array:
+def augment(
+    key: jax.Array, images_BxHxWx3: jax.Array, *, flip: bool, jitter: tuple[float, float, float] | None
+) -> jax.Array:
     """Random mirroring and colour jitter, each image by itself.
 
     Args:
@@ -119,7 +121,9 @@ def random_flip(key: jax.Array, images_BxHxWx3: jax.Array) -> jax.Array:
     return jnp.where(flip_B[:, None, None, None], images_BxHxWx3[:, :, ::-1], images_BxHxWx3)
 
 
-def color_jitter(key: jax.Array, images_BxHxWx3: jax.Array, brightness, contrast, saturation) -> jax.Array:
+def color_jitter(
+    key: jax.Array, images_BxHxWx3: jax.Array, brightness: float, contrast: float, saturation: float
+) -> jax.Array:
     """Brightness, contrast and saturation of each image scaled at random (see `augment`) -> float32 in [0, 255]."""
     uniform_3xB = jax.random.uniform(key, (3, len(images_BxHxWx3)))
     low, high = (jnp.array([[max(0, 1 + sign * x)] for x in (brightness, contrast, saturation)]) for sign in (-1, 1))

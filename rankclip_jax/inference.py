@@ -5,6 +5,8 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,9 @@ from rankclip_jax.progress import progress
 from rankclip_jax.sharding import batch_sharding, make_mesh
 
 
-def load(path, *, tokenizer: str | None = None, activation: str = "quick_gelu", dtype: str = "float32") -> "Model":
+def load(
+    path: str | Path, *, tokenizer: str | None = None, activation: str = "quick_gelu", dtype: str = "float32"
+) -> "Model":
     """A model ready to encode, on all the devices that JAX has here.
 
     Args:
@@ -69,7 +73,7 @@ class Model:
             checksum = zlib.crc32(np.ascontiguousarray(leaf), checksum)
         return f"{checksum:08x}"
 
-    def encode_image(self, images) -> np.ndarray:
+    def encode_image(self, images: Any) -> np.ndarray:
         """Images -> float32 (n, D), rows of unit length.
 
         images: one or any iterable of PIL images, paths, and uint8 arrays (H, W, 3), or an array (n, H, W, 3). One
@@ -93,7 +97,7 @@ class Model:
         """Views, uint8 (S, S, 3) as `source.view` makes them -> float32 (n, D), rows of unit length. Prints nothing."""
         return self._encode(views, np.stack, lambda count: None)
 
-    def encode_text(self, texts) -> np.ndarray:
+    def encode_text(self, texts: str | Iterable[str] | np.ndarray) -> np.ndarray:
         """Texts -> float32 (n, D), rows of unit length.
 
         texts: one str or any iterable of them; or int token ids (n, L), L at most the context length, as the tokenizer
@@ -122,7 +126,7 @@ class Model:
         with progress("encode texts", _length(texts), unit="texts") as bar:
             return self._encode(texts, prepare, bar.update)
 
-    def zero_shot(self, images, classnames: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
+    def zero_shot(self, images: Any, classnames: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
         """Probabilities float32 (n, classes), rows summing to 1: the softmax of scaled cosines with the classes.
 
         A class is the normalised mean of the embeddings of its prompts: each of `templates` (None: "a photo of a {}.")

@@ -6,17 +6,19 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from rankclip_jax import models, pretrained
 from rankclip_jax.errors import InputError
 from rankclip_jax.models import ClipConfig
 from rankclip_jax.optim import path_name
+from rankclip_jax.step import TrainState
 from rankclip_jax.tokenizer import Tokenizer
 
 TOWERS = {"both": ("visual", "text", "logit_scale"), "vision": ("visual",), "text": ("text",)}
 
 
-def read(config) -> pretrained.Pretrained | None:
+def read(config: ConfigDict) -> pretrained.Pretrained | None:
     """The model of config.init_from; None without one. Raises InputError as `pretrained.read` does."""
     if config.init_from is None:
         return None
@@ -24,7 +26,7 @@ def read(config) -> pretrained.Pretrained | None:
     return pretrained.read(config.init_from, tokenizer, config.model.activation or "quick_gelu")
 
 
-def tokenizer(start: pretrained.Pretrained, config) -> Tokenizer | None:
+def tokenizer(start: pretrained.Pretrained, config: ConfigDict) -> Tokenizer | None:
     """The tokenizer that goes with the text tower; None when that starts fresh, and any will do.
 
     Raises:
@@ -40,7 +42,7 @@ def tokenizer(start: pretrained.Pretrained, config) -> Tokenizer | None:
     return start.tokenizer
 
 
-def apply(state, start: pretrained.Pretrained, ours: ClipConfig, config):
+def apply(state: TrainState, start: pretrained.Pretrained, ours: ClipConfig, config: ConfigDict) -> TrainState:
     """A fresh state with the parameters (and batch statistics) of `start` in place of its own.
 
     A vision tower's position embeddings are resized to another image size, a text tower's cut to a shorter context.

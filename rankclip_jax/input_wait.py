@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -16,7 +17,7 @@ class InputWait:
     thread notes when each step ends, and only what of the wait comes after that counts.
     """
 
-    def __init__(self, batches):
+    def __init__(self, batches: Iterator):
         """`batches`: an iterator with `position`, the samples that it has read so far (TrainBatches)."""
         self._batches, self._read = batches, batches.position
         self._waits, self._step_end = [], None

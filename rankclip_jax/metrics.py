@@ -8,7 +8,7 @@ from pathlib import Path
 from rankclip_jax.errors import InputError
 
 
-def read_metrics(workdir) -> list[dict]:
+def read_metrics(workdir: str | Path) -> list[dict]:
     """The lines of WORKDIR/metrics.jsonl; a last line cut off by a crash is left out."""
     path = Path(workdir) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
@@ -25,7 +25,7 @@ def read_metrics(workdir) -> list[dict]:
 class MetricsFile:
     """Appends to WORKDIR/metrics.jsonl. Opened for a run that goes on at `step`, it drops what came after."""
 
-    def __init__(self, workdir, step: int):
+    def __init__(self, workdir: str | Path, step: int):
         path = Path(workdir) / "metrics.jsonl"
         kept = [row for row in read_metrics(workdir) if row["step"] <= step]
         part = path.with_suffix(".part")
@@ -95,7 +95,7 @@ def table(results: dict[str, dict[str, float]], title: str = "zero-shot", percen
     return "\n".join(lines)
 
 
-def plot_curves(workdir) -> Path:
+def plot_curves(workdir: str | Path) -> Path:
     """Draws loss and zero-shot accuracy over the steps to WORKDIR/curves.png."""
     import matplotlib
 

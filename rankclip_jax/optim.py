@@ -1,10 +1,12 @@
 """AdamW with decay on matrices only, linear warm-up and cosine decay."""
 
 import re
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 
 from rankclip_jax.errors import InputError
 
@@ -13,17 +15,17 @@ from rankclip_jax.errors import InputError
 _DECAYED = re.compile(r"(^|/)(kernel|proj|text_projection|token_embedding/embedding)$")
 
 
-def path_name(path) -> str:
+def path_name(path: tuple) -> str:
     """A pytree path as "visual/conv1/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def decay_mask(params):
+def decay_mask(params: Mapping) -> dict:
     """A tree like `params`, True where weight decay applies."""
     return jax.tree_util.tree_map_with_path(lambda p, _: bool(_DECAYED.search(path_name(p))), params)
 
 
-def learning_rate(config, total_steps: int) -> optax.Schedule:
+def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
     """Step (from 0) -> rate. Update number `warmup_steps` has the full rate, the last update rate 0.
 
     Raises:
@@ -48,7 +50,7 @@ def learning_rate(config, total_steps: int) -> optax.Schedule:
 _HEADS = ("ln_post", "proj", "attnpool", "ln_final", "text_projection")
 
 
-def layer_scales(params, decay: float):
+def layer_scales(params: Mapping, decay: float) -> dict:
     """A tree like `params` of factors for the learning rate: decay^d, d blocks before the end of a tower.
 
     Heads and the logit scale have 1, the last block `decay`, what comes before the first of n blocks decay^(n + 1).
@@ -78,14 +80,14 @@ def _constant(tree, value: float):
 FROZEN = {"vision": "visual", "text": "text"}  # config.optim.freeze -> the subtree of the parameters
 
 
-def hold(params, freeze: str | None):
+def hold(params: Mapping, freeze: str | None) -> Mapping:
     """Params through which no gradient flows to the frozen tower, so that none is computed."""
     if freeze is None:
         return params
     return params | {FROZEN[freeze]: jax.lax.stop_gradient(params[FROZEN[freeze]])}
 
 
-def make_optimizer(config, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
     """Optimiser of `config.optim` for a run of `total_steps`. A frozen tower has no moments and is never changed."""
     clip = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
     adamw = optax.adamw(

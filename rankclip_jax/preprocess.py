@@ -22,7 +22,7 @@ class View:
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
 
-    def __call__(self, image) -> np.ndarray:
+    def __call__(self, image: Image.Image) -> np.ndarray:
         """A picture -> uint8 (crop, crop, 3); mean and std are applied on the device.
 
         image: PIL, uint8 (H, W, 3), or the path of a file. What is transparent is laid on white, and an EXIF rotation

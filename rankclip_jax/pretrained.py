@@ -34,7 +34,7 @@ class Pretrained:
     step: int | None = None
 
 
-def read(path, tokenizer: str | None = None, activation: str = "quick_gelu") -> Pretrained:
+def read(path: str | Path, tokenizer: str | None = None, activation: str = "quick_gelu") -> Pretrained:
     """Reads a model.
 
     Args:

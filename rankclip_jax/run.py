@@ -17,7 +17,7 @@ from rankclip_jax.tokenizer import Tokenizer
 class Run:
     """What training and evaluation share: mesh, tokenizer, model, and how to encode batches."""
 
-    def __init__(self, config: ConfigDict, workdir, tokenizer: Tokenizer, model=None):
+    def __init__(self, config: ConfigDict, workdir: str | Path, tokenizer: Tokenizer, model: models.CLIP | None = None):
         """`model`: a models.CLIP of another origin; None: that of config.model."""
         self.config, self.workdir, self.tokenizer = config, Path(workdir), tokenizer
         self.mesh = sharding.make_mesh(config.mesh)
@@ -53,11 +53,11 @@ class Run:
         self._embed = steps.make_embed_step(self.model)
         self._val_step = steps.make_val_step(self.model, config, self.mesh)
 
-    def encode_images(self, state, batch: dict) -> np.ndarray:
+    def encode_images(self, state: steps.TrainState, batch: dict) -> np.ndarray:
         """One batch of this process's share -> float32 (b, D) on the host."""
         return steps.to_host(self._embed(state, steps.to_devices(_pictures(batch), self.mesh)), self.mesh)
 
-    def encode_texts(self, state, texts: list[str]) -> np.ndarray:
+    def encode_texts(self, state: steps.TrainState, texts: list[str]) -> np.ndarray:
         """Any number of texts -> float32 (n, D) on the host, in batches of one shape."""
         parts = []
         for start in range(0, len(texts), self.local_batch):
@@ -68,7 +68,7 @@ class Run:
             parts.append(steps.to_host(z, self.mesh)[: len(some)])
         return np.concatenate(parts)
 
-    def validation(self, state) -> dict[str, float]:
+    def validation(self, state: steps.TrainState) -> dict[str, float]:
         """Mean of the loss's parts over the whole batches of config.data.val; empty without one.
 
         With config.eval.diagnostics also how the first batch's embeddings lie (losses/diagnostics.py).
@@ -95,7 +95,7 @@ class Run:
         numbers |= {key: np.mean([float(part[key]) for part in parts]) for key in parts[0]}
         return {f"val/{key}": float(value) for key, value in numbers.items()}
 
-    def encoder(self, state) -> evaluation.Encoder:
+    def encoder(self, state: steps.TrainState) -> evaluation.Encoder:
         """What the evaluations need of the model."""
         from input_pipeline import pipeline
 
@@ -133,7 +133,7 @@ def _diagnostics(z_img_BxD, z_txt_BxD, scale) -> dict:
     return losses.embedding_diagnostics(z_img_BxD, z_txt_BxD) | {"gradient_cosine": cosine}
 
 
-def build_model(config: ConfigDict, tokenizer: Tokenizer):
+def build_model(config: ConfigDict, tokenizer: Tokenizer) -> models.CLIP:
     """The model of config.model, with the tokenizer's vocabulary and the objective's scale and bias."""
     fields = config.model.to_dict()
     if config.loss.objective == "siglip" or "siglip" in config.loss.terms:  # starts as Zhai et al. have it

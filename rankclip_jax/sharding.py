@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,7 +69,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
 
 
-def state_shardings(abstract_state, mesh: Mesh, rules):
+def state_shardings(abstract_state: Any, mesh: Mesh, rules: str | Sequence | None) -> Any:
     """Shardings for a state of ShapeDtypeStructs: the first rule whose regex is found in a leaf's path.
 
     Optimiser moments carry their parameter's path within theirs, and so lie where it does. Scalars are replicated.

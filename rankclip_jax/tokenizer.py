@@ -101,7 +101,7 @@ class Tokenizer:
         """The text of tokenizer.json."""
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
-    def save(self, path) -> None:
+    def save(self, path: str | Path) -> None:
         """Writes tokenizer.json."""
         Path(path).write_text(self.to_json())
 

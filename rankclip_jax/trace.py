@@ -8,7 +8,7 @@ import jax
 class Trace:
     """Records the steps from `first` to `last` of config.profile into WORKDIR/profile; nothing where that is None."""
 
-    def __init__(self, steps: tuple[int, int] | None, workdir):
+    def __init__(self, steps: tuple[int, int] | None, workdir: str | Path):
         self._first, self._last = steps or (None, None)
         self._folder, self._running = Path(workdir) / "profile", False
 
@@ -18,7 +18,7 @@ class Trace:
             jax.profiler.start_trace(self._folder)
             self._running = True
 
-    def after(self, step: int, result) -> None:
+    def after(self, step: int, result: jax.Array) -> None:
         """To be called with the step's result; waits for the last one, so that the trace has its end."""
         if self._running and step >= self._last:
             jax.block_until_ready(result)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 from ml_collections import ConfigDict
@@ -14,7 +14,13 @@ from rankclip_jax.errors import InputError
 __all__ = ["Lost", "Source", "open_source"]
 
 
-def open_source(spec, path, *, image_side: int, split: str = "train") -> Source:
+def open_source(
+    spec: Mapping | ConfigDict,
+    path: str | int | Sequence[str] | Mapping | ConfigDict,
+    *,
+    image_side: int,
+    split: str = "train",
+) -> Source:
     """Opens config.data's `train` or `val`, or a labelled set of config.eval.
 
     Args:

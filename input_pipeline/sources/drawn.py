@@ -8,7 +8,7 @@ from input_pipeline.sources.source import Source
 from rankclip_jax.errors import InputError
 
 
-def open_drawn(path, side: int, split: str) -> Source:
+def open_drawn(path: str | int, side: int, split: str) -> Source:
     """Scenes of `side` pixels: a number of them from `split`, or a labelled set ("seen", "held_out") as `path`."""
     if path in ("seen", "held_out"):
         split, size = path, 16 * len(shapes.SEEN if path == "seen" else shapes.HELD_OUT)

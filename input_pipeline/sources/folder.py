@@ -3,6 +3,7 @@
 import os
 
 import tensorflow as tf
+from ml_collections import ConfigDict
 
 from input_pipeline.sources.packed_strings import PackedStrings
 from input_pipeline.sources.paths import is_remote
@@ -12,7 +13,7 @@ from rankclip_jax.errors import InputError
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
-def open_folder(spec, path) -> Source:
+def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
     """Opens a folder. Rows are in the order of the images' paths; a .txt without an image is lost, and named.
 
     `spec`: hint of config.data.

@@ -17,7 +17,7 @@ from input_pipeline.sources.source import Source
 from rankclip_jax.errors import InputError
 
 
-def open_mixture(spec, parts: Mapping[str, Mapping], open_one: Callable) -> Source:
+def open_mixture(spec: Mapping | ConfigDict, parts: Mapping[str, Mapping], open_one: Callable) -> Source:
     """Opens name -> {path, weight, and what differs from `spec`} with open_one(spec, path) for each.
 
     Raises:

@@ -5,6 +5,7 @@ buckets, in the user's cache folder. A shard counts as unchanged while its size 
 only others are gone through again.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -59,7 +60,7 @@ class OffsetIndex:
         """The number of the shard that holds a row."""
         return int(np.searchsorted(self.starts, row, side="right")) - 1
 
-    def file_in_graph(self, row) -> tf.Tensor:
+    def file_in_graph(self, row: tf.Tensor) -> tf.Tensor:
         """The same as TensorFlow ops, int32."""
         return tf.searchsorted(self.starts, [row], side="right")[0] - 1
 
@@ -100,7 +101,7 @@ def offset_index(kind: str, paths: Sequence[str], scan: Callable, cache_dir: str
     return index
 
 
-def open_slices(path: str, size: int):
+def open_slices(path: str, size: int) -> contextlib.AbstractContextManager:
     """A context manager whose value gives bytes [begin:end] of a file."""
     if is_remote(path):
         return _Window(path)

@@ -24,7 +24,7 @@ class PackedStrings:
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def at(self, row) -> tf.Tensor:
+    def at(self, row: tf.Tensor) -> tf.Tensor:
         """String number `row` (int64 scalar), as TensorFlow ops."""
         begin, end = self._offsets_in_graph[row], self._offsets_in_graph[row + 1]
         return tf.strings.substr(self._blob, begin, end - begin)

@@ -11,11 +11,13 @@ import io
 import os
 import shutil
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow as tf
+from ml_collections import ConfigDict
 
 from input_pipeline.sources.offset_index import cache_folders
 from input_pipeline.sources.paths import expand, is_remote, stamps
@@ -27,7 +29,7 @@ from rankclip_jax.progress import progress
 _ROWS = 256  # unpacked at once
 
 
-def open_parquet(spec, path) -> Source:
+def open_parquet(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     """Opens files. An image is bytes, or a struct with a field `bytes`, as Hugging Face's datasets write it.
 
     `spec`: image_key, caption_key, hint, cache_dir of config.data.

@@ -1,7 +1,7 @@
 """What a source is: a set of samples that gives any row by number, so the pipeline shuffles and resumes for free."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -62,12 +62,12 @@ def read_captions(read: Callable, size: int, limit: int = 1_000_000) -> Iterator
         yield from (caption.decode(errors="replace") for caption in captions)
 
 
-def require(condition, message: str) -> None:
+def require(condition: tf.Tensor, message: str) -> None:
     """Makes the row that is being read a bad one, with `message` as the reason, unless `condition` holds."""
     tf.debugging.Assert(condition, [message])
 
 
-def keys(given, usual: tuple[str, ...]) -> tuple[str, ...]:
+def keys(given: str | Sequence[str] | None, usual: tuple[str, ...]) -> tuple[str, ...]:
     """Names to look under, the first that a sample has counts: config.data.image_key or .caption_key, or the usual."""
     if given is None:
         return usual

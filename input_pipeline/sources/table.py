@@ -2,11 +2,13 @@
 
 import csv
 import io
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import tensorflow as tf
+from ml_collections import ConfigDict
 
 from input_pipeline.sources.packed_strings import PackedStrings
 from input_pipeline.sources.paths import expand, is_remote
@@ -16,7 +18,7 @@ from rankclip_jax.errors import InputError
 _BLOCK = 64 << 20  # bytes read at once; a row must fit
 
 
-def open_table(spec, path) -> Source:
+def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     """Opens one table, or several with the same columns.
 
     `spec`: delimiter, image_key, caption_key (or label_key), hint of config.data. Paths of images are relative to their

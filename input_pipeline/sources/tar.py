@@ -10,10 +10,11 @@ inside the graph (byte_ranges.py). `open_members` opens samples of any members:
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
+from ml_collections import ConfigDict
 
 from input_pipeline.sources.byte_ranges import byte_ranges
 from input_pipeline.sources.offset_index import OffsetIndex, Scan, offset_index, open_slices
@@ -46,7 +47,7 @@ class Members:
         return f"{path} key {_keys_by_begin(path, size).get(begin, 'unknown: the tar has changed')}"
 
 
-def open_webdataset(spec, path) -> Source:
+def open_webdataset(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     """Opens tars of images and captions. `spec`: image_key, caption_key, hint, cache_dir of config.data.
 
     Raises:

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import tensorflow as tf
+from ml_collections import ConfigDict
 
 from input_pipeline.sources.source import Source, keys
 from input_pipeline.sources.tfrecord import Records, examples, open_records
@@ -16,7 +17,7 @@ _PATH = re.compile(r"(.+?(?::\d+\.\d+\.\d+)?):([A-Za-z_]\w*(?:\[.*\])?(?:\+.*)?)
 _CAPTIONS = ("caption", "captions", "captions/text", "caption/text", "text")
 
 
-def open_tfds(spec, path) -> Source:
+def open_tfds(spec: ConfigDict, path: str) -> Source:
     """Opens NAME[/CONFIG][:VERSION]:SPLIT, or the folder of a prepared set instead of its name; SPLIT as train[:90%].
 
     `spec`: image_key and caption_key (of a feature inside another: captions/text), data_dir, cache_dir of config.data.

@@ -7,10 +7,11 @@ index is built, because beyond a wrong length nothing can be found.
 
 import dataclasses
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
+from ml_collections import ConfigDict
 
 from input_pipeline.sources.offset_index import Scan, offset_index
 from input_pipeline.sources.paths import expand
@@ -42,7 +43,7 @@ class Records:
         return list(data.as_numpy_iterator())
 
 
-def open_tfrecord(spec, path) -> Source:
+def open_tfrecord(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     """Opens shards. `spec`: image_key, caption_key, hint, cache_dir of config.data.
 
     A record may hold several captions, and `tokens`, int64 (L,), its caption as token ids.

@@ -11,12 +11,13 @@ import numpy as np
 from rankclip_jax.embeddings import store
 from rankclip_jax.embeddings.pictures import Pictures
 from rankclip_jax.errors import InputError
+from rankclip_jax.inference import Model
 from rankclip_jax.progress import progress
 
 PART = 512  # pictures a part: what a run that stops has to do again, at most
 
 
-def embed(model, pictures: Pictures, out: Path, about: dict) -> None:
+def embed(model: Model, pictures: Pictures, out: Path, about: dict) -> None:
     """Writes the embeddings of all pictures to `out` (.npz or .parquet; see `store.write`).
 
     Finished parts lie in OUT.parts until the end; started again, the run goes on from them. Pictures that cannot be

@@ -1,6 +1,6 @@
 """The pictures nearest to a text: found in a file of embeddings, printed, drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ def draw(
     pictures: Pictures,
     found_TxK: np.ndarray,
     cosines_TxK: np.ndarray,
-    view,
+    view: Callable,
 ) -> None:
     """A PNG with a row of pictures for each text, nearest first, as the model sees them.
 

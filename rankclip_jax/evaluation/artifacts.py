@@ -2,7 +2,9 @@
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +41,16 @@ class Artifacts:
             arrays = project(z_img_NxD, z_txt_NxD) | similarity_histograms(z_img_NxD, z_txt_NxD)
             np.savez_compressed(self._path(f"geometry_{name}.npz"), captions=[c[:120] for c in captions], **arrays)
 
-    def gallery(self, name, source, rows, captions, image_of_text, z_img_NxD, z_txt_MxD) -> None:
+    def gallery(
+        self,
+        name: str,
+        source: Any,
+        rows: Sequence[int],
+        captions: Sequence[str],
+        image_of_text: np.ndarray,
+        z_img_NxD: np.ndarray,
+        z_txt_MxD: np.ndarray,
+    ) -> None:
         """Queries evenly spaced over the set, so that none is picked for its result, with their nearest both ways."""
         if not self._folder:
             return

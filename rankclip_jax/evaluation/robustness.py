@@ -26,7 +26,7 @@ def shared_classes(reference_keys: list[str], shifted_keys: list[str]) -> np.nda
     return np.array([reference_keys.index(key) for key in shifted_keys])
 
 
-def fit_baseline(points_Nx2) -> tuple[float, float]:
+def fit_baseline(points_Nx2: np.ndarray) -> tuple[float, float]:
     """(a, b) of logit(shifted) = a + b logit(reference).
 
     Args:
@@ -53,7 +53,7 @@ def table_row(shifted: float, reference: float, baseline: tuple[float, float] | 
     return row
 
 
-def read_baselines(path) -> dict[str, tuple[float, float]]:
+def read_baselines(path: str | Path) -> dict[str, tuple[float, float]]:
     """Lines of a JSON file {"set": [[reference, shifted], ...]}, accuracies 0 to 1.
 
     Raises:

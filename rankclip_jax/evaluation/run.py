@@ -5,12 +5,13 @@ A set that cannot be opened does not stop the others: `missing` says which, wher
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
 from rankclip_jax.errors import InputError
 from rankclip_jax.evaluation import geometry, linear_probe, prompts, retrieval, robustness, suite, zero_shot
@@ -38,13 +39,13 @@ class Encoder:
     image_side: int
 
 
-def due(config, epoch: int, last: bool) -> tuple[str, ...]:
+def due(config: ConfigDict, epoch: int, last: bool) -> tuple[str, ...]:
     """The KINDS that config.eval asks for at the end of this epoch (from 1); all that training runs at the last."""
     every = {"zero_shot": config.every_epochs} | dict(config.every)
     return tuple(kind for kind in KINDS if every[kind] and (last or epoch % every[kind] == 0))
 
 
-def evaluate(config, encoder: Encoder, *, kinds=KINDS, folder: Path | None = None) -> dict:
+def evaluate(config: ConfigDict, encoder: Encoder, *, kinds: Sequence[str] = KINDS, folder: Path | None = None) -> dict:
     """Results by kind and set: {"zero_shot": {name: numbers}, "retrieval": ..., "missing": {"kind/name": reason}}.
 
     Args:

@@ -34,7 +34,7 @@ SETS = {
 }
 
 
-def zero_shot_sets(config) -> dict[str, ConfigDict]:
+def zero_shot_sets(config: ConfigDict) -> dict[str, ConfigDict]:
     """config.eval.zero_shot and the sets of config.eval.suite, by name; the former win.
 
     Raises:

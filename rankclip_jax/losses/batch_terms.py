@@ -8,6 +8,7 @@ reduce-scatters back, and one all-reduce of a few scalars.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -36,7 +37,7 @@ class Plan(NamedTuple):
     axes: tuple[str, ...]
 
     @property
-    def platform(self):
+    def platform(self) -> str:
         return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
 
 
@@ -159,7 +160,14 @@ def _total(means, weights):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def weighted_terms(img_BxD, txt_BxD, scale, bias, weights, plan: Plan):
+def weighted_terms(
+    img_BxD: jax.Array,
+    txt_BxD: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    weights: Mapping[str, jax.Array],
+    plan: Plan,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """-> (sum of weights[name] * means[name], means). Only the sum carries gradient."""
     means = _batch_terms(img_BxD, txt_BxD, scale, bias, weights, plan, with_grad=False)
     return _total(means, weights), means

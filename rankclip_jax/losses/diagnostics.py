@@ -30,7 +30,9 @@ def _uniformity(z_NxD, others):
     return jnp.log(jnp.sum(jnp.where(others, jnp.exp(-2 * squared_distance), 0)) / jnp.sum(others))
 
 
-def embedding_diagnostics(image_embeds, text_embeds, *, sample: int = 256, top_k: int = 10) -> dict:
+def embedding_diagnostics(
+    image_embeds: jax.Array, text_embeds: jax.Array, *, sample: int = 256, top_k: int = 10
+) -> dict:
     """Agreement and geometry of a batch, as float32 scalars; no gradient flows through them.
 
     Args:
@@ -74,7 +76,14 @@ def embedding_diagnostics(image_embeds, text_embeds, *, sample: int = 256, top_k
     }
 
 
-def gradient_cosine(image_embeds, text_embeds, logit_scale, *, sample: int = 256, **rank_options) -> jax.Array:
+def gradient_cosine(
+    image_embeds: jax.Array,
+    text_embeds: jax.Array,
+    logit_scale: jax.Array | float,
+    *,
+    sample: int = 256,
+    **rank_options,
+) -> jax.Array:
     """Cosine between the gradients of the CLIP loss and of the ranking terms with respect to the embeddings.
 
     Near 1 the ranking terms repeat what CLIP asks for, near 0 they add to it, below 0 they work against it.
@@ -94,7 +103,9 @@ def gradient_cosine(image_embeds, text_embeds, logit_scale, *, sample: int = 256
     return jnp.where(norms > 0, jnp.vdot(clip, rank) / jnp.where(norms > 0, norms, 1), 0)
 
 
-def term_gradients(image_embeds, text_embeds, logit_scale, *, sample: int = 256) -> dict:
+def term_gradients(
+    image_embeds: jax.Array, text_embeds: jax.Array, logit_scale: jax.Array | float, *, sample: int = 256
+) -> dict:
     """How the gradients of single terms with respect to the embeddings sit with each other, as float32 scalars.
 
     Args: as `gradient_cosine`; the terms have their plain form, without decay or top_k.

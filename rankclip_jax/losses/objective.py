@@ -1,6 +1,6 @@
 """The losses of a batch of embeddings, each alone, and the weighted sums of them that have names (RankCLIP first)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -58,7 +58,15 @@ def _one(name, image_embeds, text_embeds, logit_scale, bias=0.0, **options):
     return weighted_terms(image_embeds, text_embeds, scale, bias, {name: jnp.float32(1)}, plan)[0]
 
 
-def clip_loss(image_embeds, text_embeds, logit_scale, *, mesh=None, axes=None, chunk=None) -> jax.Array:
+def clip_loss(
+    image_embeds: jax.Array,
+    text_embeds: jax.Array,
+    logit_scale: jax.Array | float,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    axes: Sequence[str] | None = None,
+    chunk: int | None = None,
+) -> jax.Array:
     """CLIP's symmetric contrastive loss (Radford et al., 2021): the mean of the two cross-entropies, in nats.
 
     Args: as `rank_consistency`, which see.
@@ -66,7 +74,16 @@ def clip_loss(image_embeds, text_embeds, logit_scale, *, mesh=None, axes=None, c
     return _one("clip", image_embeds, text_embeds, logit_scale, mesh=mesh, axes=axes, chunk=chunk)
 
 
-def siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias, *, mesh=None, axes=None, chunk=None) -> jax.Array:
+def siglip_loss(
+    image_embeds: jax.Array,
+    text_embeds: jax.Array,
+    logit_scale: jax.Array | float,
+    logit_bias: jax.Array | float,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    axes: Sequence[str] | None = None,
+    chunk: int | None = None,
+) -> jax.Array:
     """SigLIP's pairwise sigmoid loss (Zhai et al., 2023, equation 1): summed over a row, mean over the rows, in nats.
 
     Args:
@@ -77,12 +94,12 @@ def siglip_loss(image_embeds, text_embeds, logit_scale, logit_bias, *, mesh=None
 
 
 def rank_consistency(
-    image_embeds,
-    text_embeds,
-    logit_scale,
+    image_embeds: jax.Array,
+    text_embeds: jax.Array,
+    logit_scale: jax.Array | float,
     *,
-    mesh=None,
-    axes=None,
+    mesh: jax.sharding.Mesh | None = None,
+    axes: Sequence[str] | None = None,
     chunk: int | None = None,
     decay: str | None = None,
     top_k: int | None = None,
@@ -119,7 +136,7 @@ def rank_consistency(
     )
 
 
-def rank_weight(epoch, epochs: int, schedule: str = "ramp"):
+def rank_weight(epoch: jax.Array | int, epochs: int, schedule: str = "ramp") -> jax.Array:
     """The common weight of the ranking terms in an epoch (from 1, whole numbers as in the released code).
 
     "ramp" is the released code's clip(3 (epoch - 1) / (epochs - 1), 0, 2): nothing in the first epoch, 2 from
@@ -139,23 +156,23 @@ def rank_weight(epoch, epochs: int, schedule: str = "ramp"):
 
 
 def objective_loss(
-    image_embeds,
-    text_embeds,
-    logit_scale,
-    logit_bias=0.0,
+    image_embeds: jax.Array,
+    text_embeds: jax.Array,
+    logit_scale: jax.Array | float,
+    logit_bias: jax.Array | float = 0.0,
     *,
     objective: str = "rankclip",
-    rank_weight=1.0,
-    lambda_in=1 / 16,
-    lambda_cross=1 / 16,
+    rank_weight: jax.Array | float = 1.0,
+    lambda_in: float = 1 / 16,
+    lambda_cross: float = 1 / 16,
     terms: Mapping | None = None,
     decay: str | None = None,
     top_k: int | None = None,
     keep_self: bool = True,
     form: str = "exact",
     chunk: int | None = None,
-    mesh=None,
-    axes=None,
+    mesh: jax.sharding.Mesh | None = None,
+    axes: Sequence[str] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The weighted sum of an objective's terms, in one pass over the scores.
 

@@ -88,7 +88,7 @@ def _sorted_nll(scores_RxN, weights_N, platform: str, with_grad: bool):
 
 
 @jax.custom_jvp
-def first_order_only(x):
+def first_order_only(x: jax.Array) -> jax.Array:
     """The identity; differentiating it says why there is no second derivative.
 
     It guards what the forward rules compute, which is differentiated only for a derivative of the gradient.
@@ -127,8 +127,14 @@ def _released_nll(scores_RxN, weights_N, platform: str, with_grad: bool):
 
 
 def list_nll(
-    scores_RxN, reference_RxN, weights_N, top_k: int | None, platform: str, with_grad: bool, released: bool = False
-):
+    scores_RxN: jax.Array,
+    reference_RxN: jax.Array,
+    weights_N: jax.Array,
+    top_k: int | None,
+    platform: str,
+    with_grad: bool,
+    released: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
     """Loss (R,) and gradient with respect to the scores (R, N) of R lists; float32 in and out.
 
     with_grad=False returns None for the gradient and does not compute it. released: as the authors' code does.
@@ -179,7 +185,9 @@ def _nll_backward(decay, top_k, grad, cotangent):
 _nll.defvjp(_nll_forward, _nll_backward)
 
 
-def plackett_luce_nll(scores, reference, *, decay: str | None = None, top_k: int | None = None) -> jax.Array:
+def plackett_luce_nll(
+    scores: jax.Array, reference: jax.Array, *, decay: str | None = None, top_k: int | None = None
+) -> jax.Array:
     """Negative log-likelihood, under Plackett-Luce, of the ranking that `reference` gives.
 
     This is ListMLE (Xia et al., 2008). Items are placed in descending order of `reference`; ties keep index

@@ -3,7 +3,7 @@
 A term looks at one pair of matrices: (image-image, text-text) or (image-text, text-image), R rows of B scores each.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,9 @@ class Rows(NamedTuple):
     grad_bias: jax.Array | float = 0.0
 
 
-def row_term(name: str, a_RxB, b_RxB, bias, labels_R, plan, with_grad: bool) -> Rows:
+def row_term(
+    name: str, a_RxB: jax.Array, b_RxB: jax.Array, bias: jax.Array, labels_R: jax.Array, plan: Any, with_grad: bool
+) -> Rows:
     """The term `name` of MATRICES; labels_R are the columns of the rows' own items, plan a batch_terms.Plan."""
     if name == "clip":
         (loss_a, grad_a), (loss_b, grad_b) = (_cross_entropy(x, labels_R, with_grad) for x in (a_RxB, b_RxB))

@@ -31,7 +31,7 @@ class CLIP(nn.Module):
     initial_scale: float = math.log(1 / 0.07)
     initial_bias: float | None = None
 
-    def setup(self):
+    def setup(self) -> None:
         cfg = self.config
         if isinstance(cfg.vision, VitConfig):
             self.visual = VisionTransformer(
@@ -67,7 +67,9 @@ class CLIP(nn.Module):
             raise ValueError(f"tokens {tokens_BxL.shape} given to a model of (batch, 1..{limit})")
         return l2_normalize(self.text(tokens_BxL))
 
-    def __call__(self, images_BxHxWx3: jax.Array, tokens_BxL: jax.Array, train: bool = False):
+    def __call__(
+        self, images_BxHxWx3: jax.Array, tokens_BxL: jax.Array, train: bool = False
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns z_img_BxD, z_txt_BxD and the logit multiplier exp(logit_scale), a float32 scalar."""
         z_img_BxD = self.encode_image(images_BxHxWx3, train)
         return z_img_BxD, self.encode_text(tokens_BxL), jnp.exp(self.logit_scale)

@@ -1,6 +1,7 @@
 """The pre-norm transformer of both towers, and its two parameter layouts: unrolled and scanned."""
 
 import re
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ from jax.typing import DTypeLike
 from rankclip_jax.models.layers import LayerNorm, Linear, activate
 
 
-def attend(q_BxLxD, k_BxSxD, v_BxSxD, heads: int, causal: bool = False) -> jax.Array:
+def attend(q_BxLxD: jax.Array, k_BxSxD: jax.Array, v_BxSxD: jax.Array, heads: int, causal: bool = False) -> jax.Array:
     """Multi-head softmax attention, (B, L, D), (B, S, D), (B, S, D) -> (B, L, D).
 
     Operands are transposed to (B, H, L, Dh) first: on CPU XLA then runs batched matrix products, three times
@@ -40,7 +41,14 @@ def has_fused_attention(dtype: DTypeLike, head_width: int) -> bool:
     return fits and float(device.compute_capability) >= 8
 
 
-def attend_fused(q_BxLxD, k_BxLxD, v_BxLxD, heads: int, causal: bool = False, implementation: str = "cudnn"):
+def attend_fused(
+    q_BxLxD: jax.Array,
+    k_BxLxD: jax.Array,
+    v_BxLxD: jax.Array,
+    heads: int,
+    causal: bool = False,
+    implementation: str = "cudnn",
+) -> jax.Array:
     """`attend` by jax.nn.dot_product_attention, which never holds the (B, H, L, L) weights when cuDNN does it."""
     b, length, d = q_BxLxD.shape
     q, k, v = (x.reshape(b, length, heads, d // heads) for x in (q_BxLxD, k_BxLxD, v_BxLxD))
@@ -80,7 +88,7 @@ class Attention(nn.Module):
 REMAT_POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable")
 
 
-def remat_policy(remat: bool | str):
+def remat_policy(remat: bool | str) -> Callable | None:
     """What jax.checkpoint takes as its policy: None, to keep nothing, or the named one."""
     return getattr(jax.checkpoint_policies, remat) if isinstance(remat, str) else None
 

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -70,7 +71,14 @@ def histogram(title: str, edges: np.ndarray, groups: list[tuple[str, str, np.nda
     return _figure(title, _key([(label, colour) for label, colour, _ in groups]) + body)
 
 
-def scatter(title: str, image_Nx2, text_Nx2, captions, colours: tuple[str, str], most: int = 400) -> str:
+def scatter(
+    title: str,
+    image_Nx2: np.ndarray,
+    text_Nx2: np.ndarray,
+    captions: Sequence[str],
+    colours: tuple[str, str],
+    most: int = 400,
+) -> str:
     """Points of both modalities, a thin line from each image to its caption."""
     step = max(1, -(-len(image_Nx2) // most))
     images, texts, captions = image_Nx2[::step], text_Nx2[::step], captions[::step]

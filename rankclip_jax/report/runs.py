@@ -39,7 +39,7 @@ class Run:
         return [(row["step"], row[key]) for row in self.rows if key in row and np.isfinite(row[key])]
 
 
-def read_run(workdir) -> Run:
+def read_run(workdir: str | Path) -> Run:
     """Reads a workdir.
 
     Raises:

@@ -7,8 +7,10 @@ import csv
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from rankclip_jax.errors import InputError
@@ -53,7 +55,7 @@ class Labelled:
         return dataclasses.replace(self, images=self.images[rows], labels=self.labels[rows])
 
 
-def read_pairs(data, path, *, side: int, canvas: int, split: str, limit: int | None = None) -> Pairs:
+def read_pairs(data: ConfigDict, path: Any, *, side: int, canvas: int, split: str, limit: int | None = None) -> Pairs:
     """The pairs of config.data (format csv or shapes) at `path`: a csv, or the number of scenes of `split`.
 
     `limit`: only so many, from the first. Pictures larger than the canvas are shrunk to fit it. Raises InputError for
@@ -83,7 +85,7 @@ def view_of(pairs: Pairs, side: int) -> np.ndarray:
     return np.stack([view(c[:h, :w]) for c, (h, w) in zip(pairs.canvas, pairs.size, strict=True)])
 
 
-def read_labelled(spec, *, side: int) -> Labelled:
+def read_labelled(spec: ConfigDict, *, side: int) -> Labelled:
     """A set of config.eval.zero_shot (format csv, folder or shapes) at spec.path.
 
     shapes: a split of input_pipeline.shapes, or SPLIT:COUNT. Raises InputError as `read_pairs`.

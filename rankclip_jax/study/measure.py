@@ -3,13 +3,14 @@
 import jax
 import numpy as np
 
-from rankclip_jax import losses
+from rankclip_jax import losses, models
 from rankclip_jax import step as steps
 from rankclip_jax.evaluation.geometry import geometry
 from rankclip_jax.evaluation.linear_probe import fit
 from rankclip_jax.evaluation.retrieval import recalls, retrieval_ranks
 from rankclip_jax.evaluation.zero_shot import ZeroShot, class_embeddings
 from rankclip_jax.study.data import Labelled
+from rankclip_jax.tokenizer import Tokenizer
 
 _BATCH = 256
 _term_gradients = jax.jit(losses.term_gradients)
@@ -18,12 +19,12 @@ _term_gradients = jax.jit(losses.term_gradients)
 class Embedder:
     """A state's towers over any number of pictures or texts, by two programs that serve all objectives."""
 
-    def __init__(self, model, tokenizer):
+    def __init__(self, model: models.CLIP, tokenizer: Tokenizer):
         """`model`: without a logit bias, which no tower needs."""
         self._embed, self._tokenizer = steps.make_embed_step(model), tokenizer
         self._length = model.config.text.context_length
 
-    def of(self, state) -> "Embedded":
+    def of(self, state: steps.TrainState) -> "Embedded":
         """The state's encoders."""
         towers = {key: value for key, value in state.params.items() if key != "logit_bias"}
         slim = steps.TrainState(state.step, towers, state.batch_stats, ())
@@ -46,7 +47,7 @@ class Embedder:
 class Embedded:
     """Encoders of one state: images(uint8 (N, S, S, 3)) and texts(N strings) -> float32 (N, D); scale of the logits."""
 
-    def __init__(self, images, texts, scale: float):
+    def __init__(self, images: np.ndarray, texts: np.ndarray, scale: float):
         self.images, self.texts, self.scale = images, texts, scale
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from rankclip_jax.study.statistics import Estimate, estimate, paired
 
@@ -24,7 +25,7 @@ _DYNAMICS = {
 }
 
 
-def write(workdir: Path, config, runs: list[dict]) -> str:
+def write(workdir: Path, config: ConfigDict, runs: list[dict]) -> str:
     """Writes the four files into `workdir`; returns the tables. `runs`: as Study.run gives them."""
     results = summarise(list(config.study.objectives), runs)
     workdir.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from rankclip_jax import run as runs
 from rankclip_jax.config import complete
@@ -27,7 +28,7 @@ class Study:
       folder: `workdir`/runs and `workdir`/search hold the finished runs.
     """
 
-    def __init__(self, config, workdir):
+    def __init__(self, config: ConfigDict, workdir: str | Path):
         """`config`: complete, with config.study. Raises InputError for what cannot be studied."""
         self.config, self.folder = config, Path(workdir)
         study, side = config.study, self._side()
@@ -79,7 +80,7 @@ class Study:
             done += self._finish(self.folder / "runs", name, config, jobs, clock, full=True)
         return done
 
-    def config_of(self, name: str):
+    def config_of(self, name: str) -> ConfigDict:
         """The training configuration of an objective."""
         fields = self.config.to_dict()
         fields["loss"] = fields["loss"] | self.config.study.objectives[name].to_dict()

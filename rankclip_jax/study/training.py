@@ -10,8 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
-from rankclip_jax import optim
+from rankclip_jax import models, optim
 from rankclip_jax import step as steps
 from rankclip_jax.study.batches import batch_of, epoch_order
 
@@ -23,7 +24,7 @@ class Job(NamedTuple):
     seed: int
 
 
-def with_rate(config, total_steps: int) -> optax.GradientTransformation:
+def with_rate(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
     """The optimiser of config.optim whose peak rate is a number in its state ("lr"), not in its program.
 
     AdamW's update is proportional to the rate, decay and schedule included.
@@ -45,7 +46,7 @@ def with_rate(config, total_steps: int) -> optax.GradientTransformation:
 class Programs:
     """What trains runs of one configuration; states carry a leading axis of jobs where there are several."""
 
-    def __init__(self, model, config, count: int):
+    def __init__(self, model: models.CLIP, config: ConfigDict, count: int):
         """`config`: complete, of one objective; `count`: training pairs."""
         self.steps_per_epoch = count // config.batch_size
         total = self.steps_per_epoch * config.epochs
