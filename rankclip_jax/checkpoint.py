@@ -8,12 +8,14 @@ perhaps `metrics`. What does not read back bit for bit is damaged: it is named, 
 import json
 import sys
 import zlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from rankclip_jax import distributed
@@ -36,7 +38,7 @@ class Checkpoints:
     highest.
     """
 
-    def __init__(self, workdir, config, start: int | None = None):
+    def __init__(self, workdir: str | Path, config: ConfigDict, start: int | None = None):
         """`start`: the step that was restored. Newer ones proved damaged, and make way under another name."""
         folder = _folder(workdir)
         self._folder, self._best, self._saved = folder, config.best, start
@@ -61,7 +63,7 @@ class Checkpoints:
         except Exception as error:
             raise _cannot_save(folder, error) from error
 
-    def save(self, step: int, state, position: int, metrics: dict) -> None:
+    def save(self, step: int, state: Any, position: int, metrics: dict) -> None:
         """Starts to write; returns as soon as the state is copied, so that the next step may donate it.
 
         Args:
@@ -90,7 +92,7 @@ class Checkpoints:
             raise _cannot_save(self._folder, error) from error
 
 
-def restore(workdir, abstract_state, best: str | None = None) -> Restored | None:
+def restore(workdir: str | Path, abstract_state: Any, best: str | None = None) -> Restored | None:
     """The newest checkpoint that is whole, or the best one by the metric `best`; None where there is no checkpoint.
 
     `abstract_state` says the shapes and shardings, which need not be those of the run that saved. A damaged
@@ -102,7 +104,7 @@ def restore(workdir, abstract_state, best: str | None = None) -> Restored | None
     return _first_whole(workdir, best, lambda folder, data: _read_state(folder, data, abstract_state))
 
 
-def read_variables(workdir, best: str | None) -> tuple[int, dict] | None:
+def read_variables(workdir: str | Path, best: str | None) -> tuple[int, dict] | None:
     """(step, {"params", "batch_stats"} as NumPy arrays) of the checkpoint that `restore` takes, without the optimiser.
 
     None without a complete checkpoint. Writes nothing, and takes no accelerator.

@@ -26,7 +26,7 @@ from rankclip_jax.tokenizer import Tokenizer
 from rankclip_jax.trace import Trace
 
 
-def train(config: ConfigDict, workdir) -> None:
+def train(config: ConfigDict, workdir: str | Path) -> None:
     """Trains to the end, going on from the workdir's newest checkpoint.
 
     Raises:

@@ -2,7 +2,10 @@
 
 import math
 
+import optax
+
 from rankclip_jax import distributed, evaluation, flops, input_wait, metrics
+from rankclip_jax import step as steps
 from rankclip_jax.errors import InputError
 from rankclip_jax.input_wait import InputWait
 from rankclip_jax.run import Run
@@ -13,7 +16,9 @@ _ON_CONSOLE = ("loss", "clip", "rank_in_modal", "rank_cross_modal", "grad_norm",
 class Recorder:
     """Reads metrics one step late, so that the accelerator never waits for the host, and writes them down."""
 
-    def __init__(self, run: Run, rate, wait: InputWait, start: int, total_steps: int, steps_per_epoch: int):
+    def __init__(
+        self, run: Run, rate: optax.Schedule, wait: InputWait, start: int, total_steps: int, steps_per_epoch: int
+    ):
         self._run, self._rate, self.wait, self.steps_per_epoch = run, rate, wait, steps_per_epoch
         self._advised = False
         self._total = total_steps
@@ -53,7 +58,7 @@ class Recorder:
             self._advised = True
             print(input_wait.advice(speed["data_wait"], speed["images_read_per_second"], self._run.config.data.resize))
 
-    def evaluate(self, step: int, state, kinds: tuple[str, ...]) -> dict[str, float]:
+    def evaluate(self, step: int, state: steps.TrainState, kinds: tuple[str, ...]) -> dict[str, float]:
         """Runs the evaluations due, writes their numbers, prints tables; the time does not count in the rate."""
         if not kinds:
             return {}

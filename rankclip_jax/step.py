@@ -1,7 +1,7 @@
 """The training step: a pure function of a state and a batch, jitted over a mesh of all devices."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.struct
 import jax
@@ -10,10 +10,12 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from rankclip_jax import images
 from rankclip_jax.accumulation import loss_and_grads
 from rankclip_jax.losses import OBJECTIVES, RANKING, clip_loss, objective_loss, rank_weight
+from rankclip_jax.models import CLIP
 from rankclip_jax.optim import hold
 from rankclip_jax.sharding import batch_axes, batch_sharding, state_shardings
 
@@ -38,13 +40,17 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def init_state(model, tx: optax.GradientTransformation, seed: int, mesh, rules) -> TrainState:
+def init_state(
+    model: CLIP, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh, rules: str | Sequence | None
+) -> TrainState:
     """A fresh state, born with the shardings that `rules` (config.sharding) give it."""
     init, shardings = _init_and_shardings(model, tx, seed, mesh, rules)
     return jax.jit(init, out_shardings=shardings)()
 
 
-def abstract_state(model, tx: optax.GradientTransformation, mesh, rules) -> TrainState:
+def abstract_state(
+    model: CLIP, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, rules: str | Sequence | None
+) -> TrainState:
     """The state's shapes, dtypes and shardings, without allocating it: what a checkpoint is restored into."""
     init, shardings = _init_and_shardings(model, tx, 0, mesh, rules)
     return jax.tree.map(
@@ -59,7 +65,7 @@ def _init_and_shardings(model, tx, seed, mesh, rules):
     return init, state_shardings(jax.eval_shape(init), mesh, rules)
 
 
-def fresh_state(model, tx: optax.GradientTransformation, seed) -> TrainState:
+def fresh_state(model: CLIP, tx: optax.GradientTransformation, seed: int | jax.Array) -> TrainState:
     """A state before its first step; `seed` may be traced, so that one program makes the states of many seeds."""
     variables = model.init(jax.random.key(seed), *model.example_inputs())
     params = variables["params"]
@@ -67,7 +73,13 @@ def fresh_state(model, tx: optax.GradientTransformation, seed) -> TrainState:
 
 
 def make_train_step(
-    model, tx: optax.GradientTransformation, config, mesh, *, total_steps: int, steps_per_epoch: int
+    model: CLIP,
+    tx: optax.GradientTransformation,
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+    *,
+    total_steps: int,
+    steps_per_epoch: int,
 ) -> Callable:
     """Returns jitted train_step(state, batch) -> (state, metrics); the state given is donated.
 
@@ -86,7 +98,13 @@ def make_train_step(
 
 
 def train_step_function(
-    model, tx: optax.GradientTransformation, config, mesh, *, total_steps: int, steps_per_epoch: int
+    model: CLIP,
+    tx: optax.GradientTransformation,
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh | None,
+    *,
+    total_steps: int,
+    steps_per_epoch: int,
 ) -> Callable:
     """Returns what `make_train_step` jits: train_step(state, batch, seed_key) -> (state, metrics).
 
@@ -185,7 +203,6 @@ def _objective(z_img_BxVxD, z_txt_BxVxD, params, loss_config, scheduled, mesh):
         axes=loss_axes,
     )
 
-
     if two_views:
         pairs = [(z[:, 0], z[:, 1]) for z in (z_img_BxVxD, z_txt_BxVxD)]
         second = sum(clip_loss(*z, _scale(params), mesh=mesh, axes=loss_axes) for z in pairs) / 2
@@ -193,7 +210,7 @@ def _objective(z_img_BxVxD, z_txt_BxVxD, params, loss_config, scheduled, mesh):
     return loss, parts
 
 
-def make_val_step(model, config, mesh) -> Callable:
+def make_val_step(model: CLIP, config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable:
     """Returns jitted val_step(state, batch) -> the objective's parts (float32 scalars), as in evaluation."""
 
     def val_step(state: TrainState, batch: dict) -> dict:
@@ -205,7 +222,7 @@ def make_val_step(model, config, mesh) -> Callable:
     return jax.jit(val_step)
 
 
-def make_embed_step(model) -> Callable:
+def make_embed_step(model: CLIP) -> Callable:
     """Returns jitted embed(state, batch) -> float32 (B, D) of unit norm, of the pictures or of batch["tokens"]."""
 
     def embed(state: TrainState, batch: dict) -> jax.Array:
@@ -218,13 +235,13 @@ def make_embed_step(model) -> Callable:
     return jax.jit(embed)
 
 
-def to_devices(batch: dict, mesh) -> dict:
+def to_devices(batch: dict, mesh: jax.sharding.Mesh) -> dict:
     """This process's share of a batch (numpy) -> global arrays, split over the mesh."""
     sharding = batch_sharding(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
-def to_host(array: jax.Array, mesh) -> np.ndarray:
+def to_host(array: jax.Array, mesh: jax.sharding.Mesh) -> np.ndarray:
     """This process's share of a global array split as batches are: the way back of `to_devices`."""
     if jax.process_count() > 1:
         array = multihost_utils.global_array_to_host_local_array(array, mesh, batch_sharding(mesh).spec)

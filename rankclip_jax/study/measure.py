@@ -1,5 +1,7 @@
 """What a state can do, as numbers: zero-shot, retrieval, linear probe, rank agreement, geometry, gradients of terms."""
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 
@@ -47,7 +49,7 @@ class Embedder:
 class Embedded:
     """Encoders of one state: images(uint8 (N, S, S, 3)) and texts(N strings) -> float32 (N, D); scale of the logits."""
 
-    def __init__(self, images: np.ndarray, texts: np.ndarray, scale: float):
+    def __init__(self, images: Callable, texts: Callable, scale: float):
         self.images, self.texts, self.scale = images, texts, scale
 
 
