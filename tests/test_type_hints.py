@@ -1,4 +1,4 @@
-"""Public functions say the types of what they take and give. (The linter's ANN rules ask it of private ones too.)"""
+"""Public functions say the types of what they take and give. (Of arguments the linter asks of private ones too.)"""
 
 import ast
 import importlib
