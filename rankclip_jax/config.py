@@ -181,7 +181,8 @@ def default_config() -> ConfigDict:
                 best=None,  # metric (as in metrics.jsonl) whose best checkpoint is kept too
             ),
             study=dict(  # python -m rankclip_jax.study
-                objectives={},  # name -> keys of config.loss to change; the others are compared with the first
+                objectives={},  # name -> keys of config.loss to change
+                baseline="clip",  # the one with which the others are compared
                 seeds=3,  # runs of each objective: seeds 0, 1, 2
                 more_seeds={},  # objective -> its number of seeds
                 limit=None,  # training pairs, from the first of data.train; None: all

@@ -10,8 +10,13 @@ from rankclip_jax.study.statistics import Estimate, estimate, paired
 
 # Shares, shown in per cent; everything else as it is.
 _PERCENT = ("zero_shot/", "retrieval/", "linear_probe/")
-_TABLE = ("zero_shot/", "linear_probe/", "retrieval/image_to_text_r1", "retrieval/text_to_image_r1",
-          "geometry/spearman", "geometry/modality_gap", "geometry/alignment", "geometry/uniformity")  # fmt: skip
+_TABLES = {
+    "What the models can do": ("zero_shot/", "linear_probe/", "retrieval/"),
+    "How the embeddings of validation pairs lie": ("geometry/spearman", "geometry/overlap", "geometry/modality_gap",
+                                                   "geometry/alignment", "geometry/uniformity"),
+    "Gradients of the terms at the end": ("gradient/",),
+}  # fmt: skip
+_LEFT_OUT = ("_r5", "_cyclic_in_modal", "_cyclic_cross_modal")  # in results.json
 _DYNAMICS = {
     "gradient/cosine_clip_in_modal": "cosine of gradients: CLIP, in-modal",
     "gradient/cosine_clip_cross_modal": "cosine of gradients: CLIP, cross-modal",
@@ -27,7 +32,8 @@ _DYNAMICS = {
 
 def write(workdir: Path, config: ConfigDict, runs: list[dict]) -> str:
     """Writes the four files into `workdir`; returns the tables. `runs`: as Study.run gives them."""
-    results = summarise(list(config.study.objectives), runs)
+    baseline = config.study.baseline
+    results = summarise([baseline, *(name for name in config.study.objectives if name != baseline)], runs)
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "results.json").write_text(json.dumps({"results": results, "runs": runs}, indent=1))
     text = markdown(results)
@@ -69,22 +75,25 @@ def summarise(names: list[str], runs: list[dict]) -> dict:
 
 
 def markdown(results: dict) -> str:
-    """The two tables: means, and paired differences with the first objective."""
+    """Tables of means and of paired differences with the first objective, by kind of metric."""
     first, *others = results
-    keys = [key for key in results[first]["metrics"] if key.startswith(_TABLE)]
-    heads = [_title(key) for key in keys]
-    lines = ["Mean and 95 % confidence interval over the seeds:", "", _row(["objective", "seeds", "rate", *heads])]
-    lines.append("|---" * (len(keys) + 3) + "|")
-    for name, row in results.items():
-        cells = [_cell(key, row["metrics"][key]) for key in keys]
-        lines.append(_row([name, str(len(row["seeds"])), f"{row['lr']:g}", *cells]))
-    lines += ["", f"Difference from {first}, paired by seed (bold: the 95 % interval excludes 0):", ""]
-    lines += [_row(["objective", "pairs", *heads]), "|---" * (len(keys) + 2) + "|"]
-    for name in others:
-        difference = results[name]["difference"]
-        cells = [_cell(key, difference[key], signed=True) if key in difference else "" for key in keys]
-        pairs = str(next(iter(difference.values()))["n"]) if difference else "0"
-        lines.append(_row([name, pairs, *cells]))
+    lines = [
+        f"Mean and 95 % confidence interval over the seeds (t distribution); differences from {first}, paired by seed, "
+        "bold where their interval excludes 0.",
+        "",
+        _row(["objective", "seeds", "rate", "seconds a run"]),
+        "|---|---|---|---|",
+        *(_row([n, str(len(r["seeds"])), f"{r['lr']:g}", f"{r['seconds']:.0f}"]) for n, r in results.items()),
+    ]
+    for title, kinds in _TABLES.items():
+        keys = [k for k in results[first]["metrics"] if k.startswith(kinds) and not k.endswith(_LEFT_OUT)]
+        if keys:
+            lines += ["", f"{title}:", "", _row(["objective", *map(_title, keys)]), "|---" * (len(keys) + 1) + "|"]
+            lines += [_row([name, *(_cell(k, row["metrics"][k]) for k in keys)]) for name, row in results.items()]
+            for name in others:
+                found = results[name]["difference"]
+                cells = [_cell(k, found[k], signed=True) if k in found else "" for k in keys]
+                lines.append(_row([f"{name} - {first}", *cells]))
     return "\n".join(lines) + "\n"
 
 

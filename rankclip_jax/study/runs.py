@@ -34,6 +34,8 @@ class Study:
         study, side = config.study, self._side()
         if not study.objectives:
             raise InputError("config.study.objectives is empty: name them, as configs/study_shapes.py does")
+        if study.baseline not in study.objectives:
+            raise InputError(f"config.study.baseline = {study.baseline!r} is none of {', '.join(study.objectives)}")
         if unknown := sorted(set(study.more_seeds) - set(study.objectives)):
             raise InputError(f"config.study.more_seeds.{unknown[0]} is none of {', '.join(study.objectives)}")
         canvas = runs.canvas_side(config, side) or side
