@@ -1,4 +1,3 @@
-import json
 import shutil
 
 import jax
@@ -7,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks import damage
 from rankclip_jax import checkpoint, sharding
 from rankclip_jax.checkpoint import Checkpoints
 from rankclip_jax.config import complete
@@ -79,55 +79,10 @@ def test_a_fingerprint_is_that_of_the_numbers_whatever_their_sharding():
     assert fingerprints({"a": np.float32([0.0])}) != fingerprints({"a": np.float32([-0.0])})
 
 
-def _files(folder, suffix=""):
-    return sorted((path for path in folder.rglob(f"*{suffix}") if path.is_file()), key=lambda path: path.stat().st_size)
-
-
-def _truncate(folder):
-    largest = _files(folder / "state")[-1]
-    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-
-
-def _flip(folder):
-    largest = _files(folder / "state")[-1]
-    data = bytearray(largest.read_bytes())
-    data[len(data) // 2] ^= 16
-    largest.write_bytes(data)
-
-
-def _garble(name):
-    return lambda folder: next(folder.rglob(name)).write_text("{garbage")
-
-
-def _move_the_position(folder):
-    path = folder / "data" / "metadata"
-    data = json.loads(path.read_text())
-    path.write_text(json.dumps(data | {"positions": [data["positions"][0] + 1]}))
-
-
-def _empty(folder):
-    shutil.rmtree(folder)
-    folder.mkdir()
-
-
-DAMAGE = {
-    "truncated array": _truncate,
-    "flipped bit": _flip,
-    "missing arrays": lambda folder: _files(folder / "state")[-1].unlink(),
-    "missing state": lambda folder: shutil.rmtree(folder / "state"),
-    "missing data": lambda folder: shutil.rmtree(folder / "data"),
-    "garbage tree": _garble("_METADATA"),
-    "garbage manifest": _garble("manifest.ocdbt"),
-    "garbage data": _garble("metadata"),
-    "changed position": _move_the_position,
-    "empty folder": _empty,
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("kind", damage.KINDS)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capfd, kind):
     save(tmp_path, {step: state_of(step) for step in (1, 2, 3)})
-    DAMAGE[kind](tmp_path / "checkpoints" / "3")
+    damage.KINDS[kind](tmp_path / "checkpoints" / "3")
     restored = checkpoint.restore(tmp_path, abstract(state_of(0)))
     assert restored.step == 2 and restored.positions == [20]
     np.testing.assert_array_equal(restored.state["params"]["w"], state_of(2)["params"]["w"])
@@ -145,8 +100,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capf
 
 def test_where_all_are_damaged_nothing_is_deleted(tmp_path):
     save(tmp_path, {step: state_of(step) for step in (1, 2)})
-    _flip(tmp_path / "checkpoints" / "1")
-    _empty(tmp_path / "checkpoints" / "2")
+    damage.KINDS["one bit flipped in the largest file"](tmp_path / "checkpoints" / "1")
+    damage.KINDS["empty folder"](tmp_path / "checkpoints" / "2")
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     with pytest.raises(InputError, match=r"none of the 2 checkpoints in .* can be read .*; nothing was deleted"):
         checkpoint.restore(tmp_path, abstract(state_of(0)))
@@ -161,7 +116,7 @@ def test_the_latest_the_best_and_every_so_many_are_kept(tmp_path):
     assert saved_steps(tmp_path) == [2, 3, 6, 7]
     assert checkpoint.restore(tmp_path, abstract(state_of(0))).step == 7
     assert checkpoint.restore(tmp_path, abstract(state_of(0)), best="accuracy").step == 2
-    _flip(tmp_path / "checkpoints" / "2")
+    damage.KINDS["one bit flipped in the largest file"](tmp_path / "checkpoints" / "2")
     assert checkpoint.read_variables(tmp_path, "accuracy")[0] == 7
 
 

@@ -1,0 +1,493 @@
+"""What a run survives: python -m benchmarks.faults --seed 0 [--kills 50] [--only WORDS] [--out table.md]
+
+A small run is killed, terminated, starved of disk, robbed of its data, fed NaNs, and its checkpoints are damaged; each
+time the same command is started again. Every case must end with the numbers of the uninterrupted run, bit for bit:
+each line of metrics.jsonl, and the fingerprint of every array of the last checkpoint. Where a start cannot go on, it
+must say so in one line, and the next start, with the cause removed, must end with those numbers.
+
+Each start is a process of its own, forked from one that has imported the modules, which is most of a start's time.
+Full disk and read-only disk need root (a tmpfs is mounted), and are left out without.
+"""
+
+import argparse
+import contextlib
+import csv
+import importlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks import damage
+
+STEPS = 24
+# As in the tests: compiling takes far longer than computing here.
+XLA_FLAGS = "--xla_backend_optimization_level=1"
+
+
+def prepare(folder: Path) -> None:
+    """Settings for all starts, and the data: 48 small pictures with captions."""
+    cache = {"DIR": folder / "jax_cache", "MIN_COMPILE_TIME_SECS": 0, "MIN_ENTRY_SIZE_BYTES": 0}
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache.pop("DIR"))
+    os.environ |= {f"JAX_PERSISTENT_CACHE_{key}": str(value) for key, value in cache.items()}
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    with open(folder / "data.csv", "w", newline="") as out:
+        rows = csv.writer(out)
+        rows.writerow(["image", "caption"])
+        for i in range(48):
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / "images" / f"{i}.png")
+            rows.writerow([f"images/{i}.png", f"picture {i} of {'a red circle' if i % 2 else 'a blue square'}"])
+    import rankclip_jax.train  # noqa: F401 -- first: it quiets TensorFlow
+
+    for module in ("clu.metric_writers", "matplotlib.pyplot", "input_pipeline.captions", "input_pipeline.pipeline"):
+        importlib.import_module(module)  # imports alone: JAX has no backend yet, so that a fork is safe
+
+
+def flags(folder: Path, workdir: Path) -> list[str]:
+    """The run: 24 steps of 8 pictures with the contrastive loss alone, whose step JAX can cache, saving every 2."""
+    return [
+        "--config=configs/shapes.py",
+        f"--workdir={workdir}",
+        "--config.data.format=csv",
+        f"--config.data.train={folder / 'data.csv'}",
+        "--config.data.val=None",
+        "--config.loss.objective=clip",
+        "--config.batch_size=8",
+        "--config.epochs=4",
+        "--config.log_every=1",
+        "--config.optim.warmup_steps=2",
+        "--config.model.image_size=16",
+        "--config.model.context_length=16",
+        "--config.model.vision={'layers':(1,1),'width':8,'stem':'small'}",
+        "--config.model.text={'layers':1,'width':32,'heads':2}",
+        "--config.checkpoint.every_steps=2",
+        "--config.checkpoint.keep=3",
+        "--config.eval.zero_shot={}",
+        "--config.eval.retrieval={}",
+        "--config.eval.geometry={}",
+    ]
+
+
+class Start:
+    """A process that runs the command line; what it prints goes to a file."""
+
+    def __init__(self, arguments: list[str], log: Path, before: Callable | None = None):
+        """`before`: called in the process before the command line."""
+        self.log, self.begin = log, time.monotonic()
+        log.write_text("")
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        try:
+            os.setpgid(0, 0)
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(out, 1), os.dup2(out, 2)
+            code = _run(arguments, before)
+        except BaseException as error:
+            print(f"the campaign itself failed: {error!r}", file=sys.stderr, flush=True)
+            code = 99
+        os._exit(code)
+
+    def wait(self, until: Callable[[], bool] = lambda: False, timeout: float = 400) -> int | None:
+        """The exit code (-9: killed), or None as soon as `until()`."""
+        while time.monotonic() < self.begin + timeout:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            if until():
+                return None
+            time.sleep(0.002)
+        os.kill(self.pid, signal.SIGKILL)
+        raise TimeoutError(f"hangs: {self.text()[-500:]}")
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def reached(self, step: int) -> Callable[[], bool]:
+        return lambda: bool(re.search(rf"^step {step}/", self.text(), re.MULTILINE))
+
+    def error(self) -> str:
+        """Its error line; AssertionError if there is not exactly one, or a traceback."""
+        lines = [line for line in self.text().splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in self.text(), f"not one clear line: {self.text()[-3000:]}"
+        return lines[0]
+
+
+def _run(arguments, before) -> int:
+    from rankclip_jax import train
+
+    sys.argv = ["rankclip_jax.train", *arguments]
+    try:
+        if before:
+            before()
+        train.main()
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        code = stop.code if isinstance(stop.code, int) else 1
+    else:
+        code = 0
+    import jax
+
+    sys.stdout.flush()
+    jax.distributed.shutdown()  # as Python does at a normal exit
+    return code
+
+
+def outcome_of(workdir: Path) -> tuple:
+    """What must be equal: every line of numbers, and the last checkpoint's positions and fingerprints."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    speed = ("images_per_second", "images_read_per_second", "data_wait", "mfu")
+    numbers = [{key: value for key, value in row.items() if key not in speed} for row in rows]
+    return numbers, json.loads((workdir / "checkpoints" / str(STEPS) / "data" / "metadata").read_text())
+
+
+class Campaign:
+    """The cases, each a method that returns how it went; they raise AssertionError where a promise is broken."""
+
+    def __init__(self, folder: Path, seed: int, kills: int = 50):
+        self.folder, self.random, self.kills, self._count = folder, random.Random(seed), kills, 0
+        begin = time.monotonic()
+        self.expected = None
+        self.expected = self._finished(self.workdir())
+        begin = time.monotonic()
+        assert self._finished(self.workdir()) == self.expected, "two uninterrupted runs differ"
+        self.seconds = time.monotonic() - begin
+        self.late = self.workdir()  # stopped at step 20 of 24, for what needs a run that has come far
+        self.terminate(self.late, 20)
+
+    def workdir(self) -> Path:
+        self._count += 1
+        return self.folder / f"run{self._count}"
+
+    def start(self, workdir: Path, **options) -> Start:
+        return Start(flags(self.folder, workdir), self.folder / f"{workdir.name}.log", **options)
+
+    def _finished(self, workdir):
+        start = self.start(workdir)
+        code = start.wait()
+        assert code == 0, start.text()[-3000:]
+        return outcome_of(workdir)
+
+    def goes_on(self, workdir: Path) -> str:
+        """Starts again, and compares with the uninterrupted run."""
+        assert self._finished(workdir) == self.expected, f"{workdir}: other numbers than the uninterrupted run's"
+        return "same numbers"
+
+    def copy(self) -> Path:
+        return shutil.copytree(self.late, self.workdir())
+
+    def terminate(self, workdir: Path, step: int) -> int:
+        """SIGTERM when `step` was shown; returns the step that it saved."""
+        start = self.start(workdir)
+        assert start.wait(start.reached(step)) is None
+        start.send(signal.SIGTERM)
+        assert start.wait() == 75, start.text()[-3000:]
+        saved = int(re.search(r"^SIGTERM: saved step (\d+)", start.text(), re.MULTILINE)[1])
+        assert (workdir / "checkpoints" / str(saved)).is_dir()
+        return saved
+
+    def sigkill(self) -> str:
+        killed, runs, phases, workdir = 0, 0, [], self.workdir()
+        while killed < self.kills:
+            start, saving = self.start(workdir), killed % 2 == 1
+            if saving:  # as soon as a save has begun, or a little later
+                after = self.random.randrange(1, 9)
+                seen, late = set(), self.random.uniform(0, 0.03)
+                begun = lambda seen=seen, after=after, w=workdir: _saves(w, seen) >= after  # noqa: E731
+                code = start.wait(begun)
+                time.sleep(late)
+            else:
+                moment = start.begin + self.random.uniform(0, self.seconds)
+                code = start.wait(lambda moment=moment: time.monotonic() > moment)
+            if code is None:
+                start.send(signal.SIGKILL)
+                code = start.wait()
+                in_save = any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
+            if code == -9:
+                killed += 1
+                shown = re.search(r"^step \d+/", start.text(), re.MULTILINE)
+                phases.append("while saving" if in_save else "between steps" if shown else "before the first step")
+                continue
+            assert code == 0, start.text()[-3000:]
+            assert outcome_of(workdir) == self.expected, f"{workdir}: other numbers after {phases}"
+            runs, workdir = runs + 1, self.workdir()
+        self.goes_on(workdir)
+        found = ", ".join(f"{phases.count(phase)} {phase}" for phase in sorted(set(phases)))
+        return f"{killed} kills ({found}) over {runs + 1} runs: all went on to the same numbers"
+
+    def sigterm(self) -> str:
+        saved = []
+        for step in sorted(self.random.sample(range(1, STEPS - 3), 3)):
+            workdir = self.workdir()
+            saved.append(self.terminate(workdir, step))
+            self.goes_on(workdir)
+        return f"exit 75 with steps {', '.join(map(str, saved))} saved; went on to the same numbers"
+
+    def limited_file_size(self) -> str:
+        import resource
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+
+        workdir = self.copy()
+        return f"{self._stops(workdir, before=limit)}; then {self.goes_on(workdir)}"
+
+    def _stops(self, workdir, **options) -> str:
+        start = self.start(workdir, **options)
+        code = start.wait()
+        assert code == 1, (code, start.text()[-3000:])
+        return f"`{_short(start.error())}`"
+
+    def disk_full(self) -> str:
+        with _tmpfs(self.folder, "8m") as mounted:
+            if mounted is None:
+                return "left out: needs root"
+            workdir = shutil.copytree(self.late, mounted / "run")
+            filler = mounted / "filler"
+            with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as out:
+                while True:
+                    out.write(bytes(4096))
+            before = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+            said = self._stops(workdir)
+            after = [path.name for path in (workdir / "checkpoints").iterdir()]
+            assert set(before) <= set(after)
+            filler.unlink()
+            return f"{said}; then {self.goes_on(workdir)}"
+
+    def read_only(self) -> str:
+        with _tmpfs(self.folder, "8m") as mounted:
+            if mounted is None:
+                return "left out: needs root"
+            workdir = shutil.copytree(self.late, mounted / "run")
+            subprocess.run(["mount", "-o", "remount,ro", mounted], check=True)
+            said = self._stops(workdir)
+            subprocess.run(["mount", "-o", "remount,rw", mounted], check=True)
+            return f"{said}; then {self.goes_on(workdir)}"
+
+    def workdir_below_a_file(self) -> str:
+        (self.folder / "file").write_text("")
+        return self._stops(self.folder / "file" / "run")
+
+    def damaged_checkpoint(self, kind: str) -> str:
+        workdir = self.copy()
+        newest = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+        damage.KINDS[kind](workdir / "checkpoints" / str(newest))
+        start = self.start(workdir)
+        assert start.wait() == 0, start.text()[-3000:]
+        assert re.search(rf"checkpoint .*/{newest} is damaged and passed over", start.text()), start.text()
+        assert outcome_of(workdir) == self.expected and (workdir / "checkpoints" / f"damaged-{newest}").is_dir()
+        went_on = re.search(r"resuming from step (\d+)", start.text())[1]
+        return f"step {newest} named and passed over, went on from {went_on}: same numbers"
+
+    def all_checkpoints_damaged(self) -> str:
+        workdir = self.copy()
+        for path in (workdir / "checkpoints").iterdir():
+            damage.KINDS[self.random.choice(list(damage.KINDS))](path)
+        before = {str(path) for path in workdir.rglob("*")}
+        said = self._stops(workdir)
+        assert before <= {str(path) for path in workdir.rglob("*")}
+        return f"{said}; nothing deleted"
+
+    def damaged_file(self, name: str) -> str:
+        workdir = self.copy()
+        whole = (workdir / name).read_text()
+        (workdir / name).write_text(whole[: len(whole) // 2])
+        start = self.start(workdir)
+        if start.wait() == 0:
+            assert outcome_of(workdir) == self.expected
+            return "same numbers"
+        said = _short(start.error())
+        (workdir / name).write_text(whole)
+        return f"`{said}`; then {self.goes_on(workdir)}"
+
+    def nan_gradient(self) -> str:
+        workdir = self.workdir()
+        said = self._stops(workdir, before=lambda: _nan_in_step(self.random.randrange(3, STEPS)))
+        return f"{said}; then {self.goes_on(workdir)}"
+
+    def data_vanishes(self) -> str:
+        workdir = self.workdir()
+        start = self.start(workdir)
+        assert start.wait(start.reached(7)) is None
+        images = self.folder / "images"
+        images.rename(self.folder / "gone")
+        try:
+            assert start.wait() == 1, start.text()[-3000:]
+        finally:
+            (self.folder / "gone").rename(images)
+        return f"`{_short(start.error())}`; then {self.goes_on(workdir)}"
+
+
+    def pair(self, workdir: Path) -> list[Start]:
+        """The same run as two processes with a device each."""
+        together = [*flags(self.folder, workdir), f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
+        logs = [self.folder / f"{workdir.name}.process{i}.log" for i in range(2)]
+        return [Start([*together, f"--process_id={i}"], log) for i, log in enumerate(logs)]
+
+    def _pair_finished(self, workdir):
+        both = self.pair(workdir)
+        for start in both:
+            assert start.wait() == 0, start.text()[-3000:]
+        return outcome_of(workdir)
+
+    def one_of_two_killed(self, which: int) -> str:
+        self.expected_of_pair = getattr(self, "expected_of_pair", None) or self._pair_finished(self.workdir())
+        workdir = self.workdir()
+        both = self.pair(workdir)
+        at = self.random.randrange(4, STEPS - 4)
+        assert both[0].wait(both[0].reached(at)) is None
+        both[which].send(signal.SIGKILL)
+        killed = time.monotonic()
+        other = both[1 - which]
+        assert other.wait() == 1, other.text()[-3000:]
+        said = [line for line in other.text().splitlines() if line.startswith("error: ")]
+        assert len(said) == 1, other.text()[-3000:]
+        seconds = time.monotonic() - killed
+        assert both[which].wait() == -9
+        assert self._pair_finished(workdir) == self.expected_of_pair
+        return f"after {seconds:.0f} s `{_short(said[0])}`; then both went on to the same numbers"
+
+    def sigterm_to_one_of_two(self) -> str:
+        self.expected_of_pair = getattr(self, "expected_of_pair", None) or self._pair_finished(self.workdir())
+        workdir = self.workdir()
+        both = self.pair(workdir)
+        assert both[0].wait(both[0].reached(2)) is None
+        both[1].send(signal.SIGTERM)
+        codes = [start.wait() for start in both]
+        assert codes in ([75, 75], [0, 0]), [start.text()[-3000:] for start in both]
+        assert self._pair_finished(workdir) == self.expected_of_pair
+        if codes == [0, 0]:
+            return "both came to the end before they had agreed on a step"
+        saved = re.search(r"SIGTERM: saved step (\d+)", both[0].text())
+        assert saved, both[0].text()[-3000:]
+        return f"both exit 75 with step {saved[1]} saved; went on to the same numbers"
+
+
+def _saves(workdir: Path, seen: set) -> int:
+    with contextlib.suppress(OSError):
+        seen |= {path.name for path in (workdir / "checkpoints").iterdir() if "orbax-checkpoint-tmp" in path.name}
+    return len(seen)
+
+
+def _nan_in_step(step: int) -> None:
+    """From now on the gradient of `step` has a NaN among a parameter's."""
+    import jax
+
+    from rankclip_jax import step as steps
+
+    make, whole = steps.make_train_step, steps.loss_and_grads
+
+    def broken(*args):
+        loss, grads = whole(*args)
+        leaves, tree = jax.tree.flatten(grads)
+        return loss, jax.tree.unflatten(tree, [leaves[0].at[..., 0].set(float("nan")), *leaves[1:]])
+
+    def make_both(*args, **kwargs):
+        good, bad = make(*args, **kwargs), make(*args, **kwargs)
+
+        def train_step(state, batch):
+            if int(state.step) + 1 != step:
+                return good(state, batch)
+            steps.loss_and_grads = broken
+            return bad(state, batch)
+
+        return train_step
+
+    steps.make_train_step = make_both
+
+
+@contextlib.contextmanager
+def _tmpfs(folder: Path, size: str):
+    mounted = folder / "small_disk"
+    mounted.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mounted], capture_output=True)
+    try:
+        yield mounted if done.returncode == 0 else None
+    finally:
+        if done.returncode == 0:
+            subprocess.run(["umount", "-l", mounted], check=True)
+
+
+def _short(line: str) -> str:
+    line = re.sub(r"/\S*/(?=run\d|small_disk|data\.csv|images)", "", line)
+    return line if len(line) < 160 else line[:157] + "..."
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def cases(campaign: Campaign) -> list[tuple[str, Callable[[], str]]]:
+    """(what is done, how it went) of every case."""
+    c = campaign
+    return [
+        (f"SIGKILL at {c.kills} random moments, every other one in a save", c.sigkill),
+        ("SIGTERM at three random steps", c.sigterm),
+        *((f"newest checkpoint: {kind}", lambda kind=kind: c.damaged_checkpoint(kind)) for kind in damage.KINDS),
+        ("all checkpoints damaged", c.all_checkpoints_damaged),
+        *(
+            (f"{name} cut in half", lambda name=name: c.damaged_file(name))
+            for name in ("config.json", "tokenizer.json", "metrics.jsonl")
+        ),
+        ("files limited to 60 kB (RLIMIT_FSIZE)", c.limited_file_size),
+        ("disk full (a tmpfs of 8 MB)", c.disk_full),
+        ("disk read-only (the same, remounted)", c.read_only),
+        ("workdir below a file", c.workdir_below_a_file),
+        ("a NaN in a gradient", c.nan_gradient),
+        ("all pictures vanish at step 7", c.data_vanishes),
+        ("process 1 of two killed", lambda: c.one_of_two_killed(1)),
+        ("process 0 of two, the coordinator, killed", lambda: c.one_of_two_killed(0)),
+        ("SIGTERM to process 1 of two", c.sigterm_to_one_of_two),
+    ]
+
+
+def main() -> None:
+    """Prints the table, and writes it to --out as it grows; exit code 1 where a promise is broken."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--only", default="", help="cases whose name holds these words")
+    parser.add_argument("--out", type=Path, help="a Markdown file for the table")
+    options = parser.parse_args()
+    broken = 0
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder))
+        campaign = Campaign(Path(folder), options.seed, options.kills)
+        lines = ["| what was done | how it went |", "|---|---|"]
+        print("\n".join(lines))
+        for name, case in cases(campaign):
+            if options.only in name:
+                try:
+                    how = case()
+                except Exception as error:
+                    how, broken = f"**BROKEN**: {' '.join(f'{type(error).__name__}: {error}'.split())}", broken + 1
+                lines.append(f"| {name} | {how} |")
+                print(lines[-1], flush=True)
+                if options.out:
+                    options.out.write_text("\n".join(lines) + "\n")
+    sys.exit(1 if broken else 0)
+
+
+if __name__ == "__main__":
+    main()
