@@ -1,4 +1,4 @@
-"""What a run survives: python -m benchmarks.faults --seed 0 [--kills 50] [--only WORDS] [--out table.md]
+"""What a run survives: python -m benchmarks.faults --seed 0 [--kills 50] [--only WORD ...] [--out table.md]
 
 A small run is killed, terminated, starved of disk, robbed of its data, fed NaNs, and its checkpoints are damaged; each
 time the same command is started again. Every case must end with the numbers of the uninterrupted run, bit for bit:
@@ -467,7 +467,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--only", default="", help="cases whose name holds these words")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name holds one of these words")
     parser.add_argument("--out", type=Path, help="a Markdown file for the table")
     options = parser.parse_args()
     broken = 0
@@ -477,7 +477,7 @@ def main() -> None:
         lines = ["| what was done | how it went |", "|---|---|"]
         print("\n".join(lines))
         for name, case in cases(campaign):
-            if options.only in name:
+            if any(words in name for words in options.only):
                 try:
                     how = case()
                 except Exception as error:

@@ -1,8 +1,9 @@
 """Checkpoints of a run: the state and the place in the data, written in the background, checked when read.
 
-WORKDIR/checkpoints/STEP appears under its name only when it is complete. It holds `state` (Orbax, readable on any
-devices, mesh and sharding), `data` (JSON: each process's place in its stream, and the fingerprint of every array) and
-perhaps `metrics`. What does not read back bit for bit is damaged: it is named, passed over, never deleted.
+WORKDIR/checkpoints/STEP (or config.checkpoint.folder/STEP, which may be in a bucket) appears under its name only when
+it is complete. It holds `state` (Orbax, readable on any devices, mesh and sharding), `data` (JSON: each process's place
+in its stream, and the fingerprint of every array) and perhaps `metrics`. What does not read back bit for bit is
+damaged: it is named, passed over, never deleted.
 """
 
 import json
@@ -32,7 +33,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """Writes WORKDIR/checkpoints, in the background.
+    """Writes the checkpoints of a run, in the background.
 
     Keeps the latest `config.keep`, every multiple of `config.keep_every`, and the one whose metric `config.best` is
     highest.
@@ -40,7 +41,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | Path, config: ConfigDict, start: int | None = None):
         """`start`: the step that was restored. Newer ones proved damaged, and make way under another name."""
-        folder = _folder(workdir)
+        folder = _folder(workdir, config)
         self._folder, self._best, self._saved = folder, config.best, start
         policies = [keep.LatestN(config.keep)]
         if config.keep_every:
@@ -92,30 +93,30 @@ class Checkpoints:
             raise _cannot_save(self._folder, error) from error
 
 
-def restore(workdir: str | Path, abstract_state: Any, best: str | None = None) -> Restored | None:
-    """The newest checkpoint that is whole, or the best one by the metric `best`; None where there is no checkpoint.
+def restore(workdir: str | Path, config: ConfigDict, abstract_state: Any, best: bool = False) -> Restored | None:
+    """The newest checkpoint that is whole, or with `best` that of config.best; None where there is no checkpoint.
 
-    `abstract_state` says the shapes and shardings, which need not be those of the run that saved. A damaged
-    checkpoint is named on stderr and the next one taken. All processes of a run take the same.
+    `config` is config.checkpoint; `abstract_state` says the shapes and shardings, which need not be those of the run
+    that saved. A damaged checkpoint is named on stderr and the next one taken; all processes of a run take the same.
 
     Raises:
       InputError: there are checkpoints and all of them are damaged.
     """
-    return _first_whole(workdir, best, lambda folder, data: _read_state(folder, data, abstract_state))
+    order = _by_worth(_folder(workdir, config), config.best if best else None)
+    return _first_whole(*order, lambda folder, data: _read_state(folder, data, abstract_state))
 
 
-def read_variables(workdir: str | Path, best: str | None) -> tuple[int, dict] | None:
-    """(step, {"params", "batch_stats"} as NumPy arrays) of the checkpoint that `restore` takes, without the optimiser.
+def read_variables(workdir: str | Path, config: ConfigDict) -> tuple[int, dict] | None:
+    """(step, {"params", "batch_stats"} as NumPy arrays) of the best checkpoint (`restore`), without the optimiser.
 
     None without a complete checkpoint. Writes nothing, and takes no accelerator.
     """
-    found = _first_whole(workdir, best, lambda folder, data: _read_variables(folder, data), alone=True)
+    found = _first_whole(*_by_worth(_folder(workdir, config), config.best), _read_variables, alone=True)
     return found and (found.step, found.state)
 
 
-def _first_whole(workdir, best, read, alone=False) -> Restored | None:
-    folder = _folder(workdir)
-    steps, reason = _by_worth(folder, best), None
+def _first_whole(folder, steps, read, alone=False) -> Restored | None:
+    reason = None
     for step in steps:
         state, data, problem = None, None, None
         try:
@@ -175,7 +176,9 @@ def _difference(tree, saved: dict[str, int]) -> str | None:
     return None
 
 
-def _folder(workdir) -> epath.Path:
+def _folder(workdir, config) -> epath.Path:
+    if config.folder:
+        return epath.Path(config.folder)
     return epath.Path(workdir).resolve() / "checkpoints"
 
 
@@ -186,7 +189,7 @@ def _steps(folder) -> list[int]:
     return sorted((found.step for found in ocp.path.step.standard_name_format().find_all(folder)), reverse=True)
 
 
-def _by_worth(folder, best) -> list[int]:
+def _by_worth(folder, best) -> tuple[epath.Path, list[int]]:
     steps, scores = _steps(folder), {}
     for step in steps if best else ():
         try:
@@ -194,7 +197,7 @@ def _by_worth(folder, best) -> list[int]:
         except (OSError, ValueError, KeyError):  # it was saved without, or is damaged
             continue
     first = [max(scores, key=lambda step: (scores[step], step))] if scores else []
-    return first + [step for step in steps if step not in first]
+    return folder, first + [step for step in steps if step not in first]
 
 
 def _free_name(folder, name):

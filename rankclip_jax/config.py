@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 from rankclip_jax.errors import InputError
 
 # Keys that may differ between the start of a run and its resumption: they change what is looked at or kept,
-# never a number that is trained.
-MAY_CHANGE = ("log_every", "eval", "checkpoint", "plan", "profile", "study")
+# never a number that is trained, but by its rounding: mesh and sharding.
+MAY_CHANGE = ("log_every", "eval", "checkpoint", "plan", "profile", "study", "mesh", "sharding")
 
 # Spelled out here, so that reading a configuration imports no JAX; a test compares them with rankclip_jax/losses.
 OBJECTIVES = ("clip", "rankclip", "rank", "siglip", "cyclip")
@@ -175,6 +175,7 @@ def default_config() -> ConfigDict:
                 model=None,  # --mode=eval: an export or an OpenAI .pt to evaluate instead of the workdir's checkpoint
             ),
             checkpoint=dict(
+                folder=None,  # None: WORKDIR/checkpoints; or a bucket: gs://BUCKET/RUN
                 every_steps=None,  # None: at the end of every epoch only
                 keep=2,  # the latest so many
                 keep_every=None,  # also save at every multiple of so many steps, and keep those for good

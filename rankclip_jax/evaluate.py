@@ -44,7 +44,7 @@ def _workdir(config, workdir):
     # The rates do not matter here, but the optimiser's state has its place in the checkpoint.
     tx = optim.make_optimizer(config.optim, config.optim.warmup_steps + 1)
     abstract = steps.abstract_state(run.model, tx, run.mesh, config.sharding)
-    restored = checkpoint.restore(workdir, abstract, config.checkpoint.best)
+    restored = checkpoint.restore(workdir, config.checkpoint, abstract, best=True)
     if restored is None:
         raise InputError(f"{workdir} holds no complete checkpoint; train there first with --mode=train")
     return run, restored.state

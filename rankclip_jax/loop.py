@@ -62,7 +62,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         _begin(workdir, config, tokenizer)
 
     index, processes = run.process
-    restored = checkpoint.restore(workdir, abstract)
+    restored = checkpoint.restore(workdir, config.checkpoint, abstract)
     start, position = (restored.step if restored else 0), 0
     if restored:
         state = restored.state

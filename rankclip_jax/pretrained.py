@@ -54,7 +54,8 @@ def read(path: str | Path, tokenizer: str | None = None, activation: str = "quic
     if words and given and words.vocabulary() != given.vocabulary():
         raise InputError(f"{path} brings its own tokenizer, and {tokenizer} has other ids: leave the latter out")
     words = words or given
-    if path.is_dir() and (path / "checkpoints").is_dir():
+    # config.checkpoint.folder may lie elsewhere.
+    if path.is_dir() and ((path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file()):
         return _workdir(path, words)
     try:
         config, variables = interop.read(path, activation=activation)
@@ -76,7 +77,7 @@ def _workdir(path: Path, tokenizer: Tokenizer | None) -> Pretrained:
         raise InputError(f"{path} has checkpoints, but its config.json cannot be read ({error})") from None
     if tokenizer is None:
         raise InputError(f"{path} has checkpoints, but no tokenizer.json")
-    found = checkpoint.read_variables(path, run.checkpoint.best)
+    found = checkpoint.read_variables(path, run.checkpoint)
     if found is None:
         raise InputError(f"{path} holds no complete checkpoint")
     step, variables = found

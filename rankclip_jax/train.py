@@ -54,6 +54,11 @@ def main() -> None:
             parser.error(f"unknown flag {flag}")
     workdir = flags.workdir or Path("runs") / Path(flags.config.partition(":")[0]).stem
     try:
+        if "://" in str(workdir):
+            raise InputError(
+                f"--workdir={workdir}: metrics and TensorBoard need a folder of this machine, or one that is mounted; "
+                "for checkpoints in a bucket set --config.checkpoint.folder=gs://BUCKET/RUN"
+            )
         settings = config.load(flags.config, [flag.removeprefix("--config.") for flag in rest])
         if flags.mode != "plan":
             distributed.start(flags.coordinator, flags.num_processes, flags.process_id)

@@ -46,7 +46,7 @@ def test_state_and_position_come_back_bit_for_bit_with_their_sharding(tmp_path):
     checkpoints = Checkpoints(tmp_path, config())
     checkpoints.save(7, state, 123_456_789_012, {})
     checkpoints.close()
-    restored = checkpoint.restore(tmp_path, abstract(state))
+    restored = checkpoint.restore(tmp_path, config(), abstract(state))
     assert (restored.step, restored.positions, int(restored.state["step"])) == (7, [123_456_789_012], 7)
     np.testing.assert_array_equal(restored.state["w"], state["w"])
     assert restored.state["w"].sharding == split
@@ -60,7 +60,7 @@ def test_a_state_saved_on_eight_devices_is_restored_on_others(tmp_path, axes):
     count = int(np.prod(list(axes.values())))
     mesh = sharding.make_mesh(axes, jax.devices()[:count])
     place = NamedSharding(mesh, PartitionSpec(None, None) if count == 1 else PartitionSpec("fsdp"))
-    restored = checkpoint.restore(tmp_path, abstract(state, place)).state
+    restored = checkpoint.restore(tmp_path, config(), abstract(state, place)).state
     assert restored["w"].sharding == place
     np.testing.assert_array_equal(restored["w"], state["w"])
 
@@ -83,18 +83,18 @@ def test_a_fingerprint_is_that_of_the_numbers_whatever_their_sharding():
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capfd, kind):
     save(tmp_path, {step: state_of(step) for step in (1, 2, 3)})
     damage.KINDS[kind](tmp_path / "checkpoints" / "3")
-    restored = checkpoint.restore(tmp_path, abstract(state_of(0)))
+    restored = checkpoint.restore(tmp_path, config(), abstract(state_of(0)))
     assert restored.step == 2 and restored.positions == [20]
     np.testing.assert_array_equal(restored.state["params"]["w"], state_of(2)["params"]["w"])
     assert f"checkpoint {tmp_path / 'checkpoints' / '3'} is damaged and passed over: " in capfd.readouterr().err
-    step, variables = checkpoint.read_variables(tmp_path, None)
+    step, variables = checkpoint.read_variables(tmp_path, config())
     assert step == 2
     np.testing.assert_array_equal(variables["params"]["w"], state_of(2)["params"]["w"])
     # The run that goes on writes its own step 3; what was there keeps another name.
     checkpoints = Checkpoints(tmp_path, config(keep=9), start=2)
     checkpoints.save(3, state_of(3), 30, {})
     checkpoints.close()
-    assert checkpoint.restore(tmp_path, abstract(state_of(0))).step == 3
+    assert checkpoint.restore(tmp_path, config(), abstract(state_of(0))).step == 3
     assert (tmp_path / "checkpoints" / "damaged-3").is_dir() and saved_steps(tmp_path) == [1, 2, 3]
 
 
@@ -104,7 +104,7 @@ def test_where_all_are_damaged_nothing_is_deleted(tmp_path):
     damage.KINDS["empty folder"](tmp_path / "checkpoints" / "2")
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     with pytest.raises(InputError, match=r"none of the 2 checkpoints in .* can be read .*; nothing was deleted"):
-        checkpoint.restore(tmp_path, abstract(state_of(0)))
+        checkpoint.restore(tmp_path, config(), abstract(state_of(0)))
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
 
@@ -114,20 +114,28 @@ def test_the_latest_the_best_and_every_so_many_are_kept(tmp_path):
         checkpoints.save(step, state_of(step), step, {} if accuracy is None else {"accuracy": accuracy, "n": 1})
     checkpoints.close()
     assert saved_steps(tmp_path) == [2, 3, 6, 7]
-    assert checkpoint.restore(tmp_path, abstract(state_of(0))).step == 7
-    assert checkpoint.restore(tmp_path, abstract(state_of(0)), best="accuracy").step == 2
+    assert checkpoint.restore(tmp_path, config(), abstract(state_of(0))).step == 7
+    assert checkpoint.restore(tmp_path, config(best="accuracy"), abstract(state_of(0)), best=True).step == 2
     damage.KINDS["one bit flipped in the largest file"](tmp_path / "checkpoints" / "2")
-    assert checkpoint.read_variables(tmp_path, "accuracy")[0] == 7
+    assert checkpoint.read_variables(tmp_path, config(best="accuracy"))[0] == 7
 
 
 def test_what_a_cut_off_save_left_is_cleared_away(tmp_path):
     save(tmp_path, {1: state_of(1)})
     shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp")
-    assert checkpoint.restore(tmp_path, abstract(state_of(0))).step == 1
+    assert checkpoint.restore(tmp_path, config(), abstract(state_of(0))).step == 1
     checkpoints = Checkpoints(tmp_path, config(), start=1)
     checkpoints.save(2, state_of(2), 20, {})
     checkpoints.close()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_checkpoints_may_lie_elsewhere(tmp_path):
+    elsewhere = str(tmp_path / "bucket" / "run")
+    save(tmp_path / "run", {1: state_of(1)}, folder=elsewhere)
+    assert [path.name for path in (tmp_path / "bucket" / "run").iterdir()] == ["1"]
+    assert checkpoint.restore(tmp_path / "run", config(folder=elsewhere), abstract(state_of(0))).step == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
@@ -143,5 +151,5 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     state = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
     jax.block_until_ready(state)
     checkpoints.close()
-    restored = checkpoint.restore(tmp_path, {"w": jax.ShapeDtypeStruct((1_000_000,), jnp.float32)})
+    restored = checkpoint.restore(tmp_path, config(), {"w": jax.ShapeDtypeStruct((1_000_000,), jnp.float32)})
     assert float(restored.state["w"].min()) == 1.0

@@ -127,19 +127,6 @@ def test_weights_from_elsewhere_are_evaluated_as_the_workdir_they_came_from(trai
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_a_run_goes_on_with_the_same_numbers(trained, tmp_path):
-    process = start(tmp_path / "run")
-    for line in process.stdout:
-        if line.startswith("step 9/"):
-            process.kill()
-            break
-    process.wait()
-    code, output = finish(tmp_path / "run")
-    assert code == 0 and "resuming from step" in output, output
-    assert numbers(tmp_path / "run") == numbers(trained[0])
-
-
-@pytest.mark.slow
 def test_sigterm_saves_first_and_the_next_start_goes_on(trained, tmp_path):
     process = start(tmp_path / "run", "--config.checkpoint.every_steps=None")
     for line in process.stdout:

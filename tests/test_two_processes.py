@@ -1,55 +1,50 @@
-"""Two processes with two devices each evaluate as one process does: every sample once, each result on both."""
-
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+"""Real processes on this machine, with CPU devices and Gloo: they train, evaluate and save as one process does."""
 
 import pytest
 
-PROGRAM = """
-import json, sys
-import jax
-index, port = int(sys.argv[1]), sys.argv[2]
-if port != "0":
-    jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=index)
-from rankclip_jax import config, evaluation, optim, step
-from rankclip_jax.run import Run
-from rankclip_jax.tokenizer import Tokenizer
-
-settings = config.load("configs/shapes.py", [
-    "batch_size=32", "model.image_size=16", "model.vision={'layers':(1,1),'width':8,'stem':'small'}",
-    "model.text={'layers':1,'width':32,'heads':2}", "eval.geometry={}",
-    "eval.zero_shot={'held_out':{'format':'shapes','path':'held_out'}}",
-    "eval.retrieval={'scenes':{'format':'shapes','path':41}}",
-])
-run = Run(settings, "none", Tokenizer.train(["a red circle", "a blue square"], 300))
-state = step.init_state(run.model, optim.make_optimizer(settings.optim, 100), 0, run.mesh, settings.sharding)
-print("RESULTS", json.dumps(evaluation.evaluate(settings.eval, run.encoder(state))))
-"""
-
-
-def start(index, port):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", PROGRAM, str(index), str(port)]
-    repo = Path(__file__).parents[1]
-    return subprocess.Popen(command, cwd=repo, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def results_of(process):
-    output, errors = process.communicate(timeout=1200)
-    assert process.returncode == 0, errors
-    return json.loads(next(line for line in output.splitlines() if line.startswith("RESULTS")).removeprefix("RESULTS"))
+from benchmarks import processes
+from input_pipeline import pipeline
+from rankclip_jax import distributed
+from rankclip_jax.errors import InputError
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_as_one_does():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pair = [start(0, port), start(1, port)]
-    first, second = (results_of(process) for process in pair)
-    assert first == second == results_of(start(0, 0))
-    assert first["zero_shot"]["held_out"]["n"] == 128 and first["retrieval"]["scenes"]["images"] == 41
+def test_two_processes_train_evaluate_and_save_as_one_does(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    processes.train(one, 1, 2)
+    first, second = processes.train(two, 2, 2)
+    found = processes.differences(one, two)
+    assert found["numbers"] < processes.RTOL_NUMBERS and found["state"] < processes.ATOL_STATE
+    assert "2 cpu device(s) of 2 processes" in first and "step 6/6" in first
+    assert "step" not in second, "only process 0 speaks"
+    assert "is trained to its last step, 6" in processes.train(two, 1, 2)[0]
+
+
+def test_where_another_number_of_processes_goes_on():
+    # Of batches of 8: two processes have read 12 samples each, three whole batches of 4.
+    assert pipeline.resume_at([12, 12], 8, (1, 2)) == (12, 0)
+    assert [pipeline.resume_at([12, 12], 8, (i, 4)) for i in range(4)] == [(6, 0)] * 4
+    assert pipeline.resume_at([12, 12], 8, (0, 1)) == (24, 0)
+    # One passed over a bad sample, and so is one ahead: the fourth batch is begun already, by one sample.
+    assert pipeline.resume_at([13, 12], 8, (0, 2)) == (13, 0)
+    assert pipeline.resume_at([13, 12], 8, (0, 1)) == (32, 7)
+
+
+def test_flags_that_do_not_fit_together_are_refused():
+    with pytest.raises(InputError, match="--coordinator, --num_processes and --process_id go together"):
+        distributed.start("127.0.0.1:1", 2, None)
+    with pytest.raises(InputError, match="write HOST:PORT"):
+        distributed.start("somewhere", 2, 0)
+
+
+@pytest.mark.parametrize(
+    "env, alone",
+    [
+        ({"SLURM_NTASKS": "1"}, True),
+        ({"SLURM_NTASKS": "4"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, False),
+    ],
+)
+def test_what_looks_like_a_cluster_and_is_one_process(env, alone):
+    assert distributed._alone(env) is alone
