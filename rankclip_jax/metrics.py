@@ -97,27 +97,8 @@ def table(results: dict[str, dict[str, float]], title: str = "zero-shot", percen
 
 def plot_curves(workdir: str | Path) -> Path:
     """Draws loss and zero-shot accuracy over the steps to WORKDIR/curves.png."""
-    import matplotlib
+    from rankclip_jax import figures  # which reads metrics by way of this file
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = read_metrics(workdir)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for key, label in (("loss", "total"), ("clip", "CLIP term"), ("val/clip", "CLIP term, validation")):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
-            left.plot(*zip(*points, strict=True), label=label, alpha=0.5 if key == "loss" else 1)
-    left.set(xlabel="step", ylabel="loss (nats)", title="Loss")
-    for key in dict.fromkeys(k for row in rows for k in row if k.startswith("zero_shot/") and k.endswith("/top1")):
-        points = [(row["step"], 100 * row[key]) for row in rows if key in row]
-        right.plot(*zip(*points, strict=True), marker="o", label=key.split("/")[1])
-    right.set(xlabel="step", ylabel="top-1 (%)", title="Zero-shot accuracy", ylim=(0, 100))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
     path = Path(workdir) / "curves.png"
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figures.curves({"": workdir}).savefig(path)
     return path

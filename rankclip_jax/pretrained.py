@@ -5,6 +5,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
+
 from rankclip_jax import checkpoint, interop, models, preprocess
 from rankclip_jax import config as configs
 from rankclip_jax.errors import InputError
@@ -68,6 +70,14 @@ def read(path: str | Path, tokenizer: str | None = None, activation: str = "quic
             f"has {config.text.vocab_size}, end-of-text {config.text.eot_id}: give the one that it was trained with"
         )
     return Pretrained(path, config, variables, view, words)
+
+
+def untrained(model: Pretrained, seed: int = 0) -> Pretrained:
+    """The same architecture, tokenizer and view with parameters from chance: those that a run of this config.seed has
+    before its first step (with config.model.scan_layers: others, as random)."""
+    network = models.CLIP(model.config)
+    variables = jax.device_get(jax.jit(lambda: network.init(jax.random.key(seed), *network.example_inputs()))())
+    return dataclasses.replace(model, variables=variables, run=None, step=None)
 
 
 def _workdir(path: Path, tokenizer: Tokenizer | None) -> Pretrained:

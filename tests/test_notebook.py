@@ -1,0 +1,58 @@
+"""The Colab notebook runs from top to bottom at a small size."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+REPO = Path(__file__).parents[1]
+NOTEBOOK = REPO / "notebooks/rankclip_colab.ipynb"
+# Two epochs of eight steps, of towers that compile quickly, evaluated once.
+SMALL = """
+WORKDIR = {workdir!r}
+SETTINGS = [
+    "epochs=2",
+    "log_every=1",
+    "batch_size=32",
+    "data.train=256",
+    "data.val=32",
+    "model.image_size=16",
+    "model.vision={{'stem': 'small', 'layers': (1, 1), 'width': 8}}",
+    "model.text={{'layers': 1, 'width': 32, 'heads': 2}}",
+    "optim.warmup_steps=2",
+    "eval.every_epochs=2",
+    "eval.zero_shot={{'held_out': {{'format': 'shapes', 'path': 'held_out'}}}}",
+    "eval.retrieval={{'scenes': {{'format': 'shapes', 'path': 64}}}}",
+    "eval.geometry={{'scenes': {{'format': 'shapes', 'path': 64}}}}",
+    "checkpoint.every_steps=4",
+]
+MY_STEPS = 2
+"""
+
+
+def read():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def texts(output) -> str:
+    """What an output says in words: text, HTML and errors, no pictures."""
+    data = {kind: text for kind, text in output.get("data", {}).items() if kind.startswith("text/")}
+    return "".join([output.get("text", ""), *data.values(), *output.get("traceback", [])])
+
+
+@pytest.mark.slow
+def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of it
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=1")  # one device, as in Colab
+    notebook = read()
+    place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ()))
+    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(SMALL.format(workdir=str(tmp_path))))
+    kernel = dict(timeout=300, kernel_name="python3", resources={"metadata": {"path": str(REPO)}})
+    NotebookClient(notebook, **kernel).execute()  # raises on a cell that fails
+    said = "\n".join(texts(output) for cell in notebook.cells for output in cell.get("outputs", ()))
+    assert "SIGTERM: saved step" in said and "resuming from step" in said
+    assert "with and without the stop: differ by 0.0 at most" in said
+    assert "the same embeddings, to the last bit" in said
+    assert "image_embeds differ by" in said  # transformers, which the tests have, was asked
+    assert (tmp_path / "report.html").stat().st_size > 10_000
