@@ -15,7 +15,7 @@ from rankclip_jax.metrics import read_metrics
 _CLOSING = 60.0  # seconds that a stopped run may take to save
 
 
-def run(module: str, *arguments) -> str:
+def run(module: str, *arguments: object) -> str:
     """Runs `python -m MODULE ARGUMENTS` to its end, and returns what it printed, its progress left out.
 
     Raises:
@@ -36,7 +36,7 @@ class Training:
       process: subprocess.Popen.
     """
 
-    def __init__(self, config: str, workdir, settings: Sequence[str] = ()):
+    def __init__(self, config: str, workdir: str | Path, settings: Sequence[str] = ()):
         """Starts it, in the current folder.
 
         Args:
