@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rankclip_jax import sharding
+from rankclip_jax import step as steps
 from rankclip_jax.accumulation import loss_and_grads
 from rankclip_jax.config import complete
 from rankclip_jax.errors import InputError
@@ -22,35 +23,52 @@ def embed(params, batch):
     return [x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in z]
 
 
-def problem(rows=32, width=8):
-    rng = np.random.default_rng(0)
+def problem(rows=32, width=8, seed=0):
+    rng = np.random.default_rng(seed)
     params = {name: rng.normal(size=(6, width)).astype(np.float32) for name in ("image", "tokens")}
     batch = {name: rng.normal(size=(rows, 6)).astype(np.float32) for name in ("image", "tokens")}
     return params | {"scale": np.float32(20.0)}, batch
 
 
-@pytest.mark.parametrize("objective", ["rankclip", "clip", "siglip", "cyclip"])
-@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_parts_give_the_gradient_of_the_whole(objective, devices):
+OPTIONS = [
+    dict(objective="rankclip"),
+    dict(objective="rankclip", decay="log", rank_weight=0.5),
+    dict(objective="rankclip", top_k=5),
+    dict(objective="rankclip", keep_self=False),
+    dict(objective="rankclip", form="released"),
+    dict(objective="rankclip", lambda_in=0.0, terms={"siglip": 0.5}),
+    dict(objective="rank"),
+    dict(objective="clip"),
+    dict(objective="siglip"),
+    dict(objective="cyclip"),
+]
+
+
+CASES = [(1, options) for options in OPTIONS]
+CASES += [pytest.param(4, options, marks=pytest.mark.slow) for options in OPTIONS if len(options) == 1]
+
+
+@pytest.mark.parametrize(("devices", "options"), CASES, ids=str)
+def test_parts_give_the_gradient_of_the_whole(devices, options):
     params, batch = problem()
     mesh = sharding.make_mesh({"data": devices}, jax.devices()[:devices])
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
     where = NamedSharding(mesh, PartitionSpec(None, "data"))
 
     def loss(params, z):
-        return objective_loss(*z, params["scale"], -5.0, objective=objective, decay="log", mesh=mesh)
+        return objective_loss(*z, params["scale"], -5.0, **options, mesh=mesh)
+
+    def constrain(tree):
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, where), tree)
+
+    assert_parts_are_the_whole(embed, loss, params, batch, constrain)
+
+
+def assert_parts_are_the_whole(embed, loss, params, batch, constrain=lambda tree: tree):
+    """Loss, its terms and gradients of 2, 4 and 8 parts, to 1e-5 of each array's norm."""
 
     def grads(parts):
-        return jax.jit(
-            lambda p, b: loss_and_grads(
-                embed,
-                loss,
-                p,
-                b,
-                parts,
-                lambda t: jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, where), t),
-            )
-        )(params, batch)
+        return jax.jit(lambda p, b: loss_and_grads(embed, loss, p, b, parts, constrain))(params, batch)
 
     whole = grads(1)
     assert all(np.linalg.norm(g) > 0 for g in jax.tree.leaves(whole[1]))
@@ -58,6 +76,24 @@ def test_parts_give_the_gradient_of_the_whole(objective, devices):
         for a, b in zip(jax.tree.leaves(grads(parts)), jax.tree.leaves(whole), strict=True):
             # Only the order of the sums over rows differs.
             assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b) + 1e-7
+
+
+def test_two_views_go_in_parts_too():
+    params, batch = problem()
+    params["logit_scale"] = np.log(params.pop("scale"))
+    other = problem(seed=1)[1]
+    batch = {name: np.stack([batch[name], other[name]], axis=1) for name in batch}  # (B, V, ...)
+    config = complete({"loss": {"objective": "rankclip"}}).loss
+    mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+
+    def embed_views(params, rows):
+        z = embed(params, {name: x.reshape(-1, x.shape[-1]) for name, x in rows.items()})
+        return [x.reshape(-1, 2, x.shape[-1]) for x in z]
+
+    def loss(params, z):
+        return steps._objective(*z, params, config, 1.5, mesh)
+
+    assert_parts_are_the_whole(embed_views, loss, params, batch)
 
 
 def test_the_usual_accumulation_would_be_wrong():

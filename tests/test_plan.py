@@ -1,5 +1,6 @@
 """The plan of a run: what it reads from compiled programs is what the formulas say."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -146,6 +147,20 @@ def test_the_plan_of_a_small_run(capsys):
     kinds = numbers["collectives"]
     assert "all-gather" in kinds and kinds["all-gather"][1] > 4 * count * 0.5  # parameters are gathered to be used
     assert "largest batch that fits" in said and "days" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which compiles for TPUs")
+@pytest.mark.parametrize("sharding", [None, "fsdp"])
+def test_a_step_compiles_for_a_tpu_slice_and_fits(sharding):
+    mesh = {"data": 1, "fsdp": -1} if sharding else {"data": -1}
+    target = plan.parse_target("v5e:2x2")
+    found = plan.compile_step(complete(SMALL | {"mesh": mesh, "sharding": sharding}), target)
+    used = (found["states"] + found["temporary"]) / 2**30
+    assert 12 * found["parameters"] / 2**30 / (target["count"] if sharding else 1) < used < 1 < 16
+    size = 4 * found["parameters"]  # gradients in float32: all-reduced, or gathered and scattered
+    assert sum(moved for _, moved in found["collectives"].values()) > size / 2
+    assert "all-gather" in found["collectives"]  # of the embeddings at the least
 
 
 @pytest.mark.slow
