@@ -11,7 +11,8 @@ def get_config(argument: str = "") -> ConfigDict:
     arguments = dict(pair.split("=") for pair in argument.split(",") if pair)
     return ConfigDict(
         dict(
-            # Not published for the paper's runs. Chosen: 2,048, which a single 80 GB GPU or a v5e-8 holds.
+            # Not published for the paper's runs. Chosen: 2,048, which a v5e-8 holds with the blocks rematerialised, and not
+            # without: for 256 pairs a chip, 4 GiB of its 16, and 22 GiB (docs/scaling.md).
             batch_size=2048,
             epochs=64,  # [p]
             log_every=50,
@@ -21,7 +22,12 @@ def get_config(argument: str = "") -> ConfigDict:
                 lambda_cross=1 / 16,  # [p], [c]
                 schedule="ramp",  # [c]; arXiv v2 of [p] has constant weights and decay="log"
             ),
-            model=dict(name=arguments.get("model", "ViT-B/32"), dtype="bfloat16"),
+            model=dict(
+                name=arguments.get("model", "ViT-B/32"),
+                dtype="bfloat16",
+                remat=True,
+                scan_layers=True,  # compiles several times as fast
+            ),
             # OpenAI's byte-pair encoding, 49,408 tokens [o]: a hub id or the path of its tokenizer.json.
             tokenizer=dict(path="openai/clip-vit-base-patch32"),
             optim=dict(

@@ -55,7 +55,10 @@ def compile_step(config: ConfigDict, target: dict) -> dict:
     """What `_describe` reads from the program, made in a process of its own: JAX fixes its devices when it starts."""
     environment = dict(os.environ, JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="3")
     if target["topology"] is None:
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={target['count']}"
+        # Nobody runs the program, so LLVM need not optimise it; what XLA makes of it stays the same.
+        environment["XLA_FLAGS"] = (
+            f"--xla_force_host_platform_device_count={target['count']} --xla_backend_optimization_level=0"
+        )
     else:
         # libtpu neither asks for a TPU's neighbours nor minds other compilations; at its usual level it takes ten
         # times as long, for a better schedule.
