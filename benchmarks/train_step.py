@@ -31,10 +31,10 @@ ENVIRONMENT = {
 }
 
 
-def made_batch(batch: int, side: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (B, side, side, 3) pictures and int32 (B, 77) texts that end with the vocabulary's last token."""
+def made_batch(batch: int, side: int, length: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (B, side, side, 3) pictures and int32 (B, length) texts that end with the vocabulary's last token."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(1, vocabulary - 1, (batch, 77), np.int32)
+    tokens = rng.integers(1, vocabulary - 1, (batch, length), np.int32)
     tokens[:, -1] = vocabulary - 1
     return rng.integers(0, 256, (batch, side, side, 3), np.uint8), tokens
 
@@ -53,7 +53,8 @@ def ours(name: str, objective: str, batch: int | None):
     tx = optim.make_optimizer(config.optim, 100_000)
     state = steps.init_state(model, tx, 0, mesh, config.sharding)
     train_step = steps.make_train_step(model, tx, config, mesh, total_steps=100_000, steps_per_epoch=1_000)
-    pixels, tokens = made_batch(batch, model.config.vision.image_size, model.config.text.vocab_size)
+    text = model.config.text
+    pixels, tokens = made_batch(batch, model.config.vision.image_size, text.context_length, text.vocab_size)
     data = steps.to_devices({"image": pixels, "tokens": tokens}, mesh)
 
     def step():
@@ -82,7 +83,7 @@ def pytorch(compiled: bool, batch: int | None):
     model = CLIPModel(CLIPConfig()).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1, fused=True)
     forward = torch.compile(model) if compiled else model
-    pixels, tokens = made_batch(batch, 224, model.config.text_config.vocab_size)
+    pixels, tokens = made_batch(batch, 224, 77, model.config.text_config.vocab_size)
     pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
     tokens = torch.from_numpy(tokens).long().to(device)
 

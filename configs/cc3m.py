@@ -11,8 +11,8 @@ def get_config(argument: str = "") -> ConfigDict:
     arguments = dict(pair.split("=") for pair in argument.split(",") if pair)
     return ConfigDict(
         dict(
-            # Not published for the paper's runs. Chosen: 2,048, which a v5e-8 holds with the blocks rematerialised, and not
-            # without: for 256 pairs a chip, 4 GiB of its 16, and 22 GiB (docs/scaling.md).
+            # Not published for the paper's runs. Chosen: 2,048. A v5e-8 holds it with blocks rematerialised (4 of its
+            # 16 GiB a chip) and not without (22 GiB): docs/scaling.md.
             batch_size=2048,
             epochs=64,  # [p]
             log_every=50,
