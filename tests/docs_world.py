@@ -15,6 +15,7 @@ from rankclip_jax import interop, pretrained
 from tests.made_models import VIT, make_workdir
 
 REPO = Path(__file__).parents[1]
+MODEL = VIT | {tower: VIT[tower] | {"layers": 1} for tower in ("vision", "text")}
 # What the pages write for the reader's own things, or fetch from the network -> its stand-in here.
 STAND_INS = {
     "PATH_TO_THE_FOLDER": "data/cifar10",
@@ -30,11 +31,11 @@ SMALL = [
     "--config.batch_size=8",
     "--config.optim.warmup_steps=1",
     "--config.model.name=ViT-tiny",
-    f"--config.model.image_size={VIT['image_size']}",
-    f"--config.model.context_length={VIT['context_length']}",
-    f"--config.model.vision={VIT['vision']}",
-    f"--config.model.text={VIT['text']}",
-    "--config.model.scan_layers=True",
+    f"--config.model.image_size={MODEL['image_size']}",
+    f"--config.model.context_length={MODEL['context_length']}",
+    f"--config.model.vision={MODEL['vision']}",
+    f"--config.model.text={MODEL['text']}",
+    "--config.model.scan_layers=False",
     "--config.model.dtype=float32",
     "--config.model.activation=None",
     "--config.mesh={'data': -1}",
@@ -73,7 +74,7 @@ def make_world(root: Path) -> None:
     (cifar10 / "classes.json").write_text(json.dumps([_name(i) for i in range(4)]))
     (cifar10 / "templates.json").write_text(json.dumps(["a photo of {}"]))
     (root / "Train_GCC-training.tsv").write_text("a caption\thttp://127.0.0.1:9/a.jpg\n" * 3)
-    make_workdir(root / "runs" / "shapes", VIT)
+    make_workdir(root / "runs" / "shapes", MODEL)
     shutil.copy(root / "runs" / "shapes" / "tokenizer.json", root / "tokenizer.json")
     _openai_file(root / "ViT-B-32.pt", root / "runs" / "shapes")
 
