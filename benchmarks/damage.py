@@ -1,7 +1,10 @@
-"""Ways in which a checkpoint's folder gets damaged, for benchmarks/faults.py and the tests."""
+"""What benchmarks/faults.py and the tests do to a run: damaged checkpoints, a poisoned gradient, a small disk."""
 
+import contextlib
 import json
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -49,3 +52,43 @@ KINDS = {
     "another position": _move_the_position,
     "empty folder": _empty,
 }
+
+
+def nan_in_step(step: int) -> None:
+    """From now on the gradient of `step` has a NaN among a parameter's."""
+    import jax
+
+    from rankclip_jax import step as steps
+
+    make, whole = steps.make_train_step, steps.loss_and_grads
+
+    def broken(*args):
+        loss, grads = whole(*args)
+        leaves, tree = jax.tree.flatten(grads)
+        return loss, jax.tree.unflatten(tree, [leaves[0].at[..., 0].set(float("nan")), *leaves[1:]])
+
+    def make_both(*args, **kwargs):
+        good, bad = make(*args, **kwargs), make(*args, **kwargs)
+
+        def train_step(state, batch):
+            if int(state.step) + 1 != step:
+                return good(state, batch)
+            steps.loss_and_grads = broken
+            return bad(state, batch)
+
+        return train_step
+
+    steps.make_train_step = make_both
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path | None]:
+    """A tmpfs of `size` while the context lasts; None without root."""
+    mounted = folder / "small_disk"
+    mounted.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mounted], capture_output=True)
+    try:
+        yield mounted if done.returncode == 0 else None
+    finally:
+        if done.returncode == 0:
+            subprocess.run(["umount", "-l", mounted], check=True)

@@ -11,15 +11,11 @@ Full disk and read-only disk need root (a tmpfs is mounted), and are left out wi
 
 import argparse
 import contextlib
-import csv
-import importlib
-import json
-import os
+import functools
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,137 +23,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from benchmarks import damage
-
-STEPS = 24
-# As in the tests: compiling takes far longer than computing here.
-XLA_FLAGS = "--xla_backend_optimization_level=1"
-
-
-def prepare(folder: Path) -> None:
-    """Settings for all starts, and the data: 48 small pictures with captions."""
-    cache = {"DIR": folder / "jax_cache", "MIN_COMPILE_TIME_SECS": 0, "MIN_ENTRY_SIZE_BYTES": 0}
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache.pop("DIR"))
-    os.environ |= {f"JAX_PERSISTENT_CACHE_{key}": str(value) for key, value in cache.items()}
-    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS}
-    (folder / "images").mkdir()
-    rng = np.random.default_rng(0)
-    with open(folder / "data.csv", "w", newline="") as out:
-        rows = csv.writer(out)
-        rows.writerow(["image", "caption"])
-        for i in range(48):
-            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / "images" / f"{i}.png")
-            rows.writerow([f"images/{i}.png", f"picture {i} of {'a red circle' if i % 2 else 'a blue square'}"])
-    import rankclip_jax.train  # noqa: F401 -- first: it quiets TensorFlow
-
-    for module in ("clu.metric_writers", "matplotlib.pyplot", "input_pipeline.captions", "input_pipeline.pipeline"):
-        importlib.import_module(module)  # imports alone: JAX has no backend yet, so that a fork is safe
-
-
-def flags(folder: Path, workdir: Path) -> list[str]:
-    """The run: 24 steps of 8 pictures with the contrastive loss alone, whose step JAX can cache, saving every 2."""
-    return [
-        "--config=configs/shapes.py",
-        f"--workdir={workdir}",
-        "--config.data.format=csv",
-        f"--config.data.train={folder / 'data.csv'}",
-        "--config.data.val=None",
-        "--config.loss.objective=clip",
-        "--config.batch_size=8",
-        "--config.epochs=4",
-        "--config.log_every=1",
-        "--config.optim.warmup_steps=2",
-        "--config.model.image_size=16",
-        "--config.model.context_length=16",
-        "--config.model.vision={'layers':(1,1),'width':8,'stem':'small'}",
-        "--config.model.text={'layers':1,'width':32,'heads':2}",
-        "--config.checkpoint.every_steps=2",
-        "--config.checkpoint.keep=3",
-        "--config.eval.zero_shot={}",
-        "--config.eval.retrieval={}",
-        "--config.eval.geometry={}",
-    ]
-
-
-class Start:
-    """A process that runs the command line; what it prints goes to a file."""
-
-    def __init__(self, arguments: list[str], log: Path, before: Callable | None = None):
-        """`before`: called in the process before the command line."""
-        self.log, self.begin = log, time.monotonic()
-        log.write_text("")
-        sys.stdout.flush()
-        self.pid = os.fork()
-        if self.pid:
-            return
-        try:
-            os.setpgid(0, 0)
-            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(out, 1), os.dup2(out, 2)
-            code = _run(arguments, before)
-        except BaseException as error:
-            print(f"the campaign itself failed: {error!r}", file=sys.stderr, flush=True)
-            code = 99
-        os._exit(code)
-
-    def wait(self, until: Callable[[], bool] = lambda: False, timeout: float = 400) -> int | None:
-        """The exit code (-9: killed), or None as soon as `until()`."""
-        while time.monotonic() < self.begin + timeout:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
-            if until():
-                return None
-            time.sleep(0.002)
-        os.kill(self.pid, signal.SIGKILL)
-        raise TimeoutError(f"hangs: {self.text()[-500:]}")
-
-    def send(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-    def text(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def reached(self, step: int) -> Callable[[], bool]:
-        return lambda: bool(re.search(rf"^step {step}/", self.text(), re.MULTILINE))
-
-    def error(self) -> str:
-        """Its error line; AssertionError if there is not exactly one, or a traceback."""
-        lines = [line for line in self.text().splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1 and "Traceback" not in self.text(), f"not one clear line: {self.text()[-3000:]}"
-        return lines[0]
-
-
-def _run(arguments, before) -> int:
-    from rankclip_jax import train
-
-    sys.argv = ["rankclip_jax.train", *arguments]
-    try:
-        if before:
-            before()
-        train.main()
-    except SystemExit as stop:
-        if isinstance(stop.code, str):
-            print(stop.code, file=sys.stderr)
-        code = stop.code if isinstance(stop.code, int) else 1
-    else:
-        code = 0
-    import jax
-
-    sys.stdout.flush()
-    jax.distributed.shutdown()  # as Python does at a normal exit
-    return code
-
-
-def outcome_of(workdir: Path) -> tuple:
-    """What must be equal: every line of numbers, and the last checkpoint's positions and fingerprints."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    speed = ("images_per_second", "images_read_per_second", "data_wait", "mfu")
-    numbers = [{key: value for key, value in row.items() if key not in speed} for row in rows]
-    return numbers, json.loads((workdir / "checkpoints" / str(STEPS) / "data" / "metadata").read_text())
+from benchmarks.starts import STEPS, Start, flags, free_port, outcome_of, prepare, saves_begun, short
 
 
 class Campaign:
@@ -165,8 +32,6 @@ class Campaign:
 
     def __init__(self, folder: Path, seed: int, kills: int = 50):
         self.folder, self.random, self.kills, self._count = folder, random.Random(seed), kills, 0
-        begin = time.monotonic()
-        self.expected = None
         self.expected = self._finished(self.workdir())
         begin = time.monotonic()
         assert self._finished(self.workdir()) == self.expected, "two uninterrupted runs differ"
@@ -211,10 +76,8 @@ class Campaign:
             start, saving = self.start(workdir), killed % 2 == 1
             if saving:  # as soon as a save has begun, or a little later
                 after = self.random.randrange(1, 9)
-                seen, late = set(), self.random.uniform(0, 0.03)
-                begun = lambda seen=seen, after=after, w=workdir: _saves(w, seen) >= after  # noqa: E731
-                code = start.wait(begun)
-                time.sleep(late)
+                code = start.wait(functools.partial(saves_begun, workdir, set(), after))
+                time.sleep(self.random.uniform(0, 0.03))
             else:
                 moment = start.begin + self.random.uniform(0, self.seconds)
                 code = start.wait(lambda moment=moment: time.monotonic() > moment)
@@ -255,10 +118,10 @@ class Campaign:
         start = self.start(workdir, **options)
         code = start.wait()
         assert code == 1, (code, start.text()[-3000:])
-        return f"`{_short(start.error())}`"
+        return f"`{short(start.error())}`"
 
     def disk_full(self) -> str:
-        with _tmpfs(self.folder, "8m") as mounted:
+        with damage.small_disk(self.folder, "8m") as mounted:
             if mounted is None:
                 return "left out: needs root"
             workdir = shutil.copytree(self.late, mounted / "run")
@@ -266,15 +129,14 @@ class Campaign:
             with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as out:
                 while True:
                     out.write(bytes(4096))
-            before = sorted(path.name for path in (workdir / "checkpoints").iterdir())
+            before = set((workdir / "checkpoints").iterdir())
             said = self._stops(workdir)
-            after = [path.name for path in (workdir / "checkpoints").iterdir()]
-            assert set(before) <= set(after)
+            assert before <= set((workdir / "checkpoints").iterdir())
             filler.unlink()
             return f"{said}; then {self.goes_on(workdir)}"
 
     def read_only(self) -> str:
-        with _tmpfs(self.folder, "8m") as mounted:
+        with damage.small_disk(self.folder, "8m") as mounted:
             if mounted is None:
                 return "left out: needs root"
             workdir = shutil.copytree(self.late, mounted / "run")
@@ -315,13 +177,13 @@ class Campaign:
         if start.wait() == 0:
             assert outcome_of(workdir) == self.expected
             return "same numbers"
-        said = _short(start.error())
+        said = short(start.error())
         (workdir / name).write_text(whole)
         return f"`{said}`; then {self.goes_on(workdir)}"
 
     def nan_gradient(self) -> str:
         workdir = self.workdir()
-        said = self._stops(workdir, before=lambda: _nan_in_step(self.random.randrange(3, STEPS)))
+        said = self._stops(workdir, before=lambda: damage.nan_in_step(self.random.randrange(3, STEPS)))
         return f"{said}; then {self.goes_on(workdir)}"
 
     def data_vanishes(self) -> str:
@@ -334,7 +196,7 @@ class Campaign:
             assert start.wait() == 1, start.text()[-3000:]
         finally:
             (self.folder / "gone").rename(images)
-        return f"`{_short(start.error())}`; then {self.goes_on(workdir)}"
+        return f"`{short(start.error())}`; then {self.goes_on(workdir)}"
 
 
     def pair(self, workdir: Path) -> list[Start]:
@@ -349,93 +211,38 @@ class Campaign:
             assert start.wait() == 0, start.text()[-3000:]
         return outcome_of(workdir)
 
+    @functools.cache  # noqa: B019 -- there is one campaign
+    def expected_of_pair(self) -> tuple:
+        """What a pair leaves that nothing happened to."""
+        return self._pair_finished(self.workdir())
+
     def one_of_two_killed(self, which: int) -> str:
-        self.expected_of_pair = getattr(self, "expected_of_pair", None) or self._pair_finished(self.workdir())
         workdir = self.workdir()
         both = self.pair(workdir)
         at = self.random.randrange(4, STEPS - 4)
         assert both[0].wait(both[0].reached(at)) is None
         both[which].send(signal.SIGKILL)
-        killed = time.monotonic()
-        other = both[1 - which]
+        killed, other = time.monotonic(), both[1 - which]
         assert other.wait() == 1, other.text()[-3000:]
         said = [line for line in other.text().splitlines() if line.startswith("error: ")]
         assert len(said) == 1, other.text()[-3000:]
         seconds = time.monotonic() - killed
         assert both[which].wait() == -9
-        assert self._pair_finished(workdir) == self.expected_of_pair
-        return f"after {seconds:.0f} s `{_short(said[0])}`; then both went on to the same numbers"
+        assert self._pair_finished(workdir) == self.expected_of_pair()
+        return f"after {seconds:.0f} s `{short(said[0])}`; then both went on to the same numbers"
 
     def sigterm_to_one_of_two(self) -> str:
-        self.expected_of_pair = getattr(self, "expected_of_pair", None) or self._pair_finished(self.workdir())
         workdir = self.workdir()
         both = self.pair(workdir)
         assert both[0].wait(both[0].reached(2)) is None
         both[1].send(signal.SIGTERM)
         codes = [start.wait() for start in both]
         assert codes in ([75, 75], [0, 0]), [start.text()[-3000:] for start in both]
-        assert self._pair_finished(workdir) == self.expected_of_pair
+        saved = re.search(r"SIGTERM: saved step (\d+)", both[0].text())  # before the next start writes there
+        assert self._pair_finished(workdir) == self.expected_of_pair()
         if codes == [0, 0]:
             return "both came to the end before they had agreed on a step"
-        saved = re.search(r"SIGTERM: saved step (\d+)", both[0].text())
-        assert saved, both[0].text()[-3000:]
         return f"both exit 75 with step {saved[1]} saved; went on to the same numbers"
-
-
-def _saves(workdir: Path, seen: set) -> int:
-    with contextlib.suppress(OSError):
-        seen |= {path.name for path in (workdir / "checkpoints").iterdir() if "orbax-checkpoint-tmp" in path.name}
-    return len(seen)
-
-
-def _nan_in_step(step: int) -> None:
-    """From now on the gradient of `step` has a NaN among a parameter's."""
-    import jax
-
-    from rankclip_jax import step as steps
-
-    make, whole = steps.make_train_step, steps.loss_and_grads
-
-    def broken(*args):
-        loss, grads = whole(*args)
-        leaves, tree = jax.tree.flatten(grads)
-        return loss, jax.tree.unflatten(tree, [leaves[0].at[..., 0].set(float("nan")), *leaves[1:]])
-
-    def make_both(*args, **kwargs):
-        good, bad = make(*args, **kwargs), make(*args, **kwargs)
-
-        def train_step(state, batch):
-            if int(state.step) + 1 != step:
-                return good(state, batch)
-            steps.loss_and_grads = broken
-            return bad(state, batch)
-
-        return train_step
-
-    steps.make_train_step = make_both
-
-
-@contextlib.contextmanager
-def _tmpfs(folder: Path, size: str):
-    mounted = folder / "small_disk"
-    mounted.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mounted], capture_output=True)
-    try:
-        yield mounted if done.returncode == 0 else None
-    finally:
-        if done.returncode == 0:
-            subprocess.run(["umount", "-l", mounted], check=True)
-
-
-def _short(line: str) -> str:
-    line = re.sub(r"/\S*/(?=run\d|small_disk|data\.csv|images)", "", line)
-    return line if len(line) < 160 else line[:157] + "..."
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def cases(campaign: Campaign) -> list[tuple[str, Callable[[], str]]]:
