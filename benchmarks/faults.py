@@ -6,7 +6,8 @@ each line of metrics.jsonl, and the fingerprint of every array of the last check
 must say so in one line, and the next start, with the cause removed, must end with those numbers.
 
 Each start is a process of its own, forked from one that has imported the modules, which is most of a start's time.
-Full disk and read-only disk need root (a tmpfs is mounted), and are left out without.
+Full disk and read-only disk need root (a tmpfs is mounted), and are left out without. Leave the sources alone meanwhile:
+TensorFlow reads them again at each start.
 """
 
 import argparse
@@ -89,6 +90,7 @@ class Campaign:
                 killed += 1
                 shown = re.search(r"^step \d+/", start.text(), re.MULTILINE)
                 phases.append("while saving" if in_save else "between steps" if shown else "before the first step")
+                print(f"kill {killed} of {self.kills}: {phases[-1]}", file=sys.stderr, flush=True)
                 continue
             assert code == 0, start.text()[-3000:]
             assert outcome_of(workdir) == self.expected, f"{workdir}: other numbers after {phases}"
