@@ -6,8 +6,7 @@ each line of metrics.jsonl, and the fingerprint of every array of the last check
 must say so in one line, and the next start, with the cause removed, must end with those numbers.
 
 Each start is a process of its own, forked from one that has imported the modules, which is most of a start's time.
-Full disk and read-only disk need root (a tmpfs is mounted), and are left out without. Leave the sources alone meanwhile:
-TensorFlow reads them again at each start.
+Full and read-only disks need root (a tmpfs is mounted), and are left out without. Leave the sources alone meanwhile.
 """
 
 import argparse
@@ -283,8 +282,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         campaign = Campaign(Path(folder), options.seed, options.kills)
-        lines = ["| what was done | how it went |", "|---|---|"]
-        print("\n".join(lines))
+        print(*(lines := ["| what was done | how it went |", "|---|---|"]), sep="\n")
         for name, case in cases(campaign):
             if any(words in name for words in options.only):
                 try:
