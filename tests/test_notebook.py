@@ -1,5 +1,6 @@
-"""The Colab notebook runs from top to bottom at a small size."""
+"""The Colab notebook: it runs from top to bottom at a small size, and its stored outputs are those of a whole run."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -56,3 +57,22 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert "the same embeddings, to the last bit" in said
     assert "image_embeds differ by" in said  # transformers, which the tests have, was asked
     assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_its_stored_outputs_are_complete():
+    cells = [cell for cell in read().cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run in one go, from the top"
+    assert all(output.output_type != "error" for cell in cells for output in cell.outputs)
+    for cell in cells:
+        # A figure or a table is the last line of its cell.
+        if re.match(r"(figures|Show|print)\b", cell.source.splitlines()[-1]):
+            assert cell.outputs, cell.source
+    drawn = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert len(drawn) == sum(len(re.findall(r"^(?:figures\.|Show\(|view = display)", c.source, re.M)) for c in cells)
+
+
+def test_it_is_small_and_names_no_machine():
+    assert NOTEBOOK.stat().st_size < 1_500_000
+    for cell in read().cells:
+        for output in cell.get("outputs", ()):
+            assert not re.search(r"/(work|tmp|root|home|content)\b", texts(output)), texts(output)[:500]
