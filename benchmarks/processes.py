@@ -74,7 +74,7 @@ def differences(one: Path, other: Path) -> dict[str, float]:
         [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()] for workdir in (one, other)
     )
     assert [row.keys() for row in rows] == [row.keys() for row in others]
-    speed = ("images_per_second", "images_read_per_second", "data_wait", "mfu")
+    speed = ("images_per_second", "images_read_per_second", "data_wait", "tflops_per_device", "mfu")
     numbers = [
         abs(row[key] - theirs[key]) / max(abs(row[key]), 1e-2)
         for row, theirs in zip(rows, others, strict=True)

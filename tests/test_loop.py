@@ -50,7 +50,7 @@ def finish(workdir, *flags, env=ENV):
 
 def numbers(workdir):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    speed = ("images_per_second", "images_read_per_second", "data_wait")
+    speed = ("images_per_second", "images_read_per_second", "data_wait", "tflops_per_device", "mfu")
     return [{k: v for k, v in row.items() if k not in speed} for row in rows]
 
 
