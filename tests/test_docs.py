@@ -136,6 +136,8 @@ def test_commands(page, world, monkeypatch, capsys):
 
 def run(words: list[str], monkeypatch, training=check_training) -> None:
     words = [stand_in(word) for word in words if word not in ("[DIR", "...]")]  # [DIR ...]: or several
+    if words[0] == "srun":  # what it starts
+        words = words[1:]
     if words[0].startswith("--config."):  # a piece of a training command
         words = ["python", "-m", "rankclip_jax.train", "--config", "configs/shapes.py", *words]
         if any(word.startswith("--config.data.") for word in words):  # of data that are not here
