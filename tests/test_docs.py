@@ -104,7 +104,7 @@ def stand_in(word: str) -> str:
 def call(module: str, words: list[str], monkeypatch) -> None:
     """main() of the module as `python -m` would, exit code 0."""
     monkeypatch.setattr(sys, "argv", [module, *words])
-    main = importlib.import_module(module + (".__main__" if module.endswith("report") else "")).main
+    main = importlib.import_module(module + (".__main__" if module.endswith(("report", "study")) else "")).main
     try:
         main()
     except SystemExit as stop:
@@ -124,6 +124,23 @@ def check_training(words: list[str], monkeypatch) -> None:
     (config,) = seen
     if "--mode=plan" not in words and config.data.format != "tfds":
         assert sources.open_source(config.data, config.data.train, image_side=32).size
+
+
+def check_study(words: list[str], monkeypatch) -> None:
+    """Flags and configuration of a study; its runs have their tests."""
+    from rankclip_jax.study import __main__ as study
+
+    class Seen:
+        def __init__(self, config, workdir):
+            assert config.study.baseline in config.study.objectives
+
+        def run(self):
+            return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "Study", Seen)
+        patch.setattr(study.report, "write", lambda *arguments: "")
+        call("rankclip_jax.study", words, patch)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in RUN], ids=name)
@@ -153,6 +170,8 @@ def run(words: list[str], monkeypatch, training=check_training) -> None:
         elif module.startswith("benchmarks"):
             source = Path(importlib.util.find_spec(module).origin).read_text()
             assert all(flag.partition("=")[0] in source for flag in words if flag.startswith("--")), (module, words)
+        elif module == "rankclip_jax.study":
+            check_study(words, monkeypatch)
         elif module == "input_pipeline.download":
             check_download(words, monkeypatch)
         elif module == "rankclip_jax.doctor":
