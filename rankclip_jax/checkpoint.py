@@ -6,7 +6,9 @@ in its stream, and the fingerprint of every array) and perhaps `metrics`. What d
 damaged: it is named, passed over, never deleted.
 """
 
+import contextlib
 import json
+import logging
 import sys
 import zlib
 from pathlib import Path
@@ -154,7 +156,7 @@ def _read_state(folder, data, abstract_state):
 
 
 def _read_variables(folder, data):
-    with ocp.PyTreeCheckpointer() as reader:
+    with _quiet(), ocp.PyTreeCheckpointer() as reader:
         tree = reader.metadata(folder).item_metadata.tree
         wanted = {name: tree[name] for name in ("params", "batch_stats") if tree.get(name)}
         numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
@@ -167,6 +169,18 @@ def _read_variables(folder, data):
             return _difference(variables, data["fingerprints"])
 
     return variables, check
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Orbax warns that `state` alone lacks a file that its manager wrote one folder up."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _difference(tree, saved: dict[str, int]) -> str | None:
