@@ -1,5 +1,6 @@
 """What training and evaluation share: the mesh, the tokenizer, the model, and how to encode batches."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -99,6 +100,8 @@ class Run:
         """What the evaluations need of the model."""
         from input_pipeline import pipeline
 
+        gather = functools.partial(sharding.gather, mesh=self.mesh, rules=self.config.sharding)
+        state = state.replace(params=jax.jit(gather)(state.params))  # once, not in every batch
         return evaluation.Encoder(
             images=lambda batch: self.encode_images(state, batch),
             texts=lambda texts: self.encode_texts(state, texts),

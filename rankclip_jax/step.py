@@ -17,7 +17,7 @@ from rankclip_jax.accumulation import loss_and_grads
 from rankclip_jax.losses import OBJECTIVES, RANKING, clip_loss, objective_loss, rank_weight
 from rankclip_jax.models import CLIP
 from rankclip_jax.optim import hold
-from rankclip_jax.sharding import batch_axes, batch_sharding, state_shardings
+from rankclip_jax.sharding import batch_axes, batch_sharding, gather, params_shardings, state_shardings
 
 # OpenAI clamps the learned scale of the logits to at most 100; below 1 it would flatten them.
 MIN_LOG_SCALE, MAX_LOG_SCALE = 0.0, float(np.log(100))
@@ -144,9 +144,11 @@ def train_step_function(
             return loss, (parts, batch_stats)
 
         rows = {"image": pixels.reshape(views_BxVxSxSx3.shape), "tokens": tokens_BxVxL}
-        (loss, (parts, batch_stats)), grads = loss_and_grads(
-            embed, loss_of, state.params, rows, config.accumulate, constrain
-        )
+        used = state.params if mesh is None else gather(state.params, mesh, config.sharding)
+        (loss, (parts, batch_stats)), grads = loss_and_grads(embed, loss_of, used, rows, config.accumulate, constrain)
+        if mesh is not None:  # each device updates its own part
+            where = params_shardings(grads, mesh, config.sharding)
+            grads = jax.lax.with_sharding_constraint(grads, where)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = clamp_logit_scale(optax.apply_updates(state.params, updates))
         metrics = {"loss": loss, **parts, "grad_norm": optax.global_norm(grads), "logit_scale": _scale(state.params)}
@@ -214,7 +216,7 @@ def make_val_step(model: CLIP, config: ConfigDict, mesh: jax.sharding.Mesh) -> C
     """Returns jitted val_step(state, batch) -> the objective's parts (float32 scalars), as in evaluation."""
 
     def val_step(state: TrainState, batch: dict) -> dict:
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        variables = {"params": gather(state.params, mesh, config.sharding), "batch_stats": state.batch_stats}
         pixels = images.normalize(images.views(batch, model.config.vision.image_size)[:, 0])
         z_img_BxD, z_txt_BxD, _ = model.apply(variables, pixels, batch["tokens"])
         return _objective(z_img_BxD[:, None], z_txt_BxD[:, None], state.params, config.loss, lambda _: 1.0, mesh)[1]

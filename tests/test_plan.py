@@ -135,7 +135,8 @@ def test_a_line_through_two_batches_and_days():
 
 @pytest.mark.slow
 def test_the_plan_of_a_small_run(capsys):
-    numbers = plan.plan(complete(SMALL | {"mesh": {"data": 2, "fsdp": 4}, "sharding": "fsdp"}))
+    many = {"batch_size": 1024}  # activations, if they moved, would be far more than the parameters
+    numbers = plan.plan(complete(SMALL | many | {"mesh": {"data": 2, "fsdp": 4}, "sharding": "fsdp"}))
     said = capsys.readouterr().out
     model = models.build("ViT-tiny", image_size=32, context_length=16, vocab_size=512, eot_id=511, scan_layers=True)
     params = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
@@ -146,6 +147,8 @@ def test_the_plan_of_a_small_run(capsys):
     assert states < numbers["states_gib"] < 1.5 * states + 2**-10
     kinds = numbers["collectives"]
     assert "all-gather" in kinds and kinds["all-gather"][1] > 4 * count * 0.5  # parameters are gathered to be used
+    # They, their gradients, and what the loss needs: both embeddings there and back. No activations.
+    assert sum(size for _, size in kinds.values()) < 1.2 * (2 * 4 * count + 4 * 4 * 1024 * model.config.embed_dim)
     assert "largest batch that fits" in said and "days" in said
 
 

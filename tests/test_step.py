@@ -33,7 +33,8 @@ def flat(tree):
 def run(name, devices, *, count, rules=((".*", ()),), mesh_axes=None, fields=None, flip=True, model_fields=None):
     """Trains `count` steps on made data."""
     config = complete(
-        {"batch_size": 16, "data": {"flip": flip}, "optim": {"lr": 1e-3, "warmup_steps": 2}} | (fields or {})
+        {"batch_size": 16, "data": {"flip": flip}, "optim": {"lr": 1e-3, "warmup_steps": 2}, "sharding": rules}
+        | (fields or {})
     )
     model = models.build(name, text=TEXT, **SMALL[name], **(model_fields or {}))
     mesh = sharding.make_mesh(mesh_axes or {"data": -1}, jax.devices()[:devices])
