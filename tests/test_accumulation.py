@@ -91,7 +91,7 @@ def test_two_views_go_in_parts_too():
         return [x.reshape(-1, 2, x.shape[-1]) for x in z]
 
     def loss(params, z):
-        return steps._objective(*z, params, config, 1.5, mesh)
+        return steps._objective(*z, params, config, lambda schedule: 1.5, mesh)
 
     assert_parts_are_the_whole(embed_views, loss, params, batch)
 

@@ -206,11 +206,3 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     step = int(re.match(r"step (\d+)", str(stopped.value))[1])
     saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
     assert all(s < step for s in saved)
-
-
-@pytest.mark.slow
-def test_a_csv_trains_too(captioned, tmp_path):
-    data = {"data.format": "csv", "data.train": captioned, "data.val": None, "epochs": 4}
-    nothing = {f"eval.{kind}": {} for kind in ("zero_shot", "retrieval", "geometry")}
-    loop.train(small(**data, **nothing), tmp_path / "run")
-    assert [row["step"] for row in numbers(tmp_path / "run")] == [1, 2, 3, 4]  # 40 rows: one batch of 32 an epoch
