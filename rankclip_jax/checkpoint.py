@@ -43,6 +43,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | Path, config: ConfigDict, start: int | None = None):
         """`start`: the step that was restored. Newer ones proved damaged, and make way under another name."""
+        logging.getLogger("absl").addFilter(_not_told_twice)
         folder = _folder(workdir, config)
         self._folder, self._best, self._saved = folder, config.best, start
         policies = [keep.LatestN(config.keep)]
@@ -169,6 +170,11 @@ def _read_variables(folder, data):
             return _difference(variables, data["fingerprints"])
 
     return variables, check
+
+
+def _not_told_twice(record: logging.LogRecord) -> bool:
+    """Orbax logs an error of a save in the background with its stack, and raises it here besides: a line is enough."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 @contextlib.contextmanager
