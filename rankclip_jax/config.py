@@ -266,6 +266,8 @@ def complete(config: Mapping) -> ConfigDict:
         if term not in TERMS:
             raise InputError(f"config.loss.terms.{term} does not exist; the terms are {', '.join(TERMS)}")
         merged.loss.terms[term] = _term_weight(weight, f"config.loss.terms.{term}")
+    if merged.profile is not None and not (len(merged.profile) == 2 and 1 <= merged.profile[0] <= merged.profile[1]):
+        raise InputError(f"config.profile = {merged.profile}: give (first, last), steps counted from 1")
     _check_choice(merged, "loss.form", ("exact", "released"))
     _check_choice(merged, "loss.schedule", SCHEDULES)
     _check_choice(merged, "loss.decay", (None, "log"))

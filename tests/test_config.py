@@ -80,3 +80,9 @@ def test_differences_name_what_changed_and_allow_what_may():
 def test_objectives_and_terms_are_those_of_the_losses():
     assert tuple(OBJECTIVES) == configs.OBJECTIVES
     assert tuple(MATRICES) == configs.TERMS
+
+
+@pytest.mark.parametrize("steps", [(3, 1), (0, 2), (5,)])
+def test_steps_to_trace_are_a_first_and_a_last(steps):
+    with pytest.raises(InputError, match=r"config.profile = .*: give \(first, last\)"):
+        configs.complete({"profile": steps})
