@@ -52,6 +52,7 @@ class Run:
         canvas = canvas_side(config, self.side)
         self.view = dict(batch_size=self.local_batch, image_side=self.side, process=self.process, canvas=canvas)
         self._embed = steps.make_embed_step(self.model)
+        self._gather = jax.jit(functools.partial(sharding.gather, mesh=self.mesh, rules=config.sharding))
         self._val_step = steps.make_val_step(self.model, config, self.mesh)
 
     def encode_images(self, state: steps.TrainState, batch: dict) -> np.ndarray:
@@ -100,8 +101,7 @@ class Run:
         """What the evaluations need of the model."""
         from input_pipeline import pipeline
 
-        gather = functools.partial(sharding.gather, mesh=self.mesh, rules=self.config.sharding)
-        state = state.replace(params=jax.jit(gather)(state.params))  # once, not in every batch
+        state = state.replace(params=self._gather(state.params))  # once, not in every batch
         return evaluation.Encoder(
             images=lambda batch: self.encode_images(state, batch),
             texts=lambda texts: self.encode_texts(state, texts),
