@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rankclip_jax.train",
         description="Trains, or evaluates what was trained. A run that stopped goes on by the same command.",
-        epilog="Any key of the configuration can be given: --config.optim.lr=1e-3 (rankclip_jax/config.py lists them).",
+        epilog="Any key of the configuration can be given: --config.optim.lr=1e-3 (docs/config.md lists them).",
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="a file of configs/, with its argument after a colon")

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from rankclip_jax import config as configs
+from rankclip_jax import config_keys
 from rankclip_jax.errors import InputError
 from rankclip_jax.losses.objective import OBJECTIVES
 from rankclip_jax.losses.row_terms import MATRICES
@@ -39,7 +40,7 @@ def test_a_wrong_value_says_which_and_what_is_valid(wrong, message):
 def test_given_values_replace_defaults_and_the_rest_stays():
     config = configs.complete({"optim": {"lr": 1}, "mesh": {"data": 2, "fsdp": 4}})
     assert config.optim.lr == 1.0 and isinstance(config.optim.lr, float)
-    assert config.optim.b2 == configs.default_config().optim.b2
+    assert config.optim.b2 == config_keys.default_config().optim.b2
     assert config.mesh.to_dict() == {"data": 2, "fsdp": 4}
 
 
@@ -78,8 +79,8 @@ def test_differences_name_what_changed_and_allow_what_may():
 
 
 def test_objectives_and_terms_are_those_of_the_losses():
-    assert tuple(OBJECTIVES) == configs.OBJECTIVES
-    assert tuple(MATRICES) == configs.TERMS
+    assert tuple(OBJECTIVES) == config_keys.OBJECTIVES
+    assert tuple(MATRICES) == config_keys.TERMS
 
 
 @pytest.mark.parametrize("steps", [(3, 1), (0, 2), (5,)])

@@ -16,8 +16,7 @@ import pytest
 from ml_collections import ConfigDict
 from packaging.requirements import Requirement
 
-from rankclip_jax import config as configs
-from rankclip_jax import doctor
+from rankclip_jax import config_keys, doctor
 from tests.docs_world import REPO, SMALL, STAND_INS, make_world
 
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -72,7 +71,7 @@ def test_files_links_and_keys_exist(page):
         assert linked.exists(), target
         assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
     for key in set(re.findall(r"\bconfig\.([a-z_0-9]+(?:\.[a-z_0-9]+)*)", text)):
-        parts, value = key.split("."), configs.default_config()
+        parts, value = key.split("."), config_keys.default_config()
         if parts[0] in ("json", "md", "py", "key"):
             continue  # config.json and so on; --config.key=value stands for any
         while parts and isinstance(value, ConfigDict) and len(value):  # in an empty group names are the user's own

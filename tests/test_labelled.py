@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from input_pipeline import labelled, pipeline
-from rankclip_jax import config as configs
+from rankclip_jax import config_keys
 from rankclip_jax.errors import InputError
 
 GREYS = [10, 10, 20, 20, 30, 30, 30]  # of seven images; their classes are 0, 0, 1, 1, 2, 2, 2
@@ -70,7 +70,7 @@ def write_csv(root):
 
 
 def spec(**fields):
-    return ConfigDict(configs.ZERO_SHOT_SET | fields)
+    return ConfigDict(config_keys.ZERO_SHOT_SET | fields)
 
 
 def read_all(source):
@@ -129,7 +129,7 @@ def test_processes_share_a_set_and_every_sample_comes_once(tmp_path):
 def test_retrieval_by_csv_groups_the_rows_of_an_image(tmp_path):
     write_csv(tmp_path)
     (tmp_path / "captions.csv").write_text("image,caption\n0.png,one\n1.png,two\n0.png,three\n2.png,four\n0.png,five\n")
-    fields = ConfigDict(configs.CAPTIONED_SET | dict(path=str(tmp_path / "captions.csv")))
+    fields = ConfigDict(config_keys.CAPTIONED_SET | dict(path=str(tmp_path / "captions.csv")))
     found = labelled.open_captioned(fields, image_side=16)
     assert found.captions == ["one", "three", "five", "two", "four"]
     assert found.image_of_text.tolist() == [0, 0, 0, 1, 2] and found.source.size == 3
@@ -143,7 +143,7 @@ def test_flickr30ks_own_file_has_bars_and_spaces(tmp_path):
     )
     fields = dict(path=str(tmp_path / "results.csv"), delimiter="|", image_key="image_name", caption_key="comment")
     found = labelled.open_captioned(
-        ConfigDict(configs.CAPTIONED_SET | fields | dict(image_folder="images")), image_side=16
+        ConfigDict(config_keys.CAPTIONED_SET | fields | dict(image_folder="images")), image_side=16
     )
     assert found.captions == ["A dog , running .", "Dog"] and found.image_of_text.tolist() == [0, 0]
     assert Image.open(io.BytesIO(labelled.thumbnail(found.source, 0))).size == (24, 20)
@@ -152,7 +152,7 @@ def test_flickr30ks_own_file_has_bars_and_spaces(tmp_path):
 def test_retrieval_in_clip_benchmarks_layout_has_a_caption_a_line(tmp_path):
     write_tar(tmp_path / "test" / "0.tar", [("a", 10, "txt", "one\ntwo\n"), ("b", 20, "txt", "three")])
     (tmp_path / "test" / "nshards.txt").write_text("1")
-    fields = ConfigDict(configs.CAPTIONED_SET | dict(format="clip_benchmark", path=str(tmp_path)))
+    fields = ConfigDict(config_keys.CAPTIONED_SET | dict(format="clip_benchmark", path=str(tmp_path)))
     found = labelled.open_captioned(fields, image_side=16)
     assert found.captions == ["one", "two", "three"] and found.image_of_text.tolist() == [0, 0, 1]
     assert next(pipeline.eval_batches(found.source, batch_size=2, image_side=16))["mask"].all()
@@ -230,7 +230,7 @@ def test_a_csv_needs_names_numbers_and_enough_names(tmp_path):
 
 def test_captions_that_do_not_fit_are_named(tmp_path):
     (tmp_path / "c.csv").write_text("image,caption\na.png,x\nb.png,\n")
-    open_set = lambda **fields: labelled.open_captioned(ConfigDict(configs.CAPTIONED_SET | fields), image_side=16)  # noqa: E731
+    open_set = lambda **fields: labelled.open_captioned(ConfigDict(config_keys.CAPTIONED_SET | fields), image_side=16)  # noqa: E731
     with pytest.raises(InputError, match=r"b.png: an image without a caption"):
         open_set(path=str(tmp_path / "c.csv"))
     with pytest.raises(InputError, match=r"no column 'text'; its columns are: image, caption"):
@@ -273,7 +273,7 @@ def test_coco_by_tfds_has_several_captions_an_image(tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")
     with tfds.testing.mock_data(num_examples=3, num_sub_examples=5):
         fields = dict(format="tfds", path="coco_captions:test", data_dir=str(tmp_path))
-        found = labelled.open_captioned(ConfigDict(configs.CAPTIONED_SET | fields), image_side=16)
+        found = labelled.open_captioned(ConfigDict(config_keys.CAPTIONED_SET | fields), image_side=16)
         assert found.source.size == 3 and len(set(found.image_of_text.tolist())) == 3
         assert next(pipeline.eval_batches(found.source, batch_size=3, image_side=16))["row"].tolist() == [0, 1, 2]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from rankclip_jax.config import ZERO_SHOT_SET
+from rankclip_jax.config_keys import ZERO_SHOT_SET
 from rankclip_jax.errors import InputError
 
 # Set -> (builder and split of tensorflow-datasets, None where it has none that works; name at CLIP_benchmark).
