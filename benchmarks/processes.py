@@ -47,7 +47,7 @@ def train(workdir: Path, processes: int, devices: int, *flags: str) -> list[str]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    xla = f"--xla_force_host_platform_device_count={devices // processes} --xla_backend_optimization_level=1"
+    xla = f"--xla_force_host_platform_device_count={devices // processes} --xla_backend_optimization_level=0"
     env = os.environ | {"XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "rankclip_jax.train", *SMALL, f"--workdir={workdir}", *flags]
     together = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}"] if processes > 1 else []

@@ -1,7 +1,8 @@
 """The whole training step, ours and that of transformers.CLIPModel, in turn: python -m benchmarks.train_step.
 
     python -m benchmarks.train_step [--models ViT-B/32 RN50] [--batch 16] [--rounds 5]
-    python -m benchmarks.train_step --scaling      # memory and traffic of 1 to 256 devices, compiled only
+    python -m benchmarks.train_step --parts 1 2 4 8    # our step, the batch in so many parts (config.accumulate)
+    python -m benchmarks.train_step --scaling          # memory and traffic of 1 to 256 devices, compiled only
 
 Each contender lives in a process of its own and does one step when it is its turn, so that a machine whose speed drifts
 slows all alike and each one's memory is its own. A step is forward, backward and AdamW on made pictures and texts:
@@ -40,7 +41,9 @@ def made_batch(batch: int, side: int, length: int, vocabulary: int) -> tuple[np.
 
 
 def ours(name: str, objective: str, batch: int | None):
-    """-> (a function that does a step, facts): our step as rankclip_jax.train jits it."""
+    """-> (a function that does a step, facts): our step as rankclip_jax.train jits it.
+
+    `objective`: clip or rankclip, perhaps with a number of parts behind it: "rankclip, 4 parts"."""
     import jax
 
     from rankclip_jax import flops, models, optim, sharding
@@ -48,7 +51,8 @@ def ours(name: str, objective: str, batch: int | None):
 
     on_cpu = jax.default_backend() == "cpu"
     batch = batch or (16 if on_cpu else 256)
-    config = configs.complete({"batch_size": batch, "loss": {"objective": objective}})
+    objective, _, parts = objective.removesuffix(" parts").partition(", ")
+    config = configs.complete({"batch_size": batch, "accumulate": int(parts or 1), "loss": {"objective": objective}})
     model, mesh = models.build(name, dtype="float32" if on_cpu else "bfloat16"), sharding.make_mesh({"data": -1})
     tx = optim.make_optimizer(config.optim, 100_000)
     state = steps.init_state(model, tx, 0, mesh, config.sharding)
@@ -104,7 +108,7 @@ def pytorch(compiled: bool, batch: int | None):
 def contend(name: str, contender: str, batch: int | None) -> None:
     """In a child: a step for each line that comes in, and its seconds back."""
     print("{}", flush=True)  # it is alive; what follows may take minutes
-    is_ours = contender in OURS
+    is_ours = contender not in PYTORCH
     step, memory, facts = ours(name, contender, batch) if is_ours else pytorch(contender == PYTORCH[1], batch)
     for _ in sys.stdin:
         begin = time.perf_counter()
@@ -142,26 +146,28 @@ class Child:
         self._process.wait()
 
 
-def compare(name: str, batch: int | None, rounds: int) -> None:
-    """Prints a table of the contenders for one model."""
-    contenders = [*OURS, *(PYTORCH if name == "ViT-B/32" else ())]
+def compare(name: str, contenders: list[str], batch: int | None, rounds: int) -> None:
+    """Prints a table of the contenders for one model; the first is the measure of the others."""
     children = {contender: Child(name, contender, batch) for contender in contenders}
     first = {}
     for contender, child in children.items():
         first[contender] = child.step()  # compiles
         print(f"{name}, {contender}: {'failed' if first[contender] is None else 'ready'}", file=sys.stderr, flush=True)
-    children = {contender: child for contender, child in children.items() if first[contender]}
+    first = {contender: facts for contender, facts in first.items() if facts}
+    children = {contender: children[contender] for contender in first}
+    if not children:
+        return
     results = {contender: [] for contender in children}
     for _ in range(rounds):
         for contender, child in children.items():
             results[contender].append(child.step())
     for child in children.values():
         child.end()
-    facts = first["clip"]
+    facts, base = (next(iter(found.values())) for found in (first, results))
+    base = np.median([result["seconds"] for result in base])
     print(f"\n{name}, batch {facts['batch']}, {facts['device']}, median of {rounds} interleaved rounds\n")
-    print("| step | images/s | seconds (range) | time, clip = 1 | TFLOP/s | MFU | memory, GB |")
+    print("| step | images/s | seconds (range) | time, first = 1 | TFLOP/s | MFU | memory, GB |")
     print("|---|---|---|---|---|---|---|")
-    base = np.median([result["seconds"] for result in results["clip"]])
     for contender, found in results.items():
         times = [result["seconds"] for result in found]
         seconds, low, high = np.median(times), min(times), max(times)
@@ -199,6 +205,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["ViT-B/32", "RN50"])
     parser.add_argument("--batch", type=int, default=0, help="default: 16 on a CPU, 256 on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parts", type=int, nargs="+", help="compare these numbers of parts instead")
     parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     flags = parser.parse_args()
@@ -207,7 +214,10 @@ def main() -> None:
     if flags.scaling:
         return scaling()
     for name in flags.models:
-        compare(name, flags.batch, flags.rounds)
+        contenders = [*OURS, *(PYTORCH if name == "ViT-B/32" else ())]
+        if flags.parts:
+            contenders = [f"rankclip, {parts} parts" for parts in flags.parts]
+        compare(name, contenders, flags.batch, flags.rounds)
 
 
 if __name__ == "__main__":

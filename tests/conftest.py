@@ -17,6 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# Minutes long: they go first, so that no worker has one left when the others are done.
+LONG = ("test_notebook.py", "test_faults.py", "test_two_processes.py", "test_docs.py", "test_loop.py", "test_study.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 @pytest.fixture
 def captioned(tmp_path):

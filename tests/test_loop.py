@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,8 @@ from rankclip_jax import evaluate, evaluation, loop
 from rankclip_jax.errors import InputError
 
 REPO = Path(__file__).parents[1]
-ENV = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+ONE_DEVICE = "--xla_backend_optimization_level=0"  # as in conftest.py: tests compile more than they compute
+ENV = os.environ | {"XLA_FLAGS": ONE_DEVICE, "JAX_PLATFORMS": "cpu"}
 SMALL = [
     "--config=configs/shapes.py",
     "--config.batch_size=32",
@@ -96,9 +96,8 @@ def test_evaluation_says_digit_for_digit_what_training_said(trained):
 @pytest.mark.slow
 def test_eight_devices_evaluate_as_one_does(trained, tmp_path):
     workdir = shutil.copytree(trained[0], tmp_path / "run")
-    code, output = finish(
-        workdir, "--mode=eval", env=ENV | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    )
+    env = ENV | {"XLA_FLAGS": f"{ONE_DEVICE} --xla_force_host_platform_device_count=8"}
+    code, output = finish(workdir, "--mode=eval", env=env)
     assert code == 0, output
     said = next(row for row in numbers(workdir) if row["step"] == 18 and "zero_shot/seen/top1" in row)
     for key, value in evaluation.flat(json.loads((workdir / "eval.json").read_text())).items():
@@ -124,22 +123,6 @@ def test_weights_from_elsewhere_are_evaluated_as_the_workdir_they_came_from(trai
     assert results["geometry"]["scenes"]["alignment"] == pytest.approx(said["geometry/scenes/alignment"], rel=1e-3)
     code, output = finish(tmp_path / "out", "--mode=eval", f"--config.eval.model={weights}")
     assert code == 1 and "brings no tokenizer; give --config.tokenizer.path" in output
-
-
-@pytest.mark.slow
-def test_sigterm_saves_first_and_the_next_start_goes_on(trained, tmp_path):
-    process = start(tmp_path / "run", "--config.checkpoint.every_steps=None")
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
-    assert process.wait() == 75, rest
-    step = int(re.search(r"SIGTERM: saved step (\d+)", rest)[1])
-    assert (tmp_path / "run" / "checkpoints" / str(step)).exists()
-    code, output = finish(tmp_path / "run")
-    assert code == 0 and f"resuming from step {step} of 18" in output
-    assert numbers(tmp_path / "run") == numbers(trained[0])
 
 
 def test_the_command_line_prints_one_line_about_wrong_input(tmp_path):
@@ -202,7 +185,7 @@ def test_evaluating_an_empty_workdir_says_so(tmp_path):
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     with pytest.raises(InputError, match=r"step \d+: loss .* The last good checkpoint is kept") as stopped:
-        loop.train(small(**{"optim.lr": 1e30, "optim.grad_clip_norm": None}), tmp_path / "run")
+        loop.train(small(**{"optim.lr": 1e30, "data.val": None, "eval.zero_shot": {}}), tmp_path / "run")
     step = int(re.match(r"step (\d+)", str(stopped.value))[1])
     saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
     assert all(s < step for s in saved)

@@ -1,15 +1,19 @@
 """Real processes on this machine, with CPU devices and Gloo: they train, evaluate and save as one process does."""
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks import processes
 from input_pipeline import pipeline
-from rankclip_jax import distributed
+from rankclip_jax import config as configs
+from rankclip_jax import distributed, loop
 from rankclip_jax.errors import InputError
 
 
 @pytest.mark.slow
-def test_two_processes_train_evaluate_and_save_as_one_does(tmp_path):
+def test_two_processes_train_evaluate_and_save_as_one_does(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(Path(processes.__file__).parents[1])
     one, two = tmp_path / "one", tmp_path / "two"
     processes.train(one, 1, 2)
     first, second = processes.train(two, 2, 2)
@@ -17,7 +21,9 @@ def test_two_processes_train_evaluate_and_save_as_one_does(tmp_path):
     assert found["numbers"] < processes.RTOL_NUMBERS and found["state"] < processes.ATOL_STATE
     assert "2 cpu device(s) of 2 processes" in first and "step 6/6" in first
     assert "step" not in second, "only process 0 speaks"
-    assert "is trained to its last step, 6" in processes.train(two, 1, 2)[0]
+    # This process, with its eight devices, reads what the two have saved.
+    loop.train(configs.load("configs/shapes.py", [flag.removeprefix("--config.") for flag in processes.SMALL[1:]]), two)
+    assert "is trained to its last step, 6" in capsys.readouterr().out
 
 
 def test_where_another_number_of_processes_goes_on():
