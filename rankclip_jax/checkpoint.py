@@ -44,6 +44,7 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, config: ConfigDict, start: int | None = None):
         """`start`: the step that was restored. Newer ones proved damaged, and make way under another name."""
         logging.getLogger("absl").addFilter(_not_told_twice)
+        sys.unraisablehook = _without_late_callbacks
         folder = _folder(workdir, config)
         self._folder, self._best, self._saved = folder, config.best, start
         policies = [keep.LatestN(config.keep)]
@@ -175,6 +176,15 @@ def _read_variables(folder, data):
 def _not_told_twice(record: logging.LogRecord) -> bool:
     """Orbax logs an error of a save in the background with its stack, and raises it here besides: a line is enough."""
     return not (record.exc_info and "orbax" in record.pathname)
+
+
+_unraisablehook = sys.unraisablehook
+
+
+def _without_late_callbacks(unraisable) -> None:
+    """After a failed write TensorStore's others call back, each with a stack; the failure itself is raised here."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _unraisablehook(unraisable)
 
 
 @contextlib.contextmanager
