@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import random
+import re
 import time
 from pathlib import Path
 
@@ -59,14 +60,14 @@ def row(cells: dict[tuple, dict]) -> str:
     memory, tflops = flops.ACCELERATORS[target["kind"]]
     used, moved, rates, floors = [], [], [], []
     for found in cells.values():
-        if "error" in found:
-            used.append(found["error"])
+        floors.append(batch / (found["flops"] / target["count"] / (tflops * 1e12)))
+        if "error" in found:  # "... the total memory required for HLO temporaries (25.18G) exceeds ..."
+            used.append(f"**{re.search(r'[0-9.]+(?=G)', found['error'])[0]}**")
             continue
         used.append(f"{(found['states'] + found['temporary']) / 2**30:.2f}")
         moved.append(f"{sum(size for _, size in found['collectives'].values()) / 2**20:,.0f}")
         rates.append(f"{batch / found['step_seconds']:,.0f}" if "step_seconds" in found else "-")
-        floors.append(batch / (found["flops"] / target["count"] / (tflops * 1e12)))
-    columns = [f"{', '.join(used)} of {memory}", ", ".join(moved), ", ".join(rates), f"{max(floors, default=0):,.0f}"]
+    columns = [f"{', '.join(used)} of {memory}", ", ".join(moved), ", ".join(rates), f"{max(floors):,.0f}"]
     return f"| {topology} | {model} | {sharding} | {batch:,} | {' | '.join(columns)} |"
 
 
