@@ -38,7 +38,9 @@ def compile_cell(batch: int, sharding: str, objective: str, model: str, topology
     changes = [f"batch_size={batch}", "model.remat=True", "model.scan_layers=True", *SHARDINGS[sharding]]
     begin, target = time.monotonic(), plan.parse_target(topology)
     found = plan.compile_step(configs.load(spec, changes), target)
-    return found | {"step_seconds": step_seconds(spec, changes, target), "seconds": round(time.monotonic() - begin, 1)}
+    if "error" not in found:
+        found["step_seconds"] = step_seconds(spec, changes, target)
+    return found | {"seconds": round(time.monotonic() - begin, 1)}
 
 
 def step_seconds(spec: str, changes: list[str], target: dict) -> float:

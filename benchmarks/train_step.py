@@ -163,8 +163,8 @@ def compare(name: str, contenders: list[str], batch: int | None, rounds: int) ->
             results[contender].append(child.step())
     for child in children.values():
         child.end()
-    facts, base = (next(iter(found.values())) for found in (first, results))
-    base = np.median([result["seconds"] for result in base])
+    facts = next(iter(first.values()))
+    base = np.median([result["seconds"] for result in next(iter(results.values()))])
     print(f"\n{name}, batch {facts['batch']}, {facts['device']}, median of {rounds} interleaved rounds\n")
     print("| step | images/s | seconds (range) | time, first = 1 | TFLOP/s | MFU | memory, GB |")
     print("|---|---|---|---|---|---|---|")
