@@ -59,10 +59,10 @@ def row(cells: dict[tuple, dict]) -> str:
     """The numbers of the objectives' cells of one topology, model, sharding and batch, in the order of OBJECTIVES."""
     (batch, sharding, _, model, topology), _ = next(iter(cells.items()))
     target = plan.parse_target(topology)
-    memory, tflops = flops.ACCELERATORS[target["kind"]]
+    memory, tflops = flops.ACCELERATORS[target.kind]
     used, moved, rates, floors = [], [], [], []
     for found in cells.values():
-        floors.append(batch / (found["flops"] / target["count"] / (tflops * 1e12)))
+        floors.append(batch / (found["flops"] / target.count / (tflops * 1e12)))
         if "error" in found:  # "... the total memory required for HLO temporaries (25.18G) exceeds ..."
             used.append(f"**{re.search(r'[0-9.]+(?=G)', found['error'])[0]}**")
             continue

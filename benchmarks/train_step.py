@@ -48,12 +48,14 @@ def ours(name: str, objective: str, batch: int | None):
 
     from rankclip_jax import flops, models, optim, sharding
     from rankclip_jax import step as steps
+    from rankclip_jax.devices import devices_of
 
     on_cpu = jax.default_backend() == "cpu"
     batch = batch or (16 if on_cpu else 256)
     objective, _, parts = objective.removesuffix(" parts").partition(", ")
     config = configs.complete({"batch_size": batch, "accumulate": int(parts or 1), "loss": {"objective": objective}})
-    model, mesh = models.build(name, dtype="float32" if on_cpu else "bfloat16"), sharding.make_mesh({"data": -1})
+    mesh = sharding.make_mesh({"data": -1})
+    model = models.build(name, dtype="float32" if on_cpu else "bfloat16", devices=devices_of(mesh))
     tx = optim.make_optimizer(config.optim, 100_000)
     state = steps.init_state(model, tx, 0, mesh, config.sharding)
     train_step = steps.make_train_step(model, tx, config, mesh, total_steps=100_000, steps_per_epoch=1_000)
@@ -68,7 +70,7 @@ def ours(name: str, objective: str, batch: int | None):
 
     device = jax.devices()[0]
     peak = flops.peak_tflops(device.device_kind)
-    facts = {"batch": batch, "device": device.device_kind, "flops": flops.step_flops(model, batch), "peak": peak}
+    facts = {"batch": batch, "device": device.device_kind, "flops": flops.step_flops(model.config, batch), "peak": peak}
 
     def memory():
         return None if on_cpu else device.memory_stats()["peak_bytes_in_use"]

@@ -92,6 +92,7 @@ def complete(config: Mapping) -> ConfigDict:
     _check_choice(merged, "optim.freeze", (None, "vision", "text"))
     _check_choice(merged, "data.resize", ("device", "host"))
     _check_choice(merged, "model.dtype", ("float32", "bfloat16"))
+    _check_choice(merged, "model.attention", ("auto", "xla", "cudnn"))
     if merged.data.two_views and merged.loss.objective in ("rank", "siglip") and not merged.loss.terms.get("clip"):
         raise InputError(
             f"config.data.two_views adds to the contrastive term, which objective = {merged.loss.objective} lacks; "
@@ -185,7 +186,7 @@ def differences(old: Mapping, new: Mapping) -> list[str]:
     return [
         f"config.{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
         for key in sorted(flat_old | flat_new)
-        if flat_old.get(key) != flat_new.get(key) and key.split(".")[0] not in MAY_CHANGE
+        if flat_old.get(key) != flat_new.get(key) and not f"{key}.".startswith(tuple(f"{k}." for k in MAY_CHANGE))
     ]
 
 

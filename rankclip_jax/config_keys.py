@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 # Keys that may differ between the start of a run and its resumption: they change what is looked at or kept,
 # never a number that is trained, but by its rounding: mesh and sharding.
-MAY_CHANGE = ("log_every", "eval", "checkpoint", "plan", "profile", "study", "mesh", "sharding")
+MAY_CHANGE = ("log_every", "eval", "checkpoint", "plan", "profile", "study", "mesh", "sharding", "model.attention")
 
 # Spelled out here, so that reading a configuration imports no JAX; a test compares them with rankclip_jax/losses.
 OBJECTIVES = ("clip", "rankclip", "rank", "siglip", "cyclip")
@@ -91,6 +91,7 @@ def default_config() -> ConfigDict:
                 context_length=None,  # tokens a caption; None: the preset's
                 dtype="float32",  # of the computation: float32 | bfloat16; parameters stay float32
                 activation=None,  # quick_gelu | gelu; None: the preset's
+                attention="auto",  # auto | xla | cudnn: what self-attention runs on; auto: cuDNN where it can, else XLA
                 scan_layers=False,  # one compiled layer for all: faster to compile, same numbers
                 logit_scale=None,  # where its logarithm starts; None: ln(1 / 0.07), ln 10 for siglip. [o] [s]
                 logit_bias=None,  # where siglip's learned bias starts; None: no bias, and -10 for siglip. [s]

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,6 +89,17 @@ def _in_a_line(error: Exception) -> str:
 
 def _small_step(where) -> tuple[float, float, float]:
     """Loss, seconds of the first and of the second step of a small model on the devices `where`."""
+    (step, state, batch), seconds = small_program(where), []
+    for _ in range(2):
+        start = time.perf_counter()
+        state, numbers = step(state, batch)
+        loss = float(numbers["loss"])
+        seconds.append(time.perf_counter() - start)
+    return loss, *seconds
+
+
+def small_program(where: Sequence) -> tuple:
+    """A training step of a small model, its state and a batch on the devices `where`."""
     import numpy as np
 
     from rankclip_jax import config as configs
@@ -106,13 +117,7 @@ def _small_step(where) -> tuple[float, float, float]:
         "image": rng.integers(0, 256, (8, 32, 32, 3)).astype(np.uint8),
         "tokens": rng.integers(1, 64, (8, 8)).astype(np.int32),
     }
-    batch, seconds = steps.to_devices(batch, mesh), []
-    for _ in range(2):
-        start = time.perf_counter()
-        state, numbers = step(state, batch)
-        loss = float(numbers["loss"])
-        seconds.append(time.perf_counter() - start)
-    return loss, *seconds
+    return step, state, steps.to_devices(batch, mesh)
 
 
 def pipeline(pictures: int = 400) -> Iterator[Finding]:

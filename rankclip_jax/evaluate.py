@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from rankclip_jax import checkpoint, evaluation, images, models, optim, pretrained, sharding
 from rankclip_jax import step as steps
+from rankclip_jax.devices import devices_of
 from rankclip_jax.errors import InputError
 from rankclip_jax.run import Run
 from rankclip_jax.tokenizer import Tokenizer
@@ -60,7 +61,12 @@ def _model(config, workdir):
     side = read.config.vision.image_size
     if (read.view.mean, read.view.std, read.view.resize, read.view.crop) != (images.MEAN, images.STD, side, side):
         raise InputError(f"{config.eval.model} prepares its pictures otherwise than CLIP does; evaluation does not")
-    run = Run(config, workdir, read.tokenizer, models.CLIP(read.config, jnp.dtype(config.model.dtype)))
+    dtype, devices = config.model.dtype, devices_of(sharding.make_mesh(config.mesh))
+    try:
+        attention = models.choose_attention(config.model.attention, read.config, dtype, devices)
+    except ValueError as error:
+        raise InputError(f"config.model: {error}") from None
+    run = Run(config, workdir, read.tokenizer, models.CLIP(read.config, jnp.dtype(dtype), attention=attention))
     variables = read.variables
     state = steps.TrainState(
         jnp.int32(read.step or 0), variables["params"], variables.get("batch_stats", {}), opt_state=()

@@ -3,7 +3,8 @@
 import math
 import re
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
+BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
 COLLECTIVE = re.compile(
     r"= (?P<type>\(*[a-z0-9]+\[[^=]*?) "
     r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
@@ -46,11 +47,25 @@ def _rounds(loop: re.Match, condition: str) -> int:
 
 def result_bytes(match: re.Match) -> int:
     """Bytes of what a match of COLLECTIVE gives: several arrays where XLA joined several into one."""
+    kind, parts = match["type"], _top_level(match["type"])
+    # The start of an asynchronous one has its operands first, the results second, and perhaps counters after these.
+    if match["start"] and match["kind"] != "all-reduce" and len(parts) > 1:
+        kind = parts[1]
     sizes = []
-    for dtype, shape in re.findall(r"([a-z]+[0-9]*)\[([0-9,]*)\]", match["type"]):
+    for dtype, shape in re.findall(r"([a-z]+[0-9]*)\[([0-9,]*)\]", kind):
         sizes.append(BYTES[dtype] * math.prod(int(size) for size in shape.split(",") if size))
-    if match["start"] and match["kind"] == "all-gather":  # the type has the operands first
-        return sum(sizes[len(sizes) // 2 :])
-    if match["start"] and match["kind"] == "collective-permute":  # operand, result, and two counters
-        return sizes[1]
     return sum(sizes)
+
+
+def _top_level(text: str) -> list[str]:
+    """The elements of a tuple as HLO writes it, "(f32[8]{0}, (f32[2,3], u32[]))" -> two; one where it is no tuple."""
+    if not text.startswith("("):
+        return [text]
+    parts, depth = [""], 0
+    for character in text[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rankclip_jax import models, pretrained
+from rankclip_jax.devices import devices_of
 from rankclip_jax.errors import InputError
 from rankclip_jax.evaluation import zero_shot
 from rankclip_jax.progress import progress
@@ -53,7 +54,8 @@ class Model:
         self.source, self.batch_size = source, 64
         self.scale = float(np.exp(source.variables["params"]["logit_scale"]))
         self._mesh = make_mesh({"data": -1}, jax.local_devices())
-        network = models.CLIP(source.config, jnp.dtype(dtype))
+        attention = models.choose_attention("auto", source.config, dtype, devices_of(self._mesh))
+        network = models.CLIP(source.config, jnp.dtype(dtype), attention=attention)
         replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
         self._variables = jax.device_put(source.variables, replicated)
         mean, std = (jnp.array(values, jnp.float32) for values in (source.view.mean, source.view.std))

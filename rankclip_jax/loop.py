@@ -105,7 +105,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     parameters = sum(p.size for p in jax.tree.leaves(state.params))
     print(
         f"training {config.model.name} ({parameters:,} parameters) with {config.loss.objective} on {source.size:,} "
-        f"samples: {total_steps} steps of {config.batch_size} on {jax.device_count()} {jax.default_backend()} device(s)"
+        f"samples: {total_steps} steps of {config.batch_size} on {run.devices.count} {run.devices.platform} device(s)"
         + (f" of {processes} processes" if processes > 1 else "")
     )
 

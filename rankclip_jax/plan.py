@@ -1,24 +1,23 @@
 """What a run will need, before any launch: python -m rankclip_jax.train --config FILE --mode=plan.
 
 The training step of the configuration is compiled for the devices of config.plan.target, which this machine need not
-have, and read: what each device holds and what moves between devices. For TPUs libtpu compiles for the real
-topology. For GPUs the program is compiled for as many fake CPU devices: collectives and states are those of the GPU,
-the activations an estimate, since XLA fuses differently there.
+have, and read: what each device holds and what moves between devices. The compiler is the target's own (targets.py).
+Where a GPU's is not installed, the step is compiled for as many fake CPU devices, and the plan says so: states are
+those of the GPU, the rest is an estimate, since XLA fuses and sums otherwise there.
 """
 
 import json
-import math
-import os
-import re
 import subprocess
 import sys
 
 from ml_collections import ConfigDict
 
 from rankclip_jax import config as configs
+from rankclip_jax import targets
 from rankclip_jax.errors import InputError
 from rankclip_jax.flops import ACCELERATORS, step_flops
 from rankclip_jax.hlo import collectives
+from rankclip_jax.targets import Target, parse_target
 
 
 def plan(config: ConfigDict) -> dict:
@@ -29,6 +28,8 @@ def plan(config: ConfigDict) -> dict:
     """
     target = parse_target(config.plan.target)
     print(f"compiling the step of {config.model.name} for {config.plan.target}; minutes for a large model", flush=True)
+    if not targets.has_compiler(target.platform):
+        print(f"estimated by the CPU's compiler; for the GPU's own: {targets.HOW_TO_INSTALL['gpu']}", flush=True)
     whole = compile_step(config, target)
     half = compile_step(_with_batch(config, config.batch_size // 2), target) if "error" not in whole else whole
     numbers = summary(config, target, whole, half)
@@ -36,38 +37,21 @@ def plan(config: ConfigDict) -> dict:
     return numbers
 
 
-def parse_target(text: str) -> dict:
-    """A TPU topology ("v5e:4x4") or a number of GPUs ("8xH100") -> {"kind", "count", "topology" or None}."""
-    gpu = re.fullmatch(r"(\d+)x([A-Za-z0-9-]+)", text)
-    tpu = re.fullmatch(r"(v\w+):\d+(x\d+)+", text)
-    if tpu and tpu[1] in ACCELERATORS:
-        count = math.prod(int(size) for size in text.partition(":")[2].split("x"))
-        return {"kind": tpu[1], "count": count, "topology": text}
-    if gpu and gpu[2] in ACCELERATORS and not gpu[2].startswith("v"):
-        return {"kind": gpu[2], "count": int(gpu[1]), "topology": None}
-    raise InputError(
-        f"config.plan.target = {text!r}: give a TPU topology such as v5e:4x4, or a number of GPUs such as 8xH100; "
-        f"known are {', '.join(ACCELERATORS)}"
-    )
-
-
-def compile_step(config: ConfigDict, target: dict) -> dict:
+def compile_step(config: ConfigDict, target: Target) -> dict:
     """What `_describe` reads from the program, made in a process of its own: JAX fixes its devices when it starts."""
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", TF_CPP_MIN_LOG_LEVEL="3")
-    if target["topology"] is None:
+    real = targets.has_compiler(target.platform)
+    if not real and target.platform == "tpu":
+        raise InputError(f"{target.topology}: its compiler is not installed. Run: {targets.HOW_TO_INSTALL['tpu']}")
+    environment = targets.environment(target.platform)
+    if not real:
         # Nobody runs the program, so LLVM need not optimise it; what XLA makes of it stays the same.
         environment["XLA_FLAGS"] = (
-            f"--xla_force_host_platform_device_count={target['count']} --xla_backend_optimization_level=0"
+            f"--xla_force_host_platform_device_count={target.count} --xla_backend_optimization_level=0"
         )
-    else:
-        # libtpu neither asks for a TPU's neighbours nor minds other compilations; at its usual level it takes ten
-        # times as long, for a better schedule.
-        environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-        environment.setdefault("JAX_OPTIMIZATION_LEVEL", "O1")
     done = subprocess.run(
         [sys.executable, "-m", "rankclip_jax.plan"],
         env=environment,
-        input=json.dumps({"config": config.to_dict(), "topology": target["topology"]}),
+        input=json.dumps({"config": config.to_dict(), "target": target if real else None}),
         capture_output=True,
         text=True,
     )
@@ -76,18 +60,18 @@ def compile_step(config: ConfigDict, target: dict) -> dict:
     found = json.loads(done.stdout.splitlines()[-1])
     if "refused" in found:
         raise InputError(found["refused"])
-    return found
+    return found | {"real": real}
 
 
-def summary(config: ConfigDict, target: dict, whole: dict, half: dict) -> dict:
+def summary(config: ConfigDict, target: Target, whole: dict, half: dict) -> dict:
     """The numbers of a plan, from what the compiler said of the batch and of half of it."""
-    memory, tflops = ACCELERATORS[target["kind"]]
+    memory, tflops = ACCELERATORS[target.kind]
     flops = whole["flops"]
-    numbers = {
+    numbers = {key: whole[key] for key in ("real", "attention", "sort", "bfloat16")} | {
         "parameters": whole["parameters"],
         "tflop_per_step": flops / 1e12,
         "limit_gib": memory,
-        "seconds_per_step": flops / (target["count"] * tflops * 1e12 * config.plan.utilisation),
+        "seconds_per_step": flops / (target.count * tflops * 1e12 * config.plan.utilisation),
     }
     numbers["images_per_second"] = config.batch_size / numbers["seconds_per_step"]
     steps = config.steps or (config.plan.samples and config.plan.samples // config.batch_size * config.epochs)
@@ -101,18 +85,23 @@ def summary(config: ConfigDict, target: dict, whole: dict, half: dict) -> dict:
     a_row = (whole["temporary"] - half["temporary"]) / 2**30 / (config.batch_size - config.batch_size // 2)
     if a_row > 0:
         fixed = numbers["peak_gib"] - a_row * config.batch_size
-        unit = target["count"] * config.accumulate
+        unit = target.count * config.accumulate
         numbers["largest_batch"] = max(0, int((memory - fixed) / a_row) // unit * unit)
     return numbers
 
 
-def lines(config: ConfigDict, target: dict, numbers: dict) -> list[str]:
+def lines(config: ConfigDict, target: Target, numbers: dict) -> list[str]:
     """The plan as text."""
     rows = [
+        ("compiler", target.kind if numbers["real"] else f"the CPU's: what {target.kind} needs is estimated"),
         ("parameters", f"{numbers['parameters']:,}"),
-        ("batch", f"{config.batch_size:,}, {config.batch_size // target['count']:,} a device"),
+        ("batch", f"{config.batch_size:,}, {config.batch_size // target.count:,} a device"),
         ("floating-point operations", f"{numbers['tflop_per_step']:.3g} TFLOP a step"),
     ]
+    if numbers["real"]:
+        rows += [("self-attention", numbers["attention"]), ("sort of the rankings", numbers["sort"])]
+    if config.model.dtype == "bfloat16" and not numbers["bfloat16"]:
+        rows.append(("bfloat16", f"{target.kind} has none and is slow with it; set config.model.dtype=float32"))
     if "error" in numbers:
         rows.append(("memory a device", numbers["error"]))
     else:
@@ -125,7 +114,7 @@ def lines(config: ConfigDict, target: dict, numbers: dict) -> list[str]:
         ]
         if "largest_batch" in numbers:
             rows.append(("largest batch that fits", f"about {numbers['largest_batch']:,} (a line through two batches)"))
-    used = f"at {100 * config.plan.utilisation:.0f} % of {ACCELERATORS[target['kind']][1]} TFLOP/s a device"
+    used = f"at {100 * config.plan.utilisation:.0f} % of {ACCELERATORS[target.kind][1]} TFLOP/s a device"
     rate = f"{numbers['images_per_second']:,.0f} images/s"
     rows.append(("time a step", f"{numbers['seconds_per_step']:.3g} s {used}: {rate}"))
     if "days" in numbers:
@@ -141,37 +130,36 @@ def _with_batch(config: ConfigDict, batch_size: int) -> ConfigDict:
     return changed
 
 
-def _describe(config: ConfigDict, topology: str | None) -> dict:
-    """In the child: compiles the step and reads the program. {"error": ...} where the compiler says it cannot fit."""
+def _describe(config: ConfigDict, target: Target | None) -> dict:
+    """In the child: compiles the step and reads the program. {"error": ...} where the compiler says it cannot fit.
+
+    `target` None: for the fake CPU devices that this process has.
+    """
     import jax
     import numpy as np
 
     from rankclip_jax import models, optim, sharding
     from rankclip_jax import step as steps
+    from rankclip_jax.devices import devices_of
+    from rankclip_jax.losses.order import SORTS
     from rankclip_jax.run import canvas_side
 
-    if topology:
-        from jax.experimental import topologies
-
-        try:
-            devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-        except Exception as error:  # jaxlib raises several kinds, some for a missing libtpu, some for a wrong name
-            said = str(error).splitlines()[0]
-            raise InputError(f'{topology}: {said}; TPU plans need libtpu (pip install "jax[tpu]")') from None
-    else:
-        devices = jax.devices()
-    mesh = sharding.make_mesh(config.mesh, devices)
+    mesh = sharding.make_mesh(config.mesh, targets.devices(target) if target else jax.devices())
+    devices = devices_of(mesh)
     fields = config.model.to_dict()
     size = config.tokenizer.vocab_size  # of a tokenizer yet to be trained, whose last id ends a text
     vocabulary = {} if config.tokenizer.path else {"vocab_size": size, "eot_id": size - 1}
-    model = models.build(fields.pop("name"), **vocabulary, **fields)
+    try:
+        model = models.build(fields.pop("name"), devices=devices, **vocabulary, **fields)
+    except ValueError as error:
+        raise InputError(f"config.model: {error}") from None
     side, length = model.config.vision.image_size, model.config.text.context_length
     tx = optim.make_optimizer(config.optim, config.optim.warmup_steps + 1)
     state = steps.abstract_state(model, tx, mesh, config.sharding)
     step = steps.make_train_step(model, tx, config, mesh, total_steps=2, steps_per_epoch=1)
     where, b = sharding.batch_sharding(mesh), config.batch_size
     if b % (sharding.batch_shards(mesh) * config.accumulate):
-        raise InputError(f"config.batch_size = {b} does not divide over {len(devices)} devices")
+        raise InputError(f"config.batch_size = {b} does not divide over {devices.count} devices")
 
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=where)
@@ -185,7 +173,10 @@ def _describe(config: ConfigDict, topology: str | None) -> dict:
         batch["image"] = array(np.uint8, views, side, side, 3)
     found = {
         "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
-        "flops": step_flops(model, b, views),
+        "flops": step_flops(model.config, b, views),
+        "attention": model.attention,
+        "sort": SORTS[devices.platform],
+        "bfloat16": devices.has_bfloat16,
     }
     try:
         compiled = step.lower(state, batch).compile()
@@ -205,6 +196,11 @@ def _describe(config: ConfigDict, topology: str | None) -> dict:
 if __name__ == "__main__":
     given = json.load(sys.stdin)
     try:
-        print(json.dumps(_describe(configs.complete(given["config"]), given["topology"])))
+        target = given["target"] and Target(*given["target"])
+        with targets.cudnn_assumed():
+            print(json.dumps(_describe(configs.complete(given["config"]), target)))
     except InputError as refused:
         print(json.dumps({"refused": str(refused)}))
+    except Exception as error:  # of any kind: the parent has one line for it
+        message = " ".join(str(error).split())[:300]
+        print(json.dumps({"refused": f"the step could not be compiled: {type(error).__name__}: {message}"}))

@@ -25,7 +25,7 @@ class Recorder:
         self._progress = metrics.Progress(start, total_steps, run.config.batch_size)
         self._pending = None
         views = 1 + run.config.data.two_views
-        self._tflop = flops.step_flops(run.model, run.config.batch_size, views) / 1e12
+        self._tflop = flops.step_flops(run.model.config, run.config.batch_size, views) / 1e12
         self.writers = [metrics.MetricsFile(run.workdir, start).write] if distributed.is_first() else []
 
     def take(self, step: int, numbers: dict) -> None:
@@ -52,7 +52,7 @@ class Recorder:
         line, speed = self._progress.line(step, epoch, shown, *self.wait.take())
         print(line, flush=True)
         steps_per_second = speed["images_per_second"] / self._run.config.batch_size
-        speed |= flops.utilisation(self._tflop * steps_per_second)
+        speed |= flops.utilisation(self._tflop * steps_per_second, self._run.devices)
         self._write(step, numbers | speed)
         if step > 1 and not self._advised and speed["data_wait"] > input_wait.WORTH_SAYING:
             self._advised = True

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from rankclip_jax import evaluation, losses, models, sharding
 from rankclip_jax import step as steps
+from rankclip_jax.devices import Devices, devices_of
 from rankclip_jax.errors import InputError
 from rankclip_jax.tokenizer import Tokenizer
 
@@ -22,6 +23,7 @@ class Run:
         """`model`: a models.CLIP of another origin; None: that of config.model."""
         self.config, self.workdir, self.tokenizer = config, Path(workdir), tokenizer
         self.mesh = sharding.make_mesh(config.mesh)
+        self.devices = devices_of(self.mesh)
         shards = sharding.batch_shards(self.mesh)
         if config.batch_size % shards:
             raise InputError(
@@ -40,7 +42,7 @@ class Run:
                 'own, so keep the axis "model" within a process'
             )
         self.local_batch = config.batch_size // jax.process_count()
-        self.model = build_model(config, tokenizer) if model is None else model
+        self.model = build_model(config, tokenizer, self.devices) if model is None else model
         if config.accumulate > 1 and isinstance(self.model.config.vision, models.ResNetConfig):
             raise InputError(
                 f"config.accumulate = {config.accumulate}: a ResNet's batch norm needs the statistics of the whole "
@@ -136,13 +138,17 @@ def _diagnostics(z_img_BxD, z_txt_BxD, scale) -> dict:
     return losses.embedding_diagnostics(z_img_BxD, z_txt_BxD) | {"gradient_cosine": cosine}
 
 
-def build_model(config: ConfigDict, tokenizer: Tokenizer) -> models.CLIP:
-    """The model of config.model, with the tokenizer's vocabulary and the objective's scale and bias."""
+def build_model(config: ConfigDict, tokenizer: Tokenizer, devices: Devices | None = None) -> models.CLIP:
+    """The model of config.model with the tokenizer's vocabulary and the objective's scale and bias.
+
+    Its attention is chosen for `devices`; None: XLA's, which any device has.
+    """
     fields = config.model.to_dict()
     if config.loss.objective == "siglip" or "siglip" in config.loss.terms:  # starts as Zhai et al. have it
         fields["logit_scale"] = math.log(10) if fields["logit_scale"] is None else fields["logit_scale"]
         fields["logit_bias"] = -10.0 if fields["logit_bias"] is None else fields["logit_bias"]
     try:
-        return models.build(fields.pop("name"), vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, **fields)
+        words = dict(vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id)
+        return models.build(fields.pop("name"), devices=devices, **words, **fields)
     except ValueError as error:
         raise InputError(f"config.model: {error}") from None

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from rankclip_jax.losses.order import by_platform
 from rankclip_jax.losses.plackett_luce import first_order_only
 from rankclip_jax.losses.row_terms import MATRICES, row_term
 
@@ -35,10 +36,7 @@ class Plan(NamedTuple):
     chunk: int | None
     mesh: jax.sharding.Mesh | None
     axes: tuple[str, ...]
-
-    @property
-    def platform(self) -> str:
-        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+    platform: str | None = None  # "cpu", "gpu" or "tpu"; None: the one that the program is lowered for
 
 
 def _scores(rows_RxD, all_BxD):
@@ -121,6 +119,11 @@ def _local_terms(img_RxD, txt_RxD, img_BxD, txt_BxD, scale, bias, weights, first
 
 def _batch_terms(img_BxD, txt_BxD, scale, bias, weights, plan: Plan, with_grad):
     """Means of the terms over the batch; with_grad also the gradients of their weighted sum."""
+    if plan.platform is None:
+        return by_platform(
+            lambda platform, *args: _batch_terms(*args, plan._replace(platform=platform), with_grad),
+            *(img_BxD, txt_BxD, scale, bias, weights),
+        )
     batch = img_BxD.shape[0]
 
     def body(img_RxD, txt_RxD, scale, bias, weights):

@@ -2,9 +2,9 @@
 
 Placing items 1..n in the order of `reference`, the loss of position k is log(sum_{j>=k} exp(s_j)) - s_k.
 A suffix sum of exponentials never cancels, so one cumulative sum is exact wherever it neither overflows nor
-underflows: float32 holds exp(y) with all its bits for y in [-60, 70]. Lists whose scores spread over more
-than 130 take another pass over what is left, anchored at its largest score (cosines times 100: two at most).
-That replaces a scan of logaddexp, which is some 30 times as slow, and loses nothing.
+underflows: in units of e^-70 float32 holds exp(y) with all its bits for y in [-130, 0]. Lists whose scores
+spread over more than 130 take another pass over what is left, anchored at its largest score (cosines times
+100: two at most). That replaces a scan of logaddexp, which is some 30 times as slow, and loses nothing.
 """
 
 import functools
@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rankclip_jax.losses.order import descending_order, one_zero
+from rankclip_jax.losses.order import by_platform, descending_order, one_zero
 
-_HIGH, _LOW = 70.0, -60.0
+_UNIT = 2.0**101  # the anchor's exponential, e^70; a power of two, so that scaling by it rounds nothing
+_SMALLEST = math.exp(-60.0)
 _RELEASED_EPS = 1e-10  # inside the logarithm of the authors' code
 
 
@@ -61,17 +62,20 @@ def _sorted_nll(scores_RxN, weights_N, platform: str, with_grad: bool):
     def one_pass(state):
         anchor, pending, nll, grad = state
         # The anchor is one of the scores, so that those near it lose no bits in the difference.
-        y = scores_RxN - jnp.where(jnp.isfinite(anchor), anchor, 0.0) + _HIGH
-        e = jnp.exp(jnp.minimum(y, _HIGH))  # larger ones have been placed already and must not overflow
+        y = scores_RxN - jnp.where(jnp.isfinite(anchor), anchor, 0.0)
+        root = jnp.exp(jnp.minimum(y, 0.0) / 2)  # larger ones have been placed already and must not overflow
+        e = (root * 2.0**50) * (root * 2.0**51)  # exp(y) * _UNIT: float32 has no exp(-130), but its root
         here = _cumsum(e, platform, reverse=True)
-        now = pending & (here >= math.exp(_LOW))
+        now = pending & (here >= _SMALLEST)
         weight = jnp.where(now, weights_N, 0.0)
         rest = jnp.where(now, _shift(here, left=True), 0.0)
         here = jnp.where(now, here, 1.0)
         # The probability that a later item is placed here. Both uses below keep all bits when it is small,
         # where log(here) - y and softmax - 1 would cancel to nothing.
         later = rest / here
-        nll_k = jnp.where(later < 0.5, -jnp.log1p(-jnp.minimum(later, 0.5)), jnp.log(here) - y)
+        large = here > 1.0
+        log_here = jnp.log(jnp.where(large, here / _UNIT, here)) - jnp.where(large, 0.0, math.log(_UNIT))
+        nll_k = jnp.where(later < 0.5, -jnp.log1p(-jnp.minimum(later, 0.5)), log_here - y)
         nll += jnp.sum(jnp.where(now, weight * nll_k, 0.0), axis=1)
         if with_grad:
             earlier = _shift(_cumsum(weight / here, platform), left=False)
@@ -80,9 +84,8 @@ def _sorted_nll(scores_RxN, weights_N, platform: str, with_grad: bool):
         return next_anchor(pending), pending, nll, grad
 
     top = jnp.max(scores_RxN, axis=1, keepdims=True)
-    nll = jnp.squeeze(top - top, 1)  # 0, or NaN where a score is NaN or infinite: never hide it
     grad = jnp.zeros_like(scores_RxN) if with_grad else jnp.zeros((), jnp.float32)
-    state = top, jnp.ones(scores_RxN.shape, bool), nll, grad
+    state = top, jnp.ones(scores_RxN.shape, bool), jnp.zeros(scores_RxN.shape[:1], jnp.float32), grad
     _, _, nll, grad = lax.while_loop(lambda state: jnp.any(jnp.isfinite(state[0])), one_pass, state)
     return nll, grad if with_grad else None
 
@@ -137,8 +140,23 @@ def list_nll(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Loss (R,) and gradient with respect to the scores (R, N) of R lists; float32 in and out.
 
-    with_grad=False returns None for the gradient and does not compute it. released: as the authors' code does.
+    A list with a score that is NaN or infinite, or a reference that is NaN, has a loss and gradient of NaN.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu", where it will run.
+      with_grad: False returns None for the gradient and does not compute it.
+      released: as the authors' code does.
     """
+    # Such lists are found here and not by the loop, whose passes end when each item has been placed: no comparison with
+    # NaN places any, and XLA's maximum on CPU drops NaN.
+    good_Rx1 = jnp.all(jnp.isfinite(scores_RxN) & ~jnp.isnan(reference_RxN), axis=1, keepdims=True)
+    scores_RxN = jnp.where(good_Rx1, scores_RxN, 0.0)
+    nll, grad = _finite_nll(scores_RxN, reference_RxN, weights_N, top_k, platform, with_grad, released)
+    nll = jnp.where(good_Rx1[:, 0], nll, jnp.nan)
+    return nll, jnp.where(good_Rx1, grad, jnp.nan) if with_grad else None
+
+
+def _finite_nll(scores_RxN, reference_RxN, weights_N, top_k, platform, with_grad, released):
     sorted_nll = _released_nll if released else _sorted_nll
     n = scores_RxN.shape[1]
     if n == 0:
@@ -167,8 +185,10 @@ def _nll(scores, reference, decay, top_k):
 
 def _flat_nll(scores, reference, decay, top_k, with_grad):
     n = scores.shape[-1]
-    lists = [x.reshape(-1, n).astype(jnp.float32) for x in (scores, reference)]
-    nll, grad = list_nll(*lists, position_weights(n, decay), top_k, jax.default_backend(), with_grad)
+    nll, grad = by_platform(
+        lambda platform, *lists: list_nll(*lists, position_weights(n, decay), top_k, platform, with_grad),
+        *(x.reshape(-1, n).astype(jnp.float32) for x in (scores, reference)),
+    )
     nll = nll.reshape(scores.shape[:-1])
     return nll, grad.reshape(scores.shape).astype(scores.dtype) if with_grad else None
 

@@ -12,6 +12,7 @@ Transformer blocks are `transformer/resblocks_<n>/...`, or `transformer/resblock
 axis when scanned; `stack_layers` and `unstack_layers` go from one to the other.
 """
 
+from rankclip_jax.models.attention import choose_attention
 from rankclip_jax.models.clip import CLIP, build
 from rankclip_jax.models.presets import PRESETS, ClipConfig, ResNetConfig, TextConfig, VitConfig, configure
 from rankclip_jax.models.transformer import stack_layers, unstack_layers
@@ -24,6 +25,7 @@ __all__ = [
     "TextConfig",
     "VitConfig",
     "build",
+    "choose_attention",
     "configure",
     "stack_layers",
     "unstack_layers",

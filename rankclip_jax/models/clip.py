@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from rankclip_jax.devices import Devices
+from rankclip_jax.models.attention import choose_attention
 from rankclip_jax.models.layers import l2_normalize
 from rankclip_jax.models.presets import ClipConfig, VitConfig, configure
 from rankclip_jax.models.resnet import ModifiedResNet
@@ -30,18 +32,16 @@ class CLIP(nn.Module):
     remat: bool | str = False
     initial_scale: float = math.log(1 / 0.07)
     initial_bias: float | None = None
+    attention: str = "xla"
 
     def setup(self) -> None:
         cfg = self.config
+        computed = self.dtype, self.scan_layers, self.remat, self.attention
         if isinstance(cfg.vision, VitConfig):
-            self.visual = VisionTransformer(
-                cfg.vision, cfg.embed_dim, cfg.activation, self.dtype, self.scan_layers, self.remat
-            )
+            self.visual = VisionTransformer(cfg.vision, cfg.embed_dim, cfg.activation, *computed)
         else:
             self.visual = ModifiedResNet(cfg.vision, cfg.embed_dim, self.dtype, self.remat)
-        self.text = TextTransformer(
-            cfg.text, cfg.embed_dim, cfg.activation, self.dtype, self.scan_layers, self.remat
-        )
+        self.text = TextTransformer(cfg.text, cfg.embed_dim, cfg.activation, *computed)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.initial_scale), ())
         if self.initial_bias is not None:  # a parameter of SigLIP's loss, which no tower needs
             self.param("logit_bias", nn.initializers.constant(self.initial_bias), ())
@@ -88,6 +88,8 @@ def build(
     remat: bool | str = False,
     logit_scale: float | None = None,
     logit_bias: float | None = None,
+    attention: str = "auto",
+    devices: Devices | None = None,
     **overrides,
 ) -> CLIP:
     """A CLIP from a preset. `overrides` are those of `presets.configure`.
@@ -96,11 +98,14 @@ def build(
     scan (smaller programs, stacked parameters). remat: recompute blocks in the backward pass, all of them (True) or
     what a policy of REMAT_POLICIES does not keep. logit_scale: what the learned logarithm of the multiplier starts at
     (None: CLIP's ln(1 / 0.07)). logit_bias: what a learned bias, of SigLIP's loss, starts at (None: no such parameter).
-    Raises ValueError as `configure` does, and for another dtype or remat.
+    attention: 'auto', 'xla' or 'cudnn', as `choose_attention` has it for `devices` (None: 'xla').
+    Raises ValueError as `configure` and `choose_attention` do, and for another dtype or remat.
     """
     if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype {dtype!r} is neither 'float32' nor 'bfloat16'")
+        raise ValueError(f"dtype={dtype!r}. Expected 'float32' or 'bfloat16'")
     if remat not in (False, True, None, *REMAT_POLICIES):
-        raise ValueError(f"remat {remat!r} is none of False, True, {', '.join(REMAT_POLICIES)}")
+        raise ValueError(f"remat={remat!r}. Expected False, True, or one of {', '.join(REMAT_POLICIES)}")
     start = CLIP.initial_scale if logit_scale is None else logit_scale
-    return CLIP(configure(name, **overrides), jnp.dtype(dtype), scan_layers, remat, start, logit_bias)
+    config = configure(name, **overrides)
+    attention = choose_attention(attention, config, dtype, devices) if devices else "xla"
+    return CLIP(config, jnp.dtype(dtype), scan_layers, remat, start, logit_bias, attention)

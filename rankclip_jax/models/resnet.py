@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from rankclip_jax.models.attention import attend
 from rankclip_jax.models.layers import BatchNorm, Conv, Linear, avg_pool
 from rankclip_jax.models.presets import ResNetConfig
-from rankclip_jax.models.transformer import attend, remat_policy
+from rankclip_jax.models.transformer import remat_policy
 
 
 class Bottleneck(nn.Module):

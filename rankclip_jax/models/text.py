@@ -24,6 +24,7 @@ class TextTransformer(nn.Module):
     dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
     remat: bool | str = False
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, tokens_BxL: jax.Array) -> jax.Array:
@@ -49,6 +50,7 @@ class TextTransformer(nn.Module):
             dtype=self.dtype,
             scan_layers=self.scan_layers,
             remat=self.remat,
+            attention=self.attention,
             name="transformer",
         )(x)
         eot_B = jnp.argmax(tokens_BxL == cfg.eot_id, axis=1)

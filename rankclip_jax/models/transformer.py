@@ -9,51 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from rankclip_jax.models.attention import attend, attend_fused
 from rankclip_jax.models.layers import LayerNorm, Linear, activate
-
-
-def attend(q_BxLxD: jax.Array, k_BxSxD: jax.Array, v_BxSxD: jax.Array, heads: int, causal: bool = False) -> jax.Array:
-    """Multi-head softmax attention, (B, L, D), (B, S, D), (B, S, D) -> (B, L, D).
-
-    Operands are transposed to (B, H, L, Dh) first: on CPU XLA then runs batched matrix products, three times
-    as fast as the contraction over (B, L, H, Dh). The softmax is in float32.
-    """
-    b, length, d = q_BxLxD.shape
-
-    def split(x):
-        return x.reshape(b, x.shape[1], heads, d // heads).transpose(0, 2, 1, 3)
-
-    q, k, v = split(q_BxLxD * (d // heads) ** -0.5), split(k_BxSxD), split(v_BxSxD)
-    logits_BxHxLxS = jnp.matmul(q, k.swapaxes(-1, -2)).astype(jnp.float32)
-    if causal:
-        mask_LxL = jnp.tril(jnp.ones((length, length), bool))
-        logits_BxHxLxS = jnp.where(mask_LxL, logits_BxHxLxS, -jnp.inf)
-    weights = jax.nn.softmax(logits_BxHxLxS, axis=-1).astype(v.dtype)
-    return jnp.matmul(weights, v).transpose(0, 2, 1, 3).reshape(b, length, d)
-
-
-def has_fused_attention(dtype: DTypeLike, head_width: int) -> bool:
-    """Whether cuDNN has fused attention for such heads on the default backend: half precision, from Ampere on."""
-    device = jax.local_devices()[0]
-    if "cuda" not in device.client.platform_version:
-        return False
-    fits = head_width % 8 == 0 and head_width <= 128 and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-    return fits and float(device.compute_capability) >= 8
-
-
-def attend_fused(
-    q_BxLxD: jax.Array,
-    k_BxLxD: jax.Array,
-    v_BxLxD: jax.Array,
-    heads: int,
-    causal: bool = False,
-    implementation: str = "cudnn",
-) -> jax.Array:
-    """`attend` by jax.nn.dot_product_attention, which never holds the (B, H, L, L) weights when cuDNN does it."""
-    b, length, d = q_BxLxD.shape
-    q, k, v = (x.reshape(b, length, heads, d // heads) for x in (q_BxLxD, k_BxLxD, v_BxLxD))
-    y_BxLxHxDh = jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
-    return y_BxLxHxDh.reshape(b, length, d)
 
 
 class Attention(nn.Module):
@@ -63,6 +20,7 @@ class Attention(nn.Module):
     causal: bool
     layers: int | None
     dtype: DTypeLike
+    attention: str
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
@@ -77,7 +35,7 @@ class Attention(nn.Module):
             Linear(d, **qkv, zero_bias=True, dtype=self.dtype, name=f"{n}_proj")(x_NxD).reshape(b, length, d)
             for n in "qkv"
         )
-        attention = attend_fused if has_fused_attention(q.dtype, d // self.heads) else attend
+        attention = attend_fused if self.attention == "cudnn" else attend
         y_NxD = attention(q, k, v, self.heads, self.causal).reshape(b * length, d)
         return Linear(d, **out, zero_bias=True, dtype=self.dtype, name="out_proj")(y_NxD).reshape(
             b, length, d
@@ -120,10 +78,11 @@ class ResidualAttentionBlock(nn.Module):
     causal: bool
     layers: int | None
     dtype: DTypeLike
+    attention: str
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
-        attn = Attention(self.heads, self.causal, self.layers, self.dtype, name="attn")
+        attn = Attention(self.heads, self.causal, self.layers, self.dtype, self.attention, name="attn")
         x = x_BxLxD + attn(LayerNorm(self.dtype, name="ln_1")(x_BxLxD))
         mlp = Mlp(self.mlp_width, self.activation, self.layers, self.dtype, name="mlp")
         h_NxD = LayerNorm(self.dtype, name="ln_2")(x).reshape(-1, x.shape[-1])
@@ -146,6 +105,7 @@ class Transformer(nn.Module):
     dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
     remat: bool | str = False
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
@@ -161,6 +121,7 @@ class Transformer(nn.Module):
                 causal=self.causal,
                 layers=self.layers if self.scaled_init else None,
                 dtype=self.dtype,
+                attention=self.attention,
                 name=name,
             )
 

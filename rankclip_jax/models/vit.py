@@ -19,6 +19,7 @@ class VisionTransformer(nn.Module):
     dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
     remat: bool | str = False
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, images_BxHxWx3: jax.Array, train: bool = False) -> jax.Array:
@@ -46,6 +47,7 @@ class VisionTransformer(nn.Module):
             dtype=self.dtype,
             scan_layers=self.scan_layers,
             remat=self.remat,
+            attention=self.attention,
             name="transformer",
         )(x)
         x_BxD = LayerNorm(self.dtype, name="ln_post")(x[:, 0])

@@ -8,12 +8,14 @@ import json
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from rankclip_jax import run as runs
 from rankclip_jax.config import complete
+from rankclip_jax.devices import devices_of
 from rankclip_jax.errors import InputError
 from rankclip_jax.study import measure
 from rankclip_jax.study.data import Labelled, read_labelled, read_pairs, view_of
@@ -47,7 +49,9 @@ class Study:
             if config.tokenizer.path
             else Tokenizer.train(train.captions, config.tokenizer.vocab_size)
         )
-        model = runs.build_model(complete(config.to_dict() | {"loss": {"objective": "clip"}}), self.tokenizer)
+        self._devices = devices_of(jax.devices()[:1])
+        clip = complete(config.to_dict() | {"loss": {"objective": "clip"}})
+        model = runs.build_model(clip, self.tokenizer, self._devices)
         self._embedder = measure.Embedder(model, self.tokenizer)
         self._count = len(train.captions)
         self._data = {
@@ -114,7 +118,7 @@ class Study:
         for start in range(0, len(missing), self.config.study.at_once):
             some = missing[start : start + self.config.study.at_once]
             if programs is None:  # compiled only where something is to be trained
-                programs = Programs(runs.build_model(config, self.tokenizer), config, self._count)
+                programs = Programs(runs.build_model(config, self.tokenizer, self._devices), config, self._count)
             began, results = time.monotonic(), self._train(programs, config, some, full)
             seconds = (time.monotonic() - began) / len(some)
             for job in some:
