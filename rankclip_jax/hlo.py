@@ -9,6 +9,7 @@ COLLECTIVE = re.compile(
     r"= (?P<type>\(*[a-z0-9]+\[[^=]*?) "
     r"(?P<kind>all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
 )
+_COSTLY = re.compile(r" (sort|all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 _COMMENT = re.compile(r"/\*.*?\*/")  # /*index=5*/, in tuples of more than five
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{\n((?:.*\n)*?)\}", re.MULTILINE)
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations=\{)=?%?([\w.-]+)")
@@ -35,6 +36,16 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
             count, total = found.get(match["kind"], (0, 0))
             found[match["kind"]] = count + times[name], total + times[name] * result_bytes(match)
     return found
+
+
+def unpriced(hlo: str) -> set[str]:
+    """Kinds of operations to which the TPU's compiler gives no time, though they take some: sorts, and collectives.
+
+    A program that has one is slower than its `optimal_seconds`, which counts them as nothing or, at XLA's usual level, as
+    -1 s each.
+    """
+    lines = [line for line in hlo.splitlines() if "estimated_cycles" not in line or '"estimated_cycles":"-' in line]
+    return {match[1] for line in lines for match in _COSTLY.finditer(line)}
 
 
 def _rounds(loop: re.Match, condition: str) -> int:

@@ -16,7 +16,7 @@ from rankclip_jax import config as configs
 from rankclip_jax import targets
 from rankclip_jax.errors import InputError
 from rankclip_jax.flops import ACCELERATORS, step_flops
-from rankclip_jax.hlo import collectives
+from rankclip_jax.hlo import collectives, unpriced
 from rankclip_jax.targets import Target, parse_target
 
 
@@ -184,12 +184,13 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return found | {"error": "does not fit: " + str(error).splitlines()[0].rpartition("HBM, ")[2]}
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text()
     return found | {
-        "cost": {key: cost[key] for key in ("flops", "bytes accessed", "optimal_seconds") if key in cost},
+        "cost": {key: cost[key] for key in ("flops", "bytes accessed", "optimal_seconds") if cost.get(key, 0) > 0},
+        "unpriced": sorted(unpriced(text)),
         "states": memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
-        "collectives": collectives(compiled.as_text()),
+        "collectives": collectives(text),
     }
 
 

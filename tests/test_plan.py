@@ -90,6 +90,17 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
     assert hlo.collectives(text) == {"all-reduce": (12, 12 * (5 * 40 + 16)), "all-gather": (1, 256)}
 
 
+def test_a_program_with_sorts_has_no_time():
+    """As libtpu writes them: an operation with an estimate, one with none, and one of -1 s."""
+    fusion = '%f = f32[8]{0} fusion(%a), calls=%fused, backend_config={"estimated_cycles":"1825"}'
+    sort = "%s = (s32[8,9]{1,0}, s32[8,9]{1,0}) sort(%k, %i), dimensions={1}, to_apply=%less"
+    moved = '%r = f32[8]{0} all-reduce-start(%a), to_apply=%add, backend_config={"estimated_cycles":"-1"}'
+    priced = '%t = (s32[8]{0}) sort(%k), dimensions={0}, backend_config={"estimated_cycles":"700"}'
+    assert hlo.unpriced(f"  {fusion}\n  {priced}\n") == set()
+    assert hlo.unpriced(f"  {fusion}\n  {sort}\n") == {"sort"}
+    assert hlo.unpriced(f"  {sort}\n  {moved}\n") == {"sort", "all-reduce"}
+
+
 def test_the_counts_are_those_of_a_real_program():
     mesh = sharding.make_mesh({"data": 8})
     rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
