@@ -45,8 +45,11 @@ def compile_cell(batch: int, sharding: str, objective: str, model: str, topology
 
 
 def step_seconds(spec: str, changes: list[str], target: Target) -> float:
-    """The compiler's estimate of a step, without its collectives, which have none. It counts a scan's body once, so the towers are compiled unrolled, with one
-    layer and with two, and the difference is taken DEPTH - 1 times: a ViT-B's two towers, or an RN50's text tower."""
+    """The compiler's estimate of a step, without its collectives, which have none.
+
+    It counts a scan's body once, so the towers are compiled unrolled, with one layer and with two, and the difference
+    is taken DEPTH - 1 times: a ViT-B's two towers, or an RN50's text tower.
+    """
     shallow = []
     for layers in (1, 2):
         towers = [f"model.text={{'layers': {layers}}}", "model.scan_layers=False"]

@@ -41,8 +41,8 @@ def collectives(hlo: str) -> dict[str, tuple[int, int]]:
 def unpriced(hlo: str) -> set[str]:
     """Kinds of operations to which the TPU's compiler gives no time, though they take some: sorts, and collectives.
 
-    A program that has one is slower than its `optimal_seconds`, which counts them as nothing or, at XLA's usual level, as
-    -1 s each.
+    A program that has one is slower than its `optimal_seconds`, which counts them as nothing or, at XLA's usual
+    level, as -1 s each.
     """
     lines = [line for line in hlo.splitlines() if "estimated_cycles" not in line or '"estimated_cycles":"-' in line]
     return {match[1] for line in lines for match in _COSTLY.finditer(line)}

@@ -141,7 +141,7 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
     from rankclip_jax import models, optim, sharding
     from rankclip_jax import step as steps
     from rankclip_jax.devices import devices_of
-    from rankclip_jax.losses.order import SORTS
+    from rankclip_jax.losses.sorting import SORTS
     from rankclip_jax.run import canvas_side
 
     mesh = sharding.make_mesh(config.mesh, targets.devices(target) if target else jax.devices())

@@ -1,6 +1,5 @@
 """The training step: a pure function of a state and a batch, jitted over a mesh of all devices."""
 
-import functools
 from collections.abc import Callable, Sequence
 
 import flax.struct
@@ -14,7 +13,7 @@ from ml_collections import ConfigDict
 
 from rankclip_jax import images
 from rankclip_jax.accumulation import loss_and_grads
-from rankclip_jax.losses import OBJECTIVES, RANKING, clip_loss, objective_loss, rank_weight
+from rankclip_jax.losses import RANKING, LossSpec, clip_loss, rank_weight, weighted_loss
 from rankclip_jax.models import CLIP
 from rankclip_jax.optim import hold
 from rankclip_jax.sharding import batch_axes, batch_sharding, gather, params_shardings, state_shardings
@@ -111,7 +110,7 @@ def train_step_function(
     A pure function to scan over batches, or to vmap over states and keys of several seeds. `mesh` None: one device,
     no sharding. `seed_key`: of all randomness of the run; a step folds its number in.
     """
-    epochs = -(-total_steps // steps_per_epoch)
+    epochs, spec = -(-total_steps // steps_per_epoch), LossSpec(**config.loss.to_dict())
     side = model.config.vision.image_size
 
     def constrain(tree):
@@ -125,7 +124,7 @@ def train_step_function(
         flat = views_BxVxSxSx3.reshape(-1, side, side, 3)
         key = jax.random.fold_in(seed_key, state.step)
         pixels = images.augment(key, flat, flip=config.data.flip, jitter=config.data.color_jitter)
-        scheduled = functools.partial(rank_weight, state.step // steps_per_epoch + 1, epochs)
+        ramp = rank_weight(state.step // steps_per_epoch + 1, epochs)
 
         def embed(params, rows):
             (z_img_nxD, z_txt_nxD, _), updated = model.apply(
@@ -140,7 +139,7 @@ def train_step_function(
 
         def loss_of(params, embeds):
             z_img_BxVxD, z_txt_BxVxD, batch_stats = embeds
-            loss, parts = _objective(z_img_BxVxD, z_txt_BxVxD, params, config.loss, scheduled, mesh)
+            loss, parts = _objective(z_img_BxVxD, z_txt_BxVxD, params, spec, ramp, mesh)
             return loss, (parts, batch_stats)
 
         rows = {"image": pixels.reshape(views_BxVxSxSx3.shape), "tokens": tokens_BxVxL}
@@ -154,8 +153,8 @@ def train_step_function(
         metrics = {"loss": loss, **parts, "grad_norm": optax.global_norm(grads), "logit_scale": _scale(state.params)}
         if "logit_bias" in state.params:
             metrics["logit_bias"] = state.params["logit_bias"]
-        if config.loss.objective in RANKING:
-            metrics["rank_weight"] = jnp.asarray(scheduled(config.loss.schedule), jnp.float32)
+        if spec.objective in RANKING:
+            metrics["rank_weight"] = ramp if spec.schedule == "ramp" else jnp.float32(1)
         return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 
     return train_step
@@ -170,56 +169,36 @@ def _scale(params):
     return jnp.exp(params["logit_scale"])
 
 
-def _objective(z_img_BxVxD, z_txt_BxVxD, params, loss_config, scheduled, mesh):
+def _objective(z_img_BxVxD, z_txt_BxVxD, params, spec, ramp, mesh):
     """The objective of the first views; with a second view of each, the contrastive term gives half its weight to the
-    mean of the images' contrastive loss with their second views and the captions' with theirs (CyCLIP's "inmodal").
-    `scheduled`: the name of a schedule -> what it gives at this step."""
+    mean of the images' contrastive loss with their second views and the captions' with theirs (CyCLIP's "inmodal")."""
     z_img_BxD, z_txt_BxD = z_img_BxVxD[:, 0], z_txt_BxVxD[:, 0]
-    terms = {
-        term: weight if isinstance(weight, float) else weight["weight"] * scheduled(weight["schedule"])
-        for term, weight in loss_config.terms.to_dict().items()
-    }
+    weights, scale = spec.weights(ramp), _scale(params)
     two_views = z_img_BxVxD.shape[1] == 2
     if two_views:
-        clip_weight = terms.get("clip", OBJECTIVES[loss_config.objective].get("clip", 0.0))
-        terms["clip"] = clip_weight / 2
+        weights["clip"] /= 2
     # The loss's rows go over all devices, the towers' only over those that hold different rows.
-    loss_axes = None
+    axes = None
     if mesh is not None:
-        loss_axes = mesh.axis_names if z_img_BxD.shape[0] % mesh.size == 0 else batch_axes(mesh)
-    loss, parts = objective_loss(
-        z_img_BxD,
-        z_txt_BxD,
-        _scale(params),
-        params.get("logit_bias", 0.0),
-        objective=loss_config.objective,
-        rank_weight=scheduled(loss_config.schedule),
-        lambda_in=loss_config.lambda_in,
-        lambda_cross=loss_config.lambda_cross,
-        terms=terms,
-        decay=loss_config.decay,
-        top_k=loss_config.top_k,
-        keep_self=loss_config.keep_self,
-        form=loss_config.form,
-        mesh=mesh,
-        axes=loss_axes,
-    )
-
+        axes = mesh.axis_names if z_img_BxD.shape[0] % mesh.size == 0 else batch_axes(mesh)
+    bias = params.get("logit_bias", 0.0)
+    loss, parts = weighted_loss(z_img_BxD, z_txt_BxD, scale, bias, spec, weights, mesh=mesh, axes=axes)
     if two_views:
         pairs = [(z[:, 0], z[:, 1]) for z in (z_img_BxVxD, z_txt_BxVxD)]
-        second = sum(clip_loss(*z, _scale(params), mesh=mesh, axes=loss_axes) for z in pairs) / 2
-        loss, parts = loss + clip_weight / 2 * second, parts | {"clip_second_view": jax.lax.stop_gradient(second)}
+        second = sum(clip_loss(*z, scale, mesh=mesh, axes=axes) for z in pairs) / 2
+        loss, parts = loss + weights["clip"] * second, parts | {"clip_second_view": jax.lax.stop_gradient(second)}
     return loss, parts
 
 
 def make_val_step(model: CLIP, config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable:
     """Returns jitted val_step(state, batch) -> the objective's parts (float32 scalars), as in evaluation."""
+    spec = LossSpec(**config.loss.to_dict())
 
     def val_step(state: TrainState, batch: dict) -> dict:
         variables = {"params": gather(state.params, mesh, config.sharding), "batch_stats": state.batch_stats}
         pixels = images.normalize(images.views(batch, model.config.vision.image_size)[:, 0])
         z_img_BxD, z_txt_BxD, _ = model.apply(variables, pixels, batch["tokens"])
-        return _objective(z_img_BxD[:, None], z_txt_BxD[:, None], state.params, config.loss, lambda _: 1.0, mesh)[1]
+        return _objective(z_img_BxD[:, None], z_txt_BxD[:, None], state.params, spec, 1.0, mesh)[1]
 
     return jax.jit(val_step)
 

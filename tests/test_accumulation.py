@@ -11,7 +11,7 @@ from rankclip_jax import step as steps
 from rankclip_jax.accumulation import loss_and_grads
 from rankclip_jax.config import complete
 from rankclip_jax.errors import InputError
-from rankclip_jax.losses import objective_loss
+from rankclip_jax.losses import LossSpec, objective_loss
 from rankclip_jax.run import Run
 from rankclip_jax.tokenizer import Tokenizer
 from tests.test_step import SMALL
@@ -83,7 +83,6 @@ def test_two_views_go_in_parts_too():
     params["logit_scale"] = np.log(params.pop("scale"))
     other = problem(seed=1)[1]
     batch = {name: np.stack([batch[name], other[name]], axis=1) for name in batch}  # (B, V, ...)
-    config = complete({"loss": {"objective": "rankclip"}}).loss
     mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
 
     def embed_views(params, rows):
@@ -91,7 +90,7 @@ def test_two_views_go_in_parts_too():
         return [x.reshape(-1, 2, x.shape[-1]) for x in z]
 
     def loss(params, z):
-        return steps._objective(*z, params, config, lambda schedule: 1.5, mesh)
+        return steps._objective(*z, params, LossSpec(), 1.5, mesh)
 
     assert_parts_are_the_whole(embed_views, loss, params, batch)
 

@@ -6,8 +6,7 @@ import pytest
 from rankclip_jax import config as configs
 from rankclip_jax import config_keys
 from rankclip_jax.errors import InputError
-from rankclip_jax.losses.objective import OBJECTIVES
-from rankclip_jax.losses.row_terms import MATRICES
+from rankclip_jax.losses.spec import MATRICES, OBJECTIVES
 
 
 def test_a_mistyped_key_names_the_nearest_valid_one():

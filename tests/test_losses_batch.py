@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from rankclip_jax.losses import clip_loss, objective_loss, rank_consistency, rank_weight
+from rankclip_jax.losses import clip_loss, objective_loss, rank_consistency, rank_weight, reference
 from tests import losses_oracle as oracle
 
 VALUE, GRADIENT = 1e-5, 1e-4
 NAMES = ("clip", "in_modal", "cross_modal")
+PLAIN = {"clip": "clip_loss", "in_modal": "in_modal", "cross_modal": "cross_modal"}  # their names in reference.py
 
 
 def embeddings(batch, width=16, seed=0, share=0.5):
@@ -241,7 +242,7 @@ def test_rank_weight():
     assert float(rank_weight(1, 1)) == 0
     assert float(rank_weight(1, 1, "constant")) == float(rank_weight(5, 9, "constant")) == 1
     assert float(jax.jit(lambda e: rank_weight(e, 31))(11)) == pytest.approx(1)
-    with pytest.raises(ValueError, match="schedule='linear'"):
+    with pytest.raises(ValueError, match="schedule='linear'. Expected"):
         rank_weight(1, 2, "linear")
     with pytest.raises(ValueError, match="epochs=0"):
         rank_weight(1, 0)
@@ -268,3 +269,24 @@ def test_errors():
         objective_loss(img, txt, 1.0, objective="siglip", terms={"siglip": 0})
     with pytest.raises(ValueError, match="form='fast'"):
         rank_consistency(img, txt, 1.0, form="fast")
+
+
+@pytest.mark.parametrize("scale", [1.0, 14.3, 60.0])
+def test_the_fast_form_is_the_papers(scale):
+    """losses/reference.py, which a reader opens first, and what trains: values and gradients."""
+    img, txt = embeddings(40)
+    for name in NAMES:
+        forms = loss_of(name), getattr(reference, PLAIN[name])
+        fast, plain = (jax.value_and_grad(form, (0, 1, 2))(img, txt, scale) for form in forms)
+        for a, b in zip(jax.tree.leaves(fast), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale)
+    got = objective_loss(img, txt, scale, rank_weight=1.5)[0]
+    assert float(got) == pytest.approx(float(reference.rankclip_loss(img, txt, scale, 1.5)), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 14.3, 60.0])
+def test_the_papers_form_is_the_definition(scale):
+    img, txt = embeddings(24)
+    want = oracle.terms(img, txt, scale)
+    for name in NAMES:
+        assert float(getattr(reference, PLAIN[name])(img, txt, scale)) == pytest.approx(want[name][0], rel=VALUE)

@@ -8,7 +8,7 @@ import rax
 from jax import lax
 
 from rankclip_jax.losses import plackett_luce_nll
-from rankclip_jax.losses.order import descending_order, one_zero, ordered_key
+from rankclip_jax.losses.sorting import descending_order, one_zero, ordered_key
 from tests import losses_oracle as oracle
 
 VALUE, GRADIENT = 1e-5, 1e-4  # what the loss promises, relative

@@ -7,7 +7,7 @@ and only (sample, D) embeddings move between devices.
 import jax
 import jax.numpy as jnp
 
-from rankclip_jax.losses.objective import clip_loss, objective_loss, rank_consistency
+from rankclip_jax.losses.objectives import clip_loss, objective_loss, rank_consistency
 
 
 def _ranks(scores_NxM):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rankclip_jax.losses.order import by_platform, descending_order, one_zero
+from rankclip_jax.losses.sorting import by_platform, descending_order, one_zero
 
 _UNIT = 2.0**101  # the anchor's exponential, e^70; a power of two, so that scaling by it rounds nothing
 _SMALLEST = math.exp(-60.0)
@@ -27,7 +27,7 @@ def position_weights(n: int, decay: str | None) -> jax.Array:
         return jnp.ones((n,), jnp.float32)
     if decay == "log":
         return 1.0 / jnp.log(jnp.arange(2, n + 2, dtype=jnp.float32))
-    raise ValueError(f'decay={decay!r}: it must be None or "log"')
+    raise ValueError(f'decay={decay!r}. Expected None or "log"')
 
 
 def _cumsum(x_RxN, platform: str, reverse: bool = False):
@@ -65,22 +65,23 @@ def _sorted_nll(scores_RxN, weights_N, platform: str, with_grad: bool):
         y = scores_RxN - jnp.where(jnp.isfinite(anchor), anchor, 0.0)
         root = jnp.exp(jnp.minimum(y, 0.0) / 2)  # larger ones have been placed already and must not overflow
         e = (root * 2.0**50) * (root * 2.0**51)  # exp(y) * _UNIT: float32 has no exp(-130), but its root
-        here = _cumsum(e, platform, reverse=True)
-        now = pending & (here >= _SMALLEST)
-        weight = jnp.where(now, weights_N, 0.0)
-        rest = jnp.where(now, _shift(here, left=True), 0.0)
-        here = jnp.where(now, here, 1.0)
-        # The probability that a later item is placed here. Both uses below keep all bits when it is small,
-        # where log(here) - y and softmax - 1 would cancel to nothing.
-        later = rest / here
-        large = here > 1.0
-        log_here = jnp.log(jnp.where(large, here / _UNIT, here)) - jnp.where(large, 0.0, math.log(_UNIT))
-        nll_k = jnp.where(later < 0.5, -jnp.log1p(-jnp.minimum(later, 0.5)), log_here - y)
-        nll += jnp.sum(jnp.where(now, weight * nll_k, 0.0), axis=1)
+        suffix_sum = _cumsum(e, platform, reverse=True)
+        placed = pending & (suffix_sum >= _SMALLEST)
+        weight = jnp.where(placed, weights_N, 0.0)
+        later_sum = jnp.where(placed, _shift(suffix_sum, left=True), 0.0)
+        suffix_sum = jnp.where(placed, suffix_sum, 1.0)
+        # The probability that a later item takes this position. Both uses below keep all bits when it is small,
+        # where log(suffix sum) - y and softmax - 1 would cancel to nothing.
+        p_later = later_sum / suffix_sum
+        large = suffix_sum > 1.0
+        log_sum = jnp.log(jnp.where(large, suffix_sum / _UNIT, suffix_sum)) - jnp.where(large, 0.0, math.log(_UNIT))
+        nll_k = jnp.where(p_later < 0.5, -jnp.log1p(-jnp.minimum(p_later, 0.5)), log_sum - y)
+        nll += jnp.sum(jnp.where(placed, weight * nll_k, 0.0), axis=1)
         if with_grad:
-            earlier = _shift(_cumsum(weight / here, platform), left=False)
-            grad += e * earlier - weight * later
-        pending &= ~now
+            # d nll / d s_i = sum_{k < i} w_k e_i / S_k  -  w_i p_later_i
+            earlier = _shift(_cumsum(weight / suffix_sum, platform), left=False)
+            grad += e * earlier - weight * p_later
+        pending &= ~placed
         return next_anchor(pending), pending, nll, grad
 
     top = jnp.max(scores_RxN, axis=1, keepdims=True)
@@ -120,11 +121,11 @@ def _released_nll(scores_RxN, weights_N, platform: str, with_grad: bool):
     """
     top = jnp.max(scores_RxN, axis=1, keepdims=True)
     e = jnp.exp(scores_RxN - top)
-    here = _cumsum(e, platform, reverse=True) + _RELEASED_EPS
-    nll = jnp.sum(weights_N * (jnp.log(here) - (scores_RxN - top)), axis=1)
+    suffix_sum = _cumsum(e, platform, reverse=True) + _RELEASED_EPS
+    nll = jnp.sum(weights_N * (jnp.log(suffix_sum) - (scores_RxN - top)), axis=1)
     if not with_grad:
         return nll, None
-    grad = e * _cumsum(weights_N / here, platform) - weights_N
+    grad = e * _cumsum(weights_N / suffix_sum, platform) - weights_N
     is_top = lax.broadcasted_iota(jnp.int32, grad.shape, 1) == jnp.argmax(scores_RxN, axis=1)[:, None]
     return nll, grad - jnp.where(is_top, jnp.sum(grad, axis=1, keepdims=True), 0.0)
 

@@ -3,23 +3,14 @@
 A term looks at one pair of matrices: (image-image, text-text) or (image-text, text-image), R rows of B scores each.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from rankclip_jax.losses.plackett_luce import list_nll, position_weights
-
-# Which pair of score matrices a term compares.
-MATRICES = {
-    "clip": ("it", "ti"),
-    "siglip": ("it", "ti"),
-    "cross_modal": ("it", "ti"),
-    "in_modal": ("ii", "tt"),
-    "cyclic_cross_modal": ("it", "ti"),
-    "cyclic_in_modal": ("ii", "tt"),
-}
+from rankclip_jax.losses.spec import LossSpec
 
 
 class Rows(NamedTuple):
@@ -38,9 +29,16 @@ class Rows(NamedTuple):
 
 
 def row_term(
-    name: str, a_RxB: jax.Array, b_RxB: jax.Array, bias: jax.Array, labels_R: jax.Array, plan: Any, with_grad: bool
+    name: str,
+    a_RxB: jax.Array,
+    b_RxB: jax.Array,
+    bias: jax.Array,
+    labels_R: jax.Array,
+    spec: LossSpec,
+    platform: str,
+    with_grad: bool,
 ) -> Rows:
-    """The term `name` of MATRICES; labels_R are the columns of the rows' own items, plan a batch_terms.Plan."""
+    """The term `name` of spec.MATRICES; labels_R are the columns of the rows' own items."""
     if name == "clip":
         (loss_a, grad_a), (loss_b, grad_b) = (_cross_entropy(x, labels_R, with_grad) for x in (a_RxB, b_RxB))
         return Rows((loss_a + loss_b) / 2, *((grad_a / 2, grad_b / 2) if with_grad else ()))
@@ -49,10 +47,10 @@ def row_term(
     if name.startswith("cyclic"):
         difference = a_RxB - b_RxB
         return Rows(jnp.sum(jnp.square(difference)), *((2 * difference, -2 * difference) if with_grad else ()))
-    if name == "in_modal" and not plan.keep_self:
-        loss, grads = _rank_pair(_drop_self(a_RxB, labels_R), _drop_self(b_RxB, labels_R), plan, with_grad)
+    if name == "in_modal" and not spec.keep_self:
+        loss, grads = _rank_pair(_drop_self(a_RxB, labels_R), _drop_self(b_RxB, labels_R), spec, platform, with_grad)
         return Rows(loss, *(_restore_self(grad, labels_R) for grad in grads))
-    loss, grads = _rank_pair(a_RxB, b_RxB, plan, with_grad)
+    loss, grads = _rank_pair(a_RxB, b_RxB, spec, platform, with_grad)
     return Rows(loss, *grads)
 
 
@@ -100,14 +98,14 @@ def _restore_self(grad_RxM, labels_R):
     return jnp.where(column < label, before, jnp.where(column > label, after, 0.0))
 
 
-def _rank_pair(a_RxN, b_RxN, plan, with_grad):
+def _rank_pair(a_RxN, b_RxN, spec, platform, with_grad):
     """Both directions of a ranking term: the rows' mean nll, summed (scalar), and the gradients of a and b."""
     n = a_RxN.shape[1]
-    weights = position_weights(n, plan.decay)
-    kept = max(1, n if plan.top_k is None else min(plan.top_k, n))
+    weights = position_weights(n, spec.decay)
+    kept = max(1, n if spec.top_k is None else min(spec.top_k, n))
     loss, grads = 0.0, []
     for scores, reference in ((a_RxN, b_RxN), (b_RxN, a_RxN)):
-        nll, grad = list_nll(scores, reference, weights, plan.top_k, plan.platform, with_grad, plan.released)
+        nll, grad = list_nll(scores, reference, weights, spec.top_k, platform, with_grad, spec.form == "released")
         loss += jnp.sum(nll) / (2 * kept)
         if with_grad:
             grads.append(grad / (2 * kept))

@@ -16,27 +16,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from rankclip_jax.losses.order import by_platform
 from rankclip_jax.losses.plackett_luce import first_order_only
-from rankclip_jax.losses.row_terms import MATRICES, row_term
+from rankclip_jax.losses.sorting import by_platform
+from rankclip_jax.losses.spec import MATRICES, LossSpec
+from rankclip_jax.losses.terms import row_term
 
 # Scores err by scale * eps, so at logit scale 100 anything below full float32 products (TF32, one or three
 # bfloat16 passes) would break the 1e-5 that the loss promises. bfloat16 embeddings multiply exactly as is.
 _PRECISION = lax.Precision.HIGHEST
 
 
-class Plan(NamedTuple):
-    """What is static about the computation; hashable, so that it can be a custom_vjp's nondiff argument."""
+class Placement(NamedTuple):
+    """Where the rows are and how many are taken at a time; hashable, as a static argument must be."""
 
-    terms: tuple[str, ...]  # of row_terms.MATRICES
-    decay: str | None
-    top_k: int | None
-    keep_self: bool
-    released: bool  # the ranking terms as the authors' code computes them
-    chunk: int | None
-    mesh: jax.sharding.Mesh | None
-    axes: tuple[str, ...]
-    platform: str | None = None  # "cpu", "gpu" or "tpu"; None: the one that the program is lowered for
+    mesh: jax.sharding.Mesh | None = None
+    axes: tuple[str, ...] = ()
+    chunk: int | None = None
 
 
 def _scores(rows_RxD, all_BxD):
@@ -50,15 +45,15 @@ def _mix(grad_RxB, all_BxD, platform):
     return jnp.matmul(grad_RxB, all_BxD.astype(jnp.float32), precision=precision)
 
 
-def _chunk_terms(img_RxD, txt_RxD, img_BxD, txt_BxD, scale, bias, weights, labels_R, plan: Plan, with_grad):
+def _chunk_terms(img_RxD, txt_RxD, img_BxD, txt_BxD, scale, bias, weights, labels_R, spec, platform, with_grad):
     """Sums over one chunk of rows {term: scalar}; weighted gradients of the score matrices and of the bias."""
     rows, columns = {"i": img_RxD, "t": txt_RxD}, {"i": img_BxD, "t": txt_BxD}
-    used = sorted({matrix for term in plan.terms for matrix in MATRICES[term]})
+    used = sorted({matrix for term in weights for matrix in MATRICES[term]})
     scores = {matrix: scale * _scores(rows[matrix[0]], columns[matrix[1]]) for matrix in used}
     sums, grads, d_bias = {}, {}, jnp.zeros((), jnp.float32)
-    for term in plan.terms:
+    for term in weights:
         pair = MATRICES[term]
-        result = row_term(term, *(scores[matrix] for matrix in pair), bias, labels_R, plan, with_grad)
+        result = row_term(term, *(scores[matrix] for matrix in pair), bias, labels_R, spec, platform, with_grad)
         sums[term] = result.loss
         d_bias += weights[term] * result.grad_bias
         for matrix, grad in zip(pair, (result.grad_a, result.grad_b), strict=True):
@@ -75,16 +70,18 @@ def _chunk_size(rows: int, batch: int, platform: str) -> int:
     return min(rows, max(64, (1 << (19 if platform == "cpu" else 23)) // batch))
 
 
-def _local_terms(img_RxD, txt_RxD, img_BxD, txt_BxD, scale, bias, weights, first_row, plan: Plan, with_grad):
+def _local_terms(
+    img_RxD, txt_RxD, img_BxD, txt_BxD, scale, bias, weights, first_row, spec, chunk, platform, with_grad
+):
     """Sums of the terms over this device's rows; gradients of its rows, all embeddings, the scale and the bias."""
     rows, batch = img_RxD.shape[0], img_BxD.shape[0]
-    chunk = min(rows, plan.chunk or _chunk_size(rows, batch, plan.platform))
+    chunk = min(rows, chunk or _chunk_size(rows, batch, platform))
 
     def one_chunk(carry, first, img_CxD, txt_CxD):
         sums, d_img_all, d_txt_all, d_scale, d_bias = carry
         labels = first_row + first + jnp.arange(img_CxD.shape[0], dtype=jnp.int32)
         new, grads, new_d_bias = _chunk_terms(
-            img_CxD, txt_CxD, img_BxD, txt_BxD, scale, bias, weights, labels, plan, with_grad
+            img_CxD, txt_CxD, img_BxD, txt_BxD, scale, bias, weights, labels, spec, platform, with_grad
         )
         sums = {name: sums[name] + new[name] for name in sums}
         if not with_grad:
@@ -93,15 +90,15 @@ def _local_terms(img_RxD, txt_RxD, img_BxD, txt_BxD, scale, bias, weights, first
         d_all = {"i": d_img_all, "t": d_txt_all}
         row, col = {"i": img_CxD, "t": txt_CxD}, {"i": img_BxD, "t": txt_BxD}
         for (a, b), grad in grads.items():
-            d_rows[a] += _mix(grad, col[b], plan.platform)
-            d_all[b] += scale * _mix(grad.T, row[a], plan.platform)
+            d_rows[a] += _mix(grad, col[b], platform)
+            d_all[b] += scale * _mix(grad.T, row[a], platform)
         # <row, d score / d row> summed is the gradient of the scale; it saves a pass over the scores.
         d_scale += jnp.sum(d_rows["i"] * img_CxD) + jnp.sum(d_rows["t"] * txt_CxD)
         return (sums, d_all["i"], d_all["t"], d_scale, d_bias + new_d_bias), (scale * d_rows["i"], scale * d_rows["t"])
 
     zero = jnp.zeros((), jnp.float32)
     zeros_BxD = jnp.zeros(img_BxD.shape if with_grad else (), jnp.float32)
-    carry = ({name: zero for name in plan.terms}, zeros_BxD, zeros_BxD, zero, zero)
+    carry = ({name: zero for name in weights}, zeros_BxD, zeros_BxD, zero, zero)
     full = rows // chunk
     split = full * chunk
     shaped = [x[:split].reshape(full, chunk, -1) for x in (img_RxD, txt_RxD)]
@@ -117,44 +114,48 @@ def _local_terms(img_RxD, txt_RxD, img_BxD, txt_BxD, scale, bias, weights, first
     return carry, d_rows
 
 
-def _batch_terms(img_BxD, txt_BxD, scale, bias, weights, plan: Plan, with_grad):
+def _batch_terms(img_BxD, txt_BxD, scale, bias, weights, spec: LossSpec, place: Placement, with_grad):
     """Means of the terms over the batch; with_grad also the gradients of their weighted sum."""
-    if plan.platform is None:
-        return by_platform(
-            lambda platform, *args: _batch_terms(*args, plan._replace(platform=platform), with_grad),
-            *(img_BxD, txt_BxD, scale, bias, weights),
-        )
-    batch = img_BxD.shape[0]
+
+    def compute(platform, *args):
+        return _on_platform(platform, *args, spec, place, with_grad)
+
+    return by_platform(compute, img_BxD, txt_BxD, scale, bias, weights)
+
+
+def _on_platform(platform, img_BxD, txt_BxD, scale, bias, weights, spec, place, with_grad):
+    batch, terms = img_BxD.shape[0], sorted(weights)
 
     def body(img_RxD, txt_RxD, scale, bias, weights):
-        if plan.mesh is None:
+        if place.mesh is None:
             gather = reduce_sum = scatter = lambda x: x
             first_row = 0
         else:
-            gather = functools.partial(lax.all_gather, axis_name=plan.axes, tiled=True)
-            scatter = functools.partial(lax.psum_scatter, axis_name=plan.axes, tiled=True)
-            reduce_sum = functools.partial(lax.psum, axis_name=plan.axes)
-            first_row = lax.axis_index(plan.axes) * img_RxD.shape[0]
+            gather = functools.partial(lax.all_gather, axis_name=place.axes, tiled=True)
+            scatter = functools.partial(lax.psum_scatter, axis_name=place.axes, tiled=True)
+            reduce_sum = functools.partial(lax.psum, axis_name=place.axes)
+            first_row = lax.axis_index(place.axes) * img_RxD.shape[0]
+        rows, columns = (img_RxD, txt_RxD), (gather(img_RxD), gather(txt_RxD))
         (sums, d_img_all, d_txt_all, d_scale, d_bias), d_rows = _local_terms(
-            img_RxD, txt_RxD, gather(img_RxD), gather(txt_RxD), scale, bias, weights, first_row, plan, with_grad
+            *rows, *columns, scale, bias, weights, first_row, spec, place.chunk, platform, with_grad
         )
         # One all-reduce for all scalars.
-        scalars = jnp.stack([*(sums[name] for name in plan.terms), d_scale, d_bias])
+        scalars = jnp.stack([*(sums[name] for name in terms), d_scale, d_bias])
         *totals, d_scale, d_bias = reduce_sum(scalars) / batch
-        means = dict(zip(plan.terms, totals, strict=True))
+        means = dict(zip(terms, totals, strict=True))
         if not with_grad:
             return means
         d_img, d_txt = ((scatter(a) + r) / batch for a, r in zip((d_img_all, d_txt_all), d_rows, strict=True))
         return means, d_img, d_txt, d_scale, d_bias
 
-    if plan.mesh is None:
+    if place.mesh is None:
         return body(img_BxD, txt_BxD, scale, bias, weights)
-    by_row = P(plan.axes)
+    by_row = P(place.axes)
     out_specs = (P(), by_row, by_row, P(), P()) if with_grad else P()
     # Gradients are made here by hand and never by differentiating through shard_map, so its replication check
     # has nothing to add.
     return jax.shard_map(
-        body, mesh=plan.mesh, in_specs=(by_row, by_row, P(), P(), P()), out_specs=out_specs, check_vma=False
+        body, mesh=place.mesh, in_specs=(by_row, by_row, P(), P(), P()), out_specs=out_specs, check_vma=False
     )(img_BxD, txt_BxD, scale, bias, weights)
 
 
@@ -162,29 +163,31 @@ def _total(means, weights):
     return sum(weights[name] * means[name] for name in means)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def weighted_terms(
     img_BxD: jax.Array,
     txt_BxD: jax.Array,
     scale: jax.Array,
     bias: jax.Array,
     weights: Mapping[str, jax.Array],
-    plan: Plan,
+    spec: LossSpec,
+    place: Placement,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """-> (sum of weights[name] * means[name], means). Only the sum carries gradient."""
-    means = _batch_terms(img_BxD, txt_BxD, scale, bias, weights, plan, with_grad=False)
+    means = _batch_terms(img_BxD, txt_BxD, scale, bias, weights, spec, place, with_grad=False)
     return _total(means, weights), means
 
 
-def _forward(img_BxD, txt_BxD, scale, bias, weights, plan):
+def _forward(img_BxD, txt_BxD, scale, bias, weights, spec, place):
     img_BxD, txt_BxD, scale, bias = (first_order_only(x) for x in (img_BxD, txt_BxD, scale, bias))
-    means, d_img, d_txt, d_scale, d_bias = _batch_terms(img_BxD, txt_BxD, scale, bias, weights, plan, with_grad=True)
+    means, *grads = _batch_terms(img_BxD, txt_BxD, scale, bias, weights, spec, place, with_grad=True)
+    d_img, d_txt, d_scale, d_bias = grads
     d_img, d_txt = d_img.astype(img_BxD.dtype), d_txt.astype(txt_BxD.dtype)
     return (_total(means, weights), means), (d_img, d_txt, d_scale, d_bias, means)
 
 
-def _backward(plan, kept, cotangents):
-    del plan
+def _backward(spec, place, kept, cotangents):
+    del spec, place
     d_img, d_txt, d_scale, d_bias, means = kept
     g, _ = cotangents
     d_img, d_txt = ((g * d).astype(d.dtype) for d in (d_img, d_txt))
