@@ -257,7 +257,8 @@ def _make_way(folder, start) -> None:
     Raises:
       InputError: something else has the name of a save to come, which Orbax would remove.
     """
-    for path in folder.iterdir() if folder.is_dir() else ():
+    folder.mkdir(parents=True, exist_ok=True)  # fails where it cannot be written
+    for path in folder.iterdir():
         named = re.fullmatch(r"(\d+)(\.orbax-checkpoint-tmp)?", path.name)
         if not named:
             continue

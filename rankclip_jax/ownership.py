@@ -25,13 +25,18 @@ def inside(folder: Path, name: object) -> Path:
       InputError: `name` is not a relative path of plain names, or there is a symbolic link on its way.
     """
     path = Path(folder)
-    for part in name.split("/") if isinstance(name, str) else [""]:
-        if part in ("", ".", "..") or "\\" in part or "\0" in part:
-            raise InputError(f"{str(name)[:200]!r} is no name of a file in {folder}: it would lead elsewhere")
+    if not _is_plain(name):
+        raise InputError(f"{str(name)[:200]!r} is no name of a file in {folder}: it would lead elsewhere")
+    for part in name.split("/"):
         path = path / part
         if path.is_symlink():
             raise InputError(f"{path} is a symbolic link, which is not followed: put the file or folder itself there")
     return path
+
+
+def _is_plain(name: object) -> bool:
+    parts = name.split("/") if isinstance(name, str) else [""]
+    return not any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts)
 
 
 class Owned:
@@ -50,7 +55,7 @@ class Owned:
         self.folder, self._command = Path(folder), command
         listed = _read(self.folder)
         self.known = command in listed  # whether the command was at work here before
-        self._own = dict.fromkeys(listed.get(command, ()))
+        self._own = set(listed.get(command, ()))
         if alone and not self.known:
             ours = {name.split("/")[0] for names in listed.values() for name in names} | {MARKER}
             strangers = sorted(set(_entries(self.folder)) - ours)
@@ -80,9 +85,9 @@ class Owned:
         except OSError as error:
             raise InputError(f"cannot write to {self.folder}: {error.strerror}") from None
         listed = _read(self.folder)  # again: another command may have been here since
-        self._own = dict.fromkeys([*listed.get(self._command, ()), *names])
-        if list(self._own) != listed.get(self._command) or not (self.folder / MARKER).exists():
-            listed[self._command] = list(self._own)
+        self._own = {*listed.get(self._command, ()), *names}
+        if self._own != set(listed.get(self._command, ())) or not (self.folder / MARKER).exists():
+            listed[self._command] = sorted(self._own)
             write_whole(self.folder / MARKER, json.dumps(listed, indent=0) + "\n")
 
     def remove(self, name: str) -> None:
@@ -128,7 +133,7 @@ def _read(folder: Path) -> dict[str, list[str]]:
     try:
         listed = json.loads(inside(folder, MARKER).read_text(encoding="utf-8"))
         for name in (name for names in listed.values() for name in names):
-            if not isinstance(name, str) or any(part in ("", ".", "..") for part in name.split("/")):
+            if not _is_plain(name):
                 raise ValueError(f"{str(name)[:200]!r} is no name of a file here")
         return {command: list(names) for command, names in listed.items()}
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
