@@ -104,11 +104,13 @@ def run(monkeypatch, model):
 
 
 def training(workdir, *flags):
-    return (*SMALL, f"--workdir={workdir}", *flags)
+    short = ("steps=4", "data.val=None", "eval.zero_shot={}", "eval.diagnostics=False", "checkpoint.keep=2")
+    return (*SMALL, *(f"--config.{flag}" for flag in short), f"--workdir={workdir}", *flags)
 
 
 def studying(workdir):
-    return ("--config=configs/study_shapes.py", f"--workdir={workdir}", *(f"--config.{flag}" for flag in SMOKE))
+    short = ("epochs=1", "study.lrs=()", "study.more_seeds={}", "study.objectives={'clip': {'objective': 'clip'}}")
+    return ("--config=configs/study_shapes.py", f"--workdir={workdir}", *(f"--config.{x}" for x in (*SMOKE, *short)))
 
 
 COMMANDS = {
@@ -168,7 +170,6 @@ BESIDE += ["my.orbax-checkpoint-tmp", "config.json.part", "metrics.part", "profi
 @pytest.mark.parametrize(
     "command, names",
     [
-        pytest.param("train", BESIDE, marks=pytest.mark.slow),
         pytest.param("eval", BESIDE, marks=pytest.mark.slow),
         pytest.param("study", BESIDE, marks=pytest.mark.slow),
         ("inspect", [*BESIDE, "manifest.json", "bad_samples.jsonl"]),
@@ -476,18 +477,18 @@ def test_workdirs_and_studies_of_before_are_recognised(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_of_before_resumes_beside_files_of_others(run, tmp_path):
-    short = training(tmp_path / "run", "--config.steps=4", "--config.checkpoint.keep=1")
-    assert run(train, *short) is None
+def test_training_works_and_resumes_beside_files_of_others_also_a_run_of_before(run, tmp_path, capsys):
+    before = contents(fill(tmp_path / "run", BESIDE))
+    assert run(train, *training(tmp_path / "run")) is None
+    assert contents(tmp_path / "run").items() >= before.items()
     for name in (MARKER, "curves.png"):
         (tmp_path / "run" / name).unlink()
-    for step in (4,):  # as a kill after step 2 leaves it
-        unfinished = tmp_path / f"run/checkpoints/{step}.orbax-checkpoint-tmp"
-        (tmp_path / f"run/checkpoints/{step}").rename(unfinished)
-        shutil.copytree(unfinished, tmp_path / "run/checkpoints/2")
-    mine = ["notes.part", "mine.tar", "checkpoints/notes.txt", "checkpoints/my.orbax-checkpoint-tmp/x"]
+    there = tmp_path / "run/checkpoints"
+    (there / "4").rename(there / "4.orbax-checkpoint-tmp")  # a save that was cut off
+    mine = [*BESIDE, "checkpoints/notes.txt", "checkpoints/my.orbax-checkpoint-tmp/x"]
     before = contents(fill(tmp_path / "run", mine))
-    assert run(train, *short) is None
+    assert run(train, *training(tmp_path / "run")) is None
+    assert "resuming from step 2 of 4" in capsys.readouterr().out
     after = contents(tmp_path / "run")
     assert all(after[name] == before[name] for name in mine)
     assert "checkpoints/4.orbax-checkpoint-tmp" not in after and "checkpoints/4" in after and "curves.png" in after
