@@ -59,7 +59,7 @@ def find_python(folder: Path) -> Path:
     owned = Owned(folder, "download --env", alone="give an environment that has img2dataset, or a new folder")
     print(f"img2dataset is not installed here: making an environment for it in {folder}, 800 MB, once", file=sys.stderr)
     try:
-        owned.clear(["ready.json", *ENVIRONMENT])  # of another Python, with other requirements, or not complete
+        owned.clear(ENVIRONMENT)  # of another Python, with other requirements, or not complete
         owned.claim(ENVIRONMENT)
         venv.create(folder, symlinks=True, with_pip=True)
     except (OSError, subprocess.CalledProcessError) as error:

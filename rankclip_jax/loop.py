@@ -175,7 +175,7 @@ def _check_same_run(workdir: Path, config: ConfigDict) -> bool:
     if len(set(distributed.of_all(stored.exists()))) > 1:
         raise InputError(f"only some processes find a run in {workdir}; it must be a folder that all of them share")
     try:
-        old = json.loads(stored.read_text()) if stored.exists() else None
+        old = json.loads(stored.read_text()) if stored.is_file() else None
     except ValueError as error:
         raise InputError(f"{stored} is damaged ({error}); bring it back from a copy, or give a new --workdir") from None
     Owned(workdir, "train").check(_names(config))

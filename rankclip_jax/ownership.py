@@ -16,6 +16,8 @@ from rankclip_jax.errors import InputError
 from rankclip_jax.files import write_whole
 
 MARKER = ".rankclip_jax"  # JSON: command -> names, relative to the folder
+# What there is at the top of an environment that `download --env` made.
+ENVIRONMENT = ("ready.json", "bin", "etc", "include", "lib", "lib64", "pyvenv.cfg", "share")
 
 
 def inside(folder: Path, name: object) -> Path:
@@ -185,10 +187,6 @@ def _of_before(folder: Path) -> dict[str, list[str]]:
     if "pyvenv.cfg" in entries and ("ready.json" in entries or folder.parts[-2:] == ("rankclip_jax", "img2dataset")):
         found["download --env"] = [name for name in ENVIRONMENT if name in entries]
     return found
-
-
-# What an environment has at its top.
-ENVIRONMENT = ("bin", "etc", "include", "lib", "lib64", "pyvenv.cfg", "ready.json", "share")
 
 
 def _is_study_run(folder: Path) -> bool:

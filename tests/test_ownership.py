@@ -138,14 +138,14 @@ def test_a_folder_of_others_is_refused_in_one_line_and_stays_as_it_is(command, r
 
 
 OWN = {
-    "train": loop._names,
+    "train": lambda config: [*loop._names(config), "config.json/x", "metrics.jsonl/x"],
     "eval": lambda config: ["eval.json", "eval/geometry_scenes.npz", "eval/retrieval_scenes.json"],
     "study": lambda config: study_report.FILES,
     "inspect": lambda config: ["contact_sheet.png"],
     "hf": lambda config: export._names("hf", True),
     "openai": lambda config: export._names("openai", True),
     "orbax": lambda config: [*export._names("orbax", True), "variables/x", "variables.orbax-checkpoint-tmp/x"],
-    "prepare": lambda config: ["anything", "00003.tfrecord.part", "bad_samples.jsonl", "manifest.json"],
+    "prepare": lambda config: ["x", "00003.tfrecord.part", "bad_samples.jsonl", "manifest.json", "manifest.json/x"],
     "download": lambda config: ["urls.parquet", "00000.tar", "00000_stats.json", "_tmp/0.feather", "_download/x"],
     "embed": lambda config: ["photos.npz", "photos.npz.bad_samples.jsonl", "photos.npz.parts/0.npz"],
 }
