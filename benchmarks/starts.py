@@ -160,5 +160,5 @@ def free_port() -> int:
 
 def short(line: str) -> str:
     """A line for the table, without the folders of this run of the campaign."""
-    line = re.sub(r"/\S*/(?=run\d|small_disk|data\.csv|images)", "", line)
+    line = re.sub(r"/\S*/(?=run\d|small_disk|data\.csv|images|file/run)", "", line)
     return line if len(line) < 160 else line[:157].rpartition(" ")[0] + " ..."

@@ -37,10 +37,11 @@ class BadSamples:
             for line in Path(path).read_text().splitlines():
                 try:
                     entry = json.loads(line)
-                except ValueError:  # the last line of a run that was killed
+                    where, reason, samples = str(entry["where"]), str(entry["reason"]), int(entry.get("samples", 1))
+                except (ValueError, TypeError, KeyError, RecursionError):  # the last line of a run that was killed
                     continue
-                self._named.add(entry["where"])
-                self.reasons[entry["reason"]] += entry.get("samples", 1)
+                self._named.add(where)
+                self.reasons[reason] += samples
         for lost in source.lost:
             self._name(None, lost.where, lost.reason, "", lost.samples)
         lost = sum(lost.samples for lost in source.lost)

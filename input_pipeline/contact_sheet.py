@@ -41,7 +41,7 @@ def draw(path: Path, title: str, examples: list[tuple[Image.Image, str, str]]) -
         write(left, bottom - 0.1 - _LINE * len(lines), note, fontsize=6, color="0.5")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the box in its place says as much
-        figure.savefig(path)
+        figure.savefig(path, format="png")
 
 
 def _wrapped(caption):

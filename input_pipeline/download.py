@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +16,13 @@ from pathlib import Path
 
 from input_pipeline import url_list
 from rankclip_jax.errors import InputError
+from rankclip_jax.files import write_whole
+from rankclip_jax.ownership import ENVIRONMENT, MARKER, Owned
 from rankclip_jax.progress import progress
 
 # imghdr, which img2dataset imports, left Python with 3.13.
 REQUIREMENTS = ("img2dataset>=1.47,<2", "standard-imghdr; python_version >= '3.13'")
+_STATS = re.compile(r"\d{5,}_stats\.json")
 # What the messages of img2dataset mean, in words that many URLs share.
 _REASONS = (
     (r"X-Robots-Tag", "the site asks not to use it (X-Robots-Tag)"),
@@ -37,26 +39,29 @@ _REASONS = (
 
 
 def find_python(folder: Path) -> Path:
-    """A Python that has img2dataset: this one, or that of an environment in `folder`, which is made if need be.
+    """A Python that has img2dataset: this one, or that of an environment in `folder`, which is made where nothing is.
 
     img2dataset brings a hundred packages (OpenCV, pandas, wandb and their needs), which have no business next to a
     training; so it is not installed here, but used where it already is.
 
     Raises:
-      InputError: the environment cannot be made, for example offline.
+      InputError: there is something else in `folder`, or the environment cannot be made, for example offline.
     """
     if importlib.util.find_spec("img2dataset"):
         return Path(sys.executable)
     python = folder / "bin" / "python"
-    # Another Python, or other requirements than when it was made: made anew.
     wanted = json.dumps([sys.version, *REQUIREMENTS])
     ready = folder / "ready.json"
     if python.exists() and ready.exists() and ready.read_text() == wanted:
         return python
+    if not (folder / MARKER).exists() and _has_img2dataset(python):
+        return python
+    owned = Owned(folder, "download --env", alone="give an environment that has img2dataset, or a new folder")
     print(f"img2dataset is not installed here: making an environment for it in {folder}, 800 MB, once", file=sys.stderr)
     try:
-        ready.unlink(missing_ok=True)
-        venv.create(folder, clear=True, symlinks=True, with_pip=True)
+        owned.clear(ENVIRONMENT)  # of another Python, with other requirements, or not complete
+        owned.claim(ENVIRONMENT)
+        venv.create(folder, symlinks=True, with_pip=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise InputError(f"cannot make an environment in {folder}: {error}; give another folder by --env") from None
     install = [python, "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check", *REQUIREMENTS]
@@ -64,8 +69,17 @@ def find_python(folder: Path) -> Path:
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
         raise InputError(f"img2dataset cannot be installed: {why}; or install it into an environment given by --env")
-    ready.write_text(wanted)
+    write_whole(ready, wanted)
     return python
+
+
+def _has_img2dataset(python: Path) -> bool:
+    """Whether this Python is one, and finds img2dataset."""
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('img2dataset') is None)"
+    try:
+        return subprocess.run([python, "-c", look], capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def download(urls: Path, out_dir: Path, options: argparse.Namespace) -> tuple[Counter, int]:
@@ -78,18 +92,27 @@ def download(urls: Path, out_dir: Path, options: argparse.Namespace) -> tuple[Co
       What `count` says of the whole folder, and the number of URLs.
 
     Raises:
-      InputError: a bad list, a folder of another list or other options, or img2dataset failed.
+      InputError: a bad list, a folder of another list or other options or with files of others, or img2dataset failed.
     """
     own = out_dir / "_download"  # a folder, because img2dataset takes every .json beside the shards for its own
     try:
         settings = _settings(urls, options)
-        own.mkdir(parents=True, exist_ok=True)
+        owned = Owned(out_dir, "download", alone="give a new OUT_DIR")
         _same_as_before(out_dir, own / "settings.json", settings)
-        _remove_unfinished(out_dir)
+        owned.claim(f"{own.name}/{name}" for name in ("settings.json", "urls.parquet", "img2dataset.log"))
+        own.mkdir(exist_ok=True)
         total, left_out = url_list.normalise(urls, own / "urls.parquet", options.url_column, options.caption_column)
+        write_whole(own / "settings.json", json.dumps(settings))
+        shards = range(-(-total // options.shard_size))
+        owned.claim(name for shard in shards for name in _names(shard))
+        _remove_unfinished(owned, shards)
         print(f"{total:,} URLs" + (f"; {left_out:,} lines without a URL or a caption left out" if left_out else ""))
         if total:
-            _run(find_python(options.env), _arguments(out_dir, own, options), out_dir, own / "img2dataset.log", total)
+            python, log = find_python(options.env), own / "img2dataset.log"
+            try:
+                _run(python, _arguments(out_dir, own, options), out_dir, log, total)
+            finally:
+                _remove_unfinished(owned, shards)
     except OSError as error:
         raise InputError(f"{error.filename or out_dir}: {error.strerror or error}") from None
     return count(out_dir, total), total
@@ -129,25 +152,33 @@ def _arguments(out_dir, own, options):
 
 
 def _same_as_before(out_dir, path, settings):
-    if path.exists():
+    try:
         old = json.loads(path.read_text())
         changed = ", ".join(key for key in settings if old.get(key) != settings[key])
-        if changed:
-            raise InputError(f"{out_dir} was downloaded with another {changed}; give another folder")
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(settings))
-    os.replace(part, path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}); bring it back from a copy, or give another folder") from None
+    if changed:
+        raise InputError(f"{out_dir} was downloaded with another {changed}; give another folder")
 
 
-def _remove_unfinished(out_dir):
-    """Removes what a stop left of shards: img2dataset writes under the final names, the _stats.json last."""
-    for path in out_dir.glob("*_stats.json"):
-        if _read_stats(path) is None:
-            path.unlink()
-    for path in (*out_dir.glob("*.tar"), *out_dir.glob("*.parquet")):
-        if not path.with_name(f"{path.stem}_stats.json").exists():
-            path.unlink()
-    shutil.rmtree(out_dir / "_tmp", ignore_errors=True)
+def _names(shard: int) -> tuple[str, ...]:
+    """What img2dataset writes of a shard, in this order, under the final names; the first only for itself."""
+    return f"_tmp/{shard}.feather", f"{shard:05d}.tar", f"{shard:05d}.parquet", f"{shard:05d}_stats.json"
+
+
+def _remove_unfinished(owned, shards):
+    """Removes what a stop left of shards: those whose _stats.json, which comes last, is not there or not whole."""
+    # img2dataset takes every .json here for one of its own, and removes all of _tmp.
+    for path in owned.folder.glob("*.json"):
+        if not _STATS.fullmatch(path.name):
+            raise InputError(f"{path} is in img2dataset's way, and download did not write it; move it away")
+    owned.remove("_tmp")
+    for _, *files, stats in map(_names, shards):
+        if not (owned.folder / stats).exists() or _read_stats(owned.folder / stats) is None:
+            for name in (stats, *files):
+                owned.remove(name)
 
 
 def _run(python, arguments, out_dir, log, total):
@@ -175,20 +206,21 @@ def _run(python, arguments, out_dir, log, total):
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
-            _remove_unfinished(out_dir)
     if child.returncode:
         last = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
         raise InputError(f"img2dataset failed: {last}; {log} has more, and the same command goes on")
 
 
 def _stats(out_dir):
-    return [stats for path in out_dir.glob("*_stats.json") if (stats := _read_stats(path)) is not None]
+    paths = (path for path in out_dir.glob("*_stats.json") if _STATS.fullmatch(path.name))
+    return [stats for path in paths if (stats := _read_stats(path)) is not None]
 
 
 def _read_stats(path):
     try:
-        return json.loads(path.read_text())
-    except ValueError:  # half of it is written
+        stats = json.loads(path.read_text())
+        return stats if {"count", "successes", "status_dict"} <= stats.keys() else None
+    except (ValueError, AttributeError, RecursionError):  # half of it is written
         return None
 
 
@@ -218,7 +250,7 @@ def reason(message: str) -> str:
 
 def summary(counts: Counter, out_dir: Path, total: int) -> str:
     """The table of what came and what was lost and why, and how to go on."""
-    size = sum(path.stat().st_size for path in out_dir.glob("*.tar"))
+    size = sum(path.stat().st_size for path in out_dir.glob("*.tar") if path.stem.isdigit())
     images, share = counts["images"], counts["images"] / max(1, total)
     lines = [f"{images:,} of {total:,} URLs gave an image ({share:.1%}), {size / 1e6:,.1f} MB: {out_dir}"]
     lost = [(what, number) for what, number in counts.most_common() if what != "images"]
@@ -251,7 +283,7 @@ def _flags():
     parser.add_argument("--timeout", type=int, default=10, help="seconds without an answer (10)")
     parser.add_argument("--retries", type=int, default=1, help="after a failed download (1)")
     env = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankclip_jax" / "img2dataset"
-    parser.add_argument("--env", type=Path, default=env, help=f"environment of img2dataset, made if need be ({env})")
+    parser.add_argument("--env", type=Path, default=env, help=f"has img2dataset, or is where to install it ({env})")
     return parser
 
 

@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from input_pipeline import shards
+from rankclip_jax import files
 from rankclip_jax.errors import InputError
+from rankclip_jax.ownership import Owned
 from rankclip_jax.progress import progress
 
 
@@ -21,20 +23,30 @@ class Manifest:
       bad: reason -> count over all of them.
     """
 
-    def __init__(self, folder: Path, settings: dict):
-        """Raises InputError: `folder` cannot be written, or holds shards that were made with other settings."""
+    def __init__(self, folder: Path, settings: dict, others: tuple[str, ...] = ()):
+        """Takes a folder, or goes on with one.
+
+        Args:
+          settings: with `rows` and `shard_size`, from which the names of the shards follow.
+          others: further names that the caller will write.
+
+        Raises:
+          InputError: `folder` cannot be written, holds shards that were made with other settings, or files that
+            `prepare` did not write.
+        """
         self._folder, self.settings, self.shards = folder, settings, []
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for part in folder.glob("*.part"):  # what a run that was killed left
-                part.unlink()
-        except OSError as error:
-            raise InputError(f"cannot write to {folder}: {error.strerror}") from None
         old = self._read()
         if old is None and (strangers := sorted(path.name for path in folder.glob("*.tfrecord"))):
             raise InputError(f"{folder} has shards ({strangers[0]} ...) but no manifest.json; give another folder")
         if old is not None:
             self._check_settings(old["settings"])
+        self._owned = Owned(folder, "prepare", alone="give a new OUT_DIR")
+        names = shards.names(settings["rows"], settings["shard_size"])
+        parts = [shards.part_of(folder / name).name for name in names]
+        self._owned.claim(["manifest.json", "bad_samples.jsonl", *others, *names, *parts])
+        for part in parts:  # what a run that was killed left
+            self._owned.remove(part)
+        if old is not None:
             self.shards = self._intact(old["shards"])
         self._write(complete=False)
         self._take_back_bad_samples()
@@ -60,7 +72,7 @@ class Manifest:
             with open(path, "a", encoding="utf-8") as out:
                 out.writelines(json.dumps(sample) + "\n" for sample in bad_samples)
         except OSError as error:
-            raise InputError(shards.cannot_write(path, error.strerror)) from None
+            raise files.cannot_write(path, error) from None
         self.shards = sorted([*self.shards, shard], key=lambda shard: shard["rows"])
         self._write(complete=False)
 
@@ -72,10 +84,10 @@ class Manifest:
         path = self._folder / "manifest.json"
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
-            return {"settings": dict(manifest["settings"]), "shards": list(manifest["shards"])}
-        except FileNotFoundError:
+            return {"settings": dict(manifest["settings"]), "shards": _checked(manifest)}
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             raise InputError(f"{path} is not a manifest of prepare: {error!r}; give another folder") from None
 
     def _check_settings(self, old):
@@ -93,7 +105,7 @@ class Manifest:
                     kept.append(shard)
                 else:
                     print(f"{shard['name']} is missing or not what manifest.json says: made again", file=sys.stderr)
-                    (self._folder / shard["name"]).unlink(missing_ok=True)
+                    self._owned.remove(shard["name"])
                 bar.update()
         return kept
 
@@ -105,7 +117,7 @@ class Manifest:
             "settings": self.settings,
             "shards": self.shards,
         }
-        shards.write_text(self._folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        files.write_whole(self._folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
     def _take_back_bad_samples(self):
         """Leaves only the lines about rows of finished shards: the others will be read again."""
@@ -113,8 +125,22 @@ class Manifest:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         spans = [range(*shard["rows"]) for shard in self.shards if shard["bad"]]
         whole = [line for line in lines if line.endswith("\n")]  # the last may be torn
-        kept = [line for line in whole if any(json.loads(line)["row"] in span for span in spans)]
-        shards.write_text(path, "".join(kept))
+        try:
+            kept = [line for line in whole if any(json.loads(line)["row"] in span for span in spans)]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(f"{path} is not a list of prepare's bad samples: {error!r}; give another folder") from None
+        files.write_whole(path, "".join(kept))
+
+
+def _checked(manifest: dict) -> list[dict]:
+    """The manifest's shards. Raises an error of any of several kinds where they are not what `Manifest` writes."""
+    settings = manifest["settings"]
+    for shard in manifest["shards"]:
+        begin, end = shard["rows"]
+        if shard["name"] != shards.name(begin // settings["shard_size"]) or not 0 <= begin < end <= settings["rows"]:
+            raise ValueError(f"shard {shard['name']!r} of rows {begin} to {end}")
+        sum((shard["samples"], shard["bytes"], *shard["bad"].values()))  # numbers
+    return list(manifest["shards"])
 
 
 def is_intact(path: Path, shard: dict) -> bool:

@@ -24,11 +24,14 @@ from input_pipeline.encode import BadImageError, encode, open_image, plain
 from input_pipeline.manifest import Manifest
 from input_pipeline.rows import captions_of, in_order, read_rows
 from rankclip_jax import config as configs
+from rankclip_jax import files
 from rankclip_jax.errors import InputError
+from rankclip_jax.ownership import Owned
 from rankclip_jax.progress import progress
 from rankclip_jax.tokenizer import Tokenizer
 
 _CHUNK = 32  # rows that a thread takes at once
+_SHEET = "contact_sheet.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,21 +70,22 @@ def prepare(source: sources.Source, out_dir: Path, options: Options, described: 
       The manifest, finished.
 
     Raises:
-      InputError: too many bad rows, shards of other settings in the folder, or the disk is full or not writable.
+      InputError: too many bad rows, files of others or shards of other settings in the folder, or the disk is full or
+        not writable.
     """
     unreachable = sum(part.samples for part in source.lost)
     if unreachable > options.max_bad_fraction * (source.size + unreachable):
         raise InputError(f"more than config.data.max_bad_fraction = {options.max_bad_fraction} is lost;{lost(source)}")
-    manifest = Manifest(out_dir, described | _settings(source, options))
+    others = ("tokenizer.json",) if options.tokenizer else ()
+    manifest = Manifest(out_dir, described | _settings(source, options), others)
     finished = {shard["name"] for shard in manifest.shards}
     if options.tokenizer:
         options.tokenizer.save(out_dir / "tokenizer.json")
     with ThreadPoolExecutor(workers) as pool, progress("prepare", source.size, unit="rows", done=manifest.rows) as bar:
         job = _Job(source, options, pool, workers, bar, rows=manifest.rows, bad=manifest.bad.total())
         try:
-            for begin in range(0, source.size, options.shard_size):
-                number = begin // options.shard_size
-                name = f"{number:05d}.tfrecord"
+            for number, name in enumerate(shards.names(source.size, options.shard_size)):
+                begin = number * options.shard_size
                 if name not in finished:
                     rows = range(begin, min(begin + options.shard_size, source.size))
                     written = shards.write_shard(out_dir / name, job.records(number, rows))
@@ -191,6 +195,8 @@ def inspect(
     def read(row):
         return {key: value.numpy() for key, value in source.read(tf.constant(row, tf.int64)).items()}
 
+    owned = Owned(out_dir, "prepare --inspect")
+    owned.check([_SHEET])
     seen = overview.survey(source, tokenizer=tokenizer, sample=sample, workers=workers)
     print(f"{name}\n" + overview.text(seen, lambda row: captions_of(read(row))))
     if source.lost:
@@ -204,12 +210,10 @@ def inspect(
         sample = read(row)
         image = plain(open_image(sample["image"]))
         examples.append((image, captions_of(sample)[0], f"row {row:,} · {image.width} x {image.height}"))
-    path = out_dir / "contact_sheet.png"
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        contact_sheet.draw(path, f"{name}: {count} of {source.size:,} rows", examples)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    owned.claim([_SHEET])
+    path = out_dir / _SHEET
+    with files.whole(path) as part:
+        contact_sheet.draw(part, f"{name}: {count} of {source.size:,} rows", examples)
     print(f"\nexamples: {path}")
 
 

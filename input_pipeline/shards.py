@@ -1,13 +1,15 @@
-"""Files that are complete under their names, or not there: TFRecord shards and the texts beside them."""
+"""TFRecord shards that are complete under their names, or not there."""
 
+import errno
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import tensorflow as tf
 
-from rankclip_jax.errors import InputError
+from rankclip_jax import files
 
 
 def example(features: dict) -> bytes:
@@ -24,66 +26,45 @@ def example(features: dict) -> bytes:
     return tf.train.Example(features=tf.train.Features(feature=named)).SerializeToString()
 
 
+def name(number: int) -> str:
+    """What a shard is called."""
+    return f"{number:05d}.tfrecord"
+
+
+def names(rows: int, shard_size: int) -> list[str]:
+    """What the shards of so many rows are called, in order."""
+    return [name(number) for number in range(-(-rows // shard_size))]
+
+
 def write_shard(path: Path, records: Iterable[bytes]) -> dict:
     """Writes a TFRecord file; it gets its name only when all of it is on the disk.
 
-    Returns {"samples", "bytes", "sha256"}; without records no file is written.
+    Until then it is `path` with .part added, a name that must be the caller's too. Returns {"samples", "bytes",
+    "sha256"}; without records no file is written.
 
     Raises:
       InputError: the disk is full or cannot be written.
     """
-    part = path.with_name(path.name + ".part")
+    records = iter(records)
+    first = list(itertools.islice(records, 1))
+    if not first:
+        return {"samples": 0, "bytes": 0, "sha256": None}
     samples = 0
-    try:
-        with tf.io.TFRecordWriter(str(part)) as writer:
-            for record in records:
-                writer.write(record)
-                samples += 1
-        if not samples:
-            part.unlink()
-            return {"samples": 0, "bytes": 0, "sha256": None}
+    with files.whole(path, part=part_of(path)) as part:
+        try:
+            with tf.io.TFRecordWriter(str(part)) as writer:
+                for record in itertools.chain(first, records):
+                    writer.write(record)
+                    samples += 1
+        except tf.errors.OpError as error:  # "file; No space left on device"
+            why = error.message.rpartition("; ")[2]
+            raise OSError(next((n for n in errno.errorcode if os.strerror(n) == why), 0), why) from None
         with open(part, "rb") as written:
-            os.fsync(written.fileno())
             digest = hashlib.file_digest(written, "sha256").hexdigest()
             size = written.tell()
-        replace(part, path)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        if isinstance(error, tf.errors.OpError):  # "file; No space left on device"
-            raise InputError(cannot_write(part, error.message.rpartition("; ")[2])) from None
-        if isinstance(error, OSError):
-            raise InputError(cannot_write(part, error.strerror)) from None
-        raise
     return {"samples": samples, "bytes": size, "sha256": digest}
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all.
-
-    Raises:
-      InputError: the disk is full or cannot be written.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        replace(part, path)
-    except OSError as error:
-        raise InputError(cannot_write(part, error.strerror)) from None
-
-
-def replace(part: Path, path: Path) -> None:
-    """Renames, and brings the rename itself to the disk."""
-    os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def cannot_write(path: Path, why: str) -> str:
-    """The line for a disk that is full or may not be written."""
-    return f"cannot write {path}: {why}; finished shards are kept, and the same command goes on after them"
+def part_of(path: Path) -> Path:
+    """What a shard is called until it is complete."""
+    return path.with_name(path.name + ".part")

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rankclip_jax.errors import InputError
+from rankclip_jax.files import whole
 
 _CAPTIONS = ("caption", "text", "txt", "alt", "alt_text", "description", "title")
 _ROWS = 100_000  # held at once
@@ -94,7 +95,7 @@ def _columns(path, first, url_column, caption_column):
 def _write(rows, columns, out):
     schema = pa.schema({"url": pa.string(), "caption": pa.string()})
     written = left_out = 0
-    with pq.ParquetWriter(out, schema) as writer:
+    with whole(out) as part, pq.ParquetWriter(str(part), schema) as writer:
         while chunk := list(itertools.islice(rows, _ROWS)):
             pairs = [tuple(row[place] for place in columns) for row in chunk if len(row) > max(columns)]
             good = [(u.strip(), c.strip()) for u, c in pairs if _is_url(u) and isinstance(c, str) and c.strip()]

@@ -7,8 +7,11 @@ damaged: it is named, passed over, never deleted.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
+import os
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -24,6 +27,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 from rankclip_jax import distributed
 from rankclip_jax.errors import InputError
 from rankclip_jax.fingerprint import fingerprints
+
+# What a save writes into the folder of its step, without endings; Orbax writes those of its own names.
+_WRITTEN = {"state", "data", "metrics", "_CHECKPOINT_METADATA", "commit_success"}
 
 
 class Restored(NamedTuple):
@@ -53,17 +59,15 @@ class Checkpoints:
         metric = (lambda metrics: metrics[config.best]) if config.best else None
         if config.best:
             policies.append(keep.BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False))
-        options = ocp.CheckpointManagerOptions(
-            best_fn=metric,
-            preservation_policy=keep.AnyPreservationPolicy(policies),
-            cleanup_tmp_directories=True,  # of saves that were cut off: they would fill the disk, one a kill
-        )
         try:
             if distributed.is_first():
-                for step in _steps(folder) if start is not None else ():
-                    if step > start:
-                        (folder / str(step)).rename(_free_name(folder, f"damaged-{step}"))
+                _make_way(folder, start)
             distributed.of_all(0)  # the others look into the folder only now
+            policies.append(_Strangers([step for step in _steps(folder) if not _is_ours(folder / str(step))]))
+            # Orbax's own clearing away (cleanup_tmp_directories) knows no owner: in a bucket it takes every folder.
+            options = ocp.CheckpointManagerOptions(
+                best_fn=metric, preservation_policy=keep.AnyPreservationPolicy(policies)
+            )
             self._manager = ocp.CheckpointManager(folder, options=options)
         except Exception as error:
             raise _cannot_save(folder, error) from error
@@ -228,6 +232,45 @@ def _by_worth(folder, best) -> tuple[epath.Path, list[int]]:
             continue
     first = [max(scores, key=lambda step: (scores[step], step))] if scores else []
     return folder, first + [step for step in steps if step not in first]
+
+
+@dataclasses.dataclass
+class _Strangers(keep.PreservationPolicy):
+    """Keeps the folders that have a step's name and are no checkpoints of ours."""
+
+    steps: list[int]
+
+    def should_preserve(self, checkpoints, *, context):
+        return [checkpoint.step in self.steps for checkpoint in checkpoints]
+
+
+def _is_ours(path) -> bool:
+    """Whether there is nothing in a folder but what our saves put there; some or all of it may be lacking."""
+    if os.path.islink(path) or not path.is_dir():
+        return False
+    return {name.name.partition(".")[0] for name in path.iterdir()} <= _WRITTEN
+
+
+def _make_way(folder, start) -> None:
+    """Clears away saves that were cut off, which would fill the disk, and renames damaged checkpoints after `start`.
+
+    Raises:
+      InputError: something else has the name of a save to come, which Orbax would remove.
+    """
+    folder.mkdir(parents=True, exist_ok=True)  # fails where it cannot be written
+    for path in folder.iterdir():
+        named = re.fullmatch(r"(\d+)(\.orbax-checkpoint-tmp)?", path.name)
+        if not named:
+            continue
+        # In a bucket a save has its name from the start, and at the end the file commit_success.txt.
+        cut_off = named[2] or (str(folder).startswith("gs://") and not (path / "commit_success.txt").exists())
+        to_come = cut_off or int(named[1]) > (start or 0)
+        if to_come and not _is_ours(path):
+            raise InputError(f"{path} is no checkpoint of this run, and in the way of one; move it away")
+        if cut_off:
+            path.rmtree()
+        elif start is not None and to_come:
+            path.rename(_free_name(folder, f"damaged-{path.name}"))
 
 
 def _free_name(folder, name):

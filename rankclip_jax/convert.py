@@ -39,7 +39,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: cannot write {flags.dst}: {error.strerror or error}")
-    print(f"wrote {flags.dst}: " + ", ".join(sorted(os.listdir(flags.dst))))
+    print(f"wrote {flags.dst}: " + ", ".join(sorted(name for name in os.listdir(flags.dst) if name[0] != ".")))
     if flags.to != "orbax" and export.ours_alone(model.config, flags.to):
         print("open_clip has no such ResNet (three stages, or the small stem): only rankclip_jax.load reads the folder")
     if model.tokenizer is None:

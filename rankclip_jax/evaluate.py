@@ -11,6 +11,9 @@ from rankclip_jax import checkpoint, evaluation, images, models, optim, pretrain
 from rankclip_jax import step as steps
 from rankclip_jax.devices import devices_of
 from rankclip_jax.errors import InputError
+from rankclip_jax.evaluation import artifacts
+from rankclip_jax.files import write_whole
+from rankclip_jax.ownership import Owned
 from rankclip_jax.run import Run
 from rankclip_jax.tokenizer import Tokenizer
 
@@ -28,12 +31,13 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict:
     run, state = _workdir(config, workdir) if config.eval.model is None else _model(config, workdir)
     step = int(state.step)
     folder = workdir / "eval" if jax.process_index() == 0 else None
+    if folder:
+        Owned(workdir, "eval").claim(["eval.json", *(f"eval/{name}" for name in artifacts.names(config.eval))])
     results = evaluation.evaluate(config.eval, run.encoder(state), folder=folder)
     if not any(results[kind] for kind in evaluation.KINDS):
         raise InputError("; ".join(results["missing"].values()) or "config.eval names no set to evaluate on")
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "eval.json").write_text(json.dumps({"step": step, **results}, indent=2) + "\n")
+        write_whole(workdir / "eval.json", json.dumps({"step": step, **results}, indent=2) + "\n")
         print(f"{config.eval.model or f'step {step} of {workdir}'}\n{evaluation.text(results)}", end="")
     return results
 

@@ -7,9 +7,11 @@ import jax
 
 from rankclip_jax import interop, preprocess
 from rankclip_jax.errors import InputError
-from rankclip_jax.interop import architecture
+from rankclip_jax.files import write_whole
+from rankclip_jax.interop import architecture, orbax_folder
 from rankclip_jax.metrics import read_metrics
 from rankclip_jax.models import ClipConfig, ResNetConfig
+from rankclip_jax.ownership import Owned
 from rankclip_jax.pretrained import Pretrained
 from rankclip_jax.tokenizer import END, START
 
@@ -21,19 +23,26 @@ def write(model: Pretrained, folder: str | Path, layout: str) -> None:
 
     Args:
       model: from `pretrained.read`.
-      folder: made if need be; files of the same names are replaced.
+      folder: made if need be; what `write` wrote there before is replaced.
       layout: "hf", for transformers; "openai", for open_clip and OpenAI's code; "orbax", for JAX.
 
     Raises:
-      InputError: the layout has no such model (Hugging Face and ResNets), or does not exist.
+      InputError: the layout has no such model (Hugging Face and ResNets), or does not exist; or a file of the same name
+        is there that `write` did not write.
     """
     if layout not in LAYOUTS:
         raise InputError(f"no layout {layout!r}; there are {', '.join(LAYOUTS)}")
     if layout == "hf" and isinstance(model.config.vision, ResNetConfig):
         raise InputError(f"{model.path} has a ResNet, and Hugging Face's CLIP has none: write the openai layout")
-    folder = Path(folder)
+    owned = Owned(folder, "convert")
+    folder = owned.folder
     tokenizer = None if model.tokenizer is None else model.tokenizer.to_dict()
+    owned.check(names := _names(layout, tokenizer is not None))
+    if layout == "orbax":  # Orbax removes whatever folder is in its way
+        owned.clear([orbax_folder.UNFINISHED])
+        owned.remove(orbax_folder.ARRAYS)
     try:
+        owned.claim(names)
         if layout == "hf":
             bos_id = model.tokenizer and model.tokenizer.start_id
             interop.write_hf(folder, model.config, model.variables, bos_id)
@@ -42,13 +51,27 @@ def write(model: Pretrained, folder: str | Path, layout: str) -> None:
             _complete_open_clip_config(folder / "open_clip_config.json", model.view, tokenizer is not None)
         else:
             interop.write_orbax(folder, model.config, model.variables)
+            written = (file for file in (folder / orbax_folder.ARRAYS).rglob("*") if file.is_file())
+            owned.wrote(file.relative_to(folder).as_posix() for file in written)
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"{model.path}: {error}") from None
     _write_json(folder / "preprocessor_config.json", preprocess.to_hugging_face(model.view))
     if tokenizer is not None:
         _write_json(folder / "tokenizer.json", tokenizer)
         _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, model.config.text.context_length))
-    (folder / "README.md").write_text(card(model, layout))
+    write_whole(folder / "README.md", card(model, layout))
+
+
+def _names(layout: str, tokenizer: bool) -> list[str]:
+    weights = {
+        "hf": ("config.json", "model.safetensors"),
+        "openai": ("open_clip_config.json", "open_clip_model.safetensors"),
+        "orbax": (orbax_folder.CONFIG, orbax_folder.UNFINISHED),
+    }
+    texts = ("tokenizer.json", "tokenizer_config.json") if tokenizer else ()
+    return [*weights[layout], "preprocessor_config.json", *texts, "README.md"]
 
 
 def _tokenizer_config(tokenizer: dict, context_length: int) -> dict:
@@ -191,4 +214,4 @@ def _table(head: tuple[str, str], rows) -> list[str]:
 
 
 def _write_json(path: Path, contents: dict) -> None:
-    path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(contents, indent=2, ensure_ascii=False) + "\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 from rankclip_jax import preemption
 from rankclip_jax.errors import InputError
 from rankclip_jax.metrics import read_metrics
+from rankclip_jax.ownership import Owned
 
 _CLOSING = 60.0  # seconds that a stopped run may take to save
 
@@ -43,9 +44,12 @@ class Training:
           config: what --config takes.
           workdir: what --workdir takes; made if need be.
           settings: "key=value" of the configuration, as config.load takes them: "optim.lr=1e-3".
+
+        Raises:
+          InputError: the workdir has a train.log of something else, or cannot be written.
         """
         self.workdir = Path(workdir)
-        self.workdir.mkdir(parents=True, exist_ok=True)
+        Owned(self.workdir, "launch").claim(["train.log"])
         self._log = self.workdir / "train.log"
         self._from = self._log.stat().st_size if self._log.exists() else 0
         self._before = self._last_step()

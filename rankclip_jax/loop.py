@@ -7,7 +7,6 @@ Where a run starts, in this order:
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -18,7 +17,9 @@ from rankclip_jax import checkpoint, compilation_cache, distributed, evaluation,
 from rankclip_jax import config as configs
 from rankclip_jax import step as steps
 from rankclip_jax.errors import InputError
+from rankclip_jax.files import write_whole
 from rankclip_jax.input_wait import InputWait
+from rankclip_jax.ownership import Owned
 from rankclip_jax.preemption import Notice, Preempted
 from rankclip_jax.recorder import Recorder
 from rankclip_jax.run import Run
@@ -58,8 +59,10 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     )
     run = Run(config, workdir, tokenizer)
     abstract = steps.abstract_state(run.model, tx, run.mesh, config.sharding)
-    if not resumes and distributed.is_first():  # only now, when everything that the user gave has proved right
-        _begin(workdir, config, tokenizer)
+    if distributed.is_first():  # only now, when everything that the user gave has proved right
+        Owned(workdir, "train").claim(_names(config))
+        if not resumes:
+            _begin(workdir, config, tokenizer)
 
     index, processes = run.process
     restored = checkpoint.restore(workdir, config.checkpoint, abstract)
@@ -159,18 +162,26 @@ def _preset_side(config) -> int:
         raise InputError(f"config.model: {error}") from None
 
 
+def _names(config: ConfigDict) -> list[str]:
+    """What a run writes in its workdir. TensorBoard's events and profile/ get names that nobody has."""
+    bad = [f"bad_samples.process{i}.jsonl" for i in range(1, jax.process_count())]
+    names = ["config.json", "tokenizer.json", "metrics.jsonl", "curves.png", "bad_samples.jsonl", *bad]
+    return names if config.checkpoint.folder else [*names, "checkpoints"]
+
+
 def _check_same_run(workdir: Path, config: ConfigDict) -> bool:
-    """Whether the workdir holds a run already; refuses one of another configuration."""
+    """Whether the workdir holds a run already; refuses one of another configuration, and files of others."""
     stored = workdir / "config.json"
     if len(set(distributed.of_all(stored.exists()))) > 1:
         raise InputError(f"only some processes find a run in {workdir}; it must be a folder that all of them share")
-    if not stored.exists():
-        return False
     try:
-        changed = configs.differences(json.loads(stored.read_text()), config.to_dict())
+        old = json.loads(stored.read_text()) if stored.is_file() else None
     except ValueError as error:
         raise InputError(f"{stored} is damaged ({error}); bring it back from a copy, or give a new --workdir") from None
-    if changed:
+    Owned(workdir, "train").check(_names(config))
+    if old is None:
+        return False
+    if changed := configs.differences(old, config.to_dict()):
         raise InputError(
             f"{workdir} holds a run with another configuration ({'; '.join(changed)}); "
             "give a new --workdir, or the old values to go on with it"
@@ -179,12 +190,9 @@ def _check_same_run(workdir: Path, config: ConfigDict) -> bool:
 
 
 def _begin(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
-    """Writes what makes a folder a run: config.json last and in one go, so that it says that all is there."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    """Writes what makes a folder a run: config.json last, so that it says that all is there."""
     tokenizer.save(workdir / "tokenizer.json")
-    part = workdir / "config.json.part"
-    part.write_text(configs.to_json(config) + "\n")
-    os.replace(part, workdir / "config.json")
+    write_whole(workdir / "config.json", configs.to_json(config) + "\n")
 
 
 def _new_tokenizer(config: ConfigDict, source, origin) -> Tokenizer:

@@ -1,11 +1,11 @@
 """The numbers of a run: metrics.jsonl, the console, and the curves as a picture."""
 
 import json
-import os
 import time
 from pathlib import Path
 
 from rankclip_jax.errors import InputError
+from rankclip_jax.files import whole, write_whole
 
 
 def read_metrics(workdir: str | Path) -> list[dict]:
@@ -28,9 +28,7 @@ class MetricsFile:
     def __init__(self, workdir: str | Path, step: int):
         path = Path(workdir) / "metrics.jsonl"
         kept = [row for row in read_metrics(workdir) if row["step"] <= step]
-        part = path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(part, path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
 
     def write(self, step: int, numbers: dict) -> None:
@@ -100,5 +98,6 @@ def plot_curves(workdir: str | Path) -> Path:
     from rankclip_jax import figures  # which reads metrics by way of this file
 
     path = Path(workdir) / "curves.png"
-    figures.curves({"": workdir}).savefig(path)
+    with whole(path) as part:
+        figures.curves({"": workdir}).savefig(part, format="png")
     return path

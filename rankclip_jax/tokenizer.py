@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from rankclip_jax.errors import InputError
+from rankclip_jax.files import write_whole
 
 PAD, START, END = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 # Characters that one token stands for at most. So much of a caption is looked at for each token of the context:
@@ -103,7 +104,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Writes tokenizer.json."""
-        Path(path).write_text(self.to_json())
+        write_whole(path, self.to_json())
 
     def vocabulary(self) -> dict[str, int]:
         """Every token and its id."""

@@ -50,7 +50,13 @@ def imports(path):
         ("configs", ()),
         (
             "input_pipeline",
-            ("input_pipeline", *(f"rankclip_jax.{name}" for name in ("tokenizer", "errors", "config", "progress"))),
+            (
+                "input_pipeline",
+                *(
+                    f"rankclip_jax.{name}"
+                    for name in ("tokenizer", "errors", "config", "progress", "files", "ownership")
+                ),
+            ),
         ),
     ],
 )

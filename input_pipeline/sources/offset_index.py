@@ -21,6 +21,8 @@ import tensorflow as tf
 
 from input_pipeline.sources.paths import is_remote, stamps
 from input_pipeline.sources.source import Lost
+from rankclip_jax.errors import InputError
+from rankclip_jax.files import whole
 from rankclip_jax.progress import progress
 
 _REMOTE_WINDOW = 8 << 20  # bytes fetched at once from a bucket; local files are memory-mapped
@@ -165,12 +167,11 @@ def _store(name, index, files, cache_dir):
     meta = json.dumps(dict(files=files, lost=[dataclasses.asdict(one) for one in index.lost])).encode()
     for folder in cache_folders(index.paths, cache_dir):
         # Several processes may do this at once: each writes its own file, and the last one's name wins.
-        part = folder / f".{name}.{os.getpid()}.npz"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            np.savez(part, meta=np.frombuffer(meta, np.uint8), **index.columns)
-            os.replace(part, folder / name)
+            with whole(folder / name) as part, open(part, "wb") as out:
+                np.savez(out, meta=np.frombuffer(meta, np.uint8), **index.columns)
             return
-        except OSError:
+        except (OSError, InputError):
             continue
     # Nowhere to keep it: the next start builds it again.

@@ -24,6 +24,7 @@ from input_pipeline.sources.paths import expand, is_remote, stamps
 from input_pipeline.sources.source import Source, keys, read_captions
 from input_pipeline.sources.tar import open_members
 from rankclip_jax.errors import InputError
+from rankclip_jax.files import whole
 from rankclip_jax.progress import progress
 
 _ROWS = 256  # unpacked at once
@@ -120,23 +121,18 @@ def _unpacked(files, columns, cache_dir) -> list[str]:
 
 
 def _unpack(file, columns, target: Path, bar) -> None:
-    part = target.with_name(f".{target.name}.{os.getpid()}")  # never half a tar under its name
-    try:
-        with _opened(file) as parquet, tarfile.open(part, "w") as tar:
-            row = 0
-            for batch in parquet.iter_batches(_ROWS, columns=list(columns)):
-                images, captions = (_values(batch, column) for column in columns)
-                for image, caption in zip(images, captions, strict=True):
-                    for ending, value in (("image", image), ("caption", caption)):
-                        member = tarfile.TarInfo(f"{row:09}.{ending}")
-                        data = value.encode() if isinstance(value, str) else value or b""
-                        member.size = len(data)
-                        tar.addfile(member, io.BytesIO(data))
-                    row += 1
-                bar.update(len(images))
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(target) as part, _opened(file) as parquet, tarfile.open(part, "w") as tar:
+        row = 0
+        for batch in parquet.iter_batches(_ROWS, columns=list(columns)):
+            images, captions = (_values(batch, column) for column in columns)
+            for image, caption in zip(images, captions, strict=True):
+                for ending, value in (("image", image), ("caption", caption)):
+                    member = tarfile.TarInfo(f"{row:09}.{ending}")
+                    data = value.encode() if isinstance(value, str) else value or b""
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+                row += 1
+            bar.update(len(images))
 
 
 def _values(batch, column):

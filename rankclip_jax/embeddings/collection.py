@@ -1,8 +1,6 @@
 """A collection through the image tower, in parts, so that a run that stops goes on where it was."""
 
 import json
-import os
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +9,9 @@ import numpy as np
 from rankclip_jax.embeddings import store
 from rankclip_jax.embeddings.pictures import Pictures
 from rankclip_jax.errors import InputError
+from rankclip_jax.files import whole, write_whole
 from rankclip_jax.inference import Model
+from rankclip_jax.ownership import Owned, inside
 from rankclip_jax.progress import progress
 
 PART = 512  # pictures a part: what a run that stops has to do again, at most
@@ -28,15 +28,22 @@ def embed(model: Model, pictures: Pictures, out: Path, about: dict) -> None:
       about: what the file says of itself; also what must be the same for a run to go on.
 
     Raises:
-      InputError: `out` exists or has another ending; its parts are of another run; or no picture could be used.
+      InputError: `out` or its bad_samples.jsonl exists, or it has another ending; its parts are of another run, or of
+        somebody else; or no picture could be used.
     """
     if out.suffix not in store.ENDINGS:
         raise InputError(f"--out {out} must end in {' or '.join(store.ENDINGS)}")
     if out.exists():
         raise InputError(f"{out} exists already: search in it, delete it, or give another --out")
-    folder = out.with_name(out.name + ".parts")
-    _same_run(folder, about)
+    folder, named = (inside(out.parent, out.name + ending) for ending in (".parts", ".bad_samples.jsonl"))
     starts = range(0, pictures.size, PART)
+    parts = Owned(folder, "embed", alone="move it away, or give another --out")
+    if named.exists() and not parts.known:
+        raise InputError(f"{named} exists already: move it away, or give another --out")
+    _same_run(folder, about)
+    parts.claim(["about.json", "unfinished", *(f"{start}.npz" for start in starts)])
+    if not (folder / "about.json").exists():
+        write_whole(folder / "about.json", json.dumps(about))
     missing = [start for start in starts if not (folder / f"{start}.npz").exists()]
     if len(missing) < len(starts):
         print(f"going on with {folder}: {len(starts) - len(missing)} of {len(starts)} parts are done")
@@ -50,12 +57,14 @@ def embed(model: Model, pictures: Pictures, out: Path, about: dict) -> None:
     bad = [line for start in starts for line in _load(folder, start)["bad"].tolist()]
     if len(bad) == pictures.size:
         raise InputError(f"none of the {pictures.size} images could be used; for example {_told(bad[0])}")
-    count = store.write(out, (_part(folder, start) for start in starts), about)
     if bad:
-        named = out.with_name(out.name + ".bad_samples.jsonl")
-        named.write_text("".join(line + "\n" for line in bad))
+        lines = "".join(line + "\n" for line in bad)
+        if named.exists() and named.read_text(encoding="utf-8", errors="replace") != lines:  # else of before a kill
+            raise InputError(f"{named} is of something else: move it away, and start the same command again")
+        write_whole(named, lines)
         print(f"{len(bad)} images were left out; {named} names them, for example {_told(bad[0])}")
-    shutil.rmtree(folder)
+    count = store.write(out, (_part(folder, start) for start in starts), about, folder / "unfinished")
+    parts.dissolve()
     print(f"wrote {out}: {count:,} embeddings of {model.source.config.embed_dim} numbers")
 
 
@@ -81,11 +90,9 @@ def _embed_rows(model, pictures, rows, threads):
 
 
 def _write_part(path: Path, z_NxD, rows, names, bad) -> None:
-    unfinished = path.with_suffix(".unfinished")
-    with open(unfinished, "wb") as file:
+    with whole(path) as part, open(part, "wb") as file:
         names, bad = np.array(names, dtype=str), np.array(bad, dtype=str)
         np.savez(file, embedding=z_NxD, row=np.array(rows, np.int64), name=names, bad=bad)
-    os.replace(unfinished, path)
 
 
 def _load(folder: Path, start: int):
@@ -100,12 +107,13 @@ def _part(folder: Path, start: int) -> store.Embeddings:
 def _same_run(folder: Path, about: dict) -> None:
     stored = folder / "about.json"
     if stored.exists():
-        old = json.loads(stored.read_text())
+        try:
+            old = dict(json.loads(stored.read_text()))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(f"{stored} is damaged ({error}); move {folder} away, or give another --out") from None
         changed = [f"{key}: {old.get(key)!r} -> {about.get(key)!r}" for key in about if old.get(key) != about[key]]
         if changed:
             raise InputError(f"{folder} is the beginning of another run ({'; '.join(changed)}); delete it to start")
-    folder.mkdir(parents=True, exist_ok=True)
-    stored.write_text(json.dumps(about))
 
 
 def _told(line: str) -> str:

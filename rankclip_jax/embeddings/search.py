@@ -8,6 +8,7 @@ import numpy as np
 from rankclip_jax.embeddings.pictures import Pictures
 from rankclip_jax.embeddings.store import Embeddings
 from rankclip_jax.errors import InputError
+from rankclip_jax.files import whole
 
 
 def best(embeddings: Embeddings, z_txt_TxD: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
@@ -59,5 +60,6 @@ def draw(
             axes.set_xlabel(f"{cosines_TxK[row, column]:.3f}\n{name[-24:]}", fontsize=8)
             axes.set(xticks=[], yticks=[])
         axes_RxC[row, 0].set_title(text, loc="left", fontsize=10)
-    figure.savefig(path, dpi=110)
+    with whole(path) as part:
+        figure.savefig(part, dpi=110, format=path.suffix[1:] or "png")
     plt.close(figure)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rankclip_jax.errors import InputError
+from rankclip_jax.files import whole
 
 ENDINGS = (".npz", ".parquet")
 
@@ -31,16 +31,16 @@ class Embeddings:
     about: dict
 
 
-def write(path: Path, parts: Iterable[Embeddings], about: dict) -> int:
+def write(path: Path, parts: Iterable[Embeddings], about: dict, unfinished: Path | None = None) -> int:
     """Writes all parts as one file, complete or not at all; returns the number of rows.
+
+    `unfinished`: a name of the caller's own for it until it is complete (files.whole).
 
     An .npz has arrays `embedding` (n, D) float32, `row` (n,) int64, `name` (n,) str and `about` (JSON); a Parquet file
     has the same three columns, and `about` in its schema's metadata.
     """
-    unfinished = path.with_name(path.name + ".unfinished")
-    count = (_write_parquet if path.suffix == ".parquet" else _write_npz)(unfinished, parts, about)
-    os.replace(unfinished, path)
-    return count
+    with whole(path, unfinished) as part:
+        return (_write_parquet if path.suffix == ".parquet" else _write_npz)(part, parts, about)
 
 
 def read(path: Path) -> Embeddings:

@@ -1,17 +1,33 @@
 """What evaluations leave in WORKDIR/eval for the report to draw; the report itself reads no data and no model."""
 
 import base64
+import contextlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+from ml_collections import ConfigDict
 
+from rankclip_jax.evaluation import suite
 from rankclip_jax.evaluation.geometry import project, similarity_histograms
 from rankclip_jax.evaluation.retrieval import nearest
+from rankclip_jax.files import whole
 
 _QUERIES, _ANSWERS = 6, 5
+
+
+def names(config: ConfigDict) -> list[str]:
+    """All that evaluations of config.eval may write into the folder. Raises InputError as `suite.zero_shot_sets`."""
+    sets = {"zero_shot": suite.zero_shot_sets(config), "retrieval": config.retrieval, "geometry": config.geometry}
+    return [_name(kind, name) for kind, named in sets.items() for name in named]
+
+
+def _name(kind: str, name: str) -> str:
+    plain = re.sub(r"[/\\]", "_", name)
+    return f"{kind}_{plain}.{'json' if kind == 'retrieval' else 'npz'}"
 
 
 class Artifacts:
@@ -26,20 +42,24 @@ class Artifacts:
     def __init__(self, folder: Path | None):
         self._folder = folder
 
-    def _path(self, name: str) -> Path:
+    @contextlib.contextmanager
+    def _file(self, kind: str, name: str) -> Iterator[BinaryIO]:
         self._folder.mkdir(parents=True, exist_ok=True)
-        return self._folder / name.replace("/", "_")
+        with whole(self._folder / _name(kind, name)) as part, open(part, "wb") as out:
+            yield out
 
     def confusion(self, name: str, classes: list[str], confusion_CxC: np.ndarray) -> None:
         """The confusion matrix of a labelled set."""
         if self._folder:
-            np.savez_compressed(self._path(f"zero_shot_{name}.npz"), classes=classes, confusion=confusion_CxC)
+            with self._file("zero_shot", name) as out:
+                np.savez_compressed(out, classes=classes, confusion=confusion_CxC)
 
     def geometry(self, name: str, z_img_NxD: np.ndarray, z_txt_NxD: np.ndarray, captions: list[str]) -> None:
         """Projection and histograms of pairs."""
         if self._folder and len(captions) >= 2:
             arrays = project(z_img_NxD, z_txt_NxD) | similarity_histograms(z_img_NxD, z_txt_NxD)
-            np.savez_compressed(self._path(f"geometry_{name}.npz"), captions=[c[:120] for c in captions], **arrays)
+            with self._file("geometry", name) as out:
+                np.savez_compressed(out, captions=[c[:120] for c in captions], **arrays)
 
     def gallery(
         self,
@@ -72,6 +92,5 @@ class Artifacts:
             found = nearest(z_txt_MxD[t], z_img_NxD, _ANSWERS)
             answers = [{"picture": picture(i), "right": bool(image_of_text[t] == i)} for i in found]
             from_texts.append({"caption": captions[t], "answers": answers})
-        self._path(f"retrieval_{name}.json").write_text(
-            json.dumps({"image_to_text": from_images, "text_to_image": from_texts})
-        )
+        with self._file("retrieval", name) as out:
+            out.write(json.dumps({"image_to_text": from_images, "text_to_image": from_texts}).encode())

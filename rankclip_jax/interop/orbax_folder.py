@@ -9,16 +9,19 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rankclip_jax.files import write_whole
 from rankclip_jax.interop import architecture, layouts
 from rankclip_jax.models import ClipConfig, unstack_layers
 
 CONFIG, ARRAYS = "rankclip_jax.json", "variables"
+UNFINISHED = ARRAYS + ".orbax-checkpoint-tmp"  # what Orbax calls the arrays until all are written
 
 
 def write_orbax(folder: str | Path, config: ClipConfig, variables: Mapping) -> None:
     """Writes {'params': ..., 'batch_stats': ...} in float32, blocks unrolled (scanned ones are unstacked).
 
-    Raises ValueError naming a parameter that the config does not have, lacks, or has in another shape.
+    Raises ValueError naming a parameter that the config does not have, lacks, or has in another shape; or if arrays are
+    there already.
     """
     layouts.to_state(variables, config, layouts.openai)  # raises if they do not fit
     folder = Path(folder).resolve()
@@ -26,8 +29,8 @@ def write_orbax(folder: str | Path, config: ClipConfig, variables: Mapping) -> N
     arrays = {name: unstack_layers(tree) for name, tree in variables.items() if tree}
     arrays = jax.tree.map(lambda x: np.asarray(x, np.float32), arrays)
     with ocp.StandardCheckpointer() as writer:
-        writer.save(folder / ARRAYS, arrays, force=True)
-    (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        writer.save(folder / ARRAYS, arrays)
+    write_whole(folder / CONFIG, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
 def read_orbax(folder: Path) -> tuple[ClipConfig, dict]:

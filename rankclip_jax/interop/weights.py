@@ -10,6 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from rankclip_jax.files import whole, write_whole
 from rankclip_jax.interop import architecture, layouts, orbax_folder
 from rankclip_jax.interop.torch_file import read_torch_file
 from rankclip_jax.models import ClipConfig
@@ -64,8 +65,7 @@ def write_hf(folder: str | Path, config: ClipConfig, variables: Mapping, bos_id:
     described = architecture.to_hugging_face(config, bos_id)
     state = layouts.to_state(variables, config, layouts.hugging_face)
     folder = _new_folder(folder)
-    # transformers refuses files without this mark.
-    safetensors.numpy.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_weights(folder / "model.safetensors", state)
     _write_json(folder / "config.json", described)
 
 
@@ -85,7 +85,7 @@ def write_openai(folder: str | Path, config: ClipConfig, variables: Mapping) -> 
     if model_cfg := architecture.to_open_clip(config):
         described["model_cfg"] = model_cfg
     folder = _new_folder(folder)
-    safetensors.numpy.save_file(state, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    _write_weights(folder / "open_clip_model.safetensors", state)
     _write_json(folder / _OPEN_CLIP_CONFIG, described)
 
 
@@ -146,7 +146,13 @@ def _read_json(path: Path) -> dict:
 
 
 def _write_json(path: Path, contents: dict) -> None:
-    path.write_text(json.dumps(contents, indent=2) + "\n")
+    write_whole(path, json.dumps(contents, indent=2) + "\n")
+
+
+def _write_weights(path: Path, state: dict[str, np.ndarray]) -> None:
+    with whole(path) as part:
+        # transformers refuses files without this mark.
+        safetensors.numpy.save_file(state, part, metadata={"format": "pt"})
 
 
 def _new_folder(folder: str | Path) -> Path:

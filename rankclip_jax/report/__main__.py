@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from rankclip_jax.errors import InputError
+from rankclip_jax.files import cannot_write, write_whole
 from rankclip_jax.report import page, runs
 
 
@@ -15,18 +16,20 @@ def main() -> None:
         description="Draws training curves, evaluations and configurations of one run or several as one HTML page.",
     )
     parser.add_argument("workdirs", nargs="+", metavar="DIR", help="workdir of a run; --mode=eval there draws more")
-    parser.add_argument("--out", default="report.html", help="the page to write (default: report.html)")
+    parser.add_argument("--out", help="the page to write (default: report.html)")
     flags = parser.parse_args()
     try:
-        out = Path(flags.out)
+        out = Path(flags.out or "report.html")
+        if not flags.out and out.is_file() and page.MADE not in out.read_text(encoding="utf-8", errors="replace"):
+            raise InputError(f"{out} is there already, and this command did not write it; give --out FILE")
         if out.is_dir():
             raise InputError(f"--out {out} is a folder; give the name of a file, for example {out / 'report.html'}")
         text = page.render([runs.read_run(workdir) for workdir in flags.workdirs])
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise InputError(f"--out {out} cannot be written: {error.strerror}") from None
+            raise cannot_write(out, error) from None
+        write_whole(out, text)
     except InputError as error:
         sys.exit(f"error: {error}")
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")

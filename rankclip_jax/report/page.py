@@ -24,6 +24,7 @@ _SECTIONS = (
 )  # fmt: skip
 
 
+MADE = "Drawn by rankclip_jax.report"  # by which the command knows its own pages
 _STYLE, _SCRIPT = ((Path(__file__).parent / name).read_text() for name in ("style.css", "script.js"))
 
 
@@ -48,6 +49,6 @@ def render(runs: list[Run]) -> str:
         f"<header><h1>{'Run' if len(runs) == 1 else 'Runs'}: {html.escape(names)}</h1>{sections.tiles(runs)}"
         f'{f"""<div class="legend">{legend}</div>""" if len(runs) > 1 else ""}</header>'
         f"<nav><div>{''.join(links)}</div></nav><main>{''.join(parts)}"
-        "<footer>Drawn by rankclip_jax.report from the files of the runs' workdirs.</footer></main>"
+        f"<footer>{MADE} from the files of the runs' workdirs.</footer></main>"
         f'<div id="tip"></div><script>{_SCRIPT}</script></body></html>\n'
     )

@@ -6,8 +6,11 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from rankclip_jax.files import whole, write_whole
+from rankclip_jax.ownership import Owned
 from rankclip_jax.study.statistics import Estimate, estimate, paired
 
+FILES = ("results.json", "results.md", "curves.png", "dynamics.png")
 # Shares, shown in per cent; everything else as it is.
 _PERCENT = ("zero_shot/", "retrieval/", "linear_probe/")
 _TABLES = {
@@ -34,10 +37,10 @@ def write(workdir: Path, config: ConfigDict, runs: list[dict]) -> str:
     """Writes the four files into `workdir`; returns the tables. `runs`: as Study.run gives them."""
     baseline = config.study.baseline
     results = summarise([baseline, *(name for name in config.study.objectives if name != baseline)], runs)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "results.json").write_text(json.dumps({"results": results, "runs": runs}, indent=1))
+    Owned(workdir, "study").claim(FILES)
+    write_whole(workdir / "results.json", json.dumps({"results": results, "runs": runs}, indent=1))
     text = markdown(results)
-    (workdir / "results.md").write_text(text)
+    write_whole(workdir / "results.md", text)
     _plot(
         workdir / "curves.png",
         runs,
@@ -145,5 +148,6 @@ def _plot(path: Path, runs: list[dict], panels: dict[str, str]) -> None:
         place.set_axis_off()
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
-    figure.savefig(path, dpi=75)
+    with whole(path) as part:
+        figure.savefig(part, dpi=75, format="png")
     plt.close(figure)

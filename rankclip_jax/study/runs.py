@@ -17,7 +17,9 @@ from rankclip_jax import run as runs
 from rankclip_jax.config import complete
 from rankclip_jax.devices import devices_of
 from rankclip_jax.errors import InputError
-from rankclip_jax.study import measure
+from rankclip_jax.files import cannot_write, write_whole
+from rankclip_jax.ownership import Owned, inside
+from rankclip_jax.study import measure, report
 from rankclip_jax.study.data import Labelled, read_labelled, read_pairs, view_of
 from rankclip_jax.study.training import Job, Programs
 from rankclip_jax.tokenizer import Tokenizer
@@ -78,6 +80,7 @@ class Study:
 
     def run(self) -> list[dict]:
         """Does what is not done yet; returns every run of the study (not of the search), as its file has it."""
+        Owned(self.folder, "study").claim(report.FILES)
         done, clock = [], Clock(self._planned())
         for name in self.config.study.objectives:
             config = self.config_of(name)
@@ -186,13 +189,19 @@ def _identity(config) -> dict:
 
 
 def _file(folder, name, job) -> Path:
-    return folder / f"{name}-lr{job.lr:g}-seed{job.seed}.json"
+    return inside(folder, f"{name}-lr{job.lr:g}-seed{job.seed}.json")
 
 
 def _read(file: Path, wanted: dict) -> dict | None:
     if not file.exists():
         return None
-    found = json.loads(file.read_text())
+    try:
+        found = json.loads(file.read_text())
+        known = {"objective", "lr", "seed", "seconds", "curve", "final"} <= found.keys() and found["config"].keys()
+    except (ValueError, KeyError, AttributeError, RecursionError):
+        known = None
+    if not known:
+        raise InputError(f"{file} is there already, and no run of a study; take another --workdir, or move it away")
     if found["config"] != wanted:
         differing = sorted(k for k in wanted.keys() | found["config"].keys() if wanted.get(k) != found["config"].get(k))
         raise InputError(
@@ -202,11 +211,11 @@ def _read(file: Path, wanted: dict) -> dict | None:
 
 
 def _write(file: Path, result: dict) -> None:
-    """Whole or not at all: an interrupted write leaves no file of this name."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1))
-    part.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(file, error) from None
+    write_whole(file, json.dumps(result, indent=1))
 
 
 def _summary(result: dict) -> str:
