@@ -58,7 +58,7 @@ def nan_in_step(step: int) -> None:
     """From now on the gradient of `step` has a NaN among a parameter's."""
     import jax
 
-    from rankclip_jax import step as steps
+    from rankclip_jax.train import step as steps
 
     make, whole = steps.make_train_step, steps.loss_and_grads
 

@@ -21,8 +21,10 @@ import transformers
 from PIL import Image
 
 import rankclip_jax
-from rankclip_jax import export, models, preprocess, pretrained
-from rankclip_jax.tokenizer import Tokenizer
+from rankclip_jax import models
+from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.weights import export, pretrained
+from rankclip_jax.weights import view as preprocess
 
 BATCHES = (1, 32, 256)
 WORDS = "a photo of the two small red dogs and cats on beach in winter with blue boats under clouds".split()

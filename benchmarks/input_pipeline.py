@@ -24,8 +24,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from input_pipeline import decode, pipeline, sources
-from rankclip_jax.images import MEAN, STD
-from rankclip_jax.tokenizer import Tokenizer
+from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.models.images import MEAN, STD
 
 BATCH = 64
 

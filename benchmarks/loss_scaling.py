@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 
-from rankclip_jax.hlo import COLLECTIVE, result_bytes
+from rankclip_jax.train.hlo import COLLECTIVE, result_bytes
 
 WIDTH = 512
 

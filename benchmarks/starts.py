@@ -116,7 +116,7 @@ class Start:
 
 
 def _run(arguments, before) -> int:
-    from rankclip_jax import train
+    from rankclip_jax.train import __main__ as train
 
     sys.argv = ["rankclip_jax.train", *arguments]
     try:

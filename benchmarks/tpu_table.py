@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from rankclip_jax import config as configs
-from rankclip_jax import flops, plan
-from rankclip_jax.targets import Target
+from rankclip_jax.train import flops, plan
+from rankclip_jax.train.targets import Target
 
 MODELS = ("ViT-B/32", "ViT-B/16", "RN50")
 OBJECTIVES = ("rankclip", "clip")

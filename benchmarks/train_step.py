@@ -21,7 +21,7 @@ import time
 import numpy as np
 
 from rankclip_jax import config as configs
-from rankclip_jax import plan
+from rankclip_jax.train import plan
 
 OURS, PYTORCH = ("clip", "rankclip"), ("transformers", "transformers, compiled")
 # Freed memory is kept for the next step, as rankclip_jax.train does; JAX takes only the GPU memory that it needs.
@@ -46,22 +46,24 @@ def ours(name: str, objective: str, batch: int | None):
     `objective`: clip or rankclip, perhaps with a number of parts behind it: "rankclip, 4 parts"."""
     import jax
 
-    from rankclip_jax import flops, models, optim, sharding
-    from rankclip_jax import step as steps
-    from rankclip_jax.devices import devices_of
+    from rankclip_jax import models
+    from rankclip_jax.common.devices import devices_of
+    from rankclip_jax.parallel.mesh import make_mesh, to_devices
+    from rankclip_jax.train import flops, optim
+    from rankclip_jax.train import step as steps
 
     on_cpu = jax.default_backend() == "cpu"
     batch = batch or (16 if on_cpu else 256)
     objective, _, parts = objective.removesuffix(" parts").partition(", ")
     config = configs.complete({"batch_size": batch, "accumulate": int(parts or 1), "loss": {"objective": objective}})
-    mesh = sharding.make_mesh({"data": -1})
+    mesh = make_mesh({"data": -1})
     model = models.build(name, dtype="float32" if on_cpu else "bfloat16", devices=devices_of(mesh))
     tx = optim.make_optimizer(config.optim, 100_000)
     state = steps.init_state(model, tx, 0, mesh, config.sharding)
     train_step = steps.make_train_step(model, tx, config, mesh, total_steps=100_000, steps_per_epoch=1_000)
     text = model.config.text
     pixels, tokens = made_batch(batch, model.config.vision.image_size, text.context_length, text.vocab_size)
-    data = steps.to_devices({"image": pixels, "tokens": tokens}, mesh)
+    data = to_devices({"image": pixels, "tokens": tokens}, mesh)
 
     def step():
         nonlocal state

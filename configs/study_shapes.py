@@ -5,7 +5,7 @@ python -m rankclip_jax.study --config configs/study_shapes.py
 
 from ml_collections import ConfigDict
 
-# Weights as published (rankclip_jax/config_keys.py says by whom).
+# Weights as published (rankclip_jax/config/keys.py says by whom).
 OBJECTIVES = {
     "clip": dict(objective="clip"),
     "rankclip": dict(objective="rankclip"),

@@ -1,4 +1,4 @@
-"""Writes docs/config.md from the source of rankclip_jax/config_keys.py: python docs/config_page.py > docs/config.md
+"""Writes docs/config.md from the source of rankclip_jax/config/keys.py: python docs/config_page.py > docs/config.md
 
 The comments beside the keys are the documentation; a test compares the page with them, so neither can drift.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "rankclip_jax" / "config_keys.py"
 HEAD = """# Every key of the configuration
 
-Generated from the comments in `rankclip_jax/config_keys.py` by `python docs/config_page.py > docs/config.md`.
+Generated from the comments in `rankclip_jax/config/keys.py` by `python docs/config_page.py > docs/config.md`.
 
 A key is given on the command line as `--config.optim.lr=1e-3`, or in a file like those in `configs/`, which says only
 what it changes. Values are Python literals; what is none is a string. A key that does not exist is refused, and the

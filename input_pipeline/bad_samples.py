@@ -10,7 +10,7 @@ from pathlib import Path
 import tensorflow as tf
 
 from input_pipeline.sources import Source
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
 
 
 class BadSamples:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
 
 
 def augment(caption: str, rng: np.random.Generator, synonyms: Mapping[str, Sequence[str]] | None = None) -> str:

@@ -15,10 +15,10 @@ from collections import Counter
 from pathlib import Path
 
 from input_pipeline import url_list
-from rankclip_jax.errors import InputError
-from rankclip_jax.files import write_whole
-from rankclip_jax.ownership import ENVIRONMENT, MARKER, Owned
-from rankclip_jax.progress import progress
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.files import write_whole
+from rankclip_jax.common.ownership import ENVIRONMENT, MARKER, Owned
+from rankclip_jax.common.progress import progress
 
 # imghdr, which img2dataset imports, left Python with 3.13.
 REQUIREMENTS = ("img2dataset>=1.47,<2", "standard-imghdr; python_version >= '3.13'")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from input_pipeline.sources import Source
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
 
 
 def reader(source: Source) -> Callable[[int], bytes]:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from input_pipeline import shapes, tfds_scan, transforms
 from input_pipeline.sources import Source, open_source, tar
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from input_pipeline import shards
-from rankclip_jax import files
-from rankclip_jax.errors import InputError
-from rankclip_jax.ownership import Owned
-from rankclip_jax.progress import progress
+from rankclip_jax.common import files
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.ownership import Owned
+from rankclip_jax.common.progress import progress
 
 
 class Manifest:

@@ -13,8 +13,8 @@ import numpy as np
 from input_pipeline.encode import BadImageError, load, open_image
 from input_pipeline.rows import Row, in_order, read_rows
 from input_pipeline.sources import Source
-from rankclip_jax.progress import progress
-from rankclip_jax.tokenizer import Tokenizer
+from rankclip_jax.common.progress import progress
+from rankclip_jax.common.tokenizer import Tokenizer
 
 _CHUNK = 32  # rows that a thread takes at once
 

@@ -5,7 +5,7 @@ an order that is computed from (seed, epoch) without a list (order.py). So a bat
 which it starts, and resuming at any position costs nothing. Of the rows of each batch every process reads its share,
 one after the other, so that a batch is the same with any number of processes.
 
-Pictures come in one of two ways (transforms.py makes them, rankclip_jax/images.py takes them), b to a batch:
+Pictures come in one of two ways (transforms.py makes them, rankclip_jax/models/images.py takes them), b to a batch:
 
   canvas=C     "image" uint8 (b, C, C, 3), each picture at the top left, zeros beyond; "size" int32 (b, 2), its
                height and width there; "windows" float32 (b, V, 4), what to see of it: (top, left, height, width) in
@@ -24,8 +24,8 @@ from input_pipeline import order, transforms
 from input_pipeline.bad_samples import BadSamples, reason_of_failure
 from input_pipeline.captions import augment
 from input_pipeline.sources import Source
-from rankclip_jax.errors import InputError
-from rankclip_jax.tokenizer import Tokenizer
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.tokenizer import Tokenizer
 
 # tf.data runs on the host; TensorFlow must never take the accelerator's memory.
 tf.config.set_visible_devices([], "GPU")

@@ -24,11 +24,11 @@ from input_pipeline.encode import BadImageError, encode, open_image, plain
 from input_pipeline.manifest import Manifest
 from input_pipeline.rows import captions_of, in_order, read_rows
 from rankclip_jax import config as configs
-from rankclip_jax import files
-from rankclip_jax.errors import InputError
-from rankclip_jax.ownership import Owned
-from rankclip_jax.progress import progress
-from rankclip_jax.tokenizer import Tokenizer
+from rankclip_jax.common import files
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.ownership import Owned
+from rankclip_jax.common.progress import progress
+from rankclip_jax.common.tokenizer import Tokenizer
 
 _CHUNK = 32  # rows that a thread takes at once
 _SHEET = "contact_sheet.png"

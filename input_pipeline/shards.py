@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from rankclip_jax import files
+from rankclip_jax.common import files
 
 
 def example(features: dict) -> bytes:

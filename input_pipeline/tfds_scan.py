@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 from input_pipeline.sources import Source
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
 
 
 def open_labels(path: str, data_dir: str | None) -> tuple[Source, list[str]]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rankclip_jax.errors import InputError
-from rankclip_jax.files import whole
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.files import whole
 
 _CAPTIONS = ("caption", "text", "txt", "alt", "alt_text", "description", "title")
 _ROWS = 100_000  # held at once

@@ -6,8 +6,8 @@ import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed; an accelerator need not be free
 
-from rankclip_jax import export, pretrained
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.weights import export, pretrained
 
 
 def main() -> None:

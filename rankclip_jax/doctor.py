@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from packaging.requirements import Requirement
 
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only decodes here, so its greetings say nothing
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -103,12 +103,14 @@ def small_program(where: Sequence) -> tuple:
     import numpy as np
 
     from rankclip_jax import config as configs
-    from rankclip_jax import models, optim, sharding
-    from rankclip_jax import step as steps
+    from rankclip_jax import models
+    from rankclip_jax.parallel.mesh import make_mesh, to_devices
+    from rankclip_jax.train import optim
+    from rankclip_jax.train import step as steps
 
     config = configs.complete({"loss": {"schedule": "constant"}, "optim": {"warmup_steps": 0}})
     model = models.build("ViT-tiny", image_size=32, context_length=8, vocab_size=64, eot_id=63, scan_layers=True)
-    mesh = sharding.make_mesh({"data": 1}, where)
+    mesh = make_mesh({"data": 1}, where)
     tx = optim.make_optimizer(config.optim, 10)
     state = steps.init_state(model, tx, 0, mesh, None)
     step = steps.make_train_step(model, tx, config, mesh, total_steps=10, steps_per_epoch=10)
@@ -117,7 +119,7 @@ def small_program(where: Sequence) -> tuple:
         "image": rng.integers(0, 256, (8, 32, 32, 3)).astype(np.uint8),
         "tokens": rng.integers(1, 64, (8, 8)).astype(np.int32),
     }
-    return step, state, steps.to_devices(batch, mesh)
+    return step, state, to_devices(batch, mesh)
 
 
 def pipeline(pictures: int = 400) -> Iterator[Finding]:
@@ -161,7 +163,7 @@ def places(workdir: str, tokenizer: str | None) -> Iterator[Finding]:
     mend = f"free some space below {there}: two checkpoints of ViT-B/32 take 3.5 GiB" if free < 5 else None
     yield Finding("free disk", f"{free:,.1f} GiB", mend)
     if tokenizer:
-        from rankclip_jax.tokenizer import Tokenizer
+        from rankclip_jax.common.tokenizer import Tokenizer
 
         try:
             yield Finding("tokenizer", f"{tokenizer}: {Tokenizer.load(tokenizer).vocab_size:,} tokens")

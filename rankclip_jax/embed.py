@@ -13,9 +13,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # for shards
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import rankclip_jax
-from rankclip_jax.embeddings import collection, search, store
-from rankclip_jax.embeddings.pictures import open_pictures
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.inference import collection, search, store
+from rankclip_jax.inference.pictures import open_pictures
 
 
 def main() -> None:

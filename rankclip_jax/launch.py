@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rankclip_jax import preemption
-from rankclip_jax.errors import InputError
-from rankclip_jax.metrics import read_metrics
-from rankclip_jax.ownership import Owned
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.metrics_file import read_metrics
+from rankclip_jax.common.ownership import Owned
+from rankclip_jax.parallel import preemption
 
 _CLOSING = 60.0  # seconds that a stopped run may take to save
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 # Minutes long: they go first, so that no worker has one left when the others are done.
-LONG = ("test_notebook.py", "test_faults.py", "test_two_processes.py", "test_docs.py", "test_loop.py", "test_study.py")
+LONG = ("test_notebook.py", "test_faults.py", "test_two_processes.py", "test_docs.py", "test_train.py", "test_study.py")
 
 
 def pytest_collection_modifyitems(items):

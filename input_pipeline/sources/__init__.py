@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from input_pipeline.sources import drawn, folder, mixture, parquet, table, tar, tfds, tfrecord
 from input_pipeline.sources.source import Lost, Source, require
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
 
 __all__ = ["Lost", "Source", "open_source"]
 

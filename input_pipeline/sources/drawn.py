@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from input_pipeline import shapes
 from input_pipeline.sources.source import Source
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
 
 
 def open_drawn(path: str | int, side: int, split: str) -> Source:

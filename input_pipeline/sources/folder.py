@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from input_pipeline.sources.packed_strings import PackedStrings
 from input_pipeline.sources.paths import is_remote
 from input_pipeline.sources.source import Lost, Source, read_captions
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 

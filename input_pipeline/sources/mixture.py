@@ -14,7 +14,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline.sources.source import Source
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
 
 
 def open_mixture(spec: Mapping | ConfigDict, parts: Mapping[str, Mapping], open_one: Callable) -> Source:

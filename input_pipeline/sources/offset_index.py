@@ -21,9 +21,9 @@ import tensorflow as tf
 
 from input_pipeline.sources.paths import is_remote, stamps
 from input_pipeline.sources.source import Lost
-from rankclip_jax.errors import InputError
-from rankclip_jax.files import whole
-from rankclip_jax.progress import progress
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.files import whole
+from rankclip_jax.common.progress import progress
 
 _REMOTE_WINDOW = 8 << 20  # bytes fetched at once from a bucket; local files are memory-mapped
 

@@ -23,9 +23,9 @@ from input_pipeline.sources.offset_index import cache_folders
 from input_pipeline.sources.paths import expand, is_remote, stamps
 from input_pipeline.sources.source import Source, keys, read_captions
 from input_pipeline.sources.tar import open_members
-from rankclip_jax.errors import InputError
-from rankclip_jax.files import whole
-from rankclip_jax.progress import progress
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.files import whole
+from rankclip_jax.common.progress import progress
 
 _ROWS = 256  # unpacked at once
 

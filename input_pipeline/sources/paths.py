@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import tensorflow as tf
 
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
 
 _RANGE = re.compile(r"\{([^{}]*)\}")
 

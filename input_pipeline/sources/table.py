@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from input_pipeline.sources.packed_strings import PackedStrings
 from input_pipeline.sources.paths import expand, is_remote
 from input_pipeline.sources.source import Lost, Source, keys
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
 
 _BLOCK = 64 << 20  # bytes read at once; a row must fit
 

@@ -20,7 +20,7 @@ from input_pipeline.sources.byte_ranges import byte_ranges
 from input_pipeline.sources.offset_index import OffsetIndex, Scan, offset_index, open_slices
 from input_pipeline.sources.paths import expand
 from input_pipeline.sources.source import Lost, Source, keys, read_captions, require
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
 
 _BLOCK = 512
 _ABSENT = -1

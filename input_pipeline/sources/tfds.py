@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from input_pipeline.sources.source import Source, keys
 from input_pipeline.sources.tfrecord import Records, examples, open_records
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
 
 _PATH = re.compile(r"(.+?(?::\d+\.\d+\.\d+)?):([A-Za-z_]\w*(?:\[.*\])?(?:\+.*)?)")
 _CAPTIONS = ("caption", "captions", "captions/text", "caption/text", "text")

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from input_pipeline.sources.offset_index import Scan, offset_index
 from input_pipeline.sources.paths import expand
 from input_pipeline.sources.source import Lost, Source, keys, read_captions
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
 
 _FRAME = 16  # bytes around a record: 8 of length and 4 of its checksum in front, 4 of checksum behind
 

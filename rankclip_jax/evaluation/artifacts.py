@@ -11,10 +11,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from ml_collections import ConfigDict
 
+from rankclip_jax.common.files import whole
 from rankclip_jax.evaluation import suite
 from rankclip_jax.evaluation.geometry import project, similarity_histograms
 from rankclip_jax.evaluation.retrieval import nearest
-from rankclip_jax.files import whole
 
 _QUERIES, _ANSWERS = 6, 5
 

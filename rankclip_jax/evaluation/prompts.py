@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
 
 PROTOCOLS = ("openai", "simple")
 _FOLDER = Path(__file__).parent / "protocols"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
 
 
 def shared_classes(reference_keys: list[str], shifted_keys: list[str]) -> np.ndarray | None:

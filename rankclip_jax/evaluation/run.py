@@ -13,10 +13,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.progress import progress
 from rankclip_jax.evaluation import geometry, linear_probe, prompts, retrieval, robustness, suite, zero_shot
 from rankclip_jax.evaluation.artifacts import Artifacts
-from rankclip_jax.progress import progress
 
 KINDS = ("zero_shot", "retrieval", "linear_probe", "geometry")
 

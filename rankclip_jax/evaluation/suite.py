@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from rankclip_jax.config_keys import ZERO_SHOT_SET
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.config.keys import ZERO_SHOT_SET
 
 # Set -> (builder and split of tensorflow-datasets, None where it has none that works; name at CLIP_benchmark).
 SETS = {

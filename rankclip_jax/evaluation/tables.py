@@ -1,7 +1,5 @@
 """Results for the console and for metrics.jsonl."""
 
-from rankclip_jax import metrics
-
 _TITLES = {
     "zero_shot": "zero-shot",
     "robustness": "robustness",
@@ -19,12 +17,12 @@ def text(results: dict) -> str:
         rows = results.get(kind)
         if rows and kind == "geometry":  # a row a number: there are ten of them, and few sets
             turned = {key: {name: row[key] for name, row in rows.items()} for key in next(iter(rows.values()))}
-            parts.append(metrics.table(turned, title, percent=False))
+            parts.append(table(turned, title, percent=False))
         elif rows and kind == "retrieval":
             short = {name: {_short(key): value for key, value in row.items()} for name, row in rows.items()}
-            parts.append(metrics.table(short, title))
+            parts.append(table(short, title))
         elif rows:
-            parts.append(metrics.table(rows, title))
+            parts.append(table(rows, title))
     parts += [f"missing: {name}: {reason}" for name, reason in results.get("missing", {}).items()]
     return "".join(part + "\n" for part in parts)
 
@@ -42,3 +40,21 @@ def flat(results: dict) -> dict[str, float]:
         for key, value in row.items()
         if key not in _COUNTS
     }
+
+
+def table(results: dict[str, dict[str, float]], title: str = "zero-shot", percent: bool = True) -> str:
+    """A row for each set. Counts (int) as they are, the rest in per cent, or with four decimals."""
+    columns = list(dict.fromkeys(key for row in results.values() for key in row))
+    first = max(12, len(title) + 2, *(len(name) + 2 for name in results))
+    widths = [max(11, len(column) + 2) for column in columns]
+    lines = [title.ljust(first) + "".join(c.rjust(w) for c, w in zip(columns, widths, strict=True))]
+
+    def cell(row, column):
+        value = row.get(column)
+        if value is None or isinstance(value, int):
+            return "" if value is None else f"{value:,}"
+        return f"{100 * value:.2f} %" if percent and column != "l2" else f"{value:.4g}"
+
+    for name, row in results.items():
+        lines.append(name.ljust(first) + "".join(cell(row, c).rjust(w) for c, w in zip(columns, widths, strict=True)))
+    return "\n".join(lines)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rankclip_jax.progress import progress
+from rankclip_jax.common.progress import progress
 
 TOP_K = (1, 3, 5, 10)
 DEFAULT_TEMPLATES = ("a photo of a {}.",)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from rankclip_jax.devices import Devices
+from rankclip_jax.common.devices import Devices
 from rankclip_jax.models.presets import ClipConfig, VitConfig
 
 ATTENTION = ("auto", "xla", "cudnn")  # config.model.attention

@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from rankclip_jax.devices import Devices
+from rankclip_jax.common.devices import Devices
 from rankclip_jax.models.attention import choose_attention
 from rankclip_jax.models.layers import l2_normalize
 from rankclip_jax.models.presets import ClipConfig, VitConfig, configure
 from rankclip_jax.models.resnet import ModifiedResNet
-from rankclip_jax.models.text import TextTransformer
+from rankclip_jax.models.towers import TextTransformer, VisionTransformer
 from rankclip_jax.models.transformer import REMAT_POLICIES
-from rankclip_jax.models.vit import VisionTransformer
 
 
 class CLIP(nn.Module):

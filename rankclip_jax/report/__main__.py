@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from rankclip_jax.errors import InputError
-from rankclip_jax.files import cannot_write, write_whole
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.files import cannot_write, write_whole
 from rankclip_jax.report import page, runs
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from rankclip_jax.errors import InputError
-from rankclip_jax.metrics import read_metrics
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.metrics_file import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from rankclip_jax import config as configs
-from rankclip_jax.errors import InputError
+from rankclip_jax.common.errors import InputError
 from rankclip_jax.study import report
 from rankclip_jax.study.runs import Study
 

@@ -13,9 +13,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from rankclip_jax.errors import InputError
-from rankclip_jax.preprocess import View
-from rankclip_jax.progress import progress
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.progress import progress
+from rankclip_jax.weights.view import View
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 

@@ -6,13 +6,13 @@ import jax
 import numpy as np
 
 from rankclip_jax import losses, models
-from rankclip_jax import step as steps
+from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.evaluation.geometry import geometry
 from rankclip_jax.evaluation.linear_probe import fit
 from rankclip_jax.evaluation.retrieval import recalls, retrieval_ranks
 from rankclip_jax.evaluation.zero_shot import ZeroShot, class_embeddings
 from rankclip_jax.study.data import Labelled
-from rankclip_jax.tokenizer import Tokenizer
+from rankclip_jax.train import step as steps
 
 _BATCH = 256
 _term_gradients = jax.jit(losses.term_gradients)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from rankclip_jax.files import whole, write_whole
-from rankclip_jax.ownership import Owned
+from rankclip_jax.common.files import whole, write_whole
+from rankclip_jax.common.ownership import Owned
 from rankclip_jax.study.statistics import Estimate, estimate, paired
 
 FILES = ("results.json", "results.md", "curves.png", "dynamics.png")

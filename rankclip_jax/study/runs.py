@@ -13,16 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from rankclip_jax import run as runs
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.files import cannot_write, write_whole
+from rankclip_jax.common.ownership import Owned, inside
+from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.config import complete
-from rankclip_jax.devices import devices_of
-from rankclip_jax.errors import InputError
-from rankclip_jax.files import cannot_write, write_whole
-from rankclip_jax.ownership import Owned, inside
 from rankclip_jax.study import measure, report
 from rankclip_jax.study.data import Labelled, read_labelled, read_pairs, view_of
 from rankclip_jax.study.training import Job, Programs
-from rankclip_jax.tokenizer import Tokenizer
+from rankclip_jax.train.session import Session, canvas_side, image_side
 
 
 class Study:
@@ -35,14 +34,14 @@ class Study:
     def __init__(self, config: ConfigDict, workdir: str | Path):
         """`config`: complete, with config.study. Raises InputError for what cannot be studied."""
         self.config, self.folder = config, Path(workdir)
-        study, side = config.study, self._side()
+        study, side = config.study, image_side(config)
         if not study.objectives:
             raise InputError("config.study.objectives is empty: name them, as configs/study_shapes.py does")
         if study.baseline not in study.objectives:
             raise InputError(f"config.study.baseline = {study.baseline!r} is none of {', '.join(study.objectives)}")
         if unknown := sorted(set(study.more_seeds) - set(study.objectives)):
             raise InputError(f"config.study.more_seeds.{unknown[0]} is none of {', '.join(study.objectives)}")
-        canvas = runs.canvas_side(config, side) or side
+        canvas = canvas_side(config, side) or side
         train = read_pairs(config.data, config.data.train, side=side, canvas=canvas, split="train", limit=study.limit)
         if len(train.captions) < config.batch_size:
             raise InputError(f"{len(train.captions)} training pairs are fewer than a batch of {config.batch_size}")
@@ -51,9 +50,7 @@ class Study:
             if config.tokenizer.path
             else Tokenizer.train(train.captions, config.tokenizer.vocab_size)
         )
-        self._devices = devices_of(jax.devices()[:1])
-        clip = complete(config.to_dict() | {"loss": {"objective": "clip"}})
-        model = runs.build_model(clip, self.tokenizer, self._devices)
+        model = self._model(complete(config.to_dict() | {"loss": {"objective": "clip"}}))
         self._embedder = measure.Embedder(model, self.tokenizer)
         self._count = len(train.captions)
         self._data = {
@@ -70,13 +67,9 @@ class Study:
         if unknown := sorted(set(study.select_on) - set(self._selecting)):
             raise InputError(f"config.study.select_on: {unknown[0]} is none of {', '.join(self._selecting)}")
 
-    def _side(self) -> int:
-        from rankclip_jax.models.presets import configure
-
-        try:
-            return configure(self.config.model.name, image_size=self.config.model.image_size).vision.image_size
-        except ValueError as error:
-            raise InputError(f"config.model: {error}") from None
+    def _model(self, config):
+        """Checked and built for the one device that a study trains on."""
+        return Session(config, self.tokenizer, devices=jax.devices()[:1]).model
 
     def run(self) -> list[dict]:
         """Does what is not done yet; returns every run of the study (not of the search), as its file has it."""
@@ -121,7 +114,7 @@ class Study:
         for start in range(0, len(missing), self.config.study.at_once):
             some = missing[start : start + self.config.study.at_once]
             if programs is None:  # compiled only where something is to be trained
-                programs = Programs(runs.build_model(config, self.tokenizer, self._devices), config, self._count)
+                programs = Programs(self._model(config), config, self._count)
             began, results = time.monotonic(), self._train(programs, config, some, full)
             seconds = (time.monotonic() - began) / len(some)
             for job in some:

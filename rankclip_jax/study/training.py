@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from rankclip_jax import models, optim
-from rankclip_jax import step as steps
+from rankclip_jax import models
 from rankclip_jax.study.batches import batch_of, epoch_order
+from rankclip_jax.train import optim
+from rankclip_jax.train import step as steps
 
 
 class Job(NamedTuple):

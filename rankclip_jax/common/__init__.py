@@ -1,0 +1,1 @@
+"""What works everywhere: errors, files, devices, progress, the tokenizer."""

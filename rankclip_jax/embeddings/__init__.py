@@ -1,1 +1,0 @@
-"""Embeddings of whole collections: pictures by number, files of embeddings, and a search by text."""

@@ -1,0 +1,1 @@
+"""A trained model at work: encoding (model), and collections of pictures to search in."""

@@ -1,0 +1,121 @@
+"""A collection through the image tower, in parts, so that a run that stops goes on where it was."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.files import whole, write_whole
+from rankclip_jax.common.ownership import Owned, inside
+from rankclip_jax.common.progress import progress
+from rankclip_jax.inference import store
+from rankclip_jax.inference.model import Model
+from rankclip_jax.inference.pictures import Pictures
+
+PART = 512  # pictures a part: what a run that stops has to do again, at most
+
+
+def embed(model: Model, pictures: Pictures, out: Path, about: dict) -> None:
+    """Writes the embeddings of all pictures to `out` (.npz or .parquet; see `store.write`).
+
+    Finished parts lie in OUT.parts until the end; started again, the run goes on from them. Pictures that cannot be
+    used are left out, and named with the reason in OUT.bad_samples.jsonl.
+
+    Args:
+      model: of `rankclip_jax.load`.
+      about: what the file says of itself; also what must be the same for a run to go on.
+
+    Raises:
+      InputError: `out` or its bad_samples.jsonl exists, or it has another ending; its parts are of another run, or of
+        somebody else; or no picture could be used.
+    """
+    if out.suffix not in store.ENDINGS:
+        raise InputError(f"--out {out} must end in {' or '.join(store.ENDINGS)}")
+    if out.exists():
+        raise InputError(f"{out} exists already: search in it, delete it, or give another --out")
+    folder, named = (inside(out.parent, out.name + ending) for ending in (".parts", ".bad_samples.jsonl"))
+    starts = range(0, pictures.size, PART)
+    parts = Owned(folder, "embed", alone="move it away, or give another --out")
+    if named.exists() and not parts.known:
+        raise InputError(f"{named} exists already: move it away, or give another --out")
+    _same_run(folder, about)
+    parts.claim(["about.json", "unfinished", *(f"{start}.npz" for start in starts)])
+    if not (folder / "about.json").exists():
+        write_whole(folder / "about.json", json.dumps(about))
+    missing = [start for start in starts if not (folder / f"{start}.npz").exists()]
+    if len(missing) < len(starts):
+        print(f"going on with {folder}: {len(starts) - len(missing)} of {len(starts)} parts are done")
+    left = sum(min(PART, pictures.size - start) for start in missing)
+    with ThreadPoolExecutor() as threads, progress("embed", left) as bar:
+        for start in missing:
+            rows = range(start, min(start + PART, pictures.size))
+            _write_part(folder / f"{start}.npz", *_embed_rows(model, pictures, rows, threads))
+            bar.update(len(rows))
+
+    bad = [line for start in starts for line in _load(folder, start)["bad"].tolist()]
+    if len(bad) == pictures.size:
+        raise InputError(f"none of the {pictures.size} images could be used; for example {_told(bad[0])}")
+    if bad:
+        lines = "".join(line + "\n" for line in bad)
+        if named.exists() and named.read_text(encoding="utf-8", errors="replace") != lines:  # else of before a kill
+            raise InputError(f"{named} is of something else: move it away, and start the same command again")
+        write_whole(named, lines)
+        print(f"{len(bad)} images were left out; {named} names them, for example {_told(bad[0])}")
+    count = store.write(out, (_part(folder, start) for start in starts), about, folder / "unfinished")
+    parts.dissolve()
+    print(f"wrote {out}: {count:,} embeddings of {model.source.config.embed_dim} numbers")
+
+
+def _embed_rows(model, pictures, rows, threads):
+    good, bad = [], []
+
+    def prepare(row):
+        try:
+            return row, model.source.view(pictures.image(row)), None
+        except InputError as error:
+            return row, None, str(error)
+
+    def views():
+        for row, view, reason in threads.map(prepare, rows):
+            if reason is None:
+                good.append(row)
+                yield view
+            else:
+                bad.append(json.dumps({"row": row, "where": pictures.name(row), "reason": reason}))
+
+    z_NxD = model.encode_views(views())
+    return z_NxD, good, [pictures.name(row) for row in good], bad
+
+
+def _write_part(path: Path, z_NxD, rows, names, bad) -> None:
+    with whole(path) as part, open(part, "wb") as file:
+        names, bad = np.array(names, dtype=str), np.array(bad, dtype=str)
+        np.savez(file, embedding=z_NxD, row=np.array(rows, np.int64), name=names, bad=bad)
+
+
+def _load(folder: Path, start: int):
+    return np.load(folder / f"{start}.npz", allow_pickle=False)
+
+
+def _part(folder: Path, start: int) -> store.Embeddings:
+    with _load(folder, start) as arrays:
+        return store.Embeddings(arrays["embedding"], arrays["row"], arrays["name"].tolist(), {})
+
+
+def _same_run(folder: Path, about: dict) -> None:
+    stored = folder / "about.json"
+    if stored.exists():
+        try:
+            old = dict(json.loads(stored.read_text()))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(f"{stored} is damaged ({error}); move {folder} away, or give another --out") from None
+        changed = [f"{key}: {old.get(key)!r} -> {about.get(key)!r}" for key in about if old.get(key) != about[key]]
+        if changed:
+            raise InputError(f"{folder} is the beginning of another run ({'; '.join(changed)}); delete it to start")
+
+
+def _told(line: str) -> str:
+    sample = json.loads(line)
+    return f"{sample['where']}: {sample['reason']}"

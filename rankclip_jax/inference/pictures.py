@@ -1,0 +1,90 @@
+"""A collection of pictures, any of them by number: a folder, a csv, or shards."""
+
+import csv
+import dataclasses
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+from rankclip_jax import config as configs
+from rankclip_jax.common.errors import InputError
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_SHARDS = {".tar": "webdataset", ".tfrecord": "tfrecord", ".tfrecords": "tfrecord", ".parquet": "parquet"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Pictures by number.
+
+    Attributes:
+      size: how many.
+      name: picture i, told apart for a person.
+      image: picture i as a path or a PIL image; raises InputError if it cannot be read.
+    """
+
+    size: int
+    name: Callable[[int], str]
+    image: Callable[[int], object]
+
+
+def open_pictures(data: str, image_key: str | None = None, delimiter: str = ",") -> Pictures:
+    """Opens a collection.
+
+    Args:
+      data: a folder (all images below it, by name), a .csv or .tsv with a column of paths relative to it, or shards: a
+        .tar, .tfrecord or .parquet, also as a glob or {00000..00099} range. Shards need TensorFlow.
+      image_key: column, feature or member of the image; None: the format's usual one.
+      delimiter: of a csv.
+
+    Raises:
+      InputError: nothing there, or not of these kinds.
+    """
+    path = Path(data)
+    if path.is_dir():
+        return _folder(path)
+    ending = path.suffix.lower()
+    if ending in (".csv", ".tsv"):
+        return _table(path, image_key or "image", "\t" if ending == ".tsv" else delimiter)
+    if ending in _SHARDS:
+        return _shards(data, _SHARDS[ending], image_key)
+    raise InputError(f"{data} is no folder, .csv or .tsv, and no shard ({', '.join(_SHARDS)})")
+
+
+def _folder(path: Path) -> Pictures:
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
+    if not files:
+        raise InputError(f"{path} holds no images ({', '.join(ENDINGS)}); for shards give their pattern, {path}/*.tar")
+    return Pictures(len(files), lambda i: str(files[i].relative_to(path)), lambda i: files[i])
+
+
+def _table(path: Path, image_key: str, delimiter: str) -> Pictures:
+    if not path.is_file():
+        raise InputError(f"no such file: {path}")
+    with open(path, newline="", encoding="utf-8") as lines:
+        reader = csv.DictReader(lines, delimiter=delimiter)
+        if image_key not in (reader.fieldnames or ()):
+            columns = ", ".join(reader.fieldnames or ()) or "none"
+            raise InputError(f"{path} has no column {image_key!r}; its columns are: {columns} (--image-key)")
+        names = [row[image_key] or "" for row in reader]
+    if not names:
+        raise InputError(f"{path} has no rows below its header")
+    return Pictures(len(names), lambda i: names[i], lambda i: path.parent / names[i])
+
+
+def _shards(pattern: str, kind: str, image_key: str | None) -> Pictures:
+    from input_pipeline import encoded_images, sources  # TensorFlow
+
+    spec = configs.complete({"data": {"format": kind, "image_key": image_key}}).data
+    source = sources.open_source(spec, pattern, image_side=0)
+    read = encoded_images.reader(source)
+
+    def image(i: int) -> Image.Image:
+        try:
+            return Image.open(io.BytesIO(read(i)))
+        except OSError as error:
+            raise InputError(str(error)) from None
+
+    return Pictures(source.size, source.where, image)

@@ -1,0 +1,99 @@
+"""Files of embeddings: .npz, or Parquet for other tools and for more than fits in memory at once."""
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.files import whole
+
+ENDINGS = (".npz", ".parquet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Embeddings:
+    """What a file holds.
+
+    Attributes:
+      z: float32 (n, D), rows of unit length.
+      rows: int64 (n,), numbers in the collection.
+      names: of the pictures.
+      about: where they came from.
+    """
+
+    z: np.ndarray
+    rows: np.ndarray
+    names: list[str]
+    about: dict
+
+
+def write(path: Path, parts: Iterable[Embeddings], about: dict, unfinished: Path | None = None) -> int:
+    """Writes all parts as one file, complete or not at all; returns the number of rows.
+
+    `unfinished`: a name of the caller's own for it until it is complete (files.whole).
+
+    An .npz has arrays `embedding` (n, D) float32, `row` (n,) int64, `name` (n,) str and `about` (JSON); a Parquet file
+    has the same three columns, and `about` in its schema's metadata.
+    """
+    with whole(path, unfinished) as part:
+        return (_write_parquet if path.suffix == ".parquet" else _write_npz)(part, parts, about)
+
+
+def read(path: Path) -> Embeddings:
+    """Reads a file of `write`. Raises InputError if it is none."""
+    try:
+        if path.suffix == ".parquet":
+            return _read_parquet(path)
+        with np.load(path, allow_pickle=False) as arrays:
+            names = arrays["name"].tolist()
+            return Embeddings(arrays["embedding"], arrays["row"], names, json.loads(str(arrays["about"])))
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}") from None
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is no file of embeddings that rankclip_jax.embed wrote ({error})") from None
+
+
+def _write_npz(path: Path, parts, about) -> int:
+    parts = list(parts)
+    with open(path, "wb") as out:
+        np.savez(
+            out,
+            embedding=np.concatenate([part.z for part in parts]),
+            row=np.concatenate([part.rows for part in parts]),
+            name=np.array([name for part in parts for name in part.names], dtype=str),
+            about=json.dumps(about),
+        )
+    return sum(len(part.names) for part in parts)
+
+
+def _write_parquet(path: Path, parts, about) -> int:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    count, writer = 0, None
+    for part in parts:
+        if writer is None:
+            width = part.z.shape[1]
+            fields = [("name", pa.string()), ("row", pa.int64()), ("embedding", pa.list_(pa.float32(), width))]
+            schema = pa.schema(fields, metadata={"rankclip_jax": json.dumps(about)})
+            writer = pq.ParquetWriter(path, schema)
+        embedding = pa.FixedSizeListArray.from_arrays(pa.array(part.z.ravel()), width)
+        writer.write_table(pa.table([pa.array(part.names, pa.string()), pa.array(part.rows), embedding], schema))
+        count += len(part.names)
+    if writer is not None:
+        writer.close()
+    return count
+
+
+def _read_parquet(path: Path) -> Embeddings:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    about = json.loads(table.schema.metadata[b"rankclip_jax"])
+    column = table["embedding"].combine_chunks()
+    z_NxD = column.values.to_numpy().reshape(len(column), column.type.list_size)
+    return Embeddings(z_NxD, table["row"].to_numpy(), table["name"].to_pylist(), about)

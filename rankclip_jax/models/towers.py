@@ -1,0 +1,119 @@
+"""The transformer towers: patches and a class token in, or token ids in; one embedding out."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from rankclip_jax.models.layers import LayerNorm, symmetric_uniform
+from rankclip_jax.models.presets import TextConfig, VitConfig
+from rankclip_jax.models.transformer import Transformer
+
+
+class VisionTransformer(nn.Module):
+    """(B, H, W, 3) normalised images -> (B, embed_dim), not yet of unit length."""
+
+    config: VitConfig
+    embed_dim: int
+    activation: str
+    dtype: DTypeLike = jnp.float32
+    scan_layers: bool = False
+    remat: bool | str = False
+    attention: str = "xla"
+
+    @nn.compact
+    def __call__(self, images_BxHxWx3: jax.Array, train: bool = False) -> jax.Array:
+        cfg, width, p, g = self.config, self.config.width, self.config.patch_size, self.config.grid
+        normal = nn.initializers.normal(width**-0.5)
+        b = images_BxHxWx3.shape[0]
+
+        # conv1's stride is its size, so it is one matrix product over flattened patches.
+        kernel = PatchKernel(p, width, name="conv1")()
+        patches = images_BxHxWx3.astype(self.dtype).reshape(b, g, p, g, p, 3).transpose(0, 1, 3, 2, 4, 5)
+        x = patches.reshape(b * g * g, p * p * 3) @ kernel.reshape(p * p * 3, width).astype(self.dtype)
+
+        class_embedding = self.param("class_embedding", normal, (width,)).astype(self.dtype)
+        positions = self.param("positional_embedding", normal, (g * g + 1, width)).astype(self.dtype)
+        classes = jnp.broadcast_to(class_embedding, (b, 1, width))
+        x = jnp.concatenate([classes, x.reshape(b, g * g, width)], axis=1) + positions
+        x = LayerNorm(self.dtype, name="ln_pre")(x)
+        x = Transformer(
+            cfg.layers,
+            cfg.heads,
+            cfg.mlp_width,
+            self.activation,
+            causal=False,
+            scaled_init=False,
+            dtype=self.dtype,
+            scan_layers=self.scan_layers,
+            remat=self.remat,
+            attention=self.attention,
+            name="transformer",
+        )(x)
+        x_BxD = LayerNorm(self.dtype, name="ln_post")(x[:, 0])
+        return x_BxD @ self.param("proj", normal, (width, self.embed_dim)).astype(self.dtype)
+
+
+class PatchKernel(nn.Module):
+    """Holds conv1's weight, (p, p, 3, width)."""
+
+    patch_size: int
+    width: int
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        p = self.patch_size
+        return self.param("kernel", symmetric_uniform((3 * p * p) ** -0.5), (p, p, 3, self.width))
+
+
+class TextTransformer(nn.Module):
+    """(B, L) token ids, L at most the context length -> (B, embed_dim), not yet of unit length.
+
+    Pools the first token equal to `eot_id`. OpenAI's code takes the argmax of the ids, which is the same for
+    its own tokenizer (end-of-text has the highest id) and wrong for others. A row without the token pools its
+    first position, as `transformers` does; tokenizers must keep the token when they truncate.
+    """
+
+    config: TextConfig
+    embed_dim: int
+    activation: str
+    dtype: DTypeLike = jnp.float32
+    scan_layers: bool = False
+    remat: bool | str = False
+    attention: str = "xla"
+
+    @nn.compact
+    def __call__(self, tokens_BxL: jax.Array) -> jax.Array:
+        cfg, length = self.config, tokens_BxL.shape[1]
+        embedding = nn.Embed(
+            cfg.vocab_size,
+            cfg.width,
+            dtype=self.dtype,
+            embedding_init=nn.initializers.normal(0.02),
+            name="token_embedding",
+        )
+        positions = self.param(
+            "positional_embedding", nn.initializers.normal(0.01), (cfg.context_length, cfg.width)
+        )
+        x = embedding(tokens_BxL) + positions[:length].astype(self.dtype)
+        x = Transformer(
+            cfg.layers,
+            cfg.heads,
+            cfg.mlp_width,
+            self.activation,
+            causal=True,
+            scaled_init=True,
+            dtype=self.dtype,
+            scan_layers=self.scan_layers,
+            remat=self.remat,
+            attention=self.attention,
+            name="transformer",
+        )(x)
+        eot_B = jnp.argmax(tokens_BxL == cfg.eot_id, axis=1)
+        x_BxD = jnp.take_along_axis(x, eot_B[:, None, None], axis=1)[:, 0]
+        # The norm acts on each token alone, so only the pooled one needs it.
+        x_BxD = LayerNorm(self.dtype, name="ln_final")(x_BxD)
+        projection = self.param(
+            "text_projection", nn.initializers.normal(cfg.width**-0.5), (cfg.width, self.embed_dim)
+        )
+        return x_BxD @ projection.astype(self.dtype)

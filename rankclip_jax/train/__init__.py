@@ -1,0 +1,1 @@
+"""The training path: session, step, loop, and what stands around them."""

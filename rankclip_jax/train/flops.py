@@ -1,0 +1,102 @@
+"""How many operations a training step takes, and how many the devices could do: model FLOPs utilisation."""
+
+import re
+
+from rankclip_jax.common.devices import Devices
+from rankclip_jax.models import ClipConfig, ResNetConfig, VitConfig
+
+# name: (memory in GB of 2^30 bytes as JAX can use it at most, dense bfloat16 TFLOP/s). From the vendors' data sheets.
+ACCELERATORS = {
+    "v4": (32, 275),
+    "v5e": (16, 197),
+    "v5p": (95, 459),
+    "v6e": (32, 918),
+    "T4": (16, 65),
+    "L4": (24, 121),
+    "A100-40": (40, 312),
+    "A100-80": (80, 312),
+    "H100": (80, 989),
+    "H200": (141, 989),
+    "B200": (180, 2250),
+}
+# What JAX calls them (device_kind).
+_KINDS = (
+    (r"TPU v4$", "v4"),
+    (r"TPU v5 ?(lite|e)", "v5e"),
+    (r"TPU v5p?$", "v5p"),
+    (r"TPU v6 ?(lite|e)", "v6e"),
+    (r"A100.*80GB", "A100-80"),
+    (r"A100", "A100-40"),
+    (r"\bT4\b", "T4"),
+    (r"\bL4\b", "L4"),
+    (r"\bH100\b(?!.*PCIe)", "H100"),
+    (r"\bH200\b", "H200"),
+    (r"\bB200\b", "B200"),
+)
+
+
+def peak_tflops(device_kind: str) -> float | None:
+    """Dense bfloat16 TFLOP/s of a device by jax.Device.device_kind; None: not in the table."""
+    return next((ACCELERATORS[name][1] for kind, name in _KINDS if re.search(kind, device_kind)), None)
+
+
+def step_flops(config: ClipConfig, batch: int, views: int = 1) -> float:
+    """Floating-point operations of a training step: matrix products and convolutions of the towers, and of the loss.
+
+    Forward and backward. Recomputation under remat or accumulation is not counted, as is the custom; nor are norms,
+    activations and softmax, which are 0.2 to 1.5 % of what XLA counts.
+    """
+    vision = _vit if isinstance(config.vision, VitConfig) else _resnet
+    text = config.text
+    tower = _transformer(text.layers, text.width, text.mlp_width, text.context_length) + text.width * config.embed_dim
+    pair = vision(config.vision, config.embed_dim) + 3 * tower
+    return 2.0 * batch * views * pair + 24.0 * batch**2 * config.embed_dim
+
+
+# Multiply-adds a picture or text. A layer costs its forward pass three times, once more for the gradient of its input
+# and once for that of its weights; the first layer of a tower has no gradient of its input.
+
+
+def _transformer(layers: int, width: int, mlp_width: int | None, length: int) -> int:
+    weights = 4 * width**2 + 2 * width * (mlp_width or 4 * width)
+    return layers * (length * weights + 2 * length**2 * width)
+
+
+def _vit(config: VitConfig, embed_dim: int) -> int:
+    patches = config.grid**2 * 3 * config.patch_size**2 * config.width
+    tower = _transformer(config.layers, config.width, config.mlp_width, config.grid**2 + 1)
+    return 2 * patches + 3 * (tower + config.width * embed_dim)
+
+
+def _resnet(config: ResNetConfig, embed_dim: int) -> int:
+    width, channels, total = config.width, config.width, 0
+    if config.stem == "small":
+        side, first = config.image_size, _conv3(config.image_size, 1) * 3 * width
+    else:
+        side, first = config.image_size // 2, _conv3(config.image_size, 2) * 3 * (width // 2)
+        total += _conv3(side, 1) * (width // 2) * (width // 2 + width)
+        side //= 2
+    for stage, blocks in enumerate(config.layers):
+        planes = width * 2**stage
+        for block in range(blocks):
+            total += side**2 * channels * planes + _conv3(side, 1) * planes**2
+            side //= 2 if stage and not block else 1  # by an average pool, after the 3x3 convolution
+            total += side**2 * 4 * planes * (planes + (channels if not block else 0))
+            channels = 4 * planes
+    tokens = side**2 + 1  # of the attention pool, one of which asks
+    total += channels**2 * (1 + 2 * tokens) + 2 * tokens * channels + channels * embed_dim
+    return 2 * first + 3 * total
+
+
+def _conv3(side: int, stride: int) -> int:
+    """Products of a 3x3 convolution, padded by 1, for each pair of channels: taps outside the picture do not count."""
+    outputs = range((side - 1) // stride + 1)
+    return sum(0 <= out * stride + tap < side for out in outputs for tap in (-1, 0, 1)) ** 2
+
+
+def utilisation(tflop_per_second: float, devices: Devices) -> dict[str, float]:
+    """{"tflops_per_device", "mfu"} at so many TFLOP/s over all devices; "mfu", the share of the devices' bfloat16 peak,
+    only where that is known."""
+    each = tflop_per_second / devices.count
+    peak = peak_tflops(devices.kind)
+    return {"tflops_per_device": round(each, 4)} | ({"mfu": round(each / peak, 4)} if peak else {})

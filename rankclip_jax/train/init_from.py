@@ -1,0 +1,140 @@
+"""Starting from a trained model instead of from chance: config.init_from, .init_towers and .init_skip."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from rankclip_jax import models
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.models import ClipConfig
+from rankclip_jax.train.optim import path_name
+from rankclip_jax.train.step import TrainState
+from rankclip_jax.weights import pretrained
+
+TOWERS = {"both": ("visual", "text", "logit_scale"), "vision": ("visual",), "text": ("text",)}
+
+
+def read(config: ConfigDict) -> pretrained.Pretrained | None:
+    """The model of config.init_from; None without one. Raises InputError as `pretrained.read` does."""
+    if config.init_from is None:
+        return None
+    tokenizer = config.tokenizer.path if "text" in TOWERS[config.init_towers] else None
+    return pretrained.read(config.init_from, tokenizer, config.model.activation or "quick_gelu")
+
+
+def tokenizer(start: pretrained.Pretrained, config: ConfigDict) -> Tokenizer | None:
+    """The tokenizer that goes with the text tower; None when that starts fresh, and any will do.
+
+    Raises:
+      InputError: the text tower is wanted, and there is no tokenizer for it.
+    """
+    if "text" not in TOWERS[config.init_towers]:
+        return None
+    if start.tokenizer is None:
+        raise InputError(
+            f"config.init_from = {start.path} brings no tokenizer: give --config.tokenizer.path=tokenizer.json (or a "
+            "hub id), the one that its text tower was trained with, or --config.init_towers=vision"
+        )
+    return start.tokenizer
+
+
+def apply(state: TrainState, start: pretrained.Pretrained, ours: ClipConfig, config: ConfigDict) -> TrainState:
+    """A fresh state with the parameters (and batch statistics) of `start` in place of its own.
+
+    A vision tower's position embeddings are resized to another image size, a text tower's cut to a shorter context.
+    What config.init_skip (regexes over paths such as visual/proj) matches stays fresh. Prints what came from where.
+
+    Args:
+      state: a fresh TrainState of the model, which may be sharded.
+      ours: the model's architecture.
+
+    Raises:
+      InputError: names every parameter that does not fit, or a pattern of config.init_skip that matches none.
+    """
+    towers, notes, unused = TOWERS[config.init_towers], [], set(config.init_skip)
+    scanned = config.model.scan_layers
+    misfits = _unlike(ours, start.config, towers)
+
+    def place(path, fresh, theirs):
+        name = path_name(path)
+        if name.split("/")[0] not in towers:
+            return fresh
+        matching = {pattern for pattern in config.init_skip if re.search(pattern, name)}
+        unused.difference_update(matching)
+        if matching:
+            notes.append(f"{name} fresh")
+            return fresh
+        value = theirs.get(name)
+        if value is not None and value.shape != fresh.shape:
+            resized = _resized(name, value, fresh.shape)
+            if resized is not None:
+                notes.append(f"{name} resized from {value.shape} to {fresh.shape}")
+            else:
+                misfits.append(f"{name} is {value.shape} there, {fresh.shape} here")
+            value = resized
+        elif value is None:
+            misfits.append(f"{name} is not there")
+        if value is None:
+            return fresh
+        return jax.make_array_from_callback(fresh.shape, fresh.sharding, lambda index: value[index])
+
+    taken = {}
+    for collection, fresh in (("params", state.params), ("batch_stats", state.batch_stats)):
+        theirs = start.variables.get(collection, {})
+        theirs = _by_name(models.stack_layers(theirs) if scanned else theirs)
+        taken[collection] = jax.tree_util.tree_map_with_path(lambda p, x, t=theirs: place(p, x, t), fresh)
+        here = _by_name(fresh)
+        misfits += [f"{name} is not here" for name in theirs if name.split("/")[0] in towers and name not in here]
+    if misfits:
+        raise InputError(
+            f"config.init_from = {start.path} does not fit config.model: {'; '.join(misfits)}. Set config.model to its "
+            "architecture, or name in config.init_skip what shall start fresh"
+        )
+    if unused:
+        raise InputError(f"config.init_skip: {sorted(unused)[0]!r} matches no parameter of the towers taken")
+    step = "" if start.step is None else f", step {start.step}"
+    print(f"starting from {start.path}{step} ({config.init_towers})" + "".join(f"; {note}" for note in notes))
+    return state.replace(**taken)  # AdamW's moments start at zero whatever the parameters
+
+
+def _unlike(ours: ClipConfig, theirs: ClipConfig, towers) -> list[str]:
+    """What differs without showing in a shape."""
+    found = []
+    for tower, here, there in (("visual", ours.vision, theirs.vision), ("text", ours.text, theirs.text)):
+        if tower not in towers:
+            continue
+        transformer = not isinstance(here, models.ResNetConfig)
+        if type(here) is type(there) and here.heads != there.heads:
+            found.append(f"{tower} has {there.heads} heads there, {here.heads} here")
+        if transformer and ours.activation != theirs.activation:
+            found.append(f"{tower} has activation {theirs.activation} there, {ours.activation} here")
+    return list(dict.fromkeys(found))
+
+
+def _by_name(tree) -> dict:
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _resized(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Position embeddings `value` for another length; None if `name` is something else or cannot be resized."""
+    if not name.endswith("positional_embedding") or value.shape[1:] != shape[1:]:
+        return None
+    if name == "text/positional_embedding":  # attention is causal: the first positions mean the same in a shorter text
+        return value[: shape[0]] if shape[0] < value.shape[0] else None
+    return resize_grid(value, math.isqrt(shape[0] - 1))
+
+
+def resize_grid(positions_LxD: np.ndarray, grid: int) -> np.ndarray:
+    """Position embeddings of a class (or mean) token and g x g cells -> (1 + grid * grid, D).
+
+    Antialiased bicubic over the cells, as open_clip does (PyTorch's `interpolate`, antialias=True); the first stays.
+    """
+    first, cells = positions_LxD[:1], positions_LxD[1:]
+    old = math.isqrt(len(cells))
+    cells = jax.image.resize(jnp.asarray(cells).reshape(old, old, -1), (grid, grid, cells.shape[-1]), "cubic")
+    return np.concatenate([first, np.asarray(cells).reshape(grid * grid, -1)])

@@ -1,0 +1,116 @@
+"""AdamW with decay on matrices only, linear warm-up and cosine decay."""
+
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from rankclip_jax.common.errors import InputError
+
+# By name and not by rank: in scanned towers a norm's scale has two axes. Decayed: dense and convolution kernels,
+# projections, the token table. Never: norms of any kind, biases, logit scale, class and position embeddings.
+_DECAYED = re.compile(r"(^|/)(kernel|proj|text_projection|token_embedding/embedding)$")
+
+
+def path_name(path: tuple) -> str:
+    """A pytree path as "visual/conv1/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def decay_mask(params: Mapping) -> dict:
+    """A tree like `params`, True where weight decay applies."""
+    return jax.tree_util.tree_map_with_path(lambda p, _: bool(_DECAYED.search(path_name(p))), params)
+
+
+def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
+    """Step (from 0) -> rate. Update number `warmup_steps` has the full rate, the last update rate 0.
+
+    Raises:
+      InputError: the warm-up does not end before the run does.
+    """
+    warmup = config.warmup_steps
+    if warmup >= total_steps:
+        raise InputError(
+            f"config.optim.warmup_steps = {warmup} must be fewer than the run's {total_steps} steps; "
+            f"for example --config.optim.warmup_steps={total_steps // 10}"
+        )
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(config.lr / max(warmup, 1), config.lr, max(warmup - 1, 1)),
+            optax.cosine_decay_schedule(config.lr, max(total_steps - warmup, 1)),
+        ],
+        [warmup],
+    )
+
+
+# What follows the last block of a tower.
+_HEADS = ("ln_post", "proj", "attnpool", "ln_final", "text_projection")
+
+
+def layer_scales(params: Mapping, decay: float) -> dict:
+    """A tree like `params` of factors for the learning rate: decay^d, d blocks before the end of a tower.
+
+    Heads and the logit scale have 1, the last block `decay`, what comes before the first of n blocks decay^(n + 1).
+    Scanned blocks get an array over their leading axis.
+    """
+
+    def tower(tree):
+        blocks = tree.get("transformer") or {k: v for k, v in tree.items() if re.fullmatch(r"layer\d+_\d+", k)}
+        names = sorted(blocks, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
+        scanned = names == ["resblocks"]
+        count = len(jax.tree.leaves(blocks)[0]) if scanned else len(names)
+        if scanned:
+            factors = decay ** np.arange(count, 0, -1, dtype=np.float32)
+            scaled = jax.tree.map(lambda x: factors.reshape(-1, *[1] * (x.ndim - 1)), blocks)
+        else:
+            scaled = {name: _constant(blocks[name], decay ** (count - i)) for i, name in enumerate(names)}
+        rest = {k: _constant(v, 1.0 if k in _HEADS else decay ** (count + 1)) for k, v in tree.items()}
+        return rest | ({"transformer": scaled} if "transformer" in tree else scaled)
+
+    return {k: tower(v) if k in ("visual", "text") else _constant(v, 1.0) for k, v in params.items()}
+
+
+def _constant(tree, value: float):
+    return jax.tree.map(lambda _: value, tree)
+
+
+FROZEN = {"vision": "visual", "text": "text"}  # config.optim.freeze -> the subtree of the parameters
+
+
+def hold(params: Mapping, freeze: str | None) -> Mapping:
+    """Params through which no gradient flows to the frozen tower, so that none is computed."""
+    if freeze is None:
+        return params
+    return params | {FROZEN[freeze]: jax.lax.stop_gradient(params[FROZEN[freeze]])}
+
+
+def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
+    """Optimiser of `config.optim` for a run of `total_steps`. A frozen tower has no moments and is never changed."""
+    clip = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
+    adamw = optax.adamw(
+        learning_rate(config, total_steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+    chain = optax.chain(*clip, adamw)
+    if config.layer_lr_decay is not None:
+        chain = optax.chain(chain, optax.stateless(lambda updates, _: _scaled(updates, config.layer_lr_decay)))
+    if config.freeze is None:
+        return chain
+    frozen = FROZEN[config.freeze]
+    return optax.partition(
+        {"train": chain, "freeze": optax.set_to_zero()},
+        lambda params: {k: _constant(v, "freeze" if k == frozen else "train") for k, v in params.items()},
+    )
+
+
+def _scaled(updates, decay: float):
+    # A frozen tower's place holds no arrays here, so it needs no factors.
+    here = {k: v for k, v in updates.items() if jax.tree.leaves(v)}
+    return updates | jax.tree.map(lambda update, factor: update * factor, here, layer_scales(here, decay))

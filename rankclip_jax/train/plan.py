@@ -1,0 +1,199 @@
+"""What a run will need, before any launch: python -m rankclip_jax.train --config FILE --mode=plan.
+
+The training step of the configuration is compiled for the devices of config.plan.target, which this machine need not
+have, and read: what each device holds and what moves between devices. The compiler is the target's own (targets.py).
+Where a GPU's is not installed, the step is compiled for as many fake CPU devices, and the plan says so: states are
+those of the GPU, the rest is an estimate, since XLA fuses and sums otherwise there.
+"""
+
+import json
+import subprocess
+import sys
+
+from ml_collections import ConfigDict
+
+from rankclip_jax import config as configs
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.parallel.mesh import batch_sharding
+from rankclip_jax.train import targets
+from rankclip_jax.train.flops import ACCELERATORS, step_flops
+from rankclip_jax.train.hlo import collectives, unpriced
+from rankclip_jax.train.targets import Target, parse_target
+
+
+def plan(config: ConfigDict) -> dict:
+    """Prints and returns what the training step of `config` needs on config.plan.target.
+
+    Raises:
+      InputError: an unknown target, libtpu missing, or a configuration that does not fit the devices.
+    """
+    target = parse_target(config.plan.target)
+    print(f"compiling the step of {config.model.name} for {config.plan.target}; minutes for a large model", flush=True)
+    if not targets.has_compiler(target.platform):
+        print(f"estimated by the CPU's compiler; for the GPU's own: {targets.HOW_TO_INSTALL['gpu']}", flush=True)
+    whole = compile_step(config, target)
+    half = compile_step(_with_batch(config, config.batch_size // 2), target) if "error" not in whole else whole
+    numbers = summary(config, target, whole, half)
+    print("\n".join(lines(config, target, numbers)))
+    return numbers
+
+
+def compile_step(config: ConfigDict, target: Target) -> dict:
+    """What `_describe` reads from the program, made in a process of its own: JAX fixes its devices when it starts."""
+    real = targets.has_compiler(target.platform)
+    if not real and target.platform == "tpu":
+        raise InputError(f"{target.topology}: its compiler is not installed. Run: {targets.HOW_TO_INSTALL['tpu']}")
+    environment = targets.environment(target.platform)
+    if not real:
+        # Nobody runs the program, so LLVM need not optimise it; what XLA makes of it stays the same.
+        environment["XLA_FLAGS"] = (
+            f"--xla_force_host_platform_device_count={target.count} --xla_backend_optimization_level=0"
+        )
+    done = subprocess.run(
+        [sys.executable, "-m", "rankclip_jax.train.plan"],
+        env=environment,
+        input=json.dumps({"config": config.to_dict(), "target": target if real else None}),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise InputError(f"the step could not be compiled: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if "refused" in found:
+        raise InputError(found["refused"])
+    return found | {"real": real}
+
+
+def summary(config: ConfigDict, target: Target, whole: dict, half: dict) -> dict:
+    """The numbers of a plan, from what the compiler said of the batch and of half of it."""
+    memory, tflops = ACCELERATORS[target.kind]
+    flops = whole["flops"]
+    numbers = {key: whole[key] for key in ("real", "attention", "sort", "bfloat16")} | {
+        "parameters": whole["parameters"],
+        "tflop_per_step": flops / 1e12,
+        "limit_gib": memory,
+        "seconds_per_step": flops / (target.count * tflops * 1e12 * config.plan.utilisation),
+    }
+    numbers["images_per_second"] = config.batch_size / numbers["seconds_per_step"]
+    steps = config.steps or (config.plan.samples and config.plan.samples // config.batch_size * config.epochs)
+    if steps:
+        numbers["days"] = steps * numbers["seconds_per_step"] / 86400
+    if "error" in whole:
+        return numbers | {"error": whole["error"]}
+    numbers |= {f"{key}_gib": whole[key] / 2**30 for key in ("states", "temporary")}
+    numbers["peak_gib"] = numbers["states_gib"] + numbers["temporary_gib"]
+    numbers["collectives"] = whole["collectives"]
+    a_row = (whole["temporary"] - half["temporary"]) / 2**30 / (config.batch_size - config.batch_size // 2)
+    if a_row > 0:
+        fixed = numbers["peak_gib"] - a_row * config.batch_size
+        unit = target.count * config.accumulate
+        numbers["largest_batch"] = max(0, int((memory - fixed) / a_row) // unit * unit)
+    return numbers
+
+
+def lines(config: ConfigDict, target: Target, numbers: dict) -> list[str]:
+    """The plan as text."""
+    rows = [
+        ("compiler", target.kind if numbers["real"] else f"the CPU's: what {target.kind} needs is estimated"),
+        ("parameters", f"{numbers['parameters']:,}"),
+        ("batch", f"{config.batch_size:,}, {config.batch_size // target.count:,} a device"),
+        ("floating-point operations", f"{numbers['tflop_per_step']:.3g} TFLOP a step"),
+    ]
+    if numbers["real"]:
+        rows += [("self-attention", numbers["attention"]), ("sort of the rankings", numbers["sort"])]
+    if config.model.dtype == "bfloat16" and not numbers["bfloat16"]:
+        rows.append(("bfloat16", f"{target.kind} has none and is slow with it; set config.model.dtype=float32"))
+    if "error" in numbers:
+        rows.append(("memory a device", numbers["error"]))
+    else:
+        moved = [f"{n} {kind}, {size / 2**20:.3g} MiB" for kind, (n, size) in sorted(numbers["collectives"].items())]
+        rows += [
+            ("memory a device", f"{numbers['peak_gib']:.2f} of {numbers['limit_gib']} GiB"),
+            ("  states and inputs", f"{numbers['states_gib']:.2f} GiB"),
+            ("  activations, gradients, loss", f"{numbers['temporary_gib']:.2f} GiB"),
+            ("collectives a step", "; ".join(moved) or "none"),
+        ]
+        if "largest_batch" in numbers:
+            rows.append(("largest batch that fits", f"about {numbers['largest_batch']:,} (a line through two batches)"))
+    used = f"at {100 * config.plan.utilisation:.0f} % of {ACCELERATORS[target.kind][1]} TFLOP/s a device"
+    rate = f"{numbers['images_per_second']:,.0f} images/s"
+    rows.append(("time a step", f"{numbers['seconds_per_step']:.3g} s {used}: {rate}"))
+    if "days" in numbers:
+        rows.append(("the whole schedule", f"{numbers['days']:.2f} days"))
+    else:
+        rows.append(("the whole schedule", "give config.plan.samples, the number of training samples, or config.steps"))
+    return [f"{name:32}{text}" for name, text in rows]
+
+
+def _with_batch(config: ConfigDict, batch_size: int) -> ConfigDict:
+    changed = configs.complete(config.to_dict())
+    changed.batch_size = batch_size
+    return changed
+
+
+def _describe(config: ConfigDict, target: Target | None) -> dict:
+    """In the child: compiles the step and reads the program. {"error": ...} where the compiler says it cannot fit.
+
+    `target` None: for the fake CPU devices that this process has.
+    """
+    import jax
+    import numpy as np
+
+    from rankclip_jax.losses.sorting import SORTS
+    from rankclip_jax.train import optim
+    from rankclip_jax.train import step as steps
+    from rankclip_jax.train.session import Session, Vocabulary
+
+    size = config.tokenizer.vocab_size  # of a tokenizer yet to be trained, whose last id ends a text
+    words = Vocabulary(None, None) if config.tokenizer.path else Vocabulary(size, size - 1)
+    session = Session(config, words, devices=targets.devices(target) if target else jax.devices())
+    model, mesh, side, length = session.model, session.mesh, session.side, session.context_length
+    tx = optim.make_optimizer(config.optim, config.optim.warmup_steps + 1)
+    state = steps.abstract_state(model, tx, mesh, config.sharding)
+    step = steps.make_train_step(model, tx, config, mesh, total_steps=2, steps_per_epoch=1)
+    where, b = batch_sharding(mesh), config.batch_size
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=where)
+
+    canvas, views = session.canvas, 1 + config.data.two_views
+    batch = {"tokens": array(np.int32, views, length)}
+    if canvas:
+        batch["image"] = array(np.uint8, canvas, canvas, 3)
+        batch |= {"size": array(np.int32, 2), "windows": array(np.float32, views, 4)}
+    else:
+        batch["image"] = array(np.uint8, views, side, side, 3)
+    found = {
+        "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
+        "flops": step_flops(model.config, b, views),
+        "attention": model.attention,
+        "sort": SORTS[session.devices.platform],
+        "bfloat16": session.devices.has_bfloat16,
+    }
+    try:
+        compiled = step.lower(state, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return found | {"error": "does not fit: " + str(error).splitlines()[0].rpartition("HBM, ")[2]}
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text()
+    return found | {
+        "cost": {key: cost[key] for key in ("flops", "bytes accessed", "optimal_seconds") if cost.get(key, 0) > 0},
+        "unpriced": sorted(unpriced(text)),
+        "states": memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "collectives": collectives(text),
+    }
+
+
+if __name__ == "__main__":
+    given = json.load(sys.stdin)
+    try:
+        target = given["target"] and Target(*given["target"])
+        with targets.cudnn_assumed():
+            print(json.dumps(_describe(configs.complete(given["config"]), target)))
+    except InputError as refused:
+        print(json.dumps({"refused": str(refused)}))
+    except Exception as error:  # of any kind: the parent has one line for it
+        message = " ".join(str(error).split())[:300]
+        print(json.dumps({"refused": f"the step could not be compiled: {type(error).__name__}: {message}"}))

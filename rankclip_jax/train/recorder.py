@@ -1,0 +1,132 @@
+"""The numbers of a run on their way out: read from the devices one step late, shown, and written down."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import optax
+
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.metrics_file import MetricsFile
+from rankclip_jax.parallel import processes
+from rankclip_jax.train import flops, input_wait
+from rankclip_jax.train.session import Session
+
+_ON_CONSOLE = ("loss", "clip", "rank_in_modal", "rank_cross_modal", "grad_norm", "logit_scale", "learning_rate")
+
+
+class Recorder:
+    """Holds the numbers of each step until the next, so that the accelerator never waits for the host.
+
+    Used as a context: it opens metrics.jsonl and TensorBoard's events in the first process, and closes them.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        workdir: Path,
+        rate: optax.Schedule,
+        waited: Callable[[], tuple[float, int]],
+        *,
+        start: int,
+        total_steps: int,
+        steps_per_epoch: int,
+    ):
+        """`waited`: as InputWait.take; `start`: steps done before."""
+        self._config, self._devices, self._workdir = session.config, session.devices, workdir
+        self._rate, self._waited, self._advised = rate, waited, False
+        self._start, self._total, self._steps_per_epoch = start, total_steps, steps_per_epoch
+        self._pace = Pace(start, total_steps, self._config.batch_size)
+        views = 1 + self._config.data.two_views
+        self._tflop = flops.step_flops(session.model.config, self._config.batch_size, views) / 1e12
+        self._pending, self._writers, self._opened = None, [], contextlib.ExitStack()
+
+    def __enter__(self) -> "Recorder":
+        if processes.is_first():
+            from clu import metric_writers  # imports TensorFlow, as the pipeline does
+
+            events = metric_writers.SummaryWriter(str(self._workdir))
+            self._opened.callback(events.close)
+            self._writers = [MetricsFile(self._workdir, self._start).write, events.write_scalars]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    def take(self, step: int, numbers: dict) -> None:
+        """Holds the numbers of `step` and records those of the step before. Raises as `flush`."""
+        self.flush()
+        self._pending = step, numbers
+
+    def flush(self) -> None:
+        """Records what is held. Raises InputError when a number is not finite."""
+        if self._pending is None:
+            return
+        (step, numbers), self._pending = self._pending, None
+        loss, norm = float(numbers["loss"]), float(numbers["grad_norm"])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise InputError(
+                f"step {step}: loss {loss}, gradient norm {norm}; stopped. The last good checkpoint is kept in "
+                f"{self._workdir}; try a lower config.optim.lr or set config.optim.grad_clip_norm=1.0"
+            )
+        if step % self._config.log_every and step not in (1, self._total):
+            return
+        numbers = {k: float(v) for k, v in numbers.items()} | {"learning_rate": float(self._rate(step - 1))}
+        epoch = -(-step // self._steps_per_epoch)
+        shown = {key: numbers[key] for key in _ON_CONSOLE if key in numbers}
+        line, speed = self._pace.line(step, epoch, shown, *self._waited())
+        print(line, flush=True)
+        steps_per_second = speed["images_per_second"] / self._config.batch_size
+        speed |= flops.utilisation(self._tflop * steps_per_second, self._devices)
+        self.write(step, numbers | speed)
+        if step > 1 and not self._advised and speed["data_wait"] > input_wait.WORTH_SAYING:
+            self._advised = True
+            print(input_wait.advice(speed["data_wait"], speed["images_read_per_second"], self._config.data.resize))
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        """Writes numbers down at once."""
+        for write in self._writers if numbers else ():
+            write(step, numbers)
+
+    def paused(self) -> contextlib.AbstractContextManager:
+        """What happens inside, an evaluation, does not count in the rate."""
+        return self._pace.paused()
+
+
+class Pace:
+    """Console lines with the rate and the time left."""
+
+    def __init__(self, step: int, total_steps: int, batch_size: int):
+        self._total, self._batch = total_steps, batch_size
+        self._step, self._time = step, time.monotonic()
+
+    def line(self, step: int, epoch: int, numbers: dict, waited: float, read: int) -> tuple[str, dict[str, float]]:
+        """Returns the line for `step`, and the speed since the last one.
+
+        Args:
+          waited: seconds in which the devices had no data.
+          read: samples that this process read, whether usable or not.
+        """
+        now = time.monotonic()
+        seconds = max(now - self._time, 1e-9)
+        rate = (step - self._step) / seconds
+        self._step, self._time = step, now
+        left = time.strftime("%H:%M:%S", time.gmtime((self._total - step) / max(rate, 1e-9)))
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
+        speed = {
+            "images_per_second": round(rate * self._batch, 1),
+            "images_read_per_second": round(read / seconds, 1),
+            "data_wait": round(min(waited / seconds, 1.0), 4),
+        }
+        images = f"{speed['images_per_second']:.0f} images/s"
+        waits = f" (waits for data {100 * speed['data_wait']:.0f} %)" if speed["data_wait"] >= 0.01 else ""
+        return f"step {step}/{self._total}  epoch {epoch}  {shown}  {images}{waits}  {left} left", speed
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count in the rate."""
+        begin = time.monotonic()
+        yield
+        self._time += time.monotonic() - begin

@@ -1,0 +1,211 @@
+"""A configuration on some devices: mesh, tokenizer, model. Training, evaluation, plan and study share it."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from rankclip_jax import evaluation, losses, models
+from rankclip_jax.common.devices import Devices, devices_of
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.parallel import sharding
+from rankclip_jax.parallel.mesh import batch_shards, make_mesh, to_devices, to_host
+from rankclip_jax.train import step as steps
+
+
+class Vocabulary(NamedTuple):
+    """What a model knows of a tokenizer. A plan has no more of it."""
+
+    vocab_size: int
+    eot_id: int
+
+
+class Session:
+    """A configuration, checked, with its mesh, tokenizer and model.
+
+    Attributes:
+      devices: what the mesh consists of (common/devices.py).
+      process: (index of this process, how many there are).
+      local_batch: rows of a batch that this process reads.
+      side, context_length: of the model, in pixels and tokens.
+      canvas: side of the square on which the host sends pictures; None: it resizes them itself.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        tokenizer: Tokenizer | Vocabulary,
+        *,
+        architecture: models.ClipConfig | None = None,
+        devices: Sequence | None = None,
+    ):
+        """Builds no parameters.
+
+        Args:
+          tokenizer: a Vocabulary will do where nothing is encoded.
+          architecture: of a model of another origin; None: that of config.model.
+          devices: of the mesh; None: all of this run.
+
+        Raises:
+          InputError: the configuration does not fit itself, the devices or the processes.
+        """
+        self.config, self.tokenizer = config, tokenizer
+        self.mesh = make_mesh(config.mesh, devices)
+        self.devices = devices_of(self.mesh)
+        self.process = (jax.process_index(), jax.process_count())
+        self.model = build_model(config, tokenizer, self.devices, architecture)
+        _check_batch(config, self.mesh, self.model)
+        self.local_batch = config.batch_size // jax.process_count()
+        self.side = self.model.config.vision.image_size
+        self.context_length = self.model.config.text.context_length
+        self.canvas = canvas_side(config, self.side)
+        self._embed = steps.make_embed_step(self.model)
+        self._gather = jax.jit(functools.partial(sharding.gather, mesh=self.mesh, rules=config.sharding))
+        self._val_step = steps.make_val_step(self.model, config, self.mesh)
+
+    @property
+    def view(self) -> dict:
+        """How the pipeline makes batches, for training and evaluation alike."""
+        return dict(batch_size=self.local_batch, image_side=self.side, process=self.process, canvas=self.canvas)
+
+    def encode_images(self, state: steps.TrainState, batch: dict) -> np.ndarray:
+        """One batch of this process's share -> float32 (b, D) on the host."""
+        return to_host(self._embed(state, to_devices(_pictures(batch), self.mesh)), self.mesh)
+
+    def encode_texts(self, state: steps.TrainState, texts: list[str]) -> np.ndarray:
+        """Any number of texts -> float32 (n, D) on the host, in batches of one shape."""
+        parts = []
+        for start in range(0, len(texts), self.local_batch):
+            some = texts[start : start + self.local_batch]
+            padded = some + [""] * (self.local_batch - len(some))
+            tokens = self.tokenizer(padded, self.context_length)
+            z = self._embed(state, to_devices({"tokens": tokens}, self.mesh))
+            parts.append(to_host(z, self.mesh)[: len(some)])
+        return np.concatenate(parts)
+
+    def validation(self, state: steps.TrainState) -> dict[str, float]:
+        """Mean of the loss's parts over the whole batches of config.data.val; empty without one.
+
+        With config.eval.diagnostics also how the first batch's embeddings lie (losses/diagnostics.py).
+        """
+        from input_pipeline import pipeline, sources
+
+        config = self.config
+        if config.data.val is None:
+            return {}
+        source = sources.open_source(config.data, config.data.val, image_side=self.side, split="val")
+        if source.size < config.batch_size:
+            raise InputError(f"config.data.val has {source.size} samples, fewer than a batch of {config.batch_size}")
+        batches = pipeline.eval_batches(source, **self.view)
+        parts, numbers = [], {}
+        for _ in range(source.size // config.batch_size):
+            batch = next(batches)
+            tokens = self.tokenizer(batch["caption"], self.context_length)
+            if config.eval.diagnostics and not parts:
+                z = self.encode_images(state, batch), self.encode_texts(state, batch["caption"])
+                if jax.process_count() > 1:
+                    z = jax.tree.map(np.concatenate, multihost_utils.process_allgather(z))
+                numbers = _diagnostics(*z, np.exp(float(state.params["logit_scale"])))
+            parts.append(self._val_step(state, to_devices(_pictures(batch) | {"tokens": tokens}, self.mesh)))
+        numbers |= {key: np.mean([float(part[key]) for part in parts]) for key in parts[0]}
+        return {f"val/{key}": float(value) for key, value in numbers.items()}
+
+    def encoder(self, state: steps.TrainState) -> evaluation.Encoder:
+        """What the evaluations need of the model."""
+        from input_pipeline import pipeline
+
+        state = state.replace(params=self._gather(state.params))  # once, not in every batch
+        return evaluation.Encoder(
+            images=lambda batch: self.encode_images(state, batch),
+            texts=lambda texts: self.encode_texts(state, texts),
+            batches=lambda source: pipeline.eval_batches(source, **self.view),
+            image_side=self.side,
+        )
+
+
+def _check_batch(config: ConfigDict, mesh: jax.sharding.Mesh, model: models.CLIP) -> None:
+    """Whether batches divide over devices, processes and parts."""
+    shards, batch, parts = batch_shards(mesh), config.batch_size, config.accumulate
+    if batch % shards:
+        raise InputError(
+            f"config.batch_size={batch} does not divide over {shards} devices. Try {max(1, batch // shards) * shards}"
+        )
+    if batch % (shards * parts):
+        raise InputError(
+            f"config.batch_size={batch} does not divide into config.accumulate={parts} parts over {shards} devices"
+        )
+    if shards % jax.process_count():
+        raise InputError(
+            f"config.mesh splits a batch in {shards}, over {jax.process_count()} processes. Each needs rows of its "
+            'own: keep the axis "model" within a process'
+        )
+    if parts > 1 and isinstance(model.config.vision, models.ResNetConfig):
+        raise InputError(
+            f"config.accumulate={parts}: a ResNet's batch norm needs the statistics of the whole batch at every layer, "
+            "so its batch cannot go through in parts. Use a ViT, or config.model.remat=True"
+        )
+
+
+def image_side(config: ConfigDict) -> int:
+    """Pixels along a side of the pictures of config.model, before there is a tokenizer to build it with."""
+    try:
+        fields = {"image_size": config.model.image_size, "vision": config.model.vision.to_dict()}
+        return models.configure(config.model.name, **fields).vision.image_size
+    except ValueError as error:
+        raise InputError(f"config.model: {error}") from None
+
+
+def canvas_side(config: ConfigDict, side: int) -> int | None:
+    """Side of the square on which the host sends pictures to a model of `side` pixels; None: it resizes them itself."""
+    data = config.data
+    if data.resize == "host":
+        return None
+    # The scenes of shapes are drawn as large as the model wants them. For 224 pixels it is 408: pictures with a
+    # short side of 300 fit whole up to 4 : 3, and with their widest window beyond that.
+    canvas = data.canvas or (side if data.format == "shapes" else 8 * math.ceil(1.8 * side / 8))
+    if canvas < side:
+        raise InputError(
+            f"config.data.canvas={canvas} is less than the model's image_size, {side}. Give more, or None to choose it"
+        )
+    return canvas
+
+
+def build_model(
+    config: ConfigDict,
+    tokenizer: Tokenizer | Vocabulary,
+    devices: Devices | None = None,
+    architecture: models.ClipConfig | None = None,
+) -> models.CLIP:
+    """The model of config.model with the tokenizer's vocabulary and the objective's scale and bias.
+
+    Its attention is chosen for `devices`; None: XLA's, which any device has. `architecture`: in place of the preset's.
+    """
+    fields = config.model.to_dict()
+    if config.loss.objective == "siglip" or "siglip" in config.loss.terms:  # starts as Zhai et al. have it
+        fields["logit_scale"] = math.log(10) if fields["logit_scale"] is None else fields["logit_scale"]
+        fields["logit_bias"] = -10.0 if fields["logit_bias"] is None else fields["logit_bias"]
+    try:
+        if architecture is not None:
+            dtype, choice = fields["dtype"], fields["attention"]
+            attention = models.choose_attention(choice, architecture, dtype, devices) if devices else "xla"
+            return models.CLIP(architecture, jax.numpy.dtype(dtype), attention=attention)
+        words = dict(vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id)
+        return models.build(fields.pop("name"), devices=devices, **words, **fields)
+    except ValueError as error:
+        raise InputError(f"config.model: {error}") from None
+
+
+def _pictures(batch: dict) -> dict:
+    return {key: batch[key] for key in ("image", "size", "windows") if key in batch}
+
+
+@jax.jit
+def _diagnostics(z_img_BxD, z_txt_BxD, scale) -> dict:
+    cosine = losses.gradient_cosine(z_img_BxD, z_txt_BxD, scale)
+    return losses.embedding_diagnostics(z_img_BxD, z_txt_BxD) | {"gradient_cosine": cosine}

@@ -1,0 +1,215 @@
+"""The training step: a pure function of a state and a batch, jitted over a mesh of all devices."""
+
+from collections.abc import Callable, Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from rankclip_jax.losses import RANKING, LossSpec, clip_loss, rank_weight, weighted_loss
+from rankclip_jax.models import CLIP, images
+from rankclip_jax.parallel.mesh import batch_axes
+from rankclip_jax.parallel.sharding import gather, params_shardings, state_shardings
+from rankclip_jax.train.accumulation import loss_and_grads
+from rankclip_jax.train.optim import hold
+
+# OpenAI clamps the learned scale of the logits to at most 100; below 1 it would flatten them.
+MIN_LOG_SCALE, MAX_LOG_SCALE = 0.0, float(np.log(100))
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes. Randomness is not in it: keys are folded from the seed and `step`.
+
+    Attributes:
+      step: int32 scalar, updates done so far.
+      params: float32 tree of the model.
+      batch_stats: running statistics of batch norms; empty for ViT.
+      opt_state: of optax.
+    """
+
+    step: jax.Array
+    params: dict
+    batch_stats: dict
+    opt_state: optax.OptState
+
+
+def init_state(
+    model: CLIP, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh, rules: str | Sequence | None
+) -> TrainState:
+    """A fresh state, born with the shardings that `rules` (config.sharding) give it."""
+    init, shardings = _init_and_shardings(model, tx, seed, mesh, rules)
+    return jax.jit(init, out_shardings=shardings)()
+
+
+def abstract_state(
+    model: CLIP, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, rules: str | Sequence | None
+) -> TrainState:
+    """The state's shapes, dtypes and shardings, without allocating it: what a checkpoint is restored into."""
+    init, shardings = _init_and_shardings(model, tx, 0, mesh, rules)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init), shardings
+    )
+
+
+def _init_and_shardings(model, tx, seed, mesh, rules):
+    def init():
+        return fresh_state(model, tx, seed)
+
+    return init, state_shardings(jax.eval_shape(init), mesh, rules)
+
+
+def fresh_state(model: CLIP, tx: optax.GradientTransformation, seed: int | jax.Array) -> TrainState:
+    """A state before its first step; `seed` may be traced, so that one program makes the states of many seeds."""
+    variables = model.init(jax.random.key(seed), *model.example_inputs())
+    params = variables["params"]
+    return TrainState(jnp.int32(0), params, variables.get("batch_stats", {}), tx.init(params))
+
+
+def make_train_step(
+    model: CLIP,
+    tx: optax.GradientTransformation,
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+    *,
+    total_steps: int,
+    steps_per_epoch: int,
+) -> Callable:
+    """Returns jitted train_step(state, batch) -> (state, metrics); the state given is donated.
+
+    `batch`: pictures as input_pipeline's TrainBatches gives them (images.views) and "tokens" int32 (B, L) or (B, V,
+    L), split over batch_axes; B is global, and so are the batch statistics and the negatives. `metrics`:
+    float32 scalars. With config.accumulate > 1 (no batch norm) the activations of that part of the batch are held
+    at a time, for the same gradient.
+    """
+    seed_key = jax.random.key(config.seed)
+    update = train_step_function(model, tx, config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+
+    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        return update(state, batch, seed_key)
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def train_step_function(
+    model: CLIP,
+    tx: optax.GradientTransformation,
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh | None,
+    *,
+    total_steps: int,
+    steps_per_epoch: int,
+) -> Callable:
+    """Returns what `make_train_step` jits: train_step(state, batch, seed_key) -> (state, metrics).
+
+    A pure function to scan over batches, or to vmap over states and keys of several seeds. `mesh` None: one device,
+    no sharding. `seed_key`: of all randomness of the run; a step folds its number in.
+    """
+    epochs, spec = -(-total_steps // steps_per_epoch), LossSpec(**config.loss.to_dict())
+    side = model.config.vision.image_size
+
+    def constrain(tree):
+        if mesh is None:
+            return tree
+        parts_sharding = NamedSharding(mesh, PartitionSpec(None, batch_axes(mesh)))
+        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, parts_sharding), tree)
+
+    def train_step(state: TrainState, batch: dict, seed_key: jax.Array) -> tuple[TrainState, dict]:
+        views_BxVxSxSx3, tokens_BxVxL = images.views(batch, side), batch["tokens"]
+        flat = views_BxVxSxSx3.reshape(-1, side, side, 3)
+        key = jax.random.fold_in(seed_key, state.step)
+        pixels = images.augment(key, flat, flip=config.data.flip, jitter=config.data.color_jitter)
+        ramp = rank_weight(state.step // steps_per_epoch + 1, epochs)
+
+        def embed(params, rows):
+            (z_img_nxD, z_txt_nxD, _), updated = model.apply(
+                {"params": hold(params, config.optim.freeze), "batch_stats": state.batch_stats},
+                images.normalize(rows["image"].reshape(-1, side, side, 3)),
+                rows["tokens"].reshape(-1, rows["tokens"].shape[-1]),
+                train=config.optim.freeze != "vision",  # batch norm's statistics stay too
+                mutable=["batch_stats"],
+            )
+            z_img_bxVxD, z_txt_bxVxD = (z.reshape(len(rows["image"]), -1, z.shape[-1]) for z in (z_img_nxD, z_txt_nxD))
+            return z_img_bxVxD, z_txt_bxVxD, updated.get("batch_stats", {})
+
+        def loss_of(params, embeds):
+            z_img_BxVxD, z_txt_BxVxD, batch_stats = embeds
+            loss, parts = _objective(z_img_BxVxD, z_txt_BxVxD, params, spec, ramp, mesh)
+            return loss, (parts, batch_stats)
+
+        rows = {"image": pixels.reshape(views_BxVxSxSx3.shape), "tokens": tokens_BxVxL}
+        used = state.params if mesh is None else gather(state.params, mesh, config.sharding)
+        (loss, (parts, batch_stats)), grads = loss_and_grads(embed, loss_of, used, rows, config.accumulate, constrain)
+        if mesh is not None:  # each device updates its own part
+            where = params_shardings(grads, mesh, config.sharding)
+            grads = jax.lax.with_sharding_constraint(grads, where)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = clamp_logit_scale(optax.apply_updates(state.params, updates))
+        metrics = {"loss": loss, **parts, "grad_norm": optax.global_norm(grads), "logit_scale": _scale(state.params)}
+        if "logit_bias" in state.params:
+            metrics["logit_bias"] = state.params["logit_bias"]
+        if spec.objective in RANKING:
+            metrics["rank_weight"] = ramp if spec.schedule == "ramp" else jnp.float32(1)
+        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+
+    return train_step
+
+
+def clamp_logit_scale(params: dict) -> dict:
+    """Params with the logit scale brought into [0, ln 100], as OpenAI does after each update."""
+    return params | {"logit_scale": jnp.clip(params["logit_scale"], MIN_LOG_SCALE, MAX_LOG_SCALE)}
+
+
+def _scale(params):
+    return jnp.exp(params["logit_scale"])
+
+
+def _objective(z_img_BxVxD, z_txt_BxVxD, params, spec, ramp, mesh):
+    """The objective of the first views; with a second view of each, the contrastive term gives half its weight to the
+    mean of the images' contrastive loss with their second views and the captions' with theirs (CyCLIP's "inmodal")."""
+    z_img_BxD, z_txt_BxD = z_img_BxVxD[:, 0], z_txt_BxVxD[:, 0]
+    weights, scale = spec.weights(ramp), _scale(params)
+    two_views = z_img_BxVxD.shape[1] == 2
+    if two_views:
+        weights["clip"] /= 2
+    # The loss's rows go over all devices, the towers' only over those that hold different rows.
+    axes = None
+    if mesh is not None:
+        axes = mesh.axis_names if z_img_BxD.shape[0] % mesh.size == 0 else batch_axes(mesh)
+    bias = params.get("logit_bias", 0.0)
+    loss, parts = weighted_loss(z_img_BxD, z_txt_BxD, scale, bias, spec, weights, mesh=mesh, axes=axes)
+    if two_views:
+        pairs = [(z[:, 0], z[:, 1]) for z in (z_img_BxVxD, z_txt_BxVxD)]
+        second = sum(clip_loss(*z, scale, mesh=mesh, axes=axes) for z in pairs) / 2
+        loss, parts = loss + weights["clip"] * second, parts | {"clip_second_view": jax.lax.stop_gradient(second)}
+    return loss, parts
+
+
+def make_val_step(model: CLIP, config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable:
+    """Returns jitted val_step(state, batch) -> the objective's parts (float32 scalars), as in evaluation."""
+    spec = LossSpec(**config.loss.to_dict())
+
+    def val_step(state: TrainState, batch: dict) -> dict:
+        variables = {"params": gather(state.params, mesh, config.sharding), "batch_stats": state.batch_stats}
+        pixels = images.normalize(images.views(batch, model.config.vision.image_size)[:, 0])
+        z_img_BxD, z_txt_BxD, _ = model.apply(variables, pixels, batch["tokens"])
+        return _objective(z_img_BxD[:, None], z_txt_BxD[:, None], state.params, spec, 1.0, mesh)[1]
+
+    return jax.jit(val_step)
+
+
+def make_embed_step(model: CLIP) -> Callable:
+    """Returns jitted embed(state, batch) -> float32 (B, D) of unit norm, of the pictures or of batch["tokens"]."""
+
+    def embed(state: TrainState, batch: dict) -> jax.Array:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        if "image" in batch:
+            pixels = images.views(batch, model.config.vision.image_size)[:, 0]
+            return model.apply(variables, images.normalize(pixels), method="encode_image")
+        return model.apply(variables, batch["tokens"], method="encode_text")
+
+    return jax.jit(embed)

@@ -1,0 +1,217 @@
+"""A whole export: weights, what prepares pictures, what reads texts, and a card that says what the model is."""
+
+import json
+from pathlib import Path
+
+import jax
+
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.files import write_whole
+from rankclip_jax.common.metrics_file import read_metrics
+from rankclip_jax.common.ownership import Owned
+from rankclip_jax.common.tokenizer import END, START
+from rankclip_jax.models import ClipConfig, ResNetConfig
+from rankclip_jax.weights import architecture, formats, orbax_folder
+from rankclip_jax.weights import view as preprocess
+from rankclip_jax.weights.pretrained import Pretrained
+
+LAYOUTS = ("hf", "openai", "orbax")
+
+
+def write(model: Pretrained, folder: str | Path, layout: str) -> None:
+    """Writes `model` to a folder.
+
+    Args:
+      model: from `pretrained.read`.
+      folder: made if need be; what `write` wrote there before is replaced.
+      layout: "hf", for transformers; "openai", for open_clip and OpenAI's code; "orbax", for JAX.
+
+    Raises:
+      InputError: the layout has no such model (Hugging Face and ResNets), or does not exist; or a file of the same name
+        is there that `write` did not write.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"no layout {layout!r}; there are {', '.join(LAYOUTS)}")
+    if layout == "hf" and isinstance(model.config.vision, ResNetConfig):
+        raise InputError(f"{model.path} has a ResNet, and Hugging Face's CLIP has none: write the openai layout")
+    owned = Owned(folder, "convert")
+    folder = owned.folder
+    tokenizer = None if model.tokenizer is None else model.tokenizer.to_dict()
+    owned.check(names := _names(layout, tokenizer is not None))
+    if layout == "orbax":  # Orbax removes whatever folder is in its way
+        owned.clear([orbax_folder.UNFINISHED])
+        owned.remove(orbax_folder.ARRAYS)
+    try:
+        owned.claim(names)
+        if layout == "hf":
+            bos_id = model.tokenizer and model.tokenizer.start_id
+            formats.write_hf(folder, model.config, model.variables, bos_id)
+        elif layout == "openai":
+            formats.write_openai(folder, model.config, model.variables)
+            _complete_open_clip_config(folder / "open_clip_config.json", model.view, tokenizer is not None)
+        else:
+            orbax_folder.write_orbax(folder, model.config, model.variables)
+            written = (file for file in (folder / orbax_folder.ARRAYS).rglob("*") if file.is_file())
+            owned.wrote(file.relative_to(folder).as_posix() for file in written)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{model.path}: {error}") from None
+    _write_json(folder / "preprocessor_config.json", preprocess.to_hugging_face(model.view))
+    if tokenizer is not None:
+        _write_json(folder / "tokenizer.json", tokenizer)
+        _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, model.config.text.context_length))
+    write_whole(folder / "README.md", card(model, layout))
+
+
+def _names(layout: str, tokenizer: bool) -> list[str]:
+    weights = {
+        "hf": ("config.json", "model.safetensors"),
+        "openai": ("open_clip_config.json", "open_clip_model.safetensors"),
+        "orbax": (orbax_folder.CONFIG, orbax_folder.UNFINISHED),
+    }
+    texts = ("tokenizer.json", "tokenizer_config.json") if tokenizer else ()
+    return [*weights[layout], "preprocessor_config.json", *texts, "README.md"]
+
+
+def _tokenizer_config(tokenizer: dict, context_length: int) -> dict:
+    # transformers' CLIPTokenizer builds its own tokenizer from vocabulary and merges, and knows OpenAI's kind only. Any
+    # other is taken from tokenizer.json as it stands by the general class.
+    bpe = tokenizer["model"]
+    openai_kind = bpe.get("end_of_word_suffix") == "</w>" and END in bpe.get("vocab", {})
+    return {
+        "tokenizer_class": "CLIPTokenizer" if openai_kind else "PreTrainedTokenizerFast",
+        "bos_token": START,
+        "eos_token": END,
+        "unk_token": END,
+        # What follows the first end-of-text is not seen, so padding with it changes nothing.
+        "pad_token": END,
+        "model_max_length": context_length,
+    }
+
+
+def _complete_open_clip_config(path: Path, view: preprocess.View, has_tokenizer: bool) -> None:
+    described = json.loads(path.read_text())
+    described["preprocess_cfg"] = {
+        "size": view.crop,
+        "mode": "RGB",
+        "mean": list(view.mean),
+        "std": list(view.std),
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
+    if has_tokenizer and "model_cfg" in described:
+        # Any name makes open_clip read the tokenizer in the folder itself instead of OpenAI's.
+        described["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "."
+    _write_json(path, described)
+
+
+_USE = {
+    "hf": """from transformers import CLIPModel, CLIPProcessor
+
+model, processor = CLIPModel.from_pretrained("FOLDER"), CLIPProcessor.from_pretrained("FOLDER")
+inputs = processor(text=["a photo of a cat"], images=image, return_tensors="pt", padding=True, truncation=True)
+z = model(**inputs)  # z.image_embeds, z.text_embeds, z.logits_per_image""",
+    "openai": """import open_clip
+
+model, preprocess = open_clip.create_model_from_pretrained("local-dir:FOLDER")
+tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")""",
+}
+_OURS = """import rankclip_jax
+
+model = rankclip_jax.load("FOLDER")
+model.encode_image(image), model.encode_text(["a photo of a cat"])"""
+
+
+def card(model: Pretrained, layout: str) -> str:
+    """The model card (Markdown): what it is, how it was trained, what it reached, how to use it."""
+    config = model.config
+    vision, text = config.vision, config.text
+    resnet = isinstance(vision, ResNetConfig)
+    kind = "ResNet," if resnet else f"vision transformer, patches of {vision.patch_size} pixels,"
+    count = sum(x.size for x in jax.tree.leaves(model.variables["params"]))
+    facts = {
+        "parameters": f"{count:,}",
+        "image tower": f"{kind} {vision.width} wide, images of {vision.image_size} pixels",
+        "text tower": f"{text.layers} layers, {text.width} wide, {text.context_length} tokens of {text.vocab_size:,}",
+        "embedding": f"{config.embed_dim} dimensions; activation {config.activation}",
+    }
+    alone = ours_alone(config, layout)
+    library = "rankclip_jax" if alone else {"hf": "transformers", "openai": "open_clip"}[layout]
+    lines = [
+        "---",
+        f"library_name: {library}",
+        "pipeline_tag: zero-shot-image-classification",
+        "tags: [clip, rankclip]",
+        "---",
+        "",
+        f"# {model.path.resolve().name}",
+        "",
+        "An image-text dual encoder" + (f", trained with {_objective(model.run.loss)}" if model.run else "") + ".",
+        "",
+        *_table(("model", ""), facts.items()),
+    ]
+    if model.run:
+        lines += ["## Training", "", *_table(("", ""), _training(model).items())]
+        results = _results(model)
+        if results:
+            lines += [f"## Results at step {model.step}", "", *_table(("metric", "value"), results)]
+    else:
+        lines += [f"Converted from `{model.path.name}`; that file says nothing about its training.", ""]
+    use = [_OURS] if alone else [_USE[layout], _OURS]
+    lines += ["## Use", ""]
+    for code in use:
+        lines += ["```python", code, "```", ""]
+    if model.tokenizer is not None and layout != "orbax":
+        lines += [
+            "Texts with HTML entities or broken Unicode are repaired before training (ftfy, `html.unescape`); "
+            "`rankclip_jax` does so by itself, other libraries leave it to you.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def ours_alone(config: ClipConfig, layout: str) -> bool:
+    """Whether only `rankclip_jax.load` reads what is written: a ResNet that open_clip has no fields for, or Orbax."""
+    return layout == "orbax" or (layout == "openai" and architecture.to_open_clip(config) is None)
+
+
+def _objective(loss) -> str:
+    if loss.objective == "clip":
+        return "CLIP's contrastive loss"
+    return "RankCLIP (arXiv 2404.09387)"
+
+
+def _training(model: Pretrained) -> dict:
+    run, loss = model.run, "CLIP"
+    if run.loss.objective != "clip":
+        terms = f"{run.loss.lambda_in:g} in-modal + {run.loss.lambda_cross:g} cross-modal"
+        loss = f"CLIP + w ({terms}), schedule of w: {run.loss.schedule}"
+    data = run.data.train
+    data = Path(data).name if isinstance(data, str) else data  # the name alone: a path may tell more than it should
+    return {
+        "loss": loss,
+        "data": f"{run.data.format}: {data}",
+        "steps": f"{model.step:,} of {run.batch_size:,} samples",
+        "optimiser": f"AdamW, learning rate {run.optim.lr:g}, weight decay {run.optim.weight_decay:g}, "
+        f"{run.optim.warmup_steps:,} steps of warm-up",
+        "computed in": run.model.dtype,
+        "seed": run.seed,
+    }
+
+
+def _results(model: Pretrained) -> list[tuple[str, str]]:
+    """The evaluation that training wrote for the checkpoint's step; empty if it wrote none."""
+    found: dict = {}
+    for row in read_metrics(model.path):
+        if row["step"] == model.step:
+            found |= {k: v for k, v in row.items() if "/" in k and isinstance(v, int | float)}
+    return [(name, f"{value:.4f}") for name, value in sorted(found.items())]
+
+
+def _table(head: tuple[str, str], rows) -> list[str]:
+    return [f"| {head[0]} | {head[1]} |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows), ""]
+
+
+def _write_json(path: Path, contents: dict) -> None:
+    write_whole(path, json.dumps(contents, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,161 @@
+"""Weights of any supported origin into (config, variables), and out again as safetensors folders."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from rankclip_jax.common.files import whole, write_whole
+from rankclip_jax.models import ClipConfig
+from rankclip_jax.weights import architecture, layouts, orbax_folder
+from rankclip_jax.weights.torch_file import read_torch_file
+
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
+_OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+
+def read(path: str | Path, config: ClipConfig | None = None, activation: str = "quick_gelu") -> tuple[ClipConfig, dict]:
+    """Read a CLIP from a file or folder, whoever wrote it.
+
+    path: a Hugging Face folder (config.json and model.safetensors, sharded, or pytorch_model.bin), an
+        open_clip folder (open_clip_config.json), or a file: OpenAI's `.pt` (TorchScript or state dict), a
+        checkpoint of the RankCLIP code or of open_clip, a `.safetensors` of either layout; or a folder of
+        `write_orbax`. A config file that lies beside a file is used.
+    config: overrides what config files and shapes say. activation: for files that nothing describes
+        ('quick_gelu' as OpenAI and RankCLIP train; open_clip's own models mostly have 'gelu').
+
+    Returns the config and {'params': ..., 'batch_stats': ...} (the latter for a ResNet), nested dicts of
+    float32 NumPy arrays, transformer blocks unrolled (`models.stack_layers(params)` for a scanned model).
+    Raises FileNotFoundError, and ValueError (one line, the path first) for a file that is truncated, unsafe,
+    not a CLIP, or not of its config's architecture: the tensor is named.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    try:
+        if (path / orbax_folder.CONFIG).is_file():
+            return orbax_folder.read_orbax(path)
+        folder, weights = (path, _weights_in(path)) if path.is_dir() else (path.parent, path)
+        state = _without_wrappers(_read_state(weights))
+        hugging_face = any(k.startswith(("vision_model.", "text_model.")) for k in state)
+        if config is None:
+            config = _config_in(folder, hugging_face) or (
+                None if hugging_face else architecture.from_weights(state, activation)
+            )
+        if config is None:
+            raise ValueError("no config.json beside these Hugging Face weights")
+        layout = layouts.hugging_face if hugging_face else layouts.openai
+        return config, layouts.from_state(state, config, layout)
+    except ValueError as e:
+        raise ValueError(str(e) if str(e).startswith(str(path)) else f"{path}: {e}") from e
+
+
+def write_hf(folder: str | Path, config: ClipConfig, variables: Mapping, bos_id: int | None = None) -> None:
+    """Write `config.json` and `model.safetensors` (float32) that `transformers.CLIPModel` loads.
+
+    variables: {'params': ...}, unrolled or scanned. bos_id: the tokenizer's start id, recorded only (the
+    model does not use it). Raises ValueError for a ResNet, which Hugging Face does not have.
+    """
+    described = architecture.to_hugging_face(config, bos_id)
+    state = layouts.to_state(variables, config, layouts.hugging_face)
+    folder = _new_folder(folder)
+    _write_weights(folder / "model.safetensors", state)
+    _write_json(folder / "config.json", described)
+
+
+def write_openai(folder: str | Path, config: ClipConfig, variables: Mapping) -> None:
+    """Write OpenAI's state dict as `open_clip_model.safetensors` with an `open_clip_config.json`.
+
+    `open_clip.create_model("local-dir:FOLDER")` loads it, and `safetensors.torch.load_file` gives the state
+    dict that OpenAI's own class takes. The config also carries ours, so that `read` gets back exactly what
+    was written, the architectures included that open_clip does not have (stem 'small'): for those
+    'model_cfg' is left out, and only `read` can use the folder.
+    """
+    state = layouts.to_state(variables, config, layouts.openai)
+    for key in [k for k in state if k.endswith(".running_mean")]:
+        # Loading is strict about this counter in PyTorch; with momentum 0.1 nothing reads it.
+        state[key.replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
+    described: dict = {"rankclip_jax": dataclasses.asdict(config)}
+    if model_cfg := architecture.to_open_clip(config):
+        described["model_cfg"] = model_cfg
+    folder = _new_folder(folder)
+    _write_weights(folder / "open_clip_model.safetensors", state)
+    _write_json(folder / _OPEN_CLIP_CONFIG, described)
+
+
+def _weights_in(folder: Path) -> Path:
+    names = [*_OPEN_CLIP_WEIGHTS, *_HF_WEIGHTS]
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+    raise ValueError(f"{folder}: no weights in it (looked for {', '.join(names)})")
+
+
+def _read_state(path: Path) -> dict[str, np.ndarray]:
+    if path.name.endswith(".index.json"):
+        shards = sorted(set(_read_json(path)["weight_map"].values()))
+        if any("/" in shard for shard in shards):
+            raise ValueError(f"{path.name} names a file in another folder")
+        absent = [shard for shard in shards if not (path.parent / shard).exists()]
+        if absent:
+            raise ValueError(f"shard {absent[0]} is missing ({len(absent)} of {len(shards)})")
+        return {k: v for shard in shards for k, v in _read_state(path.parent / shard).items()}
+    with open(path, "rb") as f:
+        start = f.read(9)
+    if start[:4] == b"PK\x03\x04":
+        return read_torch_file(path)
+    if start[8:] == b"{":  # eight bytes of length, then JSON
+        try:
+            return safetensors.numpy.load_file(path)
+        except (safetensors.SafetensorError, KeyError) as e:
+            raise ValueError(f"{path.name} is damaged or truncated ({e})") from e
+    raise ValueError(
+        f"{path.name} is neither safetensors nor a PyTorch archive (if older than PyTorch 1.6, load and "
+        "save it again with a newer PyTorch)"
+    )
+
+
+def _without_wrappers(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Strip the prefixes of DistributedDataParallel, torch.compile, and open_clip's separate text tower."""
+    return {re.sub(r"^(module\.|_orig_mod\.)*(text\.)?", "", k): v for k, v in state.items()}
+
+
+def _config_in(folder: Path, hugging_face: bool) -> ClipConfig | None:
+    name = "config.json" if hugging_face else _OPEN_CLIP_CONFIG
+    if not (folder / name).exists():
+        return None
+    described = _read_json(folder / name)
+    if hugging_face:
+        return architecture.from_hugging_face(described)
+    if "rankclip_jax" in described:
+        return architecture.from_ours(described["rankclip_jax"])
+    return architecture.from_open_clip(described["model_cfg"])
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path.name} is not valid JSON ({e})") from e
+
+
+def _write_json(path: Path, contents: dict) -> None:
+    write_whole(path, json.dumps(contents, indent=2) + "\n")
+
+
+def _write_weights(path: Path, state: dict[str, np.ndarray]) -> None:
+    with whole(path) as part:
+        # transformers refuses files without this mark.
+        safetensors.numpy.save_file(state, part, metadata={"format": "pt"})
+
+
+def _new_folder(folder: str | Path) -> Path:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,67 @@
+"""Our own folder for a model alone: rankclip_jax.json (the architecture) and an Orbax checkpoint of its arrays."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from rankclip_jax.common.files import write_whole
+from rankclip_jax.models import ClipConfig, unstack_layers
+from rankclip_jax.weights import architecture, layouts
+
+CONFIG, ARRAYS = "rankclip_jax.json", "variables"
+UNFINISHED = ARRAYS + ".orbax-checkpoint-tmp"  # what Orbax calls the arrays until all are written
+
+
+def write_orbax(folder: str | Path, config: ClipConfig, variables: Mapping) -> None:
+    """Writes {'params': ..., 'batch_stats': ...} in float32, blocks unrolled (scanned ones are unstacked).
+
+    Raises ValueError naming a parameter that the config does not have, lacks, or has in another shape; or if arrays are
+    there already.
+    """
+    layouts.to_state(variables, config, layouts.openai)  # raises if they do not fit
+    folder = Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {name: unstack_layers(tree) for name, tree in variables.items() if tree}
+    arrays = jax.tree.map(lambda x: np.asarray(x, np.float32), arrays)
+    with ocp.StandardCheckpointer() as writer:
+        writer.save(folder / ARRAYS, arrays)
+    write_whole(folder / CONFIG, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def read_orbax(folder: Path) -> tuple[ClipConfig, dict]:
+    """What `write_orbax` wrote, as NumPy arrays. Raises ValueError if the checkpoint is not there or not whole."""
+    config = architecture.from_ours(json.loads((folder / CONFIG).read_text()))
+    shapes = layouts.template(config)
+    abstract: dict = {}
+    for path, shape in shapes.items():
+        node = abstract
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = np.zeros(shape, np.float32)
+    with ocp.PyTreeCheckpointer() as reader:
+        try:
+            arrays = reader.restore(
+                folder.resolve() / ARRAYS,
+                args=ocp.args.PyTreeRestore(
+                    item=abstract,
+                    restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract),
+                ),
+            )
+        except (ValueError, KeyError, OSError) as error:
+            raise ValueError(f"{ARRAYS} is not a complete Orbax checkpoint of this model ({_line(error)})") from error
+    for path, shape in shapes.items():
+        array = arrays
+        for name in path:
+            array = array[name]
+        if array.shape != shape:
+            raise ValueError(f"{'/'.join(path)} has shape {array.shape}; this architecture needs {shape}")
+    return config, arrays
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

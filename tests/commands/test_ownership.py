@@ -1,0 +1,581 @@
+"""Nothing that is not ours is deleted, emptied or replaced: every command that writes, among files of others."""
+
+import json
+import os
+import re
+import shutil
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import rankclip_jax
+from input_pipeline import download, prepare, shards
+from rankclip_jax import convert, doctor, embed, launch
+from rankclip_jax.common import files, ownership
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.ownership import MARKER, Owned
+from rankclip_jax.inference import collection, store
+from rankclip_jax.report import __main__ as report_main
+from rankclip_jax.study import __main__ as study_main
+from rankclip_jax.study import report as study_report
+from rankclip_jax.train import __main__ as train
+from rankclip_jax.train import loop
+from rankclip_jax.weights import checkpoint, export, pretrained
+from rankclip_jax.weights.checkpoint import Checkpoints
+from tests.commands.test_train import SMALL
+from tests.input_pipeline.test_download import Server, Web, env, web  # noqa: F401 -- fixtures
+from tests.study.test_study import SMOKE
+from tests.support.made_models import VIT, make_workdir
+from tests.support.small_files import small_files
+from tests.weights.test_checkpoint import abstract, config, save, saved_steps, state_of
+
+REPO = Path(__file__).parents[2]
+# Of somebody else, with the names and endings that our commands use.
+FOREIGN = (
+    "mine.tar", "00000.tar", "00000.parquet", "00001.tar", "urls.parquet", "00000_stats.json", "x_stats.json",
+    "00000.tfrecord.part", "notes.part", "config.json.part", "metrics.part", "manifest.json", "bad_samples.jsonl",
+    "tokenizer.json", "contact_sheet.png", "_tmp/0.feather", "_tmp/precious", "_download/notes.txt",
+    "config.json", "metrics.jsonl", "eval.json", "eval/zero_shot_seen.npz", "curves.png", "train.log", "profile/trace",
+    "checkpoints/1000/model.pt", "checkpoints/5.orbax-checkpoint-tmp/x", "checkpoints/my.orbax-checkpoint-tmp-7/x",
+    "results.json", "results.md", "dynamics.png", "runs/other.json", "search/other.json",
+    "report.html", "README.md", "model.safetensors", "open_clip_config.json", "open_clip_model.safetensors",
+    "preprocessor_config.json", "rankclip_jax.json", "variables/x", "variables.orbax-checkpoint-tmp/x",
+    "photos.npz.parts/0.npz", "photos.npz.bad_samples.jsonl", "photos.npz.unfinished", "about.json",
+    "bin/python", "lib/x", "pyvenv.cfg",
+)  # fmt: skip
+
+
+def fill(folder, names=FOREIGN):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        text = '{"name": "of a web site"}' if name.endswith(".json") else f"the only copy of {name}"
+        (folder / name).write_text(text)
+    return folder
+
+
+def contents(folder):
+    """What is below a folder: name -> bytes, the target of a link, or None for a folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+    return found
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A trained workdir, pictures, a csv of them, a list of URLs."""
+    root = tmp_path_factory.mktemp("world")
+    make_workdir(root / "run", VIT)
+    (root / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(7):
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(root / "photos" / f"{i}.png")
+    (root / "data.csv").write_text("image,caption\n" + "".join(f"photos/{i}.png,picture {i}\n" for i in range(7)))
+    (root / "list.tsv").write_text("".join(f"picture {i}\thttp://127.0.0.1:9/{i}.jpg\n" for i in range(7)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(world):
+    return rankclip_jax.load(world / "run")
+
+
+@pytest.fixture
+def run(monkeypatch, model):
+    """Runs a command's main() with arguments; returns None where it did its work, or its line of refusal."""
+    monkeypatch.setattr("rankclip_jax.parallel.processes.start", lambda *flags: None)  # only a fresh process may join
+    monkeypatch.setattr(rankclip_jax, "load", lambda *_, **__: model, raising=False)
+    monkeypatch.chdir(REPO)
+
+    def run(module, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+            try:
+                module.main()
+            except SystemExit as stop:
+                if stop.code:
+                    assert re.fullmatch(r"error: [^\n]+", str(stop.code)), stop.code
+                    return stop.code
+        return None
+
+    return run
+
+
+def training(workdir, *flags):
+    short = ("steps=4", "data.val=None", "eval.zero_shot={}", "eval.diagnostics=False", "checkpoint.keep=2")
+    return (*SMALL, *(f"--config.{flag}" for flag in short), f"--workdir={workdir}", *flags)
+
+
+def studying(workdir):
+    short = ("epochs=1", "study.lrs=()", "study.more_seeds={}", "study.objectives={'clip': {'objective': 'clip'}}")
+    return ("--config=configs/study_shapes.py", f"--workdir={workdir}", *(f"--config.{x}" for x in (*SMOKE, *short)))
+
+
+COMMANDS = {
+    "train": lambda world, out: (train, *training(out)),
+    "eval": lambda world, out: (train, *training(out, "--mode=eval", f"--config.eval.model={world / 'run'}")),
+    "study": lambda world, out: (study_main, *studying(out)),
+    "prepare": lambda world, out: (prepare, world / "data.csv", out),
+    "inspect": lambda world, out: (prepare, world / "data.csv", out, "--inspect"),
+    "download": lambda world, out: (download, world / "list.tsv", out, "--env", out / "env"),
+    "download, its list in the folder": lambda world, out: (download, out / "urls.parquet", out),
+    "hf": lambda world, out: (convert, world / "run", out, "--to", "hf"),
+    "openai": lambda world, out: (convert, world / "run", out, "--to", "openai"),
+    "orbax": lambda world, out: (convert, world / "run", out, "--to", "orbax"),
+    "embed": lambda world, out: (embed, world / "run", world / "photos", "--out", out / "photos.npz"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_of_others_is_refused_in_one_line_and_stays_as_it_is(command, run, world, tmp_path):
+    before = contents(fill(tmp_path / "out"))
+    said = run(*COMMANDS[command](world, tmp_path / "out"))
+    assert re.search("did not write|exists already|is not a manifest of prepare", said)
+    assert re.search("move it away|give a new OUT_DIR|give another", said)
+    assert contents(tmp_path / "out") == before
+
+
+OWN = {
+    "train": lambda config: [*loop._names(config), "config.json/x", "metrics.jsonl/x"],
+    "eval": lambda config: ["eval.json", "eval/geometry_scenes.npz", "eval/retrieval_scenes.json"],
+    "study": lambda config: study_report.FILES,
+    "inspect": lambda config: ["contact_sheet.png"],
+    "hf": lambda config: export._names("hf", True),
+    "openai": lambda config: export._names("openai", True),
+    "orbax": lambda config: [*export._names("orbax", True), "variables/x", "variables.orbax-checkpoint-tmp/x"],
+    "prepare": lambda config: ["x", "00003.tfrecord.part", "bad_samples.jsonl", "manifest.json", "manifest.json/x"],
+    "download": lambda config: ["urls.parquet", "00000.tar", "00000_stats.json", "_tmp/0.feather", "_download/x"],
+    "embed": lambda config: ["photos.npz", "photos.npz.bad_samples.jsonl", "photos.npz.parts/0.npz"],
+}
+
+
+@pytest.mark.parametrize("command", OWN)
+def test_each_own_name_of_a_command_is_refused_where_it_is_taken(command, run, world, tmp_path):
+    from rankclip_jax import config as configs
+
+    for number, name in enumerate(OWN[command](configs.complete({}))):
+        folder = fill(tmp_path / str(number), [name])
+        before = contents(folder)
+        said = run(*COMMANDS[command](world, folder))
+        assert said and name.split("/")[0] in said, name
+        assert contents(folder) == before, name
+
+
+BESIDE = [name for name in FOREIGN if name.startswith(("mine", "0000", "urls", "x_", "notes", "_tmp", "_download"))]
+BESIDE += ["my.orbax-checkpoint-tmp", "config.json.part", "metrics.part", "profile/trace", "runs/other.json"]
+
+
+@pytest.mark.parametrize(
+    "command, names",
+    [
+        pytest.param("eval", BESIDE, marks=pytest.mark.slow),
+        pytest.param("study", BESIDE, marks=pytest.mark.slow),
+        ("inspect", [*BESIDE, "manifest.json", "bad_samples.jsonl"]),
+        ("hf", [*BESIDE, "metrics.jsonl", "variables/x"]),
+        ("orbax", [*BESIDE, "metrics.jsonl", "model.safetensors"]),
+        ("embed", [*BESIDE, "photos.npz.unfinished", "about.json", "bad_samples.jsonl"]),
+    ],
+)
+def test_where_none_of_its_names_is_taken_a_command_works_and_leaves_the_rest(command, names, run, world, tmp_path):
+    before = contents(fill(tmp_path / "out", names))
+    for _ in range(1 if command == "embed" else 2):  # its own files it replaces
+        assert run(*COMMANDS[command](world, tmp_path / "out")) is None
+    after = contents(tmp_path / "out")
+    assert after.items() >= before.items()
+    if command == "embed":
+        assert after.keys() - before.keys() == {"photos.npz"}
+
+
+def test_a_report_replaces_the_file_that_out_names_and_no_other(run, world, tmp_path, monkeypatch):
+    before = contents(fill(tmp_path / "out"))
+    (tmp_path / "out/link.html").symlink_to("README.md")
+    assert run(report_main, world / "run", "--out", tmp_path / "out/report.html") is None
+    assert run(report_main, world / "run", "--out", tmp_path / "out/link.html") is None
+    after = contents(tmp_path / "out")
+    assert after.pop("report.html") == after.pop("link.html") != before.pop("report.html")
+    assert after == before
+    # Without --out nobody has named report.html: only a page of ours is replaced.
+    monkeypatch.chdir(tmp_path / "out")
+    assert run(report_main, world / "run") is None
+    (tmp_path / "out/report.html").write_text("of pytest-html")
+    assert "give --out FILE" in run(report_main, world / "run")
+    assert (tmp_path / "out/report.html").read_text() == "of pytest-html"
+
+
+def test_doctor_and_launch_change_nothing(run, tmp_path, monkeypatch, capsys):
+    before = contents(fill(tmp_path / "out"))
+    for heavy in ("devices", "pipeline", "packages"):
+        monkeypatch.setattr(doctor, heavy, lambda *_: [])
+    run_doctor = ["doctor", "--workdir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", run_doctor)
+    with pytest.raises(SystemExit):
+        doctor.main()
+    assert "can be written" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"train\.log is there already, and launch did not write it"):
+        launch.Training("configs/shapes.py", tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_users_files_in_a_folder_of_ours_stay(run, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(collection, "PART", 2)
+    mine = ["notes.part", "mine.tfrecord", "99999.tfrecord", "00009.tfrecord.part", "x.tar"]
+    assert run(*COMMANDS["prepare"](world, tmp_path / "out"), "--shard-size=3") is None
+    before = contents(fill(tmp_path / "out", mine))
+    (tmp_path / "out/00001.tfrecord").write_bytes(b"damaged")
+    (tmp_path / "out/00002.tfrecord.part").write_bytes(b"half of it, of a run that was killed")
+    assert run(*COMMANDS["prepare"](world, tmp_path / "out"), "--shard-size=3") is None
+    assert contents(tmp_path / "out") == before
+
+    assert run(*COMMANDS["orbax"](world, tmp_path / "export")) is None
+    before = contents(fill(tmp_path / "export", ["variables/notes.txt"]))
+    assert "variables/notes.txt would be removed" in run(*COMMANDS["orbax"](world, tmp_path / "export"))
+    assert contents(tmp_path / "export") == before
+
+    (tmp_path / "photos").mkdir()
+    monkeypatch.setattr(store, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert "No space left" in run(*COMMANDS["embed"](world, tmp_path / "photos"))
+    monkeypatch.undo()
+    fill(tmp_path / "photos", ["photos.npz.parts/notes.txt"])
+    assert run(*COMMANDS["embed"](world, tmp_path / "photos")) is None
+    after = contents(tmp_path / "photos")
+    assert after.keys() == {"photos.npz", "photos.npz.parts", "photos.npz.parts/notes.txt"}
+
+
+@pytest.mark.parametrize("name", ["../victim", "../victim/file", "/etc/passwd", "a/../../victim/file", "a\\..\\b", "."])
+def test_names_that_lead_elsewhere_are_refused_wherever_they_are_read(name, run, world, tmp_path):
+    assert run(*COMMANDS["prepare"](world, tmp_path / "out"), "--shard-size=3") is None
+    before = contents(fill(tmp_path / "victim", ["file"]))
+    with pytest.raises(InputError, match="it would lead elsewhere"):
+        ownership.inside(tmp_path / "out", name)
+    path = tmp_path / "out/manifest.json"
+    for marked in (True, False):
+        manifest = json.loads(path.read_text())
+        manifest["shards"][0] |= {"name": name, "sha256": "0" * 64}
+        path.write_text(json.dumps(manifest))
+        if not marked:
+            (tmp_path / "out" / MARKER).unlink()
+        assert "is not a manifest of prepare" in run(*COMMANDS["prepare"](world, tmp_path / "out"), "--shard-size=3")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / MARKER).write_text(json.dumps({"download": [name], "prepare": [name]}))
+    for command in ("download", "prepare"):
+        assert "is damaged" in run(*COMMANDS[command](world, tmp_path / "own"))
+    assert contents(tmp_path / "victim") == before
+
+
+@pytest.mark.parametrize("marker", ["", "[]", "{", "null", '{"prepare": 3}', '{"prepare": [3]}', "[" * 99999])
+def test_a_marker_that_is_none_is_one_line(marker, run, world, tmp_path):
+    (tmp_path / MARKER).write_text(marker)
+    assert f"{MARKER} is damaged" in run(*COMMANDS["prepare"](world, tmp_path))
+    (tmp_path / MARKER).unlink()
+    (tmp_path / MARKER).symlink_to("elsewhere")
+    assert f"{MARKER} is damaged" in run(*COMMANDS["prepare"](world, tmp_path))
+
+
+def linked(path, target):
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+
+
+def test_links_are_not_followed(run, world, tmp_path):
+    assert run(*COMMANDS["prepare"](world, tmp_path / "made"), "--shard-size=3") is None
+    fill(tmp_path / "victim", ["folder/file", "folder/0.feather"])
+    shutil.copy(tmp_path / "made/manifest.json", tmp_path / "victim/file")
+    before = contents(tmp_path / "victim")
+
+    def refused(name, folder, *command):
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(folder, tmp_path / "copy", symlinks=True)
+        (tmp_path / "copy" / name).parent.mkdir(exist_ok=True)
+        linked(tmp_path / "copy" / name, tmp_path / "victim" / ("folder" if "." not in name else "file"))
+        assert "is a symbolic link" in run(*command), name
+        assert contents(tmp_path / "victim") == before, name
+
+    out = tmp_path / "copy"
+    for name in ("00001.tfrecord", "00001.tfrecord.part", "bad_samples.jsonl", "manifest.json"):
+        refused(name, tmp_path / "made", *COMMANDS["prepare"](world, out), "--shard-size=3")
+    for name in ("metrics.jsonl", "bad_samples.jsonl", "curves.png", "checkpoints"):
+        refused(name, world / "run", *COMMANDS["train"](world, out))
+    for name in ("eval.json", "eval"):
+        refused(name, world / "run", *COMMANDS["eval"](world, out))
+    assert run(*COMMANDS["orbax"](world, tmp_path / "export")) is None
+    for name in ("README.md", "variables"):
+        refused(name, tmp_path / "export", *COMMANDS["orbax"](world, out))
+    (tmp_path / "empty").mkdir()
+    refused("photos.npz.parts", tmp_path / "empty", *COMMANDS["embed"](world, out))
+    downloaded(world, tmp_path / "tars")
+    for name in ("00001.tar", "00001_stats.json", "_tmp", "_download", "_download/img2dataset.log"):
+        refused(name, tmp_path / "tars", *COMMANDS["download"](world, out), "--shard-size=3")
+
+
+# Downloads: what img2dataset does is told from outside here, and done by itself in the slow test at the end.
+
+
+def downloaded(world, out, finished=(0, 1, 2)):
+    """Has the list downloaded, as img2dataset leaves it: the shards in `finished`, and of the next one a beginning."""
+
+    def leaves(python, arguments, out_dir, log, total):
+        for shard in range(3):
+            if shard <= max(finished) + 1 and not (out_dir / f"{shard:05d}_stats.json").exists():
+                (out_dir / f"{shard:05d}.tar").write_text(f"tar {shard}")
+                (out_dir / f"{shard:05d}.parquet").write_text(f"parquet {shard}")
+            if shard in finished:
+                stats = {"count": min(3, 7 - 3 * shard), "successes": 1, "status_dict": {"success": 1}}
+                (out_dir / f"{shard:05d}_stats.json").write_text(json.dumps(stats))
+        (out_dir / "_tmp").mkdir(exist_ok=True)
+        (out_dir / "_tmp/2.feather").write_text("rows")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download, "_run", leaves)
+        patch.setattr(download, "find_python", lambda folder: sys.executable)
+        options = download._flags().parse_args([str(world / "list.tsv"), str(out), "--shard-size=3"])
+        return download.download(options.urls, options.out_dir, options)
+
+
+@pytest.mark.parametrize("marker", [True, False], ids=["marked", "of before"])
+def test_a_download_goes_on_beside_files_of_others(marker, run, world, tmp_path):
+    out = tmp_path / "out"
+    downloaded(world, out, finished=(0,))
+    assert not (out / "00001.tar").exists() and not (out / "_tmp").exists()  # the beginning of a shard
+    (out / "00001.tar").write_text("half of it")  # as a kill leaves it
+    (out / "_tmp").mkdir()
+    (out / "_tmp/1.feather").write_text("rows")
+    if not marker:
+        (out / MARKER).unlink()
+    mine = ["mine.tar", "99999.tar", "x.parquet", "notes.part", "_download/notes.txt"]
+    before = contents(fill(out, mine))
+    counts, total = downloaded(world, out)
+    assert total == 7 and counts["images"] == 3 and not counts["shards not finished"]
+    after = contents(out)
+    assert {name: after[name] for name in (*mine, "00000.tar")} == {name: before[name] for name in (*mine, "00000.tar")}
+    assert after["00001.tar"] == b"tar 1" and "_tmp" not in after and MARKER in after
+    # What img2dataset would trip over, or remove.
+    for name, says in (("x_stats.json", "in img2dataset's way"), ("_tmp/precious", "_tmp/precious would be removed")):
+        before = contents(fill(out, [name]))
+        with pytest.raises(InputError, match=says):
+            downloaded(world, out)
+        assert contents(out) == before
+        (out / name).unlink()
+
+
+@pytest.mark.slow
+def test_img2dataset_itself_leaves_the_files_of_others(web, env, tmp_path):  # noqa: F811
+    (tmp_path / "list.tsv").write_text("".join(f"picture {i}\t{web}/small/{i}.jpg\n" for i in range(6)))
+    options = download._flags().parse_args([str(tmp_path / "list.tsv"), str(tmp_path / "out")])
+    vars(options).update(shard_size=3, processes=1, threads=4, env=env)
+    before = contents(fill(tmp_path / "out", ["mine.tar"]))
+    with pytest.raises(InputError, match="holds files that download did not write"):
+        download.download(options.urls, options.out_dir, options)
+    assert contents(tmp_path / "out") == before
+    options.out_dir = tmp_path / "new"
+    assert download.download(options.urls, options.out_dir, options)[0] == {"images": 6}
+    mine = ["mine.tar", "x.parquet", "_download/notes.txt"]
+    before = contents(fill(options.out_dir, mine))
+    (options.out_dir / "00001_stats.json").unlink()
+    assert download.download(options.urls, options.out_dir, options)[0] == {"images": 6}
+    after = contents(options.out_dir)
+    assert after.keys() == before.keys() and all(after[name] == before[name] for name in (*mine, "00000.tar"))
+
+
+def test_an_environment_that_has_img2dataset_is_used_as_it_is_and_nothing_else_is_emptied(tmp_path):
+    python = tmp_path / "env/bin/python"
+    fill(tmp_path / "env", ["lib/x", "notes.txt"])
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\nexit 0\n")
+    python.chmod(0o755)
+    before = contents(tmp_path / "env")
+    assert download.find_python(tmp_path / "env") == python
+    assert contents(tmp_path / "env") == before
+    python.write_text("#!/bin/sh\nexit 1\n")  # it has none
+    before = contents(tmp_path / "env")
+    with pytest.raises(InputError, match=r"did not write \(bin \.\.\.\); give an environment that has img2dataset"):
+        download.find_python(tmp_path / "env")
+    assert contents(tmp_path / "env") == before
+
+
+@pytest.mark.slow
+def test_an_environment_of_ours_is_made_anew_and_a_users_file_in_it_stays(tmp_path, monkeypatch):
+    def wheel(version):
+        path = tmp_path / f"img2dataset-{version}-py3-none-any.whl"
+        about = {"METADATA": f"Metadata-Version: 2.1\nName: img2dataset\nVersion: {version}\n", "RECORD": ""}
+        about["WHEEL"] = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        with zipfile.ZipFile(path, "w") as out:
+            out.writestr("img2dataset.py", f"VERSION = {version}")
+            for name, text in about.items():
+                out.writestr(f"img2dataset-{version}.dist-info/{name}", text)
+        return (str(path),)
+
+    def version(python):
+        return download.subprocess.run([python, "-c", "import img2dataset as i; print(i.VERSION)"], capture_output=True)
+
+    folder = tmp_path / "env"
+    monkeypatch.setattr(download, "REQUIREMENTS", wheel(1))
+    python = download.find_python(folder)
+    assert version(python).stdout == b"1\n"
+    fill(folder, ["notes.txt"])
+    made = python.lstat().st_mtime_ns
+    assert download.find_python(folder) == python and python.lstat().st_mtime_ns == made
+    monkeypatch.setattr(download, "REQUIREMENTS", wheel(2))
+    with monkeypatch.context() as patch:  # stopped in between
+        patch.setattr(venv, "create", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(InputError, match="No space left on device; give another folder by --env"):
+            download.find_python(folder)
+    assert version(download.find_python(folder)).stdout == b"2\n"
+    assert (folder / "notes.txt").read_text() == "the only copy of notes.txt"
+
+
+# Folders of before there were markers.
+
+
+def test_prepared_folders_of_before_go_on(run, world, tmp_path):
+    command = (*COMMANDS["prepare"](world, tmp_path / "out"), "--shard-size=3")
+    assert run(*command) is None
+    whole = contents(tmp_path / "out")
+    (tmp_path / "out" / MARKER).unlink()
+    (tmp_path / "out/00001.tfrecord").write_bytes(b"damaged")
+    (tmp_path / "out/00002.tfrecord.part").write_bytes(b"half of it")
+    assert run(*command) is None
+    assert contents(tmp_path / "out") == whole
+
+
+def test_parts_of_before_go_on(run, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(collection, "PART", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(*COMMANDS["embed"](world, tmp_path))
+    (tmp_path / "photos.npz.parts" / MARKER).unlink()
+    (tmp_path / "photos.npz.parts/6.npz").rename(tmp_path / "photos.npz.parts/6.unfinished")
+    assert run(*COMMANDS["embed"](world, tmp_path)) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["photos.npz"]
+    assert store.read(tmp_path / "photos.npz").rows.tolist() == list(range(7))
+
+
+def test_workdirs_and_studies_of_before_are_recognised(world, tmp_path):
+    workdir = shutil.copytree(world / "run", tmp_path / "run")
+    fill(workdir, ["eval/zero_shot_seen.npz", "eval/notes.txt", "eval.json", "train.log", "results.json"])
+    Owned(workdir, "train").claim(["config.json", "metrics.jsonl", "checkpoints", "curves.png"])
+    Owned(workdir, "eval").claim(["eval.json", "eval/zero_shot_seen.npz"])
+    Owned(workdir, "launch").claim(["train.log"])
+    for command, name in (("eval", "eval/notes.txt"), ("study", "results.json"), ("convert", "config.json")):
+        with pytest.raises(InputError, match=f"{name} is there already, and {command} did not write it"):
+            Owned(workdir, command).claim([name])
+    fill(workdir, ["eval/geometry_x.npz"])  # a user's, since it has a marker
+    with pytest.raises(InputError, match="did not write it"):
+        Owned(workdir, "eval").claim(["eval/geometry_x.npz"])
+
+    fill(tmp_path / "study", study_report.FILES)
+    with pytest.raises(InputError, match="did not write it"):
+        Owned(tmp_path / "study", "study").claim(study_report.FILES)
+    (tmp_path / "study/runs").mkdir()
+    made = {"objective": "clip", "lr": 0.1, "seed": 0, "config": {}}
+    (tmp_path / "study/runs/clip-lr0.1-seed0.json").write_text(json.dumps(made))
+    Owned(tmp_path / "study", "study").claim(study_report.FILES)
+
+
+@pytest.mark.slow
+def test_training_works_and_resumes_beside_files_of_others_also_a_run_of_before(run, tmp_path, capsys):
+    before = contents(fill(tmp_path / "run", BESIDE))
+    assert run(train, *training(tmp_path / "run")) is None
+    assert contents(tmp_path / "run").items() >= before.items()
+    for name in (MARKER, "curves.png"):
+        (tmp_path / "run" / name).unlink()
+    there = tmp_path / "run/checkpoints"
+    (there / "4").rename(there / "4.orbax-checkpoint-tmp")  # a save that was cut off
+    mine = [*BESIDE, "checkpoints/notes.txt", "checkpoints/my.orbax-checkpoint-tmp/x"]
+    before = contents(fill(tmp_path / "run", mine))
+    assert run(train, *training(tmp_path / "run")) is None
+    assert "resuming from step 2 of 4" in capsys.readouterr().out
+    after = contents(tmp_path / "run")
+    assert all(after[name] == before[name] for name in mine)
+    assert "checkpoints/4.orbax-checkpoint-tmp" not in after and "checkpoints/4" in after and "curves.png" in after
+
+
+def test_only_saves_of_ours_are_cleared_away(tmp_path):
+    save(tmp_path, {1: state_of(1), 2: state_of(2)})
+    there = tmp_path / "checkpoints"
+    mine = ["notes.txt", "my.orbax-checkpoint-tmp/x", "7-old.orbax-checkpoint-tmp/x", "1/notes.txt", "best/model.pt"]
+    before = {name: contents(fill(there, mine))[name] for name in mine}
+    shutil.copytree(there / "2", there / "3.orbax-checkpoint-tmp")
+    (there / "4.orbax-checkpoint-tmp").mkdir()
+    checkpoints = Checkpoints(tmp_path, config(keep=1), start=2)
+    for step in (3, 4, 5):
+        checkpoints.save(step, state_of(step), step, {})
+    checkpoints.close()
+    after = contents(there)
+    assert saved_steps(tmp_path) == [1, 5]  # 1 holds a file of somebody else
+    assert {name: after[name] for name in mine} == before
+    assert not [name for name in after if re.match(r"\d+\.orbax", name)]
+
+
+@pytest.mark.parametrize("name", ["6.orbax-checkpoint-tmp/x", "9/model.pt"])
+def test_a_strangers_folder_in_the_way_of_a_save_is_refused(name, tmp_path):
+    save(tmp_path, {1: state_of(1)})
+    before = contents(fill(tmp_path / "checkpoints", [name]))
+    with pytest.raises(InputError, match=f"{name.split('/')[0]} is no checkpoint of this run, and in the way of one"):
+        Checkpoints(tmp_path, config(), start=1)
+    assert contents(tmp_path / "checkpoints") == before
+    assert checkpoint.restore(tmp_path, config(), abstract(state_of(0))).step == 1
+
+
+# Files whole or not at all.
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_whole(path, "old")
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+    with pytest.raises(KeyboardInterrupt), files.whole(path) as part:
+        part.write_text("half")
+        raise KeyboardInterrupt
+    with small_files(1000), pytest.raises(InputError, match=r"^cannot write .*a\.json: File too large; make room"):
+        files.write_whole(path, b"x" * 2000)
+    with pytest.raises(FileNotFoundError), files.whole(path):
+        open(tmp_path / "of somebody else")  # whose error it is, is said by its name
+    assert contents(tmp_path) == {"a.json": b"old"}
+    for other in (tmp_path, Path("/dev/null")):
+        with pytest.raises(InputError, match="it is no file"):
+            files.write_whole(other, "x")
+    with pytest.raises(InputError, match=r"^cannot write .*/gone/a: No such file or directory$"):
+        files.write_whole(tmp_path / "gone/a", "x")
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_temporary_name_of_somebody_else_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.secrets, "token_hex", lambda n: "0" * 2 * n)
+    before = contents(fill(tmp_path, [f".a.json.{'0' * 16}.part", "a.json.part", "a.part"]))
+    with pytest.raises(InputError, match="File exists"):
+        files.write_whole(tmp_path / "a.json", "x")
+    monkeypatch.undo()
+    files.write_whole(tmp_path / "a.json", "x")
+    assert contents(tmp_path) == before | {"a.json": b"x"}
+
+
+def test_a_temporary_name_of_the_callers_own_is_replaced_and_a_link_there_not_followed(tmp_path):
+    fill(tmp_path, ["victim"])
+    (tmp_path / "0.tfrecord.part").symlink_to("victim")
+    shards.write_shard(tmp_path / "0.tfrecord", [b"x"])
+    assert contents(tmp_path).keys() == {"victim", "0.tfrecord"}
+    assert (tmp_path / "victim").read_text() == "the only copy of victim"
+
+
+def test_exports_are_read_back_after_being_replaced(world, tmp_path):
+    read = pretrained.read(world / "run")
+    for layout in (*export.LAYOUTS, *export.LAYOUTS):
+        export.write(read, tmp_path / layout, layout)
+        assert pretrained.read(tmp_path / layout).config == read.config
+    shutil.copytree(tmp_path / "orbax/variables", tmp_path / "orbax/variables.orbax-checkpoint-tmp")  # of a kill
+    export.write(read, tmp_path / "orbax", "orbax")
+    assert not (tmp_path / "orbax/variables.orbax-checkpoint-tmp").exists()

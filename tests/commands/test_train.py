@@ -1,0 +1,191 @@
+"""The command line as a user has it: in processes of its own, on one CPU device, with a small run on shapes."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rankclip_jax import config as configs
+from rankclip_jax import evaluation
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.train import evaluate, loop
+
+REPO = Path(__file__).parents[2]
+ONE_DEVICE = "--xla_backend_optimization_level=0"  # as in conftest.py: tests compile more than they compute
+ENV = os.environ | {"XLA_FLAGS": ONE_DEVICE, "JAX_PLATFORMS": "cpu"}
+SMALL = [
+    "--config=configs/shapes.py",
+    "--config.batch_size=32",
+    "--config.data.train=192",
+    "--config.data.val=32",
+    "--config.epochs=3",
+    "--config.log_every=1",
+    "--config.optim.warmup_steps=2",
+    "--config.model.image_size=16",
+    "--config.model.vision={'layers':(1,1),'width':8,'stem':'small'}",
+    "--config.model.text={'layers':1,'width':32,'heads':2}",
+    "--config.checkpoint.every_steps=2",
+    "--config.eval.diagnostics=True",
+    "--config.eval.retrieval={'scenes':{'format':'shapes','path':41}}",
+    "--config.eval.geometry={'scenes':{'format':'shapes','path':41}}",
+    "--config.eval.every.retrieval=3",
+    "--config.eval.every.geometry=3",
+]
+
+
+def start(workdir, *flags, env=ENV):
+    command = [sys.executable, "-m", "rankclip_jax.train", *SMALL, f"--workdir={workdir}", *flags]
+    return subprocess.Popen(command, cwd=REPO, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(workdir, *flags, env=ENV):
+    process = start(workdir, *flags, env=env)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def numbers(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    speed = ("images_per_second", "images_read_per_second", "data_wait", "tflops_per_device", "mfu")
+    return [{k: v for k, v in row.items() if k not in speed} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained")
+    code, output = finish(workdir)
+    assert code == 0, output
+    return workdir, output
+
+
+def test_a_run_leaves_what_the_contract_names(trained):
+    workdir, output = trained
+    for name in ("metrics.jsonl", "config.json", "tokenizer.json", "checkpoints", "curves.png"):
+        assert (workdir / name).exists(), name
+    assert list(workdir.glob("events.out.tfevents.*"))
+    rows = numbers(workdir)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 19))
+    last = [row for row in rows if "loss" in row][-1]
+    assert {"clip", "rank_in_modal", "rank_cross_modal", "grad_norm", "logit_scale", "learning_rate"} <= last.keys()
+    evaluated = [row for row in rows if "zero_shot/seen/top1" in row]
+    assert [row["step"] for row in evaluated] == [6, 12, 18]
+    assert {"val/clip", "val/spearman_in_modal", "val/gradient_cosine", "val/modality_gap"} <= evaluated[0].keys()
+    assert -1 <= evaluated[0]["val/gradient_cosine"] <= 1
+    assert re.search(r"step 18/18 .* images/s .* left", output)
+
+
+def test_evaluation_says_digit_for_digit_what_training_said(trained):
+    workdir, _ = trained
+    code, output = finish(workdir, "--mode=eval")
+    assert code == 0, output
+    results = json.loads((workdir / "eval.json").read_text())
+    assert results["step"] == 18
+    said = next(row for row in numbers(workdir) if row["step"] == 18 and "zero_shot/seen/top1" in row)
+    assert {name: row["n"] for name, row in results["zero_shot"].items()} == {"seen": 896, "held_out": 128}
+    numbers_of_eval = evaluation.flat(results)
+    assert numbers_of_eval == {key: said[key] for key in numbers_of_eval}
+    kinds = {key.split("/")[0] for key in numbers_of_eval}
+    assert kinds == {"zero_shot", "retrieval", "geometry"} and results["missing"] == {}
+    assert re.search(r"held_out +\d+\.\d\d %", output)
+
+
+@pytest.mark.slow
+def test_eight_devices_evaluate_as_one_does(trained, tmp_path):
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    env = ENV | {"XLA_FLAGS": f"{ONE_DEVICE} --xla_force_host_platform_device_count=8"}
+    code, output = finish(workdir, "--mode=eval", env=env)
+    assert code == 0, output
+    said = next(row for row in numbers(workdir) if row["step"] == 18 and "zero_shot/seen/top1" in row)
+    for key, value in evaluation.flat(json.loads((workdir / "eval.json").read_text())).items():
+        exact = key.startswith(("zero_shot/", "retrieval/"))  # hits are counted; geometry adds floats up
+        assert value == (said[key] if exact else pytest.approx(said[key], rel=1e-4, abs=1e-5)), key
+
+
+@pytest.mark.slow
+def test_weights_from_elsewhere_are_evaluated_as_the_workdir_they_came_from(trained, tmp_path):
+    from rankclip_jax.weights import pretrained, write_openai
+
+    read = pretrained.read(trained[0])
+    (tmp_path / "export").mkdir()
+    write_openai(tmp_path / "export", read.config, read.variables)
+    tokenizer = f"--config.tokenizer.path={trained[0] / 'tokenizer.json'}"
+    weights = next((tmp_path / "export").glob("*.safetensors"))
+    code, output = finish(tmp_path / "out", "--mode=eval", f"--config.eval.model={weights}", tokenizer)
+    assert code == 0, output
+    results = json.loads((tmp_path / "out" / "eval.json").read_text())
+    said = next(row for row in numbers(trained[0]) if row["step"] == 18 and "zero_shot/seen/top1" in row)
+    assert results["zero_shot"]["seen"]["top1"] == pytest.approx(said["zero_shot/seen/top1"], abs=2 / 896)
+    assert results["geometry"]["scenes"]["alignment"] == pytest.approx(said["geometry/scenes/alignment"], rel=1e-3)
+    code, output = finish(tmp_path / "out", "--mode=eval", f"--config.eval.model={weights}")
+    assert code == 1 and "brings no tokenizer; give --config.tokenizer.path" in output
+
+
+def test_the_command_line_prints_one_line_about_wrong_input(tmp_path):
+    code, output = finish(tmp_path / "run", "--config.batchsize=3")
+    assert code == 1 and "Traceback" not in output
+    assert [line for line in output.splitlines() if line.startswith("error: ")] == [
+        "error: config.batchsize does not exist; the nearest key is config.batch_size"
+    ]
+
+
+def small(config="configs/shapes.py", **overrides):
+    flags = [flag.removeprefix("--config.") for flag in SMALL[1:]]
+    return configs.load(str(REPO / config), [*flags, *(f"{key}={value}" for key, value in overrides.items())])
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"optim.warmup_steps": 99}, r"warmup_steps = 99 must be fewer than the run's 18 steps"),
+        ({"model.image_size": 15}, r"image_size 15 is not a multiple of the vision tower's stride 2"),
+        ({"model.text": {"widht": 3}}, r"did you mean 'width'"),
+        ({"model.name": "ViT-B/31"}, r"unknown model 'ViT-B/31'; did you mean 'ViT-B/32'"),
+        ({"batch_size": 512}, r"batch_size = 512 is more than the 192 training samples"),
+        ({"batch_size": 12}, r"batch_size = 12 does not divide over 8 devices; try 8"),
+        ({"tokenizer.path": "gone/tokenizer.json"}, r"no file gone/tokenizer.json"),
+        ({"data.format": "csv", "data.train": "gone.csv"}, r"no such file: gone.csv; give a csv"),
+        ({"mesh": {"data": 3}}, r"takes 3 devices; there are 8"),
+        ({"data.train": 0}, r"give a number of scenes"),
+        ({"sharding": "fsdp"}, r"asks for an axis 'fsdp', which config.mesh lacks"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_refused_before_anything_is_written(tmp_path, overrides, message):
+    with pytest.raises(InputError, match=message):
+        loop.train(small(**overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_cc3m_says_what_it_is_and_how_to_get_it(tmp_path):
+    config = configs.load(str(REPO / "configs/cc3m.py"))
+    with pytest.raises(InputError, match=r"no such file: data/cc3m/train.csv; CC3M is a list of URLs .*img2dataset"):
+        loop.train(config, tmp_path)
+
+
+def test_an_image_size_that_the_patch_does_not_divide(tmp_path):
+    config = configs.load(str(REPO / "configs/cc3m.py"), ["model.image_size=225"])
+    with pytest.raises(InputError, match=r"image_size 225 is not a multiple of .* patch size 32; try 224"):
+        loop.train(config, tmp_path)
+
+
+def test_a_workdir_of_another_configuration_says_what_differs(trained):
+    with pytest.raises(InputError, match=r"another configuration \(config.optim.lr: 0.002 -> 0.5\); .*--workdir"):
+        loop.train(small(**{"optim.lr": 0.5}), trained[0])
+
+
+def test_evaluating_an_empty_workdir_says_so(tmp_path):
+    with pytest.raises(InputError, match="holds no trained run"):
+        evaluate.evaluate(small(), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(InputError, match=r"step \d+: loss .* The last good checkpoint is kept") as stopped:
+        loop.train(small(**{"optim.lr": 1e30, "data.val": None, "eval.zero_shot": {}}), tmp_path / "run")
+    step = int(re.match(r"step (\d+)", str(stopped.value))[1])
+    saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert all(s < step for s in saved)

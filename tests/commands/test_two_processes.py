@@ -1,0 +1,57 @@
+"""Real processes on this machine, with CPU devices and Gloo: they train, evaluate and save as one process does."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import processes as trainings
+from input_pipeline import pipeline
+from rankclip_jax import config as configs
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.parallel import processes
+from rankclip_jax.train import loop
+
+
+@pytest.mark.slow
+def test_two_processes_train_evaluate_and_save_as_one_does(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(Path(trainings.__file__).parents[1])
+    one, two = tmp_path / "one", tmp_path / "two"
+    trainings.train(one, 1, 2)
+    first, second = trainings.train(two, 2, 2)
+    found = trainings.differences(one, two)
+    assert found["numbers"] < trainings.RTOL_NUMBERS and found["state"] < trainings.ATOL_STATE
+    assert "2 cpu device(s) of 2 processes" in first and "step 6/6" in first
+    assert "step" not in second, "only process 0 speaks"
+    # This process, with its eight devices, reads what the two have saved.
+    loop.train(configs.load("configs/shapes.py", [flag.removeprefix("--config.") for flag in trainings.SMALL[1:]]), two)
+    assert "is trained to its last step, 6" in capsys.readouterr().out
+
+
+def test_where_another_number_of_processes_goes_on():
+    # Of batches of 8: two processes have read 12 samples each, three whole batches of 4.
+    assert pipeline.resume_at([12, 12], 8, (1, 2)) == (12, 0)
+    assert [pipeline.resume_at([12, 12], 8, (i, 4)) for i in range(4)] == [(6, 0)] * 4
+    assert pipeline.resume_at([12, 12], 8, (0, 1)) == (24, 0)
+    # One passed over a bad sample, and so is one ahead: the fourth batch is begun already, by one sample.
+    assert pipeline.resume_at([13, 12], 8, (0, 2)) == (13, 0)
+    assert pipeline.resume_at([13, 12], 8, (0, 1)) == (32, 7)
+
+
+def test_flags_that_do_not_fit_together_are_refused():
+    with pytest.raises(InputError, match="--coordinator, --num_processes and --process_id go together"):
+        processes.start("127.0.0.1:1", 2, None)
+    with pytest.raises(InputError, match="write HOST:PORT"):
+        processes.start("somewhere", 2, 0)
+
+
+@pytest.mark.parametrize(
+    "env, alone",
+    [
+        ({"SLURM_NTASKS": "1"}, True),
+        ({"SLURM_NTASKS": "4"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, False),
+    ],
+)
+def test_what_looks_like_a_cluster_and_is_one_process(env, alone):
+    assert processes._alone(env) is alone

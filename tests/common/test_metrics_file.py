@@ -1,0 +1,36 @@
+import json
+
+import pytest
+
+from rankclip_jax import figures
+from rankclip_jax.common import metrics_file as metrics
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.evaluation import tables
+
+
+def test_a_resumed_run_drops_the_lines_after_its_start_and_a_torn_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s, "loss": s / 2}) + "\n" for s in (1, 2, 3)) + '{"step": 4, "lo')
+    assert [row["step"] for row in metrics.read_metrics(tmp_path)] == [1, 2, 3]
+    metrics.MetricsFile(tmp_path, 2).write(3, {"loss": 9.0})
+    assert [(row["step"], row["loss"]) for row in metrics.read_metrics(tmp_path)] == [(1, 0.5), (2, 1.0), (3, 9.0)]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(InputError, match=r"metrics.jsonl line 2 is not JSON"):
+        metrics.read_metrics(tmp_path)
+
+
+def test_the_table_has_a_row_for_each_set_and_a_gap_for_what_a_set_lacks():
+    lines = tables.table({"a": {"top1": 0.5, "n": 4}, "b": {"top1": 1.0, "top3": 0.25, "n": 8}}).splitlines()
+    assert lines[0].split() == ["zero-shot", "top1", "n", "top3"]
+    assert lines[1].split() == ["a", "50.00", "%", "4"]
+    assert lines[2].split() == ["b", "100.00", "%", "8", "25.00", "%"]
+
+
+def test_curves_are_drawn_of_what_is_there(tmp_path):
+    rows = [{"step": 1, "loss": 3.0, "clip": 2.0}, {"step": 2, "zero_shot/x/top1": 0.5, "val/clip": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loss, top = figures.curves({"": tmp_path}).axes
+    assert [len(axes.lines) for axes in (loss, top)] == [3, 1]

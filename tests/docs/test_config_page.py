@@ -1,0 +1,33 @@
+"""docs/config.md is what the comments of config_keys.py say, and says something about every key."""
+
+import importlib.util
+from pathlib import Path
+
+from rankclip_jax import config as configs
+from rankclip_jax.config import keys as config_keys
+
+DOCS = Path(__file__).parents[2] / "docs"
+spec = importlib.util.spec_from_file_location("config_page", DOCS / "config_page.py")
+config_page = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(config_page)
+
+
+def test_the_page_is_that_of_the_code():
+    again = "run: python docs/config_page.py > docs/config.md"
+    assert (DOCS / "config.md").read_text() == config_page.page(), again
+
+
+def test_every_key_is_there_with_its_default_and_a_comment():
+    rows = config_page.tables(config_page.SOURCE.read_text())
+    documented = {key: default for key, default, _ in rows["default_config"] if default is not None}
+    keys = configs._flatten(config_keys.default_config().to_dict())
+    assert {key for key, default in documented.items() if default != "{}"} == keys.keys()
+    for key in keys:
+        assert eval(documented[key]) == keys[key], key
+    tables = {name: {key: default for key, default, _ in rows[name]} for name in config_page.SETS}
+    assert tables["MIXTURE_PART"].keys() == config_keys.MIXTURE_PART.keys()
+    assert tables["ZERO_SHOT_SET"].keys() == config_keys.ZERO_SHOT_SET.keys()
+    assert (tables["ZERO_SHOT_SET"] | tables["LINEAR_PROBE_SET"]).keys() == config_keys.LINEAR_PROBE_SET.keys()
+    assert (tables["CAPTIONED_SET"] | tables["GEOMETRY_SET"]).keys() == config_keys.GEOMETRY_SET.keys()
+    silent = [key for table in rows.values() for key, default, comment in table if default is not None and not comment]
+    assert not silent, f"a comment beside each of {silent} in rankclip_jax/config/keys.py, please"

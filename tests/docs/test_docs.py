@@ -1,0 +1,251 @@
+"""What the README and docs show works: commands are run, Python is executed, files, links and keys exist.
+
+Commands run in the process, in a folder that has what they name (docs_world.py). Training commands of the pages in RUN
+are run with small sizes appended; those of other pages, which have tests of their own, as far as opening their data.
+"""
+
+import contextlib
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from packaging.requirements import Requirement
+
+from rankclip_jax import doctor
+from rankclip_jax.config import keys as config_keys
+from tests.support.docs_world import REPO, SMALL, STAND_INS, make_world
+
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+PAGES = [page for page in PAGES if page.exists()]
+ROOTS = "configs|rankclip_jax|input_pipeline|benchmarks|docs|tests|notebooks"
+OURS = r"(?:rankclip_jax|input_pipeline|benchmarks)[\w.]*"
+RUN = ("tutorials.md",)  # parts of it, see test_commands
+# Not ours to test: what installs, fetches, and speaks to a cluster.
+FOREIGN = ("pip", "python3", "git", "cd", "hf", "ruff", "pre-commit", "sbatch", "export", "#SBATCH", "kubectl", ".")
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(REPO))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Every command of the page's bash blocks and of its inline code, as words; `a && b` is two."""
+    text = page.read_text()
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
+    lines = [code for code in inline if re.match(rf"python -m {OURS}|--config\.[\w.]+=", code) and "..." not in code]
+    for block in blocks(page, "bash"):
+        lines += re.sub(r"\\\n|,\n", lambda m: " " if m[0][0] == "\\" else ", ", block).splitlines()
+    found = []
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["gcloud"]:  # what it does on the hosts
+            words = next((shlex.split(w.partition("=")[2]) for w in words if w.startswith("--command=")), [])
+        while "&&" in words:
+            found.append(words[: words.index("&&")])
+            words = words[words.index("&&") + 1 :]
+        found.append(words)
+    return [list(words) for words in dict.fromkeys(map(tuple, found)) if words]
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_links_and_keys_exist(page):
+    text = page.read_text()
+    for name in re.findall(rf"\b((?:{ROOTS})/[\w./-]+\.(?:py|md|png|txt|ipynb))", text):
+        assert (REPO / name).exists(), name
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", text):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
+    for key in set(re.findall(r"\bconfig\.([a-z_0-9]+(?:\.[a-z_0-9]+)*)", text)):
+        parts, value = key.split("."), config_keys.default_config()
+        if parts[0] in ("json", "md", "py", "key"):
+            continue  # config.json and so on; --config.key=value stands for any
+        while parts and isinstance(value, ConfigDict) and len(value):  # in an empty group names are the user's own
+            part = parts.pop(0)
+            assert part in value, f"config.{key}"
+            value = value[part]
+
+
+def test_the_index_lists_every_page():
+    index = (REPO / "docs" / "README.md").read_text()
+    for page in (REPO / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in index, page.name
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("docs")
+    make_world(root)
+    (root / "runs" / "mine").symlink_to(root / "runs" / "shapes")
+    return root
+
+
+def stand_in(word: str) -> str:
+    for shown, here in STAND_INS.items():
+        word = re.sub(rf"\b{re.escape(shown)}(?<!\w(?=\w))", here, word)  # whole words only
+    return word
+
+
+def call(module: str, words: list[str], monkeypatch) -> None:
+    """main() of the module as `python -m` would, exit code 0."""
+    monkeypatch.setattr(sys, "argv", [module, *words])
+    main = importlib.import_module(module + (".__main__" if module.endswith(("report", "study")) else "")).main
+    try:
+        main()
+    except SystemExit as stop:
+        assert not stop.code, f"python -m {module} {shlex.join(words)}: {stop.code}"
+
+
+def check_training(words: list[str], monkeypatch) -> None:
+    """Flags, configuration, and that the training data opens."""
+    from input_pipeline import sources
+    from rankclip_jax.train import __main__ as train
+
+    seen = []
+    monkeypatch.setattr(train.plan, "plan", seen.append)
+    monkeypatch.setattr(train.loop, "train", lambda config, workdir: seen.append(config))
+    monkeypatch.setattr(train.evaluate, "evaluate", lambda config, workdir: seen.append(config))
+    call("rankclip_jax.train", words, monkeypatch)
+    (config,) = seen
+    if "--mode=plan" not in words and config.data.format != "tfds":
+        assert sources.open_source(config.data, config.data.train, image_side=32).size
+
+
+def check_study(words: list[str], monkeypatch) -> None:
+    """Flags and configuration of a study; its runs have their tests."""
+    from rankclip_jax.study import __main__ as study
+
+    class Seen:
+        def __init__(self, config, workdir):
+            assert config.study.baseline in config.study.objectives
+
+        def run(self):
+            return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "Study", Seen)
+        patch.setattr(study.report, "write", lambda *arguments: "")
+        call("rankclip_jax.study", words, patch)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in RUN], ids=name)
+def test_commands(page, world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    Path("photos.npz").unlink(missing_ok=True)  # of another page
+    for words in commands(page):
+        run(words, monkeypatch)
+
+
+def run(words: list[str], monkeypatch, training=check_training) -> None:
+    words = [stand_in(word) for word in words if word not in ("[DIR", "...]")]  # [DIR ...]: or several
+    if words[0] == "srun":  # what it starts
+        words = words[1:]
+    if words[0].startswith("--config."):  # a piece of a training command
+        words = ["python", "-m", "rankclip_jax.train", "--config", "configs/shapes.py", *words]
+        if any(word.startswith("--config.data.") for word in words):  # of data that are not here
+            words.append("--mode=plan")
+    if words[:2] == ["python", "-m"] and re.fullmatch(OURS, words[2]):
+        module, words = words[2], words[3:]
+        if not words and module != "rankclip_jax.doctor":
+            assert importlib.util.find_spec(module), module  # named, not run
+        elif module == "rankclip_jax.train":
+            with monkeypatch.context() as patch:
+                patch.setattr("rankclip_jax.parallel.processes.start", lambda *flags: None)  # for fresh processes
+                training(words, patch)
+        elif module.startswith("benchmarks"):
+            source = Path(importlib.util.find_spec(module).origin).read_text()
+            assert all(flag.partition("=")[0] in source for flag in words if flag.startswith("--")), (module, words)
+        elif module == "rankclip_jax.study":
+            check_study(words, monkeypatch)
+        elif module == "input_pipeline.download":
+            check_download(words, monkeypatch)
+        elif module == "rankclip_jax.doctor":
+            with monkeypatch.context() as patch:  # the step has its test
+                patch.setattr(doctor, "devices", lambda: [])
+                patch.setattr(doctor, "pipeline", lambda: [])
+                call(module, words, patch)
+        else:
+            call(module, words, monkeypatch)
+    elif words[0] == "pip":
+        check_pip(words)
+    else:
+        known = words[:3] == ["python", "-m", "pytest"] or words[:2] == ["python", "docs/config_page.py"]
+        assert known or words[0] in FOREIGN, f"who tests {shlex.join(words)}?"
+
+
+def check_pip(words: list[str]) -> None:
+    arguments = iter(words[2:])
+    for word in arguments:
+        if word == "-r":
+            assert (REPO / next(arguments)).exists(), words
+        elif word == "-e":
+            assert (REPO / next(arguments) / "pyproject.toml").exists(), words
+        elif not word.startswith("-"):
+            Requirement(word)
+
+
+def check_download(words: list[str], monkeypatch) -> None:
+    """Up to the work itself, which tests/test_download.py does against a server."""
+    from collections import Counter
+
+    from input_pipeline import download
+
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(download, "download", lambda urls, folder, options: seen.append(urls) or (Counter(fetched=1), 1))
+        with contextlib.suppress(AssertionError):
+            call("input_pipeline.download", words, patch)
+    assert Path(seen[0]).exists()
+
+
+def small_training(words: list[str], monkeypatch) -> None:
+    # cc3m.py names a tokenizer of the hub.
+    given = ["--config.tokenizer.path=tokenizer.json"] if words[1].startswith("configs/cc3m.py") else []
+    call("rankclip_jax.train", [*words, *SMALL, *given], monkeypatch)
+
+
+@pytest.mark.slow
+def test_the_tutorials(tmp_path, monkeypatch, capsys):
+    """In order: what one command leaves is the next one's input. Own data is trained for real, and what follows it."""
+    make_world(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("vit-b-32").symlink_to("runs/shapes")
+    trained = {"runs/mine", "runs/tuned", "runs/original"}
+    for words in commands(REPO / "docs" / "tutorials.md"):
+        workdir = words[words.index("--workdir") + 1] if "--workdir" in words else None
+        if workdir in trained and "rankclip_jax.train" in words:
+            run(words, monkeypatch, small_training)
+            continue
+        if "runs/cc3m" in words and "rankclip_jax.train" not in words:  # its own training is not run
+            instead = {"runs/cc3m": "runs/mine", "runs/cc3m-clip": "runs/tuned", "exported": "again"}
+            words = [instead.get(word, word) for word in words]
+        run(words, monkeypatch)
+    for made in "report.html", "photos.npz", "matches.png", "exported/config.json", "look/contact_sheet.png":
+        assert Path(made).exists(), made
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
+def test_python_blocks(page, world, monkeypatch):
+    monkeypatch.chdir(world)
+    z_img, z_txt = np.random.default_rng(0).normal(size=(2, 8, 16)).astype(np.float32)
+    z_img, z_txt = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (z_img, z_txt))
+    names = dict(image_embeds=z_img, text_embeds=z_txt, logit_scale=20.0)
+    for block in blocks(page, "python"):
+        exec(compile("\n".join(stand_in(line) for line in block.splitlines()), page.name, "exec"), names)
+    for name in "loss", "p", "z_img":
+        assert np.isfinite(names.get(name, 0.0)).all()

@@ -1,0 +1,106 @@
+"""Figures show what they are given, runs are started and watched, and a model from chance is that of step 0."""
+
+import base64
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from rankclip_jax import launch
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.figures.drawings import drawings as figures
+from rankclip_jax.inference import model as inference
+from rankclip_jax.parallel.mesh import make_mesh
+from rankclip_jax.train import optim
+from rankclip_jax.train import step as steps
+from rankclip_jax.train.session import build_model
+from rankclip_jax.weights import pretrained
+from tests.support.made_models import VIT, make_workdir
+
+
+def write_metrics(folder, *rows):
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_curves_of_two_runs_share_their_axes_and_a_run_without_numbers_is_left_out(tmp_path):
+    rows = (
+        {"step": 1, "clip": 2.0},
+        {"step": 2, "clip": 1.0, "zero_shot/x/top1": 0.5, "geometry/g/spearman_in_modal": 0.1},
+    )
+    runs = {name: write_metrics(tmp_path / name, *rows) for name in ("a", "b")}
+    loss, top, rank = figures.curves(runs | {"not yet": tmp_path / "none"}).axes
+    assert [line.get_label() for line in loss.lines] == ["a, training", "b, training"]
+    assert loss.lines[0].get_color() != loss.lines[1].get_color()
+    assert [list(line.get_ydata()) for line in top.lines] == [[50.0], [50.0]]
+    assert [list(line.get_ydata()) for line in rank.lines] == [[0.1], [0.1]]
+
+
+def test_confusion_keeps_the_classes_that_were_shown_or_said():
+    counts = np.zeros((5, 5), int)
+    counts[1, 1], counts[1, 4] = 3, 1
+    axes = figures.confusion({"run": {"classes": np.array(list("abcde")), "confusion": counts}}).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["b"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["b", "e"]
+    assert [text.get_text() for text in axes.texts] == ["75", "25"]
+
+
+def test_gallery_frames_the_right_answers():
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "JPEG")
+    picture = base64.b64encode(out.getvalue()).decode()
+    texts = [{"caption": "x", "right": False}, {"caption": "costs $5 or $6", "right": True}]
+    answers = [{"picture": picture, "right": right} for right in (True, False)]
+    found = {"image_to_text": [{"picture": picture, "answers": texts}],
+             "text_to_image": [{"caption": "y", "answers": answers}]}  # fmt: skip
+    figure = figures.gallery(found)
+    figure.savefig(io.BytesIO())
+    bold = [text.get_text() for axes in figure.axes for text in axes.texts if text.get_weight() == "bold"]
+    assert bold == ["2. costs $5 or $6"]
+    frames = [axes.spines["top"].get_linewidth() for axes in figure.axes if axes.axison]
+    assert len(frames) == 2 and frames[0] > frames[1]
+
+
+def test_rankings_that_agree_lie_on_the_diagonal():
+    z = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    figure = figures.similarities({"same": (z, z)})
+    places = [axes.collections[0].get_array() for axes in figure.axes if axes.get_title().endswith("Spearman 1.00")]
+    assert len(places) == 2
+    for counts in places:
+        counts = np.asarray(counts).reshape(16, 16)
+        assert np.trace(counts) == counts.sum() > 0
+
+
+def test_choices_come_in_order():
+    figure = figures.choices(Image.new("L", (9, 9)), ["a", "b", "c"], np.array([0.2, 0.7, 0.1]), most=2)
+    assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ["b", "a"]
+    assert [text.get_text() for text in figure.axes[1].texts] == ["70.0 %", "20.0 %"]
+
+
+def test_a_model_from_chance_is_what_training_starts_from(tmp_path):
+    trained = pretrained.read(make_workdir(tmp_path / "run", VIT))
+    fresh = pretrained.untrained(trained)
+    tx = optim.make_optimizer(trained.run.optim, 10)
+    state = steps.init_state(build_model(trained.run, trained.tokenizer), tx, 0, make_mesh({"data": -1}), None)
+    jax.tree.map(np.testing.assert_array_equal, fresh.variables["params"], jax.device_get(state.params))
+    z = inference.Model(fresh).encode_text(["a cat", "a dog"])
+    assert not np.allclose(z, inference.Model(trained).encode_text(["a cat", "a dog"]))
+
+
+def test_a_command_gives_its_output_and_its_error(tmp_path):
+    run = write_metrics(tmp_path / "run", {"step": 1, "loss": 1.0})
+    assert "report.html" in launch.run("rankclip_jax.report", run, "--out", tmp_path / "report.html")
+    with pytest.raises(InputError, match=r"rankclip_jax.report stopped with code 1: error: no folder nowhere"):
+        launch.run("rankclip_jax.report", "nowhere")
+
+
+def test_a_training_that_fails_says_why(tmp_path):
+    training = launch.Training("nowhere.py", tmp_path / "run")
+    with pytest.raises(InputError, match=r"run stopped with code 1: error: --config: no file nowhere.py"):
+        list(launch.watch(training, seconds=0.1))
+    assert training.step() == 0

@@ -1,0 +1,200 @@
+"""Collections to embeddings and back by text: a folder, a csv, shards; interrupted, damaged, searched, drawn."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import rankclip_jax
+from rankclip_jax import embed
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.inference import collection, search, store
+from rankclip_jax.inference.pictures import open_pictures
+from tests.support.made_models import VIT, make_workdir
+
+REPO = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return make_workdir(tmp_path_factory.mktemp("made") / "run", VIT)
+
+
+@pytest.fixture(scope="module")
+def model(workdir):
+    return rankclip_jax.load(workdir)
+
+
+@pytest.fixture
+def run(workdir, model, monkeypatch):
+    """The command line in this process, with the model loaded once."""
+    monkeypatch.setattr(rankclip_jax, "load", lambda *_, **__: model, raising=False)
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["embed", str(workdir), *map(str, arguments)])
+        embed.main()
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """11 pictures in two folders, and files that are none."""
+    rng = np.random.default_rng(0)
+    for i in range(11):
+        path = tmp_path / "photos" / ("deep" if i % 2 else "") / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
+    (tmp_path / "photos" / "notes.txt").write_text("no picture")
+    return tmp_path / "photos"
+
+
+def names_below(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*.png"))
+
+
+@pytest.mark.parametrize("ending", store.ENDINGS)
+def test_a_folder_to_a_file(run, model, folder, tmp_path, monkeypatch, ending):
+    if ending == ".parquet":
+        pytest.importorskip("pyarrow")
+    monkeypatch.setattr(collection, "PART", 4)
+    run(folder, "--out", tmp_path / f"e{ending}")
+    names = names_below(folder)
+    stored = store.read(tmp_path / f"e{ending}")
+    assert stored.names == names and stored.rows.tolist() == list(range(11))
+    assert stored.z.dtype == np.float32
+    np.testing.assert_allclose(stored.z, model.encode_image([folder / name for name in names]), atol=1e-6)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"e{ending}", "photos"]  # nothing else is left
+
+
+def test_a_csv_with_bad_rows(run, model, folder, tmp_path, capsys):
+    names = names_below(folder)
+    (folder / "text.png").write_text("no picture")
+    rows = [names[0], "gone.png", names[1], "text.png", ""]
+    (folder / "data.tsv").write_text("picture\tcaption\n" + "".join(f"{row}\tx\n" for row in rows))
+    out = tmp_path / "e.npz"
+    run(folder / "data.tsv", "--out", out, "--image-key", "picture")
+    stored = store.read(out)
+    assert stored.names == names[:2] and stored.rows.tolist() == [0, 2]
+    bad = [json.loads(line) for line in (tmp_path / "e.npz.bad_samples.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["where"]) for line in bad] == [(1, "gone.png"), (3, "text.png"), (4, "")]
+    assert "no such file" in bad[0]["reason"] and "identify" in bad[1]["reason"]
+    assert "3 images were left out" in capsys.readouterr().out
+
+
+def test_a_run_that_stops_goes_on(run, model, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(collection, "PART", 4)
+    out, encode, calls = tmp_path / "e.npz", model.encode_views, []
+
+    def stops(views):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(views)
+
+    monkeypatch.setattr(model, "encode_views", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, "--out", out)
+    assert not out.exists() and sorted(p.name for p in Path(f"{out}.parts").glob("*.npz")) == ["0.npz", "4.npz"]
+    run(folder, "--out", out)
+    assert len(calls) == 4  # one part was missing
+    assert "going on with" in capsys.readouterr().out
+    expected = model.encode_image([folder / name for name in names_below(folder)])
+    np.testing.assert_allclose(store.read(out).z, expected, atol=1e-6)
+
+
+def test_parts_of_another_run_are_not_mixed_in(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(collection, "_write_part", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, "--out", tmp_path / "e.npz")
+    next(folder.glob("*.png")).unlink()
+    with pytest.raises(SystemExit, match=r"parts is the beginning of another run \(size: 11 -> 10\); delete it"):
+        run(folder, "--out", tmp_path / "e.npz")
+
+
+def test_search_finds_the_nearest(run, model, folder, tmp_path, capsys):
+    out, png = tmp_path / "e.npz", tmp_path / "m.png"
+    run(folder, "--out", out)
+    capsys.readouterr()
+    run(out, "--search", "a photo of a cat", "two dogs", "--top", "3", "--png", png)
+    stored = store.read(out)
+    lines = capsys.readouterr().out.splitlines()
+    for text, block in (("a photo of a cat", lines[:4]), ("two dogs", lines[4:8])):
+        cosines = stored.z.astype(np.float64) @ model.encode_text(text)[0].astype(np.float64)
+        order = np.argsort(-cosines)[:3]
+        assert block[0] == f'"{text}"'
+        for rank, i in enumerate(order):
+            assert block[1 + rank].split() == [str(rank + 1), f"{cosines[i]:.4f}", stored.names[i]]
+    with Image.open(png) as drawn:
+        assert drawn.width > 500 and len(drawn.convert("RGB").getcolors(10**7)) > 1000  # noise pictures are drawn
+
+
+def test_ties_come_in_the_files_order_and_top_may_exceed():
+    same = np.tile(np.float32([[0.6, 0.8]]), (3, 1))
+    found, cosines = search.best(store.Embeddings(same, np.arange(3), list("abc"), {}), np.float32([[1, 0]]), 10)
+    assert found.tolist() == [[0, 1, 2]] and np.allclose(cosines, 0.6)
+
+
+def test_what_is_wrong_is_one_line(run, model, folder, tmp_path, monkeypatch):
+    def refused(message, *arguments):
+        with pytest.raises(SystemExit, match=message):
+            run(*arguments)
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.csv").write_text("picture,caption\n")
+    (tmp_path / "b.csv").write_text("image,caption\n")
+    (tmp_path / "c.csv").write_text("image,caption\ngone.png,x\n")
+    out = tmp_path / "e.npz"
+    refused(r"empty holds no images .*for shards give their pattern", tmp_path / "empty", "--out", out)
+    refused(r"^error: no such file: .*gone\.csv$", tmp_path / "gone.csv", "--out", out)
+    refused(r"a\.csv has no column 'image'; its columns are: picture, caption", tmp_path / "a.csv", "--out", out)
+    refused(r"b\.csv has no rows", tmp_path / "b.csv", "--out", out)
+    refused(r"none of the 1 images could be used; for example gone\.png: ", tmp_path / "c.csv", "--out", out)
+    refused(r"photo\.heic is no folder, \.csv or \.tsv, and no shard", "photo.heic", "--out", out)
+    refused(r"must end in \.npz or \.parquet", folder, "--out", tmp_path / "e.csv")
+    refused(r"^error: no such file: .*other\.npz$", tmp_path / "other.npz", "--search", "a")
+    (tmp_path / "other.npz").write_bytes(b"PK\x03\x04")
+    refused(r"other\.npz is no file of embeddings", tmp_path / "other.npz", "--search", "a")
+    fine = tmp_path / "fine.npz"
+    run(folder, "--out", fine)
+    refused(r"fine\.npz exists already: search in it, delete it", folder, "--out", fine)
+    refused(r"^error: .*m\.png: No such file or directory$", fine, "--search", "a", "--png", tmp_path / "no" / "m.png")
+    monkeypatch.setattr(model, "fingerprint", lambda: "00000000")
+    refused(r"was made with another model than .*: embed the collection again", fine, "--search", "a")
+
+
+def test_flags_that_ask_for_nothing(run, folder):
+    with pytest.raises(SystemExit) as stopped:
+        run(folder)
+    assert stopped.value.code == 2
+
+
+@pytest.mark.slow
+def test_shards_give_what_the_folder_gives(model, workdir, folder, tmp_path):
+    """In a process of its own, as it is used: a tar of the same pictures, one of them damaged."""
+    names = names_below(folder)
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for i, name in enumerate(names):
+            content = (folder / name).read_bytes() if i != 5 else b"no picture"
+            for ending, data in (("png", content), ("txt", b"a caption")):
+                member = tarfile.TarInfo(f"{i:05}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    out = tmp_path / "e.npz"
+    command = [sys.executable, "-m", "rankclip_jax.embed", workdir, tmp_path / "00000.tar", "--out", out]
+    env = os.environ | {"XLA_FLAGS": ""}
+    subprocess.run(list(map(str, [*command, "--search", "a cat"])), cwd=REPO, env=env, check=True)
+    stored = store.read(out)
+    assert stored.rows.tolist() == [i for i in range(11) if i != 5]
+    assert "00004" in stored.names[4]
+    expected = model.encode_image([folder / name for i, name in enumerate(names) if i != 5])
+    np.testing.assert_allclose(stored.z, expected, atol=1e-5)
+    with pytest.raises(InputError, match="no"):
+        open_pictures(str(tmp_path / "9*.tar"))

@@ -1,0 +1,285 @@
+"""Evaluation sets in every layout, made here: what is read, and what is said of what is wrong with them."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from input_pipeline import labelled, pipeline
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.config import keys as config_keys
+
+GREYS = [10, 10, 20, 20, 30, 30, 30]  # of seven images; their classes are 0, 0, 1, 1, 2, 2, 2
+LABELS = [grey // 10 - 1 for grey in GREYS]
+
+
+def image_bytes(grey, kind="PNG"):
+    out = io.BytesIO()
+    Image.fromarray(np.full((20, 24, 3), grey, np.uint8)).save(
+        out, kind, **({"lossless": True} if kind == "WEBP" else {})
+    )
+    return out.getvalue()
+
+
+def write_tar(path, samples, image="png"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for key, grey, ending, text in samples:
+            for name, data in (
+                (f"{key}.{image}", image_bytes(grey, image.upper())),
+                (f"{key}.{ending}", text.encode()),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def write_clip_benchmark(root, split="test", image="png"):
+    samples = [
+        (f"s{i:07d}", grey, "cls", str(label)) for i, (grey, label) in enumerate(zip(GREYS, LABELS, strict=True))
+    ]
+    write_tar(root / split / "0.tar", samples[:4], image)
+    write_tar(root / split / "1.tar", samples[4:], image)
+    (root / split / "nshards.txt").write_text("2\n")
+    (root / "classnames.txt").write_text("ash\nbone\nclay\n")
+    (root / "zeroshot_classification_templates.txt").write_text("a {c}\nthe {c}.\n")
+    return root
+
+
+def write_folder(root):
+    for i, grey in enumerate(GREYS):
+        folder = root / ("ash", "bone", "clay")[LABELS[i]]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.png").write_bytes(image_bytes(grey))
+    (root / "clay" / "notes.txt").write_text("not an image")
+    return root
+
+
+def write_csv(root):
+    lines = ["image,label"]
+    for i, (grey, label) in enumerate(zip(GREYS, LABELS, strict=True)):
+        (root / f"{i}.png").write_bytes(image_bytes(grey))
+        lines.append(f"{i}.png,{label}")
+    (root / "labels.csv").write_text("\n".join(lines))
+    (root / "classes.json").write_text(json.dumps(["ash", "bone", "clay"]))
+    return root / "labels.csv"
+
+
+def spec(**fields):
+    return ConfigDict(config_keys.ZERO_SHOT_SET | fields)
+
+
+def read_all(source):
+    """(grey, label) of every sample, by an evaluation's batches of 4: seven samples do not divide."""
+    batches = list(pipeline.eval_batches(source, batch_size=4, image_side=16))
+    assert [batch["mask"].tolist() for batch in batches] == [[True] * 4, [True] * 3 + [False]]
+    greys = [batch["image"].reshape(4, -1).max(axis=1)[batch["mask"]] for batch in batches]
+    rows = np.concatenate([batch["row"][batch["mask"]] for batch in batches])
+    assert rows.tolist() == list(range(7))
+    labels = np.concatenate([batch["label"][batch["mask"]] for batch in batches])
+    return list(zip(np.concatenate(greys).tolist(), labels.tolist(), strict=True))
+
+
+EXPECTED = list(zip(GREYS, LABELS, strict=True))
+
+
+def test_a_csv_with_class_names_as_json(tmp_path):
+    found = labelled.open_labelled(
+        spec(path=str(write_csv(tmp_path)), classes=str(tmp_path / "classes.json")), image_side=16
+    )
+    assert read_all(found.source) == EXPECTED and found.names == ["ash", "bone", "clay"] and found.from_file
+
+
+def test_a_folder_a_class(tmp_path):
+    found = labelled.open_labelled(spec(format="folder", path=str(write_folder(tmp_path))), image_side=16)
+    assert read_all(found.source) == EXPECTED and found.names == ["ash", "bone", "clay"] and not found.from_file
+
+
+@pytest.mark.parametrize("image", ["png", "webp"])
+def test_clip_benchmarks_layout(tmp_path, image):
+    root = write_clip_benchmark(tmp_path / "wds", image=image)
+    for path in (root, root / "test"):
+        found = labelled.open_labelled(spec(format="clip_benchmark", path=str(path)), image_side=16)
+        assert read_all(found.source) == EXPECTED
+        assert found.names == ["ash", "bone", "clay"] and found.templates == ["a {}", "the {}."] and found.from_file
+
+
+def test_json_files_replace_the_names_and_prompts_that_came_with_a_set(tmp_path):
+    root = write_clip_benchmark(tmp_path / "wds")
+    (tmp_path / "names.json").write_text('["a", "b", "c"]')
+    (tmp_path / "prompts.json").write_text('["one {}"]')
+    fields = dict(classes=str(tmp_path / "names.json"), templates=str(tmp_path / "prompts.json"))
+    found = labelled.open_labelled(spec(format="clip_benchmark", path=str(root), **fields), image_side=16)
+    assert found.names == ["a", "b", "c"] and found.templates == ["one {}"]
+
+
+def test_processes_share_a_set_and_every_sample_comes_once(tmp_path):
+    found = labelled.open_labelled(spec(format="folder", path=str(write_folder(tmp_path))), image_side=16)
+    rows = []
+    for index in range(3):
+        for batch in pipeline.eval_batches(found.source, batch_size=2, image_side=16, process=(index, 3)):
+            rows += batch["row"][batch["mask"]].tolist()
+    assert sorted(rows) == list(range(7))
+
+
+def test_retrieval_by_csv_groups_the_rows_of_an_image(tmp_path):
+    write_csv(tmp_path)
+    (tmp_path / "captions.csv").write_text("image,caption\n0.png,one\n1.png,two\n0.png,three\n2.png,four\n0.png,five\n")
+    fields = ConfigDict(config_keys.CAPTIONED_SET | dict(path=str(tmp_path / "captions.csv")))
+    found = labelled.open_captioned(fields, image_side=16)
+    assert found.captions == ["one", "three", "five", "two", "four"]
+    assert found.image_of_text.tolist() == [0, 0, 0, 1, 2] and found.source.size == 3
+
+
+def test_flickr30ks_own_file_has_bars_and_spaces(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.png").write_bytes(image_bytes(10))
+    (tmp_path / "results.csv").write_text(
+        "image_name| comment_number| comment\n1.png| 0| A dog , running .\n1.png| 1| Dog\n"
+    )
+    fields = dict(path=str(tmp_path / "results.csv"), delimiter="|", image_key="image_name", caption_key="comment")
+    found = labelled.open_captioned(
+        ConfigDict(config_keys.CAPTIONED_SET | fields | dict(image_folder="images")), image_side=16
+    )
+    assert found.captions == ["A dog , running .", "Dog"] and found.image_of_text.tolist() == [0, 0]
+    assert Image.open(io.BytesIO(labelled.thumbnail(found.source, 0))).size == (24, 20)
+
+
+def test_retrieval_in_clip_benchmarks_layout_has_a_caption_a_line(tmp_path):
+    write_tar(tmp_path / "test" / "0.tar", [("a", 10, "txt", "one\ntwo\n"), ("b", 20, "txt", "three")])
+    (tmp_path / "test" / "nshards.txt").write_text("1")
+    fields = ConfigDict(config_keys.CAPTIONED_SET | dict(format="clip_benchmark", path=str(tmp_path)))
+    found = labelled.open_captioned(fields, image_side=16)
+    assert found.captions == ["one", "two", "three"] and found.image_of_text.tolist() == [0, 0, 1]
+    assert next(pipeline.eval_batches(found.source, batch_size=2, image_side=16))["mask"].all()
+
+
+def broken(tmp_path, what):
+    root = write_clip_benchmark(tmp_path / "wds")
+    shard = root / "test" / "1.tar"
+    match what:
+        case "count":
+            (root / "test" / "nshards.txt").write_text("two")
+        case "shard":
+            shard.unlink()
+        case "class":
+            write_tar(shard, [("s9", 10, "cls", "clay")])
+        case "label":
+            write_tar(shard, [("s9", 10, "cls", "3")])
+        case "image":
+            write_tar(shard, [("s9", 10, "cls", "1")], image="png")
+            with tarfile.open(shard, "a") as tar:
+                member = tarfile.TarInfo("s10.cls")
+                member.size = 1
+                tar.addfile(member, io.BytesIO(b"1"))
+    return spec(format="clip_benchmark", path=str(root))
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("count", r"nshards.txt must hold the number of shards; got 'two'"),
+        ("shard", r"no such file: .*1.tar, one of the 2 shards"),
+        ("class", r"its .cls must hold a class number; got 'clay'"),
+        ("label", r"has label 3 \(.*1.tar.*\), but the set names 3 classes"),
+        ("image", r"lacks its image or its .cls"),
+    ],
+)
+def test_what_is_wrong_with_a_webdataset_is_named(tmp_path, what, message):
+    with pytest.raises(InputError, match=message):
+        labelled.open_labelled(broken(tmp_path, what), image_side=16)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(format="zip", path="x"), "format must be csv, folder"),
+        (dict(format="folder"), "needs a path"),
+        (dict(format="folder", path="gone", hint="get it there"), "gone is no folder .*; get it there"),
+        (
+            dict(format="clip_benchmark", path="gone", hint="get it there"),
+            "no such file: gone/test/nshards.txt.*get it there",
+        ),
+        (dict(format="tfds", path="cifar10"), "a tfds path is NAME:SPLIT"),
+        (dict(format="tfds", path="cifar_ten:test"), "tfds 'cifar_ten'"),
+    ],
+)
+def test_a_set_that_is_not_there_says_where_it_was_looked_for(fields, message):
+    with pytest.raises(InputError, match=message):
+        labelled.open_labelled(spec(**fields), image_side=16)
+
+
+def test_a_csv_needs_names_numbers_and_enough_names(tmp_path):
+    path = str(write_csv(tmp_path))
+    with pytest.raises(InputError, match="classes must be a JSON file"):
+        labelled.open_labelled(spec(path=path), image_side=16)
+    (tmp_path / "classes.json").write_text('["ash", "bone"]')
+    with pytest.raises(InputError, match=r"labels.csv has label 2 \(.*row 4.*\), but .*classes.json names 2 classes"):
+        labelled.open_labelled(spec(path=path, classes=str(tmp_path / "classes.json")), image_side=16)
+    (tmp_path / "classes.json").write_text('{"ash": 1}')
+    with pytest.raises(InputError, match="must hold a JSON list of strings"):
+        labelled.open_labelled(spec(path=path, classes=str(tmp_path / "classes.json")), image_side=16)
+    (tmp_path / "labels.csv").write_text("image,label\n0.png,ash\n")
+    with pytest.raises(InputError, match="must hold class numbers"):
+        labelled.open_labelled(spec(path=path, protocol="simple"), image_side=16)
+
+
+def test_captions_that_do_not_fit_are_named(tmp_path):
+    (tmp_path / "c.csv").write_text("image,caption\na.png,x\nb.png,\n")
+    open_set = lambda **fields: labelled.open_captioned(ConfigDict(config_keys.CAPTIONED_SET | fields), image_side=16)  # noqa: E731
+    with pytest.raises(InputError, match=r"b.png: an image without a caption"):
+        open_set(path=str(tmp_path / "c.csv"))
+    with pytest.raises(InputError, match=r"no column 'text'; its columns are: image, caption"):
+        open_set(path=str(tmp_path / "c.csv"), caption_key="text")
+    with pytest.raises(InputError, match="no such file: gone.csv; ask"):
+        open_set(path="gone.csv", hint="ask")
+    (tmp_path / "c.csv").write_text("image,caption\n")
+    with pytest.raises(InputError, match="no rows"):
+        open_set(path=str(tmp_path / "c.csv"))
+
+
+@pytest.mark.slow
+def test_tfds_sets_are_scanned_in_order(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    tf = pytest.importorskip("tensorflow")
+
+    def as_dataset(self, *args, **kwargs):
+        return tf.data.Dataset.from_tensor_slices({
+            "image": np.stack([np.full((32, 32, 3), grey, np.uint8) for grey in GREYS]),
+            "label": np.array(LABELS, np.int64),
+            "id": [f"test_{i}" for i in range(7)],
+        })  # fmt: skip
+
+    with tfds.testing.mock_data(as_dataset_fn=as_dataset):
+        fields = dict(format="tfds", path="cifar10:test", data_dir=str(tmp_path))
+        found = labelled.open_labelled(spec(**fields), image_side=16)
+        assert read_all(found.source) == EXPECTED
+        assert found.names == [str(i) for i in range(10)]  # not prepared: only their number is known
+        rows = []
+        for index in range(2):
+            for batch in pipeline.eval_batches(found.source, batch_size=2, image_side=16, process=(index, 2)):
+                for row, label in zip(batch["row"][batch["mask"]], batch["label"][batch["mask"]], strict=True):
+                    assert label == LABELS[row]
+                    rows.append(int(row))
+        assert sorted(rows) == list(range(7))
+
+
+@pytest.mark.slow
+def test_coco_by_tfds_has_several_captions_an_image(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    with tfds.testing.mock_data(num_examples=3, num_sub_examples=5):
+        fields = dict(format="tfds", path="coco_captions:test", data_dir=str(tmp_path))
+        found = labelled.open_captioned(ConfigDict(config_keys.CAPTIONED_SET | fields), image_side=16)
+        assert found.source.size == 3 and len(set(found.image_of_text.tolist())) == 3
+        assert next(pipeline.eval_batches(found.source, batch_size=3, image_side=16))["row"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_tfds_set_that_is_not_prepared_says_how_to_prepare_it(tmp_path):
+    fields = dict(format="tfds", path="dtd:test", data_dir=str(tmp_path))
+    with pytest.raises(InputError, match=r"dtd:test is not prepared in .*; `tfds build dtd` fetches and prepares it"):
+        labelled.open_labelled(spec(**fields), image_side=16)

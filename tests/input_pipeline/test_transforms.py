@@ -1,0 +1,236 @@
+"""Windows, the canvas, and the resize on the device against PIL and against the definition in float64."""
+
+import io
+
+import jax
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+from transformers import CLIPImageProcessor
+
+from input_pipeline import transforms
+from rankclip_jax.models import images
+
+
+def picture(height, width, seed=0):
+    """Smooth colours with sharp-edged discs: what photographs have, and what overshoots most when resized."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    pixels = 128 + 60 * np.sin(np.stack([x / 31, y / 23, (x + y) / 41], -1) + rng.uniform(0, 6, 3))
+    for _ in range(25):
+        r, cy, cx = rng.uniform(2, 40), rng.uniform(0, height), rng.uniform(0, width)
+        pixels[(y - cy) ** 2 + (x - cx) ** 2 < r * r] = rng.uniform(0, 255, 3)
+    return np.clip(pixels + rng.normal(0, 5, pixels.shape), 0, 255).astype(np.uint8)
+
+
+def noise(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def encoded(pixels, kind="JPEG", **options):
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, kind, **options)
+    return data.getvalue()
+
+
+def pil_window(pixels, window, side):
+    """PIL's two passes, the width first: PIL's own order in every version before 13, and in most cases since."""
+    (top, left, height, width), (h, w) = (float(x) for x in window), pixels.shape[:2]
+    narrow = Image.fromarray(pixels).resize((side, h), Image.Resampling.BICUBIC, box=(left, 0, min(left + width, w), h))
+    return np.asarray(narrow.resize((side, side), Image.Resampling.BICUBIC, box=(0, top, side, min(top + height, h))))
+
+
+def oracle(pixels, window, side):
+    """The definition in float64: Keys' kernel with a = -0.5, stretched when shrinking, 8 bits between the passes."""
+
+    def weights(begin, length, n):
+        step = length / side
+        x = np.abs(np.arange(n) + 0.5 - (begin + (np.arange(side)[:, None] + 0.5) * step)) / max(step, 1)
+        kernel = np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0))
+        return kernel / kernel.sum(axis=1, keepdims=True)
+
+    def grey_levels(x):
+        return np.clip(np.floor(x + 0.5), 0, 255)
+
+    top, left, height, width = window
+    narrow = grey_levels(np.einsum("ow,hwc->hoc", weights(left, width, pixels.shape[1]), pixels.astype(float)))
+    return grey_levels(np.einsum("oh,hwc->owc", weights(top, height, pixels.shape[0]), narrow))
+
+
+def on_canvas(views, canvas):
+    """A batch of what `transforms.view` returned, the canvas beyond the pictures filled with what must not be seen."""
+    filled = np.full((len(views), canvas, canvas, 3), 77, np.uint8)
+    for place, view in zip(filled, views, strict=True):
+        height, width, _ = view["image"].shape
+        place[:height, :width] = view["image"]
+    return {"image": filled} | {key: np.stack([view[key] for view in views]) for key in ("size", "windows")}
+
+
+def through_device(pictures, windows, side, canvas, exact=False):
+    """Pictures (encoded, or arrays), a window of each -> uint8 (n, side, side, 3)."""
+    views = []
+    for picture, window in zip(pictures, windows, strict=True):
+        windows_of = lambda size, w=window: tf.constant([w], tf.float32)  # noqa: E731
+        views.append(transforms.view(tf.constant(picture), windows_of, side=side, canvas=canvas, exact=exact))
+    return np.asarray(images.views(on_canvas(views, canvas), side))[:, 0]
+
+
+def difference(a, b):
+    return np.abs(np.asarray(a, int) - np.asarray(b, int))
+
+
+CASES = [
+    ((60, 80), (0, 0, 60, 80)),  # all of it, shrunk by different factors
+    ((60, 80), (3, 5, 40, 31)),
+    ((60, 80), (0, 0, 24, 24)),  # as it is
+    ((60, 80), (59, 79, 1, 1)),  # one pixel in the corner
+    ((60, 80), (10.25, 0.5, 17.5, 79.5)),  # fractions, as evaluation has
+    ((7, 5), (0, 0, 7, 5)),  # enlarged
+    ((96, 96), (1, 2, 90, 93)),
+    ((96, 90), (0, 0, 96, 4)),
+    ((1, 1), (0, 0, 1, 1)),
+]
+SIZES, WINDOWS = zip(*CASES, strict=True)
+
+
+@pytest.mark.parametrize("side", [24, pytest.param(7, marks=pytest.mark.slow)])
+def test_the_device_resizes_as_pil(side):
+    pictures = [make(*size) for size in SIZES for make in (picture, noise)]
+    windows = [window for window in WINDOWS for _ in range(2)]
+    for pixels, window, result in zip(pictures, windows, through_device(pictures, windows, side, 96), strict=True):
+        for expected in (oracle(pixels, window, side), pil_window(pixels, window, side)):
+            assert difference(result, expected).max() <= 1 and (difference(result, expected) > 0).mean() < 0.01
+        on_host = transforms.resize(tf.constant(pixels), window, side)
+        np.testing.assert_array_equal(on_host, pil_window(pixels, window, side))
+
+
+def test_weights_split_for_accelerators_resize_as_well(monkeypatch):
+    monkeypatch.setattr(images, "_product", images._split_product)
+    pictures = [noise(*size) for size in SIZES]
+    for pixels, window, result in zip(pictures, WINDOWS, through_device(pictures, WINDOWS, 24, 96), strict=True):
+        assert difference(result, oracle(pixels, window, 24)).max() <= 1
+
+
+def test_what_lies_beyond_the_picture_is_never_seen():
+    views = {"image": noise(40, 30), "size": np.int32([40, 30]), "windows": np.float32([[0, 0, 40, 30]])}
+    batch = on_canvas([views], 96)
+    other = np.full_like(batch["image"], 255)
+    other[0, :40, :30] = views["image"]
+    np.testing.assert_array_equal(images.views(batch, 24), images.views(batch | {"image": other}, 24))
+
+
+def test_evaluation_sees_what_clips_image_processor_sees():
+    side = 48
+    processor = CLIPImageProcessor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_normalize=False, do_rescale=False
+    )
+    sizes = [(48, 48), (60, 90), (90, 60), (33, 170), (170, 33), (30, 20), (151, 225), (225, 151), (2, 900), (900, 1)]
+    pictures = [picture(*size) for size in sizes]
+    windows = [transforms.centre_window(tf.constant(size), side)[0].numpy() for size in sizes]
+    fits, too_large = (through_device(pictures, windows, side, canvas, exact=True) for canvas in (232, 84))
+    for pixels, window, *results in zip(pictures, windows, fits, too_large, strict=True):
+        expected = np.moveaxis(np.asarray(processor(Image.fromarray(pixels))["pixel_values"][0]), 0, -1)
+        for result in (*results, transforms.resize(tf.constant(pixels), window, side)):
+            assert difference(result, expected).max() <= 1
+    # Normalised too: one grey level is at most 1 / 255 / 0.26.
+    processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    expected = np.moveaxis(np.asarray(processor(Image.fromarray(pictures[1]))["pixel_values"][0]), 0, -1)
+    np.testing.assert_allclose(images.normalize(fits[1]), expected, atol=1.001 / 255 / min(images.STD))
+
+
+def test_a_window_that_fits_is_cut_out_exactly_and_a_larger_one_is_close():
+    pixels, side, canvas = picture(400, 600), 24, 48
+    small = (101.0, 203.0, 30.0, 35.0)
+    np.testing.assert_array_equal(
+        through_device([pixels], [small], side, canvas)[0], pil_window(pixels, small, side)
+    )
+    data = encoded(pixels, quality=92)
+    decoded = np.asarray(Image.open(io.BytesIO(data)))
+    windows = [(0.0, 0.0, 400.0, 530.0), (30.0, 40.0, 100.0, 80.0), (5.0, 500.0, 300.0, 60.0)]
+    close, exact = (through_device([data] * 3, windows, side, canvas, exact=exact) for exact in (False, True))
+    for window, result, slow in zip(windows, close, exact, strict=True):
+        # The decoder's scaling and the average over areas blur a little: single pixels at edges move.
+        away = difference(result, oracle(decoded, window, side))
+        assert away.mean() < 4 and np.quantile(away, 0.99) < 40
+        np.testing.assert_array_equal(slow, pil_window(decoded, window, side))
+
+
+@pytest.mark.parametrize("size, scale", [((300, 400), (0.3, 0.6)), ((97, 33), (0.08, 1.0)), ((40, 40), (0.9, 1.0))])
+def test_random_windows_keep_scale_and_shape_and_lie_inside(size, scale):
+    seeds = tf.data.Dataset.range(400).map(
+        lambda i: transforms.random_windows(size, scale, tf.stack([7, i]))[0], num_parallel_calls=2
+    )
+    top, left, height, width = np.stack(list(seeds.as_numpy_iterator())).T
+    assert (top >= 0).all() and (left >= 0).all() and (height >= 1).all() and (width >= 1).all()
+    assert (top + height <= size[0]).all() and (left + width <= size[1]).all()
+    for value in (top, left, height, width):
+        np.testing.assert_array_equal(value, np.round(value))
+    area, ratio = height * width / (size[0] * size[1]), np.log(width / height)
+    fallback = (height == size[0]) | (width == size[1])  # the largest window of an allowed ratio may have less area
+    rounding = 1 / height + 1 / width
+    assert (area <= scale[1] * (1 + rounding)).all() and ((area >= scale[0] * (1 - rounding)) | fallback).all()
+    assert (np.abs(ratio) <= np.log(4 / 3) + rounding).all()
+
+
+def test_random_windows_are_distributed_as_torchvisions():
+    """In a large square no draw of the area or the ratio is refused, so their laws are those they were drawn from."""
+    draw = lambda i: transforms.random_windows((4000, 4000), (0.2, 0.5), tf.stack([3, i]), count=2)  # noqa: E731
+    windows = np.stack(list(tf.data.Dataset.range(700).map(draw, num_parallel_calls=2).as_numpy_iterator()))
+    top, left, height, width = np.moveaxis(windows, -1, 0)
+    for values, low, high in (
+        (height * width / 4000**2, 0.2, 0.5),
+        (np.log(width / height), np.log(3 / 4), np.log(4 / 3)),
+        (top / (4000 - height), 0, 1),
+        (left / (4000 - width), 0, 1),
+    ):
+        uniform = (values - low) / (high - low)
+        for view in (0, 1):  # Kolmogorov-Smirnov: above 1.95 / sqrt(n) once in a thousand
+            ordered = np.sort(uniform[:, view])
+            assert np.abs(ordered - (np.arange(700) + 0.5) / 700).max() < 1.95 / np.sqrt(700)
+        assert abs(np.corrcoef(uniform[:, 0], uniform[:, 1])[0, 1]) < 0.15  # the two views know nothing of each other
+
+
+def test_random_windows_repeat_with_their_seed_and_fall_back_to_the_centre():
+    first, again, other = (transforms.random_windows((90, 60), (0.1, 1.0), (1, k)).numpy() for k in (5, 5, 6))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    # 9 to 1: no window of nine tenths of the area has an allowed shape.
+    np.testing.assert_array_equal(transforms.random_windows((10, 90), (0.9, 1.0), (0, 0)), [[0, 38, 10, 13]])
+    np.testing.assert_array_equal(transforms.random_windows((90, 10), (0.9, 1.0), (0, 0)), [[38, 0, 13, 10]])
+
+
+def test_two_windows_of_one_picture_share_its_canvas():
+    pixels, side, canvas = picture(300, 200), 24, 48
+    for windows in ([(0, 0, 40, 30), (5, 8, 30, 33)], [(0, 0, 40, 30), (250, 160, 40, 40)]):
+        windows_of = lambda size, w=windows: tf.constant(w, tf.float32)  # noqa: E731
+        views = transforms.view(tf.constant(pixels), windows_of, side=side, canvas=canvas, exact=False)
+        assert max(views["image"].shape[:2]) <= canvas
+        result = np.asarray(images.views(on_canvas([views], canvas), side))[0]
+        tolerance = 1 if windows[1][0] < 100 else 60  # far apart they are shrunk together
+        for view, window in zip(result, windows, strict=True):
+            assert np.quantile(difference(view, oracle(pixels, window, side)), 0.99) <= tolerance
+    host = transforms.view(tf.constant(pixels), windows_of, side=side, canvas=None, exact=False)["image"]
+    assert host.shape == (2, side, side, 3)
+
+
+def test_colour_jitter_is_torchvisions_within_its_range():
+    pixels = np.stack([picture(20, 30, seed) for seed in range(64)])
+    none = images.color_jitter(jax.random.key(0), pixels, 0.0, 0.0, 0.0)
+    np.testing.assert_allclose(none, pixels, atol=1e-3)
+    bright = np.asarray(images.color_jitter(jax.random.key(1), pixels, 0.4, 0.0, 0.0))
+    factors = bright.sum(axis=(1, 2, 3)) / pixels.sum(axis=(1, 2, 3))
+    for image, result, factor in zip(pixels, bright, factors, strict=True):
+        assert 0.55 < factor < 1.4 and (result <= 255).all()
+        safe = image < 180  # never clipped
+        scaled = image[safe] * (result[safe].sum() / max(1, image[safe].sum()))
+        np.testing.assert_allclose(result[safe], scaled, atol=0.01)
+    assert np.std(factors) > 0.1
+    # Saturation keeps the luma (where nothing is clipped), contrast keeps the mean luma.
+    luma = np.array([0.299, 0.587, 0.114])
+    dull = (pixels // 3 + 85).astype(np.uint8)
+    saturated = np.asarray(images.color_jitter(jax.random.key(2), dull, 0.0, 0.0, 0.3))
+    np.testing.assert_allclose(saturated @ luma, dull @ luma, atol=0.02)
+    contrast = np.asarray(images.color_jitter(jax.random.key(3), dull, 0.0, 0.3, 0.0))
+    np.testing.assert_allclose((contrast @ luma).mean((1, 2)), (dull @ luma).mean((1, 2)), atol=0.05)
+    assert np.std(saturated - dull) > 1 and np.std(contrast - dull) > 1

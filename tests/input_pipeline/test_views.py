@@ -1,0 +1,149 @@
+"""Pictures from the pipeline to the step: the canvas, evaluation's padding, and training with two views."""
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from input_pipeline import pipeline, sources
+from rankclip_jax import models
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.config import complete
+from rankclip_jax.models import images
+from rankclip_jax.parallel.mesh import make_mesh, to_devices
+from rankclip_jax.train import optim
+from rankclip_jax.train import step as steps
+from rankclip_jax.train.session import canvas_side
+
+SPEC = ConfigDict(dict(format="csv", image_key="image", caption_key="caption", delimiter=","))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([f"grey level {i}" for i in range(40)], 400)
+
+
+def batches(path, tokenizer, **options):
+    source = sources.open_source(SPEC, path, image_side=8)
+    given = dict(batch_size=4, image_side=8, context_length=12, crop_scale=(0.5, 1.0), seed=1) | options
+    return pipeline.TrainBatches(source, tokenizer, **given)
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def levels(batch):
+    return (batch["image"].reshape(4, -1)[:, 0] // 5).tolist()
+
+
+def test_on_a_canvas_pictures_come_whole_with_their_size_and_windows(captioned, tokenizer):
+    (batch,) = take(batches(captioned, tokenizer, canvas=20), 1)
+    assert batch["image"].shape == (4, 20, 20, 3) and batch["windows"].shape == (4, 1, 4)
+    np.testing.assert_array_equal(batch["size"], [[12, 16]] * 4)
+    for level, image in zip(levels(batch), batch["image"], strict=True):
+        assert (image[:12, :16] == 5 * level).all() and not image[12:].any() and not image[:, 16:].any()
+    assert np.array_equal(batch["tokens"], tokenizer([f"grey level {level}" for level in levels(batch)], 12))
+    (host,) = take(batches(captioned, tokenizer), 1)
+    assert host["image"].shape == (4, 8, 8, 3) and levels(host) == levels(batch)
+    np.testing.assert_array_equal(images.views(batch, 8), images.views(host, 8))
+
+
+def test_two_views_are_another_window_and_an_edited_caption_and_resume_too(captioned, tokenizer):
+    options = dict(canvas=20, two_views=True, synonyms={"grey": ["gray"]})
+    all_batches = take(batches(captioned, tokenizer, **options), 10)
+    edits = set()
+    for batch in all_batches:
+        assert batch["windows"].shape == (4, 2, 4) and batch["tokens"].shape == (4, 2, 12)
+        assert not np.array_equal(batch["windows"][:, 0], batch["windows"][:, 1])
+        for i, tokens in zip(levels(batch), batch["tokens"], strict=True):
+            edited = [f"level {i}", f"grey {i}", "grey level", f"level grey {i}", f"grey {i} level", f"{i} level grey",
+                      f"gray level {i}"]  # fmt: skip
+            assert np.array_equal(tokens[0], tokenizer([f"grey level {i}"], 12)[0])
+            edits.add([np.array_equal(tokens[1], ids) for ids in tokenizer(edited, 12)].index(True))
+    assert edits == set(range(7))
+    resumed = batches(captioned, tokenizer, start=20, **options)
+    for batch, expected in zip(take(resumed, 2), all_batches[5:7], strict=True):
+        assert all(np.array_equal(batch[key], expected[key]) for key in expected)
+    (host,) = take(batches(captioned, tokenizer, two_views=True), 1)
+    assert host["image"].shape == (4, 2, 8, 8, 3)
+
+
+@pytest.mark.parametrize("canvas", [None, 12, 20])
+def test_evaluation_pads_with_what_the_device_can_take(captioned, canvas):
+    source = sources.open_source(SPEC, captioned, image_side=8)
+    *_, last = pipeline.eval_batches(source, batch_size=32, image_side=8, canvas=canvas)
+    pixels = np.asarray(images.views(last, 8))
+    assert pixels.shape == (32, 1, 8, 8, 3) and last["mask"].tolist() == [True] * 8 + [False] * 24
+    for level, image in zip(range(32, 40), pixels[:8], strict=True):
+        assert (image == 5 * level).all()
+    assert not pixels[8:].any()
+
+
+def contrastive(a_BxD, b_BxD, scale):
+    logits = scale * a_BxD @ b_BxD.T
+    return sum(np.mean(np.log(np.exp(x).sum(axis=1)) - np.diag(x)) for x in (logits, logits.T)) / 2
+
+
+@pytest.mark.parametrize(
+    "objective, devices, accumulate",
+    [
+        ("clip", 1, 1),
+        pytest.param("rankclip", 8, 1, marks=pytest.mark.slow),
+        pytest.param("rankclip", 1, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_two_views_share_the_weight_of_the_contrastive_term(objective, devices, accumulate):
+    loss = {"objective": objective, "schedule": "constant"}
+    config = complete({"batch_size": 16, "accumulate": accumulate, "data": {"two_views": True}, "loss": loss})
+    text = dict(width=32, heads=2, layers=1, vocab_size=64, eot_id=63, context_length=8)
+    model = models.build("ViT-tiny", image_size=16, vision=dict(width=32, layers=1, heads=2), text=text)
+    mesh = make_mesh({"data": -1}, jax.devices()[:devices])
+    tx = optim.make_optimizer(config.optim, 20_000)
+    state = steps.init_state(model, tx, 0, mesh, config.sharding)
+    rng = np.random.default_rng(0)
+    pictures = {
+        "image": rng.integers(0, 256, (16, 20, 20, 3), np.uint8),
+        "size": np.full((16, 2), 20, np.int32),
+        "windows": np.tile(np.float32([[0, 0, 18, 17], [2, 3, 16, 16]]), (16, 1, 1)),
+    }
+    tokens = rng.integers(1, 63, (16, 2, 8), np.int32)
+    tokens[..., -1] = 63
+
+    embed = steps.make_embed_step(model)
+    z = {}
+    for view in (0, 1):  # by the evaluation's step, a view at a time
+        one = pictures | {"windows": pictures["windows"][:, [view]]}
+        for name, batch in (("image", one), ("text", {"tokens": tokens[:, view]})):
+            z[name, view] = np.float64(embed(state, to_devices(batch, mesh)))
+    scale = np.exp(float(state.params["logit_scale"]))
+    clip = contrastive(z["image", 0], z["text", 0], scale)
+    second = sum(contrastive(z[name, 0], z[name, 1], scale) for name in ("image", "text")) / 2
+
+    train_step = steps.make_train_step(model, tx, config, mesh, total_steps=20_000, steps_per_epoch=100)
+    _, metrics = train_step(state, to_devices(pictures | {"tokens": tokens}, mesh))
+    metrics = {key: float(value) for key, value in metrics.items()}
+    assert metrics["clip"] == pytest.approx(clip, rel=1e-5)
+    assert metrics["clip_second_view"] == pytest.approx(second, rel=1e-5)
+    ranking = sum(metrics.get(key, 0.0) for key in ("rank_in_modal", "rank_cross_modal")) / 16
+    assert (ranking > 0) == (objective == "rankclip")
+    assert metrics["loss"] == pytest.approx((clip + second) / 2 + ranking, rel=1e-5)
+
+
+def test_the_canvas_is_chosen_from_the_image_size_unless_it_is_given():
+    def side(image_size, **data):
+        return canvas_side(complete({"data": {"format": "csv"} | data}), image_size)
+
+    assert (side(224), side(32), side(224, canvas=300), side(224, resize="host")) == (408, 64, 300, None)
+    assert side(48, format="shapes") == 48  # drawn at the model's own size
+    with pytest.raises(InputError, match=r"config.data.canvas = 100 is less than the model's image_size, 224"):
+        side(224, canvas=100)
+
+
+def test_two_views_need_a_contrastive_term_and_resize_is_a_choice():
+    with pytest.raises(InputError, match=r"two_views adds to the contrastive term, which objective = siglip lacks"):
+        complete({"data": {"two_views": True}, "loss": {"objective": "siglip"}})
+    complete({"data": {"two_views": True}, "loss": {"objective": "siglip", "terms": {"clip": 1.0}}})
+    with pytest.raises(InputError, match=r"config.data.resize must be one of device, host; got 'gpu'"):
+        complete({"data": {"resize": "gpu"}})

@@ -1,0 +1,109 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from rankclip_jax import models
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.config import complete
+from rankclip_jax.parallel import sharding
+from rankclip_jax.parallel.mesh import make_mesh
+from rankclip_jax.train import optim
+
+
+def config(**fields):
+    return complete({"optim": fields}).optim
+
+
+def test_warm_up_and_cosine_end_exactly_where_they_should():
+    total, warmup, lr = 100, 10, 2e-3
+    rate = optim.learning_rate(config(lr=lr, warmup_steps=warmup), total)
+    rates = np.array([rate(step) for step in range(total + 1)])
+    expected = [lr * (s + 1) / warmup if s < warmup else lr * (1 + np.cos(np.pi * (s - warmup) / (total - warmup))) / 2
+                for s in range(total + 1)]  # fmt: skip
+    np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-9)
+    assert rates[warmup - 1] == rates[warmup] == rates.max() == np.float32(lr)
+    assert rates[total] == pytest.approx(0, abs=1e-9) and rates[total - 1] > 0
+    assert optim.learning_rate(config(lr=lr, warmup_steps=0), total)(0) == np.float32(lr)
+
+
+def test_a_warm_up_longer_than_the_run_is_refused():
+    with pytest.raises(InputError, match=r"warmup_steps = 10000 must be fewer than the run's 100 steps"):
+        optim.learning_rate(config(), 100)
+
+
+@pytest.mark.parametrize("name", ["ViT-tiny", "RN-tiny"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_decay_is_on_matrices_only(name, scan):
+    model = models.build(name, scan_layers=scan)
+    params = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
+    decayed = {}
+    jax.tree_util.tree_map_with_path(
+        lambda path, leaf, yes: decayed.update({optim.path_name(path): yes}), params, optim.decay_mask(params)
+    )
+    never = ("bias", "scale", "logit_scale", "class_embedding", "positional_embedding")
+    for path, yes in decayed.items():
+        assert yes == (path.split("/")[-1] not in never), path
+    assert sum(decayed.values()) >= 10
+
+
+def test_clipping_bounds_the_gradient_norm():
+    params = {"kernel": jnp.zeros((2, 2))}
+    grads = {"kernel": jnp.full((2, 2), 1e6)}
+    for clip in (None, 0.5):
+        tx = optim.make_optimizer(config(grad_clip_norm=clip, warmup_steps=0), 10)
+        _, state = tx.update(grads, tx.init(params), params)
+        mu = next(s.mu for s in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(s, "mu"))
+        norm = float(jnp.linalg.norm(mu["kernel"])) / (1 - 0.9)
+        assert norm == pytest.approx(2e6 if clip is None else clip, rel=1e-3)
+
+
+def test_mesh_sizes_must_fit_the_devices():
+    assert make_mesh({"data": -1}).shape == {"data": 8}
+    assert make_mesh({"data": -1, "fsdp": 2}).shape == {"data": 4, "fsdp": 2}
+    with pytest.raises(InputError, match=r"takes 3 devices; there are 8"):
+        make_mesh({"data": 3})
+    with pytest.raises(InputError, match=r'no axis "data"'):
+        make_mesh({"model": 8})
+
+
+def test_rules_place_parameters_and_complain_when_they_do_not_fit():
+    mesh = make_mesh({"data": 4, "fsdp": 2})
+    state = {"params": {"a": {"kernel": jnp.zeros((4, 4))}, "b": jnp.zeros(4)}, "step": jnp.int32(0)}
+    placed = sharding.state_shardings(state, mesh, (("kernel", ("fsdp", None)), (".*", ())))
+    assert placed["params"]["a"]["kernel"].spec == P("fsdp", None) and placed["params"]["b"].spec == P()
+    with pytest.raises(InputError, match="no rule for params/b"):
+        sharding.state_shardings(state, mesh, (("kernel", ()),))
+    with pytest.raises(InputError, match="'attn' matches no parameter"):
+        sharding.state_shardings(state, mesh, (("attn", ()), (".*", ())))
+    with pytest.raises(InputError, match="'zero' is none of replicated, fsdp, tensor"):
+        sharding.state_shardings(state, mesh, "zero")
+    with pytest.raises(InputError, match="an axis 'model', which config.mesh lacks"):
+        sharding.state_shardings(state, mesh, (("kernel", (None, "model")), (".*", ())))
+    with pytest.raises(InputError, match=r"params/c \(3,\) does not divide over 'fsdp' = 2"):
+        sharding.state_shardings({"params": {"c": jnp.zeros(3)}}, mesh, ((".*", ("fsdp",)),))
+
+
+@pytest.mark.parametrize("name", ["ViT-B/32", "RN50"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_kinds_split_what_they_should(name, scan):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "model": 2})
+    model = models.build(name, scan_layers=scan)
+    params = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
+
+    def share(kind):  # of the parameters, how much lies on one device
+        placed = sharding.state_shardings(params, mesh, kind)
+        sizes = jax.tree.map(lambda p, s: np.prod(s.shard_shape(p.shape)), params, placed)
+        return sum(jax.tree.leaves(sizes)) / sum(p.size for p in jax.tree.leaves(params)), placed
+
+    assert share(None)[0] == share("replicated")[0] == 1
+    assert 0.5 <= share("fsdp")[0] < 0.51  # all but the small ones
+    tensor, placed = share("tensor")
+    assert 0.5 < tensor < 0.85  # embeddings and convolutions stay whole
+    both, _ = share("fsdp+tensor")
+    assert 0.25 < both < min(0.45, tensor)
+    blocks = placed["text"]["transformer"]
+    mlp = (blocks["resblocks"] if scan else blocks["resblocks_0"])["mlp"]
+    assert mlp["c_fc"]["kernel"].spec[-2:] == (None, "model") and mlp["c_proj"]["kernel"].spec[-2:] == ("model", None)
+    assert mlp["c_fc"]["bias"].spec[-1] == "model"

@@ -1,0 +1,295 @@
+import functools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from PIL import Image
+
+from input_pipeline import shapes
+from rankclip_jax import config as configs
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.losses import clip_loss, gradient_cosine, rank_consistency, term_gradients
+from rankclip_jax.models import images
+from rankclip_jax.study import report, statistics
+from rankclip_jax.study.batches import batch_of, epoch_order, random_window
+from rankclip_jax.study.data import read_labelled, read_pairs, view_of
+from rankclip_jax.study.runs import Study, split
+from rankclip_jax.study.training import Job, Programs
+from rankclip_jax.train.session import build_model
+from tests.test_imports import BLOCK
+
+REPO = Path(__file__).parents[2]
+SMOKE = [
+    "batch_size=16",
+    "epochs=2",
+    "data.train=48",
+    "data.val=24",
+    "model.image_size=16",
+    "model.vision={'patch_size': 8, 'width': 16, 'layers': 1, 'heads': 2}",
+    "model.text={'width': 16, 'layers': 1, 'heads': 2}",
+    "optim.warmup_steps=2",
+    "eval.zero_shot={'seen': {'format': 'shapes', 'path': 'seen:112'}, 'held_out': {'format': 'shapes', 'path': "
+    "'held_out:16'}}",
+    "study.objectives={'clip': {'objective': 'clip'}, 'rankclip': {'objective': 'rankclip'}}",
+    "study.more_seeds={'clip': 2}",
+    "study.seeds=1",
+    "study.select_share=0.5",
+    "study.pairs=16",
+]
+
+
+def smoke(*more):
+    return configs.load(str(REPO / "configs" / "study_shapes.py"), [*SMOKE, *more])
+
+
+def test_estimates_are_student_t_intervals():
+    values = [0.1, 0.4, 0.25, 0.35, 0.2]
+    low, high = scipy.stats.t.interval(0.95, 4, np.mean(values), scipy.stats.sem(values))
+    found = statistics.estimate(values)
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+    # By hand: t(0.975, 1) = 12.706, and s / sqrt(2) = 0.5 for values one apart.
+    assert statistics.estimate([1.0, 2.0]) == (1.5, pytest.approx(12.7062 * 0.5, rel=1e-5), 2)
+    assert statistics.estimate([3.0]) == (3.0, None, 1) and not statistics.estimate([3.0]).excludes_zero
+
+
+def test_differences_are_paired_by_seed():
+    ours, theirs = {0: 0.5, 1: 0.9, 2: 0.1, 7: 99.0}, {2: 0.0, 1: 0.8, 0: 0.4, 3: -99.0}
+    found = statistics.paired(ours, theirs)
+    assert found.mean == pytest.approx(0.1) and found.n == 3 and found.excludes_zero
+    assert found.half == pytest.approx(0, abs=1e-9)  # the seeds' own luck, far larger, cancels
+    assert statistics.paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_an_epoch_has_every_row_once_and_each_another_order():
+    key = jax.random.key(3)
+    first, second = (np.asarray(epoch_order(key, epoch, 50, 16)) for epoch in (0, 1))
+    assert first.shape == (3, 16) and len(np.unique(first)) == 48 and not np.array_equal(first, second)
+    assert sorted(np.ravel(epoch_order(key, 0, 48, 16))) == list(range(48))
+
+
+def test_windows_are_whole_inside_and_of_the_area_asked_for():
+    keys = jax.random.split(jax.random.key(0), 400)
+    for size in ((30, 30), (20, 44), (6, 60)):
+        draw = functools.partial(random_window, size_2=jnp.array(size), scale=(0.3, 0.6))
+        windows = np.asarray(jax.vmap(draw)(keys))
+        assert np.array_equal(windows, np.round(windows)) and windows.min() >= 0
+        assert (windows[:, :2] + windows[:, 2:] <= np.array(size)).all()
+        area, ratio = windows[:, 2:].prod(axis=1) / np.prod(size), windows[:, 3] / windows[:, 2]
+        assert ratio.min() > 0.6 and ratio.max() < 1.6  # 3/4 to 4/3, rounded to whole pixels
+        if size == (30, 30):
+            assert 0.27 < area.min() < 0.35 and 0.55 < area.max() < 0.64
+            assert len(np.unique(windows[:, :2], axis=0)) > 100
+        if size == (6, 60):  # 4/3 of the height is all that fits: the central window
+            assert (windows == [0, 26, 6, 8]).all()
+
+
+def _csv(folder, count=6):
+    rng = np.random.default_rng(0)
+    rows = ["image,caption,label"]
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3)).astype(np.uint8)).save(folder / f"{i}.png")
+        rows.append(f'{i}.png,"a picture, number {i}",{i % 2}')
+    (folder / "all.csv").write_text("\n".join(rows))
+    return configs.complete({"data": {"format": "csv", "train": str(folder / "all.csv")}}).data
+
+
+def test_batches_hold_the_pictures_that_pil_gives(tmp_path):
+    data = _csv(tmp_path)
+    pairs = read_pairs(data, data.train, side=16, canvas=32, split="train")
+    assert pairs.captions[2] == "a picture, number 2" and pairs.size[2].tolist() == [22, 30]
+    arrays = {"image": jnp.asarray(pairs.canvas), "size": jnp.asarray(pairs.size), "tokens": jnp.arange(6)[:, None]}
+    rows = jnp.array([4, 0, 2])
+    batch = batch_of(arrays, rows, jax.random.key(0), (0.5, 1.0))
+    views = np.asarray(images.views(batch, 16)[:, 0]).astype(int)
+    for view, row, window in zip(views, rows, np.asarray(batch["windows"][:, 0]), strict=True):
+        top, left, height, width = map(float, window)
+        picture = Image.open(tmp_path / f"{row}.png")
+        box = (left, top, left + width, top + height)
+        expected = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC, box=box)).astype(int)
+        assert abs(view - expected).max() <= 1
+    assert batch["tokens"][:, 0].tolist() == [4, 0, 2]
+    assert read_pairs(data, data.train, side=16, canvas=32, split="train", limit=2).captions == pairs.captions[:2]
+    shrunk = read_pairs(data, data.train, side=8, canvas=15, split="train")
+    assert shrunk.size.max() == 15 and view_of(shrunk, 8).shape == (6, 8, 8, 3)
+
+
+def test_scenes_are_those_of_the_pipeline():
+    pairs = read_pairs(smoke().data, 5, side=16, canvas=16, split="train")
+    image, caption, _ = shapes.draw("train", 3, 16)
+    assert np.array_equal(pairs.canvas[3], image) and pairs.captions[3] == caption
+
+
+def test_labelled_sets_split_into_what_chooses_and_what_is_reported(tmp_path):
+    _csv(tmp_path)
+    (tmp_path / "names.json").write_text('["even", "odd"]')
+    spec = configs.complete(
+        {"eval": {"zero_shot": {"a": dict(path=str(tmp_path / "all.csv"), classes=str(tmp_path / "names.json"))}}}
+    ).eval.zero_shot.a
+    labelled = read_labelled(spec, side=8)
+    assert labelled.labels.tolist() == [0, 1, 0, 1, 0, 1] and labelled.names == ["even", "odd"]
+    first, rest = split(labelled, 1 / 3)
+    assert len(first.labels) == 2 and np.array_equal(np.concatenate([first.images, rest.images]), labelled.images)
+    with pytest.raises(InputError, match="select_share"):
+        split(labelled, 0.01)
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path):
+    data = _csv(tmp_path)
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"3\.png.*a study needs every picture"):
+        read_pairs(data, data.train, side=16, canvas=32, split="train")
+    with pytest.raises(InputError, match="no such file"):
+        read_pairs(data, tmp_path / "none.csv", side=16, canvas=32, split="train")
+    data.caption_key = "text"
+    with pytest.raises(InputError, match="no column 'text', only image, caption, label"):
+        read_pairs(data, data.train, side=16, canvas=32, split="train")
+    data.format = "tfrecord"
+    with pytest.raises(InputError, match="a study reads csv and shapes"):
+        read_pairs(data, data.train, side=16, canvas=32, split="train")
+
+
+def test_term_gradients_are_those_of_the_terms():
+    keys = jax.random.split(jax.random.key(0))
+    z = tuple(x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (jax.random.normal(k, (12, 8)) for k in keys))
+    found = {k: float(v) for k, v in term_gradients(*z, 5.0).items()}
+    clip = jax.grad(lambda z: clip_loss(*z, 5.0))(z)
+    both = [jax.grad(lambda z, i=i: rank_consistency(*z, 5.0)[i])(z) for i in (0, 1)]
+    clip, inner, cross = (np.concatenate([np.ravel(g) for g in grads]).astype(np.float64) for grads in (clip, *both))
+    for a, b, name in ((clip, inner, "clip_in_modal"), (clip, cross, "clip_cross_modal")):
+        expected = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        assert found[f"cosine_{name}"] == pytest.approx(expected, abs=1e-5)
+    assert found["norm_clip"] == pytest.approx(np.linalg.norm(clip), rel=1e-5)
+    # The sum of the two ranking terms, which gradient_cosine compares, follows from the parts.
+    total = inner + cross
+    expected = clip @ total / np.linalg.norm(clip) / np.linalg.norm(total)
+    assert float(gradient_cosine(*z, 5.0)) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_term_may_follow_a_schedule():
+    terms = {"cyclic_in_modal": {"weight": 0.25, "schedule": "ramp"}}
+    assert configs.complete({"loss": {"terms": terms}}).loss.terms.cyclic_in_modal.weight == 0.25
+    with pytest.raises(InputError, match="terms.clip: write a number, or"):
+        configs.complete({"loss": {"terms": {"clip": {"weight": 1.0, "schedule": "linear"}}}})
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return Study(smoke(), tmp_path_factory.mktemp("study"))
+
+
+def _train(study, jobs, **loss):
+    config = configs.complete(study.config.to_dict() | {"loss": loss})
+    programs = Programs(build_model(config, study.tokenizer), config, study._count)
+    found = {}
+    programs.train(jobs, study._data, 2, lambda job, state, metrics: found.update({job: (state, metrics)}))
+    return found
+
+
+@pytest.mark.slow
+def test_seeds_under_vmap_are_the_seeds_one_by_one(study):
+    jobs = [Job(1e-3, 0), Job(1e-3, 1), Job(2e-3, 1)]
+    loss = dict(objective="rankclip", schedule="constant", lambda_in=0.5, lambda_cross=0.5)
+    together = _train(study, jobs, **loss)
+    alone = {}
+    for job in jobs:
+        alone |= _train(study, [job], **loss)
+    flat = {}
+    for job in jobs:
+        (a, a_metrics), (b, b_metrics) = together[job], alone[job]
+        assert a_metrics["loss"] == pytest.approx(b_metrics["loss"], rel=1e-4)
+        flat[job], other = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(s.params)]) for s in (a, b))
+        # Sums are taken in another order, and Adam's first steps follow the sign of what may be rounding noise.
+        assert np.quantile(abs(flat[job] - other), 0.99) < 2e-4
+    assert all(np.median(abs(flat[a] - flat[b])) > 1e-4 for a, b in ((jobs[0], jobs[1]), (jobs[1], jobs[2])))
+
+
+@pytest.mark.slow
+def test_a_scheduled_term_ramps_in(study):
+    """In the first of two epochs the ramp is 0, in the second 2: then the weight is that of a constant 2 x 0.5."""
+    found = _train(study, [Job(1e-3, 0)], objective="clip", terms={"in_modal": {"weight": 0.5, "schedule": "ramp"}})
+    metrics = found[Job(1e-3, 0)][1]
+    assert metrics["loss"] == pytest.approx(metrics["clip"] + metrics["rank_in_modal"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_where_it_stopped_and_reports(study, monkeypatch, capsys):
+    class StoppedError(Exception):
+        pass
+
+    trained = []
+    train = Study._train
+
+    def until(self, programs, config, jobs, full):
+        if len(trained) == 3:
+            raise StoppedError
+        trained.append((config.loss.objective, jobs, full))
+        return train(self, programs, config, jobs, full)
+
+    monkeypatch.setattr(Study, "_train", until)
+    with pytest.raises(StoppedError):
+        study.run()
+    files = sorted(study.folder.rglob("*.json"))
+    assert len(files) == 3  # of clip: two rates tried, one seed of two
+    before = [f.read_text() for f in files]
+    monkeypatch.setattr(Study, "_train", train)
+    found = study.run()
+    assert "7/7  runs rankclip seed 0" in capsys.readouterr().out
+    assert [f.read_text() for f in files] == before  # what was done is not done again
+    assert [(r["objective"], r["seed"]) for r in found] == [("clip", 0), ("clip", 1), ("rankclip", 0)]
+    assert all(len(r["curve"]) == 2 and 0 <= r["final"]["zero_shot/held_out"] <= 1 for r in found)
+    text = report.write(study.folder, study.config, found)
+    assert (study.folder / "curves.png").stat().st_size > 5000 and (study.folder / "dynamics.png").exists()
+    results = json.loads((study.folder / "results.json").read_text())["results"]
+    clip, rank = ([r["final"]["geometry/modality_gap"] for r in found if r["objective"] == o] for o in results)
+    assert results["clip"]["metrics"]["geometry/modality_gap"]["mean"] == pytest.approx(np.mean(clip))
+    difference = results["rankclip"]["difference"]["geometry/modality_gap"]
+    assert difference["n"] == 1 and difference["mean"] == pytest.approx(rank[0] - clip[0])
+    assert "| clip | 2 |" in text and "| rankclip | 1 |" in text and "| rankclip - clip | " in text
+    # The rate is the one whose search run did best.
+    searched = [r for r in (json.loads(file.read_text()) for file in files) if r["seed"] == 1000]
+    scores = {r["lr"]: r["curve"][-1]["zero_shot/seen"] for r in searched}
+    assert found[0]["lr"] == max(scores, key=lambda lr: (scores[lr], -lr)) and len(scores) == 2
+    # Another configuration is refused, not mixed in.
+    study.config.optim.b1 = 0.8
+    with pytest.raises(InputError, match=r"another configuration \(optim\)"):
+        study.run()
+
+
+@pytest.mark.slow
+def test_a_study_needs_no_tensorflow(tmp_path):
+    arguments = ["study", "--config", "configs/study_shapes.py", "--workdir", str(tmp_path / "s")]
+    arguments += [f"--config.{text}" for text in SMOKE]
+    arguments += ["--config.study.seeds=1", "--config.study.more_seeds={}", "--config.study.lrs=()"]
+    arguments += ["--config.epochs=1", "--config.study.baseline=siglip"]
+    arguments += ["--config.study.objectives={'siglip': {'objective': 'siglip'}}"]
+    script = BLOCK + f"sys.argv = {arguments!r}\nfrom rankclip_jax.study.__main__ import main\nmain()"
+    result = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "| siglip | 1 |" in result.stdout and (tmp_path / "s" / "results.md").exists()
+
+
+def test_wrong_studies_say_what_is_wrong(tmp_path):
+    with pytest.raises(InputError, match=r"config\.study\.objectives is empty"):
+        Study(configs.complete({"data": {"format": "shapes", "train": 10, "val": 5}}), tmp_path)
+    with pytest.raises(InputError, match=r"more_seeds\.klip is none of clip, rankclip"):
+        Study(smoke("study.more_seeds={'klip': 3}"), tmp_path)
+    with pytest.raises(InputError, match=r"baseline = 'klip' is none of clip, rankclip"):
+        Study(smoke("study.baseline=klip"), tmp_path)
+    with pytest.raises(InputError, match="fewer than a batch"):
+        Study(smoke("batch_size=64"), tmp_path)
+    assert math.isclose(sum(configs.load(str(REPO / "configs/study_shapes.py")).study.lrs), 4e-3)
+
+
+@pytest.mark.parametrize("name", ["study_shapes", "study_cifar10"])
+def test_every_objective_of_the_configs_is_complete(name):
+    config = configs.load(str(REPO / "configs" / f"{name}.py"))
+    for fields in config.study.objectives.values():
+        configs.complete({"loss": fields.to_dict()})
+    assert config.study.baseline in config.study.objectives and config.study.more_seeds.rankclip == 5

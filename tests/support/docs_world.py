@@ -1,0 +1,102 @@
+"""A folder in which the commands of the README and docs find what they name: data, models, runs, all tiny."""
+
+import csv
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+
+from rankclip_jax.weights import formats, pretrained
+from tests.support.made_models import VIT, make_workdir
+
+REPO = Path(__file__).parents[2]
+MODEL = VIT | {tower: VIT[tower] | {"layers": 1} for tower in ("vision", "text")}
+# What the pages write for the reader's own things, or fetch from the network -> its stand-in here.
+STAND_INS = {
+    "PATH_TO_THE_FOLDER": "data/cifar10",
+    "CONFIG": "configs/shapes.py",
+    "DIR": "runs/shapes",
+    "DATA": "data",
+    "gs://BUCKET/": "",
+    "openai/clip-vit-base-patch32": "tokenizer.json",
+}
+# Appended to a training command that is run: the same run, small.
+SMALL = [
+    "--config.steps=2",
+    "--config.batch_size=8",
+    "--config.optim.warmup_steps=1",
+    "--config.model.name=ViT-tiny",
+    f"--config.model.image_size={MODEL['image_size']}",
+    f"--config.model.context_length={MODEL['context_length']}",
+    f"--config.model.vision={MODEL['vision']}",
+    f"--config.model.text={MODEL['text']}",
+    "--config.model.scan_layers=False",
+    "--config.model.dtype=float32",
+    "--config.model.activation=None",
+    "--config.mesh={'data': -1}",
+    "--config.checkpoint.every_steps=None",
+]
+
+
+def make_world(root: Path) -> None:
+    """Fills `root`. Needs neither TensorFlow nor the network."""
+    (root / "configs").symlink_to(REPO / "configs")
+    (root / "requirements.txt").symlink_to(REPO / "requirements.txt")
+    _pictures(root / "photos", 16)
+    for i in range(16):
+        (root / "photos" / f"{i}.txt").write_text(f"a photo of the {_name(i)} thing number {i}\n")
+    for name in "a.png", "b.jpg":
+        Image.open(root / "photos" / "0.png").save(root / name)
+    for table in "mine.csv", "held_out.csv":
+        _table(root / table, [(f"photos/{i}.png", f"{_name(i)} number {i}") for i in range(16)])
+    for i in range(8):
+        (root / "classes" / _name(i)).mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / "photos" / f"{i}.png", root / "classes" / _name(i) / f"{i}.png")
+    for folder in "cc3m", "shards":
+        (root / folder).mkdir()
+        for shard in range(2):
+            with tarfile.open(root / folder / f"{shard:05}.tar", "w") as tar:
+                for i in range(8):
+                    tar.add(root / "photos" / f"{i}.png", f"{shard}{i:03}.png")
+                    tar.add(root / "photos" / f"{i}.txt", f"{shard}{i:03}.txt")
+    for name in "cifar10", "cc3m":
+        _pictures(root / "data" / name / "pictures", 8)
+        rows = [(f"pictures/{i}.png", _name(i)) for i in range(8)]
+        for split in "train", "val":
+            _table(root / "data" / name / f"{split}.csv", rows * 2)
+    cifar10 = root / "data" / "cifar10"
+    _table(cifar10 / "labels.csv", [(f"pictures/{i}.png", i % 4) for i in range(8)], "label")
+    (cifar10 / "classes.json").write_text(json.dumps([_name(i) for i in range(4)]))
+    (cifar10 / "templates.json").write_text(json.dumps(["a photo of {}"]))
+    (root / "Train_GCC-training.tsv").write_text("a caption\thttp://127.0.0.1:9/a.jpg\n" * 3)
+    make_workdir(root / "runs" / "shapes", MODEL)
+    shutil.copy(root / "runs" / "shapes" / "tokenizer.json", root / "tokenizer.json")
+    _openai_file(root / "ViT-B-32.pt", root / "runs" / "shapes")
+
+
+def _openai_file(path: Path, workdir: Path) -> None:
+    """The model of a workdir as OpenAI's state dict."""
+    model = pretrained.read(workdir)
+    formats.write_openai(path.parent / "openai", model.config, model.variables)
+    torch.save(safetensors.torch.load_file(path.parent / "openai" / "open_clip_model.safetensors"), path)
+
+
+def _name(i: int) -> str:
+    return ("red circle", "blue star", "green cross", "grey cat")[i % 4]
+
+
+def _pictures(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (40, 48, 3)).astype(np.uint8)).save(folder / f"{i}.png")
+
+
+def _table(path: Path, rows, column="caption") -> None:
+    with path.open("w", newline="") as out:
+        csv.writer(out).writerows([("image", column), *rows])

@@ -1,0 +1,116 @@
+"""Every program of a run is lowered for CUDA and TPU, and compiled where their compilers are installed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from jax._src import xla_bridge
+
+from rankclip_jax import config as configs
+from rankclip_jax.inference import model as inference
+from rankclip_jax.parallel.mesh import make_mesh
+from rankclip_jax.train import loop, targets
+from rankclip_jax.weights import pretrained
+from tests.support import backends, made_models
+from tests.support.backends import AXES, H100, PROGRAMS, V5E
+
+RECORDS = {"cuda": H100, "tpu": V5E}
+# What attends in bfloat16, and what has no ranking term.
+BY_CUDNN = {name for name in PROGRAMS if name.startswith(("step", "validation", "embed", "study"))}
+BY_CUDNN -= {"step: float32", "step: float32 ResNet", "step: XLA's attention"}
+WITHOUT_RANKING = {"step: clip", "step: cyclip", "step: siglip", "embed images", "embed texts", "restoring"}
+QUICK = ("step: base", "step: ResNet", "step: float32", *backends.OTHERS)
+
+
+@pytest.fixture
+def as_an_accelerator(monkeypatch):
+    """jax answers as it does on every GPU and TPU, whose backends come through PJRT's C API."""
+    monkeypatch.setattr(xla_bridge, "using_pjrt_c_api", lambda backend=None: True)
+
+
+def lowered(function, arguments, platform) -> str:
+    with targets.cudnn_assumed():
+        return function.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+def has_cudnn(text: str) -> bool:
+    return "__cudnn$fmha" in text or "CustomSPMDPartitioning" in text  # the latter is jax's wrapper of it on a mesh
+
+
+@pytest.mark.parametrize("platform", RECORDS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PROGRAMS]
+)
+def test_lowered(name, platform, as_an_accelerator):
+    mesh = make_mesh(AXES.get(name, {"data": -1}))
+    with targets.cudnn_assumed():
+        function, arguments = PROGRAMS[name](mesh, RECORDS[platform])
+    text = lowered(function, arguments, platform)
+    assert "rankclip_host_order" not in text and "python" not in text.lower()  # nothing calls the host back
+    assert has_cudnn(text) == (platform == "cuda" and name in BY_CUDNN)
+    assert ("stablehlo.sort" in text or "top_k" in text) == (name not in WITHOUT_RANKING)
+
+
+@pytest.mark.parametrize("platform", RECORDS)
+def test_an_encoder_as_load_makes_it(platform, tmp_path, monkeypatch, as_an_accelerator):
+    monkeypatch.setattr(inference, "devices_of", lambda mesh: RECORDS[platform])
+    read = pretrained.read(made_models.make_workdir(tmp_path / "run", made_models.VIT))
+    model = inference.Model(read, "bfloat16")
+    config = model.source.config
+    side, length = config.vision.image_size, config.text.context_length
+    for batch in (jax.ShapeDtypeStruct((8, side, side, 3), "uint8"), jax.ShapeDtypeStruct((8, length), "int32")):
+        text = lowered(model._embed, (model._variables, batch), platform)
+        assert has_cudnn(text) == (platform == "cuda")
+
+
+CC3M = ["data.format=shapes", "model.name=ViT-tiny", "model.vision={'layers':1,'width':64,'heads':1}"]
+CC3M += ["model.image_size=32", "model.text={'layers':1,'width':64,'heads':1}"]
+CC3M += ["model.context_length=None", "tokenizer.path=None", "eval.suite=None", "optim.warmup_steps=1"]
+SHAPES = ["model.image_size=16", "model.vision={'layers':(1,1),'width':8,'stem':'small'}"]
+FEW = ["steps=3", "batch_size=16", "data.train=48", "data.val=16", "eval.zero_shot={}", "log_every=1"]
+
+
+@pytest.mark.parametrize("name, changes", [("shapes", [*SHAPES, "optim.warmup_steps=1"]), ("cc3m", CC3M)])
+def test_three_steps_as_on_an_accelerator(name, changes, tmp_path, as_an_accelerator):
+    config = configs.load(f"configs/{name}.py", [*FEW, *changes])
+    assert config.model.dtype == ("bfloat16" if name == "cc3m" else "float32")
+    loop.train(config, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+
+
+COMPILED = ("step: base", "step: ResNet", "loss", "embed texts")
+SCRIPT = """
+import sys
+from rankclip_jax.parallel import sharding
+from rankclip_jax.train import targets
+from rankclip_jax.common.devices import devices_of
+from tests.support.backends import PROGRAMS
+name, target = sys.argv[1:]
+with targets.cudnn_assumed():
+    mesh = make_mesh({"data": -1}, targets.devices(targets.parse_target(target)))
+    function, arguments = PROGRAMS[name](mesh, devices_of(mesh))
+    compiled = function.lower(*arguments).compile()
+print("peak", compiled.memory_analysis().temp_size_in_bytes)
+print("cudnn" if "__cudnn$fmha" in compiled.as_text() else "products")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["1xH100", "8xH100", "v5e:2x2"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled(name, target):
+    platform = targets.parse_target(target).platform
+    if not targets.has_compiler(platform):
+        pytest.skip(f"needs the compiler: {targets.HOW_TO_INSTALL[platform]}")
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, name, target],
+        env=targets.environment(platform) | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert ("cudnn" in done.stdout) == (platform == "gpu" and name != "loss")

@@ -1,0 +1,219 @@
+"""The plan of a run: what it reads from compiled programs is what the formulas say."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rankclip_jax import models
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.config import complete
+from rankclip_jax.parallel.mesh import make_mesh
+from rankclip_jax.train import hlo, plan, targets
+from rankclip_jax.train.flops import ACCELERATORS
+from rankclip_jax.train.targets import parse_target
+
+SMALL = dict(
+    batch_size=64,
+    model=dict(name="ViT-tiny", image_size=32, context_length=16, scan_layers=True),
+    tokenizer=dict(vocab_size=512),
+    data=dict(format="shapes"),
+    plan=dict(target="8xH100", samples=6400, utilisation=0.5),
+    epochs=10,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "count"), [("v5e:4x4", "v5e", 16), ("v5p:4x4x8", "v5p", 128), ("8xH100", "H100", 8)]
+)
+def test_targets(text, kind, count):
+    target = parse_target(text)
+    assert (target.kind, target.count) == (kind, count)
+    assert (target.topology == text) == (target.platform == "tpu") == kind.startswith("v")
+
+
+@pytest.mark.parametrize("text", ["v5e", "H100", "8xH99", "v9:4x4", "0.5xH100", "0xH100", ""])
+def test_a_wrong_target_says_what_is_known(text):
+    with pytest.raises(InputError, match=r"config.plan.target=.*such as v5e:4x4.*H100"):
+        parse_target(text)
+
+
+def test_collectives_are_counted_by_kind_and_as_often_as_they_run():
+    text = """HloModule jit_step
+
+%inner (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %c = bf16[4]{0} all-reduce-start(bf16[4]{0} %w), to_apply=%add
+}
+
+%layers (p: f32[8]) -> f32[8] {
+  %g = f32[64,32]{1,0} all-gather(f32[8,32]{1,0} %x), dimensions={0}
+  ROOT %v = f32[8]{0} while(%t), condition=%c2, body=%inner, backend_config={"known_trip_count":{"n":"5"}}
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %b = (f32[10]{0}, f32[20,2]{1,0}) all-reduce(%y, %z), to_apply=%add
+  %v = f32[8]{0} while(%t), condition=%c1, body=%layers, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %d = f32[8]{0} add(%p, %q)
+}
+"""
+    assert hlo.collectives(text) == {"all-gather": (3, 3 * 64 * 32 * 4), "all-reduce": (1 + 15, 200 + 15 * 8)}
+
+
+def test_joined_arrays_and_loops_as_the_tpu_compiler_writes_them():
+    many = ", ".join(["f32[10]{0:T(8,128)}"] * 5) + ", /*index=5*/bf16[4,2]{1,0:T(8,128)}"
+    text = f"""HloModule jit_step
+
+%counter (p: (s32[], f32[8])) -> pred[] {{
+  %twelve = s32[]{{:T(128)}} constant(12)
+  ROOT %lt = pred[]{{:T(512)}} compare(%i, %twelve), direction=LT
+}}
+
+%until (p: (s32[], f32[8])) -> pred[] {{
+  ROOT %any = pred[]{{:T(512)}} reduce(%pending), to_apply=%or
+}}
+
+%layer (p: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %all-reduce.1 = ({many}) all-reduce(%x, %y), to_apply=%add
+}}
+
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %w = (s32[], f32[8]) while(%t), condition=%counter, body=%layer, metadata={{op_name="while"}}
+  %v = (s32[], f32[8]) while(%t), condition=%until, body=%layer2, metadata={{op_name="while"}}
+  %g = (f32[8]{{0}}, f32[64]{{0}}) all-gather-start(%a), dimensions={{0}}
+}}
+"""
+    assert hlo.collectives(text) == {"all-reduce": (12, 12 * (5 * 40 + 16)), "all-gather": (1, 256)}
+
+
+def test_a_program_with_sorts_has_no_time():
+    """As libtpu writes them: an operation with an estimate, one with none, and one of -1 s."""
+    fusion = '%f = f32[8]{0} fusion(%a), calls=%fused, backend_config={"estimated_cycles":"1825"}'
+    sort = "%s = (s32[8,9]{1,0}, s32[8,9]{1,0}) sort(%k, %i), dimensions={1}, to_apply=%less"
+    moved = '%r = f32[8]{0} all-reduce-start(%a), to_apply=%add, backend_config={"estimated_cycles":"-1"}'
+    priced = '%t = (s32[8]{0}) sort(%k), dimensions={0}, backend_config={"estimated_cycles":"700"}'
+    assert hlo.unpriced(f"  {fusion}\n  {priced}\n") == set()
+    assert hlo.unpriced(f"  {fusion}\n  {sort}\n") == {"sort"}
+    assert hlo.unpriced(f"  {sort}\n  {moved}\n") == {"sort", "all-reduce"}
+
+
+def test_the_counts_are_those_of_a_real_program():
+    mesh = make_mesh({"data": 8})
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+
+    def layers(x, w):
+        def layer(x, w):
+            return jax.lax.with_sharding_constraint(jnp.tanh(x @ w), rows), None
+
+        return jax.lax.scan(layer, x, w)[0]
+
+    x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=rows)
+    w = jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "data")))
+    compiled = jax.jit(layers, out_shardings=whole).lower(x, w).compile()
+    count, size = hlo.collectives(compiled.as_text())["all-gather"]
+    # Five gathers of a weight, in the loop or before it, or its rows' share of products; and the result.
+    assert size >= 5 * 64 * 64 * 4 + 16 * 64 * 4 and count in (2, 6)
+
+
+def test_a_line_through_two_batches_and_days():
+    config = complete(SMALL | {"batch_size": 128})
+    facts = dict(real=True, attention="cudnn", sort="XLA's", bfloat16=True)
+    half = facts | dict(parameters=1, flops=1e12, states=2**30, temporary=3 * 2**30, collectives={})
+    numbers = plan.summary(config, parse_target("8xH100"), half | dict(temporary=5 * 2**30), half)
+    assert numbers["peak_gib"] == 6
+    # Half of the batch took 2 GiB more, so a row takes 1/32 GiB, and what the batch does not change takes 2 GiB.
+    assert numbers["largest_batch"] == (80 - 2) * 32 // 8 * 8
+    assert numbers["seconds_per_step"] == pytest.approx(1e12 / (8 * 989e12 * 0.5))
+    assert numbers["days"] == pytest.approx(10 * (6400 // 128) * numbers["seconds_per_step"] / 86400)
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_small_run(capsys):
+    many = {"batch_size": 1024}  # activations, if they moved, would be far more than the parameters
+    numbers = plan.plan(complete(SMALL | many | {"mesh": {"data": 2, "fsdp": 4}, "sharding": "fsdp"}))
+    said = capsys.readouterr().out
+    model = models.build("ViT-tiny", image_size=32, context_length=16, vocab_size=512, eot_id=511, scan_layers=True)
+    params = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
+    count = sum(p.size for p in jax.tree.leaves(params))
+    assert numbers["parameters"] == count and f"{count:,}" in said
+    # Parameters and two moments, nearly all split in four, and inputs: uint8 pictures and int32 tokens.
+    states = 3 * 4 * count / 4 / 2**30
+    assert states < numbers["states_gib"] < 1.5 * states + 2**-10
+    kinds = numbers["collectives"]
+    assert "all-gather" in kinds and kinds["all-gather"][1] > 4 * count * 0.5  # parameters are gathered to be used
+    # They, their gradients, and what the loss needs: both embeddings there and back. No activations.
+    assert sum(size for _, size in kinds.values()) < 1.2 * (2 * 4 * count + 4 * 4 * 1024 * model.config.embed_dim)
+    assert "largest batch that fits" in said and "days" in said
+    real = targets.has_compiler("gpu")
+    assert numbers["real"] == real and ("pip install --no-deps jax-cuda13-plugin" in said) != real
+    if real:
+        assert numbers["attention"] == "xla" and "self-attention" in said and "sort of the rankings" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which compiles for TPUs")
+@pytest.mark.parametrize("sharding", [None, "fsdp"])
+def test_a_step_compiles_for_a_tpu_slice_and_fits(sharding):
+    mesh = {"data": 1, "fsdp": -1} if sharding else {"data": -1}
+    target = parse_target("v5e:2x2")
+    found = plan.compile_step(complete(SMALL | {"mesh": mesh, "sharding": sharding}), target)
+    used = (found["states"] + found["temporary"]) / 2**30
+    assert 12 * found["parameters"] / 2**30 / (target.count if sharding else 1) < used < 1 < 16
+    size = 4 * found["parameters"]  # gradients in float32: all-reduced, or gathered and scattered
+    assert sum(moved for _, moved in found["collectives"].values()) > size / 2
+    assert "all-gather" in found["collectives"]  # of the embeddings at the least
+
+
+@pytest.mark.slow
+def test_the_command_line_refuses_in_one_line():
+    command = [sys.executable, "-m", "rankclip_jax.train", "--config", "configs/shapes.py", "--mode=plan"]
+    for flag, message in (
+        ("--config.plan.target=v5e", "config.plan.target = 'v5e'"),
+        ("--config.batch_size=100", "batch_size = 100 does not divide over 8 devices"),
+    ):
+        extra = [] if "target" in flag else ["--config.plan.target=8xH100"]
+        done = subprocess.run([*command, flag, *extra], capture_output=True, text=True, env=os.environ)
+        assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_every_gpu_of_the_table_is_described():
+    """One that XLA does not understand is refused by its compiler: .ci/run compiles for H100."""
+    for kind, (memory, _) in ACCELERATORS.items():
+        if kind.startswith("v"):
+            continue
+        text = targets.gpu_description(kind)
+        size = int(re.search(r"device_memory_size: (\d+)", text)[1]) / 2**30
+        assert 0.88 * memory < size <= 1.01 * memory and kind.partition("-")[0] in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in ACCELERATORS if not kind.startswith("v")])
+def test_every_gpus_compiler_runs(kind):
+    if not targets.has_compiler("gpu"):
+        pytest.skip(f"needs the compiler: {targets.HOW_TO_INSTALL['gpu']}")
+    script = f"""
+import jax
+from rankclip_jax.parallel import sharding
+from rankclip_jax.train import targets
+from rankclip_jax.common.devices import devices_of
+mesh = make_mesh({{"data": -1}}, targets.devices(targets.parse_target("1x{kind}")))
+x = jax.ShapeDtypeStruct((256, 256), "float32", sharding=batch_sharding(mesh))
+print(jax.jit(lambda x: jax.lax.sort(x @ x)).lower(x).compile().memory_analysis().temp_size_in_bytes)
+print(devices_of(mesh))
+"""
+    environment = targets.environment("gpu")
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "platform='gpu'" in done.stdout, done.stderr[-2000:]
+
+
+def test_without_the_compiler_one_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(targets, "has_compiler", lambda platform: False)
+    for text, package in (("v5e:2x2", "libtpu"), ("8xH100", "jax-cuda13-plugin")):
+        with pytest.raises(InputError, match=f"{text}: its compiler is not installed. Run: pip install .*{package}"):
+            targets.devices(parse_target(text))

@@ -1,0 +1,151 @@
+"""What makes a step fast changes none of its numbers, and is there: fused attention, donation, policies, traces."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rankclip_jax import models
+from rankclip_jax.common.devices import Devices
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.config import complete
+from rankclip_jax.parallel import compilation_cache
+from rankclip_jax.parallel.mesh import make_mesh
+from rankclip_jax.train import flops, optim
+from rankclip_jax.train import step as steps
+from rankclip_jax.train.profile import Trace
+from rankclip_jax.train.session import build_model
+from tests.train.test_step import SMALL, TEXT
+
+
+def make(dtype="float32", remat=False, name="ViT-tiny"):
+    config = complete({"batch_size": 16, "optim": {"warmup_steps": 2}})
+    model = models.build(name, text=TEXT, **SMALL[name], dtype=dtype, remat=remat)
+    mesh = make_mesh({"data": -1}, jax.devices()[:1])
+    tx = optim.make_optimizer(config.optim, 100)
+    state = steps.abstract_state(model, tx, mesh, None)
+    batch = {
+        "image": jax.ShapeDtypeStruct((16, 16, 16, 3), jnp.uint8),
+        "tokens": jax.ShapeDtypeStruct((16, 8), jnp.int32),
+    }
+    train_step = steps.make_train_step(model, tx, config, mesh, total_steps=100, steps_per_epoch=2)
+    return model, train_step, state, batch
+
+
+@pytest.mark.slow
+def test_the_state_is_donated():
+    _, train_step, state, batch = make()
+    memory = train_step.lower(state, batch).compile().memory_analysis()
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert size <= memory.alias_size_in_bytes <= 1.1 * size
+
+
+@pytest.mark.parametrize("name", ["ViT-tiny", "RN-tiny"])
+def test_bfloat16_is_of_the_towers_only(name):
+    model, train_step, state, batch = make("bfloat16", name=name)
+    new_state, metrics = jax.eval_shape(train_step, state, batch)
+    for leaf in jax.tree.leaves((new_state, metrics)):
+        assert leaf.dtype in (jnp.float32, jnp.int32)
+    images, tokens = model.example_inputs(2)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images, tokens)
+    assert {z.dtype for z in jax.eval_shape(model.apply, variables, images, tokens)} == {jnp.dtype("float32")}
+    text = train_step.lower(state, batch).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line or "convolution" in line]
+    in_half = [line for line in products if "xbf16>) ->" in line]
+    assert len(in_half) > len(products) / 2  # the rest: the resize and the loss, in float32
+
+
+@pytest.mark.slow
+def test_a_policy_changes_what_is_recomputed_not_the_gradient():
+    def products(remat):
+        model = make(remat=remat)[0]
+        images, tokens = (jnp.ones_like(x) for x in model.example_inputs(2))
+        params = model.init(jax.random.key(0), images, tokens)
+
+        def loss(params):
+            z_img, z_txt, scale = model.apply(params, images, tokens)
+            return scale * jnp.vdot(z_img, z_txt)
+
+        gradient = jax.jit(jax.grad(loss))
+        return str(gradient.trace(params).jaxpr).count("dot_general"), lambda: gradient(params)
+
+    found = {remat: products(remat) for remat in (False, "dots_saveable", "dots_with_no_batch_dims_saveable", True)}
+    counts = [count for count, _ in found.values()]
+    assert counts[0] == counts[1] < counts[2] < counts[3]
+    policy, whole = (found[remat][1]() for remat in ("dots_with_no_batch_dims_saveable", False))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), policy, whole)
+
+
+def test_an_unknown_policy_is_refused():
+    tokenizer = Tokenizer.train(["a red circle"], 64)
+    with pytest.raises(InputError, match="remat='dots'. Expected False, True, or one of dots_saveable"):
+        build_model(complete({"model": {"name": "ViT-tiny", "remat": "dots"}}), tokenizer)
+
+
+def test_a_trace_of_some_steps(tmp_path, capsys):
+    for steps_traced, exists in ((None, False), ((3, 4), True)):
+        trace = Trace(steps_traced, tmp_path)
+        for step in range(1, 7):
+            trace.before(step)
+            trace.after(step, jnp.ones(4) + step)
+        assert any(tmp_path.rglob("*.xplane.pb")) == exists
+    assert capsys.readouterr().out.count("profile") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v5 lite", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("Tesla T4", 65),
+        ("NVIDIA L40S", None),
+        ("cpu", None),
+    ],
+)
+def test_peaks_by_the_names_that_jax_has(kind, peak):
+    assert flops.peak_tflops(kind) == peak
+
+
+def test_utilisation_is_a_share_of_the_peak():
+    assert flops.utilisation(16.0, Devices("cpu", "cpu", None, 8)) == {"tflops_per_device": 2.0}
+    v5e = Devices("tpu", "TPU v5 lite", None, 8)
+    assert flops.utilisation(788.0, v5e) == {"tflops_per_device": 98.5, "mfu": 0.5}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ViT-B/32", "RN50", "RN-tiny"]
+    + [pytest.param(n, marks=pytest.mark.slow) for n in models.PRESETS if n not in ("ViT-B/32", "RN50", "RN-tiny")],
+)
+def test_operations_are_those_that_xla_counts(name):
+    """By XLA's own count of the unrolled towers, forward and backward, which only a CPU's backend gives uncompiled."""
+    model = models.build(name)
+    images, tokens = model.example_inputs(2)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images, tokens)
+
+    def towers(variables):
+        z_img, z_txt, _ = model.apply(variables, images, tokens)
+        return z_img.sum() + z_txt.sum()
+
+    counted = jax.jit(jax.grad(towers)).lower(variables).cost_analysis()["flops"]
+    ours = flops.step_flops(model.config, 2) - 24 * 4 * model.config.embed_dim  # the loss, which they lack
+    assert 0.98 < ours / counted <= 1
+    assert flops.step_flops(model.config, 2, views=2) == 2 * ours + 24 * 4 * model.config.embed_dim
+
+
+def test_the_compilation_cache_keeps_out_of_cpus(monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    compilation_cache.enable()
+    assert jax.config.jax_compilation_cache_dir == before
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    try:
+        compilation_cache.enable()
+        assert jax.config.jax_compilation_cache_dir.endswith("rankclip_jax/xla")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

@@ -1,0 +1,156 @@
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from benchmarks import damage
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.config import complete
+from rankclip_jax.parallel.mesh import make_mesh
+from rankclip_jax.weights import checkpoint
+from rankclip_jax.weights.checkpoint import Checkpoints
+from rankclip_jax.weights.fingerprint import fingerprints
+
+
+def config(**fields):
+    return complete({"checkpoint": fields}).checkpoint
+
+
+def saved_steps(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def abstract(tree, place=None):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place or x.sharding), tree)
+
+
+def save(workdir, states, **fields):
+    checkpoints = Checkpoints(workdir, config(**{"keep": 9} | fields))
+    for step, state in states.items():
+        checkpoints.save(step, state, 10 * step, {})
+    checkpoints.close()
+
+
+def state_of(step):
+    return {"params": {"w": jnp.arange(4000.0).reshape(40, 100) * np.float32(0.1) + step}, "step": jnp.int32(step)}
+
+
+def test_state_and_position_come_back_bit_for_bit_with_their_sharding(tmp_path):
+    mesh = make_mesh({"data": 8})
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    w = jnp.arange(32.0) * np.float32(0.1)
+    state = {"w": jax.device_put(w, split), "step": jax.device_put(jnp.int32(7), everywhere)}
+    checkpoints = Checkpoints(tmp_path, config())
+    checkpoints.save(7, state, 123_456_789_012, {})
+    checkpoints.close()
+    restored = checkpoint.restore(tmp_path, config(), abstract(state))
+    assert (restored.step, restored.positions, int(restored.state["step"])) == (7, [123_456_789_012], 7)
+    np.testing.assert_array_equal(restored.state["w"], state["w"])
+    assert restored.state["w"].sharding == split
+
+
+@pytest.mark.parametrize("axes", [{"data": 1}, {"data": 2, "fsdp": 2}, {"data": 1, "fsdp": 8}])
+def test_a_state_saved_on_eight_devices_is_restored_on_others(tmp_path, axes):
+    eight = NamedSharding(make_mesh({"data": 8}), PartitionSpec("data"))
+    state = jax.device_put({"w": jnp.arange(6400.0).reshape(64, 100)}, eight)
+    save(tmp_path, {1: state})
+    count = int(np.prod(list(axes.values())))
+    mesh = make_mesh(axes, jax.devices()[:count])
+    place = NamedSharding(mesh, PartitionSpec(None, None) if count == 1 else PartitionSpec("fsdp"))
+    restored = checkpoint.restore(tmp_path, config(), abstract(state, place)).state
+    assert restored["w"].sharding == place
+    np.testing.assert_array_equal(restored["w"], state["w"])
+
+
+def test_a_fingerprint_is_that_of_the_numbers_whatever_their_sharding():
+    w = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    tree = {"a": w, "b": [w[:, 0].astype(jnp.bfloat16), np.int32(3), np.array([True, False])]}
+    alone = fingerprints(tree)
+    assert list(alone) == ["a", "b/0", "b/1", "b/2"] and len(set(alone.values())) == 4
+    mesh = make_mesh({"data": 8})
+    assert fingerprints({"a": jax.device_put(w, NamedSharding(mesh, PartitionSpec(None, "data")))})["a"] == alone["a"]
+    swapped, flipped = w.copy(), w.copy()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    flipped.view(np.uint32)[3, 3] ^= 1 << 31
+    assert alone["a"] not in (fingerprints({"a": swapped})["a"], fingerprints({"a": flipped})["a"])
+    assert fingerprints({"a": np.float32([0.0])}) != fingerprints({"a": np.float32([-0.0])})
+
+
+@pytest.mark.parametrize("kind", damage.KINDS)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capfd, kind):
+    save(tmp_path, {step: state_of(step) for step in (1, 2, 3)})
+    damage.KINDS[kind](tmp_path / "checkpoints" / "3")
+    restored = checkpoint.restore(tmp_path, config(), abstract(state_of(0)))
+    assert restored.step == 2 and restored.positions == [20]
+    np.testing.assert_array_equal(restored.state["params"]["w"], state_of(2)["params"]["w"])
+    assert f"checkpoint {tmp_path / 'checkpoints' / '3'} is damaged and passed over: " in capfd.readouterr().err
+    step, variables = checkpoint.read_variables(tmp_path, config())
+    assert step == 2
+    np.testing.assert_array_equal(variables["params"]["w"], state_of(2)["params"]["w"])
+    # The run that goes on writes its own step 3; what was there keeps another name.
+    checkpoints = Checkpoints(tmp_path, config(keep=9), start=2)
+    checkpoints.save(3, state_of(3), 30, {})
+    checkpoints.close()
+    assert checkpoint.restore(tmp_path, config(), abstract(state_of(0))).step == 3
+    assert (tmp_path / "checkpoints" / "damaged-3").is_dir() and saved_steps(tmp_path) == [1, 2, 3]
+
+
+def test_where_all_are_damaged_nothing_is_deleted(tmp_path):
+    save(tmp_path, {step: state_of(step) for step in (1, 2)})
+    damage.KINDS["one bit flipped in the largest file"](tmp_path / "checkpoints" / "1")
+    damage.KINDS["empty folder"](tmp_path / "checkpoints" / "2")
+    before = sorted(str(path) for path in tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=r"none of the 2 checkpoints in .* can be read .*; nothing was deleted"):
+        checkpoint.restore(tmp_path, config(), abstract(state_of(0)))
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == before
+
+
+def test_the_latest_the_best_and_every_so_many_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, config(keep=2, best="accuracy", keep_every=3))
+    for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.6), (5, 0.6), (6, None), (7, 0.1)):
+        checkpoints.save(step, state_of(step), step, {} if accuracy is None else {"accuracy": accuracy, "n": 1})
+    checkpoints.close()
+    assert saved_steps(tmp_path) == [2, 3, 6, 7]
+    assert checkpoint.restore(tmp_path, config(), abstract(state_of(0))).step == 7
+    assert checkpoint.restore(tmp_path, config(best="accuracy"), abstract(state_of(0)), best=True).step == 2
+    damage.KINDS["one bit flipped in the largest file"](tmp_path / "checkpoints" / "2")
+    assert checkpoint.read_variables(tmp_path, config(best="accuracy"))[0] == 7
+
+
+def test_what_a_cut_off_save_left_is_cleared_away(tmp_path):
+    save(tmp_path, {1: state_of(1)})
+    shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp")
+    assert checkpoint.restore(tmp_path, config(), abstract(state_of(0))).step == 1
+    checkpoints = Checkpoints(tmp_path, config(), start=1)
+    checkpoints.save(2, state_of(2), 20, {})
+    checkpoints.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_checkpoints_may_lie_elsewhere(tmp_path):
+    elsewhere = str(tmp_path / "bucket" / "run")
+    save(tmp_path / "run", {1: state_of(1)}, folder=elsewhere)
+    assert [path.name for path in (tmp_path / "bucket" / "run").iterdir()] == ["1"]
+    assert checkpoint.restore(tmp_path / "run", config(folder=elsewhere), abstract(state_of(0))).step == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(InputError, match=r"cannot save in .*checkpoints: .*The checkpoints before are as they were"):
+        save(tmp_path, {1: state_of(1)})
+
+
+def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+    checkpoints = Checkpoints(tmp_path, config())
+    state = {"w": jnp.ones(1_000_000)}
+    checkpoints.save(1, state, 0, {})
+    state = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
+    jax.block_until_ready(state)
+    checkpoints.close()
+    restored = checkpoint.restore(tmp_path, config(), {"w": jax.ShapeDtypeStruct((1_000_000,), jnp.float32)})
+    assert float(restored.state["w"].min()) == 1.0

@@ -1,0 +1,477 @@
+"""Weights against `transformers` and open_clip: read theirs, write ours, compare embeddings and bits."""
+
+import dataclasses
+import functools
+import importlib.machinery
+import importlib.util
+import json
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rankclip_jax.models import CLIP, PRESETS, ClipConfig, ResNetConfig, TextConfig, VitConfig, stack_layers
+from rankclip_jax.weights import architecture, layouts, read, write_hf, write_openai
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+VIT = ClipConfig(24, VitConfig(32, 8, 128, 2, 2), TextConfig(64, 1, 2, 12, vocab_size=99, eot_id=98))
+# Head sizes other than 64, MLPs other than fourfold, another activation, an end-of-text id in mid-vocabulary.
+ODD = ClipConfig(24, VitConfig(32, 8, 48, 2, 3, 70), TextConfig(40, 2, 3, 12, 99, 50, mlp_width=90), activation="gelu")
+RESNET = ClipConfig(24, ResNetConfig(64, (1, 2, 1, 1), 8), TextConfig(64, 1, 2, 12, vocab_size=99, eot_id=98))
+SMALL = dataclasses.replace(RESNET, vision=ResNetConfig(16, (1, 2, 1), 16, "small"))
+
+
+@functools.cache
+def variables(config):
+    """Random variables, nowhere at their initial zeros and ones."""
+    model, rng = CLIP(config), np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))
+
+    def draw(path, x):
+        name = path[-1].key
+        if name in ("scale", "var"):
+            return rng.uniform(0.5, 1.5, x.shape).astype(np.float32)
+        return np.asarray(2.5 if name == "logit_scale" else rng.normal(0, 0.15, x.shape), np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def inputs(config, batch=4):
+    rng = np.random.default_rng(1)
+    size, length = config.vision.image_size, config.text.context_length
+    tokens = rng.integers(1, min(config.text.eot_id, 49), (batch, length)).astype(np.int32)
+    for row, end in enumerate((3, 7, length - 1, 5)):
+        tokens[row, end], tokens[row, end + 1 :] = config.text.eot_id, 0
+    return rng.normal(size=(batch, size, size, 3)).astype(np.float32), tokens
+
+
+@functools.cache
+def _apply(config):
+    return jax.jit(CLIP(config).apply)
+
+
+def embed(config, values):
+    """Image and text embeddings and logits of our model."""
+    z_img, z_txt, scale = _apply(config)(values, *inputs(config))
+    return np.array(z_img), np.array(z_txt), np.array(scale * z_img @ z_txt.T)
+
+
+def assert_close(ours, theirs):
+    """Within 1e-5, embeddings and the cosines behind the logits (which are cosines times exp(2.5))."""
+    for a, b, scale in zip(ours, theirs, (1, 1, np.exp(2.5)), strict=True):
+        np.testing.assert_allclose(a / scale, b.detach().numpy() / scale, atol=1e-5, rtol=0)
+
+
+def assert_same(a, b):
+    """Two trees with the same names and the same bits."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# ---- Hugging Face
+
+
+def hf_model(config):
+    described = architecture.to_hugging_face(config)
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(transformers.CLIPConfig(**described)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        model.logit_scale.fill_(2.5)
+    return model
+
+
+def hf_embed(model, config):
+    images, tokens = inputs(config)
+    pixels = torch.tensor(images).permute(0, 3, 1, 2).contiguous()
+    out = model(input_ids=torch.tensor(tokens).long(), pixel_values=pixels)
+    return out.image_embeds, out.text_embeds, out.logits_per_image
+
+
+@pytest.mark.parametrize("config", [VIT, ODD], ids=["vit", "odd"])
+@pytest.mark.parametrize("shard", ["1GB", "100KB"])
+def test_read_hugging_face(tmp_path, config, shard):
+    model = hf_model(config)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "100KB")
+    read_config, values = read(tmp_path)
+    assert read_config == config
+    assert_close(embed(config, values), hf_embed(model, config))
+
+
+def test_read_hugging_face_half_precision_and_bin(tmp_path):
+    model = hf_model(VIT).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "bf16")
+    model.config.save_pretrained(tmp_path / "bin")
+    torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    _, values = read(tmp_path / "bf16")
+    assert_same(values, read(tmp_path / "bin")[1])
+    theirs = model.visual_projection.weight.detach().float().numpy().T
+    assert values["params"]["visual"]["proj"].dtype == np.float32
+    np.testing.assert_array_equal(values["params"]["visual"]["proj"], theirs)
+
+
+@pytest.mark.parametrize("config", [VIT, ODD], ids=["vit", "odd"])
+def test_write_hugging_face(tmp_path, config):
+    write_hf(tmp_path, config, variables(config), bos_id=97)
+    model, report = transformers.CLIPModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_close(embed(config, variables(config)), hf_embed(model.eval(), config))
+    read_config, values = read(tmp_path)
+    assert read_config == config
+    assert_same(values, variables(config))
+    # Theirs, read and written again, is theirs to the bit.
+    write_hf(tmp_path / "again", config, read(tmp_path)[1])
+    again = transformers.CLIPModel.from_pretrained(tmp_path / "again").state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in model.state_dict().items())
+
+
+def test_scanned_and_bfloat16_parameters_are_written_alike(tmp_path):
+    scanned = {"params": stack_layers(variables(VIT)["params"])}
+    write_hf(tmp_path / "scanned", VIT, scanned)
+    assert_same(read(tmp_path / "scanned")[1], variables(VIT))
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), variables(VIT))
+    write_openai(tmp_path / "half", VIT, half)
+    assert_same(read(tmp_path / "half")[1], jax.tree.map(lambda x: np.asarray(x, np.float32), half))
+
+
+def test_hugging_face_has_no_resnet(tmp_path):
+    with pytest.raises(ValueError, match="no ResNet tower: write the OpenAI layout"):
+        write_hf(tmp_path / "x", RESNET, variables(RESNET))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "siglip"}, "model_type 'siglip' is not 'clip'"),
+        ({"vision_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps 1e-06"),
+        ({"vision_config": {"hidden_act": "gelu"}}, "two activations, 'gelu' and 'quick_gelu'"),
+        ({"vision_config": {"num_channels": 1}}, "num_channels 1"),
+        ({k: {"hidden_act": "relu"} for k in ("text_config", "vision_config")}, "activation 'relu'"),
+        ({"vision_config": {"image_size": 30}}, "image_size 30 is not a multiple"),
+        ({"text_config": {"num_hidden_layers": 3}}, "missing text_model.encoder.layers.2."),
+        ({"text_config": {"num_hidden_layers": 1}}, "unknown tensors text_model.encoder.layers.1."),
+    ],
+)  # fmt: skip
+def test_hugging_face_config_that_does_not_fit(tmp_path, change, message):
+    write_hf(tmp_path, VIT, variables(VIT))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key, value in change.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as error:
+        read(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}: ") and "\n" not in str(error.value)
+
+
+def test_old_hugging_face_configs():
+    config = {"model_type": "clip", "projection_dim": 768, "vision_config_dict": {"patch_size": 14}}
+    ours = architecture.from_hugging_face(config | {"text_config": {"eos_token_id": 2}})
+    assert (ours.embed_dim, ours.vision.patch_size, ours.vision.width) == (768, 14, 768)
+    assert ours.text.eot_id == 49407  # 2 means the highest id in files of that time
+
+
+# ---- OpenAI, RankCLIP and open_clip
+
+
+@pytest.fixture(scope="module")
+def open_clip():
+    """open_clip, with an empty torchvision where that is not installed: its models do not use it."""
+    if "open_clip" in sys.modules:  # imported for another file's tests
+        return sys.modules["open_clip"]
+    if importlib.util.find_spec("open_clip") is None:
+        pytest.skip("open_clip is not installed")
+    if importlib.util.find_spec("torchvision") is not None:
+        import open_clip
+
+        return open_clip
+
+    class Names(type):
+        """Any attribute exists: open_clip's preprocessing takes defaults such as InterpolationMode.BICUBIC."""
+
+        def __getattr__(cls, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return Names(name, (), {})
+
+    class Empty(types.ModuleType):
+        __getattr__ = Names.__getattr__
+
+    # timm gives these two operators a shape rule, so they must be declared.
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    names = ["", ".transforms", ".transforms.functional", ".ops", ".ops.misc"]
+    for name in (f"torchvision{n}" for n in names):
+        sys.modules[name] = module = Empty(name)
+        module.__path__, module.__spec__ = [], importlib.machinery.ModuleSpec(name, None)
+        if "." in name:
+            parent, child = name.rsplit(".", 1)
+            setattr(sys.modules[parent], child, module)
+    try:
+        import open_clip
+    finally:
+        for name in names:
+            del sys.modules[f"torchvision{name}"]
+    return open_clip
+
+
+def open_clip_model(open_clip, config):
+    described = architecture.to_open_clip(config)
+    torch.manual_seed(0)
+    model = open_clip.CLIP(
+        described["embed_dim"], described["vision_cfg"], described["text_cfg"], described["quick_gelu"]
+    ).eval()
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                value += (0.2 if name.endswith("running_var") else 0.05) * torch.rand_like(value)
+        model.logit_scale.fill_(2.5)
+    return model
+
+
+def open_clip_embed(model, config):
+    images, tokens = inputs(config)
+    z_img, z_txt, scale = model(torch.tensor(images).permute(0, 3, 1, 2), torch.tensor(tokens).long())
+    return z_img, z_txt, scale * z_img @ z_txt.T
+
+
+@pytest.mark.parametrize("config", [VIT, ODD, RESNET], ids=["vit", "odd", "resnet"])
+def test_read_open_clip(open_clip, tmp_path, config):
+    model = open_clip_model(open_clip, config)
+    expected = open_clip_embed(model, config)
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": architecture.to_open_clip(config), "preprocess_cfg": {}})
+    )
+    # open_clip's training script and the RankCLIP code save this dict, under DistributedDataParallel with
+    # the prefix.
+    state = {f"module.{k}": v for k, v in model.state_dict().items()}
+    torch.save({"epoch": 1, "name": "run", "state_dict": state}, tmp_path / "epoch_1.pt")
+    torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    for path in (tmp_path / "epoch_1.pt", tmp_path):
+        read_config, values = read(path)
+        assert read_config == config
+        assert_close(embed(config, values), expected)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+def test_read_torchscript_and_architecture_from_weights(open_clip, tmp_path, config):
+    """As OpenAI's files are: a TorchScript archive in half precision that nothing else describes."""
+    model = open_clip_model(open_clip, config).half()
+    images, tokens = inputs(config)
+    example = torch.tensor(images).permute(0, 3, 1, 2).half(), torch.tensor(tokens).long()
+    torch.jit.save(torch.jit.trace(model, example, check_trace=False), tmp_path / "model.pt")
+    read_config, values = read(tmp_path / "model.pt")
+    assert read_config == config
+    assert_close(embed(config, values), open_clip_embed(model.float(), config))
+
+
+@pytest.mark.parametrize("config", [VIT, ODD, RESNET], ids=["vit", "odd", "resnet"])
+def test_write_open_clip(open_clip, tmp_path, config):
+    write_openai(tmp_path, config, variables(config))
+    model = open_clip.create_model(f"local-dir:{tmp_path}").eval()
+    assert_close(embed(config, variables(config)), open_clip_embed(model, config))
+    read_config, values = read(tmp_path)
+    assert read_config == config
+    assert_same(values, variables(config))
+    # Theirs, saved by PyTorch, read and written again, is theirs to the bit.
+    torch.save(model.state_dict(), tmp_path / "theirs.pt")
+    write_openai(tmp_path / "again", config, read(tmp_path / "theirs.pt")[1])
+    again = open_clip.create_model(f"local-dir:{tmp_path / 'again'}").state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in model.state_dict().items())
+
+
+def test_resnet_for_small_images_comes_back(tmp_path):
+    write_openai(tmp_path, SMALL, variables(SMALL))
+    assert "model_cfg" not in json.loads((tmp_path / "open_clip_config.json").read_text())
+    config, values = read(tmp_path)
+    assert config == SMALL
+    assert_same(values, variables(SMALL))
+    (tmp_path / "open_clip_config.json").unlink()
+    assert read(tmp_path)[0] == SMALL  # from the shapes alone
+
+
+@pytest.mark.parametrize("name", [n for n in PRESETS if not n.endswith("tiny")])
+def test_presets_have_the_names_and_shapes_of_open_clip_and_transformers(open_clip, name):
+    """No weight is allocated: PyTorch's on the meta device, ours as shapes."""
+    config = PRESETS[name]
+
+    def shapes(layout):
+        model, places = CLIP(config), {}
+        tree = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            place = layout("/".join(k.key for k in path[1:]), len(x.shape))
+            shape = tuple(x.shape[a] for a in place.axes) if place.axes else x.shape
+            places[place.key] = (3 * shape[0], *shape[1:]) if place.part is not None else shape
+        return places
+
+    def theirs(model):
+        return {k: tuple(v.shape) for k, v in model.state_dict().items() if not layouts.IGNORED.fullmatch(k)}
+
+    ours = shapes(layouts.openai)
+    with torch.device("meta"):
+        suffix = "" if name == "ViT-S/16" else "-quickgelu"
+        described = open_clip.get_model_config(name.replace("/", "-") + suffix)
+        model = open_clip.CLIP(described["embed_dim"], described["vision_cfg"], described["text_cfg"])
+        assert theirs(model) == ours
+        if isinstance(config.vision, VitConfig):
+            hf = transformers.CLIPModel(transformers.CLIPConfig(**architecture.to_hugging_face(config)))
+            assert theirs(hf) == shapes(layouts.hugging_face)
+    arrays = {k: types.SimpleNamespace(shape=shape) for k, shape in ours.items()}
+    assert architecture.from_weights(arrays) == config
+    expected = dataclasses.replace(config, activation="gelu") if name == "ViT-S/16" else config
+    assert architecture.from_open_clip(described) == expected
+    assert architecture.from_open_clip(architecture.to_open_clip(config)) == config
+    if isinstance(config.vision, VitConfig):
+        assert architecture.from_hugging_face(architecture.to_hugging_face(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision_cfg": {"timm_model_name": "vit"}}, "timm_model_name = 'vit' is not supported"),
+        ({"text_cfg": {"hf_model_name": "roberta"}}, "hf_model_name = 'roberta' is not supported"),
+        ({"text_cfg": {"no_causal_mask": True}}, "no_causal_mask = True"),
+        ({"vision_cfg": {"pool_type": "avg"}}, "pool_type = 'avg'"),
+        ({"vision_cfg": {"image_size": [224, 256]}}, "only square images"),
+        ({"init_logit_bias": -10}, "init_logit_bias = -10"),
+        ({"multimodal_cfg": {"width": 512}}, "multimodal_cfg = "),
+    ],
+)
+def test_open_clip_configs_of_other_models_are_refused(change, message):
+    described = architecture.to_open_clip(PRESETS["ViT-B/32"])
+    for key, value in change.items():
+        described[key] = {**described.get(key, {}), **value} if isinstance(value, dict) else value
+    with pytest.raises(ValueError, match=message):
+        architecture.from_open_clip(described)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ViT-B/32", "RN50"])
+def test_full_size_models_give_open_clips_embeddings(open_clip, tmp_path, name):
+    config = PRESETS[name]
+    torch.manual_seed(0)
+    model = open_clip.create_model(name.replace("/", "-") + "-quickgelu").eval()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    read_config, values = read(tmp_path / "model.pt")
+    assert read_config == config
+    model.logit_scale.data.fill_(2.5)
+    values["params"]["logit_scale"] = np.float32(2.5)
+    assert_close(embed(config, values), open_clip_embed(model, config))
+
+
+# ---- What does not fit is named
+
+
+def save(path, state):
+    from safetensors.numpy import save_file
+
+    save_file(state, path)
+
+
+@pytest.fixture
+def state():
+    return layouts.to_state(variables(VIT), VIT, layouts.openai)
+
+
+def test_a_wrong_shape_names_the_tensor(tmp_path, state):
+    key = "transformer.resblocks.1.attn.in_proj_weight"
+    state[key] = state[key][:-1]
+    save(tmp_path / "a.safetensors", state)
+    with pytest.raises(ValueError, match=rf"{key} has shape \(191, 64\); this architecture needs \(192, 64\)"):
+        read(tmp_path / "a.safetensors")
+
+
+def test_missing_and_unknown_tensors_are_named(tmp_path, state):
+    del state["visual.ln_pre.bias"]
+    save(tmp_path / "a.safetensors", state)
+    with pytest.raises(ValueError, match=r"a\.safetensors: missing visual\.ln_pre\.bias$"):
+        read(tmp_path / "a.safetensors")
+    state["visual.ln_pre.bias"] = np.zeros(128, np.float32)
+    state["logit_bias"] = np.zeros((), np.float32)
+    save(tmp_path / "a.safetensors", state)
+    with pytest.raises(ValueError, match="unknown tensors logit_bias: not a CLIP"):
+        read(tmp_path / "a.safetensors")
+
+
+def test_other_models_and_guesses_that_cannot_be_made(tmp_path, state):
+    save(tmp_path / "a.safetensors", {"encoder.weight": np.zeros((2, 2), np.float32)})
+    with pytest.raises(ValueError, match="not the weights of a CLIP"):
+        read(tmp_path / "a.safetensors")
+    odd = layouts.to_state(variables(ODD), ODD, layouts.openai)
+    save(tmp_path / "odd.safetensors", odd)
+    with pytest.raises(ValueError, match=r"width of 48 is not a multiple of 64.*give the config"):
+        read(tmp_path / "odd.safetensors")
+    assert_same(read(tmp_path / "odd.safetensors", config=ODD)[1], variables(ODD))
+    save(tmp_path / "hf.safetensors", layouts.to_state(variables(VIT), VIT, layouts.hugging_face))
+    with pytest.raises(ValueError, match=r"no config\.json beside"):
+        read(tmp_path / "hf.safetensors")
+
+
+def test_prefixes_of_wrappers_are_stripped(tmp_path, state):
+    """DistributedDataParallel around torch.compile around open_clip's CustomTextCLIP."""
+    towers = {k if k.startswith(("visual", "logit")) else f"text.{k}": v for k, v in state.items()}
+    wrapped = {f"module._orig_mod.{k}": v for k, v in towers.items()}
+    save(tmp_path / "a.safetensors", wrapped)
+    assert_same(read(tmp_path / "a.safetensors")[1], variables(VIT))
+
+
+def test_neither_torch_nor_tensorflow_is_imported(tmp_path, state):
+    save(tmp_path / "a.safetensors", state)
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys(["torch", "tensorflow", "transformers"])  # importing them fails
+from rankclip_jax.weights import read, write_hf
+config, values = read({str(tmp_path / "a.safetensors")!r})
+write_hf({str(tmp_path / "out")!r}, config, values)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_activation_of_undescribed_files(tmp_path, state):
+    save(tmp_path / "a.safetensors", state)
+    assert read(tmp_path / "a.safetensors")[0] == VIT
+    assert read(tmp_path / "a.safetensors", activation="gelu")[0] == dataclasses.replace(VIT, activation="gelu")
+
+
+@pytest.mark.parametrize("cut", [20, 2000, -8])
+def test_truncated_safetensors(tmp_path, state, cut):
+    save(tmp_path / "a.safetensors", state)
+    (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:cut])
+    with pytest.raises(ValueError, match=r"a\.safetensors is damaged or truncated"):
+        read(tmp_path / "a.safetensors")
+
+
+def test_folders_without_weights_or_with_a_missing_shard(tmp_path):
+    with pytest.raises(ValueError, match="no weights in it"):
+        read(tmp_path)
+    index = {"weight_map": {"logit_scale": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"shard model-00001-of-00002\.safetensors is missing"):
+        read(tmp_path)
+    index["weight_map"]["logit_scale"] = "../secret.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="names a file in another folder"):
+        read(tmp_path)
+
+
+def test_writing_parameters_of_another_config_names_them(tmp_path):
+    other = dataclasses.replace(VIT, embed_dim=25)
+    with pytest.raises(ValueError, match=r"params/visual/proj has shape \(128, 24\); the config needs \(128, 25\)"):
+        write_openai(
+            tmp_path,
+            other,
+            {"params": {**variables(VIT)["params"], "text": variables(other)["params"]["text"]}},
+        )
+    with pytest.raises(ValueError, match=r"batch_stats/visual/.* is missing"):
+        write_openai(tmp_path, RESNET, {"params": variables(RESNET)["params"]})

@@ -1,0 +1,196 @@
+"""The PyTorch reader: what PyTorch wrote comes back bit for bit, and nothing in a file ever runs."""
+
+import io
+import os
+import pickle
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from rankclip_jax.weights import read
+from rankclip_jax.weights.torch_file import read_torch_file
+
+torch = pytest.importorskip("torch")
+
+
+def _same(array, tensor):
+    theirs = (
+        tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    )
+    assert array.dtype == theirs.dtype and array.shape == theirs.shape
+    assert array.tobytes() == np.ascontiguousarray(theirs).tobytes()
+
+
+def test_every_dtype_stride_and_view(tmp_path):
+    base = torch.arange(24.0).reshape(4, 6)
+    state = {
+        "float": base, "transposed": base.T, "column": base[:, 2], "tail": base[2:], "steps": base[::2, 1::3],
+        "scalar": torch.tensor(3.5), "empty": torch.zeros(0, 3), "expanded": torch.ones(2).expand(3, 2),
+        "parameter": torch.nn.Parameter(torch.randn(2, 3)).detach(),
+        **{str(t): torch.arange(5).to(t) for t in (torch.float64, torch.float16, torch.bfloat16, torch.int64,
+           torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)},
+    }  # fmt: skip
+    torch.save(state, tmp_path / "a.pt")
+    ours = read_torch_file(tmp_path / "a.pt")
+    assert list(ours) == list(state)
+    for name, tensor in state.items():
+        _same(ours[name], tensor)
+
+
+def test_parameters_in_a_training_checkpoint(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    checkpoint = {
+        "epoch": 3,
+        "name": "run",
+        "state_dict": net.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    torch.save(checkpoint, tmp_path / "a.pt")
+    ours = read_torch_file(tmp_path / "a.pt")
+    assert set(ours) == set(net.state_dict())
+    for name, tensor in net.state_dict().items():
+        _same(ours[name], tensor)
+    # Parameters themselves, not only their data, are pickled by another function.
+    torch.save(dict(net.named_parameters()), tmp_path / "b.pt")
+    assert set(read_torch_file(tmp_path / "b.pt")) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_torchscript_archive(tmp_path):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.Sequential(torch.nn.MultiheadAttention(8, 2), torch.nn.Linear(8, 4))
+            self.scale = torch.nn.Parameter(torch.tensor(2.0))
+            self.register_buffer("input_resolution", torch.tensor(224))
+
+        def forward(self, x):
+            return self.blocks[1](self.blocks[0](x, x, x)[0]) * self.scale
+
+    net = Net()
+    torch.jit.save(torch.jit.trace(net, torch.randn(3, 1, 8), check_trace=False), tmp_path / "a.pt")
+    ours = read_torch_file(tmp_path / "a.pt")
+    assert set(ours) == set(net.state_dict())
+    for name, tensor in net.state_dict().items():
+        _same(ours[name], tensor)
+
+
+class _Call:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def _archive(path, data_pkl, **entries):
+    with zipfile.ZipFile(path, "w") as z:
+        z.writestr("a/data.pkl", data_pkl)
+        for name, content in entries.items():
+            z.writestr(f"a/{name}", content)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize("where", [lambda x: x, lambda x: {"state_dict": {"w": x}}, lambda x: [("epoch", x)]])
+def test_a_pickle_that_would_run_code_is_refused_by_name(tmp_path, protocol, where):
+    marker = tmp_path / "ran"
+    for function, arguments, name in [
+        (os.system, (f"touch {marker}",), f"{os.name}.system"),
+        (eval, (f"open({str(marker)!r}, 'w')",), "builtins.eval"),
+        (torch.load, (str(marker),), "torch.serialization.load"),
+    ]:
+        buffer = io.BytesIO()
+        pickle.Pickler(buffer, protocol).dump(where(_Call(function, *arguments)))
+        _archive(tmp_path / "evil.pt", buffer.getvalue())
+        expected = "__builtin__.eval" if name == "builtins.eval" and protocol < 3 else name
+        with pytest.raises(ValueError, match=rf"evil\.pt: refused: its pickle asks for {expected},") as error:
+            read(tmp_path / "evil.pt")
+        assert "\n" not in str(error.value)
+    assert not marker.exists()
+
+
+def test_attributes_of_allowed_names_are_refused(tmp_path):
+    # Protocol 4 can walk from an allowed class to its globals.
+    data = b"\x80\x04\x8c\x0bcollections\x8c\x20OrderedDict.__init__.__globals__\x93."
+    _archive(tmp_path / "evil.pt", data)
+    with pytest.raises(ValueError, match=r"asks for collections.OrderedDict.__init__.__globals__"):
+        read_torch_file(tmp_path / "evil.pt")
+
+
+def _tensor_pickle(offset=0, shape=b"K\x02", stride=b"K\x01", numel=2, dtype=b"FloatStorage"):
+    """{'w': tensor} as PyTorch writes it, with the numbers of our choice."""
+    storage = b"((X\x07\x00\x00\x00storagectorch\n" + dtype + b"\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK"
+    storage += bytes([numel]) + b"tQK" + bytes([offset]) + b"(" + shape + b"t(" + stride + b"t\x89NtR"
+    return b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n" + storage + b"s."
+
+
+@pytest.mark.parametrize(
+    ("pickled", "entries", "message"),
+    [
+        (_tensor_pickle(offset=1), {"data/0": bytes(8)}, "reaches beyond its storage"),
+        (_tensor_pickle(shape=b"K\x03"), {"data/0": bytes(8)}, "reaches beyond its storage"),
+        (_tensor_pickle(stride=b"K\x02"), {"data/0": bytes(8)}, "reaches beyond its storage"),
+        (_tensor_pickle(stride=b"J\xff\xff\xff\xff"), {"data/0": bytes(8)}, "invalid description"),
+        (_tensor_pickle(stride=b""), {"data/0": bytes(8)}, "invalid description"),
+        (_tensor_pickle(numel=3), {"data/0": bytes(8)}, "8 bytes where 3 elements"),
+        (_tensor_pickle(), {}, "truncated: a/data/0 is missing"),
+        (_tensor_pickle(dtype=b"QInt8Storage"), {"data/0": bytes(8)}, "asks for torch.QInt8Storage"),
+        (_tensor_pickle()[:-20], {"data/0": bytes(8)}, "pickle is damaged"),
+        (_tensor_pickle(), {"data/0": bytes(8), "byteorder": "big"}, "big-endian"),
+        (b"\x80\x02}X\x01\x00\x00\x00wK\x01s.", {}, "no state dict: found a dict with keys w"),
+        (b"\x80\x02K\x01.", {}, "no state dict"),
+        (b"\x80\x02cos\nsystem\n.", {}, "asks for os.system"),
+    ],
+)  # fmt: skip
+def test_damaged_and_crafted_archives(tmp_path, pickled, entries, message):
+    _archive(tmp_path / "a.pt", pickled, **entries)
+    with pytest.raises(ValueError, match=message) as error:
+        read_torch_file(tmp_path / "a.pt")
+    assert "\n" not in str(error.value) and "a.pt: " in str(error.value)
+
+
+def test_the_crafted_pickle_is_otherwise_valid(tmp_path):
+    _archive(tmp_path / "a.pt", _tensor_pickle(), **{"data/0": np.float32([1, 2]).tobytes(), "byteorder": "little"})
+    np.testing.assert_array_equal(read_torch_file(tmp_path / "a.pt")["w"], np.float32([1, 2]))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999])
+def test_truncated_file(tmp_path, share):
+    torch.save({"w": torch.randn(1000)}, tmp_path / "a.pt")
+    whole = (tmp_path / "a.pt").read_bytes()
+    (tmp_path / "a.pt").write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(ValueError, match=r"a\.pt: .*truncated, or not a PyTorch archive"):
+        read(tmp_path / "a.pt")
+
+
+def test_flipped_bytes_are_noticed(tmp_path):
+    torch.save({"w": torch.zeros(1000)}, tmp_path / "a.pt")
+    data = bytearray((tmp_path / "a.pt").read_bytes())
+    data[len(data) // 2] ^= 255  # inside the tensor: the zip's checksum no longer fits
+    (tmp_path / "a.pt").write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.pt: .*CRC"):
+        read(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n" + bytes(50), b"<html>not found</html>"])
+def test_foreign_files(tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="neither safetensors nor a PyTorch archive"):
+        read(tmp_path / "a.pt")
+
+
+def test_a_zip_and_an_old_format(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as z:
+        z.writestr("readme.txt", "hello")
+    with pytest.raises(ValueError, match="a zip, but not a PyTorch archive"):
+        read(tmp_path / "a.pt")
+    torch.save({"w": torch.zeros(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"older than PyTorch 1\.6"):
+        read(tmp_path / "old.pt")
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pt: no such file"):
+        read(tmp_path / "nothing.pt")
