@@ -4,8 +4,8 @@ python -m rankclip_jax.doctor [--workdir DIR] [--tokenizer PATH_OR_HUB_ID]
 """
 
 import argparse
-import importlib.metadata
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
+from rankclip_jax.common import jax_install
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.jax_install import requirements as _requirements
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only decodes here, so its greetings say nothing
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -30,44 +33,67 @@ class Finding(NamedTuple):
     remedy: str | None = None
 
 
-def _requirements() -> list[str]:
-    """What the project asks for: by its installed metadata, or in a checkout by the file beside the package."""
-    try:
-        return importlib.metadata.requires("rankclip_jax") or []
-    except importlib.metadata.PackageNotFoundError:
-        lines = (Path(__file__).parents[1] / "requirements.txt").read_text().splitlines()
-        return [line for line in (line.partition("#")[0].strip() for line in lines) if line]
-
-
 def packages(requirements: list[str]) -> Iterator[Finding]:
-    """Compares what is installed with requirements as pip writes them ("jax>=0.10.2,<0.12")."""
+    """Compares what is installed with requirements as pip writes them ("jax>=0.10.2")."""
     for requirement in map(Requirement, requirements):
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         mend = f"pip install '{requirement.name}{requirement.specifier}'"
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
+        if (version := jax_install.version(requirement.name)) is None:
             yield Finding(requirement.name, "not installed", mend)
             continue
         fits = requirement.specifier.contains(version, prereleases=True)
         yield Finding(requirement.name, version, None if fits else mend)
 
 
-def devices() -> Iterator[Finding]:
+def jax_plugins(driver_file: str = jax_install.NVIDIA_DRIVER) -> Iterator[Finding]:
+    """JAX's CUDA packages, where there are any: of one CUDA, and of jaxlib's version, for others are not used."""
+    installed, jaxlib = jax_install.plugins(), jax_install.version("jaxlib")
+    if not installed or not jaxlib:
+        return
+    extra, driver = jax_install.extra(driver_file), jax_install.driver(driver_file)
+    if extra not in installed and not (driver and extra == "cuda12"):  # a new driver runs either
+        extra = next(iter(installed))
+    alike = [Version(it).release == Version(jaxlib).release for it in installed.get(extra, {}).values()]
+    lines = jax_install.pip_lines(extra, f"=={jax_install.version('jax') or jaxlib}")
+    lines = lines[:-1] if alike == [True, True] else lines
+    versions = [f"{name} {version}" for each in installed.values() for name, version in each.items()]
+    yield Finding("JAX's CUDA", f"{', '.join(versions)}; jaxlib {jaxlib}", jax_install.shell(lines) or None)
+
+
+def has_bfloat16(platform: str, compute_capability: str | None) -> bool:
+    """Whether a device multiplies bfloat16 in hardware: not an NVIDIA GPU before Ampere (compute capability below 8.0).
+
+    Args:
+      platform: jax.Device.platform, such as "gpu".
+      compute_capability: "7.5" as jax.Device has it; None or "gfx90a" elsewhere.
+    """
+    number = re.match(r"\d+\.\d+", compute_capability or "")
+    return platform not in ("gpu", "cuda") or not number or float(number[0]) >= 8
+
+
+def devices(driver_file: str = jax_install.NVIDIA_DRIVER) -> Iterator[Finding]:
     """The devices that JAX has, and whether it overlooks a GPU; a small training step on each backend."""
+    extra = jax_install.extra(driver_file)
+    install = jax_install.shell(jax_install.pip_lines(extra))
     try:
         import jax
 
         jax.devices()
     except Exception as error:  # whatever an old, broken or mismatched jax raises
-        yield Finding("devices", _in_a_line(error), "pip install -r requirements.txt, then the jax of your accelerator")
+        yield Finding("devices", _in_a_line(error), f"pip install -r requirements.txt && {install}")
         return
     backend = jax.default_backend()
     kinds = sorted({device.device_kind for device in jax.devices()})
-    idle_gpu = backend == "cpu" and Path("/dev/nvidia0").exists()
-    mend = "JAX does not use the NVIDIA GPU of this machine: pip install 'jax[cuda13]<0.12'" if idle_gpu else None
+    idle_gpu = backend == "cpu" and extra.startswith("cuda")
+    driver = jax_install.driver(driver_file) or "unknown"
+    mend = f"JAX does not use the NVIDIA GPU of this machine (driver {driver}): {install}" if idle_gpu else None
     yield Finding("devices", f"{jax.device_count()} {backend} ({', '.join(kinds)})", mend)
+    device = jax.local_devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    if not has_bfloat16(device.platform, capability):
+        said = f"not in hardware before Ampere (compute capability {capability}): leave config.model.dtype at float32"
+        yield Finding("bfloat16", said)
     for name in dict.fromkeys((backend, "cpu")):
         try:
             loss, first, second = _small_step(jax.local_devices(backend=name)[:1])
@@ -177,6 +203,7 @@ def findings(workdir: str, tokenizer: str | None) -> Iterator[Finding]:
     supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
     yield Finding("Python", version, None if supported else "use Python 3.11, 3.12 or 3.13")
     yield from packages(_requirements())
+    yield from jax_plugins()
     yield from places(workdir, tokenizer)
     yield from devices()
     yield from pipeline()

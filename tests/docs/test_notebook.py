@@ -1,11 +1,18 @@
 """The Colab notebook: it runs from top to bottom at a small size, and its stored outputs are those of a whole run."""
 
+import importlib.util
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
+
+from rankclip_jax import config as configs
+from rankclip_jax.common import jax_install
 
 REPO = Path(__file__).parents[2]
 NOTEBOOK = REPO / "notebooks/rankclip_colab.ipynb"
@@ -57,6 +64,40 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert "the same embeddings, to the last bit" in said
     assert "image_embeds differ by" in said  # transformers, which the tests have, was asked
     assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("there", "driver", "pip"),
+    [
+        ("0.12.0.1 gpu", 550, ""),
+        ("0.7.2 gpu", 550, "pip install 'jax[cuda12]>=0.10.2'"),
+        ("0.12.0.1 cpu", 580, "pip install 'jax[cuda13]>=0.10.2'"),
+        ("", None, "pip install 'jax>=0.10.2'"),
+    ],
+)
+def test_what_its_install_cell_does_on_a_machine_without_the_project(there, driver, pip, monkeypatch):
+    cell = next(cell for cell in read().cells if "!git clone" in cell.source)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(jax_install, "extra", lambda file: {None: "", 550: "cuda12", 580: "cuda13"}[driver])
+    monkeypatch.setattr(jax_install, "requirements", lambda: ["jax>=0.10.2"])
+    monkeypatch.setattr(jax_install.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=there))
+    ran, names = [], {"REPO": "https://example.org/it"}
+    names["get_ipython"] = lambda: SimpleNamespace(system=lambda line: ran.append(line.format_map(names)))
+    exec(TransformerManager().transform_cell(cell.source), names)
+    clone = "git clone -q --depth 1 https://example.org/it rankclip"
+    assert ran == [clone, *([f"{pip} -q"] if pip else []), "pip install -q -e rankclip"]
+    names["REPO"] = ""
+    with pytest.raises(AssertionError, match="give REPO"):
+        exec(TransformerManager().transform_cell(cell.source), names)
+
+
+def test_it_trains_in_float32():
+    """A T4, which Colab lends, has no bfloat16."""
+    code = [cell.source for cell in read().cells if cell.cell_type == "code"]
+    for used in ("configs/shapes.py", "configs/cifar10.py"):
+        assert any(used in source for source in code) and configs.load(str(REPO / used)).model.dtype == "float32"
+    assert not any("bfloat16" in source for source in code)
 
 
 def test_its_stored_outputs_are_complete():
