@@ -9,7 +9,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[1] / "rankclip_jax" / "config_keys.py"
+SOURCE = Path(__file__).parents[1] / "rankclip_jax" / "config" / "keys.py"
 HEAD = """# Every key of the configuration
 
 Generated from the comments in `rankclip_jax/config/keys.py` by `python docs/config_page.py > docs/config.md`.

@@ -16,12 +16,11 @@ import jax
 from ml_collections import ConfigDict
 
 from rankclip_jax import config as configs
-from rankclip_jax import evaluation
+from rankclip_jax import evaluation, figures
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole, write_whole
 from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.tokenizer import Tokenizer
-from rankclip_jax.figures.drawings import drawings as figures
 from rankclip_jax.parallel import compilation_cache, processes
 from rankclip_jax.parallel.mesh import to_devices
 from rankclip_jax.parallel.preemption import Notice, Preempted

@@ -108,11 +108,11 @@ def test_eight_devices_evaluate_as_one_does(trained, tmp_path):
 
 @pytest.mark.slow
 def test_weights_from_elsewhere_are_evaluated_as_the_workdir_they_came_from(trained, tmp_path):
-    from rankclip_jax.weights import pretrained, write_openai
+    from rankclip_jax.weights import formats, pretrained
 
     read = pretrained.read(trained[0])
     (tmp_path / "export").mkdir()
-    write_openai(tmp_path / "export", read.config, read.variables)
+    formats.write_openai(tmp_path / "export", read.config, read.variables)
     tokenizer = f"--config.tokenizer.path={trained[0] / 'tokenizer.json'}"
     weights = next((tmp_path / "export").glob("*.safetensors"))
     code, output = finish(tmp_path / "out", "--mode=eval", f"--config.eval.model={weights}", tokenizer)
@@ -145,8 +145,8 @@ def small(config="configs/shapes.py", **overrides):
         ({"model.image_size": 15}, r"image_size 15 is not a multiple of the vision tower's stride 2"),
         ({"model.text": {"widht": 3}}, r"did you mean 'width'"),
         ({"model.name": "ViT-B/31"}, r"unknown model 'ViT-B/31'; did you mean 'ViT-B/32'"),
-        ({"batch_size": 512}, r"batch_size = 512 is more than the 192 training samples"),
-        ({"batch_size": 12}, r"batch_size = 12 does not divide over 8 devices; try 8"),
+        ({"batch_size": 512}, r"batch_size=512 is more than the 192 training samples"),
+        ({"batch_size": 12}, r"batch_size=12 does not divide over 8 devices. Try 8"),
         ({"tokenizer.path": "gone/tokenizer.json"}, r"no file gone/tokenizer.json"),
         ({"data.format": "csv", "data.train": "gone.csv"}, r"no such file: gone.csv; give a csv"),
         ({"mesh": {"data": 3}}, r"takes 3 devices; there are 8"),

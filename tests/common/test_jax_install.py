@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from rankclip_jax import doctor, jax_install
+from rankclip_jax import doctor
+from rankclip_jax.common import jax_install
 
 REPO = Path(__file__).parents[1]
 

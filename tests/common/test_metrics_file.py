@@ -2,10 +2,10 @@ import json
 
 import pytest
 
+from rankclip_jax import figures
 from rankclip_jax.common import metrics_file as metrics
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.evaluation import tables
-from rankclip_jax.figures.drawings import drawings as figures
 
 
 def test_a_resumed_run_drops_the_lines_after_its_start_and_a_torn_one(tmp_path):

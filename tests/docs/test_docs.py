@@ -104,7 +104,7 @@ def stand_in(word: str) -> str:
 def call(module: str, words: list[str], monkeypatch) -> None:
     """main() of the module as `python -m` would, exit code 0."""
     monkeypatch.setattr(sys, "argv", [module, *words])
-    main = importlib.import_module(module + (".__main__" if module.endswith(("report", "study")) else "")).main
+    main = importlib.import_module(module + (".__main__" if module.endswith(("train", "report", "study")) else "")).main
     try:
         main()
     except SystemExit as stop:

@@ -8,11 +8,10 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from rankclip_jax.figures.drawings.drawings import drawings as figures
 
-from rankclip_jax import launch
+from rankclip_jax import figures, launch
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.inference.model import model as inference
+from rankclip_jax.inference import model as inference
 from rankclip_jax.parallel.mesh import make_mesh
 from rankclip_jax.train import optim
 from rankclip_jax.train import step as steps

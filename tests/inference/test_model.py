@@ -16,8 +16,9 @@ from rankclip_jax.common import progress
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.train.session import build_model
-from rankclip_jax.weights import layouts, pretrained, write_hf
+from rankclip_jax.weights import layouts, pretrained
 from rankclip_jax.weights import view as preprocess
+from rankclip_jax.weights.formats import write_hf
 from tests.support.made_models import CAPTIONS, RESNET, VIT, make_config, make_variables, make_workdir
 
 RNG = np.random.default_rng(0)

@@ -137,7 +137,7 @@ def test_the_canvas_is_chosen_from_the_image_size_unless_it_is_given():
 
     assert (side(224), side(32), side(224, canvas=300), side(224, resize="host")) == (408, 64, 300, None)
     assert side(48, format="shapes") == 48  # drawn at the model's own size
-    with pytest.raises(InputError, match=r"config.data.canvas = 100 is less than the model's image_size, 224"):
+    with pytest.raises(InputError, match=r"config.data.canvas=100 is less than the model's image_size, 224"):
         side(224, canvas=100)
 
 

@@ -10,7 +10,7 @@ import pytest
 from jax._src import xla_bridge
 
 from rankclip_jax import config as configs
-from rankclip_jax.inference.model import model as inference
+from rankclip_jax.inference import model as inference
 from rankclip_jax.parallel.mesh import make_mesh
 from rankclip_jax.train import loop, targets
 from rankclip_jax.weights import pretrained

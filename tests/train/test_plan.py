@@ -175,7 +175,7 @@ def test_the_command_line_refuses_in_one_line():
     command = [sys.executable, "-m", "rankclip_jax.train", "--config", "configs/shapes.py", "--mode=plan"]
     for flag, message in (
         ("--config.plan.target=v5e", "config.plan.target = 'v5e'"),
-        ("--config.batch_size=100", "batch_size = 100 does not divide over 8 devices"),
+        ("--config.batch_size=100", "batch_size=100 does not divide over 8 devices"),
     ):
         extra = [] if "target" in flag else ["--config.plan.target=8xH100"]
         done = subprocess.run([*command, flag, *extra], capture_output=True, text=True, env=os.environ)

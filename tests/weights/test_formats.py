@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from rankclip_jax.models import CLIP, PRESETS, ClipConfig, ResNetConfig, TextConfig, VitConfig, stack_layers
-from rankclip_jax.weights import architecture, layouts, read, write_hf, write_openai
+from rankclip_jax.weights import architecture, layouts
+from rankclip_jax.weights.formats import read, write_hf, write_openai
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -430,7 +431,7 @@ def test_neither_torch_nor_tensorflow_is_imported(tmp_path, state):
     code = f"""
 import sys
 sys.modules |= dict.fromkeys(["torch", "tensorflow", "transformers"])  # importing them fails
-from rankclip_jax.weights import read, write_hf
+from rankclip_jax.weights.formats import read, write_hf
 config, values = read({str(tmp_path / "a.safetensors")!r})
 write_hf({str(tmp_path / "out")!r}, config, values)
 """

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from rankclip_jax.weights import read
+from rankclip_jax.weights.formats import read
 from rankclip_jax.weights.torch_file import read_torch_file
 
 torch = pytest.importorskip("torch")
