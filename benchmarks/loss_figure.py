@@ -9,7 +9,8 @@ import jax
 import matplotlib
 import numpy as np
 
-from benchmarks.ranking_loss import embeddings, float64_terms
+from benchmarks.ranking_contenders import embeddings
+from benchmarks.ranking_loss import float64_terms
 from rankclip_jax.losses import rank_consistency
 
 BATCH = 256

@@ -1,132 +1,33 @@
-"""The ranking loss side by side: ours, plain JAX, rax, and ListMLE in PyTorch as `allrank` publishes it.
+"""The ranking loss side by side: ours, plain JAX, rax, plain PyTorch, and PyTorch's ListMLE as `allrank` publishes it.
 
     python -m benchmarks.ranking_loss [--batches 256 1024 4096] [--rounds 5] [--limit_gb 12]
 
 Each contender computes the four lists of RankCLIP from embeddings (D = 512), forward and backward to the
 embeddings. Times: every contender lives in its own process and takes its turn, round after round, so that
-whatever else the machine does falls on all alike; medians are printed. Memory: how far the peak of that process
-rises above its size before the call, the largest of all calls, compilation included. Error: against float64,
-at three logit scales.
-A contender that is not installed, or that would need more memory than --limit_gb, is named and left out.
+whatever else the machine does falls on all alike; medians are printed, from embeddings that are on the device to
+gradients that are. Memory: how far the peak of that process rises above its size before the call, the largest of all
+calls, compilation included; on a GPU, the peak of what its allocator holds there. Error: against float64, at three
+logit scales. A contender that is not installed, or that would need more memory than --limit_gb, is named and left out.
+It runs on the CPU where JAX_PLATFORMS does not say otherwise; benchmarks/gpu.py measures GPUs with the same parts.
 """
 
 import argparse
-import importlib.util
+import contextlib
+import functools
 import multiprocessing
 import os
 import statistics
 import sys
 import time
-import types
+from pathlib import Path
 
 import numpy as np
 
-D = 512
-NAMES = ("ours", "ours top-64", "plain JAX", "rax", "PyTorch allrank")
-# Peak bytes per element of B x B, for the guard only: measured at B = 2,048 and rounded up.
-BYTES_PER_SCORE = {"plain JAX": 260, "rax": 400, "PyTorch allrank": 260}
+from benchmarks.ranking_contenders import CONTENDERS, D, embeddings
+from benchmarks.train_contenders import one_line
 
-
-def embeddings(batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs as a trained model has them: the text is half its image, half its own."""
-    rng = np.random.default_rng(0)
-    img, noise = rng.normal(size=(2, batch, D))
-    return tuple((z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32) for z in (img, img + noise))
-
-
-def _jax_step(terms):
-    import jax
-
-    step = jax.jit(jax.value_and_grad(terms, (0, 1)))
-    return lambda img, txt, scale: jax.block_until_ready(step(img, txt, scale))
-
-
-def _four_lists(nll_sum):
-    """The sum of both terms from a function (scores, reference) -> summed loss, in JAX or PyTorch."""
-
-    def terms(img, txt, scale):
-        ii, tt, it = scale * img @ img.T, scale * txt @ txt.T, scale * img @ txt.T
-        pairs = ((ii, tt), (tt, ii), (it, it.T), (it.T, it))
-        return sum(nll_sum(a, b) for a, b in pairs) / (2 * len(img) ** 2)
-
-    return terms
-
-
-def _ours(**options):
-    from rankclip_jax.losses import rank_consistency
-
-    return _jax_step(lambda img, txt, scale: sum(rank_consistency(img, txt, scale, **options)))
-
-
-def _plain_jax():
-    import jax.numpy as jnp
-    from jax import lax
-
-    def nll(scores, reference):
-        order = jnp.argsort(lax.stop_gradient(reference), axis=1, descending=True)
-        scores = jnp.take_along_axis(scores, order, axis=1)
-        return jnp.sum(lax.cumlogsumexp(scores, axis=1, reverse=True) - scores)
-
-    return _jax_step(_four_lists(nll))
-
-
-def _rax():
-    import jax.numpy as jnp
-    import rax
-    from jax import lax
-
-    return _jax_step(_four_lists(lambda a, b: rax.listmle_loss(a, lax.stop_gradient(b), reduce_fn=jnp.sum)))
-
-
-def _torch():
-    import torch
-
-    # allrank's package imports its data loaders, and with them torchvision, scikit-learn and more, none of
-    # which ListMLE uses: empty modules stand in for those that are missing.
-    class Nothing(types.ModuleType):
-        __path__ = ()
-
-        def __getattr__(self, name):
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return Nothing(name)
-
-        def __call__(self, *_, **__):
-            return self
-
-    if importlib.util.find_spec("allrank") is None:
-        raise ImportError("pip install --no-deps allrank")
-    for name in (
-        "pkg_resources",
-        "torchvision",
-        "torchvision.transforms",
-        "sklearn",
-        "sklearn.datasets",
-        "gcsfs",
-    ):
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            sys.modules[name] = Nothing(name)
-    list_mle = importlib.import_module("allrank.models.losses.listMLE").listMLE
-    terms = _four_lists(lambda a, b: list_mle(a, b) * len(a))
-
-    def step(img, txt, scale):
-        img, txt = (torch.from_numpy(np.array(z)).requires_grad_() for z in (img, txt))
-        loss = terms(img, txt, scale)
-        loss.backward()
-        return loss.detach().numpy(), (img.grad.numpy(), txt.grad.numpy())
-
-    return step
-
-
-CONTENDERS = {
-    "ours": _ours,
-    "ours top-64": lambda: _ours(top_k=64),
-    "plain JAX": _plain_jax,
-    "rax": _rax,
-    "PyTorch allrank": _torch,
-}
+# Peak bytes per element of B x B, for the guard only: measured on a CPU at B = 2,048 and rounded up.
+BYTES_PER_SCORE = {"plain JAX": 260, "rax": 400, "plain PyTorch": 160, "PyTorch allrank": 260}
 
 
 def _memory_mb(field):
@@ -136,46 +37,68 @@ def _memory_mb(field):
 
 
 def _contend(name, pipe):
-    """A process of its own: answers each batch size with (seconds, MB grown, value, gradients)."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    """A process of its own: answers each request with (seconds, MB grown, value, gradients), or a line that says why
+    not."""
     try:
-        step = CONTENDERS[name]()
-        step(*embeddings(8), 1.0)
-    except ImportError as error:
-        pipe.send(f"not installed ({error})")
+        place, step, fetch, peak = CONTENDERS[name]()
+        on_cpu = peak() is None
+        if on_cpu:  # what libraries take at their first call is not the loss's
+            step(*map(place, embeddings(8)), 1.0)
+    except Exception as error:
+        pipe.send(f"not installed ({error})" if isinstance(error, ImportError) else one_line(error))
         return
     pipe.send("ready")
-    while (request := pipe.recv()) is not None:
-        batch, scale, want_gradients = request
-        data = embeddings(batch)
-        with open("/proc/self/clear_refs", "w") as reset:
-            reset.write("5")  # the peak starts again from here: making the data must not hide what the step takes
-        before = _memory_mb("VmRSS")
-        start = time.perf_counter()
-        value, grads = step(*data, scale)
-        seconds = time.perf_counter() - start
-        grads = [np.asarray(g) for g in grads] if want_gradients else None
-        pipe.send((seconds, _memory_mb("VmHWM") - before, float(value), grads))
+    while True:
+        batch, scale, want_gradients, turn = pipe.recv()
+        try:
+            data = [place(z) for z in embeddings(batch)]
+            if on_cpu:  # the peak starts again from here: making the data must not hide what the step takes
+                Path("/proc/self/clear_refs").write_text("5")
+                before = _memory_mb("VmRSS")
+            calls, start = 0, time.perf_counter()
+            while not calls or time.perf_counter() - start < turn:
+                value, grads = step(*data, scale)
+                calls += 1
+            seconds = (time.perf_counter() - start) / calls
+            grown = _memory_mb("VmHWM") - before if on_cpu else peak() / 2**20
+            pipe.send((seconds, grown, float(value), [fetch(g) for g in grads] if want_gradients else None))
+        except Exception as error:  # a GPU without enough memory, for one: the others still run
+            pipe.send(one_line(error))
 
 
 class Contender:
-    """A running process of one contender."""
+    """A running process of one contender, killed where it does not answer by `end` (of time.monotonic())."""
 
-    def __init__(self, name):
+    def __init__(self, name, end=float("inf")):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_contend, args=(name, theirs), daemon=True)
         self.process.start()
         theirs.close()
-        self.state = self.pipe.recv()
+        self.end = end
 
-    def __call__(self, batch, scale=30.0, gradients=False):
-        self.pipe.send((batch, scale, gradients))
-        return self.pipe.recv()
+    @functools.cached_property
+    def state(self) -> str:
+        """What it says first: that it is "ready", or why it is not."""
+        return self._answer()
+
+    def __call__(self, batch, scale=30.0, gradients=False, turn=0.0):
+        """One call, or as many as fill `turn` seconds, whose mean time is given: what `_contend` answers."""
+        with contextlib.suppress(BrokenPipeError):  # it died, which the answer says
+            self.pipe.send((batch, scale, gradients, turn))
+        return self._answer()
+
+    def _answer(self):
+        left = self.end - time.monotonic()
+        try:
+            if self.pipe.poll(None if left == float("inf") else max(0, left)):
+                return self.pipe.recv()
+        except (EOFError, ConnectionError):
+            return "its process died"
+        return "out of time"
 
     def close(self):
-        if self.state == "ready":
-            self.pipe.send(None)
+        self.process.kill()
         self.process.join()
 
 
@@ -218,28 +141,40 @@ def accuracy(batch, scales, names):
         contender.close()
 
 
+def measure(batch, names, rounds, turn=0.0, end=float("inf")) -> dict:
+    """{name: {"seconds": one of each round, "mb": peak}, or the line that says why not}, the contenders in turns."""
+    running = {name: Contender(name, end) for name in names}
+    found = {}
+    for name, contender in running.items():
+        first = contender(batch) if contender.state == "ready" else contender.state  # compiles too
+        found[name] = first if isinstance(first, str) else {"seconds": [], "mb": first[1]}
+    left = [name for name in names if not isinstance(found[name], str)]
+    for _ in range(rounds):
+        for name in list(left):
+            got = running[name](batch, turn=turn)
+            if isinstance(got, str):  # the rounds that it has stand
+                left.remove(name)
+                found[name] = found[name] if found[name]["seconds"] else got
+                continue
+            found[name]["seconds"].append(got[0])
+            found[name]["mb"] = max(found[name]["mb"], got[1])
+    for contender in running.values():
+        contender.close()
+    return found
+
+
+def cell(found: dict | str) -> str:
+    """Median and memory of what `measure` found of one contender."""
+    return found if isinstance(found, str) else f"{statistics.median(found['seconds']):.3g} s, {found['mb']:,.0f} MB"
+
+
 def speed(batches, rounds, limit_gb, names):
     print(f"\nForward and backward, D = {D}: seconds (median of {rounds}, interleaved) and peak memory\n")
     print("| B | " + " | ".join(names) + " |\n|---|" + "---|" * len(names))
     for batch in batches:
-        running = {name: Contender(name) for name in names if _fits(name, batch, limit_gb)}
-        running_ready = {name: c for name, c in running.items() if c.state == "ready"}
-        grown = {name: c(batch)[1] for name, c in running_ready.items()}  # compiles too
-        seconds = {name: [] for name in running_ready}
-        for _ in range(rounds):
-            for name, contender in running_ready.items():
-                elapsed, more, *_ = contender(batch)
-                seconds[name].append(elapsed)
-                grown[name] = max(grown[name], more)
-        cells = []
-        for name in names:
-            if name in seconds:
-                cells.append(f"{statistics.median(seconds[name]):.3g} s, {grown[name]:,.0f} MB")
-            else:
-                cells.append(running[name].state if name in running else f"over {limit_gb:g} GB")
+        found = measure(batch, [name for name in names if _fits(name, batch, limit_gb)], rounds)
+        cells = [cell(found.get(name, f"over {limit_gb:g} GB")) for name in names]
         print(f"| {batch:,} | " + " | ".join(cells) + " |", flush=True)
-        for contender in running.values():
-            contender.close()
 
 
 def main():
@@ -247,9 +182,10 @@ def main():
     parser.add_argument("--batches", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit_gb", type=float, default=12.0)
-    parser.add_argument("--contenders", nargs="+", default=NAMES, choices=NAMES)
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--accuracy_batch", type=int, default=512)
     args = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     print(f"{os.cpu_count()} cores; Python {sys.version.split()[0]}")
     exact = [name for name in args.contenders if name != "ours top-64"]  # that one is another loss
     accuracy(args.accuracy_batch, (14.0, 30.0, 100.0), exact)

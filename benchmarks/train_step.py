@@ -7,180 +7,151 @@
 Each contender lives in a process of its own and does one step when it is its turn, so that a machine whose speed drifts
 slows all alike and each one's memory is its own. A step is forward, backward and AdamW on made pictures and texts:
 float32 on a CPU; bfloat16 (in PyTorch: autocast) on a GPU. PyTorch runs its model as it is and, where torch.compile
-works, compiled; transformers has no counterpart to RN50. Needs no TensorFlow.
+works, compiled; transformers has no counterpart to RN50. Both have one device. Needs no TensorFlow.
 """
 
 import argparse
+import contextlib
 import json
 import os
-import resource
+import statistics
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator, Sequence
 
-import numpy as np
-
+from benchmarks.train_contenders import OURS, PYTORCH
 from rankclip_jax import config as configs
 from rankclip_jax.train import plan
 
-OURS, PYTORCH = ("clip", "rankclip"), ("transformers", "transformers, compiled")
 # Freed memory is kept for the next step, as rankclip_jax.train does; JAX takes only the GPU memory that it needs.
 ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "XLA_CLIENT_MEM_FRACTION": "0.92",  # JAX would stop at three quarters, PyTorch does not
 }
 
 
-def made_batch(batch: int, side: int, length: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (B, side, side, 3) pictures and int32 (B, length) texts that end with the vocabulary's last token."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(1, vocabulary - 1, (batch, length), np.int32)
-    tokens[:, -1] = vocabulary - 1
-    return rng.integers(0, 256, (batch, side, side, 3), np.uint8), tokens
-
-
-def ours(name: str, objective: str, batch: int | None):
-    """-> (a function that does a step, facts): our step as rankclip_jax.train jits it.
-
-    `objective`: clip or rankclip, perhaps with a number of parts behind it: "rankclip, 4 parts"."""
-    import jax
-
-    from rankclip_jax import models
-    from rankclip_jax.common.devices import devices_of
-    from rankclip_jax.parallel.mesh import make_mesh, to_devices
-    from rankclip_jax.train import flops, optim
-    from rankclip_jax.train import step as steps
-
-    on_cpu = jax.default_backend() == "cpu"
-    batch = batch or (16 if on_cpu else 256)
-    objective, _, parts = objective.removesuffix(" parts").partition(", ")
-    config = configs.complete({"batch_size": batch, "accumulate": int(parts or 1), "loss": {"objective": objective}})
-    mesh = make_mesh({"data": -1})
-    model = models.build(name, dtype="float32" if on_cpu else "bfloat16", devices=devices_of(mesh))
-    tx = optim.make_optimizer(config.optim, 100_000)
-    state = steps.init_state(model, tx, 0, mesh, config.sharding)
-    train_step = steps.make_train_step(model, tx, config, mesh, total_steps=100_000, steps_per_epoch=1_000)
-    text = model.config.text
-    pixels, tokens = made_batch(batch, model.config.vision.image_size, text.context_length, text.vocab_size)
-    data = to_devices({"image": pixels, "tokens": tokens}, mesh)
-
-    def step():
-        nonlocal state
-        state, numbers = jax.block_until_ready(train_step(state, data))
-        return float(numbers["loss"])
-
-    device = jax.devices()[0]
-    peak = flops.peak_tflops(device.device_kind)
-    facts = {"batch": batch, "device": device.device_kind, "flops": flops.step_flops(model.config, batch), "peak": peak}
-
-    def memory():
-        return None if on_cpu else device.memory_stats()["peak_bytes_in_use"]
-
-    return step, memory, facts
-
-
-def pytorch(compiled: bool, batch: int | None):
-    """-> the same of transformers.CLIPModel, whose defaults are ViT-B/32."""
-    import torch
-    from transformers import CLIPConfig, CLIPModel
-
-    torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch = batch or (16 if device.type == "cpu" else 256)
-    model = CLIPModel(CLIPConfig()).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1, fused=True)
-    forward = torch.compile(model) if compiled else model
-    pixels, tokens = made_batch(batch, 224, 77, model.config.text_config.vocab_size)
-    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
-    tokens = torch.from_numpy(tokens).long().to(device)
-
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = forward(input_ids=tokens, pixel_values=pixels / 127.5 - 1, return_loss=True).loss
-        loss.backward()
-        optimizer.step()
-        return loss.item()  # waits for the device
-
-    def memory():
-        return torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-
-    return step, memory, {"batch": batch}
-
-
-def contend(name: str, contender: str, batch: int | None) -> None:
-    """In a child: a step for each line that comes in, and its seconds back."""
-    print("{}", flush=True)  # it is alive; what follows may take minutes
-    is_ours = contender not in PYTORCH
-    step, memory, facts = ours(name, contender, batch) if is_ours else pytorch(contender == PYTORCH[1], batch)
-    for _ in sys.stdin:
-        begin = time.perf_counter()
-        loss = step()
-        seconds = time.perf_counter() - begin
-        used = memory() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps(facts | {"seconds": seconds, "loss": loss, "memory": used}), flush=True)
+@contextlib.contextmanager
+def killed_at(process: subprocess.Popen, end: float) -> Iterator[None]:
+    """Inside, the process is killed when time.monotonic() reaches `end`."""
+    killer = threading.Timer(max(0, min(end - time.monotonic(), threading.TIMEOUT_MAX)), process.kill)
+    killer.daemon = True
+    killer.start()
+    try:
+        yield
+    finally:
+        killer.cancel()
 
 
 class Child:
-    """A contender in its process; `step` is None where it died, as a compiler that is not there makes it."""
+    """A contender of benchmarks/train_contenders.py in its process, killed where it does not answer by `end`."""
 
-    def __init__(self, name: str, contender: str, batch: int | None):
-        command = [sys.executable, "-m", "benchmarks.train_step", "--child", name, contender]
+    def __init__(self, name: str, contender: str, batch: int | None, end: float = float("inf")):
         self._process = subprocess.Popen(
-            [*command, "--batch", str(batch or 0)],
+            [sys.executable, "-m", "benchmarks.train_contenders", name, contender, str(batch or 0)],
             env=ENVIRONMENT | os.environ,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self._process.stdout.readline()
+        self._end = end
 
-    def step(self) -> dict | None:
-        try:
-            self._process.stdin.write("\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return None
-        line = self._process.stdout.readline()
-        return json.loads(line) if line else None
+    def run(self, steps: int) -> dict:
+        """Its answer: a step's "seconds", the "loss", "memory" in bytes and facts, or "error"."""
+        with killed_at(self._process, self._end):
+            with contextlib.suppress(BrokenPipeError):  # it has died; what it said before is still to be read
+                self._process.stdin.write(f"{steps}\n")
+                self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        return json.loads(line) if line else {"error": "out of time" if time.monotonic() >= self._end else "it died"}
 
     def end(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.communicate(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def measure(
+    name: str, contenders: Sequence[str], batch: int | None, rounds: int, steps: int = 1, end: float = float("inf")
+) -> tuple[dict, dict]:
+    """-> (facts of the machine and model, {contender: {"seconds": one of each round, "memory"} or {"error"}}).
+
+    A round is so many steps of each contender in turn, which JAX and PyTorch hand to a GPU without waiting between."""
+    children = {contender: Child(name, contender, batch, end) for contender in contenders}
+    facts, found = {}, {}
+    for contender, child in children.items():
+        first = child.run(steps)  # compiles
+        print(f"{name}, {contender}: {first.get('error', 'ready')}", file=sys.stderr, flush=True)
+        found[contender] = first if "error" in first else {"seconds": [], "memory": 0}
+        facts = facts or ({key: first[key] for key in ("batch", "device", "flops", "peak")} if "flops" in first else {})
+    left = [contender for contender in contenders if "error" not in found[contender]]
+    for _ in range(rounds):
+        for contender in list(left):
+            got = children[contender].run(steps)
+            if "error" in got:  # the rounds that it has stand
+                left.remove(contender)
+                found[contender] = found[contender] if found[contender]["seconds"] else got
+                continue
+            found[contender]["seconds"].append(got["seconds"])
+            found[contender]["memory"] = got["memory"]
+    for child in children.values():
+        child.end()
+    return facts, found
+
+
+def rows(facts: dict, found: dict) -> list[dict]:
+    """The numbers of each contender that ran: rates, and times as a multiple of the first one's. None without facts,
+    which ours give."""
+    base, made = None, []
+    for contender, result in found.items() if facts else ():
+        if "error" in result:
+            continue
+        seconds = statistics.median(result["seconds"])
+        base = base or seconds
+        tflops = facts["flops"] / seconds / 1e12
+        made.append(
+            {
+                "step": contender,
+                "images_per_second": facts["batch"] / seconds,
+                "seconds": seconds,
+                "range": [min(result["seconds"]), max(result["seconds"])],
+                "ratio": seconds / base,
+                "tflops": tflops,
+                "mfu": tflops / facts["peak"] if facts["peak"] else None,
+                "memory": result["memory"],
+            }
+        )
+    return made
+
+
+def table(made: list[dict]) -> list[str]:
+    """`rows` as lines of Markdown."""
+    lines = [
+        "| step | images/s | seconds (range) | time, first = 1 | TFLOP/s | MFU | memory, GB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in made:
+        low, high = row["range"]
+        mfu = "" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %"
+        lines.append(
+            f"| {row['step']} | {row['images_per_second']:.3g} | {row['seconds']:.3g} ({low:.3g} to {high:.3g}) | "
+            f"{row['ratio']:.2f} | {row['tflops']:.3g} | {mfu} | {row['memory'] / 1e9:.1f} |"
+        )
+    return lines
 
 
 def compare(name: str, contenders: list[str], batch: int | None, rounds: int) -> None:
     """Prints a table of the contenders for one model; the first is the measure of the others."""
-    children = {contender: Child(name, contender, batch) for contender in contenders}
-    first = {}
-    for contender, child in children.items():
-        first[contender] = child.step()  # compiles
-        print(f"{name}, {contender}: {'failed' if first[contender] is None else 'ready'}", file=sys.stderr, flush=True)
-    first = {contender: facts for contender, facts in first.items() if facts}
-    children = {contender: children[contender] for contender in first}
-    if not children:
-        return
-    results = {contender: [] for contender in children}
-    for _ in range(rounds):
-        for contender, child in children.items():
-            results[contender].append(child.step())
-    for child in children.values():
-        child.end()
-    facts = next(iter(first.values()))
-    base = np.median([result["seconds"] for result in next(iter(results.values()))])
-    print(f"\n{name}, batch {facts['batch']}, {facts['device']}, median of {rounds} interleaved rounds\n")
-    print("| step | images/s | seconds (range) | time, first = 1 | TFLOP/s | MFU | memory, GB |")
-    print("|---|---|---|---|---|---|---|")
-    for contender, found in results.items():
-        times = [result["seconds"] for result in found]
-        seconds, low, high = np.median(times), min(times), max(times)
-        tflops = facts["flops"] / seconds / 1e12
-        mfu = f"{100 * tflops / facts['peak']:.1f} %" if facts["peak"] else ""
-        print(
-            f"| {contender} | {facts['batch'] / seconds:.3g} | {seconds:.3g} ({low:.3g} to {high:.3g}) | "
-            f"{seconds / base:.2f} | {tflops:.3g} | {mfu} | {found[-1]['memory'] / 1e9:.1f} |"
-        )
+    facts, found = measure(name, contenders, batch, rounds)
+    made = rows(facts, found)
+    if made:
+        print(f"\n{name}, batch {facts['batch']}, {facts['device']}, median of {rounds} interleaved rounds\n")
+        print("\n".join(table(made)))
 
 
 def scaling(a_device: int = 16) -> None:
@@ -211,10 +182,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", type=int, nargs="+", help="compare these numbers of parts instead")
     parser.add_argument("--scaling", action="store_true")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     flags = parser.parse_args()
-    if flags.child:
-        return contend(*flags.child, flags.batch)
     if flags.scaling:
         return scaling()
     for name in flags.models:
