@@ -45,6 +45,21 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return complete(override(config, overrides))
 
 
+def stored(workdir: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The configuration that a workdir was trained with, complete and checked, with `overrides` as in `load`.
+
+    Raises:
+      InputError: there is none, it is damaged, or what `complete` refuses.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        return complete(override(json.loads(path.read_text()), overrides))
+    except FileNotFoundError:
+        raise InputError(f"{workdir} holds no run (no config.json); give --config FILE to start one") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); bring it back from a copy, or give --config FILE") from None
+
+
 def override(config: dict, overrides: Sequence[str]) -> dict:
     """Writes "key.of.a.group=value" of the command line into a nested dict; returns it."""
     for text in overrides:

@@ -16,7 +16,7 @@ from rankclip_jax.inference.model.pictures import open_pictures
 import rankclip_jax
 from rankclip_jax import embed
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.inference.model import collection, search, store
+from rankclip_jax.inference import collection, search, store
 from tests.support.made_models import VIT, make_workdir
 
 REPO = Path(__file__).parents[2]
