@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from rankclip_jax.inference.model.pictures import open_pictures
+from rankclip_jax.inference.pictures import open_pictures
 
 import rankclip_jax
 from rankclip_jax import embed
