@@ -136,7 +136,7 @@ def checkpoint() -> Iterator[dict]:
     """One row: the arrays of a state after a step, and which of them were read back otherwise."""
     import jax
 
-    from rankclip_jax.train.optim import path_name
+    from rankclip_jax.common.trees import by_name
     from rankclip_jax.weights.checkpoint import Checkpoints, restore
 
     config, state, train, batches = tiny("ViT", "float32", "auto", jax.devices()[0])
@@ -147,10 +147,10 @@ def checkpoint() -> Iterator[dict]:
         saving.save(1, state, 32, {})
         saving.close()
         read = restore(folder, config.checkpoint, abstract)
-    saved, got = (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (state, read.state))
-    pairs = [(path_name(path), a, b) for (path, a), (_, b) in zip(saved, got, strict=True)]
-    wrong = [name for name, a, b in pairs if not same(a, b)]
-    yield {"arrays": len(pairs), "bytes": sum(a.nbytes for _, a, _ in pairs), "different": wrong, "ok": not wrong}
+    saved, got = by_name(state), by_name(read.state)
+    wrong = [name for name, array in saved.items() if not same(array, got[name])]
+    nbytes = sum(array.nbytes for array in saved.values())
+    yield {"arrays": len(saved), "bytes": nbytes, "different": wrong, "ok": not wrong}
 
 
 def same(a, b) -> bool:
