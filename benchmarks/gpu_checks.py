@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from benchmarks.train_contenders import made_batch, one_line
+from benchmarks.train_contenders import made_batch
+from rankclip_jax.common.errors import one_line
 
 # Relative, over five steps. Twice to ten times what eight CPU devices in place of one change, whose sums have another
 # order: float32 4e-6 and 2e-4, bfloat16 7e-4 and 3e-2. Attention without its mask changes 1e-2 and 2e-1.
@@ -98,7 +99,7 @@ def checked(case: str, against: str, errors: Callable[[], dict], tolerance: dict
     try:
         found = errors()
     except Exception as error:  # of any kind: the other cases still run
-        return row | {"error": one_line(error), "ok": False}
+        return row | {"error": one_line(error, kind=True), "ok": False}
     ok = all(found[key] <= limit for key, limit in tolerance.items())  # NaN is not
     return row | {"errors": {k: x if math.isfinite(x) else str(x) for k, x in found.items()}, "ok": ok}
 
@@ -178,7 +179,7 @@ def main() -> None:
             print(json.dumps(row), file=answers, flush=True)
     except Exception as error:  # of any kind: it becomes a line of the report
         traceback.print_exc()
-        print(json.dumps({"failed": one_line(error)}), file=answers, flush=True)
+        print(json.dumps({"failed": one_line(error, kind=True)}), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.metrics_file import read_metrics
 from rankclip_jax.common.trees import flatten
 
@@ -91,7 +91,7 @@ def _arrays(path: Path) -> dict:
         with np.load(path) as arrays:  # allow_pickle stays off: a file may come from anywhere
             return dict(arrays)
     except Exception as error:  # whatever NumPy and zipfile raise on a torn file
-        raise InputError(f"{path} cannot be read ({error}); evaluate again with --mode=eval") from None
+        raise InputError(f"{path} cannot be read ({one_line(error)}); evaluate again with --mode=eval") from None
 
 
 def _bad(path: Path) -> dict:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rankclip_jax.common.errors import one_line
 from rankclip_jax.common.files import write_whole
 from rankclip_jax.common.trees import by_name, nested
 from rankclip_jax.models import ClipConfig, unstack_layers
@@ -49,13 +50,11 @@ def read_orbax(folder: Path) -> tuple[ClipConfig, dict]:
                 ),
             )
         except (ValueError, KeyError, OSError) as error:
-            raise ValueError(f"{ARRAYS} is not a complete Orbax checkpoint of this model ({_line(error)})") from error
+            raise ValueError(
+                f"{ARRAYS} is not a complete Orbax checkpoint of this model ({one_line(error)})"
+            ) from error
     read = by_name(arrays)
     for name, shape in shapes.items():
         if read[name].shape != shape:
             raise ValueError(f"{name} has shape {read[name].shape}; this architecture needs {shape}")
     return config, arrays
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
