@@ -10,8 +10,8 @@ from PIL import Image
 
 from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError, one_line
+from rankclip_jax.common.pictures import ENDINGS
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _SHARDS = {".tar": "webdataset", ".tfrecord": "tfrecord", ".tfrecords": "tfrecord", ".parquet": "parquet"}
 
 
