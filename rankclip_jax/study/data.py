@@ -14,10 +14,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.pictures import ENDINGS
 from rankclip_jax.common.progress import progress
 from rankclip_jax.weights.view import View
-
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +106,7 @@ def read_labelled(spec: ConfigDict, *, side: int) -> Labelled:
         root = Path(path)
         names = names or sorted(item.name for item in root.glob("*") if item.is_dir())
         found = [(file, k) for k, name in enumerate(names) for file in sorted((root / name).rglob("*"))]
-        files, labels = zip(*[(f, k) for f, k in found if f.suffix.lower() in _IMAGES], strict=True) or ((), ())
+        files, labels = zip(*[(f, k) for f, k in found if f.suffix.lower() in ENDINGS], strict=True) or ((), ())
         images = _views(files, side)
     else:
         raise InputError(f"a study reads labelled sets of format csv, folder or shapes, not {spec.format!r}")
