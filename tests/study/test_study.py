@@ -56,15 +56,21 @@ def test_estimates_are_student_t_intervals():
     assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
     # By hand: t(0.975, 1) = 12.706, and s / sqrt(2) = 0.5 for values one apart.
     assert statistics.estimate([1.0, 2.0]) == (1.5, pytest.approx(12.7062 * 0.5, rel=1e-5), 2)
-    assert statistics.estimate([3.0]) == (3.0, None, 1) and not statistics.estimate([3.0]).excludes_zero
+    assert statistics.estimate([3.0]) == (3.0, None, 1)
 
 
 def test_differences_are_paired_by_seed():
     ours, theirs = {0: 0.5, 1: 0.9, 2: 0.1, 7: 99.0}, {2: 0.0, 1: 0.8, 0: 0.4, 3: -99.0}
     found = statistics.paired(ours, theirs)
-    assert found.mean == pytest.approx(0.1) and found.n == 3 and found.excludes_zero
+    assert found.mean == pytest.approx(0.1) and found.n == 3
     assert found.half == pytest.approx(0, abs=1e-9)  # the seeds' own luck, far larger, cancels
     assert statistics.paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_a_difference_is_bold_where_its_interval_excludes_zero():
+    cell = lambda mean, half: report._cell("geometry/x", {"mean": mean, "half": half, "n": 3}, signed=True)  # noqa: E731
+    assert cell(0.5, 0.4) == "**+0.500 ± 0.400**" and cell(-0.5, 0.4) == "**-0.500 ± 0.400**"
+    assert cell(0.4, 0.5) == "+0.400 ± 0.500" and cell(0.5, None) == "+0.500"
 
 
 def test_an_epoch_has_every_row_once_and_each_another_order():
