@@ -6,9 +6,8 @@ Sources: [p] RankCLIP, arXiv 2404.09387; [c] the code that its authors released;
 from ml_collections import ConfigDict
 
 
-def get_config(argument: str = "") -> ConfigDict:
-    """`argument`: objective=clip | rankclip, model=PRESET."""
-    arguments = dict(pair.split("=") for pair in argument.split(",") if pair)
+def get_config(objective: str = "rankclip", model: str = "ViT-B/32") -> ConfigDict:
+    """`objective`: of config.loss; `model`: a preset."""
     return ConfigDict(
         dict(
             # Not published for the paper's runs. Chosen: 2,048. A v5e-8 holds it with blocks rematerialised (4 of its
@@ -17,13 +16,13 @@ def get_config(argument: str = "") -> ConfigDict:
             epochs=64,  # [p]
             log_every=50,
             loss=dict(
-                objective=arguments.get("objective", "rankclip"),
+                objective=objective,
                 lambda_in=1 / 16,  # [p], [c]
                 lambda_cross=1 / 16,  # [p], [c]
                 schedule="ramp",  # [c]; arXiv v2 of [p] has constant weights and decay="log"
             ),
             model=dict(
-                name=arguments.get("model", "ViT-B/32"),
+                name=model,
                 dtype="bfloat16",
                 remat=True,
                 scan_layers=True,  # compiles several times as fast

@@ -7,16 +7,14 @@ The folder holds train.csv and val.csv (image,caption), labels.csv (image,label)
 from ml_collections import ConfigDict
 
 
-def get_config(argument: str = "") -> ConfigDict:
-    """`argument`: dir=FOLDER (default data/cifar10), objective=clip | rankclip."""
-    arguments = dict(pair.split("=") for pair in argument.split(",") if pair)
-    folder = arguments.get("dir", "data/cifar10")
+def get_config(dir: str = "data/cifar10", objective: str = "rankclip") -> ConfigDict:
+    """`dir`: the folder of the csv files and images; `objective`: of config.loss."""
     return ConfigDict(
         dict(
             batch_size=128,
             epochs=10,
             log_every=50,
-            loss=dict(objective=arguments.get("objective", "rankclip")),
+            loss=dict(objective=objective),
             model=dict(
                 name="RN-tiny",
                 image_size=32,
@@ -27,8 +25,8 @@ def get_config(argument: str = "") -> ConfigDict:
             optim=dict(lr=2e-3, weight_decay=0.1, warmup_steps=200, grad_clip_norm=1.0),
             data=dict(
                 format="csv",
-                train=f"{folder}/train.csv",
-                val=f"{folder}/val.csv",
+                train=f"{dir}/train.csv",
+                val=f"{dir}/val.csv",
                 hint="name the folder of the csv files and unzipped images: --config configs/cifar10.py:dir=FOLDER",
                 crop_scale=(0.5, 1.0),
                 flip=True,
@@ -38,14 +36,14 @@ def get_config(argument: str = "") -> ConfigDict:
                 every_epochs=2,
                 zero_shot=dict(
                     cifar10=dict(
-                        path=f"{folder}/labels.csv",
-                        classes=f"{folder}/classes.json",
-                        templates=f"{folder}/templates.json",
+                        path=f"{dir}/labels.csv",
+                        classes=f"{dir}/classes.json",
+                        templates=f"{dir}/templates.json",
                     )
                 ),
                 # The images lie in a folder a class. Only --mode=eval does this one.
-                linear_probe=dict(cifar10=dict(format="folder", train=f"{folder}/train", path=f"{folder}/test")),
-                geometry=dict(val=dict(path=f"{folder}/val.csv")),
+                linear_probe=dict(cifar10=dict(format="folder", train=f"{dir}/train", path=f"{dir}/test")),
+                geometry=dict(val=dict(path=f"{dir}/val.csv")),
             ),
         )
     )

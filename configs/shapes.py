@@ -6,15 +6,14 @@
 from ml_collections import ConfigDict
 
 
-def get_config(argument: str = "") -> ConfigDict:
-    """`argument`: objective=clip | rankclip."""
-    arguments = dict(pair.split("=") for pair in argument.split(",") if pair)
+def get_config(objective: str = "rankclip") -> ConfigDict:
+    """`objective`: of config.loss."""
     return ConfigDict(
         dict(
             batch_size=128,
             epochs=8,
             log_every=20,
-            loss=dict(objective=arguments.get("objective", "rankclip")),
+            loss=dict(objective=objective),
             model=dict(
                 name="RN-tiny",
                 image_size=48,

@@ -20,10 +20,8 @@ OBJECTIVES = {
 }
 
 
-def get_config(argument: str = "") -> ConfigDict:
-    """`argument`: dir=FOLDER (default data/cifar10)."""
-    arguments = dict(pair.split("=") for pair in argument.split(",") if pair)
-    folder = arguments.get("dir", "data/cifar10")
+def get_config(dir: str = "data/cifar10") -> ConfigDict:
+    """`dir`: the folder that configs/cifar10.py describes."""
     return ConfigDict(
         dict(
             batch_size=64,
@@ -39,8 +37,8 @@ def get_config(argument: str = "") -> ConfigDict:
             optim=dict(lr=2e-3, weight_decay=0.1, warmup_steps=10, grad_clip_norm=1.0),
             data=dict(
                 format="csv",
-                train=f"{folder}/train.csv",
-                val=f"{folder}/val.csv",
+                train=f"{dir}/train.csv",
+                val=f"{dir}/val.csv",
                 hint="name the folder that configs/cifar10.py describes: --config configs/study_cifar10.py:dir=FOLDER",
                 crop_scale=(0.5, 1.0),
                 flip=True,
@@ -50,9 +48,9 @@ def get_config(argument: str = "") -> ConfigDict:
                 every_epochs=2,
                 zero_shot=dict(
                     cifar10=dict(
-                        path=f"{folder}/labels.csv",
-                        classes=f"{folder}/classes.json",
-                        templates=f"{folder}/templates.json",
+                        path=f"{dir}/labels.csv",
+                        classes=f"{dir}/classes.json",
+                        templates=f"{dir}/templates.json",
                     )
                 ),
             ),

@@ -53,15 +53,18 @@ def keys(call: ast.Call, source: str, prefix: str = "") -> Iterator[tuple[str, s
         while above > call.lineno and above in beside and beside[above][1]:  # alone above a key: it belongs to it
             lines.insert(0, beside[above][0])
             above -= 1
-        group = isinstance(keyword.value, ast.Call) and bool(keyword.value.keywords)
-        default = None if group else ast.get_source_segment(source, keyword.value)
+        called = keyword.value.func.id if isinstance(keyword.value, ast.Call) else ""
+        group = called == "dict"
+        # A key is declared as `integer(256, 1)`: its default comes first.
+        value = keyword.value.args[0] if called and not group else keyword.value
+        default = None if group else ast.get_source_segment(source, value)
         yield prefix + keyword.arg, default, " ".join(lines)
         if group:
             yield from keys(keyword.value, source, f"{prefix}{keyword.arg}.")
 
 
 def _dict_call(node: ast.AST) -> ast.Call:
-    """The `dict(...)` that holds a table: of default_config, or of an assignment (behind `OTHER |`)."""
+    """The `dict(...)` that holds a table, behind `OTHER |` in some assignments."""
     calls = (n for n in ast.walk(node) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "dict")
     return next(calls)
 
@@ -78,11 +81,11 @@ def _table(rows: list[tuple[str, str | None, str]]) -> Iterator[str]:
 
 
 def tables(source: str) -> dict[str, list[tuple[str, str | None, str]]]:
-    """Name of the function or constant -> the rows of its keys."""
+    """Name of the constant -> the rows of its keys."""
     found = {}
     for node in ast.parse(source).body:
-        name = getattr(node, "name", None) or getattr(getattr(node, "targets", [None])[0], "id", None)
-        if name == "default_config" or name in SETS:
+        name = getattr(getattr(node, "targets", [None])[0], "id", None)
+        if name == "KEYS" or name in SETS:
             found[name] = list(keys(_dict_call(node), source))
     return found
 
@@ -94,7 +97,7 @@ def page() -> str:
     may_change = re.search(r"^MAY_CHANGE = \((.*)\)", source, re.MULTILINE).group(1)
     groups = ", ".join(f"`{name}`" for name in re.findall(r'"([\w.]+)"', may_change))
     out = [HEAD.format(may_change=groups), "## The run", ""]
-    rows = found["default_config"]
+    rows = found["KEYS"]
     tops = [row for row in rows if "." not in row[0]]
     at_top = [row for row in tops if row[1] is not None]
     out += [*_table([(f"config.{key}", *rest) for key, *rest in at_top]), ""]

@@ -7,43 +7,50 @@ not exist, naming the nearest one that does, so a typing error cannot silently t
 import ast
 import difflib
 import importlib.util
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.trees import flatten
-from rankclip_jax.config.keys import (
-    EVAL_SETS,
-    MAY_CHANGE,
-    MIXTURE_PART,
-    OBJECTIVES,
-    SCHEDULES,
-    TERMS,
-    default_config,
-)
+from rankclip_jax.config.key import Key, integer, real
+from rankclip_jax.config.keys import EVAL_SETS, KEYS, MAY_CHANGE, MIXTURE_PART, SCHEDULES, TERMS, defaults
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """The configuration of the command line, complete and checked.
 
     Args:
-      spec: file of an experiment, with an argument for its get_config after a colon: configs/cc3m.py:model=RN50.
-      overrides: "key.of.a.group=value", values as Python literals; what is no literal is a string.
+      spec: file of an experiment, with arguments for its get_config after a colon: configs/cc3m.py:model=RN50.
+      overrides: "key.of.a.group=value"; a value that is not a Python literal is a string.
 
     Raises:
-      InputError: no such file, or what `complete` refuses.
+      InputError: no such file, no such argument, or what `complete` refuses.
     """
-    path, _, argument = spec.partition(":")
+    path, _, arguments = spec.partition(":")
     if not Path(path).is_file():
         raise InputError(f"--config: no file {path}; the experiments are in configs/, for example configs/shapes.py")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    config = (module.get_config(argument) if argument else module.get_config()).to_dict()
-    return complete(override(config, overrides))
+    known = list(inspect.signature(module.get_config).parameters)
+    return complete(override(module.get_config(**_arguments(spec, arguments, known)).to_dict(), overrides))
+
+
+def _arguments(spec: str, text: str, known: Sequence[str]) -> dict[str, str]:
+    """"objective=clip,model=RN50" -> what get_config takes by these names."""
+    given = {}
+    for part in text.split(",") if text else ():
+        name, equals, value = part.partition("=")
+        if not (equals and value and name in known):
+            expected = ", ".join(f"{name}=..." for name in known) or "none"
+            raise InputError(f"--config={spec}: argument {part!r}. Expected {expected}")
+        given[name] = value
+    return given
 
 
 def stored(workdir: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -82,112 +89,92 @@ def complete(config: Mapping) -> ConfigDict:
     """Returns the defaults with `config` merged over them.
 
     Raises:
-      InputError: a key that does not exist, or a value of another type than the default's.
+      InputError: a key that does not exist, a value of the wrong type or outside its range, or keys that contradict
+        each other.
     """
-    merged = default_config()
-    _merge(merged, config, "config")
-    for kind, fields in EVAL_SETS.items():
-        for name in merged.eval[kind]:
-            spec = ConfigDict(fields)
-            _merge(spec, merged.eval[kind][name], f"config.eval.{kind}.{name}")
-            merged.eval[kind][name] = spec
-    for split in ("train", "val"):
-        if isinstance(merged.data[split], Mapping | ConfigDict):
-            merged.data[split] = _mixture(merged.data[split], f"config.data.{split}")
-    _check_choice(merged, "loss.objective", OBJECTIVES)
-    for term, weight in merged.loss.terms.items():
-        if term not in TERMS:
-            raise InputError(f"config.loss.terms.{term} does not exist; the terms are {', '.join(TERMS)}")
-        merged.loss.terms[term] = _term_weight(weight, f"config.loss.terms.{term}")
-    if merged.profile is not None and not (len(merged.profile) == 2 and 1 <= merged.profile[0] <= merged.profile[1]):
-        raise InputError(f"config.profile = {merged.profile}: give (first, last), steps counted from 1")
-    _check_choice(merged, "loss.form", ("exact", "released"))
-    _check_choice(merged, "loss.schedule", SCHEDULES)
-    _check_choice(merged, "loss.decay", (None, "log"))
-    _check_choice(merged, "init_towers", ("both", "vision", "text"))
-    _check_choice(merged, "optim.freeze", (None, "vision", "text"))
-    _check_choice(merged, "data.resize", ("device", "host"))
-    _check_choice(merged, "model.dtype", ("float32", "bfloat16"))
-    _check_choice(merged, "model.attention", ("auto", "xla", "cudnn"))
+    merged = ConfigDict(_merged(KEYS, config, "config"))
+    with merged.ignore_type():
+        for kind, fields in EVAL_SETS.items():
+            for name, given in merged.eval[kind].items():
+                where = f"config.eval.{kind}.{name}"
+                merged.eval[kind][name] = ConfigDict(_merged(fields, _group(given, where), where))
+        for split in ("train", "val"):
+            if isinstance(merged.data[split], Mapping | ConfigDict):
+                merged.data[split] = _mixture(merged.data[split], f"config.data.{split}")
+        for term, weight in merged.loss.terms.items():
+            merged.loss.terms[term] = _term_weight(weight, term)
+    for axis, size in merged.mesh.items():
+        integer(1, -1).check(size, f"config.mesh.{axis}")
+        if not size:
+            raise InputError(f"config.mesh.{axis}=0. Expected a number of devices, or -1 for all remaining")
+    for name, count in merged.study.more_seeds.items():
+        integer(1, 1).check(count, f"config.study.more_seeds.{name}")
+    if merged.batch_size == 1:
+        raise InputError("config.batch_size=1. A contrastive or ranking loss needs at least 2 pairs")
     if merged.data.two_views and merged.loss.objective in ("rank", "siglip") and not merged.loss.terms.get("clip"):
         raise InputError(
-            f"config.data.two_views adds to the contrastive term, which objective = {merged.loss.objective} lacks; "
-            "take another config.loss.objective, or add config.loss.terms.clip=1.0"
+            f"config.data.two_views adds to the contrastive term, and config.loss.objective={merged.loss.objective} "
+            "has none. Use another objective, or add config.loss.terms.clip=1.0"
         )
     return merged
 
 
-def _term_weight(weight, where: str):
+def _term_weight(weight: Any, term: str) -> float | ConfigDict:
+    where = f"config.loss.terms.{term}"
+    if term not in TERMS:
+        raise InputError(f"{where} does not exist. Expected one of {', '.join(TERMS)}")
     if not isinstance(weight, Mapping | ConfigDict):
-        return _typed(weight, 1.0, where)
+        return real(1.0).check(weight, where)
     if set(weight) != {"weight", "schedule"} or weight["schedule"] not in SCHEDULES:
         schedules = " or ".join(SCHEDULES)
-        raise InputError(f'{where}: write a number, or {{"weight": 0.25, "schedule": {schedules}}}; got {weight!r}')
-    return ConfigDict(dict(weight=_typed(weight["weight"], 1.0, f"{where}.weight"), schedule=weight["schedule"]))
+        raise InputError(f'{where}={weight!r}. Expected a number, or {{"weight": 0.25, "schedule": {schedules}}}')
+    checked = real(1.0).check(weight["weight"], f"{where}.weight")
+    return ConfigDict(dict(weight=checked, schedule=weight["schedule"]))
 
 
 def _mixture(parts: Mapping, where: str) -> ConfigDict:
     mixture = ConfigDict()
     for name in parts:
-        if not isinstance(parts[name], Mapping | ConfigDict):
-            raise InputError(f"{where}.{name} is a group of keys, such as path and weight; got {parts[name]!r}")
-        part = ConfigDict(MIXTURE_PART)
-        _merge(part, parts[name], f"{where}.{name}")
-        mixture[name] = part
+        mixture[name] = ConfigDict(_merged(MIXTURE_PART, _group(parts[name], f"{where}.{name}"), f"{where}.{name}"))
     return mixture
 
 
-# Groups whose keys are the user's own (names, axes, fields of a preset): taken as they come.
-_OPEN_GROUPS = (
-    "config.loss.terms",
-    "config.model.vision",
-    "config.model.text",
-    "config.mesh",
-    "config.study.objectives",
-    "config.study.more_seeds",
-    *(f"config.eval.{kind}" for kind in EVAL_SETS),
-)
+def _group(value: Any, where: str) -> dict:
+    if not isinstance(value, Mapping | ConfigDict):
+        raise InputError(f"{where}={value!r}. Expected a group of keys, {{name: value}}")
+    return value.to_dict() if isinstance(value, ConfigDict) else dict(value)
 
 
-def _merge(into: ConfigDict, values: Mapping, where: str) -> None:
-    if where == "config.mesh":
-        for axis in list(into):  # a mesh is given whole, not axis by axis
-            del into[axis]
-    for key in values:
-        value = values[key]
-        path = f"{where}.{key}"
-        if where in _OPEN_GROUPS:
-            into[key] = value
-        elif key not in into:
-            near = difflib.get_close_matches(key, list(into), n=1, cutoff=0.0)
-            raise InputError(f"{path} does not exist; the nearest key is {where}.{near[0]}")
-        elif isinstance(into[key], ConfigDict):
-            if not isinstance(value, Mapping | ConfigDict):
-                raise InputError(f"{path} is a group of keys, not a value; got {value!r}")
-            _merge(into[key], value, path)
-        else:
-            with into.unlocked(), into.ignore_type():
-                into[key] = _typed(value, into[key], path)
+def _merged(keys: Mapping, given: Any, where: str) -> dict:
+    """The defaults of `keys` with what was given over them, checked key by key."""
+    given = _group(given, where)
+    if where == "config.mesh" and given:
+        return given  # a mesh is given whole, not axis by axis
+    if not keys:  # a group whose keys are the user's own
+        return given
+    for name in given:
+        if name not in keys:
+            raise InputError(f"{where}.{name} does not exist; the nearest key is {_nearest(name, where, keys)}")
+    merged = {}
+    for name, key in keys.items():
+        path = f"{where}.{name}"
+        if isinstance(key, Key):
+            merged[name] = key.check(given[name], path) if name in given else key.default
+        elif isinstance(key, Mapping):
+            merged[name] = _merged(key, given.get(name, {}), path)
+        else:  # a mesh axis
+            merged[name] = given.get(name, key)
+    return merged
 
 
-def _typed(value, default, path: str):
-    if default is None or value is None or path == "config.model.remat":  # a switch, or the name of a policy
-        return value
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(default, tuple) and isinstance(value, list):
-        return tuple(value)
-    if type(value) is not type(default):
-        raise InputError(f"{path} must be a {type(default).__name__}; got {value!r}")
-    return value
-
-
-def _check_choice(config: ConfigDict, key: str, choices: tuple) -> None:
-    value = config
-    for name in key.split("."):
-        value = value[name]
-    if value not in choices:
-        raise InputError(f"config.{key} must be one of {', '.join(map(str, choices))}; got {value!r}")
+def _nearest(name: str, where: str, keys: Mapping) -> str:
+    """The key that was probably meant: in the same group, or of the same name anywhere."""
+    near = difflib.get_close_matches(name, list(keys), n=1)
+    everywhere = [f"config.{key}" for key in flatten(defaults(KEYS))]
+    same = [key for key in everywhere if key.rpartition(".")[2] == name]
+    if same and not near:
+        return same[0]
+    return f"{where}.{near[0]}" if near else difflib.get_close_matches(f"{where}.{name}", everywhere, 1, 0.0)[0]
 
 
 def to_json(config: ConfigDict) -> str:

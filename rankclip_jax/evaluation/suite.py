@@ -42,7 +42,7 @@ def zero_shot_sets(config: ConfigDict) -> dict[str, ConfigDict]:
     """
     if config.suite is None:
         return dict(config.zero_shot)
-    names = list(SETS) if config.suite == "all" else [config.suite] if isinstance(config.suite, str) else config.suite
+    names = list(SETS) if config.suite == ("all",) else config.suite
     unknown = [name for name in names if name not in SETS]
     if unknown:
         raise InputError(f"config.eval.suite: unknown set {unknown[0]!r}. Expected all, or some of {', '.join(SETS)}")

@@ -1,19 +1,25 @@
 import importlib
 import json
 
+import numpy as np
 import pytest
 
 from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.config import keys as config_keys
+from rankclip_jax.config.key import Key
 from rankclip_jax.losses.spec import MATRICES, OBJECTIVES
 
 
 def test_a_mistyped_key_names_the_nearest_valid_one():
-    with pytest.raises(InputError, match=r"config\.optim\.learning_rat.*nearest key is config\.optim\.\w+"):
+    with pytest.raises(InputError, match=r"config\.optim\.learning_rat does not exist; the nearest key is config\.\w+"):
         configs.complete({"optim": {"learning_rat": 1.0}})
     with pytest.raises(InputError, match=r"config\.bach_size .*config\.batch_size"):
         configs.complete({"bach_size": 1})
+    with pytest.raises(InputError, match=r"config\.lr does not exist; the nearest key is config\.optim\.lr"):
+        configs.complete({"lr": 1})
+    with pytest.raises(InputError, match=r"config\.optim\.batch_size does not exist; .* is config\.batch_size"):
+        configs.complete({"optim": {"batch_size": 8}})
     with pytest.raises(InputError, match=r"config\.eval\.zero_shot\.x\.clases .*\.classes"):
         configs.complete({"eval": {"zero_shot": {"x": {"clases": "c.json"}}}})
 
@@ -21,19 +27,98 @@ def test_a_mistyped_key_names_the_nearest_valid_one():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"batch_size": "many"}, "config.batch_size must be a int"),
-        ({"batch_size": 2.5}, "config.batch_size must be a int"),
-        ({"model": 3}, "config.model is a group of keys"),
-        ({"loss": {"objective": "siglip2"}}, "config.loss.objective must be one of clip, rankclip"),
-        ({"loss": {"terms": {"clipp": 1.0}}}, "config.loss.terms.clipp does not exist; the terms are clip"),
-        ({"loss": {"terms": {"clip": "1"}}}, "config.loss.terms.clip must be a float"),
-        ({"loss": {"schedule": "linear"}}, "config.loss.schedule must be one of"),
-        ({"model": {"dtype": "float16"}}, "config.model.dtype must be one of"),
+        ({"batch_size": "many"}, "config.batch_size='many'. Expected an integer of at least 1"),
+        ({"batch_size": 2.5}, "config.batch_size=2.5. Expected an integer"),
+        ({"batch_size": True}, "config.batch_size=True. Expected an integer"),
+        ({"batch_size": 1}, "config.batch_size=1. A contrastive or ranking loss needs at least 2 pairs"),
+        ({"steps": "abc"}, "config.steps='abc'. Expected an integer of at least 1 or None"),
+        ({"model": 3}, "config.model=3. Expected a group of keys"),
+        ({"loss": {"objective": "siglip2"}}, "config.loss.objective='siglip2'. Expected one of rankclip, clip"),
+        ({"loss": {"terms": {"clipp": 1.0}}}, "config.loss.terms.clipp does not exist. Expected one of clip"),
+        ({"loss": {"terms": {"clip": "1"}}}, "config.loss.terms.clip='1'. Expected a number"),
+        ({"loss": {"schedule": "linear"}}, "config.loss.schedule='linear'. Expected one of ramp, constant"),
+        ({"loss": {"lambda_in": None}}, "config.loss.lambda_in=None. Expected a number at least 0$"),
+        ({"loss": {"lambda_in": float("nan")}}, "config.loss.lambda_in=nan"),
+        ({"model": {"dtype": "float16"}}, "config.model.dtype='float16'. Expected one of float32, bfloat16"),
+        ({"optim": {"grad_clip_norm": "yes"}}, "config.optim.grad_clip_norm='yes'. Expected a number above 0 or None"),
+        ({"optim": {"b2": 1}}, "config.optim.b2=1. Expected a number at least 0 and below 1"),
+        ({"data": {"canvas": "big"}}, "config.data.canvas='big'. Expected an integer of at least 1 or None"),
+        ({"data": {"crop_scale": (0.9, 0.1)}}, r"config.data.crop_scale=\(0.9, 0.1\). Expected \(low, high\)"),
+        ({"data": {"delimiter": ";;"}}, "config.data.delimiter=';;'. Expected one character"),
+        ({"data": {"train": {"a": 3}}}, "config.data.train.a=3. Expected a group of keys"),
+        ({"data": {"train": {"a": {"weight": 0}}}}, "config.data.train.a.weight=0. Expected a number above 0"),
+        ({"mesh": {"data": 0}}, "config.mesh.data=0. Expected a number of devices"),
+        ({"mesh": {"data": "all"}}, "config.mesh.data='all'. Expected an integer"),
+        ({"sharding": 3}, "config.sharding=3. Expected one of replicated, fsdp"),
+        ({"study": {"more_seeds": {"clip": 0}}}, "config.study.more_seeds.clip=0. Expected an integer of at least 1"),
+        ({"eval": {"zero_shot": {"x": "c.csv"}}}, "config.eval.zero_shot.x='c.csv'. Expected a group of keys"),
     ],
 )
-def test_a_wrong_value_says_which_and_what_is_valid(wrong, message):
+def test_a_wrong_value_says_which_and_what_is_expected(wrong, message):
     with pytest.raises(InputError, match=message):
         configs.complete(wrong)
+
+
+def declared(keys, prefix=""):
+    for name, key in keys.items():
+        if isinstance(key, Key):
+            yield f"{prefix}{name}", key
+        elif isinstance(key, dict):
+            yield from declared(key, f"{prefix}{name}.")
+
+
+def given(name, value):
+    *parents, last = name.split(".")
+    tree = {last: value}
+    for parent in reversed(parents):
+        tree = {parent: tree}
+    return tree
+
+
+ODD = [None, "nonsense \n", "", 0, -1, 0.5, float("nan"), float("inf"), True, [], (), {}, (1, 2), object()]
+
+
+@pytest.mark.parametrize("name, key", declared(config_keys.KEYS))
+@pytest.mark.parametrize("value", ODD, ids=repr)
+def test_every_key_refuses_what_it_does_not_take_in_one_line(name, key, value):
+    try:
+        config = configs.complete(given(name, value))
+    except InputError as error:
+        assert str(error).startswith(f"config.{name}=") and "Expected" in str(error) and "\n" not in str(error)
+        return
+    for part in name.split("."):
+        config = config[part]
+    if value is None:
+        assert key.optional and config is None
+    elif isinstance(key.default, bool):
+        assert isinstance(config, bool)
+    elif isinstance(key.default, int | float):
+        assert isinstance(config, type(key.default)) and not isinstance(config, bool) and np.isfinite(config)
+    else:
+        assert config == value or config == (value,) or config == tuple(value)
+
+
+@pytest.mark.parametrize("name, key", declared(config_keys.KEYS))
+def test_every_default_is_a_value_that_its_key_takes(name, key):
+    assert key.check(key.default, name) == key.default
+
+
+@pytest.mark.parametrize("written", ["\t", "\\t", "tab"])
+def test_a_tab_as_shells_pass_it_on(written):
+    assert configs.complete(configs.override({}, [f"data.delimiter={written}"])).data.delimiter == "\t"
+
+
+@pytest.mark.parametrize(
+    "spec", [f"configs/{wrong}" for wrong in ("cc3m.py:objectiv=clip", "shapes.py:clip", "shapes.py:objective=")]
+)
+def test_a_wrong_argument_of_an_experiment_is_one_line(spec):
+    with pytest.raises(InputError, match=f"--config={spec}: argument .*. Expected objective=..."):
+        configs.load(spec)
+
+
+def test_an_argument_reaches_the_experiment():
+    config = configs.load("configs/cc3m.py:objective=clip,model=RN50")
+    assert (config.loss.objective, config.model.name) == ("clip", "RN50")
 
 
 def test_given_values_replace_defaults_and_the_rest_stays():
@@ -47,11 +132,11 @@ def test_given_values_replace_defaults_and_the_rest_stays():
 def test_every_experiment_is_complete_and_takes_its_argument(name):
     module = importlib.import_module(f"configs.{name}")
     assert configs.complete(module.get_config()).loss.objective == "rankclip"
-    assert configs.complete(module.get_config("objective=clip")).loss.objective == "clip"
+    assert configs.complete(module.get_config(objective="clip")).loss.objective == "clip"
 
 
 def test_cc3m_has_the_published_hyperparameters():
-    config = configs.complete(importlib.import_module("configs.cc3m").get_config("model=RN50"))
+    config = configs.complete(importlib.import_module("configs.cc3m").get_config(model="RN50"))
     assert (config.optim.b1, config.optim.b2, config.optim.eps) == (0.9, 0.999, 1e-8)
     assert (config.optim.lr, config.optim.weight_decay, config.optim.warmup_steps) == (5e-4, 0.1, 10_000)
     assert (config.epochs, config.loss.lambda_in, config.loss.lambda_cross) == (64, 1 / 16, 1 / 16)
@@ -84,5 +169,5 @@ def test_objectives_and_terms_are_those_of_the_losses():
 
 @pytest.mark.parametrize("steps", [(3, 1), (0, 2), (5,)])
 def test_steps_to_trace_are_a_first_and_a_last(steps):
-    with pytest.raises(InputError, match=r"config.profile = .*: give \(first, last\)"):
+    with pytest.raises(InputError, match=r"config.profile=.*. Expected \(first, last\)"):
         configs.complete({"profile": steps})

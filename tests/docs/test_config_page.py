@@ -19,7 +19,7 @@ def test_the_page_is_that_of_the_code():
 
 def test_every_key_is_there_with_its_default_and_a_comment():
     rows = config_page.tables(config_page.SOURCE.read_text())
-    documented = {key: default for key, default, _ in rows["default_config"] if default is not None}
+    documented = {key: default for key, default, _ in rows["KEYS"] if default is not None}
     keys = flatten(config_keys.default_config().to_dict())
     assert {key for key, default in documented.items() if default != "{}"} == keys.keys()
     for key in keys:
