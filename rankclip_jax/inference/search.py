@@ -1,4 +1,4 @@
-"""The pictures nearest to a text: found in a file of embeddings, printed, drawn."""
+"""Searches a file of embeddings for the images nearest to a text; prints and draws them."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,14 +12,14 @@ from rankclip_jax.inference.store import Embeddings
 
 
 def best(embeddings: Embeddings, z_txt_TxD: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and cosines, (T, k), of the k = min(top, n) nearest rows, nearest first; ties in the file's order."""
+    """Indices and cosines, (T, k), of the k = min(top, n) nearest rows, nearest first; ties in file order."""
     scores_TxN = z_txt_TxD @ embeddings.z.T
     found_TxK = np.argsort(-scores_TxN, axis=1, kind="stable")[:, :top]
     return found_TxK, np.take_along_axis(scores_TxN, found_TxK, axis=1)
 
 
 def table(text: str, embeddings: Embeddings, found_K: np.ndarray, cosines_K: np.ndarray) -> str:
-    """The matches of one text, a line each: rank, cosine, name."""
+    """The matches of one text, one line each: rank, cosine, name."""
     lines = [f'"{text}"']
     for rank, (i, cosine) in enumerate(zip(found_K, cosines_K, strict=True), 1):
         lines.append(f"{rank:5}  {cosine:7.4f}  {embeddings.names[i]}")
@@ -35,10 +35,10 @@ def draw(
     cosines_TxK: np.ndarray,
     view: Callable,
 ) -> None:
-    """A PNG with a row of pictures for each text, nearest first, as the model sees them.
+    """Draws a PNG with one row of images per text, nearest first, after the model's preprocessing.
 
     Raises:
-      InputError: a picture is no longer there.
+      InputError: an image cannot be read any more.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""Our own folder for a model alone: rankclip_jax.json (the architecture) and an Orbax checkpoint of its arrays."""
+"""Folder with a model only: rankclip_jax.json (the architecture) and an Orbax checkpoint of its arrays."""
 
 import dataclasses
 import json
@@ -14,14 +14,14 @@ from rankclip_jax.models import ClipConfig, unstack_layers
 from rankclip_jax.weights import architecture, layouts
 
 CONFIG, ARRAYS = "rankclip_jax.json", "variables"
-UNFINISHED = ARRAYS + ".orbax-checkpoint-tmp"  # what Orbax calls the arrays until all are written
+UNFINISHED = ARRAYS + ".orbax-checkpoint-tmp"  # Orbax's name for the arrays until all are written
 
 
 def write_orbax(folder: str | Path, config: ClipConfig, variables: Mapping) -> None:
     """Writes {'params': ..., 'batch_stats': ...} in float32, blocks unrolled (scanned ones are unstacked).
 
-    Raises ValueError naming a parameter that the config does not have, lacks, or has in another shape; or if arrays are
-    there already.
+    Raises ValueError naming a parameter that is missing, unknown or of another shape than the config's, or if the
+    folder already has arrays.
     """
     layouts.to_state(variables, config, layouts.openai)  # raises if they do not fit
     folder = Path(folder).resolve()
@@ -34,7 +34,7 @@ def write_orbax(folder: str | Path, config: ClipConfig, variables: Mapping) -> N
 
 
 def read_orbax(folder: Path) -> tuple[ClipConfig, dict]:
-    """What `write_orbax` wrote, as NumPy arrays. Raises ValueError if the checkpoint is not there or not whole."""
+    """Reads a folder of `write_orbax` as NumPy arrays. Raises ValueError if the checkpoint is missing or incomplete."""
     config = architecture.from_ours(json.loads((folder / CONFIG).read_text()))
     shapes = layouts.template(config)
     abstract: dict = {}
@@ -59,7 +59,7 @@ def read_orbax(folder: Path) -> tuple[ClipConfig, dict]:
         for name in path:
             array = array[name]
         if array.shape != shape:
-            raise ValueError(f"{'/'.join(path)} has shape {array.shape}; this architecture needs {shape}")
+            raise ValueError(f"{'/'.join(path)} has shape {array.shape}; expected {shape} for this architecture")
     return config, arrays
 
 

@@ -136,7 +136,7 @@ COMMANDS = {
 def test_a_folder_of_others_is_refused_in_one_line_and_stays_as_it_is(command, run, world, tmp_path):
     before = contents(fill(tmp_path / "out"))
     said = run(*COMMANDS[command](world, tmp_path / "out"))
-    assert re.search("did not write|exists already|is not a manifest of prepare", said)
+    assert re.search("did not write|already exists|is not a manifest of prepare", said)
     assert re.search("move it away|give a new OUT_DIR|give another", said)
     assert contents(tmp_path / "out") == before
 
