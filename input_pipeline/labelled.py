@@ -19,11 +19,10 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 from PIL import Image
 
-from input_pipeline import shapes, tfds_scan, transforms
-from input_pipeline.sources import Source, open_source, tar
+from input_pipeline import shapes, transforms
+from input_pipeline.sources import Source, open_source, tar, tfds
 from rankclip_jax.common.errors import InputError
-
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+from rankclip_jax.common.pictures import ENDINGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +107,7 @@ def _open_labelled(spec, path, image_side) -> LabelledSet:
         case "clip_benchmark":
             return _clip_benchmark(spec, path)
         case "tfds":
-            source, names = tfds_scan.open_labels(path, spec.data_dir)
+            source, names = tfds.open_labels(path, spec.data_dir)
             return LabelledSet(source, names, None, False)
         case "shapes":
             source = open_source(spec, path, image_side=image_side)
@@ -123,11 +122,11 @@ def _folder(spec, path) -> LabelledSet:
         raise InputError(f"{path} is no folder with a folder for each class{_hint(spec)}")
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(str(file) for file in (root / name).rglob("*") if file.suffix.lower() in IMAGES)
+        found = sorted(str(file) for file in (root / name).rglob("*") if file.suffix.lower() in ENDINGS)
         files += found
         labels += [label] * len(found)
     if not files:
-        raise InputError(f"{path}: its class folders hold no images ({', '.join(IMAGES)})")
+        raise InputError(f"{path}: its class folders hold no images ({', '.join(ENDINGS)})")
     return LabelledSet(_files(files, np.array(labels, np.int32)), classes, None, False)
 
 
@@ -173,7 +172,7 @@ def _shards(spec, path, text_member: str) -> tuple[Path, tar.Members, list[str]]
     if lacking:
         raise InputError(f"no such file: {lacking[0]}, one of the {len(shards)} shards that {counted} promises")
     shards = [str(shard) for shard in shards]
-    endings = {"image": tuple(suffix[1:] for suffix in IMAGES), text_member: (text_member,)}
+    endings = {"image": tuple(suffix[1:] for suffix in ENDINGS), text_member: (text_member,)}
     members = tar.open_members(shards, endings)
     whole = (members.index.columns["length"] >= 0).all(axis=1)
     if not whole.all():
@@ -218,11 +217,23 @@ def open_captioned(spec: ConfigDict, *, image_side: int) -> CaptionedSet:
 
             return _captioned(_of_members(members, read), [text.split("\n") for text in texts])
         case "tfds":
-            return _captioned(*tfds_scan.open_captions(spec.path, spec.data_dir))
+            source = tfds.open_tfds(ConfigDict({"data_dir": spec.data_dir}), spec.path)
+            return _captioned(source, _all_captions(source))
         case "shapes":
             source = open_source(spec, spec.path, image_side=image_side, split="val")
             return _captioned(source, [[shapes.draw("val", row, 8)[1]] for row in range(source.size)])
     raise InputError(f"format must be csv, clip_benchmark, tfds or shapes; got {spec.format!r}")
+
+
+def _all_captions(source: Source) -> list[list[str]]:
+    rows = tf.data.Dataset.range(source.size).map(lambda row: tf.reshape(source.read(row)["caption"], [-1]))
+    captions: list[list[str]] = []
+    try:
+        for texts in rows.as_numpy_iterator():
+            captions.append([text.decode(errors="replace") for text in texts])
+    except tf.errors.OpError as error:
+        raise InputError(f"{source.where(len(captions))} cannot be read ({type(error).__name__})") from None
+    return captions
 
 
 def _captioned(source: Source, captions: list[list[str]]) -> CaptionedSet:

@@ -168,8 +168,8 @@ def eval_batches(
     def row_of(position):
         return _place(position, batch_size, process)
 
-    def sample(position, raw=None):
-        raw = source.read(row_of(position)) if raw is None else raw
+    def sample(position):
+        raw = source.read(row_of(position))
         windows_of = functools.partial(transforms.centre_window, side=image_side)
         views = transforms.view(raw["image"], windows_of, side=image_side, canvas=canvas, exact=True)
         label, caption = (tf.ensure_shape(x, ()) for x in (raw.get("label", -1), _one_of(raw["caption"])))
@@ -177,13 +177,7 @@ def eval_batches(
 
     whole, rest = divmod(source.size, batch_size * count)
     mine = whole * batch_size + min(max(rest - index * batch_size, 0), batch_size)
-    data = tf.data.Dataset.range(mine)
-    if source.scan is not None:
-        scan = source.scan()
-        if count > 1:
-            scan = scan.enumerate().filter(lambda row, _: row // batch_size % count == index).map(lambda _, raw: raw)
-        data = tf.data.Dataset.zip(data, scan)
-    data = data.map(sample, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    data = tf.data.Dataset.range(mine).map(sample, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     batches = _padded_batches(data.ignore_errors(), batch_size, canvas).prefetch(2).as_numpy_iterator()
     side = canvas or image_side
     blank = {"image": np.zeros((side, side, 3), np.uint8), "label": np.int32(-1), "position": np.int64(-1)}

@@ -19,6 +19,7 @@ class Row:
       number: in the source.
       image: encoded bytes, or uint8 (H, W, 3).
       captions: one, or all that the image has.
+      label: of a labelled set, else -1.
       reason: the kind of failure, in words that many rows share; None: the row is good.
       detail: what is particular to this row's failure.
     """
@@ -26,6 +27,7 @@ class Row:
     number: int
     image: object = None
     captions: tuple[str, ...] = ()
+    label: int = -1
     reason: str | None = None
     detail: str = ""
 
@@ -35,7 +37,8 @@ def read_rows(source: Source, numbers: range) -> Iterator[Row]:
 
     def read(number):
         sample = source.read(number)
-        return {"row": number, "image": sample["image"], "caption": sample["caption"]}
+        label = sample.get("label", -1)
+        return {"row": number, "image": sample["image"], "caption": sample["caption"], "label": label}
 
     data = tf.data.Dataset.range(numbers.start, numbers.stop, numbers.step)
     data = data.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).ignore_errors()
@@ -46,7 +49,7 @@ def read_rows(source: Source, numbers: range) -> Iterator[Row]:
             if number == sample["row"]:
                 break
             yield _failed(source, number)
-        yield Row(int(sample["row"]), sample["image"], captions_of(sample))
+        yield Row(int(sample["row"]), sample["image"], captions_of(sample), int(sample["label"]))
     for number in expected:
         yield _failed(source, number)
 

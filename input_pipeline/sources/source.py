@@ -35,7 +35,6 @@ class Source:
       where: names a row for a person: file, row or key.
       captions: iterable of the captions, for training a tokenizer.
       labels: int32 (size,) of a labelled csv.
-      scan: the samples in order as a tf.data.Dataset, for a set that is only evaluated and is slow to read by number.
       lost: what could not be reached and has no row.
       shares: of a mixture, a (rows, share of an epoch) for each of its parts, in rows; None: every row once.
     """
@@ -45,7 +44,6 @@ class Source:
     where: Callable[[int], str]
     captions: Callable[[], Iterable[str]]
     labels: np.ndarray | None = None
-    scan: Callable | None = None
     lost: tuple[Lost, ...] = ()
     shares: tuple[tuple[int, int], ...] | None = None
 

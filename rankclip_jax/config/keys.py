@@ -24,7 +24,7 @@ MIXTURE_PART = dict(
 # One labelled set for zero-shot classification (config.eval.zero_shot.NAME).
 ZERO_SHOT_SET = dict(
     format="csv",  # csv | folder | clip_benchmark | tfds | shapes (input_pipeline/labelled.py)
-    path=None,  # the file or folder; tfds: "NAME:SPLIT"; shapes: "seen" or "held_out"
+    path=None,  # the file or folder; tfds: "NAME:SPLIT"; shapes: "seen" or "held_out", also "seen:COUNT"
     image_key="image",  # csv: the column of paths, relative to the file
     label_key="label",  # csv: the column of class numbers, starting at 0
     delimiter=",",  # csv; a .tsv has tabs

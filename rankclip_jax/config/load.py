@@ -14,6 +14,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.trees import flatten
 from rankclip_jax.config.keys import (
     EVAL_SETS,
     MAY_CHANGE,
@@ -197,16 +198,9 @@ def to_json(config: ConfigDict) -> str:
 def differences(old: Mapping, new: Mapping) -> list[str]:
     """One "key: old -> new" a differing key, except those that a resumed run may change."""
     old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
-    flat_old, flat_new = _flatten(old), _flatten(new)
+    flat_old, flat_new = flatten(old), flatten(new)
     return [
         f"config.{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
         for key in sorted(flat_old | flat_new)
         if flat_old.get(key) != flat_new.get(key) and not f"{key}.".startswith(tuple(f"{k}." for k in MAY_CHANGE))
     ]
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.evaluation.zero_shot import DEFAULT_TEMPLATES
 
 PROTOCOLS = ("openai", "simple")
 _FOLDER = Path(__file__).parent / "protocols"
@@ -36,8 +37,8 @@ class Prompts:
 
 
 def plain(names: list[str], templates: list[str] | None = None) -> Prompts:
-    """Names and prompts as given, one class per label; without prompts: "a photo of a {}."."""
-    templates = check_templates(templates or load_protocol("simple")["templates"])
+    """Names and prompts as given, one class per label; without prompts DEFAULT_TEMPLATES."""
+    templates = check_templates(templates or DEFAULT_TEMPLATES)
     return Prompts(list(names), templates, np.arange(len(names), dtype=np.int32), list(names))
 
 

@@ -86,10 +86,11 @@ def evaluate(config: ConfigDict, encoder: Encoder, *, kinds: Sequence[str] = KIN
 
 
 def _with_prompts(name, spec, found):
-    return found, _prompts(name, spec, found)
+    return found, prompts_of(name, spec, found)
 
 
-def _prompts(name, spec, found) -> prompts.Prompts:
+def prompts_of(name: str, spec: ConfigDict, found: object) -> prompts.Prompts:
+    """Class names and prompts of a set of config.eval.zero_shot; `found`: labelled.open_labelled's."""
     if spec.protocol and not (spec.classes or found.from_file):
         given = prompts.from_protocol(spec.protocol, spec.protocol_set or name, found.names)
         return (

@@ -7,7 +7,7 @@ import numpy as np
 from rankclip_jax.common.progress import progress
 
 TOP_K = (1, 3, 5, 10)
-DEFAULT_TEMPLATES = ("a photo of a {}.",)
+DEFAULT_TEMPLATES = ("a photo of a {}.",)  # of whoever gives none
 _PROMPTS_AT_ONCE = 8192  # embeddings held before they are averaged
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.files import whole
 
 ENDINGS = (".npz", ".parquet")
@@ -54,7 +54,7 @@ def read(path: Path) -> Embeddings:
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not a file of embeddings written by rankclip_jax.embed ({error})") from None
+        raise InputError(f"{path} is not a file of embeddings written by rankclip_jax.embed ({one_line(error)})") from None
 
 
 def _write_npz(path: Path, parts, about) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.train.optim import path_name
+from rankclip_jax.common.trees import path_name
 
 # Parameters this small stay whole on every device: gathering them would cost more time than they cost memory.
 _SMALL = 2**14

@@ -1,8 +1,12 @@
 """The command line: python -m rankclip_jax.study --config configs/study_shapes.py [--workdir DIR]."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError

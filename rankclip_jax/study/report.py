@@ -117,7 +117,7 @@ def _cell(key: str, numbers: dict, signed: bool = False) -> str:
     scale, digits = (100, 1) if key.startswith(_PERCENT) else (1, 3)
     text = f"{scale * found.mean:{'+' if signed else ''}.{digits}f}"
     text += "" if found.half is None else f" ± {scale * found.half:.{digits}f}"
-    return f"**{text}**" if signed and found.excludes_zero else text
+    return f"**{text}**" if signed and found.half is not None and abs(found.mean) > found.half else text
 
 
 def _plot(path: Path, runs: list[dict], panels: dict[str, str]) -> None:

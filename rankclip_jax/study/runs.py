@@ -18,6 +18,7 @@ from rankclip_jax.common.files import cannot_write, write_whole
 from rankclip_jax.common.ownership import Owned, inside
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.config import complete
+from rankclip_jax.evaluation import suite
 from rankclip_jax.study import measure, report
 from rankclip_jax.study.data import Labelled, read_labelled, read_pairs, view_of
 from rankclip_jax.study.training import Job, Programs
@@ -61,8 +62,8 @@ class Study:
         val = read_pairs(config.data, config.data.val, side=side, canvas=canvas, split="val", limit=study.pairs)
         self._val = view_of(val, side), val.captions
         self._selecting, self._reported = {}, {}
-        for name, spec in config.eval.zero_shot.items():
-            selecting, self._reported[name] = split(read_labelled(spec, side=side), study.select_share)
+        for name, spec in suite.zero_shot_sets(config.eval).items():
+            selecting, self._reported[name] = split(read_labelled(name, spec, side=side), study.select_share)
             self._selecting[name] = selecting
         if unknown := sorted(set(study.select_on) - set(self._selecting)):
             raise InputError(f"config.study.select_on: {unknown[0]} is none of {', '.join(self._selecting)}")

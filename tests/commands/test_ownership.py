@@ -15,7 +15,8 @@ from PIL import Image
 
 import rankclip_jax
 from input_pipeline import download, prepare, shards
-from rankclip_jax import convert, doctor, embed, launch
+from notebooks import launch
+from rankclip_jax import convert, doctor, embed
 from rankclip_jax.common import files, ownership
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.ownership import MARKER, Owned

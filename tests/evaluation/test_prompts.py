@@ -7,6 +7,7 @@ import pytest
 
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.evaluation import prompts, suite
+from rankclip_jax.evaluation.zero_shot import DEFAULT_TEMPLATES
 
 COUNTS = {
     "caltech101": (102, 34), "cifar10": (10, 18), "cifar100": (100, 18), "dtd": (47, 8), "fgvc_aircraft": (100, 2),
@@ -96,3 +97,8 @@ def test_what_does_not_fit_is_named(arguments, message):
 def test_a_prompt_without_a_place_for_the_name_is_refused():
     with pytest.raises(InputError, match=r"'a photo' has no {} for the class name"):
         prompts.plain(["cat"], ["a photo"])
+
+
+def test_the_prompt_of_whoever_gives_none_is_that_of_the_simple_protocol():
+    assert prompts.plain(["cat"]).templates == list(DEFAULT_TEMPLATES) == ["a photo of a {}."]
+    assert prompts.load_protocol("simple")["templates"] == list(DEFAULT_TEMPLATES)

@@ -1,4 +1,4 @@
-"""Figures show what they are given, runs are started and watched, and a model from chance is that of step 0."""
+"""Figures show what they are given, and a model from chance is that of step 0."""
 
 import base64
 import io
@@ -6,11 +6,9 @@ import json
 
 import jax
 import numpy as np
-import pytest
 from PIL import Image
 
-from rankclip_jax import figures, launch
-from rankclip_jax.common.errors import InputError
+from rankclip_jax import figures
 from rankclip_jax.inference import model as inference
 from rankclip_jax.parallel.mesh import make_mesh
 from rankclip_jax.train import optim
@@ -89,17 +87,3 @@ def test_a_model_from_chance_is_what_training_starts_from(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, fresh.variables["params"], jax.device_get(state.params))
     z = inference.Model(fresh).encode_text(["a cat", "a dog"])
     assert not np.allclose(z, inference.Model(trained).encode_text(["a cat", "a dog"]))
-
-
-def test_a_command_gives_its_output_and_its_error(tmp_path):
-    run = write_metrics(tmp_path / "run", {"step": 1, "loss": 1.0})
-    assert "report.html" in launch.run("rankclip_jax.report", run, "--out", tmp_path / "report.html")
-    with pytest.raises(InputError, match=r"rankclip_jax.report stopped with code 1: error: no folder nowhere"):
-        launch.run("rankclip_jax.report", "nowhere")
-
-
-def test_a_training_that_fails_says_why(tmp_path):
-    training = launch.Training("nowhere.py", tmp_path / "run")
-    with pytest.raises(InputError, match=r"run stopped with code 1: error: --config: no file nowhere.py"):
-        list(launch.watch(training, seconds=0.1))
-    assert training.step() == 0
