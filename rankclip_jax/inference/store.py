@@ -54,7 +54,9 @@ def read(path: Path) -> Embeddings:
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is not a file of embeddings written by rankclip_jax.embed ({one_line(error)})") from None
+        raise InputError(
+            f"{path} is not a file of embeddings written by rankclip_jax.embed ({one_line(error)})"
+        ) from None
 
 
 def _write_npz(path: Path, parts, about) -> int:
