@@ -50,7 +50,10 @@ def state_shardings(abstract_state: Any, mesh: Mesh, rules: str | Sequence | Non
     rules = rules or "replicated"
     if isinstance(rules, str):
         if rules not in KINDS:
-            raise InputError(f"config.sharding = {rules!r} is none of {', '.join(KINDS)}; rules do as well")
+            raise InputError(
+                f"Unknown config.sharding={rules!r}. Expected one of {', '.join(KINDS)}, or a list of (regex, axes) "
+                "rules"
+            )
         rules = KINDS[rules]
     used = set()
 

@@ -43,7 +43,7 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", help="a file of configs/, with its argument after a colon; default: what the workdir was trained with"
+        "--config", help="a file of configs/, with its argument after a colon; default: that of the workdir's run"
     )
     parser.add_argument("--workdir", help="folder of the run; default: runs/ and the config's name")
     parser.add_argument("--mode", choices=["train", "eval", "plan"], default="train")

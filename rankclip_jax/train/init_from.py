@@ -1,4 +1,4 @@
-"""Starting from a trained model instead of from chance: config.init_from, .init_towers and .init_skip."""
+"""Starting from a trained model instead of from scratch: config.init_from, .init_towers and .init_skip."""
 
 import math
 import re
