@@ -29,7 +29,8 @@ from typing import NamedTuple
 
 from benchmarks import ranking_loss, train_step
 from benchmarks.gpu_report import markdown
-from benchmarks.train_contenders import OURS, PYTORCH, one_line
+from benchmarks.train_contenders import OURS, PYTORCH
+from rankclip_jax.common.errors import one_line
 
 CHECKS = ("agreement", "checkpoint")
 WEIGHTS = {"agreement": 5, "checkpoint": 2, "loss": 5, "training": 12}  # a section's part of the time that is left
@@ -137,7 +138,7 @@ def take(name: str, rows: Iterable[dict], report: dict, out: str) -> None:
             section["rows"].append(row)
             write(report, out)
     except Exception as error:  # of any kind: the other sections still run
-        section["error"] = one_line(error)
+        section["error"] = one_line(error, kind=True)
     section["seconds"] = time.monotonic() - begin
     write(report, out)
 

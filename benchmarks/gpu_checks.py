@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from benchmarks.train_contenders import made_batch, one_line
+from benchmarks.train_contenders import made_batch
+from rankclip_jax.common.errors import one_line
 
 # Relative, over five steps. Twice to ten times what eight CPU devices in place of one change, whose sums have another
 # order: float32 4e-6 and 2e-4, bfloat16 7e-4 and 3e-2. Attention without its mask changes 1e-2 and 2e-1.
@@ -98,7 +99,7 @@ def checked(case: str, against: str, errors: Callable[[], dict], tolerance: dict
     try:
         found = errors()
     except Exception as error:  # of any kind: the other cases still run
-        return row | {"error": one_line(error), "ok": False}
+        return row | {"error": one_line(error, kind=True), "ok": False}
     ok = all(found[key] <= limit for key, limit in tolerance.items())  # NaN is not
     return row | {"errors": {k: x if math.isfinite(x) else str(x) for k, x in found.items()}, "ok": ok}
 
@@ -136,7 +137,7 @@ def checkpoint() -> Iterator[dict]:
     """One row: the arrays of a state after a step, and which of them were read back otherwise."""
     import jax
 
-    from rankclip_jax.train.optim import path_name
+    from rankclip_jax.common.trees import by_name
     from rankclip_jax.weights.checkpoint import Checkpoints, restore
 
     config, state, train, batches = tiny("ViT", "float32", "auto", jax.devices()[0])
@@ -147,10 +148,10 @@ def checkpoint() -> Iterator[dict]:
         saving.save(1, state, 32, {})
         saving.close()
         read = restore(folder, config.checkpoint, abstract)
-    saved, got = (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (state, read.state))
-    pairs = [(path_name(path), a, b) for (path, a), (_, b) in zip(saved, got, strict=True)]
-    wrong = [name for name, a, b in pairs if not same(a, b)]
-    yield {"arrays": len(pairs), "bytes": sum(a.nbytes for _, a, _ in pairs), "different": wrong, "ok": not wrong}
+    saved, got = by_name(state), by_name(read.state)
+    wrong = [name for name, array in saved.items() if not same(array, got[name])]
+    nbytes = sum(array.nbytes for array in saved.values())
+    yield {"arrays": len(saved), "bytes": nbytes, "different": wrong, "ok": not wrong}
 
 
 def same(a, b) -> bool:
@@ -178,7 +179,7 @@ def main() -> None:
             print(json.dumps(row), file=answers, flush=True)
     except Exception as error:  # of any kind: it becomes a line of the report
         traceback.print_exc()
-        print(json.dumps({"failed": one_line(error)}), file=answers, flush=True)
+        print(json.dumps({"failed": one_line(error, kind=True)}), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ HOW = {
 batches, on the GPU and on the CPU of the same process: the largest relative difference of a step's loss and gradient
 norm. Float32 products in full (no TF32). cuDNN attention alone: the difference of its output and of its gradients, of
 their norm.""",
-    "checkpoint": """A tiny state after one step, saved and restored by `rankclip_jax.weights.checkpoint`: bits, type and
-place of every array.""",
+    "checkpoint": """A tiny state after one step, saved and restored by `rankclip_jax.weights.checkpoint`: bits, type
+and place of every array.""",
     "loss": """The four lists of RankCLIP, forward and backward, from embeddings on the device (D = 512) to their
 gradients, float32 (no TF32). Each contender is a process. Medians of {rounds} rounds in turns; a turn is as many calls
 as fill {turn:g} s. Memory: the peak of the allocator, compilation included.""",

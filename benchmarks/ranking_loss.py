@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.ranking_contenders import CONTENDERS, D, embeddings
-from benchmarks.train_contenders import one_line
+from rankclip_jax.common.errors import one_line
 
 # Peak bytes per element of B x B, for the guard only: measured on a CPU at B = 2,048 and rounded up.
 BYTES_PER_SCORE = {"plain JAX": 260, "rax": 400, "plain PyTorch": 160, "PyTorch allrank": 260}
@@ -45,7 +45,7 @@ def _contend(name, pipe):
         if on_cpu:  # what libraries take at their first call is not the loss's
             step(*map(place, embeddings(8)), 1.0)
     except Exception as error:
-        pipe.send(f"not installed ({error})" if isinstance(error, ImportError) else one_line(error))
+        pipe.send(f"not installed ({error})" if isinstance(error, ImportError) else one_line(error, kind=True))
         return
     pipe.send("ready")
     while True:
@@ -63,7 +63,7 @@ def _contend(name, pipe):
             grown = _memory_mb("VmHWM") - before if on_cpu else peak() / 2**20
             pipe.send((seconds, grown, float(value), [fetch(g) for g in grads] if want_gradients else None))
         except Exception as error:  # a GPU without enough memory, for one: the others still run
-            pipe.send(one_line(error))
+            pipe.send(one_line(error, kind=True))
 
 
 class Contender:

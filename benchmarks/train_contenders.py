@@ -9,13 +9,9 @@ import traceback
 import numpy as np
 
 from rankclip_jax import config as configs
+from rankclip_jax.common.errors import one_line
 
 OURS, PYTORCH = ("clip", "rankclip"), ("transformers", "transformers, compiled")
-
-
-def one_line(error: Exception) -> str:
-    """The error's type and the first line of what it says."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
 
 
 def made_batch(batch: int, side: int, length: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
@@ -119,7 +115,7 @@ def main() -> None:
             print(json.dumps(answer), file=answers, flush=True)
     except Exception as error:  # of any kind: a library that is not installed, a compiler, memory
         traceback.print_exc()
-        print(json.dumps({"error": one_line(error)}), file=answers, flush=True)
+        print(json.dumps({"error": one_line(error, kind=True)}), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -91,18 +91,22 @@ def reason_of_failure(sample: Callable, position: int) -> str | None:
     try:
         sample(tf.constant(position, tf.int64))
     except tf.errors.NotFoundError as error:
-        return f"{_in_words(error.message).split('; ')[0]}; no such file"
+        return f"{in_words(error).split('; ')[0]}; no such file"
     except tf.errors.DataLossError:
         return "the record does not match its checksum"
     except UnicodeDecodeError as error:  # TensorFlow quotes the sample's bytes in its message
         return _in_words(error.object.decode(errors="replace"))
     except Exception as error:  # TensorFlow's own, or whatever a Python part of the pipeline raises
-        return _in_words(getattr(error, "message", None) or str(error) or type(error).__name__)
+        return in_words(error)
     return None
 
 
+def in_words(error: Exception) -> str:
+    """What TensorFlow says, in one line, without the names of its operations and without the sample's bytes."""
+    return _in_words(getattr(error, "message", None) or str(error)) or type(error).__name__
+
+
 def _in_words(message):
-    """What TensorFlow says, without the names of its operations and without the sample's bytes."""
     said = re.search(r"Summarized data: b(['\"])(.*)\1", message, re.DOTALL)  # of our own assertions
     if said:
         return said[2]
@@ -110,5 +114,6 @@ def _in_words(message):
         return "broken or truncated JPEG"
     if "Could not parse example" in message:
         return "not a tf.train.Example"
-    line = re.sub(r"\{\{function_node .*?\}\} ?", "", message).splitlines()[0].partition(" [Op:")[0]
-    return "".join(c if c.isprintable() else "?" for c in line)[:200]
+    # The names of operations follow, and of what Python raised its stack.
+    line, _, _ = re.sub(r"\{\{function_node .*?\}\} ?", "", message).strip().partition("\n")
+    return "".join(c if c.isprintable() else "?" for c in line.partition(" [Op:")[0])[:200]

@@ -7,6 +7,8 @@ import io
 import numpy as np
 from PIL import Image
 
+from rankclip_jax.common.errors import one_line
+
 MAX_PIXELS = 89_478_485  # as in training: where Pillow too begins to warn
 # What the pipeline decodes inside its graph, by Pillow's name of the format, and the key that img2dataset gives it.
 _KEPT = dict(JPEG="jpg", MPO="jpg", PNG="png", WEBP="webp")
@@ -68,7 +70,8 @@ def load(opened: Image.Image, at_least: tuple[int, int]) -> None:
     try:
         opened.load()
     except Exception as error:  # as above; a truncated file is an OSError, a broken one is anything
-        raise BadImageError("truncated image" if "truncated" in str(error) else "broken image", str(error)) from None
+        said = one_line(error)
+        raise BadImageError("truncated image" if "truncated" in said else "broken image", said) from None
 
 
 def encode(image: bytes | np.ndarray, *, short_side: int | None = None, quality: int = 95) -> Encoded:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from input_pipeline.bad_samples import in_words
 from input_pipeline.sources import Source
 from rankclip_jax.common.errors import InputError
 
@@ -20,6 +21,6 @@ def reader(source: Source) -> Callable[[int], bytes]:
         try:
             return graph(tf.constant(row, tf.int64)).numpy()
         except tf.errors.OpError as error:
-            raise InputError(error.message.splitlines()[0][:200]) from None
+            raise InputError(in_words(error)) from None
 
     return read

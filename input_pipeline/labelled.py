@@ -22,8 +22,7 @@ from PIL import Image
 from input_pipeline import shapes, transforms
 from input_pipeline.sources import Source, open_source, tar, tfds
 from rankclip_jax.common.errors import InputError
-
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+from rankclip_jax.common.pictures import ENDINGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +122,11 @@ def _folder(spec, path) -> LabelledSet:
         raise InputError(f"{path} is no folder with a folder for each class{_hint(spec)}")
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(str(file) for file in (root / name).rglob("*") if file.suffix.lower() in IMAGES)
+        found = sorted(str(file) for file in (root / name).rglob("*") if file.suffix.lower() in ENDINGS)
         files += found
         labels += [label] * len(found)
     if not files:
-        raise InputError(f"{path}: its class folders hold no images ({', '.join(IMAGES)})")
+        raise InputError(f"{path}: its class folders hold no images ({', '.join(ENDINGS)})")
     return LabelledSet(_files(files, np.array(labels, np.int32)), classes, None, False)
 
 
@@ -173,7 +172,7 @@ def _shards(spec, path, text_member: str) -> tuple[Path, tar.Members, list[str]]
     if lacking:
         raise InputError(f"no such file: {lacking[0]}, one of the {len(shards)} shards that {counted} promises")
     shards = [str(shard) for shard in shards]
-    endings = {"image": tuple(suffix[1:] for suffix in IMAGES), text_member: (text_member,)}
+    endings = {"image": tuple(suffix[1:] for suffix in ENDINGS), text_member: (text_member,)}
     members = tar.open_members(shards, endings)
     whole = (members.index.columns["length"] >= 0).all(axis=1)
     if not whole.all():

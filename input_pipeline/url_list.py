@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.files import whole
 
 _CAPTIONS = ("caption", "text", "txt", "alt", "alt_text", "description", "title")
@@ -43,7 +43,7 @@ def normalise(path: Path, out: Path, url_column: str | None, caption_column: str
         columns, has_header = _columns(path, first, url_column, caption_column)
         return _write(itertools.chain(first[has_header:], rows), columns, out)
     except (UnicodeDecodeError, csv.Error, pa.ArrowException, gzip.BadGzipFile, EOFError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from None
 
 
 def _text_rows(path) -> Iterator[list[str]]:

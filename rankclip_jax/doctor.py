@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from rankclip_jax.common import jax_install
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.jax_install import requirements as _requirements
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only decodes here, so its greetings say nothing
@@ -81,7 +81,7 @@ def devices(driver_file: str = jax_install.NVIDIA_DRIVER) -> Iterator[Finding]:
 
         jax.devices()
     except Exception as error:  # whatever an old, broken or mismatched jax raises
-        yield Finding("devices", _in_a_line(error), f"pip install -r requirements.txt && {install}")
+        yield Finding("devices", one_line(error, kind=True), f"pip install -r requirements.txt && {install}")
         return
     backend = jax.default_backend()
     kinds = sorted({device.device_kind for device in jax.devices()})
@@ -99,7 +99,7 @@ def devices(driver_file: str = jax_install.NVIDIA_DRIVER) -> Iterator[Finding]:
             loss, first, second = _small_step(jax.local_devices(backend=name)[:1])
         except Exception as error:  # the same
             mend = f"mend the packages named above, then reinstall jax, jaxlib and the driver of {name}"
-            yield Finding(f"training step on {name}", _in_a_line(error), mend)
+            yield Finding(f"training step on {name}", one_line(error, kind=True), mend)
             continue
         well = 0 < loss < 100
         yield Finding(
@@ -107,10 +107,6 @@ def devices(driver_file: str = jax_install.NVIDIA_DRIVER) -> Iterator[Finding]:
             f"loss {loss:.3f}, {1000 * second:.0f} ms after {first:.1f} s of compiling",
             None if well else f"JAX computes wrongly on {name}: reinstall jax and jaxlib, and the driver",
         )
-
-
-def _in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _small_step(where) -> tuple[float, float, float]:
@@ -155,10 +151,11 @@ def pipeline(pictures: int = 400) -> Iterator[Finding]:
         from input_pipeline import health
     except RuntimeError as error:  # TensorFlow was at work before, and holds the GPUs already
         mend = "import input_pipeline.pipeline before TensorFlow does anything; in a notebook restart it first"
-        yield Finding("TensorFlow's devices", _in_a_line(error), mend)
+        yield Finding("TensorFlow's devices", one_line(error, kind=True), mend)
         return
     except Exception as error:  # absent, or one of its own packages is, or does not match
-        yield Finding("TensorFlow", f"cannot be imported: {_in_a_line(error)}", "pip install -r requirements.txt")
+        said = f"cannot be imported: {one_line(error, kind=True)}"
+        yield Finding("TensorFlow", said, "pip install -r requirements.txt")
         return
     gpus = health.gpus_of_tensorflow()
     found = f"{gpus} GPU(s), whose memory it will take" if gpus else "the CPU alone"
@@ -170,7 +167,7 @@ def pipeline(pictures: int = 400) -> Iterator[Finding]:
         from clu import metric_writers  # noqa: F401 -- what the trainer imports
     except Exception as error:  # tensorboard absent, or one of its own packages is
         mend = "pip install --force-reinstall 'tensorboard>=2.21' 'clu>=0.0.12'"
-        yield Finding("TensorBoard events", f"cannot be written: {_in_a_line(error)}", mend)
+        yield Finding("TensorBoard events", f"cannot be written: {one_line(error, kind=True)}", mend)
 
 
 def places(workdir: str, tokenizer: str | None) -> Iterator[Finding]:

@@ -9,8 +9,7 @@ from input_pipeline.sources.packed_strings import PackedStrings
 from input_pipeline.sources.paths import is_remote
 from input_pipeline.sources.source import Lost, Source, read_captions
 from rankclip_jax.common.errors import InputError
-
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+from rankclip_jax.common.pictures import ENDINGS
 
 
 def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
@@ -25,9 +24,9 @@ def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
     if not tf.io.gfile.isdir(root):
         raise InputError(f"{root} is no folder" + (f"; {spec.hint}" if spec.get("hint") else ""))
     names = sorted(_files(root))
-    images = [name for name in names if name.lower().endswith(IMAGES)]
+    images = [name for name in names if name.lower().endswith(ENDINGS)]
     if not images:
-        raise InputError(f"{root} holds no images ({', '.join(IMAGES)})")
+        raise InputError(f"{root} holds no images ({', '.join(ENDINGS)})")
     stems = {os.path.splitext(name)[0] for name in images}
     alone = [name for name in names if name.endswith(".txt") and name[:-4] not in stems]
     lost = tuple(Lost(os.path.join(root, name), "a caption without an image", 1) for name in alone)

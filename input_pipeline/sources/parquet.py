@@ -23,7 +23,7 @@ from input_pipeline.sources.offset_index import cache_folders
 from input_pipeline.sources.paths import expand, is_remote, stamps
 from input_pipeline.sources.source import Source, keys, read_captions
 from input_pipeline.sources.tar import open_members
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.progress import progress
 
@@ -85,7 +85,7 @@ def _opened(file):
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the system, not of Parquet's decoder
-        raise InputError(f"{file} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{file} cannot be read as Parquet: {one_line(error)}") from None
 
 
 def _unpacked(files, columns, cache_dir) -> list[str]:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import tensorflow as tf
 
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 
 _RANGE = re.compile(r"\{([^{}]*)\}")
 
@@ -77,7 +77,7 @@ def stamps(paths: Sequence[str]) -> list[tuple[int, int]]:
         with ThreadPoolExecutor(32) as pool:
             return list(pool.map(stamp, paths))
     except tf.errors.OpError as error:
-        raise InputError(f"cannot be read: {error.message.splitlines()[0]}") from None
+        raise InputError(f"cannot be read: {one_line(error)}") from None
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read: {error.strerror}") from None
 
@@ -100,4 +100,4 @@ def _matches(path, endings):
             f"TensorFlow plug-in for it and import it first"
         ) from None
     except tf.errors.OpError as error:
-        raise InputError(f"{path} cannot be reached: {error.message.splitlines()[0]}") from None
+        raise InputError(f"{path} cannot be reached: {one_line(error)}") from None

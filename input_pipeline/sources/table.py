@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from input_pipeline.sources.packed_strings import PackedStrings
 from input_pipeline.sources.paths import expand, is_remote
 from input_pipeline.sources.source import Lost, Source, keys
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 
 _BLOCK = 64 << 20  # bytes read at once; a row must fit
 
@@ -93,7 +93,7 @@ def _columns(file, image_keys, text_keys, delimiter) -> tuple[pa.Table, list[int
             pyarrow.csv.ConvertOptions(include_columns=found, column_types=dict.fromkeys(found, pa.large_binary())),
         ).read_all()
     except pa.ArrowInvalid as error:
-        raise InputError(f"{file} cannot be read as a csv: {str(error).splitlines()[0][:200]!a}") from None
+        raise InputError(f"{file} cannot be read as a csv: {one_line(error, 200)!a}") from None
     for key in found:
         last = table[key][-1].as_py() if len(table) else b""
         if last.endswith(b"\n"):  # it has taken everything to the file's end

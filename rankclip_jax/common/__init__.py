@@ -1,1 +1,1 @@
-"""What works everywhere: errors, files, devices, progress, the tokenizer."""
+"""What works everywhere: errors, commands, files, pictures, trees, devices, progress, the tokenizer."""

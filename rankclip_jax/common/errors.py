@@ -1,5 +1,18 @@
-"""The one exception for wrong input: the command line prints its message alone, without a traceback."""
+"""The one exception for wrong input, and what any exception says in one line."""
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong. The message says what, where, and what to do, in one line."""
+    """Something that the user gave is wrong. The message says what, where, and what to do, in one line.
+
+    The command line prints it alone, without a traceback (common/commands.py).
+    """
+
+
+def one_line(error: BaseException, limit: int = 300, *, kind: bool = False) -> str:
+    """What an exception says, in at most `limit` characters: white space collapsed; its type's name if it says nothing.
+
+    kind: its type's name in front, for an exception that can be anything.
+    """
+    name, text = type(error).__name__, " ".join(str(error).split())
+    line = f"{name}: {text}" if kind and text else text or name
+    return line if len(line) <= limit else line[: limit - 3] + "..."

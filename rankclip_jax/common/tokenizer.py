@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.files import write_whole
 
 PAD, START, END = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
@@ -60,15 +60,16 @@ class Tokenizer:
             except InputError as error:
                 raise InputError(f"{path}: {error}") from None
             except Exception as error:  # tokenizers raises bare Exception on a file that it cannot read
-                raise InputError(f"{path} is not a tokenizer.json of Hugging Face tokenizers: {error}") from None
+                raise InputError(
+                    f"{path} is not a tokenizer.json of Hugging Face tokenizers: {one_line(error)}"
+                ) from None
         if path.endswith(".json") or path.startswith((".", "/")):
             raise InputError(f"tokenizer: no file {path}; give a tokenizer.json or a hub id")
         try:
             return cls(tokenizers.Tokenizer.from_pretrained(path))
         except Exception as error:  # whatever the hub client's version raises
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
-                f"tokenizer: {path!r} is no file and could not be fetched from the hub ({reason})"
+                f"tokenizer: {path!r} is no file and could not be fetched from the hub ({one_line(error)})"
             ) from None
 
     @classmethod

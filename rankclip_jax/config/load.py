@@ -14,6 +14,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.trees import flatten
 from rankclip_jax.config.keys import (
     EVAL_SETS,
     MAY_CHANGE,
@@ -43,6 +44,21 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     module_spec.loader.exec_module(module)
     config = (module.get_config(argument) if argument else module.get_config()).to_dict()
     return complete(override(config, overrides))
+
+
+def stored(workdir: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The configuration that a workdir was trained with, complete and checked, with `overrides` as in `load`.
+
+    Raises:
+      InputError: there is none, it is damaged, or what `complete` refuses.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        return complete(override(json.loads(path.read_text()), overrides))
+    except FileNotFoundError:
+        raise InputError(f"{workdir} holds no run (no config.json); give --config FILE to start one") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); bring it back from a copy, or give --config FILE") from None
 
 
 def override(config: dict, overrides: Sequence[str]) -> dict:
@@ -182,16 +198,9 @@ def to_json(config: ConfigDict) -> str:
 def differences(old: Mapping, new: Mapping) -> list[str]:
     """One "key: old -> new" a differing key, except those that a resumed run may change."""
     old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
-    flat_old, flat_new = _flatten(old), _flatten(new)
+    flat_old, flat_new = flatten(old), flatten(new)
     return [
         f"config.{key}: {flat_old.get(key)!r} -> {flat_new.get(key)!r}"
         for key in sorted(flat_old | flat_new)
         if flat_old.get(key) != flat_new.get(key) and not f"{key}.".startswith(tuple(f"{k}." for k in MAY_CHANGE))
     ]
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

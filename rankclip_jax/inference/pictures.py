@@ -9,9 +9,9 @@ from pathlib import Path
 from PIL import Image
 
 from rankclip_jax import config as configs
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
+from rankclip_jax.common.pictures import ENDINGS
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _SHARDS = {".tar": "webdataset", ".tfrecord": "tfrecord", ".tfrecords": "tfrecord", ".parquet": "parquet"}
 
 
@@ -85,6 +85,6 @@ def _shards(pattern: str, kind: str, image_key: str | None) -> Pictures:
         try:
             return Image.open(io.BytesIO(read(i)))
         except OSError as error:
-            raise InputError(str(error)) from None
+            raise InputError(one_line(error)) from None
 
     return Pictures(source.size, source.where, image)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.files import whole
 
 ENDINGS = (".npz", ".parquet")
@@ -54,7 +54,7 @@ def read(path: Path) -> Embeddings:
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no file of embeddings that rankclip_jax.embed wrote ({error})") from None
+        raise InputError(f"{path} is no file of embeddings that rankclip_jax.embed wrote ({one_line(error)})") from None
 
 
 def _write_npz(path: Path, parts, about) -> int:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 
 _RESUME = "The last checkpoint is kept: start all processes again to go on"
 
@@ -50,7 +50,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
         if coordinator is None:  # JAX's way to say that this is no cluster
             _speak_when_aborted(None)
             return
-        raise InputError(f"--coordinator, --num_processes, --process_id: {error}") from None
+        raise InputError(f"--coordinator, --num_processes, --process_id: {one_line(error)}") from None
     _speak_when_aborted(f"another process died; the log of that process says why. {_RESUME}")
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")
@@ -71,10 +71,10 @@ def stop(error: Exception) -> None:
     if isinstance(error, InputError):
         why = str(error)
     elif _of_a_peer(error):
-        why = f"another process died ({_first_line(error)}); the log of that process says why. {_RESUME}"
+        why = f"another process died ({one_line(error)}); the log of that process says why. {_RESUME}"
     else:
         traceback.print_exception(error)
-        why = f"{type(error).__name__}: {_first_line(error)}"
+        why = one_line(error, kind=True)
     sys.stdout.flush()
     print(f"error: {_who()}{why}", file=sys.stderr, flush=True)
     os._exit(1)
@@ -83,10 +83,6 @@ def stop(error: Exception) -> None:
 def _of_a_peer(error) -> bool:
     signs = ("Gloo", "NCCL", "closed by peer", "coordination service", "heartbeat", "Barrier")
     return any(sign in str(error) for sign in signs)
-
-
-def _first_line(error) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def _who() -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.train.optim import path_name
+from rankclip_jax.common.trees import path_name
 
 # Parameters this small stay whole on every device: gathering them would cost more time than they cost memory.
 _SMALL = 2**14
@@ -50,7 +50,10 @@ def state_shardings(abstract_state: Any, mesh: Mesh, rules: str | Sequence | Non
     rules = rules or "replicated"
     if isinstance(rules, str):
         if rules not in KINDS:
-            raise InputError(f"config.sharding = {rules!r} is none of {', '.join(KINDS)}; rules do as well")
+            raise InputError(
+                f"Unknown config.sharding={rules!r}. Expected one of {', '.join(KINDS)}, or a list of (regex, axes) "
+                "rules"
+            )
         rules = KINDS[rules]
     used = set()
 

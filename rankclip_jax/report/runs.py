@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.metrics_file import read_metrics
+from rankclip_jax.common.trees import flatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +66,10 @@ def read_run(workdir: str | Path) -> Run:
 
 def differences(runs: list[Run]) -> list[tuple[str, list]]:
     """(key, a value a run) of the configuration keys in which the runs differ; None where a run lacks a key."""
-    flat = [_flatten(run.config) for run in runs]
+    flat = [flatten(run.config) for run in runs]
     keys = dict.fromkeys(key for config in flat for key in config)
     rows = [(key, [config.get(key) for config in flat]) for key in keys]
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _by_set(folder, prefix, suffix, read) -> dict:
@@ -97,7 +91,7 @@ def _arrays(path: Path) -> dict:
         with np.load(path) as arrays:  # allow_pickle stays off: a file may come from anywhere
             return dict(arrays)
     except Exception as error:  # whatever NumPy and zipfile raise on a torn file
-        raise InputError(f"{path} cannot be read ({error}); evaluate again with --mode=eval") from None
+        raise InputError(f"{path} cannot be read ({one_line(error)}); evaluate again with --mode=eval") from None
 
 
 def _bad(path: Path) -> dict:

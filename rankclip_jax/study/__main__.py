@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rankclip_jax.study",
         description="Trains every objective of config.study over its seeds, and writes results.md, results.json and "
-        "plots. A study that stopped goes on by the same command.",
+        "plots. The same command resumes a study that stopped.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="a file of configs/, with its argument after a colon")

@@ -1,7 +1,7 @@
 """A study: the learning rate of each objective, then its seeds; each finished run is one JSON file.
 
-A study that stopped goes on with the runs whose file is lacking. A file says by which configuration it came about; one
-of another configuration is refused, never mixed in. More seeds and more objectives can be added to a finished study.
+A study that stopped resumes with the runs whose file is missing. Each file holds its configuration; a file of another
+configuration is refused, never mixed in. More seeds and more objectives can be added to a finished study.
 """
 
 import json
@@ -39,9 +39,10 @@ class Study:
         if not study.objectives:
             raise InputError("config.study.objectives is empty: name them, as configs/study_shapes.py does")
         if study.baseline not in study.objectives:
-            raise InputError(f"config.study.baseline = {study.baseline!r} is none of {', '.join(study.objectives)}")
+            raise InputError(f"config.study.baseline={study.baseline!r}. Expected one of {', '.join(study.objectives)}")
         if unknown := sorted(set(study.more_seeds) - set(study.objectives)):
-            raise InputError(f"config.study.more_seeds.{unknown[0]} is none of {', '.join(study.objectives)}")
+            known = ", ".join(study.objectives)
+            raise InputError(f"config.study.more_seeds.{unknown[0]} is not an objective. Expected one of {known}")
         canvas = canvas_side(config, side) or side
         train = read_pairs(config.data, config.data.train, side=side, canvas=canvas, split="train", limit=study.limit)
         if len(train.captions) < config.batch_size:
@@ -66,7 +67,8 @@ class Study:
             selecting, self._reported[name] = split(read_labelled(name, spec, side=side), study.select_share)
             self._selecting[name] = selecting
         if unknown := sorted(set(study.select_on) - set(self._selecting)):
-            raise InputError(f"config.study.select_on: {unknown[0]} is none of {', '.join(self._selecting)}")
+            known = ", ".join(self._selecting)
+            raise InputError(f"config.study.select_on: unknown set {unknown[0]!r}. Expected one of {known}")
 
     def _model(self, config):
         """Checked and built for the one device that a study trains on."""

@@ -42,7 +42,9 @@ def main() -> None:
         epilog="Any key of the configuration can be given: --config.optim.lr=1e-3 (docs/config.md lists them).",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, help="a file of configs/, with its argument after a colon")
+    parser.add_argument(
+        "--config", help="a file of configs/, with its argument after a colon; default: that of the workdir's run"
+    )
     parser.add_argument("--workdir", help="folder of the run; default: runs/ and the config's name")
     parser.add_argument("--mode", choices=["train", "eval", "plan"], default="train")
     cluster = parser.add_argument_group("many processes, where no cluster is detected (docs/reliability.md)")
@@ -54,14 +56,17 @@ def main() -> None:
     for flag in rest:
         if not flag.startswith("--config."):
             parser.error(f"unknown flag {flag}")
+    if not (flags.config or flags.workdir):
+        parser.error("give --config FILE, or the --workdir of a run")
     workdir = flags.workdir or Path("runs") / Path(flags.config.partition(":")[0]).stem
+    overrides = [flag.removeprefix("--config.") for flag in rest]
     try:
         if "://" in str(workdir):
             raise InputError(
                 f"--workdir={workdir}: metrics and TensorBoard need a folder of this machine, or one that is mounted; "
                 "for checkpoints in a bucket set --config.checkpoint.folder=gs://BUCKET/RUN"
             )
-        settings = config.load(flags.config, [flag.removeprefix("--config.") for flag in rest])
+        settings = config.load(flags.config, overrides) if flags.config else config.stored(workdir, overrides)
         if flags.mode != "plan":
             processes.start(flags.coordinator, flags.num_processes, flags.process_id)
         if flags.mode == "plan":

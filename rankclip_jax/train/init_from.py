@@ -1,4 +1,4 @@
-"""Starting from a trained model instead of from chance: config.init_from, .init_towers and .init_skip."""
+"""Starting from a trained model instead of from scratch: config.init_from, .init_towers and .init_skip."""
 
 import math
 import re
@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from rankclip_jax import models
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.common.trees import by_name, path_name
 from rankclip_jax.models import ClipConfig
-from rankclip_jax.train.optim import path_name
 from rankclip_jax.train.step import TrainState
 from rankclip_jax.weights import pretrained
 
@@ -86,9 +86,9 @@ def apply(state: TrainState, start: pretrained.Pretrained, ours: ClipConfig, con
     taken = {}
     for collection, fresh in (("params", state.params), ("batch_stats", state.batch_stats)):
         theirs = start.variables.get(collection, {})
-        theirs = _by_name(models.stack_layers(theirs) if scanned else theirs)
+        theirs = by_name(models.stack_layers(theirs) if scanned else theirs)
         taken[collection] = jax.tree_util.tree_map_with_path(lambda p, x, t=theirs: place(p, x, t), fresh)
-        here = _by_name(fresh)
+        here = by_name(fresh)
         misfits += [f"{name} is not here" for name in theirs if name.split("/")[0] in towers and name not in here]
     if misfits:
         raise InputError(
@@ -114,10 +114,6 @@ def _unlike(ours: ClipConfig, theirs: ClipConfig, towers) -> list[str]:
         if transformer and ours.activation != theirs.activation:
             found.append(f"{tower} has activation {theirs.activation} there, {ours.activation} here")
     return list(dict.fromkeys(found))
-
-
-def _by_name(tree) -> dict:
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _resized(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:

@@ -9,15 +9,11 @@ import optax
 from ml_collections import ConfigDict
 
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.trees import path_name
 
 # By name and not by rank: in scanned towers a norm's scale has two axes. Decayed: dense and convolution kernels,
 # projections, the token table. Never: norms of any kind, biases, logit scale, class and position embeddings.
 _DECAYED = re.compile(r"(^|/)(kernel|proj|text_projection|token_embedding/embedding)$")
-
-
-def path_name(path: tuple) -> str:
-    """A pytree path as "visual/conv1/kernel"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def decay_mask(params: Mapping) -> dict:

@@ -13,7 +13,7 @@ import sys
 from ml_collections import ConfigDict
 
 from rankclip_jax import config as configs
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.parallel.mesh import batch_sharding
 from rankclip_jax.train import targets
 from rankclip_jax.train.flops import ACCELERATORS, step_flops
@@ -175,7 +175,8 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return found | {"error": "does not fit: " + str(error).splitlines()[0].rpartition("HBM, ")[2]}
+        first, _, _ = str(error).partition("\n")  # pages of buffers follow
+        return found | {"error": "does not fit: " + first.rpartition("HBM, ")[2]}
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text()
     return found | {
         "cost": {key: cost[key] for key in ("flops", "bytes accessed", "optimal_seconds") if cost.get(key, 0) > 0},
@@ -195,5 +196,4 @@ if __name__ == "__main__":
     except InputError as refused:
         print(json.dumps({"refused": str(refused)}))
     except Exception as error:  # of any kind: the parent has one line for it
-        message = " ".join(str(error).split())[:300]
-        print(json.dumps({"refused": f"the step could not be compiled: {type(error).__name__}: {message}"}))
+        print(json.dumps({"refused": f"the step could not be compiled: {one_line(error, kind=True)}"}))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jaxlib.version
 
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.train.flops import ACCELERATORS
 
 _V = jaxlib.version.__version__
@@ -100,7 +100,7 @@ def devices(target: Target) -> list:
     try:
         return list(topologies.get_topology_desc(**given).devices)
     except Exception as error:  # jaxlib raises several kinds
-        raise InputError(f"{name}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{name}: {one_line(error)}") from None
 
 
 @contextlib.contextmanager

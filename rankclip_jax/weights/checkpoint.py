@@ -24,7 +24,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.parallel import processes
 from rankclip_jax.weights.fingerprint import fingerprints
 
@@ -131,7 +131,7 @@ def _first_whole(folder, steps, read, alone=False) -> Restored | None:
             data = _read_data(folder / str(step))
             state, check = read(folder / str(step) / "state", data)
         except Exception as error:  # whatever Orbax, TensorStore or JSON raise on damage of every kind
-            problem = f"{type(error).__name__}: {_line(error)}"
+            problem = one_line(error, kind=True)
         # A file that one process cannot read, another may not need; all go on from the same step.
         if (alone and problem is None) or (not alone and min(processes.of_all(problem is None))):
             problem = check()
@@ -282,14 +282,10 @@ def _crc(data: dict) -> int:
     return zlib.crc32(json.dumps([data["positions"], data["fingerprints"]], sort_keys=True).encode())
 
 
-def _line(error) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 def _cannot_save(folder, error) -> Exception:
     if isinstance(error, InputError):
         return error
     return InputError(
-        f"cannot save in {folder}: {_line(error) or type(error).__name__}. The checkpoints before are as they were; "
+        f"cannot save in {folder}: {one_line(error)}. The checkpoints before are as they were; "
         "make room or make it writable, and start again to go on"
     )

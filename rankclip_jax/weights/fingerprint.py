@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rankclip_jax.common.trees import by_name
+
 
 def fingerprints(tree: Any) -> dict[str, int]:
     """Path of a leaf -> 32 bits. Sums whole numbers, whose order does not matter, so no sharding can change it.
 
     Every flipped bit changes its leaf's; other damage is overlooked once in four billion times.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    sums = jax.device_get(_sums([leaf for _, leaf in leaves]))
-    return {name: int(number) for name, number in zip(names, sums, strict=True)}
+    named = by_name(tree)
+    sums = jax.device_get(_sums(list(named.values())))
+    return {name: int(number) for name, number in zip(named, sums, strict=True)}
 
 
 @jax.jit

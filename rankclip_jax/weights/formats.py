@@ -10,6 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from rankclip_jax.common.errors import one_line
 from rankclip_jax.common.files import whole, write_whole
 from rankclip_jax.models import ClipConfig
 from rankclip_jax.weights import architecture, layouts, orbax_folder
@@ -114,7 +115,7 @@ def _read_state(path: Path) -> dict[str, np.ndarray]:
         try:
             return safetensors.numpy.load_file(path)
         except (safetensors.SafetensorError, KeyError) as e:
-            raise ValueError(f"{path.name} is damaged or truncated ({e})") from e
+            raise ValueError(f"{path.name} is damaged or truncated ({one_line(e)})") from e
     raise ValueError(
         f"{path.name} is neither safetensors nor a PyTorch archive (if older than PyTorch 1.6, load and "
         "save it again with a newer PyTorch)"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
+from rankclip_jax.common.trees import by_name, nested
 from rankclip_jax.models import CLIP, ClipConfig, unstack_layers
 
 
@@ -90,9 +91,9 @@ def from_state(state: Mapping[str, np.ndarray], config: ClipConfig, layout: Layo
     """
     shapes = template(config)
     used, missing, fused = set(), [], {}
-    out: dict = {}
-    for (collection, *path), shape in shapes.items():
-        place = layout("/".join(path), len(shape))
+    ours: dict = {}
+    for name, shape in shapes.items():
+        place = layout(_within(name), len(shape))
         used.add(place.key)
         if place.key not in state:
             missing.append(place.key)
@@ -106,16 +107,13 @@ def from_state(state: Mapping[str, np.ndarray], config: ClipConfig, layout: Layo
         if place.part is not None:
             theirs = fused.setdefault(place.key, np.split(theirs, 3))[place.part]
         value = theirs.transpose(np.argsort(place.axes)) if place.axes else theirs
-        node = out.setdefault(collection, {})
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = np.ascontiguousarray(value, np.float32).reshape(shape)
+        ours[name] = np.ascontiguousarray(value, np.float32).reshape(shape)
     if missing:
         raise ValueError(f"missing {_some(dict.fromkeys(missing))}")
     unknown = [k for k in state if k not in used and not IGNORED.fullmatch(k)]
     if unknown:
         raise ValueError(f"unknown tensors {_some(unknown)}: not a CLIP of this architecture")
-    return out
+    return nested(ours)
 
 
 def to_state(variables: Mapping, config: ClipConfig, layout: Layout) -> dict[str, np.ndarray]:
@@ -123,15 +121,15 @@ def to_state(variables: Mapping, config: ClipConfig, layout: Layout) -> dict[str
 
     Raises ValueError naming a parameter that is missing, unknown, or of another shape.
     """
-    arrays = _flatten({k: unstack_layers(v) for k, v in variables.items() if v})
+    arrays = by_name({k: unstack_layers(v) for k, v in variables.items() if v})
     shapes = template(config)
     for odd in shapes.keys() ^ arrays.keys():
-        raise ValueError(f"{'/'.join(odd)} is {'missing' if odd in shapes else 'unknown'}: another config's?")
+        raise ValueError(f"{odd} is {'missing' if odd in shapes else 'unknown'}: another config's?")
     state: dict = {}
-    for path, value in arrays.items():
-        if np.shape(value) != shapes[path]:
-            raise ValueError(f"{'/'.join(path)} has shape {np.shape(value)}; the config needs {shapes[path]}")
-        place = layout("/".join(path[1:]), len(shapes[path]))
+    for name, value in arrays.items():
+        if np.shape(value) != shapes[name]:
+            raise ValueError(f"{name} has shape {np.shape(value)}; the config needs {shapes[name]}")
+        place = layout(_within(name), len(shapes[name]))
         value = np.asarray(value, np.float32)
         value = value.transpose(place.axes) if place.axes else value
         if place.part is None:
@@ -141,16 +139,16 @@ def to_state(variables: Mapping, config: ClipConfig, layout: Layout) -> dict[str
     return {k: np.array(np.concatenate(v) if isinstance(v, list) else v, order="C") for k, v in state.items()}
 
 
-def template(config: ClipConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path, such as ('params', 'visual', 'proj'), -> shape of every array of the model, unrolled."""
+def template(config: ClipConfig) -> dict[str, tuple[int, ...]]:
+    """Name, such as "params/visual/proj", -> shape of every array of the model, unrolled."""
     model = CLIP(config)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))
-    return {path: x.shape for path, x in _flatten(shapes).items()}
+    return {name: x.shape for name, x in by_name(shapes).items()}
 
 
-def _flatten(tree: Mapping) -> dict[tuple[str, ...], object]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {tuple(key.key for key in path): leaf for path, leaf in leaves}
+def _within(name: str) -> str:
+    """A parameter's path in its collection, "params" or "batch_stats"."""
+    return name.partition("/")[2]
 
 
 def _some(names) -> str:

@@ -9,7 +9,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rankclip_jax.common.errors import one_line
 from rankclip_jax.common.files import write_whole
+from rankclip_jax.common.trees import by_name, nested
 from rankclip_jax.models import ClipConfig, unstack_layers
 from rankclip_jax.weights import architecture, layouts
 
@@ -37,12 +39,7 @@ def read_orbax(folder: Path) -> tuple[ClipConfig, dict]:
     """What `write_orbax` wrote, as NumPy arrays. Raises ValueError if the checkpoint is not there or not whole."""
     config = architecture.from_ours(json.loads((folder / CONFIG).read_text()))
     shapes = layouts.template(config)
-    abstract: dict = {}
-    for path, shape in shapes.items():
-        node = abstract
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = np.zeros(shape, np.float32)
+    abstract = nested({name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
     with ocp.PyTreeCheckpointer() as reader:
         try:
             arrays = reader.restore(
@@ -53,15 +50,11 @@ def read_orbax(folder: Path) -> tuple[ClipConfig, dict]:
                 ),
             )
         except (ValueError, KeyError, OSError) as error:
-            raise ValueError(f"{ARRAYS} is not a complete Orbax checkpoint of this model ({_line(error)})") from error
-    for path, shape in shapes.items():
-        array = arrays
-        for name in path:
-            array = array[name]
-        if array.shape != shape:
-            raise ValueError(f"{'/'.join(path)} has shape {array.shape}; this architecture needs {shape}")
+            raise ValueError(
+                f"{ARRAYS} is not a complete Orbax checkpoint of this model ({one_line(error)})"
+            ) from error
+    read = by_name(arrays)
+    for name, shape in shapes.items():
+        if read[name].shape != shape:
+            raise ValueError(f"{name} has shape {read[name].shape}; this architecture needs {shape}")
     return config, arrays
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

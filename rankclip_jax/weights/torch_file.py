@@ -19,6 +19,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from rankclip_jax.common.errors import one_line
+
 _DTYPES = {
     "DoubleStorage": np.dtype("<f8"),
     "FloatStorage": np.dtype("<f4"),
@@ -166,7 +168,7 @@ def _unpickle(archive: zipfile.ZipFile) -> Any:
     except (_RefusedError, zipfile.BadZipFile):
         raise
     except Exception as e:  # a damaged pickle may raise nearly anything
-        raise _RefusedError(f"its pickle is damaged ({type(e).__name__}: {e})") from e
+        raise _RefusedError(f"its pickle is damaged ({one_line(e, kind=True)})") from e
 
 
 def _state_dict(obj: Any) -> dict[str, _Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.models.images import MEAN, STD
 
 
@@ -33,7 +33,7 @@ class View:
                 with Image.open(image) as opened:
                     return self._of_pil(opened)
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+                reason = "no such file" if isinstance(error, FileNotFoundError) else one_line(error)
                 raise InputError(f"{image}: {reason}") from None
         if isinstance(image, Image.Image):
             return self._of_pil(image)

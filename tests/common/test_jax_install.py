@@ -12,7 +12,7 @@ import pytest
 from rankclip_jax import doctor
 from rankclip_jax.common import jax_install
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 
 PROPRIETARY = """\
 NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}.54.15  Tue Mar  5 22:23:56 UTC 2024

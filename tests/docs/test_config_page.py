@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-from rankclip_jax import config as configs
+from rankclip_jax.common.trees import flatten
 from rankclip_jax.config import keys as config_keys
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -20,7 +20,7 @@ def test_the_page_is_that_of_the_code():
 def test_every_key_is_there_with_its_default_and_a_comment():
     rows = config_page.tables(config_page.SOURCE.read_text())
     documented = {key: default for key, default, _ in rows["default_config"] if default is not None}
-    keys = configs._flatten(config_keys.default_config().to_dict())
+    keys = flatten(config_keys.default_config().to_dict())
     assert {key for key, default in documented.items() if default != "{}"} == keys.keys()
     for key in keys:
         assert eval(documented[key]) == keys[key], key

@@ -7,6 +7,7 @@ import pytest
 
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.evaluation import prompts, suite
+from rankclip_jax.evaluation.zero_shot import DEFAULT_TEMPLATES
 
 COUNTS = {
     "caltech101": (102, 34), "cifar10": (10, 18), "cifar100": (100, 18), "dtd": (47, 8), "fgvc_aircraft": (100, 2),
@@ -82,9 +83,9 @@ def test_simple_has_openais_names_and_one_prompt():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("opanai", "dtd", ["a"]), r"no protocol 'opanai'; there are openai, simple"),
-        (("openai", "mnist", ["a"]), r"has no set 'mnist'; it has caltech101"),
-        (("openai", "dtd", ["banded", "bandeded"]), r"knows no class 'bandeded' of dtd; it has banded"),
+        (("opanai", "dtd", ["a"]), r"unknown protocol 'opanai'. Expected one of openai, simple"),
+        (("openai", "mnist", ["a"]), r"has no set 'mnist'. Expected one of caltech101"),
+        (("openai", "dtd", ["banded", "bandeded"]), r"has no class 'bandeded' in dtd. Expected one of banded"),
         (("openai", "dtd", ["0", "1", "2"]), r"dtd has 3 numbered classes, but protocol 'openai' names 47"),
     ],
 )
@@ -94,5 +95,10 @@ def test_what_does_not_fit_is_named(arguments, message):
 
 
 def test_a_prompt_without_a_place_for_the_name_is_refused():
-    with pytest.raises(InputError, match=r"'a photo' has no {} where the class name goes"):
+    with pytest.raises(InputError, match=r"'a photo' has no {} for the class name"):
         prompts.plain(["cat"], ["a photo"])
+
+
+def test_the_prompt_of_whoever_gives_none_is_that_of_the_simple_protocol():
+    assert prompts.plain(["cat"]).templates == list(DEFAULT_TEMPLATES) == ["a photo of a {}."]
+    assert prompts.load_protocol("simple")["templates"] == list(DEFAULT_TEMPLATES)

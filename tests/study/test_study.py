@@ -304,9 +304,9 @@ def test_a_study_goes_on_where_it_stopped_and_reports(study, monkeypatch, capsys
 def test_wrong_studies_say_what_is_wrong(tmp_path):
     with pytest.raises(InputError, match=r"config\.study\.objectives is empty"):
         Study(configs.complete({"data": {"format": "shapes", "train": 10, "val": 5}}), tmp_path)
-    with pytest.raises(InputError, match=r"more_seeds\.klip is none of clip, rankclip"):
+    with pytest.raises(InputError, match=r"more_seeds\.klip is not an objective. Expected one of clip, rankclip"):
         Study(smoke("study.more_seeds={'klip': 3}"), tmp_path)
-    with pytest.raises(InputError, match=r"baseline = 'klip' is none of clip, rankclip"):
+    with pytest.raises(InputError, match=r"baseline='klip'. Expected one of clip, rankclip"):
         Study(smoke("study.baseline=klip"), tmp_path)
     with pytest.raises(InputError, match="fewer than a batch"):
         Study(smoke("batch_size=64"), tmp_path)

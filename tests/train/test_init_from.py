@@ -8,6 +8,7 @@ import pytest
 
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.common.trees import by_name
 from rankclip_jax.models import unstack_layers
 from rankclip_jax.parallel.mesh import make_mesh, to_devices
 from rankclip_jax.train import init_from, loop, optim
@@ -35,7 +36,7 @@ def start(config):
 
 
 def leaves(tree):
-    return {optim.path_name(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return {name: np.asarray(x) for name, x in by_name(tree).items()}
 
 
 def assert_same(a, b):

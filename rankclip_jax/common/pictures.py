@@ -1,0 +1,3 @@
+"""Which files are pictures, by their names."""
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # lower case
