@@ -14,8 +14,8 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import rankclip_jax
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.inference.model import collection, search, store
-from rankclip_jax.inference.model.pictures import open_pictures
+from rankclip_jax.inference import collection, search, store
+from rankclip_jax.inference.pictures import open_pictures
 
 
 def main() -> None:

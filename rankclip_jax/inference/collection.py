@@ -10,8 +10,9 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole, write_whole
 from rankclip_jax.common.ownership import Owned, inside
 from rankclip_jax.common.progress import progress
-from rankclip_jax.inference.model import Model, store
-from rankclip_jax.inference.model.pictures import Pictures
+from rankclip_jax.inference import store
+from rankclip_jax.inference.model import Model
+from rankclip_jax.inference.pictures import Pictures
 
 PART = 512  # pictures a part: what a run that stops has to do again, at most
 

@@ -7,8 +7,8 @@ import numpy as np
 
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole
-from rankclip_jax.inference.model.pictures import Pictures
-from rankclip_jax.inference.model.store import Embeddings
+from rankclip_jax.inference.pictures import Pictures
+from rankclip_jax.inference.store import Embeddings
 
 
 def best(embeddings: Embeddings, z_txt_TxD: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from rankclip_jax import convert, doctor, embed, launch
 from rankclip_jax.common import files, ownership
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.ownership import MARKER, Owned
-from rankclip_jax.inference.model import collection, store
+from rankclip_jax.inference import collection, store
 from rankclip_jax.report import __main__ as report_main
 from rankclip_jax.study import __main__ as study_main
 from rankclip_jax.study import report as study_report

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from rankclip_jax.inference.model.pictures import open_pictures
 
 import rankclip_jax
 from rankclip_jax import embed
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.inference.model import collection, search, store
+from rankclip_jax.inference import collection, search, store
+from rankclip_jax.inference.pictures import open_pictures
 from tests.support.made_models import VIT, make_workdir
 
 REPO = Path(__file__).parents[2]
