@@ -166,6 +166,7 @@ def test_what_is_wrong_is_one_line(run, model, folder, tmp_path, monkeypatch):
     run(folder, "--out", fine)
     refused(r"fine\.npz already exists; search it with --search, delete it", folder, "--out", fine)
     refused(r"^error: .*m\.png: No such file or directory$", fine, "--search", "a", "--png", tmp_path / "no" / "m.png")
+    refused(r"^error: cannot draw .*m\.xyz: its name must end in .*png", fine, "--search", "a", "--png", "m.xyz")
     monkeypatch.setattr(model, "fingerprint", lambda: "00000000")
     refused(r"was embedded with another model than .*; embed the collection again", fine, "--search", "a")
 
