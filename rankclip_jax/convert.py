@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed; an accelerator need not be free
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no computation, so do not occupy an accelerator
 
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.weights import export, pretrained
@@ -14,7 +14,7 @@ def main() -> None:
     """Exit codes: 0 done, 1 wrong input (one line on stderr), 2 wrong flags."""
     parser = argparse.ArgumentParser(
         prog="python -m rankclip_jax.convert",
-        description="Writes a model for another library: weights, configuration, tokenizer, preprocessing, model card.",
+        description="Exports a model for another library: weights, config, tokenizer, preprocessing, model card.",
     )
     parser.add_argument("src", help="a workdir, a Hugging Face or open_clip folder, an OpenAI or RankCLIP .pt, ...")
     parser.add_argument("dst", help="the folder to write")
@@ -24,12 +24,12 @@ def main() -> None:
         required=True,
         help="hf: for transformers; openai: a state dict for open_clip and OpenAI's code; orbax: for JAX",
     )
-    parser.add_argument("--tokenizer", help="a tokenizer.json or hub id, where SRC brings none")
+    parser.add_argument("--tokenizer", help="a tokenizer.json or hub id, if SRC has none")
     parser.add_argument(
         "--activation",
         choices=["quick_gelu", "gelu"],
         default="quick_gelu",
-        help="of weights that no config describes: quick_gelu (OpenAI, RankCLIP; default) or gelu",
+        help="of weights without a config: quick_gelu (OpenAI, RankCLIP; default) or gelu",
     )
     flags = parser.parse_args()
     try:
@@ -41,9 +41,9 @@ def main() -> None:
         sys.exit(f"error: cannot write {flags.dst}: {error.strerror or error}")
     print(f"wrote {flags.dst}: " + ", ".join(sorted(name for name in os.listdir(flags.dst) if name[0] != ".")))
     if flags.to != "orbax" and export.ours_alone(model.config, flags.to):
-        print("open_clip has no such ResNet (three stages, or the small stem): only rankclip_jax.load reads the folder")
+        print("open_clip has no such ResNet (three stages, or the small stem); only rankclip_jax.load reads the folder")
     if model.tokenizer is None:
-        print(f"no tokenizer files: {flags.src} brings none; give one with --tokenizer to have them written")
+        print(f"no tokenizer files written: {flags.src} has no tokenizer; give one with --tokenizer")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
 
 MARKER = ".rankclip_jax"  # JSON: command -> names, relative to the folder
-# What there is at the top of an environment that `download --env` made.
-ENVIRONMENT = ("ready.json", "bin", "etc", "include", "lib", "lib64", "pyvenv.cfg", "share")
 
 
 def inside(folder: Path, name: object) -> Path:
@@ -184,8 +182,6 @@ def _of_before(folder: Path) -> dict[str, list[str]]:
         add("embed", r"about\.json", r"\d+\.(npz|unfinished)")
     if any(_is_study_run(folder / below) for below in ("runs", "search")):
         add("study", r"results\.(json|md)", r"(curves|dynamics)\.png")
-    if "pyvenv.cfg" in entries and ("ready.json" in entries or folder.parts[-2:] == ("rankclip_jax", "img2dataset")):
-        found["download --env"] = [name for name in ENVIRONMENT if name in entries]
     return found
 
 

@@ -62,8 +62,8 @@ def read_pairs(
 ) -> Pairs:
     """The pairs of config.data at `path`, its `train` or `val`, the first `limit` of them.
 
-    Pictures larger than the canvas are shrunk to fit it. Raises InputError for what `open_source` refuses, a mixture with
-    weights, or a sample that cannot be used.
+    Pictures larger than the canvas are shrunk to fit it. Raises InputError for what `open_source` refuses, a weighted
+    mixture, or a sample that cannot be used.
     """
     from input_pipeline.sources import open_source
 

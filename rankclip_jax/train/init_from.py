@@ -37,7 +37,7 @@ def tokenizer(start: pretrained.Pretrained, config: ConfigDict) -> Tokenizer | N
         return None
     if start.tokenizer is None:
         raise InputError(
-            f"config.init_from = {start.path} brings no tokenizer: give --config.tokenizer.path=tokenizer.json (or a "
+            f"config.init_from = {start.path} has no tokenizer; give --config.tokenizer.path=tokenizer.json (or a "
             "hub id), the one that its text tower was trained with, or --config.init_towers=vision"
         )
     return start.tokenizer
