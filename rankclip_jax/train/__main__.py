@@ -3,19 +3,15 @@
 import argparse
 import ctypes
 import errno
-import os
 import sys
 from pathlib import Path
-
-# TensorFlow only reads files here, so its greetings say nothing, oneDNN's among them.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import jax
 
 from rankclip_jax import config
+from rankclip_jax.common import commands
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.parallel import preemption, processes
+from rankclip_jax.parallel import compilation_cache, preemption, processes
 from rankclip_jax.train import evaluate, loop, plan
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
@@ -35,7 +31,7 @@ def _keep_freed_memory() -> None:
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 wrong input (one line on stderr), 2 wrong flags, 75 preempted and saved."""
+    """Exit codes: common/commands.py."""
     parser = argparse.ArgumentParser(
         prog="python -m rankclip_jax.train",
         description="Trains, or evaluates what was trained. A run that stopped goes on by the same command.",
@@ -50,10 +46,16 @@ def main() -> None:
     cluster.add_argument("--num_processes", type=int)
     cluster.add_argument("--process_id", type=int, help="from 0")
     flags, rest = parser.parse_known_args()
-    _keep_freed_memory()
     for flag in rest:
         if not flag.startswith("--config."):
             parser.error(f"unknown flag {flag}")
+    _keep_freed_memory()
+    commands.quiet_tensorflow()
+    with commands.exit_codes("stopped; the same command resumes from the last checkpoint"):
+        _run(flags, [flag.removeprefix("--config.") for flag in rest])
+
+
+def _run(flags: argparse.Namespace, overrides: list[str]) -> None:
     workdir = flags.workdir or Path("runs") / Path(flags.config.partition(":")[0]).stem
     try:
         if "://" in str(workdir):
@@ -61,13 +63,16 @@ def main() -> None:
                 f"--workdir={workdir}: metrics and TensorBoard need a folder of this machine, or one that is mounted; "
                 "for checkpoints in a bucket set --config.checkpoint.folder=gs://BUCKET/RUN"
             )
-        settings = config.load(flags.config, [flag.removeprefix("--config.") for flag in rest])
+        settings = config.load(flags.config, overrides)
         if flags.mode != "plan":
             processes.start(flags.coordinator, flags.num_processes, flags.process_id)
         if flags.mode == "plan":
             plan.plan(settings)
+        elif flags.mode == "train":
+            compilation_cache.enable()
+            loop.train(settings, workdir)
         else:
-            loop.train(settings, workdir) if flags.mode == "train" else evaluate.evaluate(settings, workdir)
+            evaluate.evaluate(settings, workdir)
     except preemption.Preempted as stop:
         print(stop)
         sys.exit(preemption.EXIT_CODE)
@@ -76,9 +81,7 @@ def main() -> None:
             error = InputError(f"cannot write: {error}; make room or make it writable, and start again to go on")
         if jax.distributed.is_initialized():
             processes.stop(error)
-        if not isinstance(error, InputError):
-            raise
-        sys.exit(f"error: {error}")
+        raise error
 
 
 if __name__ == "__main__":
