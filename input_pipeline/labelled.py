@@ -19,7 +19,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 from PIL import Image
 
-from input_pipeline import shapes, transforms
+from input_pipeline import cpu_only, shapes, transforms
 from input_pipeline.sources import Source, open_source, tar, tfds
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS
@@ -93,6 +93,7 @@ def open_train_and_test(spec: ConfigDict, *, image_side: int) -> tuple[LabelledS
 
 
 def _open_labelled(spec, path, image_side) -> LabelledSet:
+    cpu_only()
     if path is None:
         raise InputError(f"a set of format {spec.format!r} needs a path{_hint(spec)}")
     match spec.format:
@@ -206,6 +207,7 @@ def open_captioned(spec: ConfigDict, *, image_side: int) -> CaptionedSet:
     Raises:
       InputError: it is not where `spec.path` says, is not of its format, or has an image without a caption.
     """
+    cpu_only()
     match spec.format:
         case "csv":
             return _captioned_csv(spec)

@@ -20,16 +20,12 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from input_pipeline import order, transforms
+from input_pipeline import cpu_only, order, transforms
 from input_pipeline.bad_samples import BadSamples, reason_of_failure
 from input_pipeline.captions import augment
 from input_pipeline.sources import Source
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
-
-# tf.data runs on the host; TensorFlow must never take the accelerator's memory.
-tf.config.set_visible_devices([], "GPU")
-
 
 # A span of the training stream that is read in one go; between two of them the pipeline fills anew.
 _SPAN_BATCHES = 1000
@@ -68,6 +64,7 @@ class TrainBatches:
         With `two_views` each picture has a second window and each caption a second, edited version (captions.py), for
         which `synonyms` is the table. With `recover_truncated` a JPEG that breaks off is used as far as it goes.
         """
+        cpu_only()
         self.position = start
         self.bad = BadSamples(source, bad_path, max_bad_fraction)
 
@@ -162,6 +159,7 @@ def eval_batches(
     `batch_size` b is this process's share. Every process gets the same number of batches; what is missing at
     the end, and what could not be read (named on the console), is padding: mask False.
     """
+    cpu_only()
     index, count = process
     bad = BadSamples(source)
 

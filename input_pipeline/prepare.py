@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+from rankclip_jax.common import commands, files
+
+if __name__ == "__main__":
+    commands.quiet_tensorflow()  # before its import
 
 import numpy as np
 import tensorflow as tf
@@ -24,7 +26,6 @@ from input_pipeline.encode import BadImageError, encode, open_image, plain
 from input_pipeline.manifest import Manifest
 from input_pipeline.rows import captions_of, in_order, read_rows
 from rankclip_jax import config as configs
-from rankclip_jax.common import files
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.progress import progress
@@ -266,7 +267,7 @@ def _check(parser, flags):
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 wrong input or disk (one line on stderr), 2 wrong flags, 130 interrupted."""
+    """Exit codes: common/commands.py."""
     parser = _flags()
     flags, rest = parser.parse_known_args()
     for flag in rest:
@@ -275,7 +276,7 @@ def main() -> None:
     _check(parser, flags)
     out_dir = Path(flags.out_dir or ".")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # encode.py has a limit of its own
-    try:
+    with commands.exit_codes("stopped; the same command goes on after the finished shards"):
         if flags.out_dir and "://" in flags.out_dir:
             raise InputError(f"OUT_DIR must be local, to be copied to {flags.out_dir} when it is complete")
         kind = flags.format or guess_format(flags.source)
@@ -294,11 +295,6 @@ def main() -> None:
         print(summary(prepare(source, out_dir, options, described, flags.workers), out_dir))
         if source.lost:
             print(f"lost:{lost(source)}", file=sys.stderr)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on after the finished shards", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,9 @@ from typing import NamedTuple
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from rankclip_jax.common import jax_install
+from rankclip_jax.common import commands, jax_install
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.jax_install import requirements as _requirements
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only decodes here, so its greetings say nothing
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
 class Finding(NamedTuple):
@@ -149,15 +146,16 @@ def pipeline(pictures: int = 400) -> Iterator[Finding]:
     off = "pip uninstall -y tensorflow && pip install --force-reinstall tensorflow-cpu"
     try:
         from input_pipeline import health
-    except RuntimeError as error:  # TensorFlow was at work before, and holds the GPUs already
-        mend = "import input_pipeline.pipeline before TensorFlow does anything; in a notebook restart it first"
-        yield Finding("TensorFlow's devices", one_line(error, kind=True), mend)
+
+        gpus = health.gpus_of_tensorflow()
+    except InputError as error:  # TensorFlow was at work before, and holds the GPUs already
+        mend = "call input_pipeline.cpu_only() before TensorFlow does anything; in a notebook restart it first"
+        yield Finding("TensorFlow's devices", one_line(error.__cause__, kind=True), mend)
         return
     except Exception as error:  # absent, or one of its own packages is, or does not match
         said = f"cannot be imported: {one_line(error, kind=True)}"
         yield Finding("TensorFlow", said, "pip install -r requirements.txt")
         return
-    gpus = health.gpus_of_tensorflow()
     found = f"{gpus} GPU(s), whose memory it will take" if gpus else "the CPU alone"
     yield Finding("TensorFlow's devices", found, off if gpus else None)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -207,17 +205,19 @@ def findings(workdir: str, tokenizer: str | None) -> Iterator[Finding]:
 
 
 def main() -> None:
-    """Prints the report. Exit code 1 when something has to be mended."""
+    """Prints the report. Exit code 1 when something has to be mended; the others: common/commands.py."""
     parser = argparse.ArgumentParser(prog="python -m rankclip_jax.doctor", description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", default="runs", help="where runs will be written")
     parser.add_argument("--tokenizer", help="the tokenizer.json or hub id that config.tokenizer.path will name")
     flags = parser.parse_args()
+    commands.quiet_tensorflow()
     ill = 0
-    for what, found, remedy in findings(flags.workdir, flags.tokenizer):
-        ill += remedy is not None
-        print(f"{'ok ' if remedy is None else 'BAD'}  {what:26}{found}", flush=True)
-        if remedy is not None:
-            print(f"     {'':26}-> {remedy}", flush=True)
+    with commands.exit_codes():
+        for what, found, remedy in findings(flags.workdir, flags.tokenizer):
+            ill += remedy is not None
+            print(f"{'ok ' if remedy is None else 'BAD'}  {what:26}{found}", flush=True)
+            if remedy is not None:
+                print(f"     {'':26}-> {remedy}", flush=True)
     print(f"\n{ill} thing(s) to mend" if ill else "\nall is well")
     sys.exit(ill > 0)
 

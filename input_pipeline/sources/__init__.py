@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from input_pipeline import cpu_only
 from input_pipeline.sources import drawn, folder, mixture, parquet, table, tar, tfds, tfrecord
 from input_pipeline.sources.source import Lost, Source, require
 from rankclip_jax.common.errors import InputError
@@ -33,6 +34,7 @@ def open_source(
     Raises:
       InputError: unknown format, missing file, column or key, or no rows.
     """
+    cpu_only()
     if isinstance(path, Mapping | ConfigDict):
         return mixture.open_mixture(spec, path, functools.partial(open_source, image_side=image_side, split=split))
     match spec.format:

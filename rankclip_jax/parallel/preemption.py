@@ -5,7 +5,7 @@ import signal
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_CODE = 75  # saved and stopped; start again to resume (EX_TEMPFAIL of sysexits.h)
+EXIT_CODE = 75  # saved and stopped; start again to resume (all codes: common/commands.py)
 
 
 class Preempted(Exception):  # noqa: N818 -- not an error: the run was asked to stop, saved, and can resume

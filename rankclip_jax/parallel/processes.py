@@ -23,10 +23,11 @@ _RESUME = "The last checkpoint is kept: start all processes again to go on"
 
 
 def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Joins the other processes; must come before anything else asks JAX for devices.
+    """Joins the other processes: a command's call, which must come before anything else asks JAX for devices.
 
-    Without arguments: does what the cluster says, and nothing where there is none. Afterwards the processes other
-    than 0 print nothing but errors.
+    Without arguments: does what the cluster says, and nothing where there is none. Afterwards, until the process
+    ends, those other than 0 print nothing but errors (sys.stdout is gone), and an abort by JAX's runtime (SIGABRT) is
+    one line and exit code 1.
 
     Args:
       coordinator: HOST:PORT at which process 0 listens.

@@ -21,7 +21,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole, write_whole
 from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.tokenizer import Tokenizer
-from rankclip_jax.parallel import compilation_cache, processes
+from rankclip_jax.parallel import processes
 from rankclip_jax.parallel.mesh import to_devices
 from rankclip_jax.parallel.preemption import Notice, Preempted
 from rankclip_jax.train import init_from, optim
@@ -59,30 +59,22 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
       Preempted: SIGTERM came, to any of the processes, and the state is saved.
     """
     workdir = Path(workdir)
-    compilation_cache.enable()
     data = open_data(config)
     tx = optim.make_optimizer(config.optim, data.total_steps)
     session, start = open_state(config, workdir, data, tx)
     if start.step >= data.total_steps:
         print(f"{workdir} is trained to its last step, {start.step}")
         return
-    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None)
-    batches = open_batches(session, workdir, data, start.position)
-    parameters = sum(p.size for p in jax.tree.leaves(start.state.params))
-    processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""
-    print(
-        f"training {config.model.name} ({parameters:,} parameters) with {config.loss.objective} on "
-        f"{data.source.size:,} samples: {data.total_steps} steps of {config.batch_size} on {session.devices.count} "
-        f"{session.devices.platform} device(s){processes_said}"
-    )
-    try:
+    with checkpoint.Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None) as checkpoints:
+        batches = open_batches(session, workdir, data, start.position)
+        parameters = sum(p.size for p in jax.tree.leaves(start.state.params))
+        processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""
+        print(
+            f"training {config.model.name} ({parameters:,} parameters) with {config.loss.objective} on "
+            f"{data.source.size:,} samples: {data.total_steps} steps of {config.batch_size} on {session.devices.count} "
+            f"{session.devices.platform} device(s){processes_said}"
+        )
         run_steps(session, workdir, data, tx, start, batches, checkpoints)
-    except BaseException as error:
-        # What was being saved is good. But of many processes the others may never come to finish it.
-        if session.process[1] == 1 or isinstance(error, Preempted):
-            checkpoints.close()
-        raise
-    checkpoints.close()
     finish(session, workdir, batches)
 
 
