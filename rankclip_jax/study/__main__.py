@@ -24,6 +24,7 @@ def main() -> None:
         if not flag.startswith("--config."):
             parser.error(f"unknown flag {flag}")
     workdir = Path(flags.workdir or Path("runs") / Path(flags.config.partition(":")[0]).stem)
+    commands.quiet_tensorflow()
     with commands.exit_codes("stopped; the same command resumes"):
         settings = configs.load(flags.config, [flag.removeprefix("--config.") for flag in rest])
         print(report.write(workdir, settings, Study(settings, workdir).run()))
