@@ -1,4 +1,4 @@
-"""What the doctor asks of the pipeline: whether TensorFlow keeps off the accelerators, and how fast it decodes."""
+"""Checks for the doctor: whether TensorFlow leaves the accelerators alone, and how fast it decodes."""
 
 import time
 
@@ -12,12 +12,12 @@ from input_pipeline import (
 
 
 def gpus_of_tensorflow() -> int:
-    """How many GPUs TensorFlow sees, whose memory it will take."""
+    """Number of GPUs visible to TensorFlow, whose memory it would take."""
     return len(tf.config.get_visible_devices("GPU"))
 
 
 def jpegs_per_second(count: int) -> float:
-    """Rate of decoding `count` times a noisy picture of 400 x 300, 90 % quality, on all cores."""
+    """Images per second when decoding a noisy 400 x 300 JPEG of quality 90 `count` times on all cores."""
     rows, columns = np.mgrid[0:300, 0:400]
     noise = np.random.default_rng(0).integers(0, 64, (300, 400, 3))
     image = tf.io.encode_jpeg(((rows + columns)[..., None] // 4 + noise).astype(np.uint8), quality=90)
