@@ -1,4 +1,4 @@
-"""Converts a data set to TFRecord shards: python -m input_pipeline.prepare SOURCE OUT_DIR; --inspect shows statistics."""
+"""Converts a data set to TFRecord shards, or inspects it: python -m input_pipeline.prepare SOURCE OUT_DIR."""
 
 import argparse
 import dataclasses
@@ -239,7 +239,7 @@ def _flags():
     parser.add_argument("source", metavar="SOURCE", help="as config.data.train: a path, glob or {a..b} range")
     parser.add_argument("out_dir", metavar="OUT_DIR", nargs="?", help="local folder for the shards")
     parser.add_argument("--format", help="of the source, as config.data.format; default: inferred from SOURCE")
-    parser.add_argument("--inspect", action="store_true", help="print statistics of SOURCE and draw examples into OUT_DIR")
+    parser.add_argument("--inspect", action="store_true", help="print statistics of SOURCE, draw examples into OUT_DIR")
     parser.add_argument("--sample", type=int, help="with --inspect: the most rows to inspect, evenly spaced")
     parser.add_argument("--short-side", type=int, help="shrink larger images to this many pixels, as JPEG; 288 for 224")
     parser.add_argument("--quality", type=int, default=95, help="of written JPEGs (95)")
