@@ -282,7 +282,7 @@ def _hint(spec) -> str:
 
 def _json_list(path, key) -> list[str]:
     if not path or not Path(path).is_file():
-        raise InputError(f"{key}: no such file: {path}. Expected a JSON file with a list of strings")
+        raise InputError(f"{key}={path}: expected an existing JSON file with a list of strings")
     try:
         items = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
