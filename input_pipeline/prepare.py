@@ -75,7 +75,7 @@ def prepare(source: sources.Source, out_dir: Path, options: Options, described: 
     """
     unreachable = sum(part.samples for part in source.lost)
     if unreachable > options.max_bad_fraction * (source.size + unreachable):
-        raise InputError(f"the lost samples exceed config.data.max_bad_fraction = {options.max_bad_fraction};{lost(source)}")
+        raise InputError(f"more lost than config.data.max_bad_fraction = {options.max_bad_fraction};{lost(source)}")
     others = ("tokenizer.json",) if options.tokenizer else ()
     manifest = Manifest(out_dir, described | _settings(source, options), others)
     finished = {shard["name"] for shard in manifest.shards}
