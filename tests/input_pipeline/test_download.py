@@ -149,7 +149,7 @@ def test_lists_longer_than_a_chunk_are_whole(tmp_path, monkeypatch):
         (
             "a.csv",
             "url,x,y\nhttp://a/1,b,c\n",
-            "which column has the captions. Add --caption-column; its columns: url, x, y",
+            "which column has the captions; add --caption-column; its columns: url, x, y",
         ),
         ("a.tsv", "http://a/1.jpg\n", "which column has the captions"),
         ("a.csv", "caption,url\n\udcff,http://a/1\n", "cannot be read"),
