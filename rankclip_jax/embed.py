@@ -15,6 +15,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 import rankclip_jax
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.inference import collection, search, store
+from rankclip_jax.inference.model import Model
 from rankclip_jax.inference.pictures import open_pictures
 
 
@@ -58,7 +59,7 @@ def main() -> None:
         sys.exit(f"error: {error.filename}: {error.strerror}")
 
 
-def _search(model, path: Path, texts: list[str], top: int, png: Path | None) -> None:
+def _search(model: Model, path: Path, texts: list[str], top: int, png: Path | None) -> None:
     embeddings = store.read(path)
     about = embeddings.about
     if about["model"] != model.fingerprint():
