@@ -42,9 +42,9 @@ class BadSamples:
                     continue
                 self._named.add(where)
                 self.reasons[reason] += samples
-        for lost in source.lost:
-            self._name(None, lost.where, lost.reason, "", lost.samples)
-        lost = sum(lost.samples for lost in source.lost)
+        for one in source.lost:
+            self._name(None, one.where, one.reason, "", one.samples)
+        lost = sum(one.samples for one in source.lost)
         if lost > max_fraction * (source.size + lost):
             raise InputError(self._too_many(f"{lost} of about {source.size + lost} samples are lost"))
 

@@ -96,10 +96,10 @@ def encode(image: bytes | np.ndarray, *, short_side: int | None = None, quality:
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     ordinary = opened.mode in ("L", "RGB") and not opened.has_transparency_data
     moving = kind != "MPO" and getattr(opened, "is_animated", False)  # MPO: a JPEG followed by more JPEGs
-    keep = kind in _KEPT and scale == 1.0 and ordinary and not moving
-    load(opened, (1, 1) if keep else (2 * size[0], 2 * size[1]))  # twice the size: the bicubic filter does the rest
-    if keep:
-        return Encoded(image, _KEPT[kind], width, height, width, height)
+    kept = _KEPT.get(kind or "") if scale == 1.0 and ordinary and not moving else None
+    load(opened, (1, 1) if kept else (2 * size[0], 2 * size[1]))  # twice the size: the bicubic filter does the rest
+    if kept and isinstance(image, bytes):
+        return Encoded(image, kept, width, height, width, height)
     picture = plain(opened)
     if picture.size != size:
         picture = picture.resize(size, Image.Resampling.BICUBIC)

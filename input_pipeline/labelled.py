@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -92,17 +93,17 @@ def open_train_and_test(spec: ConfigDict, *, image_side: int) -> tuple[LabelledS
     return train, test
 
 
-def _open_labelled(spec, path, image_side) -> LabelledSet:
+def _open_labelled(spec: ConfigDict, path: str | None, image_side: int) -> LabelledSet:
     cpu_only()
     if path is None:
         raise InputError(f"a set of format {spec.format!r} needs a path{_hint(spec)}")
     match spec.format:
         case "csv":
             source = open_source(spec, path, image_side=image_side)
-            count = int(source.labels.max()) + 1
+            assert source.labels is not None  # spec has label_key
             if not (spec.classes or spec.protocol or "train" in spec):
                 _json_list(None, "classes")
-            return LabelledSet(source, [str(i) for i in range(count)], None, False)
+            return LabelledSet(source, [str(i) for i in range(int(source.labels.max()) + 1)], None, False)
         case "folder":
             return _folder(spec, path)
         case "clip_benchmark":
@@ -116,7 +117,7 @@ def _open_labelled(spec, path, image_side) -> LabelledSet:
     raise InputError(f"unknown format {spec.format!r}. Expected csv, folder, clip_benchmark, tfds or shapes")
 
 
-def _folder(spec, path) -> LabelledSet:
+def _folder(spec: ConfigDict, path: str) -> LabelledSet:
     root = Path(path)
     classes = sorted(item.name for item in root.iterdir() if item.is_dir()) if root.is_dir() else []
     if not classes:
@@ -140,7 +141,7 @@ def _files(files: list[str], labels_N: np.ndarray) -> Source:
     return Source(size=len(files), read=read, where=lambda row: files[row], captions=lambda: (), labels=labels_N)
 
 
-def _clip_benchmark(spec, path) -> LabelledSet:
+def _clip_benchmark(spec: ConfigDict, path: str) -> LabelledSet:
     root, members, classes = _shards(spec, path, "cls")
     labels = np.array([_class_number(text, members, row) for row, text in enumerate(classes)], np.int32)
 
@@ -158,7 +159,7 @@ def _clip_benchmark(spec, path) -> LabelledSet:
     )
 
 
-def _shards(spec, path, text_member: str) -> tuple[Path, tar.Members, list[str]]:
+def _shards(spec: ConfigDict, path: str, text_member: str) -> tuple[Path, tar.Members, list[str]]:
     """(the set's folder, its images and text members, the texts). `path`: that folder, or a split in it."""
     root = Path(path)
     split, root = (root, root.parent) if (root / "nshards.txt").is_file() else (root / "test", root)
@@ -185,12 +186,12 @@ def _shards(spec, path, text_member: str) -> tuple[Path, tar.Members, list[str]]
     return root, members, [text.decode(errors="replace") for text in rows.as_numpy_iterator()]
 
 
-def _of_members(members: tar.Members, read, labels_N=None) -> Source:
+def _of_members(members: tar.Members, read: Callable, labels_N: np.ndarray | None = None) -> Source:
     lost = tuple(members.index.lost)
     return Source(members.index.size, read, members.where, captions=lambda: (), labels=labels_N, lost=lost)
 
 
-def _class_number(text, members, row) -> int:
+def _class_number(text: str, members: tar.Members, row: int) -> int:
     try:
         return int(text)
     except ValueError:
@@ -247,7 +248,7 @@ def _captioned(source: Source, captions: list[list[str]]) -> CaptionedSet:
     return CaptionedSet(source, [text for texts in captions for text in texts], image_of_text)
 
 
-def _captioned_csv(spec) -> CaptionedSet:
+def _captioned_csv(spec: ConfigDict) -> CaptionedSet:
     path = Path(spec.path or "")
     if not path.is_file():
         raise InputError(f"no such file: {spec.path}{_hint(spec)}")
@@ -278,11 +279,11 @@ def thumbnail(source: Source, row: int, side: int = 112) -> bytes:
     return out.getvalue()
 
 
-def _hint(spec) -> str:
+def _hint(spec: ConfigDict) -> str:
     return f"; {spec.hint}" if spec.get("hint") else ""
 
 
-def _json_list(path, key) -> list[str]:
+def _json_list(path: str | None, key: str) -> list[str]:
     if not path or not Path(path).is_file():
         raise InputError(f"{key}={path}: expected an existing JSON file with a list of strings")
     try:

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -87,7 +87,7 @@ class _Look:
     row: int
     kind: str
     captions: tuple[str, ...]
-    measures: dict[str, list[float]]
+    measures: dict[str, Sequence[float]]
     hashes: dict[str, list[int]]
 
 
@@ -102,7 +102,7 @@ def _look(row: Row) -> _Look | str:
     except BadImageError as error:
         return error.reason
     data = row.image if isinstance(row.image, bytes) else row.image.tobytes()
-    measures = {
+    measures: dict[str, Sequence[float]] = {
         "width": [width],
         "height": [height],
         "shorter side": [min(width, height)],

@@ -16,6 +16,7 @@ Batches of b images have one of two forms (made by transforms.py, used by rankcl
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -177,9 +178,11 @@ def eval_batches(
     data = tf.data.Dataset.range(mine).map(sample, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     batches = _padded_batches(data.ignore_errors(), batch_size, canvas).prefetch(2).as_numpy_iterator()
     side = canvas or image_side
-    blank = {"image": np.zeros((side, side, 3), np.uint8), "label": np.int32(-1), "position": np.int64(-1)}
+    blank: dict[str, Any] = {"image": np.zeros((side, side, 3), np.uint8)}
+    blank |= {"label": np.int32(-1), "position": np.int64(-1)}
     if canvas:
-        blank |= {"size": np.int32([side, side]), "windows": np.float32([[0, 0, side, side]])}
+        size, windows = np.array([side, side], np.int32), np.array([[0, 0, side, side]], np.float32)
+        blank |= {"size": size, "windows": windows}
     came = []
     for _ in range(-(-source.size // (batch_size * count))):
         batch = next(batches, {"position": [], "caption": []})

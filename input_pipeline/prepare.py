@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import numpy as np
 import tensorflow as tf
 from PIL import Image, ImageFile
+from tqdm import tqdm
 
 from input_pipeline import contact_sheet, overview, shards, sources
 from input_pipeline.encode import BadImageError, encode, open_image, plain
@@ -101,7 +102,17 @@ def prepare(source: sources.Source, out_dir: Path, options: Options, described: 
 class _Job:
     """Yields the records of one shard after the other, and counts bad rows over all shards."""
 
-    def __init__(self, source, options, pool, workers, bar, *, rows, bad):
+    def __init__(
+        self,
+        source: sources.Source,
+        options: Options,
+        pool: ThreadPoolExecutor,
+        workers: int,
+        bar: tqdm,
+        *,
+        rows: int,
+        bad: int,
+    ):
         self._source, self._options, self._pool, self._workers = source, options, pool, workers
         self._bar, self._rows, self._bad = bar, rows, bad
         self.bad_samples: list[dict] = []  # of the shard last written

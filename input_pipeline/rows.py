@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import tensorflow as tf
 
 from input_pipeline.bad_samples import reason_of_failure
@@ -25,7 +26,7 @@ class Row:
     """
 
     number: int
-    image: object = None
+    image: bytes | np.ndarray = b""
     captions: tuple[str, ...] = ()
     label: int = -1
     reason: str | None = None

@@ -4,7 +4,7 @@ import csv
 import gzip
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -46,7 +46,7 @@ def normalise(path: Path, out: Path, url_column: str | None, caption_column: str
         raise InputError(f"{path} cannot be read: {one_line(error)}") from None
 
 
-def _text_rows(path) -> Iterator[list[str]]:
+def _text_rows(path: Path) -> Iterator[list[str]]:
     name = path.name.removesuffix(".gz")
     opened = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
     with io.TextIOWrapper(opened, encoding="utf-8-sig", newline="") as lines:
@@ -57,7 +57,7 @@ def _text_rows(path) -> Iterator[list[str]]:
             yield from (line.rstrip("\r\n").split("\t") for line in lines)
 
 
-def _parquet_rows(path) -> Iterator[list]:
+def _parquet_rows(path: Path) -> Iterator[Sequence]:
     with pq.ParquetFile(path) as file:
         yield file.schema_arrow.names
         for batch in file.iter_batches(_ROWS):

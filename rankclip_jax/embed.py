@@ -11,6 +11,7 @@ import rankclip_jax
 from rankclip_jax.common import commands
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.inference import collection, search, store
+from rankclip_jax.inference.model import Model
 from rankclip_jax.inference.pictures import open_pictures
 
 
@@ -59,7 +60,7 @@ def _embed(model, flags) -> None:
     collection.embed(model, pictures, flags.out, about | {"size": pictures.size})
 
 
-def _search(model, path: Path, texts: list[str], top: int, png: Path | None) -> None:
+def _search(model: Model, path: Path, texts: list[str], top: int, png: Path | None) -> None:
     embeddings = store.read(path)
     about = embeddings.about
     if about["model"] != model.fingerprint():

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import tensorflow as tf
 from ml_collections import ConfigDict
@@ -16,8 +17,8 @@ __all__ = ["Lost", "Source", "open_source"]
 
 
 def open_source(
-    spec: Mapping | ConfigDict,
-    path: str | int | Sequence[str] | Mapping | ConfigDict,
+    spec: ConfigDict,
+    path: Any,
     *,
     image_side: int,
     split: str = "train",

@@ -7,7 +7,7 @@ epoch. No row is repeated before each row of its source has been used once. The 
 once per epoch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -17,7 +17,7 @@ from input_pipeline.sources.source import Source
 from rankclip_jax.common.errors import InputError
 
 
-def open_mixture(spec: Mapping | ConfigDict, parts: Mapping[str, Mapping], open_one: Callable) -> Source:
+def open_mixture(spec: ConfigDict, parts: Mapping[str, Mapping], open_one: Callable) -> Source:
     """Opens each of name -> {path, weight, changes to `spec`} with open_one(spec, path).
 
     Raises:
@@ -29,6 +29,7 @@ def open_mixture(spec: Mapping | ConfigDict, parts: Mapping[str, Mapping], open_
             raise InputError(f"config.data.train.{name}.weight must be a positive number; got {weight!r}")
         if (weight is None) != (weights[0] is None):
             raise InputError(f"config.data.train: {name} and {next(iter(parts))}: give all parts a weight, or none")
+    given = [weight for weight in weights if weight is not None]  # all, or none
     sources = []
     for name, part in parts.items():
         own = {key: value for key, value in part.items() if value is not None}
@@ -52,7 +53,7 @@ def open_mixture(spec: Mapping | ConfigDict, parts: Mapping[str, Mapping], open_
         where=where,
         captions=lambda: (caption for source in sources for caption in source.captions()),
         lost=tuple(one for source in sources for one in source.lost),
-        shares=None if weights[0] is None else tuple(zip(sizes.tolist(), _shares(weights, sizes.sum()), strict=True)),
+        shares=tuple(zip(sizes.tolist(), _shares(given, sizes.sum()), strict=True)) if given else None,
     )
 
 
@@ -75,7 +76,7 @@ def _read(sources, starts):
     return read
 
 
-def _shares(weights, total) -> list[int]:
+def _shares(weights: Sequence[float], total: int) -> list[int]:
     """`total` divided by weight, with the largest remainders rounded up."""
     exact = np.array(weights) / sum(weights) * total
     shares = np.floor(exact).astype(int)

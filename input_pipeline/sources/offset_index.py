@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -25,6 +26,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.progress import progress
 
+Bytes = Any  # gives [begin:end] of a file: mmap, memoryview or _Window
 _REMOTE_WINDOW = 8 << 20  # bytes per request to a bucket; local files are memory-mapped
 
 
@@ -116,7 +118,7 @@ def open_slices(path: str, size: int) -> contextlib.AbstractContextManager:
 class _Window:
     """Slices of a file in a bucket, fetched in large requests."""
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         self._file, self._begin, self._bytes = tf.io.gfile.GFile(path, "rb"), 0, b""
 
     def __getitem__(self, span: slice) -> bytes:
@@ -126,10 +128,10 @@ class _Window:
             self._begin, self._bytes = span.start, self._file.read(max(_REMOTE_WINDOW, span.stop - span.start))
         return self._bytes[span.start - self._begin : span.stop - self._begin]
 
-    def __enter__(self):
+    def __enter__(self) -> "_Window":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow as tf
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from input_pipeline.sources.offset_index import cache_folders
 from input_pipeline.sources.paths import expand, is_remote, stamps
@@ -55,7 +56,7 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     return Source(size, members.read, where, lambda: read_captions(members.read, size))
 
 
-def _columns(file, image_keys, caption_keys) -> tuple[str, str]:
+def _columns(file: str, image_keys: tuple[str, ...], caption_keys: tuple[str, ...]) -> tuple[str, str]:
     """Names of the image column (with .bytes for a struct) and the caption column."""
     with _opened(file) as parquet:
         schema = parquet.schema_arrow
@@ -72,7 +73,7 @@ def _columns(file, image_keys, caption_keys) -> tuple[str, str]:
                 f"{file}: column {name} has type {kind}. Expected bytes or strings, or a struct with bytes"
             )
         found.append(name)
-    return tuple(found)
+    return found[0], found[1]
 
 
 @contextlib.contextmanager
@@ -88,7 +89,7 @@ def _opened(file):
         raise InputError(f"{file} cannot be read as Parquet: {one_line(error)}") from None
 
 
-def _unpacked(files, columns, cache_dir) -> list[str]:
+def _unpacked(files: list[str], columns: list[tuple[str, str]], cache_dir: str | None) -> list[str]:
     """Paths of the tars; missing ones are written."""
     folders = cache_folders(files, cache_dir)
     names = [
@@ -120,7 +121,7 @@ def _unpacked(files, columns, cache_dir) -> list[str]:
     return [str(folder / name) for name in names]
 
 
-def _unpack(file, columns, target: Path, bar) -> None:
+def _unpack(file: str, columns: tuple[str, str], target: Path, bar: tqdm) -> None:
     with whole(target) as part, _opened(file) as parquet, tarfile.open(part, "w") as tar:
         row = 0
         for batch in parquet.iter_batches(_ROWS, columns=list(columns)):

@@ -66,7 +66,9 @@ def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     return Source(len(images), read, where, lambda: texts, labels, lost=lost)
 
 
-def _columns(file, image_keys, text_keys, delimiter) -> tuple[pa.Table, list[int]]:
+def _columns(
+    file: str, image_keys: tuple[str, ...], text_keys: tuple[str, ...], delimiter: str
+) -> tuple[pa.Table, list[int]]:
     """Columns image and text, as bytes, and the numbers of rows with more or fewer columns than the header."""
     wrong = []
 

@@ -17,7 +17,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline.sources.byte_ranges import byte_ranges
-from input_pipeline.sources.offset_index import OffsetIndex, Scan, offset_index, open_slices
+from input_pipeline.sources.offset_index import Bytes, OffsetIndex, Scan, offset_index, open_slices
 from input_pipeline.sources.paths import expand
 from input_pipeline.sources.source import Lost, Source, keys, read_captions, require
 from rankclip_jax.common.errors import InputError
@@ -93,7 +93,7 @@ def open_members(paths: list[str], wanted: Mapping[str, tuple[str, ...]], cache_
     return Members(index, read)
 
 
-def _scan(wanted, data, size, path) -> Scan:
+def _scan(wanted: Mapping[str, tuple[str, ...]], data: Bytes, size: int, path: str) -> Scan:
     place = {ending: (i, rank) for i, endings in enumerate(wanted.values()) for rank, ending in enumerate(endings)}
     begins, lengths = [], []  # flat: one entry per kind of member for each sample
     key, ranks, torn = None, [], None
@@ -113,22 +113,22 @@ def _scan(wanted, data, size, path) -> Scan:
     except _TornError as error:
         torn = error
     shape = (-1, len(wanted))
-    columns = dict(begin=np.array(begins, np.int64).reshape(shape), length=np.array(lengths, np.int32).reshape(shape))
+    begin_NxM, length_NxM = np.array(begins, np.int64).reshape(shape), np.array(lengths, np.int32).reshape(shape)
     # A sample without any of the wanted members (only a .json, a readme) is dropped.
-    some = (columns["length"] >= 0).any(axis=1)
-    columns = {name: column[some] for name, column in columns.items()}
+    some = (length_NxM >= 0).any(axis=1)
+    found: dict[str, np.ndarray] = {"begin": begin_NxM[some], "length": length_NxM[some]}
     if not torn:
-        return Scan(columns)
+        return Scan(found)
     if torn.cut_off:
-        return Scan(columns, Lost(path, f"{torn}; everything after it is lost", 1))
+        return Scan(found, Lost(path, f"{torn}; everything after it is lost", 1))
     samples = max(1, round((size - torn.at) * some.sum() / torn.at)) if torn.at else 1
-    return Scan(columns, Lost(path, f"{torn}; the {size - torn.at:,} bytes from there are lost", samples))
+    return Scan(found, Lost(path, f"{torn}; the {size - torn.at:,} bytes from there are lost", samples))
 
 
 class _TornError(Exception):
     """A tar that cannot be parsed from byte `at` on."""
 
-    def __init__(self, what, at, cut_off=True):
+    def __init__(self, what: str, at: int, cut_off: bool = True):
         super().__init__(f"{what} at byte {at}")
         self.at, self.cut_off = at, cut_off
 

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from input_pipeline.sources.offset_index import Scan, offset_index
+from input_pipeline.sources.offset_index import Bytes, Scan, offset_index
 from input_pipeline.sources.paths import expand
 from input_pipeline.sources.source import Lost, Source, keys, read_captions
 from rankclip_jax.common.errors import InputError
@@ -139,7 +139,7 @@ def _first_with_bytes(candidates):
     return chosen
 
 
-def _scan(data, size, path) -> Scan:
+def _scan(data: Bytes, size: int, path: str) -> Scan:
     if data[0:2] == b"\x1f\x8b":
         raise InputError(f"{path} is compressed, so its records cannot be read by number; run gunzip first")
     begins, heads, at = [], [], 0

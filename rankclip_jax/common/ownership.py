@@ -25,7 +25,7 @@ def inside(folder: Path, name: object) -> Path:
       InputError: `name` is not a relative path of plain names, or there is a symbolic link on its way.
     """
     path = Path(folder)
-    if not _is_plain(name):
+    if not isinstance(name, str) or not _is_plain(name):
         raise InputError(f"{str(name)[:200]!r} is no name of a file in {folder}: it would lead elsewhere")
     for part in name.split("/"):
         path = path / part
