@@ -77,10 +77,8 @@ def confusion(runs: list[Run]) -> str:
     for number, run in enumerate(runs):
         for name, arrays in run.confusion.items():
             drawing = figures.svg(figures.confusion({"": arrays}), f"confusion/{number}/{name}")
-            words = (
-                "Rows: the class it is. Columns: the class it was taken for. In the set's order, without what has no "
-            )
-            words += f"image and was never said; the set has {len(arrays['classes'])} classes."
+            words = "Rows: the class it is. Columns: the class it was taken for. In the set's order; of "
+            words += f"{len(arrays['classes'])} classes, those that have an image or were said."
             matrix = f'<div class="matrix">{drawing}<p>{words}</p></div>'
             body = f'<div class="pair">{matrix}{_most_confused(arrays)}</div>'
             parts.append(fold(run, runs, escaped(name) + of(run, runs), body))
