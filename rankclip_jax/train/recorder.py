@@ -48,9 +48,10 @@ class Recorder:
         if processes.is_first():
             from clu import metric_writers  # imports TensorFlow, as the pipeline does
 
+            metrics = MetricsFile(self._workdir, self._start)  # first: of a full disk it says so in one line
             events = metric_writers.SummaryWriter(str(self._workdir))
             self._opened.callback(events.close)
-            self._writers = [MetricsFile(self._workdir, self._start).write, events.write_scalars]
+            self._writers = [metrics.write, events.write_scalars]
         return self
 
     def __exit__(self, *_: object) -> None:
