@@ -150,7 +150,7 @@ def pipeline(pictures: int = 400) -> Iterator[Finding]:
         gpus = health.gpus_of_tensorflow()
     except InputError as error:  # TensorFlow was at work before, and holds the GPUs already
         mend = "call input_pipeline.cpu_only() before TensorFlow does anything; in a notebook restart it first"
-        yield Finding("TensorFlow's devices", one_line(error.__cause__, kind=True), mend)
+        yield Finding("TensorFlow's devices", one_line(error.__cause__ or error, kind=True), mend)
         return
     except Exception as error:  # absent, or one of its own packages is, or does not match
         said = f"cannot be imported: {one_line(error, kind=True)}"

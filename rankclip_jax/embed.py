@@ -12,6 +12,7 @@ from rankclip_jax.common import commands
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.inference import collection, search, store
 from rankclip_jax.inference.model import Model
+from rankclip_jax.inference.model import Model
 from rankclip_jax.inference.pictures import open_pictures
 
 
@@ -49,7 +50,7 @@ def main() -> None:
             raise InputError(said) from None
 
 
-def _embed(model, flags) -> None:
+def _embed(model: Model, flags: argparse.Namespace) -> None:
     about = {
         "data": str(Path(flags.data).resolve()),
         "image_key": flags.image_key,
