@@ -23,7 +23,7 @@ import torch
 from ml_collections import ConfigDict
 from PIL import Image
 
-from input_pipeline import decode, pipeline, sources
+from input_pipeline import cpu_only, decode, pipeline, sources
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.models.images import MEAN, STD
 
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="of PyTorch's DataLoader")
     flags = parser.parse_args()
+    cpu_only()
     width, height = (int(x) for x in flags.size.split("x"))
     cores = os.cpu_count()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,1 +1,23 @@
-"""From image-caption data of any kind to batches of uint8 images and int32 tokens. The only home of TensorFlow."""
+"""Turns image-caption data into batches of uint8 images and int32 tokens. The only package that uses TensorFlow."""
+
+from rankclip_jax.common.errors import InputError
+
+
+def cpu_only() -> None:
+    """Keeps TensorFlow, which only reads data here, off the GPUs of this process: it would take all their memory.
+
+    Whatever opens data calls it. Where TensorFlow does something else first, call it before that. It holds for the
+    whole process, and nothing takes it back once TensorFlow is at work.
+
+    Raises:
+      InputError: TensorFlow is at work already, with GPUs.
+    """
+    import tensorflow as tf  # here, since shapes.py and download.py do without
+
+    try:
+        tf.config.set_visible_devices([], "GPU")
+    except RuntimeError as error:
+        raise InputError(
+            "TensorFlow holds the GPUs of this process, whose memory JAX needs: call input_pipeline.cpu_only() before "
+            "TensorFlow does anything, in a notebook after a restart"
+        ) from error

@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from input_pipeline import download_stats, url_list
+from rankclip_jax.common import commands
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
 from rankclip_jax.common.ownership import Owned
@@ -169,13 +170,13 @@ def _run(python, arguments, out_dir, log, total):
                 child.wait()
     if child.returncode:
         last = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
-        raise InputError(f"img2dataset failed: {last}; {log} has more, and the same command goes on")
+        raise InputError(f"img2dataset failed: {last}; {log} has more, and the same command resumes")
 
 
 def _flags():
     parser = argparse.ArgumentParser(
         prog="python -m input_pipeline.download",
-        description="Downloads the images of a URL list to WebDataset shards; stopped, it goes on by the same command.",
+        description="Downloads the images of a URL list to WebDataset shards. The same command resumes it.",
         allow_abbrev=False,
     )
     parser.add_argument("urls", metavar="URLS", type=Path, help="tsv, csv (also .gz) or parquet of URLs and captions")
@@ -194,7 +195,7 @@ def _flags():
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 wrong input or no img2dataset (one line on stderr), 2 wrong flags, 130 interrupted."""
+    """Exit codes: common/commands.py."""
     parser = _flags()
     flags = parser.parse_args()
     for name in ("short_side", "shard_size", "processes", "threads", "timeout"):
@@ -203,14 +204,9 @@ def main() -> None:
     if not 1 <= flags.quality <= 100:
         parser.error(f"--quality must be 1 to 100; got {flags.quality}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that img2dataset is ended too
-    try:
+    with commands.exit_codes("stopped; the same command resumes after the finished shards"):
         counts, total = download(flags.urls, flags.out_dir, flags)
         print(download_stats.summary(counts, flags.out_dir, total))
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on after the finished shards", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,16 @@
 
 import argparse
 import os
-import sys
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no computation, so do not occupy an accelerator
+import jax
 
+from rankclip_jax.common import commands
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.weights import export, pretrained
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 wrong input (one line on stderr), 2 wrong flags."""
+    """Exit codes: common/commands.py."""
     parser = argparse.ArgumentParser(
         prog="python -m rankclip_jax.convert",
         description="Exports a model for another library: weights, config, tokenizer, preprocessing, model card.",
@@ -32,13 +32,14 @@ def main() -> None:
         help="of weights without a config: quick_gelu (OpenAI, RankCLIP; default) or gelu",
     )
     flags = parser.parse_args()
-    try:
-        model = pretrained.read(flags.src, flags.tokenizer, flags.activation)
-        export.write(model, flags.dst, flags.to)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: cannot write {flags.dst}: {error.strerror or error}")
+    if not os.environ.get("JAX_PLATFORMS"):  # nothing is computed; an accelerator need not be free
+        jax.config.update("jax_platforms", "cpu")
+    with commands.exit_codes():
+        try:
+            model = pretrained.read(flags.src, flags.tokenizer, flags.activation)
+            export.write(model, flags.dst, flags.to)
+        except OSError as error:
+            raise InputError(f"cannot write {flags.dst}: {error.strerror or error}") from None
     print(f"wrote {flags.dst}: " + ", ".join(sorted(name for name in os.listdir(flags.dst) if name[0] != ".")))
     if flags.to != "orbax" and export.ours_alone(model.config, flags.to):
         print("open_clip has no such ResNet (three stages, or the small stem); only rankclip_jax.load reads the folder")

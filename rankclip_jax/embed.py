@@ -5,21 +5,18 @@ python -m rankclip_jax.embed MODEL photos.npz --search "a dog on a beach" --png 
 """
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # for shards
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-
 import rankclip_jax
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common import commands
+from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.inference import collection, search, store
+from rankclip_jax.inference.model import Model
 from rankclip_jax.inference.pictures import open_pictures
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 wrong input (one line on stderr), 2 wrong flags."""
+    """Exit codes: common/commands.py."""
     parser = argparse.ArgumentParser(
         prog="python -m rankclip_jax.embed",
         description="Embeds a collection of images, or searches it. The same command resumes a stopped run.",
@@ -39,26 +36,31 @@ def main() -> None:
     flags = parser.parse_args()
     if not (flags.out or flags.search):
         parser.error("give --out FILE to embed DATA, --search TEXT to search it, or both")
-    try:
-        model = rankclip_jax.load(flags.model, tokenizer=flags.tokenizer, activation=flags.activation)
-        if flags.out:
-            about = {
-                "data": str(Path(flags.data).resolve()),
-                "image_key": flags.image_key,
-                "delimiter": flags.delimiter,
-                "model": model.fingerprint(),
-            }
-            pictures = open_pictures(flags.data, flags.image_key, flags.delimiter)
-            collection.embed(model, pictures, flags.out, about | {"size": pictures.size})
-        if flags.search:
-            _search(model, flags.out or Path(flags.data), flags.search, flags.top, flags.png)
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:  # a folder that is not there, a full disk
-        sys.exit(f"error: {error.filename}: {error.strerror}")
+    commands.quiet_tensorflow()  # for shards
+    with commands.exit_codes("stopped; the same command resumes"):
+        try:
+            model = rankclip_jax.load(flags.model, tokenizer=flags.tokenizer, activation=flags.activation)
+            if flags.out:
+                _embed(model, flags)
+            if flags.search:
+                _search(model, flags.out or Path(flags.data), flags.search, flags.top, flags.png)
+        except OSError as error:  # a folder that is not there, a full disk
+            said = f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
+            raise InputError(said) from None
 
 
-def _search(model, path: Path, texts: list[str], top: int, png: Path | None) -> None:
+def _embed(model: Model, flags: argparse.Namespace) -> None:
+    about = {
+        "data": str(Path(flags.data).resolve()),
+        "image_key": flags.image_key,
+        "delimiter": flags.delimiter,
+        "model": model.fingerprint(),
+    }
+    pictures = open_pictures(flags.data, flags.image_key, flags.delimiter)
+    collection.embed(model, pictures, flags.out, about | {"size": pictures.size})
+
+
+def _search(model: Model, path: Path, texts: list[str], top: int, png: Path | None) -> None:
     embeddings = store.read(path)
     about = embeddings.about
     if about["model"] != model.fingerprint():

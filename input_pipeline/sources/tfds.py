@@ -4,6 +4,8 @@ ArrayRecord files, which TensorFlow cannot read inside a graph, go through their
 """
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -34,13 +36,13 @@ def open_tfds(spec: ConfigDict, path: str) -> Source:
     ]
     image_keys = keys(spec.get("image_key"), tuple(images[:1]) or ("image",))
     caption_keys = keys(spec.get("caption_key"), _CAPTIONS)
-    found = []
+    found: list[tuple[str, ...]] = []
     for wanted, option in ((image_keys, "image_key"), (caption_keys, "caption_key")):
         found.append(tuple(key for key in wanted if key in features))
         if not found[-1]:
             raise _lacking(path, " or ".join(wanted), features, f"; set config.data.{option}")
     several = any(features[key].shape == (None,) for key in found[1])
-    return examples(_records(builder, split, spec.get("cache_dir")), *found, several)
+    return examples(_records(builder, split, spec.get("cache_dir")), found[0], found[1], several)
 
 
 def open_labels(path: str, data_dir: str | None) -> tuple[Source, list[str]]:
@@ -63,7 +65,7 @@ def open_labels(path: str, data_dir: str | None) -> tuple[Source, list[str]]:
     return Source(records.size, read, records.where, captions=lambda: (), lost=records.lost), names
 
 
-def _lacking(path, key, features, hint="") -> InputError:
+def _lacking(path: str, key: str, features: Iterable[str], hint: str = "") -> InputError:
     return InputError(f"tfds {path} has no feature {key}; its features are: {', '.join(sorted(features))}{hint}")
 
 
@@ -95,7 +97,7 @@ def _builder(path, data_dir):
         ) from None
 
 
-def _records(builder, split, cache_dir) -> Records:
+def _records(builder: Any, split: Any, cache_dir: str | None) -> Records:
     instructions = [(one.filename, one.skip, one.take) for one in split.file_instructions]
     files = list(dict.fromkeys(filename for filename, _, _ in instructions))
     if not files:
@@ -123,7 +125,7 @@ def _rows(files, instructions, starts, ends):
     return np.concatenate(spans).astype(np.int64)
 
 
-def _array_records(files, instructions) -> Records:
+def _array_records(files: list[str], instructions: list[tuple[str, int, int]]) -> Records:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     sizes = [len(ArrayRecordDataSource([file])) for file in files]

@@ -1,7 +1,7 @@
 """What is ours in a folder: the files that a command wrote itself, as the marker `.rankclip_jax` there lists them.
 
 A command removes and replaces nothing else. It claims its names before it writes them; a name that is taken by a file
-of somebody else is refused. Folders of before there were markers are recognised by what is in them. Names that were
+of somebody else is refused. Folders older than the markers are recognised by what is in them. Names that were
 read from a file are taken for an enemy's: none may lead out of its folder, by itself or by a link.
 """
 
@@ -25,7 +25,7 @@ def inside(folder: Path, name: object) -> Path:
       InputError: `name` is not a relative path of plain names, or there is a symbolic link on its way.
     """
     path = Path(folder)
-    if not _is_plain(name):
+    if not isinstance(name, str) or not _is_plain(name):
         raise InputError(f"{str(name)[:200]!r} is no name of a file in {folder}: it would lead elsewhere")
     for part in name.split("/"):
         path = path / part

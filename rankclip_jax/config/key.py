@@ -32,7 +32,7 @@ class Key(NamedTuple):
             raise InputError(f"{where}={value!r}. Expected {self.expected}{none}") from None
 
 
-def _key(default, convert, expected, optional=False) -> Key:
+def _key(default: Any, convert: Callable[[Any], Any], expected: str, optional: bool = False) -> Key:
     return Key(default, convert, expected, optional or default is None)
 
 
@@ -41,17 +41,17 @@ def _require(condition: bool) -> None:
         raise ValueError
 
 
-def _integer(value) -> int:
+def _integer(value: Any) -> int:
     _require(isinstance(value, int) and not isinstance(value, bool))
     return value
 
 
-def _real(value) -> float:
+def _real(value: Any) -> float:
     _require(isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
     return float(value)
 
 
-def _string(value) -> str:
+def _string(value: Any) -> str:
     _require(isinstance(value, str) and bool(value))
     return value
 
@@ -127,7 +127,7 @@ def choice(default: Any, *choices: Any) -> Key:
     return Key(default, convert, "one of " + ", ".join(map(str, named)), default is None)
 
 
-def strings(default: tuple) -> Key:
+def strings(default: tuple | None) -> Key:
     """Any number of strings; one alone is a tuple of it."""
 
     def convert(value):

@@ -35,6 +35,8 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     if not Path(path).is_file():
         raise InputError(f"--config: no file {path}; the experiments are in configs/, for example configs/shapes.py")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise InputError(f"--config: {path} is no Python file; the experiments are in configs/ and end in .py")
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     known = list(inspect.signature(module.get_config).parameters)

@@ -44,6 +44,7 @@ class Artifacts:
 
     @contextlib.contextmanager
     def _file(self, kind: str, name: str) -> Iterator[BinaryIO]:
+        assert self._folder
         self._folder.mkdir(parents=True, exist_ok=True)
         with whole(self._folder / _name(kind, name)) as part, open(part, "wb") as out:
             yield out
@@ -57,7 +58,7 @@ class Artifacts:
     def geometry(self, name: str, z_img_NxD: np.ndarray, z_txt_NxD: np.ndarray, captions: list[str]) -> None:
         """Writes geometry_NAME.npz of N pairs; nothing for fewer than two."""
         if self._folder and len(captions) >= 2:
-            arrays = project(z_img_NxD, z_txt_NxD) | similarity_histograms(z_img_NxD, z_txt_NxD)
+            arrays: dict[str, Any] = project(z_img_NxD, z_txt_NxD) | similarity_histograms(z_img_NxD, z_txt_NxD)
             with self._file("geometry", name) as out:
                 np.savez_compressed(out, captions=[c[:120] for c in captions], **arrays)
 

@@ -11,6 +11,7 @@ so its figures are somewhat higher.
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def fit(features_NxD: np.ndarray, labels_N: np.ndarray, classes: int, l2: float)
 class _Rows:
     """Training rows in blocks on the device, and their moments, shared by the fits at all strengths."""
 
-    def __init__(self, features_NxD, labels_N, classes: int):
+    def __init__(self, features_NxD: np.ndarray, labels_N: np.ndarray, classes: int):
         (self._n, dim), self._classes = features_NxD.shape, classes
         size = max(1, _BLOCK // max(dim, classes))
         # A TPU has no float64 units.
@@ -176,7 +177,7 @@ def linear_probe(
     return _accuracy(fit(features_NxD, labels_N, classes, l2), *test) | {"l2": l2, "n": len(test[1])}
 
 
-def _accuracy(params, features_NxD, labels_N) -> dict[str, float]:
+def _accuracy(params: Any, features_NxD: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
     weights, bias = params
     right_N = (features_NxD @ weights + bias).argmax(axis=1) == labels_N
     counts = np.bincount(labels_N)

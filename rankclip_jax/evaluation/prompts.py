@@ -8,6 +8,7 @@ is keyed by name, so it does not depend on how a source numbers its classes.
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def plain(names: list[str], templates: list[str] | None = None) -> Prompts:
     return Prompts(list(names), templates, np.arange(len(names), dtype=np.int32), list(names))
 
 
-def check_templates(templates: list[str]) -> list[str]:
+def check_templates(templates: Sequence[str]) -> list[str]:
     """Returns the prompts. Raises InputError for one without {}."""
     for template in templates:
         if "{}" not in template:
@@ -81,7 +82,7 @@ def from_protocol(protocol: str, set_name: str, label_names: list[str]) -> Promp
     return Prompts([table[key] for key in keys], list(templates), class_of_label, keys)
 
 
-def _set_of(protocol, set_name) -> tuple[dict, frozenset | None, list]:
+def _set_of(protocol: str, set_name: str) -> tuple[dict, frozenset | None, list]:
     data = load_protocol(protocol)
     names = load_protocol(data["names_of"]) if "names_of" in data else data
     sets = names["sets"]

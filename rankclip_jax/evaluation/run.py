@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,7 +36,7 @@ class Encoder:
 
     images: Callable[[dict], np.ndarray]
     texts: Callable[[list[str]], np.ndarray]
-    batches: Callable[[object], Iterator[dict]]
+    batches: Callable[[Any], Iterator[dict]]
     image_side: int
 
 
@@ -89,7 +90,7 @@ def _with_prompts(name, spec, found):
     return found, prompts_of(name, spec, found)
 
 
-def prompts_of(name: str, spec: ConfigDict, found: object) -> prompts.Prompts:
+def prompts_of(name: str, spec: ConfigDict, found: Any) -> prompts.Prompts:
     """Class names and prompts of a set of config.eval.zero_shot; `found`: labelled.open_labelled's."""
     if spec.protocol and not (spec.classes or found.from_file):
         given = prompts.from_protocol(spec.protocol, spec.protocol_set or name, found.names)
@@ -99,7 +100,7 @@ def prompts_of(name: str, spec: ConfigDict, found: object) -> prompts.Prompts:
     return prompts.plain(found.names, found.templates)
 
 
-def _encoded(encoder: Encoder, source, what: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _encoded(encoder: Encoder, source: Any, what: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Batches (embeddings (n, D), labels (n,), rows (n,)) that contain every usable sample of all processes once."""
     with progress(what, source.size) as bar:
         for batch in encoder.batches(source):
@@ -121,7 +122,7 @@ def _all_encoded(encoder, source, what):
     return z[order], labels[order], rows[order]
 
 
-def _zero_shot(config, encoder, sets, artifacts, missing) -> dict:
+def _zero_shot(config: ConfigDict, encoder: Encoder, sets: dict, artifacts: Artifacts, missing: dict) -> dict:
     known, results, on_shared = {}, {}, {}
     shifted = {name: sets[name] for name in config.shifted if name in sets}
     for name, (found, classes) in sets.items():
@@ -166,7 +167,7 @@ def _checked(compute):
         raise InputError(str(error)) from None
 
 
-def _retrieval(encoder, artifacts, name, spec, found) -> dict:
+def _retrieval(encoder: Encoder, artifacts: Artifacts, name: str, spec: ConfigDict, found: Any) -> dict:
     z_img, _, rows = _all_encoded(encoder, found.source, name)
     usable = np.isin(found.image_of_text, rows)  # an unreadable image is left out with its captions
     captions = [caption for caption, good in zip(found.captions, usable, strict=True) if good]
@@ -177,7 +178,7 @@ def _retrieval(encoder, artifacts, name, spec, found) -> dict:
     return retrieval.recalls(*ranks)
 
 
-def _linear_probe(encoder, name, spec, pair) -> dict:
+def _linear_probe(encoder: Encoder, name: str, spec: ConfigDict, pair: tuple) -> dict:
     train, test = (_all_encoded(encoder, found.source, name)[:2] for found in pair)
     report = lambda line: print(f"{name}: {line}", flush=True)  # noqa: E731
     return _checked(
@@ -185,7 +186,7 @@ def _linear_probe(encoder, name, spec, pair) -> dict:
     )
 
 
-def _geometry(encoder, artifacts, name, spec, found) -> dict:
+def _geometry(encoder: Encoder, artifacts: Artifacts, name: str, spec: ConfigDict, found: Any) -> dict:
     # The first images, each with its first caption. Rows come in order, so reading can stop early.
     z_img, rows = [], []
     for z, _, some in _encoded(encoder, found.source, name):

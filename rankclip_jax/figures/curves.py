@@ -1,7 +1,8 @@
 """Numbers over the steps: the curves of runs, single charts, and means with their intervals."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,7 +29,7 @@ def colour(number: int) -> str:
     return to_hex(f"C{number % 10}")
 
 
-def curves(workdirs: Mapping[str, object]) -> Figure:
+def curves(workdirs: Mapping[str, str | Path]) -> Figure:
     """Loss, zero-shot accuracy and, where it was measured, rank agreement over the steps.
 
     Args:
@@ -73,13 +74,13 @@ def chart(lines: Sequence[Line], percent: bool = False) -> Figure:
     figure = Figure(figsize=(3.8, 2.2), layout="constrained")
     axes = figure.subplots()
     for line in lines:
-        alone = dict(marker="o", markersize=4) if len(line.points) == 1 else {}
-        style = dict(color=colour(line.run), linewidth=1.4, linestyle="--" if line.dashed else "-")
+        alone: dict[str, Any] = dict(marker="o", markersize=4) if len(line.points) == 1 else {}
+        style: dict[str, Any] = dict(color=colour(line.run), linewidth=1.4, linestyle="--" if line.dashed else "-")
         axes.plot(*zip(*_thinned(line.points), strict=True), **style, **alone)
     axes.set_xlim(0, 1.02 * max(1, *(step for line in lines for step, _ in line.points)))
     axes.set_xlabel("step", fontsize=8)
     plain(axes, percent)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     return literal(figure)
 

@@ -1,6 +1,7 @@
 """How embeddings lie: on two axes, by their cosines, and by the rankings that these give."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,7 +18,7 @@ def projection(image_Nx2: np.ndarray, text_Nx2: np.ndarray) -> Figure:
     pairs_3Nx2 = np.stack([image_Nx2, text_Nx2, np.full_like(image_Nx2, np.nan)], axis=1).reshape(-1, 2)
     axes.plot(*pairs_3Nx2.T, color="0.6", linewidth=0.5)
     for number, (name, marker, points_Nx2) in enumerate((("images", "o", image_Nx2), ("texts", "s", text_Nx2))):
-        style = dict(color=colour(number), alpha=0.75, markersize=3.5, markeredgewidth=0)
+        style: dict[str, Any] = dict(color=colour(number), alpha=0.75, markersize=3.5, markeredgewidth=0)
         axes.plot(*points_Nx2.T, marker, label=name, gid=name, **style)
     axes.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
     axes.spines[:].set_visible(False)
@@ -37,7 +38,7 @@ def cosines(edges: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> Fi
     low, high = (max(used[0] - 1, 0), min(used[-1] + 2, len(edges) - 1)) if len(used) else (0, len(edges) - 1)
     for number, (label, counts) in enumerate((("pairs", positive), ("all others", negative))):
         share = counts[low:high] / max(counts.sum(), 1)
-        style = dict(facecolor=(colour(number), 0.25), edgecolor=colour(number), linewidth=1.2)
+        style: dict[str, Any] = dict(facecolor=(colour(number), 0.25), edgecolor=colour(number), linewidth=1.2)
         axes.stairs(share, edges[low : high + 1], label=label, fill=True, **style)
     axes.set(xlim=(edges[low], edges[high]), ylim=(0, None))
     plain(axes, percent=True)

@@ -5,7 +5,8 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, FigureBase
 from PIL import Image
 
 from rankclip_jax.figures.inline_svg import PHOTOGRAPH
@@ -40,9 +41,8 @@ def gallery(found: Mapping[str, Sequence[Mapping]], queries: int = 4) -> Figure:
     heights = [[_height(asked) for asked in half] for half in halves]
     title, height = 0.4, max(map(sum, heights))
     figure = Figure(figsize=(2 * _WIDTH + 0.6, title + height), dpi=110)
-    for side, words, half, tall in zip(
-        figure.subfigures(1, 2), ("Picture to captions", "Caption to pictures"), halves, heights, strict=True
-    ):
+    sides, titles = figure.subfigures(1, 2, squeeze=False)[0], ("Picture to captions", "Caption to pictures")
+    for side, words, half, tall in zip(sides, titles, halves, heights, strict=True):
         ratios = [title, *tall, max(height - sum(tall), 1e-6)]
         head, *places = side.subfigures(len(ratios), 1, height_ratios=ratios)
         head.text(0.5, 0.5, words, ha="center", va="center", fontsize=12)
@@ -51,7 +51,7 @@ def gallery(found: Mapping[str, Sequence[Mapping]], queries: int = 4) -> Figure:
     return literal(figure)
 
 
-def _height(asked) -> float:
+def _height(asked: Mapping) -> float:
     """Inches of a query."""
     if "picture" in asked:
         return max(_PICTURE + 0.1, _LINE * sum(len(_answer(place, answer)) for place, answer in _numbered(asked)) + 0.1)
@@ -62,16 +62,16 @@ def _numbered(asked):
     return list(enumerate(asked["answers"], 1))
 
 
-def _answer(place, answer) -> list[str]:
+def _answer(place: int, answer: Mapping) -> list[str]:
     *first, last = lines(f"{place}. {answer['caption']}", _LETTERS["answer"], 2)
     return [*first, f"{last} ✓" if answer["right"] else last]
 
 
-def _question(asked) -> list[str]:
+def _question(asked: Mapping) -> list[str]:
     return lines(f"“{asked['caption']}”", _LETTERS["question"], 2)
 
 
-def _draw(figure, asked) -> None:
+def _draw(figure: FigureBase, asked: Mapping) -> None:
     """Places are inches from the upper left corner of the figure or subfigure."""
     width, height = _WIDTH, _height(asked)
 
@@ -105,7 +105,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _picture(axes, pixels_HxWx3: np.ndarray, frame: str | None = None) -> None:
+def _picture(axes: Axes, pixels_HxWx3: np.ndarray, frame: str | None = None) -> None:
     axes.imshow(pixels_HxWx3, gid=PHOTOGRAPH)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(frame is not None)

@@ -41,12 +41,12 @@ def svg(figure: Figure, name: str, labels: Mapping[str, Sequence[str]] | None = 
     referred = {name for element in root.iter() for name in re.findall(r"#([\w-]+)", " ".join(element.attrib.values()))}
     for element in root.iter():
         _rewrite(element, referred)
-    box = root.get("viewBox")
+    box = root.attrib["viewBox"]
     root.attrib = {"class": "drawing", "viewBox": box, "style": f"--width:{box.split()[2]}px"}
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _rewrite(element, referred) -> None:
+def _rewrite(element: ElementTree.Element, referred: set[str]) -> None:
     """Shortens an element in place, and gives it the page's font and ink."""
     element.tag = element.tag.partition("}")[2] or element.tag
     element.tail = None

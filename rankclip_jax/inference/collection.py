@@ -3,6 +3,7 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -89,13 +90,13 @@ def _embed_rows(model, pictures, rows, threads):
     return z_NxD, good, [pictures.name(row) for row in good], bad
 
 
-def _write_part(path: Path, z_NxD, rows, names, bad) -> None:
+def _write_part(path: Path, z_NxD: np.ndarray, rows: list[int], names: list[str], bad: list[dict]) -> None:
     with whole(path) as part, open(part, "wb") as file:
         names, bad = np.array(names, dtype=str), np.array(bad, dtype=str)
         np.savez(file, embedding=z_NxD, row=np.array(rows, np.int64), name=names, bad=bad)
 
 
-def _load(folder: Path, start: int):
+def _load(folder: Path, start: int) -> Any:
     return np.load(folder / f"{start}.npz", allow_pickle=False)
 
 

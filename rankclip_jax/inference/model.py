@@ -17,12 +17,13 @@ from rankclip_jax.common.devices import devices_of
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.progress import progress
 from rankclip_jax.evaluation import zero_shot
+from rankclip_jax.models.presets import Activation
 from rankclip_jax.parallel.mesh import batch_sharding, make_mesh
 from rankclip_jax.weights import pretrained
 
 
 def load(
-    path: str | Path, *, tokenizer: str | None = None, activation: str = "quick_gelu", dtype: str = "float32"
+    path: str | Path, *, tokenizer: str | None = None, activation: Activation = "quick_gelu", dtype: str = "float32"
 ) -> "Model":
     """Loads a model for inference on all local devices.
 
@@ -73,7 +74,7 @@ class Model:
         """A checksum of all parameters, which identifies the model of stored embeddings."""
         checksum = 0
         for leaf in jax.tree.leaves(self.source.variables):
-            checksum = zlib.crc32(np.ascontiguousarray(leaf), checksum)
+            checksum = zlib.crc32(np.ascontiguousarray(leaf).data, checksum)
         return f"{checksum:08x}"
 
     def encode_image(self, images: Any) -> np.ndarray:
@@ -85,7 +86,7 @@ class Model:
         if not isinstance(images, Iterable) or isinstance(images, str) or getattr(images, "ndim", 0) == 3:
             images = [images]
 
-        def prepare(numbered) -> np.ndarray:
+        def prepare(numbered: tuple[int, Any]) -> np.ndarray:
             number, image = numbered
             try:
                 return self.source.view(image)
@@ -183,7 +184,7 @@ def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def _length(items) -> int | None:
+def _length(items: Any) -> int | None:
     return len(items) if hasattr(items, "__len__") else None
 
 

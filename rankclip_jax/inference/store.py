@@ -59,7 +59,7 @@ def read(path: Path) -> Embeddings:
         ) from None
 
 
-def _write_npz(path: Path, parts, about) -> int:
+def _write_npz(path: Path, parts: Iterable[Embeddings], about: dict) -> int:
     parts = list(parts)
     with open(path, "wb") as out:
         np.savez(
@@ -72,7 +72,7 @@ def _write_npz(path: Path, parts, about) -> int:
     return sum(len(part.names) for part in parts)
 
 
-def _write_parquet(path: Path, parts, about) -> int:
+def _write_parquet(path: Path, parts: Iterable[Embeddings], about: dict) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -9,6 +9,8 @@ import jax
 def enable() -> None:
     """Turns JAX's persistent cache on for accelerators, in ~/.cache/rankclip_jax/xla or JAX_COMPILATION_CACHE_DIR.
 
+    For the whole process: a command's call, or a notebook's.
+
     CPU programs stay out of it unless that variable is set: they hold what this machine's processor can, and a home
     folder may be shared by several; and those with a ranking loss sort in a callback, which cannot be stored.
     """

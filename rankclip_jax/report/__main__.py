@@ -1,16 +1,16 @@
 """The command line: python -m rankclip_jax.report DIR [DIR ...] --out report.html."""
 
 import argparse
-import sys
 from pathlib import Path
 
+from rankclip_jax.common import commands
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import cannot_write, write_whole
 from rankclip_jax.report import page, runs
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 wrong input (one line on stderr), 2 wrong flags."""
+    """Exit codes: common/commands.py."""
     parser = argparse.ArgumentParser(
         prog="python -m rankclip_jax.report",
         description="Draws training curves, evaluations and configurations of one run or several as one HTML page.",
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("workdirs", nargs="+", metavar="DIR", help="workdir of a run; --mode=eval there draws more")
     parser.add_argument("--out", help="the page to write (default: report.html)")
     flags = parser.parse_args()
-    try:
+    with commands.exit_codes():
         out = Path(flags.out or "report.html")
         if not flags.out and out.is_file() and page.MADE not in out.read_text(encoding="utf-8", errors="replace"):
             raise InputError(f"{out} is there already, and this command did not write it; give --out FILE")
@@ -30,8 +30,6 @@ def main() -> None:
         except OSError as error:
             raise cannot_write(out, error) from None
         write_whole(out, text)
-    except InputError as error:
-        sys.exit(f"error: {error}")
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
 
 

@@ -1,5 +1,7 @@
 """The sections that draw. Each takes the runs and gives HTML, or nothing where no run has what it shows."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from rankclip_jax import figures
@@ -34,7 +36,7 @@ _MOST_PAIRS = 400  # of a projection; more are thinned evenly
 
 def training(runs: list[Run]) -> str:
     """Everything of metrics.jsonl over the steps; the validation set's line is dashed."""
-    keys = dict.fromkeys(key for run in runs for row in run.rows for key in row if key != "step")
+    keys: list[str] = list(dict.fromkeys(key for run in runs for row in run.rows for key in row if key != "step"))
     plain = [key for key in keys if "/" not in key]
     shown = [key for key in _CURVES if key in plain] + [key for key in plain if key not in _CURVES]
     charts = [_chart(_CURVES.get(key, key), "training", runs, key, f"val/{key}", key in _SHARES) for key in shown]
@@ -54,7 +56,9 @@ def agreement(runs: list[Run]) -> str:
     return grid(list(filter(None, charts)))
 
 
-def _chart(title, section, runs, key, validation=None, share=False) -> str:
+def _chart(
+    title: str, section: str, runs: list[Run], key: str, validation: str | None = None, share: bool = False
+) -> str:
     lines = [figures.Line(run.points(key), number) for number, run in enumerate(runs)]
     if validation:
         lines += [figures.Line(run.points(validation), number, dashed=True) for number, run in enumerate(runs)]
@@ -73,17 +77,15 @@ def confusion(runs: list[Run]) -> str:
     for number, run in enumerate(runs):
         for name, arrays in run.confusion.items():
             drawing = figures.svg(figures.confusion({"": arrays}), f"confusion/{number}/{name}")
-            words = (
-                "Rows: the class it is. Columns: the class it was taken for. In the set's order, without what has no "
-            )
-            words += f"image and was never said; the set has {len(arrays['classes'])} classes."
+            words = "Rows: the class it is. Columns: the class it was taken for. In the set's order; of "
+            words += f"{len(arrays['classes'])} classes, those that have an image or were said."
             matrix = f'<div class="matrix">{drawing}<p>{words}</p></div>'
             body = f'<div class="pair">{matrix}{_most_confused(arrays)}</div>'
             parts.append(fold(run, runs, escaped(name) + of(run, runs), body))
     return "".join(parts)
 
 
-def _most_confused(arrays) -> str:
+def _most_confused(arrays: Mapping[str, np.ndarray]) -> str:
     counts_CxC, classes = arrays["confusion"], [escaped(name) for name in arrays["classes"]]
     wrong_CxC = np.where(np.eye(len(classes), dtype=bool), 0, counts_CxC)
     rows = []

@@ -1,6 +1,8 @@
 """The sections of tables and words. Each takes the runs and gives HTML, or nothing where no run has what it shows."""
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 from rankclip_jax.figures import colour
 from rankclip_jax.report.markup import escaped, of, percent, table
@@ -120,7 +122,7 @@ def configuration(runs: list[Run]) -> str:
     return "".join(parts)
 
 
-def _results(runs, kind, columns: dict[str, str], plain: tuple = ()) -> str:
+def _results(runs: Sequence[Run], kind: str, columns: dict[str, str], plain: tuple = ()) -> str:
     """A row a set and run, the best run of a column in bold where there are several."""
     names = dict.fromkeys(name for run in runs for name in run.results.get(kind, {}))
     if not names:
@@ -147,5 +149,5 @@ def _results(runs, kind, columns: dict[str, str], plain: tuple = ()) -> str:
     return table(head, lines, "runs" if several else "")
 
 
-def _value(value) -> str:
+def _value(value: Any) -> str:
     return "—" if value is None else json.dumps(value)

@@ -1,21 +1,16 @@
 """The command line: python -m rankclip_jax.study --config configs/study_shapes.py [--workdir DIR]."""
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-
 from rankclip_jax import config as configs
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common import commands
 from rankclip_jax.study import report
 from rankclip_jax.study.runs import Study
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 wrong input (one line on stderr), 2 wrong flags."""
+    """Exit codes: common/commands.py."""
     parser = argparse.ArgumentParser(
         prog="python -m rankclip_jax.study",
         description="Trains every objective of config.study over its seeds, and writes results.md, results.json and "
@@ -29,11 +24,10 @@ def main() -> None:
         if not flag.startswith("--config."):
             parser.error(f"unknown flag {flag}")
     workdir = Path(flags.workdir or Path("runs") / Path(flags.config.partition(":")[0]).stem)
-    try:
+    commands.quiet_tensorflow()
+    with commands.exit_codes("stopped; the same command resumes"):
         settings = configs.load(flags.config, [flag.removeprefix("--config.") for flag in rest])
         print(report.write(workdir, settings, Study(settings, workdir).run()))
-    except InputError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

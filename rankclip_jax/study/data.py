@@ -5,6 +5,7 @@ A sample that cannot be read ends the study with its name: whoever compares obje
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -101,7 +102,7 @@ def read_labelled(name: str, spec: ConfigDict, *, side: int) -> Labelled:
     return Labelled(np.stack(images_N), np.array(labels_N), classes.names, classes.templates)
 
 
-def _rows(source, count, recover=False) -> Iterator:
+def _rows(source: Any, count: int, recover: bool = False) -> Iterator:
     """The first rows, their images uint8 (H, W, 3)."""
     from input_pipeline.decode import decode
     from input_pipeline.rows import read_rows

@@ -96,7 +96,7 @@ class Study:
         seeds = sum(study.more_seeds.get(name, study.seeds) for name in study.objectives)
         return seeds + len(study.objectives) * (len(study.lrs) if len(study.lrs) > 1 else 0)
 
-    def _search(self, name, config, clock) -> float:
+    def _search(self, name: str, config: ConfigDict, clock: "Clock") -> float:
         """The rate with the best mean zero-shot top-1 on the selecting parts; the lower one wins a tie."""
         lrs = sorted(self.config.study.lrs) or [self.config.optim.lr]
         if len(lrs) == 1:
@@ -107,11 +107,14 @@ class Study:
         scores = {r["lr"]: np.mean([r["curve"][-1][f"zero_shot/{n}"] for n in names]) for r in tried}
         return max(scores, key=lambda lr: (scores[lr], -lr))
 
-    def _finish(self, folder, name, config, jobs, clock, full) -> list[dict]:
+    def _finish(
+        self, folder: Path, name: str, config: ConfigDict, jobs: list[Job], clock: "Clock", full: bool
+    ) -> list[dict]:
         """The jobs' runs, those read that are there."""
         wanted = _identity(config)
-        known = {job: _read(_file(folder, name, job), wanted) for job in jobs}
-        missing = [job for job, found in known.items() if found is None]
+        read = {job: _read(_file(folder, name, job), wanted) for job in jobs}
+        known = {job: found for job, found in read.items() if found is not None}
+        missing = [job for job in jobs if job not in known]
         clock.skip(len(jobs) - len(missing))
         programs = None
         for start in range(0, len(missing), self.config.study.at_once):
@@ -127,7 +130,7 @@ class Study:
                 clock.did(f"{folder.name} {name} seed {job.seed} lr {job.lr:g}: {_summary(result)}")
         return [known[job] for job in jobs]
 
-    def _train(self, programs, config, jobs, full) -> dict[Job, dict]:
+    def _train(self, programs: Programs, config: ConfigDict, jobs: list[Job], full: bool) -> dict[Job, dict]:
         curves, finals = {job: [] for job in jobs}, {job: {} for job in jobs}
 
         def seen(job, state, metrics):
@@ -176,7 +179,7 @@ class Clock:
         print(f"{of}  {line}  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left", flush=True)
 
 
-def _identity(config) -> dict:
+def _identity(config: ConfigDict) -> dict:
     """What makes two runs the same: all of the configuration but what is looked at, printed or planned."""
     fields = json.loads(json.dumps(config.to_dict()))
     kept = {k: v for k, v in fields.items() if k not in ("log_every", "checkpoint", "plan", "study", "seed")}
@@ -184,7 +187,7 @@ def _identity(config) -> dict:
     return kept | {"study": study}
 
 
-def _file(folder, name, job) -> Path:
+def _file(folder: Path, name: str, job: Job) -> Path:
     return inside(folder, f"{name}-lr{job.lr:g}-seed{job.seed}.json")
 
 

@@ -3,19 +3,15 @@
 import argparse
 import ctypes
 import errno
-import os
 import sys
 from pathlib import Path
-
-# TensorFlow only reads files here, so its greetings say nothing, oneDNN's among them.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import jax
 
 from rankclip_jax import config
+from rankclip_jax.common import commands
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.parallel import preemption, processes
+from rankclip_jax.parallel import compilation_cache, preemption, processes
 from rankclip_jax.train import evaluate, loop, plan
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
@@ -28,17 +24,17 @@ def _keep_freed_memory() -> None:
     the step's processor time, measured with the demo's models on two cores.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    if libc is not None and hasattr(libc, "mallopt"):
         m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
         libc.mallopt(m_mmap_threshold, 1 << 30)
         libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 def main() -> None:
-    """Exit codes: 0 done, 1 wrong input (one line on stderr), 2 wrong flags, 75 preempted and saved."""
+    """Exit codes: common/commands.py."""
     parser = argparse.ArgumentParser(
         prog="python -m rankclip_jax.train",
-        description="Trains, or evaluates what was trained. A run that stopped goes on by the same command.",
+        description="Trains, or evaluates what was trained. The same command resumes a run that stopped.",
         epilog="Any key of the configuration can be given: --config.optim.lr=1e-3 (docs/config.md lists them).",
         allow_abbrev=False,
     )
@@ -52,14 +48,19 @@ def main() -> None:
     cluster.add_argument("--num_processes", type=int)
     cluster.add_argument("--process_id", type=int, help="from 0")
     flags, rest = parser.parse_known_args()
-    _keep_freed_memory()
     for flag in rest:
         if not flag.startswith("--config."):
             parser.error(f"unknown flag {flag}")
     if not (flags.config or flags.workdir):
         parser.error("give --config FILE, or the --workdir of a run")
+    _keep_freed_memory()
+    commands.quiet_tensorflow()
+    with commands.exit_codes("stopped; the same command resumes from the last checkpoint"):
+        _run(flags, [flag.removeprefix("--config.") for flag in rest])
+
+
+def _run(flags: argparse.Namespace, overrides: list[str]) -> None:
     workdir = flags.workdir or Path("runs") / Path(flags.config.partition(":")[0]).stem
-    overrides = [flag.removeprefix("--config.") for flag in rest]
     try:
         if "://" in str(workdir):
             raise InputError(
@@ -71,19 +72,20 @@ def main() -> None:
             processes.start(flags.coordinator, flags.num_processes, flags.process_id)
         if flags.mode == "plan":
             plan.plan(settings)
+        elif flags.mode == "train":
+            compilation_cache.enable()
+            loop.train(settings, workdir)
         else:
-            loop.train(settings, workdir) if flags.mode == "train" else evaluate.evaluate(settings, workdir)
+            evaluate.evaluate(settings, workdir)
     except preemption.Preempted as stop:
         print(stop)
         sys.exit(preemption.EXIT_CODE)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
-            error = InputError(f"cannot write: {error}; make room or make it writable, and start again to go on")
+            error = InputError(f"cannot write: {error}; make room or make it writable, and start again to resume")
         if jax.distributed.is_initialized():
             processes.stop(error)
-        if not isinstance(error, InputError):
-            raise
-        sys.exit(f"error: {error}")
+        raise error
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
+from optax import GradientTransformation
 
 from rankclip_jax import config as configs
 from rankclip_jax import evaluation, figures
@@ -21,7 +22,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole, write_whole
 from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.tokenizer import Tokenizer
-from rankclip_jax.parallel import compilation_cache, processes
+from rankclip_jax.parallel import processes
 from rankclip_jax.parallel.mesh import to_devices
 from rankclip_jax.parallel.preemption import Notice, Preempted
 from rankclip_jax.train import init_from, optim
@@ -59,30 +60,22 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
       Preempted: SIGTERM came, to any of the processes, and the state is saved.
     """
     workdir = Path(workdir)
-    compilation_cache.enable()
     data = open_data(config)
     tx = optim.make_optimizer(config.optim, data.total_steps)
     session, start = open_state(config, workdir, data, tx)
     if start.step >= data.total_steps:
         print(f"{workdir} is trained to its last step, {start.step}")
         return
-    checkpoints = checkpoint.Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None)
-    batches = open_batches(session, workdir, data, start.position)
-    parameters = sum(p.size for p in jax.tree.leaves(start.state.params))
-    processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""
-    print(
-        f"training {config.model.name} ({parameters:,} parameters) with {config.loss.objective} on "
-        f"{data.source.size:,} samples: {data.total_steps} steps of {config.batch_size} on {session.devices.count} "
-        f"{session.devices.platform} device(s){processes_said}"
-    )
-    try:
+    with checkpoint.Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None) as checkpoints:
+        batches = open_batches(session, workdir, data, start.position)
+        parameters = sum(p.size for p in jax.tree.leaves(start.state.params))
+        processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""
+        print(
+            f"training {config.model.name} ({parameters:,} parameters) with {config.loss.objective} on "
+            f"{data.source.size:,} samples: {data.total_steps} steps of {config.batch_size} on {session.devices.count} "
+            f"{session.devices.platform} device(s){processes_said}"
+        )
         run_steps(session, workdir, data, tx, start, batches, checkpoints)
-    except BaseException as error:
-        # What was being saved is good. But of many processes the others may never come to finish it.
-        if session.process[1] == 1 or isinstance(error, Preempted):
-            checkpoints.close()
-        raise
-    checkpoints.close()
     finish(session, workdir, batches)
 
 
@@ -98,7 +91,7 @@ def open_data(config: ConfigDict) -> Data:
     return Data(source, synonyms, steps_per_epoch, config.steps or config.epochs * steps_per_epoch)
 
 
-def open_state(config: ConfigDict, workdir: Path, data: Data, tx) -> tuple[Session, Start]:
+def open_state(config: ConfigDict, workdir: Path, data: Data, tx: GradientTransformation) -> tuple[Session, Start]:
     """The session of a run and where it starts. A folder becomes a run once all that was given proved right."""
     resumes = _check_same_run(workdir, config)
     origin = None if resumes else init_from.read(config)
@@ -124,7 +117,7 @@ def open_state(config: ConfigDict, workdir: Path, data: Data, tx) -> tuple[Sessi
     return session, Start(state, 0, 0, False)
 
 
-def open_batches(session: Session, workdir: Path, data: Data, position: int):  # noqa: ANN201 -- of TensorFlow's room
+def open_batches(session: Session, workdir: Path, data: Data, position: int) -> Any:
     """The stream of batches from `position` on (input_pipeline.pipeline.TrainBatches)."""
     from input_pipeline import pipeline
 
@@ -145,7 +138,15 @@ def open_batches(session: Session, workdir: Path, data: Data, position: int):  #
     )
 
 
-def run_steps(session, workdir, data, tx, start, batches, checkpoints) -> None:
+def run_steps(
+    session: Session,
+    workdir: Path,
+    data: Data,
+    tx: GradientTransformation,
+    start: Start,
+    batches: Any,
+    checkpoints: checkpoint.Checkpoints,
+) -> None:
     """Step, record, evaluate, save, until the last step or until somebody asks to stop."""
     config, state = session.config, start.state
     schedule = dict(total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch)
@@ -178,7 +179,7 @@ def run_steps(session, workdir, data, tx, start, batches, checkpoints) -> None:
                 raise Preempted(f"SIGTERM: saved step {step} in {workdir}; the same command resumes from there")
 
 
-def finish(session: Session, workdir: Path, batches) -> None:
+def finish(session: Session, workdir: Path, batches: Any) -> None:
     """Says what could not be used, and draws the curves."""
     index, count = session.process
     if batches.bad.reasons:
@@ -191,7 +192,7 @@ def finish(session: Session, workdir: Path, batches) -> None:
         print(f"curves: {workdir / 'curves.png'}")
 
 
-def _evaluate(session, state, epoch, last) -> dict[str, float]:
+def _evaluate(session: Session, state: steps.TrainState, epoch: int, last: bool) -> dict[str, float]:
     """The evaluations that are due after this epoch; prints their tables."""
     kinds = evaluation.due(session.config.eval, epoch, last)
     if not kinds:
@@ -201,7 +202,7 @@ def _evaluate(session, state, epoch, last) -> dict[str, float]:
     return evaluation.flat(results) | (session.validation(state) if "zero_shot" in kinds else {})
 
 
-def _place(restored, session) -> int:
+def _place(restored: checkpoint.Restored, session: Session) -> int:
     from input_pipeline import pipeline
 
     position, passed_over = pipeline.resume_at(restored.positions, session.config.batch_size, session.process)
@@ -242,7 +243,7 @@ def _check_same_run(workdir: Path, config: ConfigDict) -> bool:
     return True
 
 
-def _new_tokenizer(config: ConfigDict, source, origin) -> Tokenizer:
+def _new_tokenizer(config: ConfigDict, source: Any, origin: Any) -> Tokenizer:
     if origin and (tokenizer := init_from.tokenizer(origin, config)):
         return tokenizer
     if config.tokenizer.path:

@@ -41,15 +41,17 @@ class Recorder:
         self._pace = Pace(start, total_steps, self._config.batch_size)
         views = 1 + self._config.data.two_views
         self._tflop = flops.step_flops(session.model.config, self._config.batch_size, views) / 1e12
-        self._pending, self._writers, self._opened = None, [], contextlib.ExitStack()
+        self._writers, self._opened = [], contextlib.ExitStack()
+        self._pending: tuple[int, dict] | None = None
 
     def __enter__(self) -> "Recorder":
         if processes.is_first():
             from clu import metric_writers  # imports TensorFlow, as the pipeline does
 
+            metrics = MetricsFile(self._workdir, self._start)  # first: of a full disk it says so in one line
             events = metric_writers.SummaryWriter(str(self._workdir))
             self._opened.callback(events.close)
-            self._writers = [MetricsFile(self._workdir, self._start).write, events.write_scalars]
+            self._writers = [metrics.write, events.write_scalars]
         return self
 
     def __exit__(self, *_: object) -> None:

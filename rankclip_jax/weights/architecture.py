@@ -3,10 +3,12 @@
 import math
 import re
 from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 
 from rankclip_jax.models import ClipConfig, ResNetConfig, TextConfig, VitConfig
+from rankclip_jax.models.presets import Activation
 
 
 def from_ours(fields: Mapping) -> ClipConfig:
@@ -15,7 +17,7 @@ def from_ours(fields: Mapping) -> ClipConfig:
     return ClipConfig(**{**fields, "vision": vision, "text": TextConfig(**fields["text"])})
 
 
-def from_weights(state: Mapping[str, np.ndarray], activation: str = "quick_gelu") -> ClipConfig:
+def from_weights(state: Mapping[str, np.ndarray], activation: Activation = "quick_gelu") -> ClipConfig:
     """The architecture of an OpenAI state dict, inferred from its shapes.
 
     Everything else is assumed to be as in all OpenAI models: heads of 64 channels, the highest id as end-of-text, and
@@ -42,7 +44,7 @@ def from_weights(state: Mapping[str, np.ndarray], activation: str = "quick_gelu"
             mlp_width=_mlp(width, shape("visual.transformer.resblocks.0.mlp.c_fc.weight")[0]),
         )
     else:
-        stem = "imagenet" if "visual.conv2.weight" in state else "small"
+        stem: Literal["imagenet", "small"] = "imagenet" if "visual.conv2.weight" in state else "small"
         stages = count(r"visual\.layer(\d+)\.")
         cells = math.isqrt(shape("visual.attnpool.positional_embedding")[0] - 1)
         vision = ResNetConfig(
@@ -168,7 +170,7 @@ def to_open_clip(config: ClipConfig) -> dict | None:
             "head_width": vision.width // vision.heads,
             "mlp_ratio": _ratio(vision.width, vision.mlp_width),
         }
-    text_cfg = {
+    text_cfg: dict[str, Any] = {
         "context_length": text.context_length,
         "vocab_size": text.vocab_size,
         "width": text.width,

@@ -26,6 +26,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.parallel import processes
+from rankclip_jax.parallel.preemption import Preempted
 from rankclip_jax.weights.fingerprint import fingerprints
 
 # What a save writes into the folder of its step, without endings; Orbax writes those of its own names.
@@ -44,13 +45,11 @@ class Checkpoints:
     """Writes the checkpoints of a run, in the background.
 
     Keeps the latest `config.keep`, every multiple of `config.keep_every`, and the one whose metric `config.best` is
-    highest.
+    highest. As a context: a failed save is told once, by the exception, and at the end all is written.
     """
 
     def __init__(self, workdir: str | Path, config: ConfigDict, start: int | None = None):
         """`start`: the step that was restored. Newer ones proved damaged, and make way under another name."""
-        logging.getLogger("absl").addFilter(_not_told_twice)
-        sys.unraisablehook = _without_late_callbacks
         folder = _folder(workdir, config)
         self._folder, self._best, self._saved = folder, config.best, start
         policies = [keep.LatestN(config.keep)]
@@ -71,6 +70,17 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(folder, options=options)
         except Exception as error:
             raise _cannot_save(folder, error) from error
+
+    def __enter__(self) -> "Checkpoints":
+        self._context = contextlib.ExitStack()
+        self._context.enter_context(_told_once())
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        with self._context:
+            # What was being saved is good. But of many processes the others may never come to finish it.
+            if error is None or isinstance(error, Preempted) or jax.process_count() == 1:
+                self.close()
 
     def save(self, step: int, state: Any, position: int, metrics: dict) -> None:
         """Starts to write; returns as soon as the state is copied, so that the next step may donate it.
@@ -132,7 +142,7 @@ def _first_whole(folder, steps, read, alone=False) -> Restored | None:
             state, check = read(folder / str(step) / "state", data)
         except Exception as error:  # whatever Orbax, TensorStore or JSON raise on damage of every kind
             problem = one_line(error, kind=True)
-        # A file that one process cannot read, another may not need; all go on from the same step.
+        # A file that one process cannot read, another may not need; all resume from the same step.
         if (alone and problem is None) or (not alone and min(processes.of_all(problem is None))):
             problem = check()
             if problem is None:
@@ -149,7 +159,7 @@ def _first_whole(folder, steps, read, alone=False) -> Restored | None:
 
 def _read_data(folder) -> dict:
     data = ocp.JsonCheckpointHandler().restore(folder / "data")
-    if "position" in data:  # of before there were several processes
+    if "position" in data:  # written before there were several processes
         return {"positions": [data["position"]], "fingerprints": {}}
     if data.pop("crc32") != _crc(data):
         raise ValueError("data does not match its checksum")
@@ -177,18 +187,25 @@ def _read_variables(folder, data):
     return variables, check
 
 
-def _not_told_twice(record: logging.LogRecord) -> bool:
-    """Orbax logs an error of a save in the background with its stack, and raises it here besides: a line is enough."""
-    return not (record.exc_info and "orbax" in record.pathname)
+@contextlib.contextmanager
+def _told_once():
+    """Keeps off the console what else is said of a failed save, which is raised here, in one line."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
 
+    def not_orbax(record: logging.LogRecord) -> bool:  # which logs an error in the background with its stack
+        return not (record.exc_info and "orbax" in record.pathname)
 
-_unraisablehook = sys.unraisablehook
+    def without_late_callbacks(unraisable) -> None:  # of TensorStore's other writes, each with a stack
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
 
-
-def _without_late_callbacks(unraisable) -> None:
-    """After a failed write TensorStore's others call back, each with a stack; the failure itself is raised here."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        _unraisablehook(unraisable)
+    logger.addFilter(not_orbax)
+    sys.unraisablehook = without_late_callbacks
+    try:
+        yield
+    finally:
+        logger.removeFilter(not_orbax)
+        sys.unraisablehook = hook
 
 
 @contextlib.contextmanager
@@ -287,5 +304,5 @@ def _cannot_save(folder, error) -> Exception:
         return error
     return InputError(
         f"cannot save in {folder}: {one_line(error)}. The checkpoints before are as they were; "
-        "make room or make it writable, and start again to go on"
+        "make room or make it writable, and start again to resume"
     )

@@ -1,9 +1,11 @@
 """Exports a model: weights, preprocessing, tokenizer and a model card."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
@@ -44,7 +46,7 @@ def write(model: Pretrained, folder: str | Path, layout: str) -> None:
     try:
         owned.claim(names)
         if layout == "hf":
-            bos_id = model.tokenizer and model.tokenizer.start_id
+            bos_id = model.tokenizer.start_id if model.tokenizer else None
             formats.write_hf(folder, model.config, model.variables, bos_id)
         elif layout == "openai":
             formats.write_openai(folder, model.config, model.variables)
@@ -127,8 +129,9 @@ def card(model: Pretrained, layout: str) -> str:
     """The model card (Markdown): architecture, training, results, use."""
     config = model.config
     vision, text = config.vision, config.text
-    resnet = isinstance(vision, ResNetConfig)
-    kind = "ResNet," if resnet else f"vision transformer, patches of {vision.patch_size} pixels,"
+    kind = "ResNet,"
+    if not isinstance(vision, ResNetConfig):
+        kind = f"vision transformer, patches of {vision.patch_size} pixels,"
     count = sum(x.size for x in jax.tree.leaves(model.variables["params"]))
     facts = {
         "parameters": f"{count:,}",
@@ -152,7 +155,7 @@ def card(model: Pretrained, layout: str) -> str:
         *_table(("model", ""), facts.items()),
     ]
     if model.run:
-        lines += ["## Training", "", *_table(("", ""), _training(model).items())]
+        lines += ["## Training", "", *_table(("", ""), _training(model.run, model.step).items())]
         results = _results(model)
         if results:
             lines += [f"## Results at step {model.step}", "", *_table(("metric", "value"), results)]
@@ -176,14 +179,14 @@ def ours_alone(config: ClipConfig, layout: str) -> bool:
     return layout == "orbax" or (layout == "openai" and architecture.to_open_clip(config) is None)
 
 
-def _objective(loss) -> str:
+def _objective(loss: ConfigDict) -> str:
     if loss.objective == "clip":
         return "CLIP's contrastive loss"
     return "RankCLIP (arXiv 2404.09387)"
 
 
-def _training(model: Pretrained) -> dict:
-    run, loss = model.run, "CLIP"
+def _training(run: ConfigDict, step: int | None) -> dict:
+    loss = "CLIP"
     if run.loss.objective != "clip":
         terms = f"{run.loss.lambda_in:g} in-modal + {run.loss.lambda_cross:g} cross-modal"
         loss = f"CLIP + w ({terms}), schedule of w: {run.loss.schedule}"
@@ -192,7 +195,7 @@ def _training(model: Pretrained) -> dict:
     return {
         "loss": loss,
         "data": f"{run.data.format}: {data}",
-        "steps": f"{model.step:,} of {run.batch_size:,} samples",
+        "steps": f"{step:,} of {run.batch_size:,} samples",
         "optimiser": f"AdamW, learning rate {run.optim.lr:g}, weight decay {run.optim.weight_decay:g}, "
         f"{run.optim.warmup_steps:,} steps of warm-up",
         "computed in": run.model.dtype,
@@ -209,7 +212,7 @@ def _results(model: Pretrained) -> list[tuple[str, str]]:
     return [(name, f"{value:.4f}") for name, value in sorted(found.items())]
 
 
-def _table(head: tuple[str, str], rows) -> list[str]:
+def _table(head: tuple[str, str], rows: Iterable[tuple]) -> list[str]:
     return [f"| {head[0]} | {head[1]} |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows), ""]
 
 

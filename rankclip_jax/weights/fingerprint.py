@@ -24,7 +24,7 @@ def _sums(leaves):
     return [_sum(jnp.asarray(leaf)) for leaf in leaves]
 
 
-def _sum(x) -> jax.Array:
+def _sum(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)

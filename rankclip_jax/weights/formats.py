@@ -13,6 +13,7 @@ import safetensors.numpy
 from rankclip_jax.common.errors import one_line
 from rankclip_jax.common.files import whole, write_whole
 from rankclip_jax.models import ClipConfig
+from rankclip_jax.models.presets import Activation
 from rankclip_jax.weights import architecture, layouts, orbax_folder
 from rankclip_jax.weights.torch_file import read_torch_file
 
@@ -21,7 +22,9 @@ _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bi
 _HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 
-def read(path: str | Path, config: ClipConfig | None = None, activation: str = "quick_gelu") -> tuple[ClipConfig, dict]:
+def read(
+    path: str | Path, config: ClipConfig | None = None, activation: Activation = "quick_gelu"
+) -> tuple[ClipConfig, dict]:
     """Reads a CLIP from a file or folder.
 
     Args:

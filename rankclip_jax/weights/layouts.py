@@ -7,7 +7,7 @@ unrolled ones (`models.stack_layers` converts).
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
@@ -151,6 +151,6 @@ def _within(name: str) -> str:
     return name.partition("/")[2]
 
 
-def _some(names) -> str:
+def _some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -2,15 +2,16 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
 from rankclip_jax import config as configs
 from rankclip_jax import models
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.models.presets import Activation
 from rankclip_jax.weights import checkpoint, formats
 from rankclip_jax.weights import view as preprocess
 
@@ -34,11 +35,11 @@ class Pretrained:
     variables: dict
     view: preprocess.View
     tokenizer: Tokenizer | None
-    run: Mapping | None = None
+    run: ConfigDict | None = None
     step: int | None = None
 
 
-def read(path: str | Path, tokenizer: str | None = None, activation: str = "quick_gelu") -> Pretrained:
+def read(path: str | Path, tokenizer: str | None = None, activation: Activation = "quick_gelu") -> Pretrained:
     """Reads a model.
 
     Args:

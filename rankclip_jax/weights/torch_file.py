@@ -13,6 +13,7 @@ import io
 import math
 import pickle
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class _Tensor:
 class _Module:
     """Replaces a TorchScript module: keeps its attributes and does nothing."""
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         self.attributes = state
 
 
@@ -150,7 +151,7 @@ class _Unpickler(pickle.Unpickler):
             )
         return _ALLOWED[module, name]
 
-    def persistent_load(self, pid) -> _Storage:
+    def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, size = pid
         if kind != "storage" or dtype not in _DTYPES or type(size) is not int:
             raise _RefusedError(f"refused: unknown storage {dtype}")
@@ -185,7 +186,7 @@ def _state_dict(obj: Any) -> dict[str, _Tensor]:
     return tensors
 
 
-def _module_tensors(module: _Module, prefix: str):
+def _module_tensors(module: _Module, prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in getattr(module, "attributes", {}).items():
         if isinstance(value, _Tensor):
             yield prefix + name, value

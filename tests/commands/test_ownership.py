@@ -400,8 +400,8 @@ def test_prepared_folders_of_before_go_on(run, world, tmp_path):
 def test_parts_of_before_go_on(run, world, tmp_path, monkeypatch):
     monkeypatch.setattr(collection, "PART", 2)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, "write", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
             run(*COMMANDS["embed"](world, tmp_path))
     (tmp_path / "photos.npz.parts" / MARKER).unlink()
     (tmp_path / "photos.npz.parts/6.npz").rename(tmp_path / "photos.npz.parts/6.unfinished")

@@ -149,7 +149,7 @@ def test_lists_longer_than_a_chunk_are_whole(tmp_path, monkeypatch):
         (
             "a.csv",
             "url,x,y\nhttp://a/1,b,c\n",
-            "which column has the captions. Add --caption-column; its columns: url, x, y",
+            "which column has the captions; add --caption-column; its columns: url, x, y",
         ),
         ("a.tsv", "http://a/1.jpg\n", "which column has the captions"),
         ("a.csv", "caption,url\n\udcff,http://a/1\n", "cannot be read"),
@@ -208,7 +208,7 @@ def test_the_table_adds_up(tmp_path):
     }
     text = download_stats.summary(counts, tmp_path, 250)
     assert "120 of 250 URLs gave an image (48.0%)" in text and "60   24.0%  HTTP Error 404: Not Found" in text
-    assert "the same command goes on" in text and "train with" not in text
+    assert "the same command resumes" in text and "train with" not in text
 
 
 def fetch_with_limits(url, timeout):

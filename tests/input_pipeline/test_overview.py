@@ -83,7 +83,7 @@ def test_several_captions_of_an_image_count_each():
     seen = survey(source_of(images, captions))
     assert seen.measures["words"].tolist() == [1, 2, 1, 1] and seen.measures["width"].tolist() == [9, 9]
     text = overview.text(seen, lambda row: tuple(captions[row]))
-    assert "4 captions, 2 an image" in text and '75.0%  "one"' in text
+    assert "4 captions, 2 per image" in text and '75.0%  "one"' in text
 
 
 def test_tokens_are_counted_as_clip_would_cut_them():
@@ -98,7 +98,7 @@ def test_a_sample_is_evenly_spread():
     images = [encoded((9, 9), level=i) for i in range(100)]
     seen = survey(source_of(images, [str(i) for i in range(100)]), sample=10)
     assert seen.looked_at == 10 and seen.good_rows.tolist() == list(range(0, 100, 10))
-    assert "100 rows, 10 of them looked at" in overview.text(seen, lambda row: (str(row),))
+    assert "100 rows, 10 of them inspected" in overview.text(seen, lambda row: (str(row),))
     assert survey(source_of(images, [str(i) for i in range(100)]), sample=1000).looked_at == 100
     seen = survey(source_of(images, [str(i) for i in range(100)]), sample=30)
     assert seen.good_rows.tolist() == list(range(0, 100, 4))  # to the end, rather than exactly 30

@@ -1,0 +1,37 @@
+"""How every command ends, and what it sets for its whole process before it starts.
+
+  0    done
+  1    wrong input, one line on stderr; the doctor: something is to be fixed
+  2    wrong flags (argparse)
+  75   a training was asked to stop: all is saved, and the same command resumes (EX_TEMPFAIL of sysexits.h)
+  130  Ctrl-C: what is finished is kept (128 + SIGINT)
+  143  a download got SIGTERM: as 130 (128 + SIGTERM)
+
+What belongs to the whole process (signals, environment, hooks and filters, malloc, sys.stdout) is set by `main()` of a
+command, or in a context that puts it back; never by importing a module or making an object.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+from rankclip_jax.common.errors import InputError
+
+
+@contextlib.contextmanager
+def exit_codes(interrupted: str = "stopped") -> Iterator[None]:
+    """Ends the process with 1 and a line for an InputError, with 130 and the line `interrupted` for Ctrl-C."""
+    try:
+        yield
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        sys.exit(130)
+
+
+def quiet_tensorflow() -> None:
+    """Keeps TensorFlow's greetings, oneDNN's among them, off the console: it only reads files. Before its import."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

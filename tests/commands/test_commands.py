@@ -1,0 +1,144 @@
+"""Every command ends alike: one line and 1 for wrong input, 130 for Ctrl-C, and what nobody expected is not hidden."""
+
+import ast
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import rankclip_jax
+from input_pipeline import download, prepare
+from rankclip_jax import config as configs
+from rankclip_jax import convert, doctor, embed
+from rankclip_jax.common import commands
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.parallel import preemption
+from rankclip_jax.report import runs
+from rankclip_jax.weights import pretrained
+
+REPO = Path(__file__).parents[2]
+# Module, flags, and what it calls first of all that can go wrong.
+COMMANDS = {
+    "rankclip_jax.train.__main__": (["--config", "x.py"], (configs, "load")),
+    "rankclip_jax.study.__main__": (["--config", "x.py"], (configs, "load")),
+    "rankclip_jax.report.__main__": (["x"], (runs, "read_run")),
+    "rankclip_jax.convert": (["x", "y", "--to", "hf"], (pretrained, "read")),
+    "rankclip_jax.embed": (["x", "y", "--out", "z.npz"], (rankclip_jax, "load")),
+    "rankclip_jax.doctor": ([], (doctor, "findings")),
+    "input_pipeline.prepare": (["x.csv", "y"], (prepare, "guess_format")),
+    "input_pipeline.download": (["x.csv", "y"], (download, "download")),
+}
+
+
+def test_all_commands_are_here():
+    def has_main(path):
+        return "main" in [getattr(node, "name", "") for node in ast.parse(path.read_text()).body]
+
+    paths = [*(REPO / "rankclip_jax").rglob("*.py"), *(REPO / "input_pipeline").rglob("*.py")]
+    found = {".".join(path.relative_to(REPO).with_suffix("").parts) for path in paths if has_main(path)}
+    assert found == set(COMMANDS)
+
+
+@pytest.fixture(params=COMMANDS)
+def run(request, monkeypatch, tmp_path):
+    """Runs a command whose first step raises what it is given; returns its exit code."""
+    flags, (where, what) = COMMANDS[request.param]
+    main = importlib.import_module(request.param).main
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["command", *flags])
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+
+    def run(error):
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr(where, what, fail, raising=False)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code
+
+    return run
+
+
+def test_wrong_input(run):
+    assert run(InputError("x.csv row 3: no caption; write one")) == "error: x.csv row 3: no caption; write one"
+
+
+def test_an_interrupt(run, capsys):
+    assert run(KeyboardInterrupt()) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("stopped")
+
+
+def test_what_nobody_expected_is_shown(run):
+    with pytest.raises(ZeroDivisionError):
+        run(ZeroDivisionError())
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, preemption.EXIT_CODE, 143])
+def test_a_code_of_its_own_stays(code):
+    with pytest.raises(SystemExit) as stop, commands.exit_codes():
+        sys.exit(code)
+    assert stop.value.code == code and str(code) in commands.__doc__
+
+
+def test_a_command_that_is_done_goes_on(capsys):
+    with commands.exit_codes("never said"):
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_tensorflow_is_quiet_unless_somebody_wants_to_hear_it(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"TF_CPP_MIN_LOG_LEVEL": "0"})
+    commands.quiet_tensorflow()
+    assert os.environ == {"TF_CPP_MIN_LOG_LEVEL": "0", "TF_ENABLE_ONEDNN_OPTS": "0"}
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (FileNotFoundError(2, "No such file or directory", "a/z.npz"), "error: a/z.npz: No such file or directory"),
+        (OSError("no room"), "error: no room"),
+        (OSError(), "error: OSError"),
+    ],
+)
+def test_what_the_system_refuses_while_embedding(error, line, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(rankclip_jax, "load", fail, raising=False)
+    monkeypatch.setattr(sys, "argv", ["embed", "x", "y", "--out", "z.npz"])
+    with pytest.raises(SystemExit) as stop:
+        embed.main()
+    assert stop.value.code == line
+
+
+def test_what_the_system_refuses_while_converting(monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device", "y/model.safetensors")
+
+    monkeypatch.setattr(pretrained, "read", fail)
+    monkeypatch.setattr(sys, "argv", ["convert", "x", "y", "--to", "hf"])
+    with pytest.raises(SystemExit) as stop:
+        convert.main()
+    assert stop.value.code == "error: cannot write y: No space left on device"
+
+
+@pytest.mark.parametrize("given, used", [(None, "cpu"), ("", "cpu"), ("cuda,cpu", "cuda,cpu")])
+def test_converting_takes_no_accelerator_unless_told_to(given, used, monkeypatch):
+    def fail(*_, **__):
+        raise InputError(str(jax.config.jax_platforms))
+
+    monkeypatch.setattr(pretrained, "read", fail)
+    monkeypatch.setattr(sys, "argv", ["convert", "x", "y", "--to", "hf"])
+    before = jax.config.jax_platforms
+    try:
+        jax.config.update("jax_platforms", given)
+        with pytest.raises(SystemExit, match=f"error: {used}"):
+            convert.main()
+    finally:
+        jax.config.update("jax_platforms", before)
