@@ -18,7 +18,7 @@ from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.parallel.preemption import Notice, Preempted
 from rankclip_jax.train import loop, recorder
-from rankclip_jax.weights.checkpoint import Checkpoints
+from rankclip_jax.weights.saving import Checkpoints
 
 REPO = Path(__file__).parents[2]
 
@@ -89,7 +89,7 @@ def test_what_a_training_sets_is_put_back(tmp_path, error):
         assert not notice.reached(1)
         signal.raise_signal(signal.SIGTERM)
         assert notice.reached(1)
-        checkpoints.save(1, {"w": jax.numpy.ones(3)}, 0, {})
+        checkpoints.save(1, {"params": {"w": jax.numpy.ones(3)}}, 0)
         during = state()
         if error:
             raise error

@@ -15,7 +15,7 @@ from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.config import keys
-from rankclip_jax.evaluation import evaluate
+from rankclip_jax.evaluation import open_sets
 from rankclip_jax.inference.pictures import open_pictures
 from rankclip_jax.train import loop
 
@@ -72,8 +72,7 @@ def test_whatever_opens_data_keeps_tensorflow_off_the_gpus(what, monkeypatch, tm
 def test_an_evaluation_names_it_as_the_reason(monkeypatch):
     monkeypatch.setattr(tf.config, "set_visible_devices", too_late)
     config = configs.complete({"eval": {"zero_shot": {"seen": {"format": "shapes", "path": "seen"}}}}).eval
-    encoder = type("", (), {"image_side": 8})
-    assert "holds the GPUs" in evaluate(config, encoder)["missing"]["zero_shot/seen"]
+    assert "holds the GPUs" in open_sets(config, image_side=8).missing["zero_shot/seen"]
 
 
 def test_again_and_when_tensorflow_is_at_work_already_it_is_no_error_without_gpus():
