@@ -12,7 +12,6 @@ from rankclip_jax.common import commands
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.inference import collection, search, store
 from rankclip_jax.inference.model import Model
-from rankclip_jax.inference.model import Model
 from rankclip_jax.inference.pictures import open_pictures
 
 
