@@ -170,13 +170,13 @@ def _run(python, arguments, out_dir, log, total):
                 child.wait()
     if child.returncode:
         last = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
-        raise InputError(f"img2dataset failed: {last}; {log} has more, and the same command goes on")
+        raise InputError(f"img2dataset failed: {last}; {log} has more, and the same command resumes")
 
 
 def _flags():
     parser = argparse.ArgumentParser(
         prog="python -m input_pipeline.download",
-        description="Downloads the images of a URL list to WebDataset shards; stopped, it goes on by the same command.",
+        description="Downloads the images of a URL list to WebDataset shards; the same command resumes a stopped download.",
         allow_abbrev=False,
     )
     parser.add_argument("urls", metavar="URLS", type=Path, help="tsv, csv (also .gz) or parquet of URLs and captions")

@@ -61,7 +61,7 @@ def reason(message: str) -> str:
 
 
 def summary(counts: Counter, out_dir: Path, total: int) -> str:
-    """The table of what came and what was lost and why, and how to go on."""
+    """The table of what came, what was lost and why, and how to resume."""
     size = sum(path.stat().st_size for path in out_dir.glob("*.tar") if path.stem.isdigit())
     images, share = counts["images"], counts["images"] / max(1, total)
     lines = [f"{images:,} of {total:,} URLs gave an image ({share:.1%}), {size / 1e6:,.1f} MB: {out_dir}"]
@@ -71,7 +71,7 @@ def summary(counts: Counter, out_dir: Path, total: int) -> str:
         lines.append(f"{sum(number for _, number in lost[20:]):>10,}  for {len(lost) - 20} other reasons")
     if counts["shards not finished"]:
         log = out_dir / "_download" / "img2dataset.log"
-        lines.append(f"some shards are not finished: {log} says why, and the same command goes on with them")
+        lines.append(f"some shards are not finished: {log} says why, and the same command resumes with them")
     elif images:
         lines.append(f"train with: --config.data.format=webdataset '--config.data.train={out_dir}/*.tar'")
     return "\n".join(lines)

@@ -32,7 +32,7 @@ def main() -> None:
         help="of weights without a config: quick_gelu (OpenAI, RankCLIP; default) or gelu",
     )
     flags = parser.parse_args()
-    if not jax.config.read("jax_platforms"):  # by JAX_PLATFORMS. Nothing is computed; an accelerator need not be free
+    if not os.environ.get("JAX_PLATFORMS"):  # nothing is computed; an accelerator need not be free
         jax.config.update("jax_platforms", "cpu")
     with commands.exit_codes():
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[1]
-# What a room may import, besides itself. What stands in LATE may also be imported inside functions.
+# What a room may import, other than itself. What stands in LATE may be imported inside functions.
 MAY = {
     "common": (),
     "models": ("common",),

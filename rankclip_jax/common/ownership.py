@@ -1,7 +1,7 @@
 """What is ours in a folder: the files that a command wrote itself, as the marker `.rankclip_jax` there lists them.
 
 A command removes and replaces nothing else. It claims its names before it writes them; a name that is taken by a file
-of somebody else is refused. Folders of before there were markers are recognised by what is in them. Names that were
+of somebody else is refused. Folders older than the markers are recognised by what is in them. Names that were
 read from a file are taken for an enemy's: none may lead out of its folder, by itself or by a link.
 """
 

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from rankclip_jax.common.errors import InputError, one_line
 
-_RESUME = "The last checkpoint is kept: start all processes again to go on"
+_RESUME = "The last checkpoint is kept: start all processes again to resume"
 
 
 def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:

@@ -208,7 +208,7 @@ def test_the_table_adds_up(tmp_path):
     }
     text = download_stats.summary(counts, tmp_path, 250)
     assert "120 of 250 URLs gave an image (48.0%)" in text and "60   24.0%  HTTP Error 404: Not Found" in text
-    assert "the same command goes on" in text and "train with" not in text
+    assert "the same command resumes" in text and "train with" not in text
 
 
 def fetch_with_limits(url, timeout):
