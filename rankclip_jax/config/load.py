@@ -106,10 +106,9 @@ def complete(config: Mapping) -> ConfigDict:
     """
     merged = ConfigDict(_merged(KEYS, config, "config"))
     with merged.ignore_type():
-        for kind, fields in EVAL_SETS.items():
+        for kind in EVAL_SETS:
             for name, given in merged.eval[kind].items():
-                where = f"config.eval.{kind}.{name}"
-                merged.eval[kind][name] = ConfigDict(_merged(fields, _group(given, where), where))
+                merged.eval[kind][name] = eval_set(kind, given, f"config.eval.{kind}.{name}")
         for split in ("train", "val"):
             if isinstance(merged.data[split], Mapping | ConfigDict):
                 merged.data[split] = _mixture(merged.data[split], f"config.data.{split}")
@@ -129,6 +128,11 @@ def complete(config: Mapping) -> ConfigDict:
             "has none. Use another objective, or add config.loss.terms.clip=1.0"
         )
     return merged
+
+
+def eval_set(kind: str, given: Mapping, where: str = "a set") -> ConfigDict:
+    """The fields of one set of config.eval.KIND, complete and checked; raises as `complete` does."""
+    return ConfigDict(_merged(EVAL_SETS[kind], given, where))
 
 
 def _term_weight(weight: Any, term: str) -> float | ConfigDict:

@@ -6,7 +6,8 @@ A set that cannot be opened does not stop the others: `missing` says which one, 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.progress import progress
 from rankclip_jax.evaluation import geometry, linear_probe, prompts, retrieval, robustness, suite, zero_shot
 from rankclip_jax.evaluation.artifacts import Artifacts
+from rankclip_jax.parallel import processes
 
 KINDS = ("zero_shot", "retrieval", "linear_probe", "geometry")
 
@@ -75,11 +77,10 @@ def open_sets(config: ConfigDict, image_side: int, kinds: Sequence[str] = KINDS)
     for kind in kinds:
         specs, open_set = openers[kind]
         for name, spec in specs.items():
-            try:
+            with one_set(f"{kind}/{name}", sets.missing):
                 found = open_set(spec, image_side=image_side)
                 sets.opened[kind][name] = spec, (found, prompts_of(name, spec, found)) if kind == "zero_shot" else found
-            except InputError as error:
-                sets.missing[f"{kind}/{name}"] = str(error)
+        sets.opened[kind] = _without(sets.missing, kind, sets.opened[kind])
     return sets
 
 
@@ -102,9 +103,9 @@ def evaluate(
     def each(kind, compute):
         rows = {}
         for name, (spec, found) in sets.opened[kind].items():
-            with _one_set(f"{kind}/{name}", missing):
+            with one_set(f"{kind}/{name}", missing):
                 rows[name] = compute(name, spec, found)
-        return rows
+        return _without(missing, kind, rows)
 
     if "zero_shot" in kinds:
         found = {name: found for name, (_, found) in sets.opened["zero_shot"].items()}
@@ -119,14 +120,28 @@ def evaluate(
 
 
 @contextlib.contextmanager
-def _one_set(name: str, missing: dict[str, str]) -> Iterator[None]:
-    """What fails inside, of whatever kind, costs this set alone: hours of training hang on it."""
+def one_set(name: str, missing: dict[str, str]) -> Iterator[None]:
+    """What fails inside, of whatever kind, costs this set alone: hours of training hang on it.
+
+    It is missing in all processes then; those where it did not fail say so.
+    """
+    why = None
     try:
         yield
     except InputError as error:
-        missing[name] = str(error)
+        why = str(error)
     except Exception as error:
-        missing[name] = one_line(error, kind=True)
+        why = one_line(error, kind=True)
+    failed = [index for index, bad in enumerate(processes.of_all(why is not None)) if bad]
+    if why and not processes.is_first():
+        print(f"process {jax.process_index()}: {name}: {why}", file=sys.stderr, flush=True)
+    if failed:
+        missing[name] = why or f"failed in process {failed[0]}, whose log says why"
+
+
+def _without(missing: Mapping[str, str], kind: str, rows: dict) -> dict:
+    """What other processes failed at, is no result here."""
+    return {name: row for name, row in rows.items() if f"{kind}/{name}" not in missing}
 
 
 def prompts_of(name: str, spec: ConfigDict, found: Any) -> prompts.Prompts:
@@ -142,7 +157,7 @@ def prompts_of(name: str, spec: ConfigDict, found: Any) -> prompts.Prompts:
 def _encoded(encoder: Encoder, source: Any, what: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Batches (embeddings (n, D), labels (n,), rows (n,)) that contain every usable sample of all processes once."""
     with progress(what, source.size) as bar:
-        for batch in _agreed(encoder.batches(source)):
+        for batch in agreed(encoder.batches(source)):
             parts = encoder.images(batch), batch["label"], batch["row"], batch["mask"]
             if jax.process_count() > 1:
                 parts = jax.tree.map(np.concatenate, multihost_utils.process_allgather(parts))
@@ -151,7 +166,7 @@ def _encoded(encoder: Encoder, source: Any, what: str) -> Iterator[tuple[np.ndar
             yield z[mask], labels[mask], rows[mask]
 
 
-def _agreed(batches: Iterator[dict]) -> Iterator[dict]:
+def agreed(batches: Iterator[dict]) -> Iterator[dict]:
     """The batches of this process, as long as every process has its own: else all of them stop, and none waits.
 
     Raises what reading raises here; InputError in the other processes.
@@ -162,11 +177,10 @@ def _agreed(batches: Iterator[dict]) -> Iterator[dict]:
             batch = next(batches, None)
         except Exception as raised:
             batch, error = None, raised
-        state = np.int32(2 if error else batch is not None)
-        states = multihost_utils.process_allgather(state) if jax.process_count() > 1 else np.array([state])
+        states = processes.of_all(2 if error else batch is not None)
         if error:
             raise error
-        if (states == 2).any():
+        if 2 in states:
             raise InputError("another process could not read its share of the set; its log says why")
         if batch is None:
             return
@@ -189,7 +203,7 @@ def _zero_shot(config: ConfigDict, encoder: Encoder, sets: dict, artifacts: Arti
     on_shared: dict[str, float] = {}
     shifted = {name: sets[name] for name in config.shifted if name in sets}
     for name, (found, classes) in sets.items():
-        with _one_set(f"zero_shot/{name}", missing):
+        with one_set(f"zero_shot/{name}", missing):
             z_CxD = zero_shot.class_embeddings(encoder.texts, classes.names, classes.templates, known)
             counter = zero_shot.ZeroShot(z_CxD)
             subsets = _shared(classes, z_CxD, shifted) if name == config.reference else {}
@@ -204,6 +218,7 @@ def _zero_shot(config: ConfigDict, encoder: Encoder, sets: dict, artifacts: Arti
             on_shared |= {other: _checked(sub.results)["top1"] for other, (_, sub) in subsets.items()}
             artifacts.confusion(name, classes.names, counter.confusion_CxC)
     baselines = robustness.read_baselines(config.baselines) if config.baselines else {}
+    results = _without(missing, "zero_shot", results)
     rows = {
         name: robustness.table_row(results[name]["top1"], on_shared[name], baselines.get(name))
         for name in on_shared

@@ -255,10 +255,11 @@ def _evaluate(
         return
     with recorder.paused():
         results = evaluation.evaluate(session.config.eval, session.encoder(state), data.sets, kinds=kinds)
+        failed = {name: why for name, why in results["missing"].items() if name not in data.sets.missing}
         numbers = evaluation.flat(results)
         if data.val and "zero_shot" in kinds:
-            numbers |= session.validation(state, data.val)
-    failed = {name: why for name, why in results["missing"].items() if name not in data.sets.missing}
+            with evaluation.one_set("config.data.val", failed):
+                numbers |= session.validation(state, data.val)
     print(evaluation.text(results | {"missing": failed}), end="", flush=True)
     recorder.write(step, numbers, failed)
     checkpoints.score(step, numbers)

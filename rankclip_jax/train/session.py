@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from rankclip_jax import evaluation, losses, models
 from rankclip_jax.common.devices import Devices, devices_of
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
-from rankclip_jax.parallel import sharding
+from rankclip_jax.parallel import processes, sharding
 from rankclip_jax.parallel.mesh import batch_shards, make_mesh, to_devices, to_host
 from rankclip_jax.train import step as steps
 
@@ -100,23 +101,27 @@ class Session:
     def validation(self, state: steps.TrainState, source: Any) -> dict[str, float]:
         """Mean of the loss's parts over the whole batches of `source`, as {"val/clip": ...}.
 
-        Fewer samples than a batch are one smaller batch. With config.eval.diagnostics also how the first batch's
-        embeddings lie (losses/diagnostics.py).
+        Fewer samples than a batch are one smaller batch, and so is a batch with samples that cannot be read. With
+        config.eval.diagnostics also how the first batch's embeddings lie (losses/diagnostics.py).
+
+        Raises:
+          InputError: a batch has fewer than two samples that can be read.
         """
         from input_pipeline import pipeline
 
-        batches = pipeline.eval_batches(source, **self.view(self.local_batch))
+        batches = evaluation.agreed(pipeline.eval_batches(source, **self.view(self.local_batch)))
         parts, numbers = [], {}
-        for _ in range(max(1, source.size // self.config.batch_size)):
-            batch = next(batches)
+        for batch in itertools.islice(batches, max(1, source.size // self.config.batch_size)):
             tokens = self.tokenizer(batch["caption"], self.context_length)
             rows = to_devices(_pictures(batch) | {"tokens": tokens}, self.mesh)
-            small = source.size < self.config.batch_size
-            if small or (self.config.eval.diagnostics and not parts):
+            whole = min(processes.of_all(int(batch["mask"].all())))
+            if not whole or (self.config.eval.diagnostics and not parts):
                 z = self._embed_pairs(state, rows, batch["mask"])
-                if self.config.eval.diagnostics:
+                if len(z[0]) < 2:
+                    raise InputError(f"a batch of config.data.val has {len(z[0])} samples that can be read")
+                if self.config.eval.diagnostics and not parts:
                     numbers = _diagnostics(*z, np.exp(float(state.params["logit_scale"])))
-            parts.append(self._loss_of(state.params, *z) if small else self._val_step(state, rows))
+            parts.append(self._val_step(state, rows) if whole else self._loss_of(state.params, *z))
         numbers |= {key: np.mean([float(part[key]) for part in parts]) for key in parts[0]}
         return {f"val/{key}": float(value) for key, value in numbers.items()}
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from input_pipeline import labelled, pipeline
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.config import keys as config_keys
+from rankclip_jax.config import eval_set
 from tests.support.source_files import samples, write_tfds
 
 GREYS = [10, 10, 20, 20, 30, 30, 30]  # of seven images; their classes are 0, 0, 1, 1, 2, 2, 2
@@ -72,11 +72,11 @@ def write_csv(root):
 
 
 def spec(**fields):
-    return ConfigDict(config_keys.ZERO_SHOT_SET | fields)
+    return eval_set("zero_shot", fields)
 
 
 def open_captioned(**fields):
-    return labelled.open_captioned(ConfigDict(config_keys.CAPTIONED_SET | fields), image_side=16)
+    return labelled.open_captioned(eval_set("retrieval", fields), image_side=16)
 
 
 def read_all(source):
