@@ -130,9 +130,9 @@ def complete(config: Mapping) -> ConfigDict:
     return merged
 
 
-def eval_set(kind: str, given: Mapping, where: str = "a set") -> ConfigDict:
+def eval_set(kind: str, given: Mapping, where: str | None = None) -> ConfigDict:
     """The fields of one set of config.eval.KIND, complete and checked; raises as `complete` does."""
-    return ConfigDict(_merged(EVAL_SETS[kind], given, where))
+    return ConfigDict(_merged(EVAL_SETS[kind], given, where or f"config.eval.{kind}"))
 
 
 def _term_weight(weight: Any, term: str) -> float | ConfigDict:

@@ -43,7 +43,7 @@ def state():
 def small():
     settings = {
         "batch_size": 8, "data.train": 32, "data.val": None, "epochs": 1, "optim.warmup_steps": 1,
-        "loss.objective": "clip", "eval.every_epochs": None, "tokenizer.vocab_size": 300, "model.image_size": 8,
+        "loss.objective": "clip", "tokenizer.vocab_size": 300, "model.image_size": 8,
         "model.vision": {"layers": (1, 1), "width": 8, "stem": "small"},
         "model.text": {"layers": 1, "width": 32, "heads": 2},
     }  # fmt: skip
