@@ -2,11 +2,11 @@
 
 A small run is killed, terminated, starved of disk, robbed of its data, fed NaNs, and its checkpoints are damaged; each
 time the same command is started again. Every case must end with the numbers of the uninterrupted run, bit for bit:
-each line of metrics.jsonl, and the fingerprint of every array of the last checkpoint. Where a start cannot go on, it
+each line of metrics.jsonl, and the fingerprint of every array of the last checkpoint. If a start cannot resume, it
 must say so in one line, and the next start, with the cause removed, must end with those numbers.
 
-Each start is a process of its own, forked from one that has imported the modules, which is most of a start's time.
-Full and read-only disks need root (a tmpfs is mounted), and are left out without. Leave the sources alone meanwhile.
+Each start is a separate process, forked from one that has imported the modules, which is most of a start's time.
+Full and read-only disks need root (a tmpfs is mounted) and are skipped otherwise. Do not edit the sources meanwhile.
 """
 
 import argparse
@@ -96,7 +96,7 @@ class Campaign:
             runs, workdir = runs + 1, self.workdir()
         self.goes_on(workdir)
         found = ", ".join(f"{phases.count(phase)} {phase}" for phase in sorted(set(phases)))
-        return f"{killed} kills ({found}) over {runs + 1} runs: all went on to the same numbers"
+        return f"{killed} kills ({found}) over {runs + 1} runs: all resumed with the same numbers"
 
     def sigterm(self) -> str:
         saved = []
@@ -104,7 +104,7 @@ class Campaign:
             workdir = self.workdir()
             saved.append(self.terminate(workdir, step))
             self.goes_on(workdir)
-        return f"exit 75 with step {', '.join(map(str, saved))} saved; went on to the same numbers"
+        return f"exit 75 with step {', '.join(map(str, saved))} saved; resumed with the same numbers"
 
     def limited_file_size(self) -> str:
         import resource
@@ -159,7 +159,7 @@ class Campaign:
         assert re.search(rf"checkpoint .*/{newest} is damaged and passed over", start.text()), start.text()
         assert outcome_of(workdir) == self.expected and (workdir / "checkpoints" / f"damaged-{newest}").is_dir()
         went_on = re.search(r"resuming from step (\d+)", start.text())[1]
-        return f"step {newest} named and passed over, went on from {went_on}: same numbers"
+        return f"step {newest} named and skipped, resumed from {went_on}: same numbers"
 
     def all_checkpoints_damaged(self) -> str:
         workdir = self.copy()
@@ -178,7 +178,7 @@ class Campaign:
         if start.wait() == 0:
             (numbers, checkpoint), (expected, same) = outcome_of(workdir), self.expected
             assert checkpoint == same and all(row in expected for row in numbers) and numbers[-1] == expected[-1]
-            return f"went on to the same state; {len(expected) - len(numbers)} lines that were cut off stay lost"
+            return f"resumed with the same state; the {len(expected) - len(numbers)} lines that were cut off stay lost"
         said = short(start.error())
         (workdir / name).write_text(whole)
         return f"`{said}`; then {self.goes_on(workdir)}"
@@ -231,7 +231,7 @@ class Campaign:
         seconds = time.monotonic() - killed
         assert both[which].wait() == -9
         assert self._pair_finished(workdir) == self.expected_of_pair()
-        return f"after {seconds:.0f} s `{short(said[0])}`; then both went on to the same numbers"
+        return f"after {seconds:.0f} s `{short(said[0])}`; then both resumed with the same numbers"
 
     def sigterm_to_one_of_two(self) -> str:
         workdir = self.workdir()
@@ -243,15 +243,15 @@ class Campaign:
         saved = re.search(r"SIGTERM: saved step (\d+)", both[0].text())  # before the next start writes there
         assert self._pair_finished(workdir) == self.expected_of_pair()
         if codes == [0, 0]:
-            return "both came to the end before they had agreed on a step"
-        return f"both exit 75 with step {saved[1]} saved; went on to the same numbers"
+            return "both finished before they agreed on a step"
+        return f"both exit 75 with step {saved[1]} saved; resumed with the same numbers"
 
 
 def cases(campaign: Campaign) -> list[tuple[str, Callable[[], str]]]:
     """(what is done, how it went) of every case."""
     c = campaign
     return [
-        (f"SIGKILL at {c.kills} random moments, every other one in a save", c.sigkill),
+        (f"SIGKILL at {c.kills} random moments, every second one during a save", c.sigkill),
         ("SIGTERM at random steps", c.sigterm),
         *((f"newest checkpoint: {kind}", lambda kind=kind: c.damaged_checkpoint(kind)) for kind in damage.KINDS),
         ("all checkpoints damaged", c.all_checkpoints_damaged),

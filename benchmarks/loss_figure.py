@@ -6,8 +6,8 @@ python -m benchmarks.loss_figure
 import pathlib
 
 import jax
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from benchmarks.ranking_contenders import embeddings
 from benchmarks.ranking_loss import float64_terms
@@ -31,16 +31,14 @@ def published_form(img, txt, scale):
 
 
 def main():
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     img, txt = embeddings(BATCH)
     scales = np.geomspace(1, 100, 15)
     forms = {
         "published float32 form": jax.jit(jax.value_and_grad(published_form, (0, 1))),
         "this project, float32": jax.jit(jax.value_and_grad(lambda *a: sum(rank_consistency(*a)), (0, 1))),
     }
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
+    figure = Figure(figsize=(8, 3), layout="tight")
+    left, right = figure.subplots(1, 2)
     truth = [float64_terms(img, txt, scale) for scale in scales]
     for label, form in forms.items():
         errors, cosines = [], []
@@ -57,7 +55,6 @@ def main():
     left.legend(fontsize=7)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(pathlib.Path(__file__).parent.parent / "docs" / "ranking_loss.png", dpi=90)
 
 

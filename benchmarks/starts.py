@@ -37,7 +37,7 @@ def prepare(folder: Path) -> None:
             rows.writerow([f"images/{i}.png", f"picture {i} of {'a red circle' if i % 2 else 'a blue square'}"])
     import rankclip_jax.train  # noqa: F401 -- first: it quiets TensorFlow
 
-    for module in ("clu.metric_writers", "matplotlib.pyplot", "input_pipeline.captions", "input_pipeline.pipeline"):
+    for module in ("clu.metric_writers", "matplotlib.figure", "input_pipeline.captions", "input_pipeline.pipeline"):
         importlib.import_module(module)  # imports alone: JAX has no backend yet, so that a fork is safe
 
 

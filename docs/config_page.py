@@ -1,6 +1,6 @@
 """Writes docs/config.md from the source of rankclip_jax/config/keys.py: python docs/config_page.py > docs/config.md
 
-The comments beside the keys are the documentation; a test compares the page with them, so neither can drift.
+The comments next to the keys are the documentation. A test compares the page with them.
 """
 
 import ast
@@ -14,21 +14,24 @@ HEAD = """# Every key of the configuration
 
 Generated from the comments in `rankclip_jax/config/keys.py` by `python docs/config_page.py > docs/config.md`.
 
-A key is given on the command line as `--config.optim.lr=1e-3`, or in a file like those in `configs/`, which says only
-what it changes. Values are Python literals; what is none is a string. A key that does not exist is refused, and the
-nearest that does is named. A run that goes on in its workdir may change {may_change}
-and nothing else.
+Set a key on the command line, `--config.optim.lr=1e-3`, or in a file like those in `configs/`, which contains only the
+changed keys. A value is a Python literal; anything else is read as a string. An unknown key is an error that names the
+closest existing key.
+
+A resumed run may change only these keys:
+{may_change}.
 
 Sources: [p] RankCLIP, arXiv 2404.09387; [c] the code that its authors released; [o] CLIP, arXiv 2103.00020;
-[s] SigLIP, arXiv 2303.15343; [y] CyCLIP, arXiv 2205.14459. A value after one is what stands there instead; where
-there is no source, the default was chosen here. The published values for CC3M are in `configs/cc3m.py`.
+[s] SigLIP, arXiv 2303.15343; [y] CyCLIP, arXiv 2205.14459. A value after a source is the source's value, if it differs
+from the default. A default without a source was chosen for this project. `configs/cc3m.py` has the published values for
+CC3M.
 """
 SETS = {  # constant -> (heading, what it is)
     "MIXTURE_PART": ("config.data.train.NAME", "One source of a mixture, also `config.data.val.NAME`."),
     "ZERO_SHOT_SET": ("config.eval.zero_shot.NAME", "A labelled set for zero-shot classification."),
-    "LINEAR_PROBE_SET": ("config.eval.linear_probe.NAME", "Besides the keys of a zero-shot set:"),
+    "LINEAR_PROBE_SET": ("config.eval.linear_probe.NAME", "The keys of a zero-shot set, and:"),
     "CAPTIONED_SET": ("config.eval.retrieval.NAME", "A set of images with captions."),
-    "GEOMETRY_SET": ("config.eval.geometry.NAME", "Besides the keys of a retrieval set:"),
+    "GEOMETRY_SET": ("config.eval.geometry.NAME", "The keys of a retrieval set, and:"),
 }
 
 
@@ -89,7 +92,7 @@ def page() -> str:
     source = SOURCE.read_text()
     found = tables(source)
     may_change = re.search(r"^MAY_CHANGE = \((.*)\)", source, re.MULTILINE).group(1)
-    groups = ", ".join(f"`{name}`" for name in re.findall(r'"(\w+)"', may_change))
+    groups = ", ".join(f"`{name}`" for name in re.findall(r'"([\w.]+)"', may_change))
     out = [HEAD.format(may_change=groups), "## The run", ""]
     rows = found["default_config"]
     tops = [row for row in rows if "." not in row[0]]

@@ -1,4 +1,4 @@
-"""From image-caption data of any kind to batches of uint8 images and int32 tokens. The only home of TensorFlow."""
+"""Turns image-caption data into batches of uint8 images and int32 tokens. The only package that uses TensorFlow."""
 
 from rankclip_jax.common.errors import InputError
 

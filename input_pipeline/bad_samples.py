@@ -1,4 +1,4 @@
-"""Samples that cannot be used: counted, named with the reason, and never silently lost."""
+"""Counts unusable samples and records each with its reason."""
 
 import json
 import re
@@ -14,18 +14,18 @@ from rankclip_jax.common.errors import InputError
 
 
 class BadSamples:
-    """Finds what tf.data's `ignore_errors` dropped, by the gaps it leaves, and writes a line about each row.
+    """Finds samples dropped by tf.data's `ignore_errors`, by the gaps in the positions, and writes a line for each row.
 
-    The hot path stays inside the graph: only a dropped sample is read once more, alone, to learn its reason. What the
-    source could not reach at all (Source.lost) is written down at the start, and counts, too.
+    The hot path stays in the graph: only a dropped sample is read once more, alone, to find the reason. Samples that
+    the source cannot reach at all (Source.lost) are recorded and counted at the start.
 
     Attributes:
-      count: samples passed over so far, repeated rows counted each time.
-      reasons: reason -> different rows, those of earlier parts of the run included.
+      count: samples skipped so far; repeated rows count each time.
+      reasons: reason -> number of distinct rows, including earlier parts of the run.
     """
 
     def __init__(self, source: Source, path: Path | None = None, max_fraction: float = 1.0):
-        """`path`: a JSON-lines file to append to, each row once: row, where, reason, detail; None: only the console.
+        """`path`: a JSON-lines file; each row is appended once: row, where, reason, detail. None: only the console.
 
         Raises:
           InputError: more than `max_fraction` of the samples are lost from the start.
@@ -38,18 +38,18 @@ class BadSamples:
                 try:
                     entry = json.loads(line)
                     where, reason, samples = str(entry["where"]), str(entry["reason"]), int(entry.get("samples", 1))
-                except (ValueError, TypeError, KeyError, RecursionError):  # the last line of a run that was killed
+                except (ValueError, TypeError, KeyError, RecursionError):  # the torn last line of a killed run
                     continue
                 self._named.add(where)
                 self.reasons[reason] += samples
-        for lost in source.lost:
-            self._name(None, lost.where, lost.reason, "", lost.samples)
-        lost = sum(lost.samples for lost in source.lost)
+        for one in source.lost:
+            self._name(None, one.where, one.reason, "", one.samples)
+        lost = sum(one.samples for one in source.lost)
         if lost > max_fraction * (source.size + lost):
             raise InputError(self._too_many(f"{lost} of about {source.size + lost} samples are lost"))
 
     def check(self, good: int, dropped: list[int], row_of: Callable, sample: Callable) -> None:
-        """Notes that `good` samples came and the positions `dropped` did not.
+        """Counts `good` samples and records those at the positions `dropped`.
 
         Raises:
           InputError: more than `max_fraction` of at least 100 samples were bad.
@@ -58,28 +58,28 @@ class BadSamples:
         self.count += len(dropped)
         for position in dropped:
             row = int(row_of(position))
-            message = reason_of_failure(sample, position) or "could not be read, and could when tried again"
+            message = reason_of_failure(sample, position) or "failed once, but could be read on retry"
             detail, _, reason = message.rpartition("; ")
             self._name(row, self._source.where(row), reason, detail)
         if dropped and self._seen >= 100 and self.count > self._max_fraction * self._seen:
-            raise InputError(self._too_many(f"{self.count} of {self._seen} samples could not be used"))
+            raise InputError(self._too_many(f"{self.count} of {self._seen} samples are unusable"))
 
     def summary(self) -> str:
-        """How many rows were bad for which reason, in one line."""
+        """Number of bad rows by reason, in one line."""
         by_reason = ", ".join(f"{rows:,} {reason}" for reason, rows in self.reasons.most_common())
-        return f"{self.reasons.total():,} samples cannot be used and were passed over: {by_reason}"
+        return f"{self.reasons.total():,} unusable samples skipped: {by_reason}"
 
     def _too_many(self, how_many):
         named_by = self._path or "the console"
         limit = f"more than config.data.max_bad_fraction = {self._max_fraction}"
-        return f"{how_many}, {limit} ({self.summary()}); {named_by} names them"
+        return f"{how_many}, {limit} ({self.summary()}); see {named_by}"
 
     def _name(self, row, where, reason, detail, samples=1):
         if where in self._named:
             return
         self._named.add(where)
         self.reasons[reason] += samples
-        print(f"bad sample passed over: {where}: {detail + '; ' if detail else ''}{reason}", file=sys.stderr)
+        print(f"bad sample skipped: {where}: {detail + '; ' if detail else ''}{reason}", file=sys.stderr)
         if self._path:
             entry = {"row": row, "where": where, "reason": reason, "detail": detail}
             with open(self._path, "a") as out:
@@ -87,22 +87,22 @@ class BadSamples:
 
 
 def reason_of_failure(sample: Callable, position: int) -> str | None:
-    """Why `sample(position)` fails, "details; reason", the reason being one that many may share; None: it works."""
+    """Why `sample(position)` fails: "details; reason", where samples can share a reason. None: it works."""
     try:
         sample(tf.constant(position, tf.int64))
     except tf.errors.NotFoundError as error:
         return f"{in_words(error).split('; ')[0]}; no such file"
     except tf.errors.DataLossError:
         return "the record does not match its checksum"
-    except UnicodeDecodeError as error:  # TensorFlow quotes the sample's bytes in its message
+    except UnicodeDecodeError as error:  # the message contains the sample's bytes
         return _in_words(error.object.decode(errors="replace"))
-    except Exception as error:  # TensorFlow's own, or whatever a Python part of the pipeline raises
+    except Exception as error:  # of TensorFlow, or of a Python part of the pipeline
         return in_words(error)
     return None
 
 
 def in_words(error: Exception) -> str:
-    """What TensorFlow says, in one line, without the names of its operations and without the sample's bytes."""
+    """TensorFlow's message in one line, without operation names and the sample's bytes."""
     return _in_words(getattr(error, "message", None) or str(error)) or type(error).__name__
 
 
@@ -114,6 +114,6 @@ def _in_words(message):
         return "broken or truncated JPEG"
     if "Could not parse example" in message:
         return "not a tf.train.Example"
-    # The names of operations follow, and of what Python raised its stack.
+    # What follows is operation names, or the stack of a Python error.
     line, _, _ = re.sub(r"\{\{function_node .*?\}\} ?", "", message).strip().partition("\n")
     return "".join(c if c.isprintable() else "?" for c in line.partition(" [Op:")[0])[:200]

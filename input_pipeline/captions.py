@@ -1,4 +1,4 @@
-"""A second view of a caption, for in-modal training: a word dropped, two swapped, or one replaced by a synonym."""
+"""Second views of captions for in-modal training: a word deleted, two swapped, or one replaced by a synonym."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,20 +10,20 @@ from rankclip_jax.common.errors import InputError
 
 
 def augment(caption: str, rng: np.random.Generator, synonyms: Mapping[str, Sequence[str]] | None = None) -> str:
-    """One random edit of a caption; each edit that is possible is equally likely.
+    """Applies one random edit to a caption. All possible edits are equally likely.
 
-    Deletion and swapping of words are the random deletion and random swap of EDA (Wei and Zou, EMNLP 2019), once a
-    caption; the table replaces a word as EDA's synonym replacement does with WordNet, which is not needed here.
+    Deletion and swap are those of EDA (Wei and Zou, EMNLP 2019), applied once per caption. Replacement corresponds to
+    EDA's synonym replacement, with a table instead of WordNet.
 
     Args:
       caption: words separated by white space.
       rng: the only source of randomness; the same state gives the same view.
-      synonyms: lower-case word -> words that may stand for it, as `read_synonyms` returns. Punctuation around
-        the word and a capital at its start are kept.
+      synonyms: lower-case word -> its synonyms, as from `read_synonyms`. Punctuation around the word and an initial
+        capital are kept.
 
     Returns:
-      The edited caption, its words separated by single spaces. Words are never all deleted: a caption of one
-      word that has no synonym, and one without words, come back as they are.
+      The edited caption with single spaces between words. A caption without words, or of one word without a synonym, is
+      returned unchanged.
     """
     words = caption.split()
     replaceable = [i for i, word in enumerate(words) if synonyms and _parts(word)[1].lower() in synonyms]
@@ -58,15 +58,15 @@ def _replaced(word, synonyms, rng):
 
 
 def read_synonyms(path: str | Path) -> dict[str, list[str]]:
-    """Reads a synonym table: a JSON object, each word with a list of the words that may stand for it.
+    """Reads a synonym table: a JSON object of word -> list of synonyms.
 
     Raises:
-      InputError: no such file, not JSON, or not such a table.
+      InputError: no such file, invalid JSON, or not such a table.
     """
     try:
         table = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"the synonym table {path} cannot be read: {error}") from None
+        raise InputError(f"cannot read the synonym table {path}: {error}") from None
     if not isinstance(table, dict):
         raise InputError(f'{path} must hold a JSON object such as {{"sofa": ["couch"]}}')
     for word, others in table.items():

@@ -1,4 +1,4 @@
-"""A picture of examples with their captions, drawn by matplotlib."""
+"""Draws a sheet of example images with their captions, by matplotlib."""
 
 import textwrap
 import warnings
@@ -10,16 +10,16 @@ from PIL import Image
 
 _COLUMNS, _ROWS = 6, 4
 EXAMPLES = _COLUMNS * _ROWS
-_LINES, _LETTERS = 4, 30  # of a caption under its picture
-# Inches: a picture's box, a line of a caption, the gap between columns, the margins, the title's band.
+_LINES, _LETTERS = 4, 30  # of a caption below its image
+# Inches: an image's box, a line of a caption, the gap between columns, the margins, the title's band.
 _BOX, _LINE, _GAP, _MARGIN, _TITLE = 1.9, 0.13, 0.14, 0.2, 0.45
 
 
 def draw(path: Path, title: str, examples: list[tuple[Image.Image, str, str]]) -> None:
-    """Writes a PNG of the examples, at least one: an RGB image, its caption, and a note in small print, each."""
+    """Writes a PNG of at least one example: (RGB image, caption, note in small print)."""
     wrapped = [_wrapped(caption) for _, caption, _ in examples]
     rows = -(-len(examples) // _COLUMNS)
-    pitch = _BOX + _LINE * (3 + max(len(lines) for lines in wrapped))  # from one row of pictures to the next
+    pitch = _BOX + _LINE * (3 + max(len(lines) for lines in wrapped))  # from one row of images to the next
     width, height = 2 * _MARGIN + _COLUMNS * (_BOX + _GAP) - _GAP, _TITLE + rows * pitch
     figure = Figure(figsize=(width, height), dpi=100)
 
@@ -35,12 +35,12 @@ def draw(path: Path, title: str, examples: list[tuple[Image.Image, str, str]]) -
         axes.set_anchor("SW")  # on the caption, at its left edge
         small = image.copy()
         small.thumbnail((2 * _BOX * 100,) * 2, Image.Resampling.BICUBIC)
-        # A picture of few pixels is shown as it is, squares and all.
+        # A tiny image is shown pixel by pixel.
         axes.imshow(np.asarray(small), interpolation="nearest" if max(image.size) < 64 else "antialiased")
         write(left, bottom - 0.06, "\n".join(lines), fontsize=7.5, linespacing=1.2)
         write(left, bottom - 0.1 - _LINE * len(lines), note, fontsize=6, color="0.5")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the box in its place says as much
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box is drawn in its place
         figure.savefig(path, format="png")
 
 

@@ -1,8 +1,8 @@
-"""Encoded bytes of any common kind -> uint8 RGB, in the graph wherever TensorFlow can, by PIL where it cannot.
+"""Decodes images of any common format to uint8 RGB: by TensorFlow in the graph where possible, otherwise by PIL.
 
-JPEG, PNG and WebP stay in the graph; a PNG with a palette, an animated WebP, GIF, BMP, TIFF and whatever else PIL reads
-go through PIL, which gives the first frame. Palettes and grey become RGB, CMYK is converted, 16 bits keep their upper
-8, and transparency is composited on white. An EXIF rotation is ignored, as published CLIPs do.
+JPEG, PNG and WebP are decoded in the graph. PNG with a palette, animated WebP, GIF, BMP, TIFF and other formats of PIL
+are decoded by PIL, which gives the first frame. Palettes, grey and CMYK become RGB, 16 bits keep their upper 8, and
+transparency is composited on white. EXIF rotation is ignored, as in published CLIP models.
 """
 
 import io
@@ -11,12 +11,12 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-# More is refused before it is decoded: one such picture takes 256 MB. PIL warns at the same number.
+# Larger images are refused before decoding: one of this size takes 256 MB. PIL warns at the same number.
 MAX_PIXELS = 89_478_485
 
 
 def is_jpeg(image: tf.Tensor) -> tf.Tensor:
-    """Whether encoded bytes are a JPEG (bool scalar)."""
+    """Whether encoded bytes are a JPEG, bool scalar."""
     return tf.strings.substr(image, 0, 3) == b"\xff\xd8\xff"
 
 
@@ -28,34 +28,34 @@ def jpeg_size(image: tf.Tensor) -> tf.Tensor:
 
 
 def jpeg(image: tf.Tensor, log2_ratio: tf.Tensor | None = None, recover: bool = False) -> tf.Tensor:
-    """A JPEG -> uint8 (H, W, 3), bit for bit what PIL decodes.
+    """A JPEG -> uint8 (H, W, 3), bit for bit as PIL decodes it.
 
     Args:
       image: encoded bytes.
-      log2_ratio: int32 scalar, 0 to 3: the decoder itself scales the picture down by 1, 2, 4 or 8, rounded up.
-      recover: a truncated one is decoded as far as it goes.
+      log2_ratio: int32 scalar, 0 to 3: the decoder scales the image down by 1, 2, 4 or 8; sizes are rounded up.
+      recover: decode the readable part of a truncated JPEG.
     """
     options = dict(channels=3, dct_method="INTEGER_ACCURATE", try_recover_truncated=recover)
 
     def scaled(ratio):
-        # TensorFlow's default transform is quicker by a little, and up to 13 grey levels off.
+        # TensorFlow's default transform is slightly faster, and up to 13 grey levels off.
         return lambda: tf.io.decode_jpeg(image, ratio=ratio, **options)
 
     return scaled(1)() if log2_ratio is None else tf.switch_case(log2_ratio, [scaled(r) for r in (1, 2, 4, 8)])
 
 
 def decode(image: tf.Tensor, recover: bool = False) -> tf.Tensor:
-    """Bytes of any kind -> uint8 (H, W, 3). A uint8 image passes through.
+    """Bytes of any format -> uint8 (H, W, 3). A uint8 image is returned as it is.
 
-    With `recover` a truncated JPEG is decoded as far as it goes.
+    With `recover` the readable part of a truncated JPEG is decoded.
 
-    Raises, when it runs, InvalidArgumentError (PIL's part: ValueError when run eagerly) with the reason, where the
-    bytes cannot be read or the picture has more than MAX_PIXELS.
+    Raises at run time InvalidArgumentError (PIL's part, run eagerly: ValueError) with the reason: unreadable bytes, or
+    more than MAX_PIXELS.
     """
     if image.dtype == tf.uint8:
         return image
     head = _head(image)
-    # libpng makes up wrong alpha for a palette of fewer than 256 colours, so those go to PIL.
+    # libpng returns wrong alpha for palettes of fewer than 256 colours, so PIL decodes palettes.
     png = tf.reduce_all(head[:8] == list(b"\x89PNG\r\n\x1a\n")) & (head[25] != 3)
     webp = tf.reduce_all(tf.gather(head, (0, 1, 2, 3, 8, 9, 10, 11)) == list(b"RIFFWEBP"))
     animated = (head[15] == ord("X")) & (head[20] // 2 % 2 == 1)
@@ -75,8 +75,8 @@ def _jpeg(image, recover):
 
 
 def _png(image, head):
-    # Big-endian sides. Colour types 4 and 6 have an alpha channel; a single colour that the others mark as transparent
-    # stays opaque.
+    # Big-endian sides. Colour types 4 and 6 have an alpha channel. A single transparent colour of other types stays
+    # opaque.
     width, height = (tf.reduce_sum(head[at : at + 4] * [1 << 24, 1 << 16, 1 << 8, 1]) for at in (16, 20))
     with tf.control_dependencies([_check_pixels(height, width)]):
         return tf.cond(
@@ -87,7 +87,7 @@ def _png(image, head):
 
 
 def _webp(image, head):
-    # Little-endian sides: of 14 bits in a lossy file, of 14 bits less one in a lossless, of 24 less one in an extended.
+    # Little-endian sides. Lossy: 14 bits. Lossless: 14 bits, minus one. Extended: 24 bits, minus one.
     bits = tf.reduce_sum(tf.cast(head[21:25], tf.int64) * [1, 1 << 8, 1 << 16, 1 << 24])
     lossless = tf.cast(tf.stack([bits % 2**14, bits // 2**14 % 2**14]), tf.int32) + 1
     lossy = tf.reduce_sum(tf.reshape(head[26:30], (2, 2)) * [1, 1 << 8], axis=1) % 2**14
@@ -114,7 +114,7 @@ def _first_frame(data):
         with Image.open(io.BytesIO(np.asarray(data, object).item())) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise ValueError(_TOO_MANY.replace("{}", "%s") % opened.size)
-            if opened.mode.startswith("I"):  # 16 bits, which PIL would clip to 255
+            if opened.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
                 grey = np.clip(np.asarray(opened, np.int64) >> 8, 0, 255).astype(np.uint8)
                 return np.repeat(grey[..., None], 3, axis=-1)
             on_white = Image.new("RGBA", opened.size, "white")
@@ -123,17 +123,17 @@ def _first_frame(data):
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from None
     except Image.UnidentifiedImageError:
-        raise ValueError("not an image, or of a kind that PIL does not know") from None
+        raise ValueError("not an image, or a format that PIL does not support") from None
 
 
-_TOO_MANY = f"{{}} x {{}} pixels; a picture must have at least 1 and at most {MAX_PIXELS:,}"
+_TOO_MANY = f"{{}} x {{}} pixels; an image must have at least 1 and at most {MAX_PIXELS:,}"
 
 
 def _check_pixels(height, width):
     pixels = tf.cast(height, tf.int64) * tf.cast(width, tf.int64)
 
     def refuse():
-        # Of two steps, for the text costs more than the header and is hardly ever needed.
+        # In a separate branch: formatting the text costs more than reading the header and is rarely needed.
         return tf.debugging.Assert(False, [tf.strings.format(_TOO_MANY, (width, height))])
 
     return tf.cond((pixels > 0) & (pixels <= MAX_PIXELS), tf.no_op, refuse)

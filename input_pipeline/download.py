@@ -5,82 +5,43 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
-import venv
 from collections import Counter
 from pathlib import Path
 
-from input_pipeline import url_list
+from input_pipeline import download_stats, url_list
 from rankclip_jax.common import commands
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
-from rankclip_jax.common.ownership import ENVIRONMENT, MARKER, Owned
+from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.progress import progress
 
-# imghdr, which img2dataset imports, left Python with 3.13.
-REQUIREMENTS = ("img2dataset>=1.47,<2", "standard-imghdr; python_version >= '3.13'")
-_STATS = re.compile(r"\d{5,}_stats\.json")
-# What the messages of img2dataset mean, in words that many URLs share.
-_REASONS = (
-    (r"X-Robots-Tag", "the site asks not to use it (X-Robots-Tag)"),
-    (r"slower than \d+ s|larger than \d+ MB", None),  # of img2dataset_driver.py, as they are
-    (r"timed out|timeout", "no answer in time"),
-    (r"HTTP Error \d+", None),
-    (r"Name or service not known|No address associated|name resolution|nodename", "no such host any more"),
-    (r"certificate|SSL|TLS|EOF occurred in violation", "no secure connection (certificate)"),
-    (r"IncompleteRead|Remote end closed|Connection reset|Connection aborted", "the connection broke off"),
-    (r"Connection refused|No route to host|Network is unreachable", "the host refuses connections"),
-    (r"Image decoding error|not an image|cannot identify", "not an image, or a broken one"),
-    (r"image too small|image area too large|aspect ratio", None),
-)
+ENV = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankclip_jax" / "img2dataset"
+# With imghdr, which it imports, and which left Python with 3.13.
+INSTALL = "python3 -m venv {0} && {0}/bin/pip install 'img2dataset>=1.47,<2' standard-imghdr"
 
 
-def find_python(folder: Path) -> Path:
-    """A Python that has img2dataset: this one, or that of an environment in `folder`, which is made where nothing is.
+def find_python(env: Path | None) -> Path:
+    """A Python that has img2dataset: that of the environment `env`; None: this one, or that in ENV.
 
-    img2dataset brings a hundred packages (OpenCV, pandas, wandb and their needs), which have no business next to a
-    training; so it is not installed here, but used where it already is.
-
-    Raises:
-      InputError: there is something else in `folder`, or the environment cannot be made, for example offline.
+    It brings a hundred packages (OpenCV, pandas, wandb), which have no business next to a training. Raises InputError
+    where it is not installed, saying how to.
     """
-    if importlib.util.find_spec("img2dataset"):
+    if env is None and importlib.util.find_spec("img2dataset"):
         return Path(sys.executable)
-    python = folder / "bin" / "python"
-    wanted = json.dumps([sys.version, *REQUIREMENTS])
-    ready = folder / "ready.json"
-    if python.exists() and ready.exists() and ready.read_text() == wanted:
-        return python
-    if not (folder / MARKER).exists() and _has_img2dataset(python):
-        return python
-    owned = Owned(folder, "download --env", alone="give an environment that has img2dataset, or a new folder")
-    print(f"img2dataset is not installed here: making an environment for it in {folder}, 800 MB, once", file=sys.stderr)
-    try:
-        owned.clear(ENVIRONMENT)  # of another Python, with other requirements, or not complete
-        owned.claim(ENVIRONMENT)
-        venv.create(folder, symlinks=True, with_pip=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise InputError(f"cannot make an environment in {folder}: {error}; give another folder by --env") from None
-    install = [python, "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check", *REQUIREMENTS]
-    done = subprocess.run(install, capture_output=True, text=True)
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-        raise InputError(f"img2dataset cannot be installed: {why}; or install it into an environment given by --env")
-    write_whole(ready, wanted)
-    return python
-
-
-def _has_img2dataset(python: Path) -> bool:
-    """Whether this Python is one, and finds img2dataset."""
+    env = env or ENV
+    python = env / "bin" / "python"
     look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('img2dataset') is None)"
     try:
-        return subprocess.run([python, "-c", look], capture_output=True).returncode == 0
+        if subprocess.run([python, "-c", look], capture_output=True).returncode == 0:
+            return python
     except OSError:
-        return False
+        pass
+    raise InputError(f"no img2dataset in {env}; install it: {INSTALL.format(shlex.quote(str(env)))}")
 
 
 def download(urls: Path, out_dir: Path, options: argparse.Namespace) -> tuple[Counter, int]:
@@ -109,14 +70,14 @@ def download(urls: Path, out_dir: Path, options: argparse.Namespace) -> tuple[Co
         _remove_unfinished(owned, shards)
         print(f"{total:,} URLs" + (f"; {left_out:,} lines without a URL or a caption left out" if left_out else ""))
         if total:
-            python, log = find_python(options.env), own / "img2dataset.log"
+            python = find_python(options.env)
             try:
-                _run(python, _arguments(out_dir, own, options), out_dir, log, total)
+                _run(python, _arguments(out_dir, own, options), out_dir, own / "img2dataset.log", total)
             finally:
                 _remove_unfinished(owned, shards)
     except OSError as error:
         raise InputError(f"{error.filename or out_dir}: {error.strerror or error}") from None
-    return count(out_dir, total), total
+    return download_stats.count(out_dir, total), total
 
 
 def _settings(urls, options):
@@ -173,11 +134,11 @@ def _remove_unfinished(owned, shards):
     """Removes what a stop left of shards: those whose _stats.json, which comes last, is not there or not whole."""
     # img2dataset takes every .json here for one of its own, and removes all of _tmp.
     for path in owned.folder.glob("*.json"):
-        if not _STATS.fullmatch(path.name):
+        if not download_stats.NAME.fullmatch(path.name):
             raise InputError(f"{path} is in img2dataset's way, and download did not write it; move it away")
     owned.remove("_tmp")
     for _, *files, stats in map(_names, shards):
-        if not (owned.folder / stats).exists() or _read_stats(owned.folder / stats) is None:
+        if not (owned.folder / stats).exists() or download_stats.read(owned.folder / stats) is None:
             for name in (stats, *files):
                 owned.remove(name)
 
@@ -185,7 +146,7 @@ def _remove_unfinished(owned, shards):
 def _run(python, arguments, out_dir, log, total):
     """Runs img2dataset, its own words in a log, and shows how far it is by the shards that it finishes."""
     driver = Path(__file__).with_name("img2dataset_driver.py")
-    done = sum(stats["count"] for stats in _stats(out_dir))
+    done = sum(stats["count"] for stats in download_stats.finished(out_dir))
     with open(log, "w") as out, progress("download", total, unit="URLs", done=done) as bar:
         # A session of its own, so that an interrupt reaches all of its processes at once, and none survives.
         child = subprocess.Popen(
@@ -198,7 +159,7 @@ def _run(python, arguments, out_dir, log, total):
         try:
             while child.poll() is None:
                 time.sleep(0.5)
-                finished = _stats(out_dir)
+                finished = download_stats.finished(out_dir)
                 done = sum(stats["count"] for stats in finished)
                 images = sum(stats["successes"] for stats in finished)
                 bar.set_postfix_str(f"{images / done:.0%} of them images" if done else "", refresh=False)
@@ -209,67 +170,13 @@ def _run(python, arguments, out_dir, log, total):
                 child.wait()
     if child.returncode:
         last = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
-        raise InputError(f"img2dataset failed: {last}; {log} has more, and the same command goes on")
-
-
-def _stats(out_dir):
-    paths = (path for path in out_dir.glob("*_stats.json") if _STATS.fullmatch(path.name))
-    return [stats for path in paths if (stats := _read_stats(path)) is not None]
-
-
-def _read_stats(path):
-    try:
-        stats = json.loads(path.read_text())
-        return stats if {"count", "successes", "status_dict"} <= stats.keys() else None
-    except (ValueError, AttributeError, RecursionError):  # half of it is written
-        return None
-
-
-def count(out_dir: Path, total: int) -> Counter:
-    """What became of `total` URLs: "images", the reasons of those that are lost, and "shards not finished"."""
-    counts = Counter()
-    for stats in _stats(out_dir):
-        counts["images"] += stats["successes"]
-        # Before it counts a failure, img2dataset may stumble over a sample; such ones are only in its total.
-        named = sum(stats["status_dict"].values())
-        counts["lost without a reason"] += stats["count"] - named
-        for message, number in stats["status_dict"].items():
-            if message != "success":
-                counts[reason(message)] += number
-    counts["shards not finished"] = total - counts.total()
-    return +counts
-
-
-def reason(message: str) -> str:
-    """An error message of img2dataset in words that many URLs share."""
-    for pattern, words in _REASONS:
-        found = re.search(pattern, message, re.IGNORECASE)
-        if found:
-            return words or (message.strip() if "HTTP Error" in message else found[0])
-    return re.sub(r"\d{2,}|'[^']*'", "...", message.strip().splitlines()[0] if message.strip() else "no message")[:70]
-
-
-def summary(counts: Counter, out_dir: Path, total: int) -> str:
-    """The table of what came and what was lost and why, and how to go on."""
-    size = sum(path.stat().st_size for path in out_dir.glob("*.tar") if path.stem.isdigit())
-    images, share = counts["images"], counts["images"] / max(1, total)
-    lines = [f"{images:,} of {total:,} URLs gave an image ({share:.1%}), {size / 1e6:,.1f} MB: {out_dir}"]
-    lost = [(what, number) for what, number in counts.most_common() if what != "images"]
-    lines += [f"{number:>10,}  {number / total:>6.1%}  {what}" for what, number in lost[:20]]
-    if lost[20:]:
-        lines.append(f"{sum(number for _, number in lost[20:]):>10,}  for {len(lost) - 20} other reasons")
-    if counts["shards not finished"]:
-        log = out_dir / "_download" / "img2dataset.log"
-        lines.append(f"some shards are not finished: {log} says why, and the same command goes on with them")
-    elif images:
-        lines.append(f"train with: --config.data.format=webdataset '--config.data.train={out_dir}/*.tar'")
-    return "\n".join(lines)
+        raise InputError(f"img2dataset failed: {last}; {log} has more, and the same command resumes")
 
 
 def _flags():
     parser = argparse.ArgumentParser(
         prog="python -m input_pipeline.download",
-        description="Downloads the images of a URL list to WebDataset shards; stopped, it goes on by the same command.",
+        description="Downloads the images of a URL list to WebDataset shards; the same command resumes a stopped download.",
         allow_abbrev=False,
     )
     parser.add_argument("urls", metavar="URLS", type=Path, help="tsv, csv (also .gz) or parquet of URLs and captions")
@@ -283,8 +190,7 @@ def _flags():
     parser.add_argument("--threads", type=int, default=64, help="downloads at once in each process (64)")
     parser.add_argument("--timeout", type=int, default=10, help="seconds without an answer (10)")
     parser.add_argument("--retries", type=int, default=1, help="after a failed download (1)")
-    env = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankclip_jax" / "img2dataset"
-    parser.add_argument("--env", type=Path, default=env, help=f"has img2dataset, or is where to install it ({env})")
+    parser.add_argument("--env", type=Path, help=f"environment that has img2dataset; default: this one, or {ENV}")
     return parser
 
 
@@ -298,9 +204,9 @@ def main() -> None:
     if not 1 <= flags.quality <= 100:
         parser.error(f"--quality must be 1 to 100; got {flags.quality}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that img2dataset is ended too
-    with commands.exit_codes("stopped; the same command goes on after the finished shards"):
+    with commands.exit_codes("stopped; the same command resumes after the finished shards"):
         counts, total = download(flags.urls, flags.out_dir, flags)
-        print(summary(counts, flags.out_dir, total))
+        print(download_stats.summary(counts, flags.out_dir, total))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One image as it goes into a shard: decoded once as a check, made smaller and plain where needed, by Pillow."""
+"""Prepares an image for a shard with Pillow: decodes it as a check, and if needed shrinks it and converts it to RGB."""
 
 import dataclasses
 import hashlib
@@ -9,13 +9,13 @@ from PIL import Image
 
 from rankclip_jax.common.errors import one_line
 
-MAX_PIXELS = 89_478_485  # as in training: where Pillow too begins to warn
-# What the pipeline decodes inside its graph, by Pillow's name of the format, and the key that img2dataset gives it.
+MAX_PIXELS = 89_478_485  # as in training; Pillow also warns at this number
+# Formats that the pipeline decodes in its graph: Pillow's name -> img2dataset's key.
 _KEPT = dict(JPEG="jpg", MPO="jpg", PNG="png", WEBP="webp")
 
 
 class BadImageError(Exception):
-    """An image that cannot be used: the reason, in words that many images share, and what is particular to this one."""
+    """An unusable image: a reason that images can share, and the detail of this one."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
@@ -24,7 +24,7 @@ class BadImageError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Attributes: data, the encoded bytes; key, jpg | png | webp; sizes in pixels, the original's too."""
+    """Attributes: data: encoded bytes; key: jpg | png | webp; width, height and those of the original, in pixels."""
 
     data: bytes
     key: str
@@ -39,10 +39,10 @@ class Encoded:
 
 
 def open_image(image: bytes | np.ndarray) -> Image.Image:
-    """Opens encoded bytes, or takes uint8 pixels (H, W, 3); a JPEG, PNG and the like is not decoded yet.
+    """Opens encoded bytes, or uint8 pixels (H, W, 3). Bytes are not decoded yet.
 
     Raises:
-      BadImageError: empty, not an image, or of more than MAX_PIXELS, which is found before any of them is decoded.
+      BadImageError: empty, not an image, or more than MAX_PIXELS.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
@@ -52,7 +52,7 @@ def open_image(image: bytes | np.ndarray) -> Image.Image:
         opened = Image.open(io.BytesIO(image))
     except Image.DecompressionBombError:
         raise BadImageError(f"more than {MAX_PIXELS:,} pixels") from None
-    except Exception:  # Pillow's readers raise what they like on bytes made up to look like an image
+    except Exception:  # Pillow's readers raise any exception on bytes that resemble an image
         reason = "an HTML page" if b"<html" in image[:1024].lower() else "not an image"
         raise BadImageError(reason, f"begins with {image[:16]!r}") from None
     if opened.width * opened.height > MAX_PIXELS:
@@ -61,7 +61,7 @@ def open_image(image: bytes | np.ndarray) -> Image.Image:
 
 
 def load(opened: Image.Image, at_least: tuple[int, int]) -> None:
-    """Decodes; a JPEG to a smaller size, width and height `at_least`, which costs less and checks all of it too.
+    """Decodes all of an image. A JPEG may be decoded at a smaller size, width and height `at_least`, which is cheaper.
 
     Raises:
       BadImageError: truncated or broken.
@@ -69,37 +69,37 @@ def load(opened: Image.Image, at_least: tuple[int, int]) -> None:
     opened.draft(None, at_least)
     try:
         opened.load()
-    except Exception as error:  # as above; a truncated file is an OSError, a broken one is anything
+    except Exception as error:  # as above: an OSError for a truncated file, anything for a broken one
         said = one_line(error)
         raise BadImageError("truncated image" if "truncated" in said else "broken image", said) from None
 
 
 def encode(image: bytes | np.ndarray, *, short_side: int | None = None, quality: int = 95) -> Encoded:
-    """The image for a shard. Grey or RGB JPEG, PNG and WebP of the right size keep their very bytes.
+    """Encodes an image for a shard. Grey or RGB JPEG, PNG and WebP that are not too large keep their exact bytes.
 
-    An image whose shorter side is above `short_side` is brought to it (bicubic, antialiased) and becomes a JPEG; none
-    is made larger. Animations (first frame), transparency (on white), CMYK, palettes of other formats and 16 bit
-    become plain 8-bit RGB: a JPEG where the original had lost detail already, else a PNG. A rotation noted in EXIF is
-    not applied, as in img2dataset and in CLIP's own loader.
+    An image whose shorter side is above `short_side` is shrunk to it (bicubic, antialiased) and becomes a JPEG. Images
+    are never enlarged. Animations (first frame), transparency (on white), CMYK, palettes of other formats and 16 bit
+    become 8-bit RGB: a JPEG if the original format is lossy, else a PNG. EXIF rotation is not applied, as in
+    img2dataset and CLIP's own loader.
 
     Args:
       image: encoded bytes, or uint8 pixels (H, W, 3).
       short_side: pixels; None: keep every size.
-      quality: of a JPEG that is written, 1 to 100.
+      quality: of written JPEGs, 1 to 100.
 
     Raises:
-      BadImageError: cannot be used, and why.
+      BadImageError: unusable, with the reason.
     """
     opened = open_image(image)
     kind, width, height = opened.format, opened.width, opened.height
     scale = min(1.0, short_side / min(width, height)) if short_side else 1.0
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     ordinary = opened.mode in ("L", "RGB") and not opened.has_transparency_data
-    moving = kind != "MPO" and getattr(opened, "is_animated", False)  # MPO: a JPEG with further ones behind it
-    keep = kind in _KEPT and scale == 1.0 and ordinary and not moving
-    load(opened, (1, 1) if keep else (2 * size[0], 2 * size[1]))  # twice the size: the rest is the good filter's
-    if keep:
-        return Encoded(image, _KEPT[kind], width, height, width, height)
+    moving = kind != "MPO" and getattr(opened, "is_animated", False)  # MPO: a JPEG followed by more JPEGs
+    kept = _KEPT.get(kind or "") if scale == 1.0 and ordinary and not moving else None
+    load(opened, (1, 1) if kept else (2 * size[0], 2 * size[1]))  # twice the size: the bicubic filter does the rest
+    if kept and isinstance(image, bytes):
+        return Encoded(image, kept, width, height, width, height)
     picture = plain(opened)
     if picture.size != size:
         picture = picture.resize(size, Image.Resampling.BICUBIC)
@@ -110,10 +110,10 @@ def encode(image: bytes | np.ndarray, *, short_side: int | None = None, quality:
 
 
 def plain(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: transparency on white, 16 bit to its upper 8."""
+    """Converts any mode to RGB: transparency on white, the upper 8 of 16 bits."""
     if image.mode.startswith("I") or image.mode == "F":
         levels = np.asarray(image).astype(np.float64)
-        # Pillow opens 16-bit grey as I;16 or I; float images come in 0 to 1 or 0 to 255.
+        # Pillow opens 16-bit grey as I;16 or I. Float images have values of 0 to 1 or 0 to 255.
         scale = 1 / 257 if image.mode != "F" else 255 if levels.max(initial=0) <= 1 else 1
         image = Image.fromarray(np.clip(np.rint(levels * scale), 0, 255).astype(np.uint8))
     if image.has_transparency_data:

@@ -1,4 +1,4 @@
-"""The encoded image of any row of a source, for whoever decodes it without TensorFlow."""
+"""Reads the encoded image of any row of a source, for decoding without TensorFlow."""
 
 from collections.abc import Callable
 
@@ -10,12 +10,12 @@ from rankclip_jax.common.errors import InputError
 
 
 def reader(source: Source) -> Callable[[int], bytes]:
-    """Returns read(row) -> the bytes of its image. May be called from several threads.
+    """Returns read(row) -> the bytes of its image, which may be called from several threads.
 
-    read raises InputError with the reason for a row that cannot be used.
+    read raises InputError with the reason for an unusable row.
     """
     read_image = tf.function(lambda row: source.read(row)["image"])
-    graph = read_image.get_concrete_function(tf.TensorSpec((), tf.int64))  # once, before the threads come
+    graph = read_image.get_concrete_function(tf.TensorSpec((), tf.int64))  # traced once, before threads call it
 
     def read(row: int) -> bytes:
         try:

@@ -1,4 +1,4 @@
-"""What the doctor asks of the pipeline: whether TensorFlow keeps off the accelerators, and how fast it decodes."""
+"""Checks for the doctor: whether TensorFlow leaves the accelerators alone, and how fast it decodes."""
 
 import time
 
@@ -9,13 +9,16 @@ from input_pipeline import cpu_only, decode
 
 
 def gpus_of_tensorflow() -> int:
-    """How many GPUs TensorFlow sees after `cpu_only`, whose memory it will take. Raises as that does."""
+    """Number of GPUs visible to TensorFlow after `cpu_only`, whose memory it would take. Raises as that does."""
     cpu_only()
     return len(tf.config.get_visible_devices("GPU"))
 
 
 def jpegs_per_second(count: int) -> float:
-    """Rate of decoding `count` times a noisy picture of 400 x 300, 90 % quality, on all cores. Raises as `cpu_only`."""
+    """Images per second when decoding a noisy 400 x 300 JPEG of quality 90 `count` times on all cores.
+
+    Raises as `cpu_only`.
+    """
     cpu_only()
     rows, columns = np.mgrid[0:300, 0:400]
     noise = np.random.default_rng(0).integers(0, 64, (300, 400, 3))

@@ -1,10 +1,10 @@
-"""Runs img2dataset, in whatever Python it is installed, with limits that it lacks; started by download.py as a file.
+"""Runs img2dataset, in the Python that has it, with additional limits; download.py starts this file as a script.
 
-img2dataset's timeout is one for every packet: a host that sends a byte now and then holds a thread, and with it a
-shard, for ever. And what a link leads to is read into memory whatever its size. Here each image has a time and a
-size of its own. Its worker processes import this file too, so the limits hold there.
+img2dataset's timeout applies to each packet: a host that sends a byte now and then blocks a thread, and with it a
+shard, forever. It also reads responses of any size into memory. This driver limits the time and the size of each
+image. The worker processes import this file too, so the limits also apply there.
 
-Arguments: JSON of img2dataset.download's arguments. Nothing of this project is imported.
+Argument: JSON of img2dataset.download's arguments. Nothing of this project is imported.
 """
 
 import http.client
@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.request
 
-TIMEOUTS, BYTES = 3, 100_000_000  # for one image: so many times img2dataset's timeout, and so much
+TIMEOUTS, BYTES = 3, 100_000_000  # per image: time as a multiple of img2dataset's timeout, and size
 _urlopen = urllib.request.urlopen
 
 
@@ -29,7 +29,7 @@ def _bounded(response, seconds):
             raise TimeoutError(f"slower than {seconds} s for one image")
         if size > BYTES:
             raise ValueError(f"larger than {BYTES // 1_000_000} MB")
-    if response.length:  # bytes that were announced and did not come; read() would say so itself
+    if response.length:  # announced bytes are missing, as read() would report
         raise http.client.IncompleteRead(b"", response.length)
     return b"".join(parts)
 
@@ -44,7 +44,7 @@ urllib.request.urlopen = _urlopen_with_limits
 
 
 def _end_with(parent):
-    """Ends this process and its workers when the one that started it is gone: nobody would see what they do."""
+    """Ends this process and its workers when the process that started it has ended."""
     while os.getppid() == parent:
         time.sleep(1)
     os.killpg(0, signal.SIGKILL)

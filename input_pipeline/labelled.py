@@ -1,9 +1,9 @@
-"""Evaluation sets: images with labels, or with one caption or several each, in the layouts that people have.
+"""Evaluation sets: images with labels, or with one or more captions each.
 
-  csv             a column of images and one of class numbers (or captions); `classes` is a JSON list of names
-  folder          a folder a class, named by it; classes in order of the names
-  clip_benchmark  CLIP_benchmark's WebDataset layout: classnames.txt, zeroshot_classification_templates.txt, and
-                  test/nshards.txt, test/0.tar ... with an image and .cls (or .txt, a caption a line) a sample
+  csv             a column of images and a column of class numbers (or captions); `classes` is a JSON list of names
+  folder          one folder per class, with the class's name; classes in order of the names
+  clip_benchmark  CLIP_benchmark's WebDataset layout: classnames.txt, zeroshot_classification_templates.txt,
+                  test/nshards.txt, and test/0.tar ... with an image and .cls (or .txt, one caption per line) per sample
   tfds            NAME[/CONFIG]:SPLIT of tensorflow-datasets, prepared in `data_dir`
   shapes          the built-in demo
 """
@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 from PIL import Image
 
-from input_pipeline import cpu_only, shapes, tfds_scan, transforms
-from input_pipeline.sources import Source, open_source, tar
+from input_pipeline import cpu_only, shapes, transforms
+from input_pipeline.sources import Source, open_source, tar, tfds
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS
 
@@ -30,10 +31,10 @@ class LabelledSet:
     """Images with labels.
 
     Attributes:
-      source: its rows have "label".
-      names: what the set itself calls its labels, in their order; "0", "1" ... where it does not say.
-      templates: prompts that came with it, {} where the name goes; None: none.
-      from_file: the names were given, or came with the data, to be used in prompts as they are.
+      source: rows with "label".
+      names: the set's own label names, in label order; "0", "1" ... if it has none.
+      templates: prompts of the set with {} for the name; None: none.
+      from_file: the names were given or came with the data, and are used in prompts as they are.
     """
 
     source: Source
@@ -44,7 +45,7 @@ class LabelledSet:
 
 @dataclasses.dataclass(frozen=True)
 class CaptionedSet:
-    """Images, every one once, and their captions.
+    """Images, each once, and their captions.
 
     Attributes:
       source: rows of images.
@@ -58,10 +59,10 @@ class CaptionedSet:
 
 
 def open_labelled(spec: ConfigDict, *, image_side: int) -> LabelledSet:
-    """A set of config.eval.zero_shot.
+    """Opens a set of config.eval.zero_shot.
 
     Raises:
-      InputError: it is not where `spec.path` says, is not of its format, or a label has no class name.
+      InputError: nothing at `spec.path`, another format, or a label without a class name.
     """
     found = _open_labelled(spec, spec.path, image_side)
     if spec.classes:
@@ -79,55 +80,55 @@ def open_labelled(spec: ConfigDict, *, image_side: int) -> LabelledSet:
 
 
 def open_train_and_test(spec: ConfigDict, *, image_side: int) -> tuple[LabelledSet, LabelledSet]:
-    """The sets of config.eval.linear_probe: `train` and `path`, of one format. Raises InputError as `open_labelled`."""
+    """Opens a set of config.eval.linear_probe: `train` and `path`. Raises InputError as `open_labelled`."""
     train, test = (_open_labelled(spec, path, image_side) for path in (spec.train, spec.path))
-    if spec.format == "csv":  # it has numbers only, and the last class may be missing in one of the two
+    if spec.format == "csv":  # it has only numbers, and one of the two may lack the last class
         names = max(train.names, test.names, key=len)
         train, test = (dataclasses.replace(found, names=names) for found in (train, test))
     if train.names != test.names:
         raise InputError(
-            f"{spec.train} has {len(train.names)} classes, {spec.path} has {len(test.names)}, or they are other ones; "
+            f"{spec.train} ({len(train.names)} classes) and {spec.path} ({len(test.names)}) have different classes; "
             "a linear probe needs the same"
         )
     return train, test
 
 
-def _open_labelled(spec, path, image_side) -> LabelledSet:
+def _open_labelled(spec: ConfigDict, path: str | None, image_side: int) -> LabelledSet:
     cpu_only()
     if path is None:
         raise InputError(f"a set of format {spec.format!r} needs a path{_hint(spec)}")
     match spec.format:
         case "csv":
             source = open_source(spec, path, image_side=image_side)
-            count = int(source.labels.max()) + 1
+            assert source.labels is not None  # spec has label_key
             if not (spec.classes or spec.protocol or "train" in spec):
                 _json_list(None, "classes")
-            return LabelledSet(source, [str(i) for i in range(count)], None, False)
+            return LabelledSet(source, [str(i) for i in range(int(source.labels.max()) + 1)], None, False)
         case "folder":
             return _folder(spec, path)
         case "clip_benchmark":
             return _clip_benchmark(spec, path)
         case "tfds":
-            source, names = tfds_scan.open_labels(path, spec.data_dir)
+            source, names = tfds.open_labels(path, spec.data_dir)
             return LabelledSet(source, names, None, False)
         case "shapes":
             source = open_source(spec, path, image_side=image_side)
             return LabelledSet(source, shapes.CLASS_NAMES, shapes.TEMPLATES, True)
-    raise InputError(f"format must be csv, folder, clip_benchmark, tfds or shapes; got {spec.format!r}")
+    raise InputError(f"unknown format {spec.format!r}. Expected csv, folder, clip_benchmark, tfds or shapes")
 
 
-def _folder(spec, path) -> LabelledSet:
+def _folder(spec: ConfigDict, path: str) -> LabelledSet:
     root = Path(path)
     classes = sorted(item.name for item in root.iterdir() if item.is_dir()) if root.is_dir() else []
     if not classes:
-        raise InputError(f"{path} is no folder with a folder for each class{_hint(spec)}")
+        raise InputError(f"{path} is not a folder with one folder per class{_hint(spec)}")
     files, labels = [], []
     for label, name in enumerate(classes):
         found = sorted(str(file) for file in (root / name).rglob("*") if file.suffix.lower() in ENDINGS)
         files += found
         labels += [label] * len(found)
     if not files:
-        raise InputError(f"{path}: its class folders hold no images ({', '.join(ENDINGS)})")
+        raise InputError(f"{path}: no images in the class folders ({', '.join(ENDINGS)})")
     return LabelledSet(_files(files, np.array(labels, np.int32)), classes, None, False)
 
 
@@ -140,7 +141,7 @@ def _files(files: list[str], labels_N: np.ndarray) -> Source:
     return Source(size=len(files), read=read, where=lambda row: files[row], captions=lambda: (), labels=labels_N)
 
 
-def _clip_benchmark(spec, path) -> LabelledSet:
+def _clip_benchmark(spec: ConfigDict, path: str) -> LabelledSet:
     root, members, classes = _shards(spec, path, "cls")
     labels = np.array([_class_number(text, members, row) for row, text in enumerate(classes)], np.int32)
 
@@ -158,43 +159,43 @@ def _clip_benchmark(spec, path) -> LabelledSet:
     )
 
 
-def _shards(spec, path, text_member: str) -> tuple[Path, tar.Members, list[str]]:
-    """The set's folder, its images with a text member each, and these texts; `path`: that folder or a split in it."""
+def _shards(spec: ConfigDict, path: str, text_member: str) -> tuple[Path, tar.Members, list[str]]:
+    """(the set's folder, its images and text members, the texts). `path`: that folder, or a split in it."""
     root = Path(path)
     split, root = (root, root.parent) if (root / "nshards.txt").is_file() else (root / "test", root)
     counted = split / "nshards.txt"
     if not counted.is_file():
-        raise InputError(f"no such file: {counted}, which CLIP_benchmark's layout has{_hint(spec)}")
+        raise InputError(f"no such file: {counted}; CLIP_benchmark's layout needs it{_hint(spec)}")
     text = counted.read_text()
     if not text.strip().isdigit() or int(text) < 1:
-        raise InputError(f"{counted} must hold the number of shards; got {text[:20]!r}")
+        raise InputError(f"{counted}: expected the number of shards; got {text[:20]!r}")
     shards = [split / f"{number}.tar" for number in range(int(text))]
     lacking = [shard for shard in shards if not shard.is_file()]
     if lacking:
-        raise InputError(f"no such file: {lacking[0]}, one of the {len(shards)} shards that {counted} promises")
+        raise InputError(f"no such file: {lacking[0]}, one of the {len(shards)} shards of {counted}")
     shards = [str(shard) for shard in shards]
     endings = {"image": tuple(suffix[1:] for suffix in ENDINGS), text_member: (text_member,)}
     members = tar.open_members(shards, endings)
     whole = (members.index.columns["length"] >= 0).all(axis=1)
     if not whole.all():
         where = members.where(int(np.flatnonzero(~whole)[0]))
-        raise InputError(f"{where} lacks its image or its .{text_member}")
-    # The texts are opened once more alone, so that reading them all does not read the images that lie between.
+        raise InputError(f"{where} has no image or no .{text_member}")
+    # The texts are opened separately, so that reading them does not read the images between them.
     texts = tar.open_members(shards, {text_member: (text_member,)})
     rows = tf.data.Dataset.range(texts.index.size).map(lambda row: texts.read(row)[text_member])
     return root, members, [text.decode(errors="replace") for text in rows.as_numpy_iterator()]
 
 
-def _of_members(members: tar.Members, read, labels_N=None) -> Source:
+def _of_members(members: tar.Members, read: Callable, labels_N: np.ndarray | None = None) -> Source:
     lost = tuple(members.index.lost)
     return Source(members.index.size, read, members.where, captions=lambda: (), labels=labels_N, lost=lost)
 
 
-def _class_number(text, members, row) -> int:
+def _class_number(text: str, members: tar.Members, row: int) -> int:
     try:
         return int(text)
     except ValueError:
-        raise InputError(f"{members.where(row)}: its .cls must hold a class number; got {text[:20]!r}") from None
+        raise InputError(f"{members.where(row)}: expected a class number in .cls; got {text[:20]!r}") from None
 
 
 def _lines(path: Path) -> list[str] | None:
@@ -202,10 +203,10 @@ def _lines(path: Path) -> list[str] | None:
 
 
 def open_captioned(spec: ConfigDict, *, image_side: int) -> CaptionedSet:
-    """A set of config.eval.retrieval or .geometry. Rows of one image, in a csv, are its captions.
+    """Opens a set of config.eval.retrieval or .geometry. In a csv, the rows of one image are its captions.
 
     Raises:
-      InputError: it is not where `spec.path` says, is not of its format, or has an image without a caption.
+      InputError: nothing at `spec.path`, another format, or an image without a caption.
     """
     cpu_only()
     match spec.format:
@@ -219,23 +220,35 @@ def open_captioned(spec: ConfigDict, *, image_side: int) -> CaptionedSet:
 
             return _captioned(_of_members(members, read), [text.split("\n") for text in texts])
         case "tfds":
-            return _captioned(*tfds_scan.open_captions(spec.path, spec.data_dir))
+            source = tfds.open_tfds(ConfigDict({"data_dir": spec.data_dir}), spec.path)
+            return _captioned(source, _all_captions(source))
         case "shapes":
             source = open_source(spec, spec.path, image_side=image_side, split="val")
             return _captioned(source, [[shapes.draw("val", row, 8)[1]] for row in range(source.size)])
-    raise InputError(f"format must be csv, clip_benchmark, tfds or shapes; got {spec.format!r}")
+    raise InputError(f"unknown format {spec.format!r}. Expected csv, clip_benchmark, tfds or shapes")
+
+
+def _all_captions(source: Source) -> list[list[str]]:
+    rows = tf.data.Dataset.range(source.size).map(lambda row: tf.reshape(source.read(row)["caption"], [-1]))
+    captions: list[list[str]] = []
+    try:
+        for texts in rows.as_numpy_iterator():
+            captions.append([text.decode(errors="replace") for text in texts])
+    except tf.errors.OpError as error:
+        raise InputError(f"{source.where(len(captions))} cannot be read ({type(error).__name__})") from None
+    return captions
 
 
 def _captioned(source: Source, captions: list[list[str]]) -> CaptionedSet:
     captions = [[text.strip() for text in texts if text.strip()] for texts in captions]
     for row, texts in enumerate(captions):
         if not texts:
-            raise InputError(f"{source.where(row)}: an image without a caption; retrieval needs one for each")
+            raise InputError(f"{source.where(row)}: an image without a caption; every image needs one")
     image_of_text = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
     return CaptionedSet(source, [text for texts in captions for text in texts], image_of_text)
 
 
-def _captioned_csv(spec) -> CaptionedSet:
+def _captioned_csv(spec: ConfigDict) -> CaptionedSet:
     path = Path(spec.path or "")
     if not path.is_file():
         raise InputError(f"no such file: {spec.path}{_hint(spec)}")
@@ -251,13 +264,13 @@ def _captioned_csv(spec) -> CaptionedSet:
             image, caption = (row[spec.image_key] or "").strip(), row[spec.caption_key] or ""
             captions_of.setdefault(str(path.parent / (spec.image_folder or "") / image), []).append(caption)
     if not captions_of:
-        raise InputError(f"{path} has no rows below its header")
+        raise InputError(f"{path} has no rows after its header")
     files = list(captions_of)
     return _captioned(_files(files, np.full(len(files), -1, np.int32)), list(captions_of.values()))
 
 
 def thumbnail(source: Source, row: int, side: int = 112) -> bytes:
-    """A sample's picture as a JPEG of at most `side` pixels."""
+    """A sample's image as a JPEG of at most `side` pixels."""
     pixels = np.asarray(transforms.decode(source.read(tf.constant(row, tf.int64))["image"]))
     image = Image.fromarray(pixels)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -266,17 +279,17 @@ def thumbnail(source: Source, row: int, side: int = 112) -> bytes:
     return out.getvalue()
 
 
-def _hint(spec) -> str:
+def _hint(spec: ConfigDict) -> str:
     return f"; {spec.hint}" if spec.get("hint") else ""
 
 
-def _json_list(path, key) -> list[str]:
+def _json_list(path: str | None, key: str) -> list[str]:
     if not path or not Path(path).is_file():
-        raise InputError(f"{key} must be a JSON file with a list of strings; no file {path}")
+        raise InputError(f"{key}={path}: expected an existing JSON file with a list of strings")
     try:
         items = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
+        raise InputError(f"{path} is not valid JSON: {error}") from None
     if not (isinstance(items, list) and items and all(isinstance(item, str) for item in items)):
-        raise InputError(f"{path} must hold a JSON list of strings")
+        raise InputError(f"{path}: expected a JSON list of strings")
     return items

@@ -1,4 +1,4 @@
-"""manifest.json and bad_samples.jsonl of a folder of shards: what is finished, by checksum, and what was left out."""
+"""manifest.json and bad_samples.jsonl of a folder of shards: finished shards with checksums, and skipped rows."""
 
 import hashlib
 import json
@@ -15,24 +15,23 @@ from rankclip_jax.common.progress import progress
 
 
 class Manifest:
-    """The finished shards of a folder; opening it checks them and takes back whatever is not finished.
+    """The finished shards of a folder. Opening it verifies them and removes unfinished ones.
 
     Attributes:
-      settings: what decides the contents; a folder holds shards of one set of settings.
-      shards: a dict for each, in order: name, rows [begin, end), samples, bytes, sha256, bad (reason -> count).
-      bad: reason -> count over all of them.
+      settings: determine the contents; all shards of a folder have the same settings.
+      shards: one dict each, in order: name, rows [begin, end), samples, bytes, sha256, bad (reason -> count).
+      bad: reason -> count over all shards.
     """
 
     def __init__(self, folder: Path, settings: dict, others: tuple[str, ...] = ()):
-        """Takes a folder, or goes on with one.
+        """Opens a new folder, or resumes one.
 
         Args:
-          settings: with `rows` and `shard_size`, from which the names of the shards follow.
-          others: further names that the caller will write.
+          settings: include `rows` and `shard_size`, which determine the names of the shards.
+          others: names of other files that the caller will write.
 
         Raises:
-          InputError: `folder` cannot be written, holds shards that were made with other settings, or files that
-            `prepare` did not write.
+          InputError: `folder` cannot be written, has shards of other settings, or files that `prepare` did not write.
         """
         self._folder, self.settings, self.shards = folder, settings, []
         old = self._read()
@@ -44,7 +43,7 @@ class Manifest:
         names = shards.names(settings["rows"], settings["shard_size"])
         parts = [shards.part_of(folder / name).name for name in names]
         self._owned.claim(["manifest.json", "bad_samples.jsonl", *others, *names, *parts])
-        for part in parts:  # what a run that was killed left
+        for part in parts:  # left by a killed run
             self._owned.remove(part)
         if old is not None:
             self.shards = self._intact(old["shards"])
@@ -60,15 +59,15 @@ class Manifest:
         return sum((Counter(shard["bad"]) for shard in self.shards), Counter())
 
     def add(self, shard: dict, bad_samples: list[dict]) -> None:
-        """Notes a finished shard and what was bad in it: dicts of row, where, reason, detail.
+        """Records a finished shard and its bad samples, dicts of row, where, reason, detail.
 
         Raises:
-          InputError: the disk is full or cannot be written.
+          InputError: the disk is full or not writable.
         """
         shard["bad"] = dict(Counter(sample["reason"] for sample in bad_samples))
         path = self._folder / "bad_samples.jsonl"
         try:
-            # Before the manifest: should it stop in between, the next start takes these lines back.
+            # Before the manifest: if the run stops in between, the next start removes these lines.
             with open(path, "a", encoding="utf-8") as out:
                 out.writelines(json.dumps(sample) + "\n" for sample in bad_samples)
         except OSError as error:
@@ -94,7 +93,7 @@ class Manifest:
         keys = sorted(key for key in old | self.settings if old.get(key) != self.settings.get(key))
         changes = "; ".join(f"{key}: {old.get(key)!r} -> {self.settings.get(key)!r}" for key in keys)
         if changes:
-            raise InputError(f"{self._folder} holds shards of other settings ({changes}); give another folder")
+            raise InputError(f"{self._folder} has shards of other settings ({changes}); give another folder")
 
     def _intact(self, old):
         kept = []
@@ -104,7 +103,7 @@ class Manifest:
                 if good:
                     kept.append(shard)
                 else:
-                    print(f"{shard['name']} is missing or not what manifest.json says: made again", file=sys.stderr)
+                    print(f"{shard['name']} is missing or differs from manifest.json: written again", file=sys.stderr)
                     self._owned.remove(shard["name"])
                 bar.update()
         return kept
@@ -120,11 +119,11 @@ class Manifest:
         files.write_whole(self._folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
     def _take_back_bad_samples(self):
-        """Leaves only the lines about rows of finished shards: the others will be read again."""
+        """Keeps only lines about rows of finished shards; other rows will be read again."""
         path = self._folder / "bad_samples.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         spans = [range(*shard["rows"]) for shard in self.shards if shard["bad"]]
-        whole = [line for line in lines if line.endswith("\n")]  # the last may be torn
+        whole = [line for line in lines if line.endswith("\n")]  # the last line may be torn
         try:
             kept = [line for line in whole if any(json.loads(line)["row"] in span for span in spans)]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -133,7 +132,7 @@ class Manifest:
 
 
 def _checked(manifest: dict) -> list[dict]:
-    """The manifest's shards. Raises an error of any of several kinds where they are not what `Manifest` writes."""
+    """The manifest's shards. Raises errors of several types if `Manifest` did not write them."""
     settings = manifest["settings"]
     for shard in manifest["shards"]:
         begin, end = shard["rows"]
@@ -144,7 +143,7 @@ def _checked(manifest: dict) -> list[dict]:
 
 
 def is_intact(path: Path, shard: dict) -> bool:
-    """Whether a file is what its entry in the manifest says, by size and SHA-256."""
+    """Whether a file matches the size and SHA-256 of its manifest entry."""
     if not shard["samples"]:
         return not path.exists()
     if not path.is_file() or path.stat().st_size != shard["bytes"]:

@@ -1,11 +1,11 @@
-"""What is in a data set: counts, formats, sizes, caption lengths, repetitions, and what cannot be used."""
+"""Statistics of a data set: counts, formats, sizes, caption lengths, repetitions, bad rows."""
 
 import dataclasses
 import hashlib
 import itertools
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,23 +16,23 @@ from input_pipeline.sources import Source
 from rankclip_jax.common.progress import progress
 from rankclip_jax.common.tokenizer import Tokenizer
 
-_CHUNK = 32  # rows that a thread takes at once
+_CHUNK = 32  # rows per task of a thread
 
 
 @dataclasses.dataclass(frozen=True)
 class Overview:
-    """Numbers of the rows that were looked at; `n` of them are good.
+    """Statistics of the inspected rows, of which n are good.
 
     Attributes:
-      rows: of the source.
-      looked_at: of these.
+      rows: number of rows of the source.
+      looked_at: number of inspected rows.
       bad: reason -> count.
-      kinds: format and mode -> count, as Pillow names them: "JPEG RGB".
+      kinds: format and mode by Pillow's names ("JPEG RGB") -> count.
       measures: name -> float64: width, height, shorter side (pixels), aspect ratio (width / height) and kB of each
         image; characters, words, and with a tokenizer tokens (start and end included) of each caption.
-      repeated: "images" (the same bytes), "captions", "pairs" -> how many good rows repeat an earlier one.
-      frequent: the captions that come most often, at most 3: (hash, number of the first row, count).
-      good_rows: int64 (n,), their numbers in order.
+      repeated: "images" (equal bytes), "captions", "pairs" -> number that repeat an earlier one.
+      frequent: the most frequent captions, at most 3: (hash, number of the first row, count).
+      good_rows: int64 (n,), numbers of the good rows in order.
     """
 
     rows: int
@@ -46,7 +46,7 @@ class Overview:
 
 
 def survey(source: Source, *, tokenizer: Tokenizer | None, sample: int | None, workers: int) -> Overview:
-    """Decodes every row, or at most `sample` rows evenly spread, by `workers` threads, and keeps numbers alone."""
+    """Decodes every row, or at most `sample` evenly spaced rows, by `workers` threads."""
     numbers = range(0, source.size, -(-source.size // sample) if sample else 1)
     bad, kinds = Counter(), Counter()
     measures, hashes, good_rows = defaultdict(lambda: array("d")), defaultdict(lambda: array("Q")), array("q")
@@ -87,12 +87,12 @@ class _Look:
     row: int
     kind: str
     captions: tuple[str, ...]
-    measures: dict[str, list[float]]
+    measures: dict[str, Sequence[float]]
     hashes: dict[str, list[int]]
 
 
 def _look(row: Row) -> _Look | str:
-    """What there is to say about a row, or the reason why it cannot be used."""
+    """The measurements of a row, or the reason why it is unusable."""
     try:
         if row.reason is not None:
             return row.reason
@@ -102,7 +102,7 @@ def _look(row: Row) -> _Look | str:
     except BadImageError as error:
         return error.reason
     data = row.image if isinstance(row.image, bytes) else row.image.tobytes()
-    measures = {
+    measures: dict[str, Sequence[float]] = {
         "width": [width],
         "height": [height],
         "shorter side": [min(width, height)],
@@ -117,7 +117,7 @@ def _look(row: Row) -> _Look | str:
 
 
 def _hash(data):
-    # 64 bits: among ten million different ones, two collide with a chance of 3 in a million.
+    # 64 bits: among ten million different values, the chance of a collision is 3 in a million.
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())
 
 
@@ -128,9 +128,9 @@ def _frequent(hashes, rows):
 
 
 def text(overview: Overview, captions_of: Callable[[int], tuple[str, ...]]) -> str:
-    """The tables for a terminal; `captions_of` gives the captions of a row."""
+    """The tables for a terminal; captions_of(row) returns the captions of a row."""
     looked_at, good = overview.looked_at, len(overview.good_rows)
-    part = "" if looked_at == overview.rows else f", {looked_at:,} of them looked at, evenly spread"
+    part = "" if looked_at == overview.rows else f", {looked_at:,} of them inspected, evenly spaced"
     lines = [f"{overview.rows:,} rows{part}: {good:,} good, {looked_at - good:,} bad"]
     lines += [_count(count, looked_at, reason) for reason, count in overview.bad.most_common()]
     if not good:
@@ -143,7 +143,7 @@ def text(overview: Overview, captions_of: Callable[[int], tuple[str, ...]]) -> s
         numbers = (*np.percentile(values, percentiles), values.mean())
         lines.append(f"{name:<14}" + "".join(f"{_short(number):>10}" for number in numbers))
     captions = len(overview.measures["characters"])
-    several = "" if captions == good else f", {captions / good:.3g} an image"
+    several = "" if captions == good else f", {captions / good:.3g} per image"
     lines += ["", f"{captions:,} captions{several}"]
     tokens = overview.measures.get("tokens")
     if tokens is not None:

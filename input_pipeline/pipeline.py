@@ -1,21 +1,22 @@
 """Batches from a source: shuffled and resumable for training, complete and padded for evaluation.
 
-The training stream is endless: stream position p is epoch p // size, and within an epoch every row comes once, in
-an order that is computed from (seed, epoch) without a list (order.py). So a batch is a function of the position at
-which it starts, and resuming at any position costs nothing. Of the rows of each batch every process reads its share,
-one after the other, so that a batch is the same with any number of processes.
+The training stream is endless. Position p belongs to epoch p // size. Every epoch contains every row once, in an order
+computed from (seed, epoch) without a list (order.py). So a batch is a function of its first position, and resuming at
+any position costs nothing. Every process reads a contiguous share of the rows of each batch, so a batch is the same
+with any number of processes.
 
-Pictures come in one of two ways (transforms.py makes them, rankclip_jax/models/images.py takes them), b to a batch:
+Batches of b images have one of two forms (made by transforms.py, used by rankclip_jax/models/images.py):
 
-  canvas=C     "image" uint8 (b, C, C, 3), each picture at the top left, zeros beyond; "size" int32 (b, 2), its
-               height and width there; "windows" float32 (b, V, 4), what to see of it: (top, left, height, width) in
-               its pixels. The device cuts out and resizes. V is 2 when training with two views, otherwise 1.
+  canvas=C     "image" uint8 (b, C, C, 3), each image at the top left, zeros elsewhere; "size" int32 (b, 2), its height
+               and width on the canvas; "windows" float32 (b, V, 4), the parts to use: (top, left, height, width) in
+               pixels of the image. The device cuts out and resizes. V is 2 for training with two views, otherwise 1.
   canvas=None  "image" uint8 (b, S, S, 3), resized here; (b, 2, S, S, 3) with two views.
 """
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -27,17 +28,16 @@ from input_pipeline.sources import Source
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
 
-# A span of the training stream that is read in one go; between two of them the pipeline fills anew.
+# Length of the spans in which the training stream is read; the pipeline restarts between two spans.
 _SPAN_BATCHES = 1000
 
 
 class TrainBatches:
-    """Iterator over batches: the pictures as above, and "tokens" int32 (b, L), or (b, 2, L) with two views.
+    """Iterator over batches: images as above, and "tokens" int32 (b, L), or (b, 2, L) with two views.
 
     Attributes:
-      position: this process's place in its stream after the batch last returned; given as `start`, the
-        stream goes on there.
-      bad: what was passed over (BadSamples).
+      position: this process's position in its stream after the last returned batch; pass it as `start` to resume.
+      bad: the skipped samples (BadSamples).
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class TrainBatches:
         synonyms: Mapping[str, Sequence[str]] | None = None,
         recover_truncated: bool = False,
     ):
-        """`batch_size` b is this process's share; `process` is (its index, how many there are).
+        """`batch_size` b is this process's share; `process` is (its index, number of processes).
 
-        With `two_views` each picture has a second window and each caption a second, edited version (captions.py), for
-        which `synonyms` is the table. With `recover_truncated` a JPEG that breaks off is used as far as it goes.
+        With `two_views` each image has a second window and each caption an edited version (captions.py, with the table
+        `synonyms`). With `recover_truncated` the readable part of a truncated JPEG is used.
         """
         cpu_only()
         self.position = start
@@ -108,8 +108,8 @@ class TrainBatches:
         good = self._one_good(source, start)
         if "tokens" in good:
             _check_tokens(good, tokenizer, context_length)
-        # Where every sample is bad, `ignore_errors` would look for a good one for ever. So it gets a span of positions,
-        # and when no batch comes out of it any more, the next span begins where the last batch ended.
+        # If every sample is bad, `ignore_errors` searches for a good one forever. So it gets a span of positions; when
+        # that yields no more batches, the next span begins where the last batch ended.
         self._from = tf.Variable(start, dtype=tf.int64)
         span = _SPAN_BATCHES * batch_size
         data = tf.data.Dataset.from_tensors(0).flat_map(lambda _: tf.data.Dataset.range(self._from, self._from + span))
@@ -124,7 +124,7 @@ class TrainBatches:
             if reason is None:
                 return self._sample(tf.constant(position, tf.int64))
             reasons.append(f"{source.where(int(self._row_of(position)))}: {reason}")
-        raise InputError(f"none of the first {len(reasons)} samples could be used; for example {reasons[0]}")
+        raise InputError(f"the first {len(reasons)} samples are all unusable; for example {reasons[0]}")
 
     def __iter__(self) -> Iterator[dict]:
         return self
@@ -151,13 +151,13 @@ class TrainBatches:
 def eval_batches(
     source: Source, *, batch_size: int, image_side: int, process: tuple[int, int] = (0, 1), canvas: int | None = None
 ) -> Iterator[dict]:
-    """Every sample once, in order, seen as CLIP's evaluation does.
+    """Yields every sample once, in order, with CLIP's evaluation view.
 
-    Yields the pictures as above, and {"label": int32 (b,), -1 without labels, "caption": list of b str,
+    A batch has images as above, and {"label": int32 (b,), -1 without labels, "caption": list of b str,
     "row": int64 (b,), -1 for padding, "mask": bool (b,)}.
 
-    `batch_size` b is this process's share. Every process gets the same number of batches; what is missing at
-    the end, and what could not be read (named on the console), is padding: mask False.
+    `batch_size` b is this process's share. Every process gets the same number of batches. Missing samples at the end
+    and unreadable ones (reported on the console) are padding with mask False.
     """
     cpu_only()
     index, count = process
@@ -166,8 +166,8 @@ def eval_batches(
     def row_of(position):
         return _place(position, batch_size, process)
 
-    def sample(position, raw=None):
-        raw = source.read(row_of(position)) if raw is None else raw
+    def sample(position):
+        raw = source.read(row_of(position))
         windows_of = functools.partial(transforms.centre_window, side=image_side)
         views = transforms.view(raw["image"], windows_of, side=image_side, canvas=canvas, exact=True)
         label, caption = (tf.ensure_shape(x, ()) for x in (raw.get("label", -1), _one_of(raw["caption"])))
@@ -175,18 +175,14 @@ def eval_batches(
 
     whole, rest = divmod(source.size, batch_size * count)
     mine = whole * batch_size + min(max(rest - index * batch_size, 0), batch_size)
-    data = tf.data.Dataset.range(mine)
-    if source.scan is not None:
-        scan = source.scan()
-        if count > 1:
-            scan = scan.enumerate().filter(lambda row, _: row // batch_size % count == index).map(lambda _, raw: raw)
-        data = tf.data.Dataset.zip(data, scan)
-    data = data.map(sample, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    data = tf.data.Dataset.range(mine).map(sample, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     batches = _padded_batches(data.ignore_errors(), batch_size, canvas).prefetch(2).as_numpy_iterator()
     side = canvas or image_side
-    blank = {"image": np.zeros((side, side, 3), np.uint8), "label": np.int32(-1), "position": np.int64(-1)}
+    blank: dict[str, Any] = {"image": np.zeros((side, side, 3), np.uint8)}
+    blank |= {"label": np.int32(-1), "position": np.int64(-1)}
     if canvas:
-        blank |= {"size": np.int32([side, side]), "windows": np.float32([[0, 0, side, side]])}
+        size, windows = np.array([side, side], np.int32), np.array([[0, 0, side, side]], np.float32)
+        blank |= {"size": size, "windows": windows}
     came = []
     for _ in range(-(-source.size // (batch_size * count))):
         batch = next(batches, {"position": [], "caption": []})
@@ -202,22 +198,22 @@ def eval_batches(
 
 
 def _place(position, batch_size, process):
-    """Place in the stream of all processes of `position` in the stream of one, which reads `batch_size` a batch."""
+    """Position in the stream of all processes, for `position` in that of one, which reads `batch_size` per batch."""
     index, count = process
     return (position // batch_size * count + index) * batch_size + position % batch_size
 
 
 def resume_at(positions: list[int], batch_size: int, process: tuple[int, int]) -> tuple[int, int]:
-    """(where a process goes on in its stream, how many samples are passed over by that).
+    """(position at which a process resumes its stream, number of samples skipped by that).
 
-    As many processes as before go on exactly where each of them was. Another number of them begins with the first
-    batch of which no process has read anything: exactly the next one, unless bad samples were passed over, for
-    which the processes had to read ahead.
+    With as many processes as before, each resumes exactly where it was. With another number, all start with the first
+    batch of which no process has read anything. That is the next batch, unless bad samples were skipped, for which the
+    processes had to read ahead.
 
     Args:
-      positions: where each process was.
+      positions: the earlier position of each process.
       batch_size: of all processes together.
-      process: (its index, how many there are now).
+      process: (its index, number of processes now).
     """
     index, count = process
     if len(positions) == count:
@@ -228,13 +224,13 @@ def resume_at(positions: list[int], batch_size: int, process: tuple[int, int]) -
 
 
 def _one_of(captions, key_2=None):
-    """One of several captions, drawn with the key; without a key the first. A single caption is returned as it is."""
+    """One of several captions, drawn with the key; without a key the first. A single caption is returned unchanged."""
     captions = tf.convert_to_tensor(captions)
     if not captions.shape.rank:
         return captions
     if key_2 is None:
         return captions[0]
-    # Another key than the window's, with which it would go together.
+    # A different key than the window's, so that the two are independent.
     drawn = tf.random.stateless_uniform((), tf.add(key_2, [1 << 32, 0]), maxval=tf.size(captions), dtype=tf.int32)
     return captions[drawn]
 
@@ -243,9 +239,9 @@ def _check_tokens(sample, tokenizer, context_length):
     stored, caption = sample["tokens"].numpy(), sample["caption"].numpy().decode(errors="replace")
     if len(stored) != context_length or not np.array_equal(stored, tokenizer([caption], context_length)[0]):
         raise InputError(
-            f"the data holds {len(stored)} tokens a caption, made by another tokenizer than this run's, or for another "
-            f"context than {context_length}: {caption[:40]!r} is {stored[:8].tolist()} ... there; set "
-            "config.tokenizer.path and config.model.context_length as they were, or prepare the data again"
+            f"the {len(stored)} tokens per caption in the data come from another tokenizer than this run's, or from "
+            f"another context length than {context_length}: {caption[:40]!r} is {stored[:8].tolist()} ...; set "
+            "config.tokenizer.path and config.model.context_length to those of the data, or prepare it again"
         )
 
 
@@ -253,5 +249,5 @@ def _padded_batches(data, batch_size, canvas, drop_remainder=False):
     shapes = {key: spec.shape for key, spec in data.element_spec.items()}
     if canvas:
         shapes["image"] = (canvas, canvas, 3)
-    # The zeros beyond a picture are written where the batch is put together: one copy less than padding each.
+    # The batch adds the zeros around an image: one copy less than padding each image.
     return data.padded_batch(batch_size, shapes, drop_remainder=drop_remainder)

@@ -1,4 +1,4 @@
-"""Any data set to TFRecord shards: python -m input_pipeline.prepare SOURCE OUT_DIR; --inspect shows what is in it."""
+"""Converts a data set to TFRecord shards, or inspects it: python -m input_pipeline.prepare SOURCE OUT_DIR."""
 
 import argparse
 import dataclasses
@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import numpy as np
 import tensorflow as tf
 from PIL import Image, ImageFile
+from tqdm import tqdm
 
 from input_pipeline import contact_sheet, overview, shards, sources
 from input_pipeline.encode import BadImageError, encode, open_image, plain
@@ -31,21 +32,21 @@ from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.progress import progress
 from rankclip_jax.common.tokenizer import Tokenizer
 
-_CHUNK = 32  # rows that a thread takes at once
+_CHUNK = 32  # rows per task of a thread
 _SHEET = "contact_sheet.png"
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What decides the contents of the shards; a folder holds shards of one set of options.
+    """Options that determine the contents of the shards; all shards of a folder have the same options.
 
     Attributes:
-      shard_size: rows a shard, bad ones included.
-      short_side: pixels; images whose shorter side is longer are made smaller. None: sizes stay.
-      quality: of the JPEGs that are written.
-      tokenizer: writes each caption's ids under `tokens`; None: not.
-      context_length: ids a caption.
-      max_bad_fraction: above this share of bad rows, from 100 rows on, it stops.
+      shard_size: rows per shard, including bad ones.
+      short_side: pixels; images with a longer short side are shrunk to it. None: sizes are kept.
+      quality: of written JPEGs.
+      tokenizer: writes each caption's ids under `tokens`; None: no ids.
+      context_length: ids per caption.
+      max_bad_fraction: stop at a larger share of bad rows, from 100 rows on.
     """
 
     shard_size: int = 10_000
@@ -60,23 +61,23 @@ def prepare(source: sources.Source, out_dir: Path, options: Options, described: 
     """Writes `source` to `out_dir` as 00000.tfrecord and so on, with manifest.json and bad_samples.jsonl.
 
     A record has img2dataset's keys: the image under jpg, png or webp; txt, key, width, height, original_width,
-    original_height, sha256 (of the image's bytes), and tokens with a tokenizer. Finished shards that are what the
-    manifest says are kept, so the same command goes on where it was stopped.
+    original_height, sha256 (of the image's bytes), and tokens with a tokenizer. Finished shards that match the
+    manifest are kept, so the same command resumes.
 
     Args:
-      described: what else must be the same for a resumption, such as the source's path; goes into the manifest.
-      workers: threads that decode and encode; Pillow does both outside Python's lock.
+      described: other settings that must not change for a resumption, such as the source's path; kept in the manifest.
+      workers: threads that decode and encode, both of which Pillow does outside Python's lock.
 
     Returns:
-      The manifest, finished.
+      The finished manifest.
 
     Raises:
-      InputError: too many bad rows, files of others or shards of other settings in the folder, or the disk is full or
-        not writable.
+      InputError: too many bad rows, files of others or shards of other settings in the folder, or a disk that is full
+        or not writable.
     """
     unreachable = sum(part.samples for part in source.lost)
     if unreachable > options.max_bad_fraction * (source.size + unreachable):
-        raise InputError(f"more than config.data.max_bad_fraction = {options.max_bad_fraction} is lost;{lost(source)}")
+        raise InputError(f"more lost than config.data.max_bad_fraction = {options.max_bad_fraction};{lost(source)}")
     others = ("tokenizer.json",) if options.tokenizer else ()
     manifest = Manifest(out_dir, described | _settings(source, options), others)
     finished = {shard["name"] for shard in manifest.shards}
@@ -99,9 +100,19 @@ def prepare(source: sources.Source, out_dir: Path, options: Options, described: 
 
 
 class _Job:
-    """The records of one shard after another; counts what was bad over all of them."""
+    """Yields the records of one shard after the other, and counts bad rows over all shards."""
 
-    def __init__(self, source, options, pool, workers, bar, *, rows, bad):
+    def __init__(
+        self,
+        source: sources.Source,
+        options: Options,
+        pool: ThreadPoolExecutor,
+        workers: int,
+        bar: tqdm,
+        *,
+        rows: int,
+        bad: int,
+    ):
         self._source, self._options, self._pool, self._workers = source, options, pool, workers
         self._bar, self._rows, self._bad = bar, rows, bad
         self.bad_samples: list[dict] = []  # of the shard last written
@@ -133,7 +144,7 @@ class _Job:
         for row in rows:
             if len(row.captions) > 1:
                 where = self._source.where(row.number)
-                raise InputError(f"{where} has several captions, of which tokens could hold one; leave out --tokenizer")
+                raise InputError(f"{where} has several captions, but tokens are stored for only one; omit --tokenizer")
         return self._options.tokenizer([row.captions[0] for row in rows], self._options.context_length).tolist()
 
     def _count(self, rows, bad):
@@ -147,7 +158,7 @@ class _Job:
         self._bar.update(rows)
         if bad and self._rows >= 100 and self._bad > self._options.max_bad_fraction * self._rows:
             raise InputError(
-                f"{self._bad} of {self._rows} rows cannot be used, more than config.data.max_bad_fraction = "
+                f"{self._bad} of {self._rows} rows are unusable, more than config.data.max_bad_fraction = "
                 f"{self._options.max_bad_fraction}; for example {where}: {row.reason}"
             )
 
@@ -161,7 +172,7 @@ def _record(row, key, tokens):
 
 def _settings(source, options):
     settings = {"rows": source.size} | dataclasses.asdict(dataclasses.replace(options, tokenizer=None))
-    del settings["max_bad_fraction"], settings["tokenizer"]  # when to stop is no property of what is written
+    del settings["max_bad_fraction"], settings["tokenizer"]  # the stopping rule does not affect the contents
     if options.tokenizer:
         text = json.dumps(options.tokenizer.to_dict(), sort_keys=True)
         settings["tokenizer"] = hashlib.sha256(text.encode()).hexdigest()
@@ -169,17 +180,17 @@ def _settings(source, options):
 
 
 def lost(source: sources.Source) -> str:
-    """What of the source could not be reached and has no row."""
+    """Describes the unreachable samples of the source, which have no row."""
     return ";".join(f" about {part.samples:,} samples of {part.where}: {part.reason}" for part in source.lost)
 
 
 def summary(manifest: Manifest, out_dir: Path) -> str:
-    """What was written, and how to train on it."""
+    """Describes the result, and how to train on it."""
     samples, size = (sum(shard[key] for shard in manifest.shards) for key in ("samples", "bytes"))
     files = sum(shard["samples"] > 0 for shard in manifest.shards)
     lines = [f"{samples:,} samples in {files:,} shards, {size / 1e6:,.1f} MB: {out_dir}"]
     if manifest.bad:
-        lines.append(f"{manifest.bad.total():,} rows left out, named in {out_dir / 'bad_samples.jsonl'}:")
+        lines.append(f"{manifest.bad.total():,} rows left out, listed in {out_dir / 'bad_samples.jsonl'}:")
         lines += [f"{count:>10,}  {reason}" for reason, count in manifest.bad.most_common()]
     train = f"--config.data.format=tfrecord '--config.data.train={out_dir}/*.tfrecord'"
     if "tokenizer" in manifest.settings:
@@ -191,7 +202,7 @@ def summary(manifest: Manifest, out_dir: Path) -> str:
 def inspect(
     source: sources.Source, name: str, out_dir: Path, tokenizer: Tokenizer | None, sample: int | None, workers: int
 ) -> None:
-    """Prints what is in `source` and writes contact_sheet.png, examples evenly spread over the good rows."""
+    """Prints statistics of `source` and writes contact_sheet.png with evenly spaced good rows."""
 
     def read(row):
         return {key: value.numpy() for key, value in source.read(tf.constant(row, tf.int64)).items()}
@@ -219,11 +230,7 @@ def inspect(
 
 
 def guess_format(source: str) -> str:
-    """The format that a path's name suggests.
-
-    Raises:
-      InputError: it suggests none.
-    """
+    """The format suggested by the name of a path. Raises InputError if there is none."""
     kinds = dict(csv="csv", tsv="csv", tar="webdataset", tfrecord="tfrecord", tfrecords="tfrecord", parquet="parquet")
     if Path(source).is_dir():
         shards_in = [kind for end, kind in kinds.items() if end != "csv" and any(Path(source).glob(f"*.{end}"))]
@@ -231,27 +238,27 @@ def guess_format(source: str) -> str:
     kind = kinds.get(source.rpartition(".")[2].lower())
     if kind:
         return kind
-    raise InputError(f"cannot tell the format of {source} by its name; add --format (see docs/data.md)")
+    raise InputError(f"cannot infer the format of {source} from its name; add --format (see docs/data.md)")
 
 
 def _flags():
     parser = argparse.ArgumentParser(
         prog="python -m input_pipeline.prepare",
-        description="Writes a data set to TFRecord shards; stopped, it goes on by the same command.",
-        epilog="Keys of the source are given as in training, for example --config.data.image_key=filepath.",
+        description="Converts a data set to TFRecord shards. The same command resumes a stopped run.",
+        epilog="Set keys of the source as in training, for example --config.data.image_key=filepath.",
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SOURCE", help="as config.data.train: a path, glob or {a..b} range")
-    parser.add_argument("out_dir", metavar="OUT_DIR", nargs="?", help="folder of the shards, local")
-    parser.add_argument("--format", help="of the source, as config.data.format; default: by the name of SOURCE")
-    parser.add_argument("--inspect", action="store_true", help="print what is in SOURCE; a picture goes to OUT_DIR")
-    parser.add_argument("--sample", type=int, help="with --inspect: look at no more rows, evenly spread")
-    parser.add_argument("--short-side", type=int, help="bring larger images to so many pixels, as JPEG; 288 for 224")
-    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs written (95)")
-    parser.add_argument("--shard-size", type=int, default=10_000, help="rows a shard (10000)")
-    parser.add_argument("--tokenizer", help="store the captions' ids too: tokenizer.json or hub id")
-    parser.add_argument("--context-length", type=int, default=77, help="ids a caption, with --tokenizer (77)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads (one a core)")
+    parser.add_argument("out_dir", metavar="OUT_DIR", nargs="?", help="local folder for the shards")
+    parser.add_argument("--format", help="of the source, as config.data.format; default: inferred from SOURCE")
+    parser.add_argument("--inspect", action="store_true", help="print statistics of SOURCE, draw examples into OUT_DIR")
+    parser.add_argument("--sample", type=int, help="with --inspect: the most rows to inspect, evenly spaced")
+    parser.add_argument("--short-side", type=int, help="shrink larger images to this many pixels, as JPEG; 288 for 224")
+    parser.add_argument("--quality", type=int, default=95, help="of written JPEGs (95)")
+    parser.add_argument("--shard-size", type=int, default=10_000, help="rows per shard (10000)")
+    parser.add_argument("--tokenizer", help="also store the captions' ids: tokenizer.json or hub id")
+    parser.add_argument("--context-length", type=int, default=77, help="ids per caption, with --tokenizer (77)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads (one per core)")
     return parser
 
 
@@ -275,14 +282,14 @@ def main() -> None:
             parser.error(f"unknown flag {flag}")
     _check(parser, flags)
     out_dir = Path(flags.out_dir or ".")
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # encode.py has a limit of its own
-    with commands.exit_codes("stopped; the same command goes on after the finished shards"):
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # encode.py has its own limit
+    with commands.exit_codes("stopped; the same command resumes after the finished shards"):
         if flags.out_dir and "://" in flags.out_dir:
-            raise InputError(f"OUT_DIR must be local, to be copied to {flags.out_dir} when it is complete")
+            raise InputError(f"OUT_DIR must be a local folder; copy it to {flags.out_dir} when it is complete")
         kind = flags.format or guess_format(flags.source)
         overrides = [f"data.train={flags.source}", *(flag.removeprefix("--config.") for flag in rest)]
         data = configs.complete(configs.override({"data": {"format": kind}}, overrides)).data
-        ImageFile.LOAD_TRUNCATED_IMAGES = data.recover_truncated  # Pillow has it for the whole process alone
+        ImageFile.LOAD_TRUNCATED_IMAGES = data.recover_truncated  # Pillow has only one setting per process
         source = sources.open_source(data, data.train, image_side=flags.short_side or 64)
         tokenizer = Tokenizer.load(flags.tokenizer) if flags.tokenizer else None
         if flags.inspect:

@@ -1,9 +1,8 @@
 """The built-in demo set: scenes of one coloured shape, drawn on the fly, each with a caption.
 
-A scene is a pure function of (split, index): no file, no state. Captions name colour and shape, and some of size,
-position and background in varied wording, so that two captions overlap in meaning by degrees, which is what a
-ranking loss can learn from. `HELD_OUT` colour-shape pairs never appear in training; the model sees each of
-their colours and each of their shapes, but never together.
+A scene is a pure function of (split, index): no file, no state. Captions name colour and shape, and sometimes size,
+position and background in varied wording. So captions share different amounts of meaning, which a ranking loss can
+learn from. The `HELD_OUT` colour-shape pairs never appear in training; each of their colours and shapes does.
 """
 
 import numpy as np
@@ -20,26 +19,26 @@ COLOURS = dict(
 )
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star", "ring", "crescent")
 BACKGROUNDS = dict(grey=(128, 128, 128), pink=(240, 170, 185), teal=(70, 150, 150), brown=(120, 85, 60))
-SIZES = dict(small=(0.22, 0.28), large=(0.34, 0.42))  # radius as a share of the picture's side
+SIZES = dict(small=(0.22, 0.28), large=(0.34, 0.42))  # radius as a share of the image's side
 _SIZE_WORDS = dict(small=("small", "little", "tiny"), large=("large", "big", "huge"))
 _COLUMNS, _ROWS = ("left", "middle", "right"), ("top", "middle", "bottom")
 
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-HELD_OUT = [(c, SHAPES[(3 * i + 1) % len(SHAPES)]) for i, c in enumerate(COLOURS)]  # one a colour, one a shape
+HELD_OUT = [(c, SHAPES[(3 * i + 1) % len(SHAPES)]) for i, c in enumerate(COLOURS)]  # each colour once, each shape once
 SEEN = [pair for pair in PAIRS if pair not in HELD_OUT]
 CLASS_NAMES = [f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}" for colour, shape in PAIRS]
 TEMPLATES = ["{}", "a picture of {}", "there is {}", "a drawing of {}"]
-# Training scenes show the seen pairs; the two labelled sets have scenes of their own.
+# Training scenes show the seen pairs. The two labelled sets have separate scenes.
 SPLITS = dict(train=(0, SEEN), val=(1, SEEN), seen=(2, SEEN), held_out=(3, HELD_OUT))
 
 
 def draw(split: str, index: int, side: int) -> tuple[np.ndarray, str, int]:
-    """One scene.
+    """Draws one scene.
 
     Args:
       split: a key of SPLITS.
       index: any number from 0; the same index gives the same scene.
-      side: height and width of the picture in pixels.
+      side: height and width of the image in pixels.
 
     Returns:
       image (side, side, 3) uint8, caption, and the label (index into CLASS_NAMES).
@@ -64,7 +63,7 @@ def _paint(shape, colour, background, radius, x, y, tilt, side):
     centres = (np.arange(side) + 0.5) / side
     u, v = np.meshgrid((centres - x) / radius, (y - centres) / radius)
     u, v = u * np.cos(tilt) - v * np.sin(tilt), u * np.sin(tilt) + v * np.cos(tilt)
-    # The distance is in radii; over one pixel the coverage goes from 0 to 1, which smooths the edge.
+    # The distance is in radii. Coverage rises from 0 to 1 over one pixel, which smooths the edge.
     coverage = np.clip(0.5 - _distance(shape, u, v) * radius * side, 0, 1)[..., None]
     mixed = coverage * np.array(colour) + (1 - coverage) * np.array(background)
     return np.round(mixed).astype(np.uint8)
@@ -85,7 +84,7 @@ def _distance(shape, u, v):
         case "cross":
             return np.minimum(np.maximum(au - 0.22, av - 0.9), np.maximum(av - 0.22, au - 0.9))
         case "star":
-            # Fold the plane onto half a point of the star; its outline there is one straight line.
+            # Fold the plane onto half a point of the star, where the outline is one straight line.
             fifth = 2 * np.pi / 5
             angle = np.abs((np.arctan2(u, v) + fifth / 2) % fifth - fifth / 2)
             tip, notch = np.array([0.0, 1.0]), 0.42 * np.array([np.sin(fifth / 2), np.cos(fifth / 2)])

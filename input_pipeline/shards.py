@@ -1,4 +1,4 @@
-"""TFRecord shards that are complete under their names, or not there."""
+"""Writes TFRecord shards that get their names only when complete."""
 
 import errno
 import hashlib
@@ -27,23 +27,23 @@ def example(features: dict) -> bytes:
 
 
 def name(number: int) -> str:
-    """What a shard is called."""
+    """The file name of a shard."""
     return f"{number:05d}.tfrecord"
 
 
 def names(rows: int, shard_size: int) -> list[str]:
-    """What the shards of so many rows are called, in order."""
+    """The file names of all shards of `rows` rows, in order."""
     return [name(number) for number in range(-(-rows // shard_size))]
 
 
 def write_shard(path: Path, records: Iterable[bytes]) -> dict:
-    """Writes a TFRecord file; it gets its name only when all of it is on the disk.
+    """Writes a TFRecord file, which gets its name only when it is completely on disk.
 
-    Until then it is `path` with .part added, a name that must be the caller's too. Returns {"samples", "bytes",
-    "sha256"}; without records no file is written.
+    Until then its name is `path` with .part added, which the caller must also own. Returns {"samples", "bytes",
+    "sha256"}. Without records no file is written.
 
     Raises:
-      InputError: the disk is full or cannot be written.
+      InputError: the disk is full or not writable.
     """
     records = iter(records)
     first = list(itertools.islice(records, 1))
@@ -66,5 +66,5 @@ def write_shard(path: Path, records: Iterable[bytes]) -> dict:
 
 
 def part_of(path: Path) -> Path:
-    """What a shard is called until it is complete."""
+    """The file name of an incomplete shard."""
     return path.with_name(path.name + ".part")

@@ -1,10 +1,10 @@
-"""What of a picture is seen: windows for training and evaluation, and the two ways to bring them to the model's size.
+"""Windows of images for training and evaluation, and the two ways to resize them to the model's size.
 
-On the device (images.py): the picture, or the part of it that its windows need, is laid at the top left of a canvas of
-one size for all, and travels with its own size and windows. On the host: the window is resized here.
+On the device (images.py): the image, or the part that its windows need, is placed at the top left of a canvas of one
+size for all, and is sent with its size and windows. On the host: the window is resized here.
 
-A window is (top, left, height, width) in pixels, float32, as PIL's `resize(box=...)` takes it: pixels just outside it
-weigh in at its border, except beyond the picture.
+A window is (top, left, height, width) in pixels, float32, as for PIL's `resize(box=...)`: pixels just outside
+contribute at its border, except beyond the image.
 """
 
 import functools
@@ -22,13 +22,13 @@ _TRIES = 10
 
 
 def random_windows(size_2: tf.Tensor, scale: tuple[float, float], seed_2: tf.Tensor, count: int = 1) -> tf.Tensor:
-    """Windows (count, 4) for random resized crops: whole pixels, inside the picture, any place equally likely.
+    """Windows (count, 4) for random resized crops: whole pixels inside the image, uniformly placed.
 
-    Area and aspect ratio are drawn as torchvision's RandomResizedCrop does: `scale` of the area, uniformly; 3/4 to
-    4/3, log-uniformly; where ten draws do not fit, the largest central window of an allowed ratio.
+    As torchvision's RandomResizedCrop: the share of the area is uniform in `scale`, the aspect ratio log-uniform in 3/4
+    to 4/3. If ten draws do not fit, the largest central window of an allowed ratio is used.
 
     Args:
-      size_2: int32, height and width of the picture.
+      size_2: int32, height and width of the image.
       seed_2: int64; the same seed gives the same windows.
     """
     limit = tf.reshape(tf.cast(size_2, tf.float32), (2, 1, 1))
@@ -36,7 +36,7 @@ def random_windows(size_2: tf.Tensor, scale: tuple[float, float], seed_2: tf.Ten
     side = tf.sqrt((scale[0] + (scale[1] - scale[0]) * uniform[0]) * tf.reduce_prod(limit))
     stretch = tf.exp(_LOG_ASPECT * (uniform[1] - 0.5))  # the root of width / height
     drawn = tf.stack([side / stretch, side * stretch])
-    central = tf.minimum(limit, limit[::-1] * 4 / 3)  # always fits; in the last place, and so taken last
+    central = tf.minimum(limit, limit[::-1] * 4 / 3)  # always fits, and comes last
     sizes = tf.maximum(tf.round(tf.where(tf.range(_TRIES + 1) < _TRIES, drawn, central)), 1)
     first = tf.argmax(tf.reduce_all(sizes <= limit, axis=0), axis=-1, output_type=tf.int32)
     size = tf.reduce_sum(sizes * tf.one_hot(first, _TRIES + 1), axis=-1)
@@ -48,7 +48,7 @@ def random_windows(size_2: tf.Tensor, scale: tuple[float, float], seed_2: tf.Ten
 def centre_window(size_2: tf.Tensor, side: int) -> tf.Tensor:
     """The window (1, 4) of CLIP's evaluation view: the shorter side resized to `side`, then the central square.
 
-    As CLIPImageProcessor of transformers: the longer side is truncated to whole pixels, and so is the square's place.
+    As CLIPImageProcessor of transformers, which truncates the longer side and the square's position to whole pixels.
     """
     size_2 = tf.cast(size_2, tf.int64)
     resized = size_2 * side // tf.reduce_min(size_2)
@@ -60,17 +60,17 @@ def centre_window(size_2: tf.Tensor, side: int) -> tf.Tensor:
 def view(
     image: tf.Tensor, windows_of: Callable, *, side: int, canvas: int | None, exact: bool, recover: bool = False
 ) -> dict[str, tf.Tensor]:
-    """One sample as the model's input, or as what the device makes it from.
+    """The model's input for one sample, or the canvas from which the device makes it.
 
     Args:
       image: encoded bytes, or uint8 (H, W, 3).
-      windows_of: int32 (2,) height and width of a picture -> its windows, float32 (V, 4).
+      windows_of: int32 (2,) height and width of an image -> its windows, float32 (V, 4).
       side: pixels of the model's input.
       canvas: side C of the canvas, at least `side`; None: resize here.
-      exact: what does not fit the canvas is resized here from its full resolution, which is slow (V must be 1).
-        Otherwise a JPEG's decoder scales it, to no less than `side` a window, and what is still too large is shrunk
-        by averaging over areas, which is quick and close.
-      recover: decode a truncated JPEG as far as it goes.
+      exact: a window that does not fit the canvas is resized here from full resolution, which is slow (V must be 1).
+        Otherwise the JPEG decoder scales it, to at least `side` per window, and what is still too large is shrunk by
+        area averaging, which is fast and approximate.
+      recover: decode the readable part of a truncated JPEG.
 
     Returns:
       With a canvas: "image" uint8 (h, w, 3), h and w at most C; "size" int32 (2,) = (h, w); "windows" float32
@@ -85,7 +85,7 @@ def view(
         return pixels, windows
 
     def part():
-        # Beyond two pixels of the model's input outside a window nothing has weight.
+        # Pixels farther outside than two pixels of the model's input have no weight.
         margin = tf.math.ceil(2 * tf.maximum(windows[:, 2:] / side, 1))
         begin = tf.reduce_min(tf.maximum(windows[:, :2] - margin, 0), axis=0)
         end = tf.reduce_max(tf.minimum(windows[:, :2] + windows[:, 2:] + margin, tf.cast(size_2, tf.float32)), axis=0)
@@ -115,7 +115,7 @@ def view(
 
 
 def _decoded(image, windows_of, side, canvas, recover):
-    """Pixels and windows. If a window exceeds the canvas, a JPEG comes 2, 4 or 8 times smaller, none below `side`."""
+    """Pixels and windows. If a window exceeds the canvas, a JPEG is decoded at 1/2, 1/4 or 1/8, none below `side`."""
 
     def full():
         pixels = decode(image, recover)
@@ -133,9 +133,9 @@ def _decoded(image, windows_of, side, canvas, recover):
 
 
 def resize(pixels_HxWx3: tf.Tensor, window_4: tf.Tensor, side: int) -> tf.Tensor:
-    """A window -> uint8 (side, side, 3), by PIL itself: bicubic with antialiasing, the width first.
+    """A window -> uint8 (side, side, 3) by PIL: bicubic with antialiasing, width first.
 
-    That is PIL's own order too, but for version 13, which takes the height first where it shrinks much more.
+    PIL uses the same order, except version 13, which resizes the height first if it shrinks much more.
     """
     resized = tf.numpy_function(functools.partial(_resize_by_pil, side=side), [pixels_HxWx3, window_4], tf.uint8)
     return tf.ensure_shape(resized, (side, side, 3))

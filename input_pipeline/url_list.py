@@ -1,10 +1,10 @@
-"""Lists of image URLs with captions, as data sets publish them, to one Parquet file of columns url and caption."""
+"""Converts published lists of image URLs and captions to one Parquet file with columns url and caption."""
 
 import csv
 import gzip
 import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,24 +14,24 @@ from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.files import whole
 
 _CAPTIONS = ("caption", "text", "txt", "alt", "alt_text", "description", "title")
-_ROWS = 100_000  # held at once
+_ROWS = 100_000  # rows in memory at a time
 
 
 def normalise(path: Path, out: Path, url_column: str | None, caption_column: str | None) -> tuple[int, int]:
     """Writes `out` from a tsv, csv (both also .gz) or Parquet file.
 
-    The column of URLs is found by what is in it, that of captions by its name, or as the only other one. A first line
-    with a URL in it is no header: CC3M's list is caption, URL and CC12M's URL, caption, both without one. A tsv
-    has no quoting: a caption may hold single quotation marks.
+    The URL column is recognised by its contents, the caption column by its name or as the only other column. A first
+    line with a URL is not a header: CC3M's list is caption, URL, and CC12M's is URL, caption, both without a header. A
+    tsv has no quoting, so a caption may contain quotation marks.
 
     Args:
-      url_column, caption_column: names in a header that override this; None: found as said.
+      url_column, caption_column: names in the header that override this; None: as above.
 
     Returns:
-      How many lines were written, and how many had no URL or no caption and were left out.
+      The number of lines written, and of lines left out because they have no URL or no caption.
 
     Raises:
-      InputError: no such file, or columns that cannot be told apart.
+      InputError: no such file, or ambiguous columns.
     """
     if not path.is_file():
         raise InputError(f"no such file: {path}; give a list of URLs and captions (see docs/data.md)")
@@ -46,18 +46,18 @@ def normalise(path: Path, out: Path, url_column: str | None, caption_column: str
         raise InputError(f"{path} cannot be read: {one_line(error)}") from None
 
 
-def _text_rows(path) -> Iterator[list[str]]:
+def _text_rows(path: Path) -> Iterator[list[str]]:
     name = path.name.removesuffix(".gz")
     opened = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
     with io.TextIOWrapper(opened, encoding="utf-8-sig", newline="") as lines:
         if name.endswith(".csv"):
             yield from csv.reader(lines)
         else:
-            # Only at line feeds: a caption may hold other characters that Python takes for ends of lines.
+            # Only at line feeds: a caption may contain other characters that Python treats as line ends.
             yield from (line.rstrip("\r\n").split("\t") for line in lines)
 
 
-def _parquet_rows(path) -> Iterator[list]:
+def _parquet_rows(path: Path) -> Iterator[Sequence]:
     with pq.ParquetFile(path) as file:
         yield file.schema_arrow.names
         for batch in file.iter_batches(_ROWS):
@@ -69,7 +69,7 @@ def _is_url(value):
 
 
 def _columns(path, first, url_column, caption_column):
-    """((place of the URL, place of the caption), whether the first row is a header)."""
+    """((index of the URL column, index of the caption column), whether the first row is a header)."""
     has_header = not any(_is_url(value) for value in first[0])
     names = [str(name) for name in first[0]] if has_header else []
     width = len(first[0])
@@ -89,7 +89,7 @@ def _columns(path, first, url_column, caption_column):
     for candidates in (others, named):
         if len(candidates) == 1:
             return (url, candidates[0]), has_header
-    raise InputError(f"{path}: which column has the captions? Add --caption-column; its columns: {shown}")
+    raise InputError(f"{path}: cannot tell which column has the captions; add --caption-column; its columns: {shown}")
 
 
 def _write(rows, columns, out):

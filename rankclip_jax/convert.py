@@ -14,7 +14,7 @@ def main() -> None:
     """Exit codes: common/commands.py."""
     parser = argparse.ArgumentParser(
         prog="python -m rankclip_jax.convert",
-        description="Writes a model for another library: weights, configuration, tokenizer, preprocessing, model card.",
+        description="Exports a model for another library: weights, config, tokenizer, preprocessing, model card.",
     )
     parser.add_argument("src", help="a workdir, a Hugging Face or open_clip folder, an OpenAI or RankCLIP .pt, ...")
     parser.add_argument("dst", help="the folder to write")
@@ -24,15 +24,15 @@ def main() -> None:
         required=True,
         help="hf: for transformers; openai: a state dict for open_clip and OpenAI's code; orbax: for JAX",
     )
-    parser.add_argument("--tokenizer", help="a tokenizer.json or hub id, where SRC brings none")
+    parser.add_argument("--tokenizer", help="a tokenizer.json or hub id, if SRC has none")
     parser.add_argument(
         "--activation",
         choices=["quick_gelu", "gelu"],
         default="quick_gelu",
-        help="of weights that no config describes: quick_gelu (OpenAI, RankCLIP; default) or gelu",
+        help="of weights without a config: quick_gelu (OpenAI, RankCLIP; default) or gelu",
     )
     flags = parser.parse_args()
-    if not jax.config.jax_platforms:  # by JAX_PLATFORMS. Nothing is computed; an accelerator need not be free
+    if not os.environ.get("JAX_PLATFORMS"):  # nothing is computed; an accelerator need not be free
         jax.config.update("jax_platforms", "cpu")
     with commands.exit_codes():
         try:
@@ -42,9 +42,9 @@ def main() -> None:
             raise InputError(f"cannot write {flags.dst}: {error.strerror or error}") from None
     print(f"wrote {flags.dst}: " + ", ".join(sorted(name for name in os.listdir(flags.dst) if name[0] != ".")))
     if flags.to != "orbax" and export.ours_alone(model.config, flags.to):
-        print("open_clip has no such ResNet (three stages, or the small stem): only rankclip_jax.load reads the folder")
+        print("open_clip has no such ResNet (three stages, or the small stem); only rankclip_jax.load reads the folder")
     if model.tokenizer is None:
-        print(f"no tokenizer files: {flags.src} brings none; give one with --tokenizer to have them written")
+        print(f"no tokenizer files written: {flags.src} has no tokenizer; give one with --tokenizer")
 
 
 if __name__ == "__main__":

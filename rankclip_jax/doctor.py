@@ -1,4 +1,4 @@
-"""Looks at what a run needs of this machine, and says in one line how to mend what is wrong.
+"""Looks at what a run needs of this machine, and says in one line how to fix what is wrong.
 
 python -m rankclip_jax.doctor [--workdir DIR] [--tokenizer PATH_OR_HUB_ID]
 """
@@ -35,12 +35,12 @@ def packages(requirements: list[str]) -> Iterator[Finding]:
     for requirement in map(Requirement, requirements):
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
-        mend = f"pip install '{requirement.name}{requirement.specifier}'"
+        remedy = f"pip install '{requirement.name}{requirement.specifier}'"
         if (version := jax_install.version(requirement.name)) is None:
-            yield Finding(requirement.name, "not installed", mend)
+            yield Finding(requirement.name, "not installed", remedy)
             continue
         fits = requirement.specifier.contains(version, prereleases=True)
-        yield Finding(requirement.name, version, None if fits else mend)
+        yield Finding(requirement.name, version, None if fits else remedy)
 
 
 def jax_plugins(driver_file: str = jax_install.NVIDIA_DRIVER) -> Iterator[Finding]:
@@ -84,8 +84,8 @@ def devices(driver_file: str = jax_install.NVIDIA_DRIVER) -> Iterator[Finding]:
     kinds = sorted({device.device_kind for device in jax.devices()})
     idle_gpu = backend == "cpu" and extra.startswith("cuda")
     driver = jax_install.driver(driver_file) or "unknown"
-    mend = f"JAX does not use the NVIDIA GPU of this machine (driver {driver}): {install}" if idle_gpu else None
-    yield Finding("devices", f"{jax.device_count()} {backend} ({', '.join(kinds)})", mend)
+    remedy = f"JAX does not use the NVIDIA GPU of this machine (driver {driver}): {install}" if idle_gpu else None
+    yield Finding("devices", f"{jax.device_count()} {backend} ({', '.join(kinds)})", remedy)
     device = jax.local_devices()[0]
     capability = getattr(device, "compute_capability", None)
     if not has_bfloat16(device.platform, capability):
@@ -95,8 +95,8 @@ def devices(driver_file: str = jax_install.NVIDIA_DRIVER) -> Iterator[Finding]:
         try:
             loss, first, second = _small_step(jax.local_devices(backend=name)[:1])
         except Exception as error:  # the same
-            mend = f"mend the packages named above, then reinstall jax, jaxlib and the driver of {name}"
-            yield Finding(f"training step on {name}", one_line(error, kind=True), mend)
+            remedy = f"fix the packages named above, then reinstall jax, jaxlib and the driver of {name}"
+            yield Finding(f"training step on {name}", one_line(error, kind=True), remedy)
             continue
         well = 0 < loss < 100
         yield Finding(
@@ -106,7 +106,7 @@ def devices(driver_file: str = jax_install.NVIDIA_DRIVER) -> Iterator[Finding]:
         )
 
 
-def _small_step(where) -> tuple[float, float, float]:
+def _small_step(where: list) -> tuple[float, float, float]:
     """Loss, seconds of the first and of the second step of a small model on the devices `where`."""
     (step, state, batch), seconds = small_program(where), []
     for _ in range(2):
@@ -114,7 +114,7 @@ def _small_step(where) -> tuple[float, float, float]:
         state, numbers = step(state, batch)
         loss = float(numbers["loss"])
         seconds.append(time.perf_counter() - start)
-    return loss, *seconds
+    return loss, seconds[0], seconds[1]
 
 
 def small_program(where: Sequence) -> tuple:
@@ -149,8 +149,8 @@ def pipeline(pictures: int = 400) -> Iterator[Finding]:
 
         gpus = health.gpus_of_tensorflow()
     except InputError as error:  # TensorFlow was at work before, and holds the GPUs already
-        mend = "call input_pipeline.cpu_only() before TensorFlow does anything; in a notebook restart it first"
-        yield Finding("TensorFlow's devices", one_line(error.__cause__, kind=True), mend)
+        remedy = "call input_pipeline.cpu_only() before TensorFlow does anything; in a notebook restart it first"
+        yield Finding("TensorFlow's devices", one_line(error.__cause__ or error, kind=True), remedy)
         return
     except Exception as error:  # absent, or one of its own packages is, or does not match
         said = f"cannot be imported: {one_line(error, kind=True)}"
@@ -164,8 +164,8 @@ def pipeline(pictures: int = 400) -> Iterator[Finding]:
     try:
         from clu import metric_writers  # noqa: F401 -- what the trainer imports
     except Exception as error:  # tensorboard absent, or one of its own packages is
-        mend = "pip install --force-reinstall 'tensorboard>=2.21' 'clu>=0.0.12'"
-        yield Finding("TensorBoard events", f"cannot be written: {one_line(error, kind=True)}", mend)
+        remedy = "pip install --force-reinstall 'tensorboard>=2.21' 'clu>=0.0.12'"
+        yield Finding("TensorBoard events", f"cannot be written: {one_line(error, kind=True)}", remedy)
 
 
 def places(workdir: str, tokenizer: str | None) -> Iterator[Finding]:
@@ -177,12 +177,12 @@ def places(workdir: str, tokenizer: str | None) -> Iterator[Finding]:
             pass
         yield Finding("workdir", f"{workdir} can be written")
     except OSError as error:
-        mend = f"give a --workdir that you may write, or: sudo chown $USER {there}"
-        mend = mend if there.is_dir() else f"{there} is a file: give another --workdir"
-        yield Finding("workdir", f"{there}: {error.strerror}", mend)
+        remedy = f"give a --workdir that you may write, or: sudo chown $USER {there}"
+        remedy = remedy if there.is_dir() else f"{there} is a file: give another --workdir"
+        yield Finding("workdir", f"{there}: {error.strerror}", remedy)
     free = shutil.disk_usage(there).free / 2**30
-    mend = f"free some space below {there}: two checkpoints of ViT-B/32 take 3.5 GiB" if free < 5 else None
-    yield Finding("free disk", f"{free:,.1f} GiB", mend)
+    remedy = f"free some space below {there}: two checkpoints of ViT-B/32 take 3.5 GiB" if free < 5 else None
+    yield Finding("free disk", f"{free:,.1f} GiB", remedy)
     if tokenizer:
         from rankclip_jax.common.tokenizer import Tokenizer
 
@@ -205,7 +205,7 @@ def findings(workdir: str, tokenizer: str | None) -> Iterator[Finding]:
 
 
 def main() -> None:
-    """Prints the report. Exit code 1 when something has to be mended; the others: common/commands.py."""
+    """Prints the report. Exit code 1 when something has to be fixed; the others: common/commands.py."""
     parser = argparse.ArgumentParser(prog="python -m rankclip_jax.doctor", description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", default="runs", help="where runs will be written")
     parser.add_argument("--tokenizer", help="the tokenizer.json or hub id that config.tokenizer.path will name")
@@ -218,7 +218,7 @@ def main() -> None:
             print(f"{'ok ' if remedy is None else 'BAD'}  {what:26}{found}", flush=True)
             if remedy is not None:
                 print(f"     {'':26}-> {remedy}", flush=True)
-    print(f"\n{ill} thing(s) to mend" if ill else "\nall is well")
+    print(f"\n{ill} thing(s) to fix" if ill else "\nall is well")
     sys.exit(ill > 0)
 
 

@@ -1,4 +1,4 @@
-"""The command line: embed a collection of pictures, and search in it by text.
+"""The command line: embed a collection of images, and search it by text.
 
 python -m rankclip_jax.embed MODEL DATA --out photos.npz
 python -m rankclip_jax.embed MODEL photos.npz --search "a dog on a beach" --png matches.png
@@ -11,6 +11,7 @@ import rankclip_jax
 from rankclip_jax.common import commands
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.inference import collection, search, store
+from rankclip_jax.inference.model import Model
 from rankclip_jax.inference.pictures import open_pictures
 
 
@@ -18,23 +19,23 @@ def main() -> None:
     """Exit codes: common/commands.py."""
     parser = argparse.ArgumentParser(
         prog="python -m rankclip_jax.embed",
-        description="Embeds a collection of pictures; a run that stops goes on by the same command. Or searches in it.",
+        description="Embeds a collection of images, or searches it. The same command resumes a stopped run.",
     )
-    parser.add_argument("model", help="whatever rankclip_jax.load takes: a workdir, an export, a .pt, ...")
+    parser.add_argument("model", help="any path for rankclip_jax.load: a workdir, an export, a .pt, ...")
     parser.add_argument(
-        "data", help="a folder of images, a .csv or .tsv, shards (.tar, .tfrecord, .parquet); or what --out wrote"
+        "data", help="a folder of images, a .csv or .tsv, shards (.tar, .tfrecord, .parquet); or a file of --out"
     )
     parser.add_argument("--out", type=Path, help="the file to write: .npz or .parquet")
     parser.add_argument("--search", nargs="+", metavar="TEXT", help="print the best matches of each text")
-    parser.add_argument("--top", type=int, default=10, help="how many (default 10)")
-    parser.add_argument("--png", type=Path, help="draw them too")
-    parser.add_argument("--image-key", help="column, feature or member of the image; default: the format's usual one")
-    parser.add_argument("--delimiter", default=",", help="of a csv (default ,)")
-    parser.add_argument("--tokenizer", help="a tokenizer.json or hub id, where MODEL brings none")
+    parser.add_argument("--top", type=int, default=10, help="number of matches (default 10)")
+    parser.add_argument("--png", type=Path, help="also draw the matches into this file")
+    parser.add_argument("--image-key", help="column, feature or member of the image; default: the format's default")
+    parser.add_argument("--delimiter", default=",", help="separator of a csv (default ,)")
+    parser.add_argument("--tokenizer", help="a tokenizer.json or hub id, if MODEL has none")
     parser.add_argument("--activation", choices=["quick_gelu", "gelu"], default="quick_gelu", help="as in convert")
     flags = parser.parse_args()
     if not (flags.out or flags.search):
-        parser.error("give --out FILE to embed DATA, --search TEXT to search in it, or both")
+        parser.error("give --out FILE to embed DATA, --search TEXT to search it, or both")
     commands.quiet_tensorflow()  # for shards
     with commands.exit_codes("stopped; the same command resumes"):
         try:
@@ -48,7 +49,7 @@ def main() -> None:
             raise InputError(said) from None
 
 
-def _embed(model, flags) -> None:
+def _embed(model: Model, flags: argparse.Namespace) -> None:
     about = {
         "data": str(Path(flags.data).resolve()),
         "image_key": flags.image_key,
@@ -59,11 +60,11 @@ def _embed(model, flags) -> None:
     collection.embed(model, pictures, flags.out, about | {"size": pictures.size})
 
 
-def _search(model, path: Path, texts: list[str], top: int, png: Path | None) -> None:
+def _search(model: Model, path: Path, texts: list[str], top: int, png: Path | None) -> None:
     embeddings = store.read(path)
     about = embeddings.about
     if about["model"] != model.fingerprint():
-        raise InputError(f"{path} was made with another model than {model.source.path}: embed the collection again")
+        raise InputError(f"{path} was embedded with another model than {model.source.path}; embed the collection again")
     found_TxK, cosines_TxK = search.best(embeddings, model.encode_text(texts), top)
     for text, found, cosines in zip(texts, found_TxK, cosines_TxK, strict=True):
         print(search.table(text, embeddings, found, cosines))

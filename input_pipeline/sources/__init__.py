@@ -1,8 +1,9 @@
-"""Where samples come from: one file a format. `open_source` is the one entry, `Source` what it gives."""
+"""Sources of samples, one file per format. `open_source` opens any of them as a `Source`."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import tensorflow as tf
 from ml_collections import ConfigDict
@@ -16,8 +17,8 @@ __all__ = ["Lost", "Source", "open_source"]
 
 
 def open_source(
-    spec: Mapping | ConfigDict,
-    path: str | int | Sequence[str] | Mapping | ConfigDict,
+    spec: ConfigDict,
+    path: Any,
     *,
     image_side: int,
     split: str = "train",
@@ -25,11 +26,11 @@ def open_source(
     """Opens config.data's `train` or `val`, or a labelled set of config.eval.
 
     Args:
-      spec: has `format` and the keys that config.data has for it; a labelled csv has `label_key` instead of captions.
-      path: files, as `format` takes them. shapes: the number of scenes, or the name of a labelled split. A mixture:
-        name -> path, weight, and what differs from `spec` (mixture.py).
-      image_side: pixels; side of the scenes that `shapes` draws.
-      split: train | val; which stream of scenes `shapes` draws from.
+      spec: `format` and its keys in config.data; a labelled csv has `label_key` instead of captions.
+      path: files of the format. shapes: the number of scenes, or the name of a labelled split. A mixture: name -> path,
+        weight, and changes to `spec` (mixture.py).
+      image_side: side of the scenes drawn by `shapes`, pixels.
+      split: train | val: the stream of scenes for `shapes`.
 
     Raises:
       InputError: unknown format, missing file, column or key, or no rows.
@@ -53,11 +54,11 @@ def open_source(
         case "shapes":
             return drawn.open_drawn(path, image_side, split)
     known = "csv, tfrecord, webdataset, folder, parquet, tfds or shapes"
-    raise InputError(f"config.data.format must be {known}; got {spec.format!r}")
+    raise InputError(f"unknown config.data.format={spec.format!r}. Expected {known}")
 
 
 def _checked(source: Source) -> Source:
-    """The source with rows refused that have no image or no caption at all."""
+    """The source, with rows without image or without caption as bad rows."""
 
     def read(row):
         sample = source.read(tf.cast(row, tf.int64))

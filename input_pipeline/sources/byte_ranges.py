@@ -1,10 +1,9 @@
-"""Any span of bytes of any of many files, inside the graph.
+"""Reads byte ranges of many files inside the graph.
 
-TensorFlow has no op for it: tf.io.read_file takes whole files, and a FixedLengthRecordDataset reads its way through
-everything before the span (measured: 9 ms for 40 MB). So local files are memory-mapped, once, as uint8 tensors, which
-a TensorList holds by number. A span is a slice of one; 52 us of CPU for 20 kB, as much as tf.io.read_file takes for a
-file of that size. Files in a bucket are read by Python, whose microseconds do not count beside the network's
-milliseconds.
+TensorFlow has no op for it: tf.io.read_file reads whole files, and a FixedLengthRecordDataset reads everything before
+the range (measured: 9 ms for 40 MB). So local files are memory-mapped once as uint8 tensors in a TensorList. A range is
+a slice of one of them and takes 52 us of CPU for 20 kB, the same as tf.io.read_file for a file of that size. Files in a
+bucket are read by Python, whose microseconds are negligible compared with the network's milliseconds.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,16 +22,15 @@ def byte_ranges(paths: Sequence[str], sizes: Sequence[int]) -> Callable:
 def _mapped(paths, sizes):
     files = tf.raw_ops.EmptyTensorList(element_shape=[-1], max_num_elements=-1, element_dtype=tf.uint8)
     for path, size in zip(paths, sizes, strict=True):
-        # Nothing can be mapped of a file without bytes, and no row lies in one. DLPack takes the mapping over as it is,
-        # where tf.constant and ImmutableConst copy the file into memory. It refuses a read-only array: so this one is
-        # copy-on-write, and nobody writes.
+        # An empty file cannot be mapped and has no rows. DLPack shares the mapping; tf.constant and ImmutableConst copy
+        # the file into memory. DLPack refuses a read-only array, so this one is copy-on-write and never written.
         mapped = np.memmap(path, np.uint8, "c") if size else np.zeros(0, np.uint8)
         file = tf.experimental.dlpack.from_dlpack(mapped.__dlpack__())
         files = tf.raw_ops.TensorListPushBack(input_handle=files, tensor=file)
 
     def read(file, begin, length):
         whole = tf.raw_ops.TensorListGetItem(input_handle=files, index=file, element_shape=[-1], element_dtype=tf.uint8)
-        # From uint8 to string there is no op, but a serialised tensor ends with its bytes as they are.
+        # There is no op from uint8 to string, but a serialised tensor ends with its raw bytes.
         span = tf.io.serialize_tensor(tf.slice(whole, [begin], [length]))
         return tf.strings.substr(span, tf.cast(tf.strings.length(span), tf.int64) - length, length)
 

@@ -9,13 +9,16 @@ from rankclip_jax.common.errors import InputError
 
 
 def open_drawn(path: str | int, side: int, split: str) -> Source:
-    """Scenes of `side` pixels: a number of them from `split`, or a labelled set ("seen", "held_out") as `path`."""
-    if path in ("seen", "held_out"):
-        split, size = path, 16 * len(shapes.SEEN if path == "seen" else shapes.HELD_OUT)
-    elif isinstance(path, int) and path > 0:
-        size = path
+    """Scenes of `side` pixels: `path` is a number of them, from `split`, or a labelled set: seen, held_out:800."""
+    name, colon, count = str(path).partition(":")
+    if name in ("seen", "held_out"):
+        split, size = name, 16 * len(shapes.SPLITS[name][1])
+        if colon:
+            size = int(count) if count.isascii() and count.isdigit() else 0
     else:
-        raise InputError(f"shapes: give a number of scenes, or seen or held_out; got {path!r}")
+        size = path if isinstance(path, int) else 0
+    if size < 1:
+        raise InputError(f"shapes: give a number of scenes, or seen, held_out, seen:COUNT; got {path!r}")
 
     def read(row):
         def draw(row):

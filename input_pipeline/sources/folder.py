@@ -1,4 +1,4 @@
-"""A folder of images, at any depth, with a .txt of the same name beside each."""
+"""A folder of images, at any depth, each with a .txt of the same name next to it."""
 
 import os
 
@@ -13,20 +13,20 @@ from rankclip_jax.common.pictures import ENDINGS
 
 
 def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
-    """Opens a folder. Rows are in the order of the images' paths; a .txt without an image is lost, and named.
+    """Opens a folder. Rows are in the order of the images' paths. A .txt without an image is reported as lost.
 
     `spec`: hint of config.data.
 
     Raises:
-      InputError: no such folder, or no image in it.
+      InputError: no such folder, or no images.
     """
     root = os.fspath(path) if isinstance(path, str | os.PathLike) else repr(path)
     if not tf.io.gfile.isdir(root):
-        raise InputError(f"{root} is no folder" + (f"; {spec.hint}" if spec.get("hint") else ""))
+        raise InputError(f"{root} is not a folder" + (f"; {spec.hint}" if spec.get("hint") else ""))
     names = sorted(_files(root))
     images = [name for name in names if name.lower().endswith(ENDINGS)]
     if not images:
-        raise InputError(f"{root} holds no images ({', '.join(ENDINGS)})")
+        raise InputError(f"{root} has no images ({', '.join(ENDINGS)})")
     stems = {os.path.splitext(name)[0] for name in images}
     alone = [name for name in names if name.endswith(".txt") and name[:-4] not in stems]
     lost = tuple(Lost(os.path.join(root, name), "a caption without an image", 1) for name in alone)
@@ -43,7 +43,7 @@ def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
 
 
 def _files(root):
-    """Paths below `root`, relative to it, hidden ones left out; links are followed, but not in circles."""
+    """Paths below `root`, relative to it, without hidden files; links are followed, each folder once."""
     seen = set()
     for folder, folders, files in tf.io.gfile.walk(root) if is_remote(root) else os.walk(root, followlinks=True):
         real = folder if is_remote(root) else os.path.realpath(folder)

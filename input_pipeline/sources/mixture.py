@@ -1,13 +1,13 @@
-"""Several sources as one, mixed by weights.
+"""Mixes several sources by weights.
 
-An epoch of a mixture has as many samples as all its sources have rows together, and each source gives its weight's
-share of them, to the sample. A source that gives more than it has begins again, newly shuffled; one that gives less
-goes on in the next epoch where it stopped: none of its rows comes twice before each has come once. Which sample stands
-where is computed from its position alone (input_pipeline/order.py), as for a single source. Without weights the
-sources are simply put together, and every row comes once an epoch.
+An epoch of a mixture has as many samples as its sources have rows in total. Each source contributes exactly its
+weight's share of them. A source with fewer rows starts again, reshuffled; a source with more rows continues in the next
+epoch. No row is repeated before each row of its source has been used once. The order is computed from the position
+(input_pipeline/order.py), as for a single source. Without weights the sources are concatenated, and every row is used
+once per epoch.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -17,11 +17,11 @@ from input_pipeline.sources.source import Source
 from rankclip_jax.common.errors import InputError
 
 
-def open_mixture(spec: Mapping | ConfigDict, parts: Mapping[str, Mapping], open_one: Callable) -> Source:
-    """Opens name -> {path, weight, and what differs from `spec`} with open_one(spec, path) for each.
+def open_mixture(spec: ConfigDict, parts: Mapping[str, Mapping], open_one: Callable) -> Source:
+    """Opens each of name -> {path, weight, changes to `spec`} with open_one(spec, path).
 
     Raises:
-      InputError: a weight that is not positive, weights for some only, shapes among the parts, or what opening raises.
+      InputError: a weight that is not positive, weights for only some parts, shapes as a part, or as `open_one`.
     """
     weights = [part.get("weight") for part in parts.values()]
     for name, weight in zip(parts, weights, strict=True):
@@ -29,6 +29,7 @@ def open_mixture(spec: Mapping | ConfigDict, parts: Mapping[str, Mapping], open_
             raise InputError(f"config.data.train.{name}.weight must be a positive number; got {weight!r}")
         if (weight is None) != (weights[0] is None):
             raise InputError(f"config.data.train: {name} and {next(iter(parts))}: give all parts a weight, or none")
+    given = [weight for weight in weights if weight is not None]  # all, or none
     sources = []
     for name, part in parts.items():
         own = {key: value for key, value in part.items() if value is not None}
@@ -52,13 +53,13 @@ def open_mixture(spec: Mapping | ConfigDict, parts: Mapping[str, Mapping], open_
         where=where,
         captions=lambda: (caption for source in sources for caption in source.captions()),
         lost=tuple(one for source in sources for one in source.lost),
-        shares=None if weights[0] is None else tuple(zip(sizes.tolist(), _shares(weights, sizes.sum()), strict=True)),
+        shares=tuple(zip(sizes.tolist(), _shares(given, sizes.sum()), strict=True)) if given else None,
     )
 
 
 def _read(sources, starts):
     specs = [tf.data.Dataset.range(1).map(source.read).element_spec for source in sources]
-    common = set.intersection(*map(set, specs))  # tokens count only where all have them
+    common = set.intersection(*map(set, specs))  # tokens are used only if all parts have them
     several = any(spec["caption"].shape.rank for spec in specs)
     starts = tf.constant(starts, tf.int64)
 
@@ -75,8 +76,8 @@ def _read(sources, starts):
     return read
 
 
-def _shares(weights, total) -> list[int]:
-    """`total` divided as the weights say, the largest remainders rounded up."""
+def _shares(weights: Sequence[float], total: int) -> list[int]:
+    """`total` divided by weight, with the largest remainders rounded up."""
     exact = np.array(weights) / sum(weights) * total
     shares = np.floor(exact).astype(int)
     shares[np.argsort(shares - exact, kind="stable")[: total - shares.sum()]] += 1

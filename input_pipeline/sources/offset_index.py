@@ -1,8 +1,8 @@
-"""Where each sample begins in a shard: found once by going through the shards, then kept in a file beside them.
+"""The offset of each sample in its shard: found once by scanning the shards, then cached in a file next to them.
 
-The index of a set is one .npz in `.rankclip_index` of the first shard's folder; where that cannot be written, and for
-buckets, in the user's cache folder. A shard counts as unchanged while its size and its time of change are the same;
-only others are gone through again.
+The index of a set is one .npz in `.rankclip_index` of the first shard's folder. If that is not writable, and for
+buckets, it is in the user's cache folder. A shard with the same size and modification time counts as unchanged. Only
+changed shards are scanned again.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -25,12 +26,13 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.progress import progress
 
-_REMOTE_WINDOW = 8 << 20  # bytes fetched at once from a bucket; local files are memory-mapped
+Bytes = Any  # gives [begin:end] of a file: mmap, memoryview or _Window
+_REMOTE_WINDOW = 8 << 20  # bytes per request to a bucket; local files are memory-mapped
 
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """What one shard holds: `columns`, arrays of one length, an item a sample; `lost`, what could not be reached."""
+    """Contents of one shard. `columns`: arrays with one item per sample; `lost`: unreachable samples."""
 
     columns: dict[str, np.ndarray]
     lost: Lost | None = None
@@ -38,14 +40,14 @@ class Scan:
 
 @dataclasses.dataclass(frozen=True)
 class OffsetIndex:
-    """Samples of all shards, one after the other.
+    """Samples of all shards, in order.
 
     Attributes:
-      paths: the shards, F of them.
-      sizes: bytes of each.
-      starts: int64 (F,); the row with which each shard starts.
-      columns: arrays (rows, ...), as `Scan` has them.
-      lost: what could not be reached.
+      paths: the F shards.
+      sizes: of each shard, bytes.
+      starts: int64 (F,), the first row of each shard.
+      columns: arrays (rows, ...), as in `Scan`.
+      lost: unreachable samples.
     """
 
     paths: list[str]
@@ -59,11 +61,11 @@ class OffsetIndex:
         return len(next(iter(self.columns.values())))
 
     def file_of(self, row: int) -> int:
-        """The number of the shard that holds a row."""
+        """The index of the shard with this row."""
         return int(np.searchsorted(self.starts, row, side="right")) - 1
 
     def file_in_graph(self, row: tf.Tensor) -> tf.Tensor:
-        """The same as TensorFlow ops, int32."""
+        """`file_of` as TensorFlow ops, int32."""
         return tf.searchsorted(self.starts, [row], side="right")[0] - 1
 
 
@@ -71,9 +73,9 @@ def offset_index(kind: str, paths: Sequence[str], scan: Callable, cache_dir: str
     """Reads or builds the index of `paths`.
 
     Args:
-      kind: what was looked for; part of the stored file's name.
+      kind: identifies the content of the index; part of the file name.
       scan: (bytes by slices, size, path) -> Scan.
-      cache_dir: folder for the stored index instead of the usual ones.
+      cache_dir: folder for the index, instead of the defaults.
     """
     stamps_F = stamps(paths)
     name = hashlib.sha256("\n".join([kind, *paths]).encode()).hexdigest()[:20] + ".npz"
@@ -104,7 +106,7 @@ def offset_index(kind: str, paths: Sequence[str], scan: Callable, cache_dir: str
 
 
 def open_slices(path: str, size: int) -> contextlib.AbstractContextManager:
-    """A context manager whose value gives bytes [begin:end] of a file."""
+    """A context manager whose value supports [begin:end] of a file's bytes."""
     if is_remote(path):
         return _Window(path)
     if not size:
@@ -114,9 +116,9 @@ def open_slices(path: str, size: int) -> contextlib.AbstractContextManager:
 
 
 class _Window:
-    """Slices of a file in a bucket, fetched in large pieces."""
+    """Slices of a file in a bucket, fetched in large requests."""
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         self._file, self._begin, self._bytes = tf.io.gfile.GFile(path, "rb"), 0, b""
 
     def __getitem__(self, span: slice) -> bytes:
@@ -126,10 +128,10 @@ class _Window:
             self._begin, self._bytes = span.start, self._file.read(max(_REMOTE_WINDOW, span.stop - span.start))
         return self._bytes[span.start - self._begin : span.stop - self._begin]
 
-    def __enter__(self):
+    def __enter__(self) -> "_Window":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 
@@ -138,14 +140,14 @@ def _rows(scan):
 
 
 def cache_folders(paths: Sequence[str], cache_dir: str | None) -> list[Path]:
-    """Where something derived from the shards may lie, best first."""
+    """Folders for data derived from the shards, in order of preference."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankclip_jax"
     beside = [] if is_remote(paths[0]) else [Path(paths[0]).parent / ".rankclip_index"]
     return [Path(cache_dir)] if cache_dir else [*beside, home]
 
 
 def _load(name, paths, cache_dir):
-    """(path, size, time) -> Scan of what is stored; empty where nothing is, or nothing that can be read."""
+    """(path, size, time) -> Scan of the cached index; empty if there is none, or it is unreadable."""
     for folder in cache_folders(paths, cache_dir):
         try:
             with np.load(folder / name, allow_pickle=False) as stored:
@@ -166,7 +168,7 @@ def _load(name, paths, cache_dir):
 def _store(name, index, files, cache_dir):
     meta = json.dumps(dict(files=files, lost=[dataclasses.asdict(one) for one in index.lost])).encode()
     for folder in cache_folders(index.paths, cache_dir):
-        # Several processes may do this at once: each writes its own file, and the last one's name wins.
+        # Several processes may do this at once: each writes its own file, and the last rename wins.
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with whole(folder / name) as part, open(part, "wb") as out:
@@ -174,4 +176,4 @@ def _store(name, index, files, cache_dir):
             return
         except (OSError, InputError):
             continue
-    # Nowhere to keep it: the next start builds it again.
+    # No writable folder: the next start builds it again.

@@ -1,4 +1,4 @@
-"""Many strings as one: ten million paths take their own length and eight bytes each, not a Python object each."""
+"""Many strings in one buffer: a path takes its length plus eight bytes, instead of a Python object."""
 
 from collections.abc import Iterator
 
@@ -8,10 +8,10 @@ import tensorflow as tf
 
 
 class PackedStrings:
-    """Strings (N,) by number, for the graph and for people."""
+    """Strings (N,) by number, as TensorFlow ops (`at`) or str."""
 
     def __init__(self, strings: pa.ChunkedArray | pa.Array | list[bytes]):
-        """`strings`: of pyarrow (binary or string of any kind; null is empty), or a list."""
+        """`strings`: a pyarrow array (any binary or string type; null becomes empty), or a list."""
         array = (
             strings.combine_chunks() if isinstance(strings, pa.ChunkedArray) else pa.array(strings, pa.large_binary())
         )

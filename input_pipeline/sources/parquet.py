@@ -1,8 +1,8 @@
-"""Parquet files with a column of encoded images and one of captions.
+"""Parquet files with a column of encoded images and a column of captions.
 
-Parquet is compressed by hundreds of rows, so that one row alone costs as much to read as its whole group. So every file
-is unpacked once into a tar, which the graph reads by row (tar.py). The tars lie beside the data, or where
-config.data.cache_dir says, and take as much room as the images.
+Parquet compresses hundreds of rows together, so reading one row costs as much as its whole group. So every file is
+unpacked once into a tar, which the graph reads by row (tar.py). The tars are next to the data, or in
+config.data.cache_dir, and take as much space as the images.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow as tf
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from input_pipeline.sources.offset_index import cache_folders
 from input_pipeline.sources.paths import expand, is_remote, stamps
@@ -27,16 +28,16 @@ from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.progress import progress
 
-_ROWS = 256  # unpacked at once
+_ROWS = 256  # rows unpacked at a time
 
 
 def open_parquet(spec: ConfigDict, path: str | Sequence[str]) -> Source:
-    """Opens files. An image is bytes, or a struct with a field `bytes`, as Hugging Face's datasets write it.
+    """Opens files. An image is bytes, or a struct with a field `bytes`, as written by Hugging Face's datasets.
 
     `spec`: image_key, caption_key, hint, cache_dir of config.data.
 
     Raises:
-      InputError: no such file or column, one of another type, no rows, or no room to unpack.
+      InputError: no such file or column, a column of another type, no rows, or not enough disk space to unpack.
     """
     files = expand(path, endings=(".parquet",), hint=spec.get("hint"))
     columns = [
@@ -55,8 +56,8 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     return Source(size, members.read, where, lambda: read_captions(members.read, size))
 
 
-def _columns(file, image_keys, caption_keys) -> tuple[str, str]:
-    """The columns of images (with .bytes, of a struct) and captions."""
+def _columns(file: str, image_keys: tuple[str, ...], caption_keys: tuple[str, ...]) -> tuple[str, str]:
+    """Names of the image column (with .bytes for a struct) and the caption column."""
     with _opened(file) as parquet:
         schema = parquet.schema_arrow
     found = []
@@ -69,27 +70,27 @@ def _columns(file, image_keys, caption_keys) -> tuple[str, str]:
             name, kind = f"{name}.bytes", kind.field("bytes").type
         if kind not in (pa.binary(), pa.large_binary(), pa.string(), pa.large_string()):
             raise InputError(
-                f"{file}: column {name} must hold bytes or strings, or a struct with bytes; it holds {kind}"
+                f"{file}: column {name} has type {kind}. Expected bytes or strings, or a struct with bytes"
             )
         found.append(name)
-    return tuple(found)
+    return found[0], found[1]
 
 
 @contextlib.contextmanager
 def _opened(file):
     try:
-        # A file from a bucket is fetched whole: nearly all of it is wanted anyway.
+        # A file in a bucket is fetched whole, because nearly all of it is needed.
         where = pa.BufferReader(tf.io.gfile.GFile(file, "rb").read()) if is_remote(file) else file
         with pq.ParquetFile(where) as opened:
             yield opened
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # of the system, not of Parquet's decoder
+            raise  # from the system, not from Parquet's decoder
         raise InputError(f"{file} cannot be read as Parquet: {one_line(error)}") from None
 
 
-def _unpacked(files, columns, cache_dir) -> list[str]:
-    """Paths of the tars, made where they are missing."""
+def _unpacked(files: list[str], columns: list[tuple[str, str]], cache_dir: str | None) -> list[str]:
+    """Paths of the tars; missing ones are written."""
     folders = cache_folders(files, cache_dir)
     names = [
         hashlib.sha256(repr((file, stamp, column)).encode()).hexdigest()[:20] + ".tar"
@@ -100,7 +101,7 @@ def _unpacked(files, columns, cache_dir) -> list[str]:
             return [str(folder / name) for name in names]
     folder = next((folder for folder in folders if _writable(folder)), None)
     if folder is None:
-        raise InputError(f"{files[0]} must be unpacked, but {folders[0]} cannot be written; set config.data.cache_dir")
+        raise InputError(f"{files[0]} must be unpacked, but {folders[0]} is not writable; set config.data.cache_dir")
     missing = [i for i, name in enumerate(names) if not (folder / name).exists()]
     rows = needed = 0
     for i in missing:
@@ -111,8 +112,8 @@ def _unpacked(files, columns, cache_dir) -> list[str]:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"unpacking {files[0]} and its like takes {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB; "
-            "set config.data.cache_dir"
+            f"unpacking {files[0]} and the others takes {needed / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB "
+            "free; set config.data.cache_dir to a larger disk"
         )
     with progress(f"unpack Parquet into {folder} ({needed / 1e9:.1f} GB)", rows, unit="rows") as bar:
         for i in missing:
@@ -120,7 +121,7 @@ def _unpacked(files, columns, cache_dir) -> list[str]:
     return [str(folder / name) for name in names]
 
 
-def _unpack(file, columns, target: Path, bar) -> None:
+def _unpack(file: str, columns: tuple[str, str], target: Path, bar: tqdm) -> None:
     with whole(target) as part, _opened(file) as parquet, tarfile.open(part, "w") as tar:
         row = 0
         for batch in parquet.iter_batches(_ROWS, columns=list(columns)):

@@ -1,4 +1,4 @@
-"""Which files a configuration means: brace ranges, globs, folders and lists, local or in a bucket."""
+"""Expands paths of a configuration: brace ranges, globs, folders and lists, local or in a bucket."""
 
 import os
 import re
@@ -13,24 +13,24 @@ _RANGE = re.compile(r"\{([^{}]*)\}")
 
 
 def expand(pattern: str | Sequence[str], *, endings: tuple[str, ...], hint: str | None = None) -> list[str]:
-    """The files that a pattern names, in order.
+    """The files of a pattern, in order.
 
     Args:
-      pattern: a path; {00000..00331} counts, with leading zeros kept, {a,b} chooses, *, ? and [...] match; a folder
-        stands for the files in it that end in one of `endings`. Several patterns: their files one after the other.
-        gs:// and whatever else tf.io.gfile knows stays as it is.
-      hint: what to tell somebody who lacks the data.
+      pattern: a path with ranges {00000..00331} (leading zeros are kept), choices {a,b} and wildcards *, ?, [...]; or a
+        folder, which means its files with one of the `endings`; or several patterns, whose files are concatenated. gs://
+        and other schemes of tf.io.gfile are supported.
+      hint: message for users who do not have the data.
 
     Raises:
-      InputError: nothing matches, or a bucket's scheme that TensorFlow does not know here.
+      InputError: no match, or a scheme that TensorFlow does not support here.
     """
     if isinstance(pattern, os.PathLike):
         pattern = os.fspath(pattern)
     if not pattern:
-        raise InputError("no path is given for the data" + (f"; {hint}" if hint else ""))
+        raise InputError("no path to the data is given" + (f"; {hint}" if hint else ""))
     if not isinstance(pattern, str):
         if not isinstance(pattern, Sequence):
-            raise InputError(f"config.data.train and .val take a path or a list of paths; got {pattern!r}")
+            raise InputError(f"config.data.train and .val must be a path or a list of paths; got {pattern!r}")
         return [path for one in pattern for path in expand(str(one), endings=endings, hint=hint)]
     paths = []
     for path in braces(pattern):
@@ -42,7 +42,7 @@ def expand(pattern: str | Sequence[str], *, endings: tuple[str, ...], hint: str 
 
 
 def braces(pattern: str) -> list[str]:
-    """`a{08..10}` -> a08, a09, a10; `{x,y}` -> x, y; without braces the pattern itself."""
+    """`a{08..10}` -> a08, a09, a10; `{x,y}` -> x, y; without braces the pattern unchanged."""
     match = _RANGE.search(pattern)
     if not match:
         return [pattern]
@@ -53,21 +53,21 @@ def braces(pattern: str) -> list[str]:
         choices = match[1].split(",")
     else:
         raise InputError(
-            f"{pattern}: {match[0]} is neither a range such as {{00000..00331}} nor a choice such as {{a,b}}"
+            f"{pattern}: cannot read {match[0]}. Expected a range such as {{00000..00331}} or a choice such as {{a,b}}"
         )
     return [path for choice in choices for path in braces(pattern[: match.start()] + choice + pattern[match.end() :])]
 
 
 def is_remote(path: str) -> bool:
-    """Whether the path has a scheme, as gs://bucket/file has."""
+    """Whether the path has a scheme, such as gs://."""
     return "://" in path
 
 
 def stamps(paths: Sequence[str]) -> list[tuple[int, int]]:
-    """(size in bytes, time of the last change in ns) of each file; many at once, for buckets answer slowly."""
+    """(size in bytes, modification time in ns) of each file. Many at once, because buckets answer slowly."""
 
     def stamp(path):
-        if not is_remote(path):  # TensorFlow knows the time of local files to the second only
+        if not is_remote(path):  # TensorFlow returns the time of local files only in seconds
             stat = os.stat(path)
             return stat.st_size, stat.st_mtime_ns
         stat = tf.io.gfile.stat(path)
@@ -88,7 +88,7 @@ def _matches(path, endings):
             names = sorted(tf.io.gfile.listdir(path))
             found = [tf.io.gfile.join(path, name) for name in names if name.endswith(endings)]
             if not found:
-                raise InputError(f"{path} holds no file that ends in {' or '.join(endings)}")
+                raise InputError(f"{path} has no files that end in {' or '.join(endings)}")
             return found
         if tf.io.gfile.exists(path):
             return [path]
@@ -96,8 +96,8 @@ def _matches(path, endings):
     except tf.errors.UnimplementedError:
         scheme = path.split("://")[0]
         raise InputError(
-            f"{path}: this TensorFlow has no file system for {scheme}://; copy or mount the data, or install a "
-            f"TensorFlow plug-in for it and import it first"
+            f"{path}: this TensorFlow does not support {scheme}://; copy or mount the data, or install a TensorFlow "
+            f"plug-in for it and import it first"
         ) from None
     except tf.errors.OpError as error:
         raise InputError(f"{path} cannot be reached: {one_line(error)}") from None

@@ -1,4 +1,4 @@
-"""What a source is: a set of samples that gives any row by number, so the pipeline shuffles and resumes for free."""
+"""The interface of a source: samples by row number, so that the pipeline can shuffle and resume at no cost."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,13 +9,13 @@ import tensorflow as tf
 
 @dataclasses.dataclass(frozen=True)
 class Lost:
-    """A part of the data that cannot be reached at all, found on opening: a torn shard, a line with a missing column.
+    """Unreachable data, found on opening: a torn shard, a line with a missing column.
 
     Attributes:
       where: the file.
       reason: what is wrong with it.
-      samples: how many are lost; an estimate where a shard is damaged, and 1 where it was cut off, since how much is
-        missing cannot be known.
+      samples: number of lost samples: an estimate for a damaged shard, and 1 for a truncated one, where the number is
+        unknown.
     """
 
     where: str
@@ -29,15 +29,14 @@ class Source:
 
     Attributes:
       size: number of rows.
-      read: TensorFlow ops: int64 scalar -> {"image": encoded bytes or uint8 (H, W, 3), "caption": string () or, of
-        an image that has several, (n,)}; labelled sets add "label": int32; pre-tokenised ones "tokens": int32 (L,).
-        A row that cannot be used raises a tf.errors.OpError with the reason.
-      where: names a row for a person: file, row or key.
-      captions: iterable of the captions, for training a tokenizer.
+      read: TensorFlow ops: int64 scalar -> {"image": encoded bytes or uint8 (H, W, 3), "caption": string (), or (n,)
+        for several captions}. Labelled sets add "label": int32, pre-tokenised ones "tokens": int32 (L,). An unusable
+        row raises a tf.errors.OpError with the reason.
+      where: row -> a readable location: file, row or key.
+      captions: iterable of the captions, to train a tokenizer.
       labels: int32 (size,) of a labelled csv.
-      scan: the samples in order as a tf.data.Dataset, for a set that is only evaluated and is slow to read by number.
-      lost: what could not be reached and has no row.
-      shares: of a mixture, a (rows, share of an epoch) for each of its parts, in rows; None: every row once.
+      lost: unreachable samples, which have no row.
+      shares: of a mixture, (rows, rows per epoch) for each part; None: every row once per epoch.
     """
 
     size: int
@@ -45,13 +44,12 @@ class Source:
     where: Callable[[int], str]
     captions: Callable[[], Iterable[str]]
     labels: np.ndarray | None = None
-    scan: Callable | None = None
     lost: tuple[Lost, ...] = ()
     shares: tuple[tuple[int, int], ...] | None = None
 
 
 def read_captions(read: Callable, size: int, limit: int = 1_000_000) -> Iterator[str]:
-    """Captions of all rows, or of `limit` rows evenly spread; rows that cannot be read are left out."""
+    """Captions of all rows, or of `limit` evenly spaced rows, without unreadable ones."""
     count = min(size, limit)
     data = tf.data.Dataset.range(count).map(
         lambda i: tf.reshape(read(i * size // count)["caption"], [-1]),
@@ -63,12 +61,12 @@ def read_captions(read: Callable, size: int, limit: int = 1_000_000) -> Iterator
 
 
 def require(condition: tf.Tensor, message: str) -> None:
-    """Makes the row that is being read a bad one, with `message` as the reason, unless `condition` holds."""
+    """Makes the current row a bad one, with `message` as the reason, unless `condition` holds."""
     tf.debugging.Assert(condition, [message])
 
 
 def keys(given: str | Sequence[str] | None, usual: tuple[str, ...]) -> tuple[str, ...]:
-    """Names to look under, the first that a sample has counts: config.data.image_key or .caption_key, or the usual."""
+    """Names of which the first that a sample has is used: config.data.image_key or .caption_key, or the defaults."""
     if given is None:
         return usual
     return (given,) if isinstance(given, str) else tuple(given)

@@ -15,17 +15,17 @@ from input_pipeline.sources.paths import expand, is_remote
 from input_pipeline.sources.source import Lost, Source, keys
 from rankclip_jax.common.errors import InputError, one_line
 
-_BLOCK = 64 << 20  # bytes read at once; a row must fit
+_BLOCK = 64 << 20  # bytes read at a time; a row must fit
 
 
 def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     """Opens one table, or several with the same columns.
 
-    `spec`: delimiter, image_key, caption_key (or label_key), hint of config.data. Paths of images are relative to their
-    table's folder, absolute, or in a bucket. A row with more or fewer columns than the header is lost, and named.
+    `spec`: delimiter, image_key, caption_key (or label_key), hint of config.data. Image paths are relative to the
+    table's folder, absolute, or in a bucket. A row with more or fewer columns than the header is reported as lost.
 
     Raises:
-      InputError: no such file or column, no rows, a quote that is never closed, or labels that are no numbers.
+      InputError: no such file or column, no rows, an unclosed quote, or labels that are not numbers.
     """
     label_key = spec.get("label_key")
     text_keys = (label_key,) if label_key else keys(spec.get("caption_key"), ("caption",))
@@ -35,7 +35,7 @@ def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     tables, wrongs = zip(*(_columns(file, image_keys, text_keys, spec.delimiter) for file in files), strict=True)
     images, texts = (PackedStrings(pa.concat_tables(tables)[name]) for name in ("image", "text"))
     if not len(images):
-        raise InputError(f"{path} has no rows below its header")
+        raise InputError(f"{path} has no rows after its header")
     labels = _class_numbers(texts, path, label_key) if label_key else None
     starts = np.cumsum([0] + [len(table) for table in tables[:-1]])
     folders_F = tf.constant([file.rpartition("/")[0] + "/" if "/" in file else "" for file in files])
@@ -54,24 +54,26 @@ def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
 
     def where(row):
         file = int(np.searchsorted(starts, row, side="right")) - 1
-        # Rows are counted as they stand in the file, with those that are lost.
+        # Row numbers count all rows of the file, including lost ones.
         wrong, below = np.array(wrongs[file]), row - starts[file]
         number = below + np.searchsorted(wrong - np.arange(len(wrong)), below, side="right")
         return f"{files[file]} row {number}: {image_path(tf.constant(row, tf.int64)).numpy().decode(errors='replace')}"
 
-    reason = "another number of columns than the header"
+    reason = "different number of columns than the header"
     lost = tuple(
         Lost(f"{file} row {row}", reason, 1) for file, wrong in zip(files, wrongs, strict=True) for row in wrong
     )
     return Source(len(images), read, where, lambda: texts, labels, lost=lost)
 
 
-def _columns(file, image_keys, text_keys, delimiter) -> tuple[pa.Table, list[int]]:
-    """Columns image and text, as bytes, and the numbers of the rows that have not as many columns as the header."""
+def _columns(
+    file: str, image_keys: tuple[str, ...], text_keys: tuple[str, ...], delimiter: str
+) -> tuple[pa.Table, list[int]]:
+    """Columns image and text, as bytes, and the numbers of rows with more or fewer columns than the header."""
     wrong = []
 
     def skip(row):
-        wrong.append(row.number - 2)  # from 0 below the header
+        wrong.append(row.number - 2)  # counted from 0 after the header
         return "skip"
 
     delimiter = "\t" if file.endswith(".tsv") else delimiter
@@ -86,19 +88,19 @@ def _columns(file, image_keys, text_keys, delimiter) -> tuple[pa.Table, list[int
     try:
         table = pyarrow.csv.open_csv(
             io.BytesIO(tf.io.gfile.GFile(file, "rb").read()) if is_remote(file) else file,
-            # One thread alone counts the rows, by which the lost ones are named.
+            # Rows are counted only with one thread, and lost rows are reported by number.
             pyarrow.csv.ReadOptions(use_threads=False, block_size=_BLOCK),
             pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=skip),
-            # As bytes: a caption that is not UTF-8 is repaired later, one by one.
+            # As bytes: captions that are not UTF-8 are repaired later.
             pyarrow.csv.ConvertOptions(include_columns=found, column_types=dict.fromkeys(found, pa.large_binary())),
         ).read_all()
     except pa.ArrowInvalid as error:
         raise InputError(f"{file} cannot be read as a csv: {one_line(error, 200)!a}") from None
     for key in found:
         last = table[key][-1].as_py() if len(table) else b""
-        if last.endswith(b"\n"):  # it has taken everything to the file's end
+        if last.endswith(b"\n"):  # the quoted field extends to the end of the file
             raise InputError(
-                f"{file}: a quote is never closed; the field begins {last[:40].decode(errors='replace')!r}"
+                f"{file}: unclosed quote; the field begins {last[:40].decode(errors='replace')!r}"
             )
     return pa.table({"image": table[found[0]], "text": table[found[1]]}), wrong
 
@@ -107,4 +109,4 @@ def _class_numbers(texts, path, label_key):
     try:
         return np.array([int(text) for text in texts], np.int32)
     except ValueError as error:
-        raise InputError(f"{path}: column {label_key!r} must hold class numbers: {error}") from None
+        raise InputError(f"{path}: expected class numbers in column {label_key!r}: {error}") from None

@@ -1,10 +1,10 @@
-"""WebDataset tars: members whose names differ only behind the first dot are one sample (00012.jpg, 00012.txt).
+"""WebDataset tars: members whose names are equal up to the first dot form a sample (00012.jpg, 00012.txt).
 
-The tars are gone through once, header by header (offset_index.py); from then on a sample is one span of bytes, read
-inside the graph (byte_ranges.py). `open_members` opens samples of any members:
+The headers of the tars are scanned once (offset_index.py). After that a sample is one range of bytes, read inside the
+graph (byte_ranges.py). `open_members` opens samples with any members:
 
   members = open_members(["test/0.tar"], {"image": ("jpg", "png", "webp"), "cls": ("cls",)})
-  members.read(row)     ops: {"image": bytes, "cls": bytes}; a row without one of them is a bad one
+  members.read(row)     ops: {"image": bytes, "cls": bytes}; a row without one of them is a bad row
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline.sources.byte_ranges import byte_ranges
-from input_pipeline.sources.offset_index import OffsetIndex, Scan, offset_index, open_slices
+from input_pipeline.sources.offset_index import Bytes, OffsetIndex, Scan, offset_index, open_slices
 from input_pipeline.sources.paths import expand
 from input_pipeline.sources.source import Lost, Source, keys, read_captions, require
 from rankclip_jax.common.errors import InputError
@@ -32,7 +32,7 @@ class Members:
     """Samples of tars by number.
 
     Attributes:
-      index: where they lie; columns begin and length, (rows, kinds of members), -1 where there is none.
+      index: columns begin and length, (rows, kinds of members), -1 for a missing member.
       read: ops, row (int64 scalar) -> {name: bytes (string scalar)}.
     """
 
@@ -40,7 +40,7 @@ class Members:
     read: Callable
 
     def where(self, row: int) -> str:
-        """Names a sample: file and key."""
+        """The location of a sample: file and key."""
         file = self.index.file_of(row)
         begin = self.index.columns["begin"][row].max()  # of any member
         path, size = self.index.paths[file], self.index.sizes[file]
@@ -51,7 +51,7 @@ def open_webdataset(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     """Opens tars of images and captions. `spec`: image_key, caption_key, hint, cache_dir of config.data.
 
     Raises:
-      InputError: no tar, a compressed one, or no sample with an image or a caption under these keys.
+      InputError: no tar, a compressed tar, or no sample with an image or a caption under these keys.
     """
     wanted = {
         "image": keys(spec.get("image_key"), ("jpg", "jpeg", "png", "webp")),
@@ -68,12 +68,12 @@ def open_members(paths: list[str], wanted: Mapping[str, tuple[str, ...]], cache_
     """Opens tars by the numbers of their samples.
 
     Args:
-      wanted: name -> endings behind the first dot of a member's name, lower case, the first that a sample has counts.
+      wanted: name -> lower-case extensions after the first dot of a member's name; the first that a sample has is used.
 
     Raises:
-      InputError: a tar is compressed, or no sample has a member with one of the endings.
+      InputError: a compressed tar, or no sample with a member of one of the extensions.
     """
-    kind = f"tar {list(wanted.items())}"  # in their order, as the columns are
+    kind = f"tar {list(wanted.items())}"  # in the order of the columns
     index = offset_index(kind, paths, functools.partial(_scan, wanted), cache_dir)
     for name, found_N in zip(wanted, index.columns["length"].T, strict=True):
         if not (found_N >= 0).any():
@@ -85,7 +85,7 @@ def open_members(paths: list[str], wanted: Mapping[str, tuple[str, ...]], cache_
         begin_M, length_M = begin_NxM[row], tf.cast(length_NxM[row], tf.int64)
         for i, name in enumerate(wanted):
             require(length_M[i] >= 0, f"no {name}: no member ends in .{' or .'.join(wanted[name])}")
-        # Members of a sample lie side by side: one span has them all.
+        # Members of a sample are adjacent, so one range contains all of them.
         first = tf.reduce_min(begin_M)
         span = fetch(index.file_in_graph(row), first, tf.reduce_max(begin_M + length_M) - first)
         return {name: tf.strings.substr(span, begin_M[i] - first, length_M[i]) for i, name in enumerate(wanted)}
@@ -93,9 +93,9 @@ def open_members(paths: list[str], wanted: Mapping[str, tuple[str, ...]], cache_
     return Members(index, read)
 
 
-def _scan(wanted, data, size, path) -> Scan:
+def _scan(wanted: Mapping[str, tuple[str, ...]], data: Bytes, size: int, path: str) -> Scan:
     place = {ending: (i, rank) for i, endings in enumerate(wanted.values()) for rank, ending in enumerate(endings)}
-    begins, lengths = [], []  # of one sample after the other, flat: as many as there are kinds of members
+    begins, lengths = [], []  # flat: one entry per kind of member for each sample
     key, ranks, torn = None, [], None
     try:
         for name, begin, length in _members(data, size, path):
@@ -113,39 +113,39 @@ def _scan(wanted, data, size, path) -> Scan:
     except _TornError as error:
         torn = error
     shape = (-1, len(wanted))
-    columns = dict(begin=np.array(begins, np.int64).reshape(shape), length=np.array(lengths, np.int32).reshape(shape))
-    # A sample of none of the wanted members (a .json alone, a read-me) is no sample.
-    some = (columns["length"] >= 0).any(axis=1)
-    columns = {name: column[some] for name, column in columns.items()}
+    begin_NxM, length_NxM = np.array(begins, np.int64).reshape(shape), np.array(lengths, np.int32).reshape(shape)
+    # A sample without any of the wanted members (only a .json, a readme) is dropped.
+    some = (length_NxM >= 0).any(axis=1)
+    found: dict[str, np.ndarray] = {"begin": begin_NxM[some], "length": length_NxM[some]}
     if not torn:
-        return Scan(columns)
+        return Scan(found)
     if torn.cut_off:
-        return Scan(columns, Lost(path, f"{torn}; whatever followed is lost", 1))
+        return Scan(found, Lost(path, f"{torn}; everything after it is lost", 1))
     samples = max(1, round((size - torn.at) * some.sum() / torn.at)) if torn.at else 1
-    return Scan(columns, Lost(path, f"{torn}; the {size - torn.at:,} bytes from there on are lost", samples))
+    return Scan(found, Lost(path, f"{torn}; the {size - torn.at:,} bytes from there are lost", samples))
 
 
 class _TornError(Exception):
-    """A tar that cannot be followed any further, from byte `at` on."""
+    """A tar that cannot be parsed from byte `at` on."""
 
-    def __init__(self, what, at, cut_off=True):
+    def __init__(self, what: str, at: int, cut_off: bool = True):
         super().__init__(f"{what} at byte {at}")
         self.at, self.cut_off = at, cut_off
 
 
 def _members(data, size, path):
-    """Yields (name, begin, length) of the files in a tar (ustar, pax or GNU); raises _TornError where it is broken."""
+    """Yields (name, begin, length) of the files in a tar (ustar, pax or GNU). Raises _TornError at a broken header."""
     if data[0:2] == b"\x1f\x8b":
-        raise InputError(f"{path} is compressed, so its members cannot be read by number; unpack it with gunzip first")
+        raise InputError(f"{path} is compressed, so its members cannot be read by number; run gunzip first")
     at, ended, long_name, long_size = 0, False, None, None
     while at + _BLOCK <= size:
         head = bytes(data[at : at + _BLOCK])
         if not head.strip(b"\0"):
-            # The end mark. Tars joined with `cat` have one in their middle, too.
+            # The end mark. Concatenated tars also have one in the middle.
             at, ended = at + _BLOCK, True
             continue
         stored, length = _number(head[148:156]), _number(head[124:136])
-        # The sum of all bytes, its own field counted as blanks; Adler's checksum begins with this sum, in C.
+        # The sum of all bytes, with spaces in the checksum field. Adler-32 starts with this sum, and is computed in C.
         if (
             None in (stored, length)
             or zlib.adler32(head) % 65536 != (1 + stored - 8 * ord(" ") + sum(head[148:156])) % _ADLER_PRIME
@@ -156,20 +156,20 @@ def _members(data, size, path):
             length = long_size
         end = begin + -(-length // _BLOCK) * _BLOCK
         if begin + length > size:
-            raise _TornError("cut off inside the member that starts", at)
-        if kind == b"x":  # pax: the next member's name or size, where they do not fit into its header
+            raise _TornError("truncated inside the member that starts", at)
+        if kind == b"x":  # pax: the next member's name or size, if they do not fit into its header
             records = _pax_records(bytes(data[begin : begin + length]))
             long_name = records.get("path", long_name)
             long_size = int(records["size"]) if "size" in records else None
         elif kind == b"L":  # GNU: the same for its name
             long_name = bytes(data[begin : begin + length]).rstrip(b"\0").decode(errors="replace")
         else:
-            if kind in (b"0", b"\0", b"7"):  # a plain file; links and folders hold nothing
+            if kind in (b"0", b"\0", b"7"):  # a regular file; links and folders have no data
                 yield long_name or _name(head), begin, length
             long_name = long_size = None
         at = end
     if not ended:
-        raise _TornError("no end mark, so it may have been cut off", min(at, size))
+        raise _TornError("no end mark, so it may be truncated", min(at, size))
 
 
 def _number(field):
@@ -199,7 +199,7 @@ def _pax_records(data):
 
 
 def _split(name):
-    """folder/00012.jpg -> folder/00012, jpg; nothing in front for hidden files."""
+    """folder/00012.jpg -> folder/00012, jpg; an empty stem for hidden files."""
     folder, slash, base = name.rpartition("/")
     stem, _, ending = base.partition(".")
     return folder + slash + stem if stem else "", ending.lower()
@@ -207,7 +207,7 @@ def _split(name):
 
 @functools.lru_cache(8)
 def _keys_by_begin(path, size):
-    """Byte at which a member begins -> key; names are not worth their memory in the index."""
+    """First byte of a member -> key. The index does not store names, to save memory."""
     found = {}
     with open_slices(path, size) as data:
         try:

@@ -4,6 +4,8 @@ ArrayRecord files, which TensorFlow cannot read inside a graph, go through their
 """
 
 import re
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -27,27 +29,50 @@ def open_tfds(spec: ConfigDict, path: str) -> Source:
     """
     import tensorflow_datasets  # slow to import, and only needed here
 
-    builder, split = _builder(tensorflow_datasets, str(path), spec.get("data_dir"))
+    builder, split = _builder(path, spec.get("data_dir"))
     features = dict(_flat(builder.info.features.get_serialized_info()))
     images = [
         name for name, kind in builder.info.features.items() if isinstance(kind, tensorflow_datasets.features.Image)
     ]
     image_keys = keys(spec.get("image_key"), tuple(images[:1]) or ("image",))
     caption_keys = keys(spec.get("caption_key"), _CAPTIONS)
-    found = []
+    found: list[tuple[str, ...]] = []
     for wanted, option in ((image_keys, "image_key"), (caption_keys, "caption_key")):
         found.append(tuple(key for key in wanted if key in features))
         if not found[-1]:
-            raise InputError(
-                f"tfds {path} has no feature {' or '.join(wanted)}; its features are: {', '.join(sorted(features))}; "
-                f"set config.data.{option}"
-            )
+            raise _lacking(path, " or ".join(wanted), features, f"; set config.data.{option}")
     several = any(features[key].shape == (None,) for key in found[1])
-    return examples(_records(builder, split, spec.get("cache_dir")), *found, several)
+    return examples(_records(builder, split, spec.get("cache_dir")), found[0], found[1], several)
 
 
-def _builder(tensorflow_datasets, path, data_dir):
-    match = _PATH.fullmatch(path)
+def open_labels(path: str, data_dir: str | None) -> tuple[Source, list[str]]:
+    """(source of images with "label", names of the labels); `path` as above. Raises as above."""
+    builder, split = _builder(path, data_dir)
+    features = builder.info.features
+    for key in ("image", "label"):
+        if key not in features:
+            raise _lacking(path, key, features)
+    if not getattr(features["label"], "num_classes", None):
+        raise InputError(f"tfds {path}: its feature label must be a ClassLabel; it is {features['label']}")
+    records = _records(builder, split, None)
+    kinds = {"image": tf.io.FixedLenFeature((), tf.string), "label": tf.io.FixedLenFeature((), tf.int64)}
+
+    def read(row):
+        sample = tf.io.parse_single_example(records.read(row), kinds)
+        return {"image": sample["image"], "caption": "", "label": tf.cast(sample["label"], tf.int32)}
+
+    names = list(features["label"].names or map(str, range(features["label"].num_classes)))
+    return Source(records.size, read, records.where, captions=lambda: (), lost=records.lost), names
+
+
+def _lacking(path: str, key: str, features: Iterable[str], hint: str = "") -> InputError:
+    return InputError(f"tfds {path} has no feature {key}; its features are: {', '.join(sorted(features))}{hint}")
+
+
+def _builder(path, data_dir):
+    import tensorflow_datasets
+
+    match = _PATH.fullmatch(str(path))
     if not match:
         raise InputError(f"a tfds path is NAME:SPLIT, for example coco_captions:train; got {path!r}")
     name, split = match.groups()
@@ -61,7 +86,7 @@ def _builder(tensorflow_datasets, path, data_dir):
     if not tf.io.gfile.exists(tf.io.gfile.join(builder.data_dir, "dataset_info.json")):
         raise InputError(
             f"tfds {name!r} is not prepared in {builder.data_dir}; `tfds build {name}` fetches and prepares it "
-            "(--data_dir=DIR for another folder, then config.data.data_dir=DIR)"
+            "(--data_dir=DIR for another folder, then data_dir=DIR in the configuration)"
         )
     try:
         return builder, builder.info.splits[split]
@@ -72,7 +97,7 @@ def _builder(tensorflow_datasets, path, data_dir):
         ) from None
 
 
-def _records(builder, split, cache_dir) -> Records:
+def _records(builder: Any, split: Any, cache_dir: str | None) -> Records:
     instructions = [(one.filename, one.skip, one.take) for one in split.file_instructions]
     files = list(dict.fromkeys(filename for filename, _, _ in instructions))
     if not files:
@@ -100,7 +125,7 @@ def _rows(files, instructions, starts, ends):
     return np.concatenate(spans).astype(np.int64)
 
 
-def _array_records(files, instructions) -> Records:
+def _array_records(files: list[str], instructions: list[tuple[str, int, int]]) -> Records:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     sizes = [len(ArrayRecordDataSource([file])) for file in files]

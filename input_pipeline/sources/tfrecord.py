@@ -1,8 +1,8 @@
-"""TFRecord shards of tf.train.Example, as img2dataset and `input_pipeline.prepare` write them.
+"""TFRecord shards of tf.train.Example, as written by img2dataset and `input_pipeline.prepare`.
 
-A row is read by TensorFlow's own reader from its byte offset on: one ranged read, on local disk and in buckets alike,
-97 us of CPU for 20 kB. The reader checks the record's checksum; that of the record's length is checked when the
-index is built, because beyond a wrong length nothing can be found.
+TensorFlow's own reader reads a row from its byte offset: one ranged read, on local disk and in buckets, 97 us of CPU
+for 20 kB. The reader verifies the record's checksum. The checksum of its length is verified when the index is built,
+because nothing can be found after a wrong length.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from input_pipeline.sources.offset_index import Scan, offset_index
+from input_pipeline.sources.offset_index import Bytes, Scan, offset_index
 from input_pipeline.sources.paths import expand
 from input_pipeline.sources.source import Lost, Source, keys, read_captions
 from rankclip_jax.common.errors import InputError
@@ -28,8 +28,8 @@ class Records:
     Attributes:
       size: number of records.
       read: ops, row (int64 scalar) -> the record (string scalar); a wrong checksum raises DataLossError.
-      where: names a record: file, number in it, byte.
-      lost: what could not be reached.
+      where: the location of a record: file, number in the file, byte.
+      lost: unreachable records.
     """
 
     size: int
@@ -38,7 +38,7 @@ class Records:
     lost: tuple[Lost, ...]
 
     def first(self, count: int) -> list[bytes]:
-        """Those of the first `count` records that can be read."""
+        """The readable ones of the first `count` records."""
         data = tf.data.Dataset.range(min(count, self.size)).map(self.read).ignore_errors()
         return list(data.as_numpy_iterator())
 
@@ -46,10 +46,10 @@ class Records:
 def open_tfrecord(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     """Opens shards. `spec`: image_key, caption_key, hint, cache_dir of config.data.
 
-    A record may hold several captions, and `tokens`, int64 (L,), its caption as token ids.
+    A record may have several captions, and `tokens`, int64 (L,): the token ids of its caption.
 
     Raises:
-      InputError: no shard, no record, a compressed shard, or records without image or caption under these keys.
+      InputError: no shard, no record, a compressed shard, or no image or caption under these keys.
     """
     paths = expand(path, endings=(".tfrecord", ".tfrecords"), hint=spec.get("hint"))
     image_keys = keys(spec.get("image_key"), ("jpg", "jpeg", "png", "webp"))
@@ -60,9 +60,9 @@ def open_tfrecord(spec: ConfigDict, path: str | Sequence[str]) -> Source:
 def examples(
     records: Records, image_keys: tuple[str, ...], caption_keys: tuple[str, ...], several: bool | None = None
 ) -> Source:
-    """A source of records that are tf.train.Examples with one of the `image_keys` and one of the `caption_keys`.
+    """A source of tf.train.Example records with one of the `image_keys` and one of the `caption_keys`.
 
-    `several`: whether a record has more captions than one; None: as the first records have.
+    `several`: whether records have several captions; None: as the first records.
     """
     first = [tf.train.Example.FromString(record).features.feature for record in records.first(10)]
     for wanted, option in ((image_keys, "image_key"), (caption_keys, "caption_key")):
@@ -75,7 +75,7 @@ def examples(
         found = [example[key].bytes_list.value for example in first for key in caption_keys if key in example]
         several = any(len(captions) > 1 for captions in found)
     lengths = {len(example["tokens"].int64_list.value) if "tokens" in example else 0 for example in first}
-    tokens = lengths.pop() if len(lengths) == 1 else 0  # as long everywhere, or they do not count
+    tokens = lengths.pop() if len(lengths) == 1 else 0  # used only if all have the same length
     one = tf.io.FixedLenFeature((), tf.string, "")
     many = tf.io.FixedLenSequenceFeature((), tf.string, allow_missing=True)
     features = dict.fromkeys(image_keys, one) | dict.fromkeys(caption_keys, many if several else one)
@@ -94,25 +94,25 @@ def examples(
 
 
 def open_records(paths: list[str], cache_dir: str | None = None, part: Callable | None = None) -> Records:
-    """Opens TFRecord files of any content by the numbers of their records.
+    """Opens TFRecord files of any content by record number.
 
     Args:
-      part: OffsetIndex -> int64 numbers of those records that are wanted; None: all.
+      part: OffsetIndex -> int64 numbers of the records to use; None: all.
 
     Raises:
-      InputError: a file is compressed, or not one of them holds a record.
+      InputError: a compressed file, or no record in any file.
     """
     index = offset_index("tfrecord", paths, _scan, cache_dir)
     if not index.size:
-        more = f", nor do the other {len(paths) - 1} files" if len(paths) > 1 else ""
-        raise InputError(f"{paths[0]} holds no TFRecord{more}")
+        more = f", nor have the other {len(paths) - 1} files" if len(paths) > 1 else ""
+        raise InputError(f"{paths[0]} has no TFRecords{more}")
     rows_N = part(index) if part else None
     paths_F, wanted_N = tf.constant(paths), None if rows_N is None else tf.constant(rows_N)
     begin_N, length_N = (tf.constant(index.columns[key]) for key in ("begin", "length"))
 
     def read(row):
         row = row if wanted_N is None else wanted_N[row]
-        # One read of exactly this record: a larger buffer would fetch its neighbours too.
+        # One read of exactly this record: a larger buffer would also fetch its neighbours.
         dataset = tf.raw_ops.TFRecordDatasetV2(
             filenames=[paths_F[index.file_in_graph(row)]],
             compression_type="",
@@ -132,16 +132,16 @@ def open_records(paths: list[str], cache_dir: str | None = None, part: Callable 
 
 
 def _first_with_bytes(candidates):
-    """The first of several strings, or lists of strings, that is not empty; else an empty one."""
+    """The first of several strings, or lists of strings, that is not empty; otherwise an empty one."""
     chosen = candidates[-1]
     for candidate in candidates[-2::-1]:
         chosen = tf.cond(tf.reduce_any(tf.strings.length(candidate) > 0), lambda c=candidate: c, lambda c=chosen: c)
     return chosen
 
 
-def _scan(data, size, path) -> Scan:
+def _scan(data: Bytes, size: int, path: str) -> Scan:
     if data[0:2] == b"\x1f\x8b":
-        raise InputError(f"{path} is compressed, so its records cannot be read by number; unpack it with gunzip first")
+        raise InputError(f"{path} is compressed, so its records cannot be read by number; run gunzip first")
     begins, heads, at = [], [], 0
     while at + _FRAME <= size:
         head = bytes(data[at : at + 12])
@@ -155,15 +155,15 @@ def _scan(data, size, path) -> Scan:
     stored = head_Nx12[:, 8:].copy().view("<u4")[:, 0]
     wrong = np.flatnonzero(stored != _masked_crc32c(head_Nx12[:, :8]))
     lost = None
-    if len(wrong):  # everything that was found from there on was found at made-up places
+    if len(wrong):  # everything found after it is at wrong offsets
         at = begins[wrong[0]]
         begins, head_Nx12 = begins[: wrong[0]], head_Nx12[: wrong[0]]
         reason = (
-            f"the checksum of a record's length is wrong at byte {at}; the {size - at:,} bytes from there on are lost"
+            f"the checksum of a record's length is wrong at byte {at}; the {size - at:,} bytes from there are lost"
         )
         lost = Lost(path, reason, max(1, round((size - at) * len(begins) / at)) if at else 1)
     elif at < size:
-        lost = Lost(path, f"cut off inside the record at byte {at}; it and whatever followed are lost", 1)
+        lost = Lost(path, f"truncated inside the record at byte {at}; it and everything after it are lost", 1)
     columns = dict(begin=np.array(begins, np.int64), length=head_Nx12[:, :8].copy().view("<i8").reshape(-1))
     return Scan(columns, lost)
 
@@ -179,7 +179,7 @@ _CRC_TABLE = _crc_table()
 
 
 def _masked_crc32c(bytes_NxK: np.ndarray) -> np.ndarray:
-    """TFRecord's checksum (Castagnoli's CRC, rotated and shifted) of each row of bytes, uint32 (N,)."""
+    """TFRecord's checksum (CRC-32C, rotated and offset) of each row of bytes, uint32 (N,)."""
     crc = np.full(len(bytes_NxK), 0xFFFFFFFF, np.uint32)
     for column in bytes_NxK.T:
         crc = _CRC_TABLE[(crc ^ column) & 0xFF] ^ (crc >> 8)

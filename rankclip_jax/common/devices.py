@@ -1,12 +1,13 @@
 """What a program may know of the devices that it is for. It is read off the mesh, never off the local machine."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 
 
-class Devices(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Devices:
     """A kind of device, and how many of them run one program together.
 
     Attributes:
@@ -29,9 +30,7 @@ class Devices(NamedTuple):
 
 def devices_of(devices: jax.sharding.Mesh | Sequence[jax.Device]) -> Devices:
     """The record of a mesh, or of a list of devices; all of them are of one kind."""
-    if isinstance(devices, jax.sharding.Mesh):
-        devices = devices.devices.flat
-    devices = list(devices)
+    devices = list(devices.devices.flat if isinstance(devices, jax.sharding.Mesh) else devices)
     try:
         capability = float(devices[0].compute_capability)
     except (AttributeError, ValueError):  # no GPU, or AMD's "gfx942"

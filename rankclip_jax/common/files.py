@@ -64,6 +64,6 @@ def write_whole(path: str | Path, data: str | bytes) -> None:
 
 def cannot_write(path: Path, error: OSError) -> InputError:
     """The line for a disk that is full or may not be written."""
-    advice = _ADVICE.get(error.errno)
+    advice = _ADVICE.get(error.errno or 0)
     then = f"; {advice}, and start the same command again: what is finished is kept" if advice else ""
     return InputError(f"cannot write {path}: {error.strerror or error}{then}")

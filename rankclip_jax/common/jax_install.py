@@ -48,7 +48,7 @@ def extra(driver_file: str = NVIDIA_DRIVER) -> str:
 def plugins() -> dict[str, dict[str, str]]:
     """JAX's CUDA packages that are installed: {"cuda12": {"jax-cuda12-plugin": "0.12.0", "jax-cuda12-pjrt": ...}}."""
     names = {cuda: [f"jax-{cuda}-plugin", f"jax-{cuda}-pjrt"] for cuda in ("cuda13", "cuda12")}
-    found = {cuda: {name: version(name) for name in names[cuda] if version(name)} for cuda in names}
+    found = {cuda: {name: there for name in names[cuda] if (there := version(name))} for cuda in names}
     return {cuda: versions for cuda, versions in found.items() if versions}
 
 
@@ -74,7 +74,8 @@ def missing(driver_file: str = NVIDIA_DRIVER, found: tuple[str, str] | None = No
     wanted = next(each for each in map(Requirement, requirements()) if each.name == "jax")
     if found is None:
         asked = [sys.executable, "-c", "import jax; print(jax.__version__, jax.default_backend())"]
-        found = (*subprocess.run(asked, capture_output=True, text=True).stdout.split(), "0", "none")[:2]
+        said = subprocess.run(asked, capture_output=True, text=True).stdout.split()
+        found = (said[0], said[1]) if len(said) >= 2 else ("0", "none")
     number, backend = found
     needed = extra(driver_file)
     sees = backend == {"tpu": "tpu", "": backend}.get(needed, "gpu")

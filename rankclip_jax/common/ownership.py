@@ -1,7 +1,7 @@
 """What is ours in a folder: the files that a command wrote itself, as the marker `.rankclip_jax` there lists them.
 
 A command removes and replaces nothing else. It claims its names before it writes them; a name that is taken by a file
-of somebody else is refused. Folders of before there were markers are recognised by what is in them. Names that were
+of somebody else is refused. Folders older than the markers are recognised by what is in them. Names that were
 read from a file are taken for an enemy's: none may lead out of its folder, by itself or by a link.
 """
 
@@ -16,8 +16,6 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
 
 MARKER = ".rankclip_jax"  # JSON: command -> names, relative to the folder
-# What there is at the top of an environment that `download --env` made.
-ENVIRONMENT = ("ready.json", "bin", "etc", "include", "lib", "lib64", "pyvenv.cfg", "share")
 
 
 def inside(folder: Path, name: object) -> Path:
@@ -27,7 +25,7 @@ def inside(folder: Path, name: object) -> Path:
       InputError: `name` is not a relative path of plain names, or there is a symbolic link on its way.
     """
     path = Path(folder)
-    if not _is_plain(name):
+    if not isinstance(name, str) or not _is_plain(name):
         raise InputError(f"{str(name)[:200]!r} is no name of a file in {folder}: it would lead elsewhere")
     for part in name.split("/"):
         path = path / part
@@ -184,8 +182,6 @@ def _of_before(folder: Path) -> dict[str, list[str]]:
         add("embed", r"about\.json", r"\d+\.(npz|unfinished)")
     if any(_is_study_run(folder / below) for below in ("runs", "search")):
         add("study", r"results\.(json|md)", r"(curves|dynamics)\.png")
-    if "pyvenv.cfg" in entries and ("ready.json" in entries or folder.parts[-2:] == ("rankclip_jax", "img2dataset")):
-        found["download --env"] = [name for name in ENVIRONMENT if name in entries]
     return found
 
 

@@ -43,9 +43,10 @@ class Tokenizer:
         hf.no_padding()
         self._hf = hf
         self.vocab_size = hf.get_vocab_size()
-        self.start_id, self.eot_id = hf.token_to_id(START), hf.token_to_id(END)
-        if self.start_id is None or self.eot_id is None:
+        start, end = hf.token_to_id(START), hf.token_to_id(END)
+        if start is None or end is None:
             raise InputError(f"the tokenizer has no {START} or no {END} token; CLIP's text tower needs both")
+        self.start_id, self.eot_id = start, end
 
     @classmethod
     def load(cls, path: str) -> "Tokenizer":

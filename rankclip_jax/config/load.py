@@ -10,6 +10,7 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -40,10 +41,27 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     if not Path(path).is_file():
         raise InputError(f"--config: no file {path}; the experiments are in configs/, for example configs/shapes.py")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise InputError(f"--config: {path} is no Python file; the experiments are in configs/ and end in .py")
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     config = (module.get_config(argument) if argument else module.get_config()).to_dict()
     return complete(override(config, overrides))
+
+
+def stored(workdir: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The configuration that a workdir was trained with, complete and checked, with `overrides` as in `load`.
+
+    Raises:
+      InputError: there is none, it is damaged, or what `complete` refuses.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        return complete(override(json.loads(path.read_text()), overrides))
+    except FileNotFoundError:
+        raise InputError(f"{workdir} holds no run (no config.json); give --config FILE to start one") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); bring it back from a copy, or give --config FILE") from None
 
 
 def override(config: dict, overrides: Sequence[str]) -> dict:
@@ -102,7 +120,7 @@ def complete(config: Mapping) -> ConfigDict:
     return merged
 
 
-def _term_weight(weight, where: str):
+def _term_weight(weight: Any, where: str) -> Any:
     if not isinstance(weight, Mapping | ConfigDict):
         return _typed(weight, 1.0, where)
     if set(weight) != {"weight", "schedule"} or weight["schedule"] not in SCHEDULES:
@@ -155,7 +173,7 @@ def _merge(into: ConfigDict, values: Mapping, where: str) -> None:
                 into[key] = _typed(value, into[key], path)
 
 
-def _typed(value, default, path: str):
+def _typed(value: Any, default: Any, path: str) -> Any:
     if default is None or value is None or path == "config.model.remat":  # a switch, or the name of a policy
         return value
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):

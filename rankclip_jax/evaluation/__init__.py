@@ -1,4 +1,4 @@
-"""What a trained model can do: evaluations that the trainer and --mode=eval share."""
+"""Evaluations of a trained model, shared by the trainer and --mode=eval."""
 
 from rankclip_jax.evaluation.run import KINDS, Encoder, due, evaluate
 from rankclip_jax.evaluation.tables import flat, text

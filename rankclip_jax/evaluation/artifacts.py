@@ -1,4 +1,4 @@
-"""What evaluations leave in WORKDIR/eval for the report to draw; the report itself reads no data and no model."""
+"""Files that evaluations write into WORKDIR/eval for the report, which reads neither data nor model."""
 
 import base64
 import contextlib
@@ -20,7 +20,7 @@ _QUERIES, _ANSWERS = 6, 5
 
 
 def names(config: ConfigDict) -> list[str]:
-    """All that evaluations of config.eval may write into the folder. Raises InputError as `suite.zero_shot_sets`."""
+    """Names of all files that evaluations of config.eval may write. Raises InputError as `suite.zero_shot_sets`."""
     sets = {"zero_shot": suite.zero_shot_sets(config), "retrieval": config.retrieval, "geometry": config.geometry}
     return [_name(kind, name) for kind, named in sets.items() for name in named]
 
@@ -31,12 +31,12 @@ def _name(kind: str, name: str) -> str:
 
 
 class Artifacts:
-    """Writes into `folder`; with None writes nothing.
+    """Writes into `folder`; None: writes nothing.
 
-      zero_shot_NAME.npz   classes (C,) str, confusion (C, C) int64: [label, class that came first]
-      retrieval_NAME.json  "image_to_text" and "text_to_image": queries with their 5 nearest, pictures as JPEG in base64
+      zero_shot_NAME.npz   classes (C,) str, confusion (C, C) int64: [label, predicted class]
+      retrieval_NAME.json  "image_to_text" and "text_to_image": queries with their 5 nearest, images as JPEG in base64
       geometry_NAME.npz    image, text (N, 2) float32 on two principal axes, explained (2,), captions (N,) str;
-                           edges, positive, negative: the histogram of cosines
+                           edges, positive, negative: the histograms of cosines
     """
 
     def __init__(self, folder: Path | None):
@@ -44,20 +44,21 @@ class Artifacts:
 
     @contextlib.contextmanager
     def _file(self, kind: str, name: str) -> Iterator[BinaryIO]:
+        assert self._folder
         self._folder.mkdir(parents=True, exist_ok=True)
         with whole(self._folder / _name(kind, name)) as part, open(part, "wb") as out:
             yield out
 
     def confusion(self, name: str, classes: list[str], confusion_CxC: np.ndarray) -> None:
-        """The confusion matrix of a labelled set."""
+        """Writes zero_shot_NAME.npz."""
         if self._folder:
             with self._file("zero_shot", name) as out:
                 np.savez_compressed(out, classes=classes, confusion=confusion_CxC)
 
     def geometry(self, name: str, z_img_NxD: np.ndarray, z_txt_NxD: np.ndarray, captions: list[str]) -> None:
-        """Projection and histograms of pairs."""
+        """Writes geometry_NAME.npz of N pairs; nothing for fewer than two."""
         if self._folder and len(captions) >= 2:
-            arrays = project(z_img_NxD, z_txt_NxD) | similarity_histograms(z_img_NxD, z_txt_NxD)
+            arrays: dict[str, Any] = project(z_img_NxD, z_txt_NxD) | similarity_histograms(z_img_NxD, z_txt_NxD)
             with self._file("geometry", name) as out:
                 np.savez_compressed(out, captions=[c[:120] for c in captions], **arrays)
 
@@ -71,7 +72,7 @@ class Artifacts:
         z_img_NxD: np.ndarray,
         z_txt_MxD: np.ndarray,
     ) -> None:
-        """Queries evenly spaced over the set, so that none is picked for its result, with their nearest both ways."""
+        """Writes retrieval_NAME.json: queries evenly spaced over the set, not chosen by result, with their nearest."""
         if not self._folder:
             return
         from input_pipeline.labelled import thumbnail

@@ -1,4 +1,4 @@
-"""How the two modalities' embeddings lie: the gap between them, their spread, whether their rankings agree."""
+"""Geometry of the two modalities' embeddings: modality gap, spread, agreement of their rankings."""
 
 import jax
 import numpy as np
@@ -10,10 +10,10 @@ _diagnostics = jax.jit(embedding_diagnostics, static_argnames="sample")
 
 
 def geometry(z_img_NxD: np.ndarray, z_txt_NxD: np.ndarray) -> dict[str, float]:
-    """The numbers of `losses.embedding_diagnostics` over all N pairs given (N^2 memory), and n.
+    """The metrics of `losses.embedding_diagnostics` over all N pairs (N^2 memory), and n.
 
     Args:
-      z_img_NxD, z_txt_NxD: float32 of unit norm, row i of one paired with row i of the other; at least 3.
+      z_img_NxD, z_txt_NxD: float32 of unit norm, at least 3 rows; row i of one is paired with row i of the other.
     """
     with jax.default_matmul_precision("float32"):
         numbers = _diagnostics(z_img_NxD, z_txt_NxD, sample=len(z_img_NxD))
@@ -30,14 +30,14 @@ def similarity_histograms(z_img_NxD: np.ndarray, z_txt_NxD: np.ndarray) -> dict[
 
 
 def project(z_img_NxD: np.ndarray, z_txt_NxD: np.ndarray) -> dict[str, np.ndarray]:
-    """Both modalities on the two principal axes of all 2 N points.
+    """Projects both modalities onto the two principal axes of all 2 N points.
 
-    Returns image and text, float32 (N, 2) each, and explained, float64 (2,): the axes' shares of the variance.
+    Returns image and text, each float32 (N, 2), and explained, float64 (2,): each axis's share of the variance.
     """
     points = np.concatenate([z_img_NxD, z_txt_NxD]).astype(np.float64)
     points -= points.mean(axis=0)
     _, singular, axes_KxD = np.linalg.svd(points, full_matrices=False)
-    # A singular vector's sign is arbitrary: its largest entry is made positive, so that runs can be compared.
+    # The sign of a singular vector is arbitrary. Its largest entry is made positive, so that runs are comparable.
     signs = np.sign(axes_KxD[np.arange(2), np.abs(axes_KxD[:2]).argmax(axis=1)])
     flat = (points @ (axes_KxD[:2] * signs[:, None]).T).astype(np.float32)
     share = singular**2 / max((singular**2).sum(), np.finfo(float).tiny)

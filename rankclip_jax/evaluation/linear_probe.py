@@ -1,16 +1,17 @@
-"""Linear probe: logistic regression on the frozen image tower's embeddings, by L-BFGS, as CLIP's paper does it.
+"""Linear probe: logistic regression on the frozen image tower's embeddings, by L-BFGS, as in CLIP's paper.
 
-Values and gradients are float64: at a strong penalty what the weights gain is below float32's resolution of the loss.
+Values and gradients are float64: with a strong penalty the improvements are below float32's resolution of the loss.
 
-The strength of the L2 penalty is swept on a validation split as in Radford et al. (2021, appendix A.3): seven strengths
-from 1e-6 to 1e6, then the interval around the best is halved until there are 8 steps a decade. The last fit is on
-training and validation images together. Features are the unit embeddings; the paper takes a ViT's features before
-the projection, so its figures are somewhat higher.
+The L2 strength is swept on a validation split as in Radford et al. (2021, appendix A.3): seven strengths from 1e-6 to
+1e6, then the interval around the best is halved until there are 8 steps a decade. The final fit uses training and
+validation images together. Features are the unit embeddings; the paper uses a ViT's features before the projection,
+so its figures are somewhat higher.
 """
 
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +29,16 @@ _BLOCK = 2**20  # values of a block of rows in float64, 8 MiB
 def fit(features_NxD: np.ndarray, labels_N: np.ndarray, classes: int, l2: float) -> tuple[np.ndarray, np.ndarray]:
     """Weights (D, C) and bias (C,), float32, that minimise sum of cross-entropies + l2 / 2 |weights|^2.
 
-    The same objective as scikit-learn's LogisticRegression with C = 1 / l2, in float64 as there; the bias is free.
+    This is the objective of scikit-learn's LogisticRegression with C = 1 / l2, also in float64. The bias is not
+    penalised.
     """
     return _Rows(features_NxD, labels_N, classes).fit(l2)
 
 
 class _Rows:
-    """Training rows in blocks on the device, and what the fits at all strengths share."""
+    """Training rows in blocks on the device, and their moments, shared by the fits at all strengths."""
 
-    def __init__(self, features_NxD, labels_N, classes: int):
+    def __init__(self, features_NxD: np.ndarray, labels_N: np.ndarray, classes: int):
         (self._n, dim), self._classes = features_NxD.shape, classes
         size = max(1, _BLOCK // max(dim, classes))
         # A TPU has no float64 units.
@@ -57,14 +59,15 @@ class _Rows:
         return total
 
     def fit(self, l2: float) -> tuple[np.ndarray, np.ndarray]:
-        """As the function `fit`.
+        """See the function `fit`.
 
-        L-BFGS sees V, of centred features, with weights = P V and P P^T = (covariance / C + l2 / N)^-1. That is about
-        the inverse of the Hessian at the start. In V the Hessian is near 1, so tens of steps do the work of hundreds.
+        L-BFGS optimises V on centred features, with weights = P V and P P^T = (covariance / C + l2 / N)^-1, which is
+        about the inverse of the initial Hessian. In V the Hessian is near 1, so tens of steps suffice instead of
+        hundreds.
         """
         with _float64_on(self._device):
             dim = len(self._mean_D)
-            ridge = l2 / self._n + 1e-12 * jnp.trace(self._covariance_DxD)  # where the features do not vary
+            ridge = l2 / self._n + 1e-12 * jnp.trace(self._covariance_DxD)  # for features that do not vary
             hessian_DxD = self._covariance_DxD / self._classes + ridge * jnp.eye(dim)
             p_DxD = jnp.linalg.inv(jnp.linalg.cholesky(hessian_DxD)).T
             params = functools.partial(_params, p_DxD, self._mean_D)
@@ -116,9 +119,9 @@ def _cross_entropy(params_D1xC, x_RxD, labels_R):
 
 
 def sweep(score: Callable[[float], float]) -> tuple[float, list[tuple[float, float]]]:
-    """The best L2 strength by `score`, and what was tried as (strength, score), in order of strength.
+    """The best L2 strength by `score`, and every (strength, score) tried, in order of strength.
 
-    The stronger penalty wins a tie.
+    Ties go to the stronger penalty.
     """
     scores: dict[int, float] = {}
     last = (_HIGH - _LOW) * _STEPS_A_DECADE
@@ -147,19 +150,19 @@ def linear_probe(
 
     Args:
       train, test: (features float32 (N, D), labels int (N,)).
-      classes: how many there are.
-      metric: what the sweep maximises, one of METRICS.
-      report: called with a line after each strength tried.
+      classes: number of classes.
+      metric: maximised by the sweep, one of METRICS.
+      report: called with one line after each strength.
 
     Returns:
       top1, mean_per_class (over the classes that occur), l2 (the strength chosen), n (test images).
 
     Raises:
-      ValueError: fewer than 10 training images, from which no validation split can be taken.
+      ValueError: fewer than 10 training images, too few for a validation split.
     """
     features_NxD, labels_N = train
     if len(labels_N) < 10:
-        raise ValueError(f"a linear probe needs 10 training images at least, not {len(labels_N)}")
+        raise ValueError(f"a linear probe needs at least 10 training images; got {len(labels_N)}")
     order = np.random.default_rng(0).permutation(len(labels_N))
     held_out = max(1, int(_VALIDATION_SHARE * len(labels_N)))
     val, rest = order[:held_out], order[held_out:]
@@ -174,7 +177,7 @@ def linear_probe(
     return _accuracy(fit(features_NxD, labels_N, classes, l2), *test) | {"l2": l2, "n": len(test[1])}
 
 
-def _accuracy(params, features_NxD, labels_N) -> dict[str, float]:
+def _accuracy(params: Any, features_NxD: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
     weights, bias = params
     right_N = (features_NxD @ weights + bias).argmax(axis=1) == labels_N
     counts = np.bincount(labels_N)

@@ -1,13 +1,14 @@
-"""What classes are called and how they are put into sentences: part of a zero-shot protocol, so named and written down.
+"""Class names and prompts of a zero-shot protocol.
 
-A protocol is a JSON file of `protocols/`: for each data set a table from the set's own label names (ImageNet: WordNet
-ids), in the order of its builder in tensorflow-datasets, to the names that prompts use, and the prompts. Keyed by name,
-a table is right in whatever order a source numbers its classes.
+A protocol is a JSON file in `protocols/`. For each data set it has the prompts, and a table from the set's own label
+names (ImageNet: WordNet ids), in the order of its tensorflow-datasets builder, to the names used in prompts. The table
+is keyed by name, so it does not depend on how a source numbers its classes.
 """
 
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,13 @@ _FOLDER = Path(__file__).parent / "protocols"
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Classes of a set as the text tower sees them.
+    """Classes of a set for the text tower.
 
     Attributes:
       names: C class names.
-      templates: prompts, each with {} where the name goes.
-      class_of_label: int32 (labels,): the class of each label of the source, -1 where the protocol leaves it out.
-      keys: C label names as the set spells them; they tell classes apart where two names are the same.
+      templates: prompts, each with {} for the name.
+      class_of_label: int32 (labels,): the class of each label of the source, -1 if the protocol leaves it out.
+      keys: C label names as the set spells them, unique where two class names are equal.
     """
 
     names: list[str]
@@ -37,30 +38,30 @@ class Prompts:
 
 
 def plain(names: list[str], templates: list[str] | None = None) -> Prompts:
-    """Names and prompts as given, one class a label; without prompts DEFAULT_TEMPLATES."""
+    """Names and prompts as given, one class per label; without prompts DEFAULT_TEMPLATES."""
     templates = check_templates(templates or DEFAULT_TEMPLATES)
     return Prompts(list(names), templates, np.arange(len(names), dtype=np.int32), list(names))
 
 
-def check_templates(templates: list[str]) -> list[str]:
-    """The prompts as given. Raises InputError for one without {}."""
+def check_templates(templates: Sequence[str]) -> list[str]:
+    """Returns the prompts. Raises InputError for one without {}."""
     for template in templates:
         if "{}" not in template:
-            raise InputError(f"the prompt {template!r} has no {{}} where the class name goes")
+            raise InputError(f"prompt {template!r} has no {{}} for the class name; add it")
     return list(templates)
 
 
 def from_protocol(protocol: str, set_name: str, label_names: list[str]) -> Prompts:
-    """Classes of `set_name` by a named protocol.
+    """Class names and prompts of `set_name` by a named protocol.
 
     Args:
       protocol: one of PROTOCOLS.
       set_name: the set's name in the protocol's file, for example "imagenet_a".
-      label_names: the source's label names in label order; "0", "1" ... where it knows only numbers, which then
-        are taken to be in the protocol's (TFDS's) order.
+      label_names: the source's label names in label order. If it has only numbers, "0", "1" ..., they are assumed to
+        be in the protocol's (TFDS's) order.
 
     Raises:
-      InputError: unknown protocol or set, or a label name that its table lacks.
+      InputError: unknown protocol or set, or a label name that is not in its table.
     """
     table, only, templates = _set_of(protocol, set_name)
     if label_names == [str(i) for i in range(len(label_names))]:
@@ -72,8 +73,8 @@ def from_protocol(protocol: str, set_name: str, label_names: list[str]) -> Promp
     unknown = [name for name in label_names if name not in table]
     if unknown:
         raise InputError(
-            f"protocol {protocol!r} knows no class {unknown[0]!r} of {set_name}; it has {', '.join(table)[:60]}"
-            " ...; give the names as JSON (classes=FILE.json) instead"
+            f"protocol {protocol!r} has no class {unknown[0]!r} in {set_name}. Expected one of {', '.join(table)[:60]}"
+            " ...; to use other names, give them as JSON (classes=FILE.json)"
         )
     keys = [name for name in label_names if only is None or name in only]
     class_of = {key: number for number, key in enumerate(keys)}
@@ -81,12 +82,12 @@ def from_protocol(protocol: str, set_name: str, label_names: list[str]) -> Promp
     return Prompts([table[key] for key in keys], list(templates), class_of_label, keys)
 
 
-def _set_of(protocol, set_name) -> tuple[dict, frozenset | None, list]:
+def _set_of(protocol: str, set_name: str) -> tuple[dict, frozenset | None, list]:
     data = load_protocol(protocol)
     names = load_protocol(data["names_of"]) if "names_of" in data else data
     sets = names["sets"]
     if set_name not in sets:
-        raise InputError(f"protocol {protocol!r} has no set {set_name!r}; it has {', '.join(sorted(sets))}")
+        raise InputError(f"protocol {protocol!r} has no set {set_name!r}. Expected one of {', '.join(sorted(sets))}")
     entry = sets[set_name]
     whole = sets[entry.get("same_as", set_name)]
     only = frozenset(entry["only"]) if "only" in entry else None
@@ -95,11 +96,10 @@ def _set_of(protocol, set_name) -> tuple[dict, frozenset | None, list]:
 
 @functools.cache
 def load_protocol(protocol: str) -> dict:
-    """The JSON of a named protocol.
-
-    Raises:
-      InputError: there is none of that name.
-    """
+    """The JSON of a named protocol. Raises InputError for an unknown name."""
     if protocol not in PROTOCOLS:
-        raise InputError(f"no protocol {protocol!r}; there are {', '.join(PROTOCOLS)}, or give JSON files")
+        raise InputError(
+            f"unknown protocol {protocol!r}. Expected one of {', '.join(PROTOCOLS)}; or give classes and templates as "
+            "JSON files"
+        )
     return json.loads((_FOLDER / f"{protocol}.json").read_text(encoding="utf-8"))

@@ -1,33 +1,33 @@
-"""Image-text retrieval: how often the right one is among the k nearest, both ways.
+"""Image-text retrieval: recall at k in both directions.
 
-An image may have several captions: image-to-text counts a hit when any of its captions is among the k nearest texts,
-as is usual for MSCOCO and Flickr30k; every caption is a query of its own in text-to-image.
+An image may have several captions. As is usual for MSCOCO and Flickr30k, image-to-text counts a hit if any of them is
+among the k nearest texts, and in text-to-image every caption is a separate query.
 """
 
 import numpy as np
 
 TOP_K = (1, 5, 10)
-# Float32 matrix products round differently by position, so scores this near count as equal. Among equals the right one
-# is placed last: a model that cannot tell items apart is never credited for their order in the file.
+# Rounding of float32 matrix products depends on the position, so scores this close count as equal. Among equals the
+# right item ranks last: a model that cannot distinguish items gets no credit for their order in the file.
 TIE = 1e-6
-_CHUNK = 1024  # rows of scores at a time: 25,000 of them would be half a gigabyte against 5,000 images
+_CHUNK = 1024  # rows of scores at a time; all 25,000 x 5,000 scores of MSCOCO would be half a gigabyte
 
 
 def retrieval_ranks(
     z_img_NxD: np.ndarray, z_txt_MxD: np.ndarray, image_of_text_M: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Places from 0 of the right answers: of each image's best caption (N,), and of each text's image (M,), int64.
+    """Ranks, from 0, of the right answers: of each image's best caption (N,) and of each text's image (M,), int64.
 
     Args:
       z_img_NxD, z_txt_MxD: float32 of unit norm.
-      image_of_text_M: int, the image that each text describes. Every image needs one text at least.
+      image_of_text_M: int, the image of each text. Every image needs at least one text.
 
     Raises:
-      ValueError: an image without a text, or a number that is no image's.
+      ValueError: an image without a text, or a number outside 0 to N - 1.
     """
     n, m = len(z_img_NxD), len(z_txt_MxD)
     if image_of_text_M.shape != (m,) or not np.array_equal(np.unique(image_of_text_M), np.arange(n)):
-        raise ValueError(f"image_of_text must name each of {n} images for {m} texts")
+        raise ValueError(f"image_of_text must assign one of {n} images to each of {m} texts and use every image")
     img2txt_N, txt2img_M = np.empty(n, np.int64), np.empty(m, np.int64)
     for start in range(0, m, _CHUNK):
         scores_CxN = z_txt_MxD[start : start + _CHUNK] @ z_img_NxD.T
@@ -43,7 +43,7 @@ def retrieval_ranks(
 
 
 def _not_behind(scores, right_Cx1):
-    return ~(scores < right_Cx1 - TIE)  # written so that a score that is not a number counts against the model
+    return ~(scores < right_Cx1 - TIE)  # not >=: a NaN score must count against the model
 
 
 def recalls(img2txt_N: np.ndarray, txt2img_M: np.ndarray) -> dict[str, float]:
@@ -55,5 +55,5 @@ def recalls(img2txt_N: np.ndarray, txt2img_M: np.ndarray) -> dict[str, float]:
 
 
 def nearest(z_query_D: np.ndarray, z_MxD: np.ndarray, k: int = 5) -> np.ndarray:
-    """Numbers of the k nearest rows, best first, int64 (k,); the lower number first among equals."""
+    """Indices of the k nearest rows, best first, int64 (k,); ties in order of the index."""
     return np.argsort(-(z_MxD @ z_query_D), kind="stable")[:k]

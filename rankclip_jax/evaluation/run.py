@@ -1,12 +1,13 @@
-"""Runs the evaluations that a configuration names, for the trainer and for --mode=eval alike.
+"""Runs the evaluations of a configuration, for the trainer and for --mode=eval.
 
-A set that cannot be opened does not stop the others: `missing` says which, where it looked and how to get it.
+A set that cannot be opened does not stop the others: `missing` says which one, where it was expected and how to get it.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,24 +24,24 @@ KINDS = ("zero_shot", "retrieval", "linear_probe", "geometry")
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """What an evaluation needs of a model.
+    """The functions of a model that evaluations use.
 
     Attributes:
       images: a batch of `batches` -> float32 (b, D) of unit norm, this process's share.
       texts: any number of texts -> float32 (n, D) of unit norm.
-      batches: source -> its batches as input_pipeline's eval_batches yields them: "mask", "row" and "label" (b,), the
-        rest is for `images` alone.
-      image_side: pixels.
+      batches: source -> the batches of input_pipeline's eval_batches: "mask", "row" and "label" (b,), and the inputs
+        of `images`.
+      image_side: side of the model's input images, pixels.
     """
 
     images: Callable[[dict], np.ndarray]
     texts: Callable[[list[str]], np.ndarray]
-    batches: Callable[[object], Iterator[dict]]
+    batches: Callable[[Any], Iterator[dict]]
     image_side: int
 
 
 def due(config: ConfigDict, epoch: int, last: bool) -> tuple[str, ...]:
-    """The KINDS that config.eval asks for at the end of this epoch (from 1); all that training runs at the last."""
+    """The KINDS that config.eval schedules at the end of this epoch (from 1); the last runs all scheduled ones."""
     every = {"zero_shot": config.every_epochs} | dict(config.every)
     return tuple(kind for kind in KINDS if every[kind] and (last or epoch % every[kind] == 0))
 
@@ -51,7 +52,7 @@ def evaluate(config: ConfigDict, encoder: Encoder, *, kinds: Sequence[str] = KIN
     Args:
       config: config.eval.
       kinds: which of KINDS to run; robustness comes with zero_shot.
-      folder: where to leave what a report draws (evaluation/artifacts.py); None: nowhere.
+      folder: for the report's files (evaluation/artifacts.py); None: writes none.
     """
     from input_pipeline import labelled
 
@@ -67,7 +68,7 @@ def evaluate(config: ConfigDict, encoder: Encoder, *, kinds: Sequence[str] = KIN
         return rows
 
     if "zero_shot" in kinds:
-        # Opened all before any is evaluated: the reference set of robustness needs the others' classes.
+        # All are opened before any is evaluated: the robustness reference set needs the classes of the others.
         sets = each("zero_shot", suite.zero_shot_sets(config), labelled.open_labelled, _with_prompts)
         results |= _zero_shot(config.robustness, encoder, sets, artifacts, missing)
     if "retrieval" in kinds:
@@ -86,10 +87,11 @@ def evaluate(config: ConfigDict, encoder: Encoder, *, kinds: Sequence[str] = KIN
 
 
 def _with_prompts(name, spec, found):
-    return found, _prompts(name, spec, found)
+    return found, prompts_of(name, spec, found)
 
 
-def _prompts(name, spec, found) -> prompts.Prompts:
+def prompts_of(name: str, spec: ConfigDict, found: Any) -> prompts.Prompts:
+    """Class names and prompts of a set of config.eval.zero_shot; `found`: labelled.open_labelled's."""
     if spec.protocol and not (spec.classes or found.from_file):
         given = prompts.from_protocol(spec.protocol, spec.protocol_set or name, found.names)
         return (
@@ -98,8 +100,8 @@ def _prompts(name, spec, found) -> prompts.Prompts:
     return prompts.plain(found.names, found.templates)
 
 
-def _encoded(encoder: Encoder, source, what: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(embeddings (n, D), labels (n,), rows (n,)) of every usable sample once, from all processes, batch by batch."""
+def _encoded(encoder: Encoder, source: Any, what: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Batches (embeddings (n, D), labels (n,), rows (n,)) that contain every usable sample of all processes once."""
     with progress(what, source.size) as bar:
         for batch in encoder.batches(source):
             parts = encoder.images(batch), batch["label"], batch["row"], batch["mask"]
@@ -111,16 +113,16 @@ def _encoded(encoder: Encoder, source, what: str) -> Iterator[tuple[np.ndarray, 
 
 
 def _all_encoded(encoder, source, what):
-    """Everything of `_encoded` at once, in order of the rows."""
+    """All batches of `_encoded` concatenated, in order of the rows."""
     parts = list(_encoded(encoder, source, what))
     z, labels, rows = (np.concatenate(part) for part in zip(*parts, strict=True))
     if not len(rows):
-        raise InputError("no image could be used")
+        raise InputError("no readable image in this set")
     order = np.argsort(rows)
     return z[order], labels[order], rows[order]
 
 
-def _zero_shot(config, encoder, sets, artifacts, missing) -> dict:
+def _zero_shot(config: ConfigDict, encoder: Encoder, sets: dict, artifacts: Artifacts, missing: dict) -> dict:
     known, results, on_shared = {}, {}, {}
     shifted = {name: sets[name] for name in config.shifted if name in sets}
     for name, (found, classes) in sets.items():
@@ -129,7 +131,7 @@ def _zero_shot(config, encoder, sets, artifacts, missing) -> dict:
         if name == config.reference:
             for other, (_, their) in shifted.items():
                 shared = robustness.shared_classes(classes.keys, their.keys)
-                if shared is None:  # one of the two numbers its classes otherwise: their names may do
+                if shared is None:  # the two number their classes differently: compare names
                     shared = robustness.shared_classes(classes.names, their.names)
                 if shared is not None:
                     place = np.full(len(classes.keys), -1)
@@ -137,7 +139,7 @@ def _zero_shot(config, encoder, sets, artifacts, missing) -> dict:
                     subsets[other] = place, zero_shot.ZeroShot(z_CxD[shared])
         for z, labels, _ in _encoded(encoder, found.source, name):
             labels = classes.class_of_label[labels]
-            kept = labels >= 0  # a protocol may leave classes out
+            kept = labels >= 0  # a protocol may exclude classes
             counter.add(z[kept], labels[kept])
             for place, sub in subsets.values():
                 inside = kept & (place[labels] >= 0)
@@ -165,9 +167,9 @@ def _checked(compute):
         raise InputError(str(error)) from None
 
 
-def _retrieval(encoder, artifacts, name, spec, found) -> dict:
+def _retrieval(encoder: Encoder, artifacts: Artifacts, name: str, spec: ConfigDict, found: Any) -> dict:
     z_img, _, rows = _all_encoded(encoder, found.source, name)
-    usable = np.isin(found.image_of_text, rows)  # an image that cannot be read is left out with its captions
+    usable = np.isin(found.image_of_text, rows)  # an unreadable image is left out with its captions
     captions = [caption for caption, good in zip(found.captions, usable, strict=True) if good]
     image_of_text = np.searchsorted(rows, found.image_of_text[usable])
     z_txt = encoder.texts(captions)
@@ -176,7 +178,7 @@ def _retrieval(encoder, artifacts, name, spec, found) -> dict:
     return retrieval.recalls(*ranks)
 
 
-def _linear_probe(encoder, name, spec, pair) -> dict:
+def _linear_probe(encoder: Encoder, name: str, spec: ConfigDict, pair: tuple) -> dict:
     train, test = (_all_encoded(encoder, found.source, name)[:2] for found in pair)
     report = lambda line: print(f"{name}: {line}", flush=True)  # noqa: E731
     return _checked(
@@ -184,8 +186,8 @@ def _linear_probe(encoder, name, spec, pair) -> dict:
     )
 
 
-def _geometry(encoder, artifacts, name, spec, found) -> dict:
-    # The first caption of each of the first images; rows come in order, so reading can stop early.
+def _geometry(encoder: Encoder, artifacts: Artifacts, name: str, spec: ConfigDict, found: Any) -> dict:
+    # The first images, each with its first caption. Rows come in order, so reading can stop early.
     z_img, rows = [], []
     for z, _, some in _encoded(encoder, found.source, name):
         z_img.append(z)
@@ -194,7 +196,7 @@ def _geometry(encoder, artifacts, name, spec, found) -> dict:
             break
     z_img, rows = np.concatenate(z_img)[: spec.sample], np.concatenate(rows)[: spec.sample]
     if not len(rows):
-        raise InputError("no image could be used")
+        raise InputError("no readable image in this set")
     images, first = np.unique(found.image_of_text, return_index=True)
     captions = [found.captions[first[np.searchsorted(images, row)]] for row in rows]
     z_txt = encoder.texts(captions)

@@ -1,4 +1,4 @@
-"""Results for the console and for metrics.jsonl."""
+"""Evaluation results as text for the console, and as flat numbers for metrics.jsonl."""
 
 _TITLES = {
     "zero_shot": "zero-shot",
@@ -11,11 +11,11 @@ _COUNTS = ("n", "images", "texts")
 
 
 def text(results: dict) -> str:
-    """A table for each kind of evaluation that has results, then what is missing; ends with a new line."""
+    """One table per kind of evaluation with results, then the missing sets; ends with a newline."""
     parts = []
     for kind, title in _TITLES.items():
         rows = results.get(kind)
-        if rows and kind == "geometry":  # a row a number: there are ten of them, and few sets
+        if rows and kind == "geometry":  # one row per metric: there are ten metrics and few sets
             turned = {key: {name: row[key] for name, row in rows.items()} for key in next(iter(rows.values()))}
             parts.append(table(turned, title, percent=False))
         elif rows and kind == "retrieval":
@@ -32,7 +32,7 @@ def _short(key: str) -> str:
 
 
 def flat(results: dict) -> dict[str, float]:
-    """{"zero_shot/cifar10/top1": ...}: the numbers of all kinds but counts."""
+    """{"zero_shot/cifar10/top1": ...}: the numbers of all kinds, without counts."""
     return {
         f"{kind}/{name}/{key}": value
         for kind in _TITLES
@@ -43,7 +43,7 @@ def flat(results: dict) -> dict[str, float]:
 
 
 def table(results: dict[str, dict[str, float]], title: str = "zero-shot", percent: bool = True) -> str:
-    """A row for each set. Counts (int) as they are, the rest in per cent, or with four decimals."""
+    """One row per set. Counts (int) stay as they are; other values are in per cent, or have four significant digits."""
     columns = list(dict.fromkeys(key for row in results.values() for key in row))
     first = max(12, len(title) + 2, *(len(name) + 2 for name in results))
     widths = [max(11, len(column) + 2) for column in columns]

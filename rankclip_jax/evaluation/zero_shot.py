@@ -1,4 +1,4 @@
-"""Zero-shot classification as CLIP does it: an image's class is the one whose prompts lie nearest."""
+"""Zero-shot classification as in CLIP: the predicted class has the prompts nearest to the image."""
 
 from collections.abc import Callable
 
@@ -21,8 +21,8 @@ def class_embeddings(
 
     Args:
       encode_texts: texts -> (n, D) of unit norm.
-      classnames, templates: every template, which holds {}, is filled with every name.
-      known: remembers classes between calls, so that ImageNet and its shifted sets are encoded once; filled here.
+      classnames, templates: every name replaces the {} of every template.
+      known: a cache between calls, filled here, so that ImageNet and its shifted sets are encoded once.
     """
     known = {} if known is None else known
     new = [name for name in dict.fromkeys(classnames) if (name, *templates) not in known]
@@ -30,7 +30,7 @@ def class_embeddings(
     with progress("encode prompts", len(new) * len(templates), unit="prompts") as bar:
         for start in range(0, len(new), block):
             names = new[start : start + block]
-            # Not str.format: a file's template could reach into objects with it, and a stray brace would fail.
+            # Not str.format: it would let a file's template access attributes of objects, and fail on a stray brace.
             z_PxD = encode_texts([template.replace("{}", name) for name in names for template in templates])
             z_CxD = np.asarray(z_PxD, np.float32).reshape(len(names), len(templates), -1).mean(axis=1)
             z_CxD /= np.linalg.norm(z_CxD, axis=-1, keepdims=True)
@@ -40,10 +40,10 @@ def class_embeddings(
 
 
 class ZeroShot:
-    """Adds up hits over batches of image embeddings.
+    """Counts predictions over batches of image embeddings.
 
     Attributes:
-      confusion_CxC: int64, [label, class that came first], images counted.
+      confusion_CxC: int64 (C, C), number of images by [label, predicted class].
     """
 
     def __init__(self, z_classes_CxD: np.ndarray):
@@ -53,18 +53,18 @@ class ZeroShot:
         self.confusion_CxC = np.zeros((classes, classes), np.int64)
 
     def add(self, z_img_NxD: np.ndarray, labels_N: np.ndarray) -> None:
-        """Counts images with their labels. Among equal scores the lower class number comes first."""
+        """Adds images (N, D) with their labels (N,). Ties go to the lower class number."""
         scores_NxC = z_img_NxD @ self._z_classes_CxD.T
         own_N = np.take_along_axis(scores_NxC, labels_N[:, None], axis=1)
         earlier_NxC = np.arange(scores_NxC.shape[1]) < labels_N[:, None]
-        # ~(<=) rather than >: a score that is not a number puts the right class last.
+        # ~(<=) rather than >: a NaN score puts the right class last.
         rank_N = (~(scores_NxC <= own_N) | ((scores_NxC == own_N) & earlier_NxC)).sum(axis=1)
         rank_N = np.minimum(rank_N, scores_NxC.shape[1] - 1)
         np.add.at(self._rank_counts_CxC, (labels_N, rank_N), 1)
         np.add.at(self.confusion_CxC, (labels_N, scores_NxC.argmax(axis=1)), 1)
 
     def results(self) -> dict[str, float]:
-        """top1, top3, top5, top10 (no k above the number of classes), mean_per_class over those that occur, n.
+        """top1, top3, top5, top10 (no k above the number of classes), mean_per_class (over classes that occur), n.
 
         Raises:
           ValueError: no image was added.
@@ -72,7 +72,7 @@ class ZeroShot:
         counts = self._rank_counts_CxC
         total, per_class = counts.sum(), counts.sum(axis=1)
         if not total:
-            raise ValueError("no image could be used")
+            raise ValueError("no readable image in this set")
         present = per_class > 0
         result = {f"top{k}": float(counts[:, :k].sum() / total) for k in TOP_K if k <= len(counts)}
         result["mean_per_class"] = float((counts[present, 0] / per_class[present]).mean())

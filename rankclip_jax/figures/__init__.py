@@ -1,5 +1,27 @@
-"""All drawings, by matplotlib, once: for curves.png, notebooks and the report."""
+"""All drawings, by matplotlib, once: Figures for curves.png and notebooks, and by `svg` for the report's page.
 
-from rankclip_jax.figures.drawings import choices, confusion, curves, gallery, similarities
+Every function gives a matplotlib.figure.Figure of its own: nothing has to be closed, no backend is chosen.
+"""
 
-__all__ = ["choices", "confusion", "curves", "gallery", "similarities"]
+from rankclip_jax.figures.confusion import confusion
+from rankclip_jax.figures.curves import Line, bands, chart, colour, curves
+from rankclip_jax.figures.embeddings import cosines, projection, similarities
+from rankclip_jax.figures.gallery import choices, gallery, matches, query
+from rankclip_jax.figures.inline_svg import svg
+
+__all__ = [
+    "Line",
+    "bands",
+    "chart",
+    "choices",
+    "colour",
+    "confusion",
+    "cosines",
+    "curves",
+    "gallery",
+    "matches",
+    "projection",
+    "query",
+    "similarities",
+    "svg",
+]

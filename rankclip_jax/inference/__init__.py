@@ -1,1 +1,1 @@
-"""A trained model at work: encoding (model), and collections of pictures to search in."""
+"""Inference: encoding images and texts (model), embedding and searching collections of images."""

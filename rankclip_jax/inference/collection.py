@@ -1,8 +1,9 @@
-"""A collection through the image tower, in parts, so that a run that stops goes on where it was."""
+"""Embeds a collection of images in parts, so that a stopped run resumes."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,39 +15,39 @@ from rankclip_jax.inference import store
 from rankclip_jax.inference.model import Model
 from rankclip_jax.inference.pictures import Pictures
 
-PART = 512  # pictures a part: what a run that stops has to do again, at most
+PART = 512  # images per part: the most that a stopped run repeats
 
 
 def embed(model: Model, pictures: Pictures, out: Path, about: dict) -> None:
-    """Writes the embeddings of all pictures to `out` (.npz or .parquet; see `store.write`).
+    """Writes the embeddings of all images to `out` (.npz or .parquet; see `store.write`).
 
-    Finished parts lie in OUT.parts until the end; started again, the run goes on from them. Pictures that cannot be
-    used are left out, and named with the reason in OUT.bad_samples.jsonl.
+    Finished parts stay in OUT.parts until the end, and a restarted run resumes from them. Unusable images are left out
+    and listed with the reason in OUT.bad_samples.jsonl.
 
     Args:
-      model: of `rankclip_jax.load`.
-      about: what the file says of itself; also what must be the same for a run to go on.
+      model: from `rankclip_jax.load`.
+      about: metadata of the file. A run resumes only with the same metadata.
 
     Raises:
-      InputError: `out` or its bad_samples.jsonl exists, or it has another ending; its parts are of another run, or of
-        somebody else; or no picture could be used.
+      InputError: `out` has an unknown extension; it or its bad_samples.jsonl exists; its parts belong to another run or
+        are not ours; or no image could be used.
     """
     if out.suffix not in store.ENDINGS:
-        raise InputError(f"--out {out} must end in {' or '.join(store.ENDINGS)}")
+        raise InputError(f"--out {out}: unknown extension. Expected {' or '.join(store.ENDINGS)}")
     if out.exists():
-        raise InputError(f"{out} exists already: search in it, delete it, or give another --out")
+        raise InputError(f"{out} already exists; search it with --search, delete it, or give another --out")
     folder, named = (inside(out.parent, out.name + ending) for ending in (".parts", ".bad_samples.jsonl"))
     starts = range(0, pictures.size, PART)
     parts = Owned(folder, "embed", alone="move it away, or give another --out")
     if named.exists() and not parts.known:
-        raise InputError(f"{named} exists already: move it away, or give another --out")
+        raise InputError(f"{named} already exists; move it away, or give another --out")
     _same_run(folder, about)
     parts.claim(["about.json", "unfinished", *(f"{start}.npz" for start in starts)])
     if not (folder / "about.json").exists():
         write_whole(folder / "about.json", json.dumps(about))
     missing = [start for start in starts if not (folder / f"{start}.npz").exists()]
     if len(missing) < len(starts):
-        print(f"going on with {folder}: {len(starts) - len(missing)} of {len(starts)} parts are done")
+        print(f"resuming from {folder}: {len(starts) - len(missing)} of {len(starts)} parts are done")
     left = sum(min(PART, pictures.size - start) for start in missing)
     with ThreadPoolExecutor() as threads, progress("embed", left) as bar:
         for start in missing:
@@ -59,13 +60,13 @@ def embed(model: Model, pictures: Pictures, out: Path, about: dict) -> None:
         raise InputError(f"none of the {pictures.size} images could be used; for example {_told(bad[0])}")
     if bad:
         lines = "".join(line + "\n" for line in bad)
-        if named.exists() and named.read_text(encoding="utf-8", errors="replace") != lines:  # else of before a kill
-            raise InputError(f"{named} is of something else: move it away, and start the same command again")
+        if named.exists() and named.read_text(encoding="utf-8", errors="replace") != lines:  # else from before a kill
+            raise InputError(f"{named} belongs to another run; move it away, and run the same command again")
         write_whole(named, lines)
-        print(f"{len(bad)} images were left out; {named} names them, for example {_told(bad[0])}")
+        print(f"{len(bad)} images were left out, for example {_told(bad[0])}; all are listed in {named}")
     count = store.write(out, (_part(folder, start) for start in starts), about, folder / "unfinished")
     parts.dissolve()
-    print(f"wrote {out}: {count:,} embeddings of {model.source.config.embed_dim} numbers")
+    print(f"wrote {out}: {count:,} embeddings of {model.source.config.embed_dim} dimensions")
 
 
 def _embed_rows(model, pictures, rows, threads):
@@ -89,13 +90,13 @@ def _embed_rows(model, pictures, rows, threads):
     return z_NxD, good, [pictures.name(row) for row in good], bad
 
 
-def _write_part(path: Path, z_NxD, rows, names, bad) -> None:
+def _write_part(path: Path, z_NxD: np.ndarray, rows: list[int], names: list[str], bad: list[dict]) -> None:
     with whole(path) as part, open(part, "wb") as file:
         names, bad = np.array(names, dtype=str), np.array(bad, dtype=str)
         np.savez(file, embedding=z_NxD, row=np.array(rows, np.int64), name=names, bad=bad)
 
 
-def _load(folder: Path, start: int):
+def _load(folder: Path, start: int) -> Any:
     return np.load(folder / f"{start}.npz", allow_pickle=False)
 
 
@@ -113,7 +114,7 @@ def _same_run(folder: Path, about: dict) -> None:
             raise InputError(f"{stored} is damaged ({error}); move {folder} away, or give another --out") from None
         changed = [f"{key}: {old.get(key)!r} -> {about.get(key)!r}" for key in about if old.get(key) != about[key]]
         if changed:
-            raise InputError(f"{folder} is the beginning of another run ({'; '.join(changed)}); delete it to start")
+            raise InputError(f"{folder} belongs to another run ({'; '.join(changed)}); delete it, or change --out")
 
 
 def _told(line: str) -> str:

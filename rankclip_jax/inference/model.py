@@ -17,37 +17,38 @@ from rankclip_jax.common.devices import devices_of
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.progress import progress
 from rankclip_jax.evaluation import zero_shot
+from rankclip_jax.models.presets import Activation
 from rankclip_jax.parallel.mesh import batch_sharding, make_mesh
 from rankclip_jax.weights import pretrained
 
 
 def load(
-    path: str | Path, *, tokenizer: str | None = None, activation: str = "quick_gelu", dtype: str = "float32"
+    path: str | Path, *, tokenizer: str | None = None, activation: Activation = "quick_gelu", dtype: str = "float32"
 ) -> "Model":
-    """A model ready to encode, on all the devices that JAX has here.
+    """Loads a model for inference on all local devices.
 
     Args:
-      path: a workdir, a folder that `rankclip_jax.convert` wrote, a Hugging Face or open_clip folder, or a file: an
+      path: a workdir, a folder written by `rankclip_jax.convert`, a Hugging Face or open_clip folder, or a file: an
         OpenAI or RankCLIP `.pt`, an open_clip `.pt` or `.safetensors`.
-      tokenizer: a tokenizer.json by path, or a hub id. Needed for texts where the path brings none, as with
-        a `.pt`: CLIP's own is that of "openai/clip-vit-base-patch32".
-      activation: of weights that no config describes: "quick_gelu" (OpenAI, RankCLIP) or "gelu" (most of open_clip's).
-      dtype: what the towers compute in, "float32" or "bfloat16".
+      tokenizer: the path of a tokenizer.json, or a hub id. Needed for texts if the path has no tokenizer, as with a
+        `.pt`. CLIP's own is that of "openai/clip-vit-base-patch32".
+      activation: of weights without a config: "quick_gelu" (OpenAI, RankCLIP) or "gelu" (most of open_clip's).
+      dtype: of the towers' computation, "float32" or "bfloat16".
 
     Raises:
-      InputError: one line, when there is no such path, or it is no model, damaged, unsafe, or does not fit together.
+      InputError: one line: no such path, not a model, damaged, unsafe, or inconsistent.
     """
     return Model(pretrained.read(path, tokenizer, activation), dtype)
 
 
 class Model:
-    """Encodes images and texts. Made by `load`.
+    """Encodes images and texts. Created by `load`.
 
-    Batches have few different sizes, and texts few lengths, so calls of any size compile only a handful of programs.
+    Batches and texts are padded to a few sizes, so calls of any size compile only a few programs.
 
     Attributes:
-      source: what was read (pretrained.Pretrained): architecture, variables, tokenizer, view.
-      batch_size: the most items that go through the towers at once; change it to suit the memory.
+      source: architecture, variables, tokenizer and view (pretrained.Pretrained).
+      batch_size: the largest batch of the towers; may be changed to suit the memory.
       scale: the multiplier of the logits, exp(logit_scale).
     """
 
@@ -70,22 +71,22 @@ class Model:
         self._embed = jax.jit(embed)
 
     def fingerprint(self) -> str:
-        """A checksum of all parameters: tells embeddings of different models apart."""
+        """A checksum of all parameters, which identifies the model of stored embeddings."""
         checksum = 0
         for leaf in jax.tree.leaves(self.source.variables):
-            checksum = zlib.crc32(np.ascontiguousarray(leaf), checksum)
+            checksum = zlib.crc32(np.ascontiguousarray(leaf).data, checksum)
         return f"{checksum:08x}"
 
     def encode_image(self, images: Any) -> np.ndarray:
         """Images -> float32 (n, D), rows of unit length.
 
-        images: one or any iterable of PIL images, paths, and uint8 arrays (H, W, 3), or an array (n, H, W, 3). One
-        image gives n = 1. Raises InputError naming the image that cannot be used.
+        images: a PIL image, a path or a uint8 array (H, W, 3); any iterable of these; or an array (n, H, W, 3). One
+        image gives n = 1. Raises InputError with the number of the unusable image.
         """
         if not isinstance(images, Iterable) or isinstance(images, str) or getattr(images, "ndim", 0) == 3:
             images = [images]
 
-        def prepare(numbered) -> np.ndarray:
+        def prepare(numbered: tuple[int, Any]) -> np.ndarray:
             number, image = numbered
             try:
                 return self.source.view(image)
@@ -97,14 +98,14 @@ class Model:
             return self._encode(enumerate(images), views, bar.update)
 
     def encode_views(self, views: Iterable[np.ndarray]) -> np.ndarray:
-        """Views, uint8 (S, S, 3) as `source.view` makes them -> float32 (n, D), rows of unit length. Prints nothing."""
+        """Views of `source.view`, uint8 (S, S, 3) -> float32 (n, D), rows of unit length. Prints nothing."""
         return self._encode(views, np.stack, lambda count: None)
 
     def encode_text(self, texts: str | Iterable[str] | np.ndarray) -> np.ndarray:
         """Texts -> float32 (n, D), rows of unit length.
 
-        texts: one str or any iterable of them; or int token ids (n, L), L at most the context length, as the tokenizer
-        gives them. Raises InputError without a tokenizer, and for ids that are not the model's.
+        texts: a str or any iterable of str; or the tokenizer's int token ids (n, L), L at most the context length.
+        Raises InputError without a tokenizer, and for ids outside the model's vocabulary.
         """
         config = self.source.config.text
         if isinstance(texts, np.ndarray | jax.Array):
@@ -114,8 +115,8 @@ class Model:
         tokenizer = self.source.tokenizer
         if tokenizer is None:
             raise InputError(
-                f"{self.source.path} brings no tokenizer: give load(..., tokenizer=) a tokenizer.json or a hub id; "
-                'for a model with the vocabulary of OpenAI\'s CLIP, "openai/clip-vit-base-patch32"'
+                f"{self.source.path} has no tokenizer; give load(..., tokenizer=) a tokenizer.json or a hub id. "
+                'For a model with the vocabulary of OpenAI\'s CLIP, use "openai/clip-vit-base-patch32"'
             )
         if isinstance(texts, str):
             texts = [texts]
@@ -130,22 +131,23 @@ class Model:
             return self._encode(texts, prepare, bar.update)
 
     def zero_shot(self, images: Any, classnames: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
-        """Probabilities float32 (n, classes), rows summing to 1: the softmax of scaled cosines with the classes.
+        """Probabilities, float32 (n, classes), rows sum to 1: the softmax of the scaled cosines with the classes.
 
-        A class is the normalised mean of the embeddings of its prompts: each of `templates` (None: "a photo of a {}.")
-        with the class's name for {}. images: as for `encode_image`. Raises InputError for a template without {}.
+        A class is the normalised mean embedding of its prompts: each of `templates` (None: "a photo of a {}.") with
+        the class name in place of {}. images: as for `encode_image`. Raises InputError for no classes, or a template
+        without {}.
         """
         templates = list(templates or zero_shot.DEFAULT_TEMPLATES)
         odd = next((template for template in templates if "{}" not in template), None)
         if odd is not None or not len(classnames):
-            raise InputError("zero_shot needs class names" if odd is None else f"the template {odd!r} has no {{}}")
+            raise InputError("zero_shot needs class names" if odd is None else f"template {odd!r} has no {{}}")
         z_cls_CxD = zero_shot.class_embeddings(self.encode_text, list(classnames), templates)
         logits_NxC = self.scale * self.encode_image(images) @ z_cls_CxD.T
         weights_NxC = np.exp(logits_NxC - logits_NxC.max(axis=1, keepdims=True, initial=-np.inf))
         return weights_NxC / weights_NxC.sum(axis=1, keepdims=True)
 
     def _encode(self, items: Iterable, prepare: Callable, done: Callable[[int], None]) -> np.ndarray:
-        """prepare(a tuple of at most batch_size items) -> (b, ...); done(b) after each batch. Returns (n, D)."""
+        """prepare: at most batch_size items -> (b, ...); done(b) is called after each batch. Returns float32 (n, D)."""
         parts, running = [np.zeros((0, self.source.config.embed_dim), np.float32)], deque()
 
         def collect():
@@ -157,14 +159,14 @@ class Model:
         while some := tuple(itertools.islice(items, self.batch_size)):
             batch = prepare(some)
             running.append((len(batch), self._embed(self._variables, self._pad(batch))))
-            if len(running) > 1:  # the devices work on one batch while the host prepares the next
+            if len(running) > 1:  # the host prepares a batch while the devices process the one before
                 collect()
         while running:
             collect()
         return np.concatenate(parts)
 
     def _pad(self, batch: np.ndarray) -> jax.Array:
-        """With rows of zeros up to a power of two, and at least one row a device."""
+        """Pads with rows of zeros to a power of two, and to at least one row per device."""
         rows = max(_power_of_two(len(batch)), self._mesh.size)
         rows = -(-rows // self._mesh.size) * self._mesh.size
         padded = np.zeros((rows, *batch.shape[1:]), batch.dtype)
@@ -172,17 +174,17 @@ class Model:
         return jax.device_put(padded, batch_sharding(self._mesh))
 
     def _shorten(self, ids_BxL: np.ndarray) -> np.ndarray:
-        """Cut after the last end-of-text, at 16, 32, 64 ...: attention is causal, so what follows it is not seen."""
+        """Cuts after the last end-of-text, at 16, 32, 64 ...: attention is causal, so later tokens have no effect."""
         ends_B = np.argmax(ids_BxL == self.source.config.text.eot_id, axis=1)
         return ids_BxL[:, : max(16, _power_of_two(int(ends_B.max()) + 1))]
 
 
 def _power_of_two(count: int) -> int:
-    """The smallest that is not below `count`, from 1."""
+    """The smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()
 
 
-def _length(items) -> int | None:
+def _length(items: Any) -> int | None:
     return len(items) if hasattr(items, "__len__") else None
 
 
@@ -190,7 +192,7 @@ def _check_ids(ids_NxL: np.ndarray, config: models.TextConfig) -> np.ndarray:
     if ids_NxL.ndim != 2 or not np.issubdtype(ids_NxL.dtype, np.integer):
         raise InputError(f"token ids must be an integer array (n, L); got {ids_NxL.dtype} {ids_NxL.shape}")
     if not 0 < ids_NxL.shape[1] <= config.context_length:
-        raise InputError(f"token ids {ids_NxL.shape}: the model reads 1 to {config.context_length} a text")
+        raise InputError(f"token ids have shape {ids_NxL.shape}; the model takes 1 to {config.context_length} per text")
     if ids_NxL.size and not 0 <= ids_NxL.min() <= ids_NxL.max() < config.vocab_size:
-        raise InputError(f"token ids from {ids_NxL.min()} to {ids_NxL.max()}: the model has {config.vocab_size}")
+        raise InputError(f"token ids from {ids_NxL.min()} to {ids_NxL.max()}; the model has {config.vocab_size}")
     return ids_NxL.astype(np.int32)

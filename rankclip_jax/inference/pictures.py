@@ -1,4 +1,4 @@
-"""A collection of pictures, any of them by number: a folder, a csv, or shards."""
+"""Collections of images with access by number: a folder, a csv, or shards."""
 
 import csv
 import dataclasses
@@ -17,12 +17,12 @@ _SHARDS = {".tar": "webdataset", ".tfrecord": "tfrecord", ".tfrecords": "tfrecor
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """Pictures by number.
+    """Images by number.
 
     Attributes:
-      size: how many.
-      name: picture i, told apart for a person.
-      image: picture i as a path or a PIL image; raises InputError if it cannot be read.
+      size: number of images.
+      name: i -> a readable name of image i.
+      image: i -> image i as a path or a PIL image; raises InputError if it cannot be read.
     """
 
     size: int
@@ -34,13 +34,13 @@ def open_pictures(data: str, image_key: str | None = None, delimiter: str = ",")
     """Opens a collection.
 
     Args:
-      data: a folder (all images below it, by name), a .csv or .tsv with a column of paths relative to it, or shards: a
-        .tar, .tfrecord or .parquet, also as a glob or {00000..00099} range. Shards need TensorFlow.
-      image_key: column, feature or member of the image; None: the format's usual one.
+      data: a folder (all images below it, by name), a .csv or .tsv with a column of paths relative to the file, or
+        shards: a .tar, .tfrecord or .parquet, also as a glob or {00000..00099} range. Shards need TensorFlow.
+      image_key: column, feature or member of the image; None: the format's default.
       delimiter: of a csv.
 
     Raises:
-      InputError: nothing there, or not of these kinds.
+      InputError: no images, or an unknown kind.
     """
     path = Path(data)
     if path.is_dir():
@@ -50,13 +50,13 @@ def open_pictures(data: str, image_key: str | None = None, delimiter: str = ",")
         return _table(path, image_key or "image", "\t" if ending == ".tsv" else delimiter)
     if ending in _SHARDS:
         return _shards(data, _SHARDS[ending], image_key)
-    raise InputError(f"{data} is no folder, .csv or .tsv, and no shard ({', '.join(_SHARDS)})")
+    raise InputError(f"cannot open {data}. Expected a folder, a .csv or .tsv, or shards ({', '.join(_SHARDS)})")
 
 
 def _folder(path: Path) -> Pictures:
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
     if not files:
-        raise InputError(f"{path} holds no images ({', '.join(ENDINGS)}); for shards give their pattern, {path}/*.tar")
+        raise InputError(f"{path} has no images ({', '.join(ENDINGS)}); for shards give their pattern, {path}/*.tar")
     return Pictures(len(files), lambda i: str(files[i].relative_to(path)), lambda i: files[i])
 
 
@@ -67,10 +67,10 @@ def _table(path: Path, image_key: str, delimiter: str) -> Pictures:
         reader = csv.DictReader(lines, delimiter=delimiter)
         if image_key not in (reader.fieldnames or ()):
             columns = ", ".join(reader.fieldnames or ()) or "none"
-            raise InputError(f"{path} has no column {image_key!r}; its columns are: {columns} (--image-key)")
+            raise InputError(f"{path} has no column {image_key!r}; its columns are: {columns}. Set --image-key")
         names = [row[image_key] or "" for row in reader]
     if not names:
-        raise InputError(f"{path} has no rows below its header")
+        raise InputError(f"{path} has no rows after its header")
     return Pictures(len(names), lambda i: names[i], lambda i: path.parent / names[i])
 
 

@@ -1,4 +1,4 @@
-"""Files of embeddings: .npz, or Parquet for other tools and for more than fits in memory at once."""
+"""Files of embeddings: .npz, or Parquet for other tools and for collections larger than memory."""
 
 import dataclasses
 import json
@@ -16,13 +16,13 @@ ENDINGS = (".npz", ".parquet")
 
 @dataclasses.dataclass(frozen=True)
 class Embeddings:
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
       z: float32 (n, D), rows of unit length.
-      rows: int64 (n,), numbers in the collection.
-      names: of the pictures.
-      about: where they came from.
+      rows: int64 (n,), numbers of the images in the collection.
+      names: of the images.
+      about: metadata: collection and model.
     """
 
     z: np.ndarray
@@ -32,9 +32,9 @@ class Embeddings:
 
 
 def write(path: Path, parts: Iterable[Embeddings], about: dict, unfinished: Path | None = None) -> int:
-    """Writes all parts as one file, complete or not at all; returns the number of rows.
+    """Writes all parts as one file, completely or not at all; returns the number of rows.
 
-    `unfinished`: a name of the caller's own for it until it is complete (files.whole).
+    `unfinished`: the file's name until it is complete (files.whole).
 
     An .npz has arrays `embedding` (n, D) float32, `row` (n,) int64, `name` (n,) str and `about` (JSON); a Parquet file
     has the same three columns, and `about` in its schema's metadata.
@@ -44,7 +44,7 @@ def write(path: Path, parts: Iterable[Embeddings], about: dict, unfinished: Path
 
 
 def read(path: Path) -> Embeddings:
-    """Reads a file of `write`. Raises InputError if it is none."""
+    """Reads a file written by `write`. Raises InputError for any other file."""
     try:
         if path.suffix == ".parquet":
             return _read_parquet(path)
@@ -54,10 +54,12 @@ def read(path: Path) -> Embeddings:
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} is no file of embeddings that rankclip_jax.embed wrote ({one_line(error)})") from None
+        raise InputError(
+            f"{path} is not a file of embeddings written by rankclip_jax.embed ({one_line(error)})"
+        ) from None
 
 
-def _write_npz(path: Path, parts, about) -> int:
+def _write_npz(path: Path, parts: Iterable[Embeddings], about: dict) -> int:
     parts = list(parts)
     with open(path, "wb") as out:
         np.savez(
@@ -70,7 +72,7 @@ def _write_npz(path: Path, parts, about) -> int:
     return sum(len(part.names) for part in parts)
 
 
-def _write_parquet(path: Path, parts, about) -> int:
+def _write_parquet(path: Path, parts: Iterable[Embeddings], about: dict) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -114,7 +114,7 @@ def _local_terms(
     return carry, d_rows
 
 
-def _batch_terms(img_BxD, txt_BxD, scale, bias, weights, spec: LossSpec, place: Placement, with_grad):
+def _batch_terms(img_BxD, txt_BxD, scale, bias, weights, spec, place, with_grad):
     """Means of the terms over the batch; with_grad also the gradients of their weighted sum."""
 
     def compute(platform, *args):

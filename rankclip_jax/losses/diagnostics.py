@@ -4,6 +4,8 @@ All of it is computed on the first `sample` pairs of the batch, so that it costs
 and only (sample, D) embeddings move between devices.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -58,8 +60,8 @@ def embedding_diagnostics(
     others = ~jnp.eye(n, dtype=bool)
     column = jnp.arange(n - 1) + (jnp.arange(n - 1) >= jnp.arange(n)[:, None])  # every row without its own item
     ii, tt, it = z_img @ z_img.T, z_txt @ z_txt.T, z_img @ z_txt.T
-    in_modal = (jnp.take_along_axis(x, column, axis=1) for x in (ii, tt))
-    spearman_in, overlap_in = _agreement(*in_modal, min(top_k, n - 1))
+    ii, tt = (jnp.take_along_axis(x, column, axis=1) for x in (ii, tt))
+    spearman_in, overlap_in = _agreement(ii, tt, min(top_k, n - 1))
     spearman_cross, overlap_cross = _agreement(it, it.T, min(top_k, n))
     positive = jnp.diagonal(it)
     return {
@@ -82,7 +84,7 @@ def gradient_cosine(
     logit_scale: jax.Array | float,
     *,
     sample: int = 256,
-    **rank_options,
+    **rank_options: Any,
 ) -> jax.Array:
     """Cosine between the gradients of the CLIP loss and of the ranking terms with respect to the embeddings.
 
@@ -96,8 +98,8 @@ def gradient_cosine(
       A float32 scalar, -1 to 1; 0 where either gradient vanishes.
     """
     embeds = tuple(z[:sample].astype(jnp.float32) for z in (image_embeds, text_embeds))
-    clip = jax.grad(lambda z: clip_loss(*z, logit_scale))(embeds)
-    rank = jax.grad(lambda z: sum(rank_consistency(*z, logit_scale, **rank_options)))(embeds)
+    clip = jax.grad(lambda z: clip_loss(z[0], z[1], logit_scale))(embeds)
+    rank = jax.grad(lambda z: sum(rank_consistency(z[0], z[1], logit_scale, **rank_options)))(embeds)
     clip, rank = (jnp.concatenate([g.ravel() for g in grads]) for grads in (clip, rank))
     norms = jnp.linalg.norm(clip) * jnp.linalg.norm(rank)
     return jnp.where(norms > 0, jnp.vdot(clip, rank) / jnp.where(norms > 0, norms, 1), 0)

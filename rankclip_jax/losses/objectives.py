@@ -77,8 +77,12 @@ def rank_consistency(
       ValueError: shapes, options, or a batch that the devices do not divide.
     """
     spec = LossSpec("rank", **lists)
-    args, where = (image_embeds, text_embeds, logit_scale, 0.0, spec), dict(mesh=mesh, axes=axes, chunk=chunk)
-    return RankTerms(*(weighted_loss(*args, {term: 1.0}, **where)[0] for term in RankTerms._fields))
+
+    def alone(term):
+        embeds, where = (image_embeds, text_embeds), dict(mesh=mesh, axes=axes, chunk=chunk)
+        return weighted_loss(*embeds, logit_scale, 0.0, spec, {term: 1.0}, **where)[0]
+
+    return RankTerms(*map(alone, RankTerms._fields))
 
 
 def rank_weight(epoch: jax.Array | int, epochs: int, schedule: str = "ramp") -> jax.Array:
@@ -126,9 +130,9 @@ def objective_loss(
 
     Returns, raises: as `weighted_loss`.
     """
-    spec, where = LossSpec(**fields), dict(mesh=mesh, axes=axes, chunk=chunk)
-    weights = spec.weights(rank_weight)
-    return weighted_loss(image_embeds, text_embeds, logit_scale, logit_bias, spec, weights, **where)
+    spec = LossSpec(**fields)
+    embeds, weights = (image_embeds, text_embeds), spec.weights(rank_weight)
+    return weighted_loss(*embeds, logit_scale, logit_bias, spec, weights, mesh=mesh, axes=axes, chunk=chunk)
 
 
 def weighted_loss(
@@ -161,7 +165,13 @@ def weighted_loss(
     return loss, {_metric(t): lax.stop_gradient(mean * units[t]) for t, mean in means.items()}
 
 
-def _placement(image_embeds, text_embeds, mesh, axes, chunk) -> Placement:
+def _placement(
+    image_embeds: jax.Array,
+    text_embeds: jax.Array,
+    mesh: jax.sharding.Mesh | None,
+    axes: Sequence[str] | None,
+    chunk: int | None,
+) -> Placement:
     if image_embeds.ndim != 2 or image_embeds.shape != text_embeds.shape:
         shapes = f"image_embeds {image_embeds.shape} and text_embeds {text_embeds.shape}"
         raise ValueError(f"{shapes} must have one shape (B, D)")

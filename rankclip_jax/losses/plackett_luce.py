@@ -30,7 +30,7 @@ def position_weights(n: int, decay: str | None) -> jax.Array:
     raise ValueError(f'decay={decay!r}. Expected None or "log"')
 
 
-def _cumsum(x_RxN, platform: str, reverse: bool = False):
+def _cumsum(x_RxN: jax.Array, platform: str, reverse: bool = False) -> jax.Array:
     """Cumulative sums of non-negative rows."""
     if platform != "cpu":
         return lax.cumsum(x_RxN, axis=1, reverse=reverse)
@@ -47,13 +47,13 @@ def _cumsum(x_RxN, platform: str, reverse: bool = False):
     return (within + before[:, :, None]).reshape(rows, blocks * 32)[:, :n]
 
 
-def _shift(x_RxN, left: bool):
+def _shift(x_RxN: jax.Array, left: bool) -> jax.Array:
     """Rows moved by one place, a zero coming in."""
     zero = jnp.zeros_like(x_RxN[:, :1])
     return jnp.concatenate([x_RxN[:, 1:], zero] if left else [zero, x_RxN[:, :-1]], axis=1)
 
 
-def _sorted_nll(scores_RxN, weights_N, platform: str, with_grad: bool):
+def _sorted_nll(scores_RxN: jax.Array, weights_N: jax.Array, platform: str, with_grad: bool) -> tuple:
     """Loss (R,) and gradient (R, N) of lists that already stand in their order."""
 
     def next_anchor(pending):
@@ -114,7 +114,7 @@ def _scatter_rows(values_RxK, order_RxK, base_RxN):
     return base_RxN.at[rows, order_RxK].set(values_RxK, unique_indices=True, mode="promise_in_bounds")
 
 
-def _released_nll(scores_RxN, weights_N, platform: str, with_grad: bool):
+def _released_nll(scores_RxN: jax.Array, weights_N: jax.Array, platform: str, with_grad: bool) -> tuple:
     """As _sorted_nll, but as the authors' code has it: float32 log(sum + 1e-10), right up to a spread of 20 or so.
 
     Its gradient is what autograd makes of that code, the maximum that it subtracts included.

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -52,7 +53,7 @@ class LossSpec:
     keep_self: bool = True
     form: str = "exact"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field, choices in (("objective", OBJECTIVES), ("schedule", SCHEDULES), ("form", ("exact", "released"))):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field}={getattr(self, field)!r}. Expected one of {', '.join(choices)}")
@@ -86,7 +87,7 @@ class LossSpec:
         return weights
 
 
-def _listed(terms) -> tuple:
+def _listed(terms: Any) -> tuple:
     """Terms as config.loss.terms has them, {name: weight or {"weight", "schedule"}}, or as LossSpec stores them."""
     if not isinstance(terms, Mapping):
         return tuple(terms)

@@ -1,5 +1,7 @@
 """Multi-head softmax attention: by matrix products anywhere, or by cuDNN's fused kernel on NVIDIA GPUs."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
@@ -19,8 +21,9 @@ def choose_attention(choice: str, config: ClipConfig, dtype: str, devices: Devic
     """
     if choice not in ATTENTION:
         raise ValueError(f"attention={choice!r}. Expected one of {', '.join(ATTENTION)}")
-    towers = [config.text, *([config.vision] if isinstance(config.vision, VitConfig) else [])]
-    heads = [tower.width // tower.heads for tower in towers]
+    heads = [config.text.width // config.text.heads]
+    if isinstance(config.vision, VitConfig):
+        heads.append(config.vision.width // config.vision.heads)
     if devices.capability is None:
         reason = f"it needs an NVIDIA GPU, and this runs on {devices.platform}"
     elif devices.capability < 8.0:
@@ -62,7 +65,7 @@ def attend_fused(
     v_BxLxD: jax.Array,
     heads: int,
     causal: bool = False,
-    implementation: str = "cudnn",
+    implementation: Literal["xla", "cudnn"] = "cudnn",
 ) -> jax.Array:
     """`attend` by jax.nn.dot_product_attention, which never holds the (B, H, L, L) weights when cuDNN does it.
 

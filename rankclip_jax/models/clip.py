@@ -1,6 +1,7 @@
 """The dual encoder: two towers, unit-length embeddings, a learned logit scale."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -37,7 +38,7 @@ class CLIP(nn.Module):
         cfg = self.config
         computed = self.dtype, self.scan_layers, self.remat, self.attention
         if isinstance(cfg.vision, VitConfig):
-            self.visual = VisionTransformer(cfg.vision, cfg.embed_dim, cfg.activation, *computed)
+            self.visual: nn.Module = VisionTransformer(cfg.vision, cfg.embed_dim, cfg.activation, *computed)
         else:
             self.visual = ModifiedResNet(cfg.vision, cfg.embed_dim, self.dtype, self.remat)
         self.text = TextTransformer(cfg.text, cfg.embed_dim, cfg.activation, *computed)
@@ -89,7 +90,7 @@ def build(
     logit_bias: float | None = None,
     attention: str = "auto",
     devices: Devices | None = None,
-    **overrides,
+    **overrides: Any,
 ) -> CLIP:
     """A CLIP from a preset. `overrides` are those of `presets.configure`.
 

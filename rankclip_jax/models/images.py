@@ -40,7 +40,7 @@ def resize(canvas_BxCxCx3: jax.Array, size_Bx2: jax.Array, window_Bx4: jax.Array
       uint8 (B, side, side, 3).
     """
     side_C = canvas_BxCxCx3.shape[1]
-    weights = jax.vmap(jax.vmap(lambda *args: _weights(*args, side, side_C)))  # over B, and over the two axes
+    weights = jax.vmap(jax.vmap(functools.partial(_weights, side=side, side_C=side_C)))  # over B, and over the two axes
     rows_BxSxC, columns_BxSxC = jnp.moveaxis(weights(window_Bx4[:, :2], window_Bx4[:, 2:], size_Bx2), 1, 0)
     # The width first and 8 bits in between, as PIL.
     narrow_BxCxSx3 = _grey_levels(_product("bow,bhwc->bhoc", columns_BxSxC, canvas_BxCxCx3))

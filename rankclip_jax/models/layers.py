@@ -125,5 +125,10 @@ class BatchNorm(nn.Module):
 
 def avg_pool(x_BxHxWxC: jax.Array, k: int) -> jax.Array:
     """Mean over k x k cells with stride k. H and W are multiples of k: the config made sure."""
+    if x_BxHxWxC.dtype == jnp.bfloat16:
+        # jaxlib 0.12 on CPU fuses the mean below into wrong numbers, up to NaN, when they are bfloat16.
+        x = x_BxHxWxC.astype(jnp.float32)
+        cells = [x[:, i::k, j::k] for i in range(k) for j in range(k)]
+        return jnp.asarray(sum(cells) / k**2, jnp.bfloat16)
     b, h, w, c = x_BxHxWxC.shape
     return x_BxHxWxC.reshape(b, h // k, k, w // k, k, c).mean(axis=(2, 4))

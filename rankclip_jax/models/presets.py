@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 
@@ -18,6 +18,8 @@ def _check_heads(tower: str, width: int, heads: int) -> None:
     if width % heads:
         raise ValueError(f"{tower} width {width} is not a multiple of its {heads} heads")
 
+Activation = Literal["quick_gelu", "gelu"]
+
 
 @dataclasses.dataclass(frozen=True)
 class VitConfig:
@@ -30,7 +32,7 @@ class VitConfig:
     heads: int
     mlp_width: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_multiple(self.image_size, self.patch_size, "patch size")
         _check_heads("vision", self.width, self.heads)
 
@@ -53,7 +55,7 @@ class ResNetConfig:
     width: int
     stem: Literal["imagenet", "small"] = "imagenet"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         if self.stem not in ("imagenet", "small"):
             raise ValueError(f"stem {self.stem!r} is neither 'imagenet' nor 'small'")
@@ -92,7 +94,7 @@ class TextConfig:
     eot_id: int = 49407
     mlp_width: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.eot_id < self.vocab_size:
             # Otherwise no row would ever contain it, and every text would get the same embedding.
             raise ValueError(
@@ -109,9 +111,9 @@ class ClipConfig:
     embed_dim: int
     vision: VitConfig | ResNetConfig
     text: TextConfig
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    activation: Activation = "quick_gelu"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.activation not in ("quick_gelu", "gelu"):
             raise ValueError(f"activation {self.activation!r} is neither 'quick_gelu' nor 'gelu'")
 
@@ -140,7 +142,7 @@ def configure(
     vocab_size: int | None = None,
     eot_id: int | None = None,
     context_length: int | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     embed_dim: int | None = None,
     vision: Mapping[str, Any] = {},
     text: Mapping[str, Any] = {},
@@ -164,13 +166,13 @@ def configure(
     )  # fmt: skip
 
 
-def _replace(config, what: str, fields: Mapping[str, Any]):
+def _replace(config: Any, what: str, fields: Mapping[str, Any]) -> Any:
     names = [field.name for field in dataclasses.fields(config)]
     given = {_known(name, names, f"{what} field"): v for name, v in fields.items() if v is not None}
     return dataclasses.replace(config, **given)
 
 
-def _known(name: str, valid, what: str) -> str:
+def _known(name: str, valid: Collection[str], what: str) -> str:
     if name not in valid:
         (nearest,) = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.0)
         raise ValueError(f"unknown {what} {name!r}; did you mean {nearest!r}? Valid: {', '.join(valid)}")

@@ -42,7 +42,7 @@ class Attention(nn.Module):
         )
 
 
-# What rematerialisation may keep, besides nothing (True): names of jax.checkpoint_policies.
+# What rematerialisation may keep (True: nothing): names of jax.checkpoint_policies.
 REMAT_POLICIES = ("dots_saveable", "dots_with_no_batch_dims_saveable")
 
 

@@ -1,4 +1,4 @@
-"""Compiled programs are kept on the disk, so that a run that goes on does not compile again."""
+"""Compiled programs are kept on the disk, so that a resumed run does not compile again."""
 
 import os
 from pathlib import Path

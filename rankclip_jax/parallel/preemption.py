@@ -1,6 +1,7 @@
 """Being asked to stop: SIGTERM, which is also how Cloud TPU, Kubernetes and SLURM give notice."""
 
 import signal
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -19,8 +20,9 @@ class Notice:
     none of them has passed yet: whichever of them got the signal, all save that step.
     """
 
-    def __init__(self):
-        self._received, self._before = [], None
+    def __init__(self) -> None:
+        self._received: list[bool] = []
+        self._before: Any = None
         self._agreed = jax.distributed.is_initialized()
 
     def __enter__(self) -> "Notice":

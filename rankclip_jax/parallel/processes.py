@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from rankclip_jax.common.errors import InputError, one_line
 
-_RESUME = "The last checkpoint is kept: start all processes again to go on"
+_RESUME = "The last checkpoint is kept: start all processes again to resume"
 
 
 def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
@@ -57,7 +57,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
         sys.stdout = open(os.devnull, "w")
 
 
-def _alone(env) -> bool:
+def _alone(env: Mapping[str, str]) -> bool:
     """Whether what looks like a cluster is one process, for which JAX would only take devices away."""
     in_job = "JOB_COMPLETION_INDEX" in env or "TPU_WORKER_HOSTNAMES" in env
     lone_pod = "KUBERNETES_SERVICE_HOST" in env and not in_job
@@ -81,7 +81,7 @@ def stop(error: Exception) -> None:
     os._exit(1)
 
 
-def _of_a_peer(error) -> bool:
+def _of_a_peer(error: BaseException) -> bool:
     signs = ("Gloo", "NCCL", "closed by peer", "coordination service", "heartbeat", "Barrier")
     return any(sign in str(error) for sign in signs)
 

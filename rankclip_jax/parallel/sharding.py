@@ -50,22 +50,25 @@ def state_shardings(abstract_state: Any, mesh: Mesh, rules: str | Sequence | Non
     rules = rules or "replicated"
     if isinstance(rules, str):
         if rules not in KINDS:
-            raise InputError(f"config.sharding = {rules!r} is none of {', '.join(KINDS)}; rules do as well")
-        rules = KINDS[rules]
+            raise InputError(
+                f"Unknown config.sharding={rules!r}. Expected one of {', '.join(KINDS)}, or a list of (regex, axes) "
+                "rules"
+            )
+    pairs: Sequence = KINDS[rules] if isinstance(rules, str) else rules
     used = set()
 
     def place(path, leaf):
         if leaf.ndim == 0:
             return NamedSharding(mesh, PartitionSpec())
         name = path_name(path)
-        for pattern, spec in rules:
+        for pattern, spec in pairs:
             if re.search(pattern, name):
                 used.add(pattern)
                 return NamedSharding(mesh, _spec(leaf.shape, spec, mesh, name))
         raise InputError(f"config.sharding has no rule for {name}; end the rules with ('.*', ())")
 
     shardings = jax.tree_util.tree_map_with_path(place, abstract_state)
-    unused = [pattern for pattern, _ in rules if pattern not in used]
+    unused = [pattern for pattern, _ in pairs if pattern not in used]
     if unused:
         raise InputError(f"config.sharding: the rule {unused[0]!r} matches no parameter")
     return shardings
@@ -90,7 +93,7 @@ def gather(params: Any, mesh: Mesh, rules: str | Sequence | None) -> Any:
     return jax.lax.with_sharding_constraint(params, jax.tree.map(whole, params_shardings(params, mesh, rules)))
 
 
-def _spec(shape, spec, mesh, name) -> PartitionSpec:
+def _spec(shape: tuple[int, ...], spec: str | Sequence[str | None], mesh: Mesh, name: str) -> PartitionSpec:
     for axis in (spec,) if isinstance(spec, str) else spec:
         if axis is not None and axis not in mesh.shape:
             raise InputError(

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ def differences(runs: list[Run]) -> list[tuple[str, list]]:
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
 
 
-def _by_set(folder, prefix, suffix, read) -> dict:
+def _by_set(folder: Path, prefix: str, suffix: str, read: Callable) -> dict:
     files = sorted((folder / "eval").glob(f"{prefix}*{suffix}"))
     return {file.name.removeprefix(prefix).removesuffix(suffix): read(file) for file in files}
 

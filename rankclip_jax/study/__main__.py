@@ -14,7 +14,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rankclip_jax.study",
         description="Trains every objective of config.study over its seeds, and writes results.md, results.json and "
-        "plots. A study that stopped goes on by the same command.",
+        "plots. The same command resumes a study that stopped.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="a file of configs/, with its argument after a colon")
@@ -24,6 +24,7 @@ def main() -> None:
         if not flag.startswith("--config."):
             parser.error(f"unknown flag {flag}")
     workdir = Path(flags.workdir or Path("runs") / Path(flags.config.partition(":")[0]).stem)
+    commands.quiet_tensorflow()
     with commands.exit_codes("stopped; the same command resumes"):
         settings = configs.load(flags.config, [flag.removeprefix("--config.") for flag in rest])
         print(report.write(workdir, settings, Study(settings, workdir).run()))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from rankclip_jax import figures
 from rankclip_jax.common.files import whole, write_whole
 from rankclip_jax.common.ownership import Owned
 from rankclip_jax.study.statistics import Estimate, estimate, paired
@@ -41,12 +42,9 @@ def write(workdir: Path, config: ConfigDict, runs: list[dict]) -> str:
     write_whole(workdir / "results.json", json.dumps({"results": results, "runs": runs}, indent=1))
     text = markdown(results)
     write_whole(workdir / "results.md", text)
-    _plot(
-        workdir / "curves.png",
-        runs,
-        {k: k.split("/")[1] + ", top-1 %" for k in _keys(runs) if k.startswith("zero_shot")},
-    )
-    _plot(workdir / "dynamics.png", runs, {k: title for k, title in _DYNAMICS.items() if k in runs[0]["final"]})
+    tops = {k: k.split("/")[1] + ", top-1 %" for k in _keys(runs) if k.startswith("zero_shot")}
+    _draw(workdir / "curves.png", runs, tops)
+    _draw(workdir / "dynamics.png", runs, {k: title for k, title in _DYNAMICS.items() if k in runs[0]["final"]})
     return text
 
 
@@ -117,37 +115,21 @@ def _cell(key: str, numbers: dict, signed: bool = False) -> str:
     scale, digits = (100, 1) if key.startswith(_PERCENT) else (1, 3)
     text = f"{scale * found.mean:{'+' if signed else ''}.{digits}f}"
     text += "" if found.half is None else f" ± {scale * found.half:.{digits}f}"
-    return f"**{text}**" if signed and found.excludes_zero else text
+    return f"**{text}**" if signed and found.half is not None and abs(found.mean) > found.half else text
 
 
-def _plot(path: Path, runs: list[dict], panels: dict[str, str]) -> None:
+def _draw(path: Path, runs: list[dict], titles: dict[str, str]) -> None:
     """A panel a metric over the steps: a line an objective (mean), a band (95 % interval)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = min(3, max(1, len(panels)))
-    rows = -(-max(1, len(panels)) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), layout="constrained", squeeze=False)
-    names = list(dict.fromkeys(r["objective"] for r in runs))
-    for place, (key, title) in zip(axes.flat, panels.items(), strict=False):
-        scale = 100 if key.startswith(_PERCENT) else 1
-        for colour, name in enumerate(names):
-            curves = [[p for p in r["curve"] if key in p] for r in runs if r["objective"] == name]
-            steps = [p["step"] for p in curves[0]]
-            found = [estimate([scale * curve[i][key] for curve in curves]) for i in range(len(steps))]
-            mean, half = np.array([f.mean for f in found]), np.array([f.half or 0 for f in found])
-            style = dict(color=f"C{colour % 10}", linestyle="-" if colour < 10 else "--")
-            place.plot(steps, mean, label=name, linewidth=1.4, **style)
-            place.fill_between(steps, mean - half, mean + half, alpha=0.12, linewidth=0, color=f"C{colour % 10}")
-        place.set_title(title, fontsize=9)
-        place.grid(alpha=0.3)
-        place.tick_params(labelsize=7)
-    for place in axes.flat[len(panels) :]:
-        place.set_axis_off()
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    names = dict.fromkeys(r["objective"] for r in runs)
+    panels = {title: {name: _band(key, name, runs) for name in names} for key, title in titles.items()}
     with whole(path) as part:
-        figure.savefig(part, dpi=75, format="png")
-    plt.close(figure)
+        figures.bands(panels).savefig(part, format="png")
+
+
+def _band(key, name, runs):
+    """(steps, means, half intervals) of a metric over an objective's seeds."""
+    scale = 100 if key.startswith(_PERCENT) else 1
+    curves = [[p for p in r["curve"] if key in p] for r in runs if r["objective"] == name]
+    found = [estimate([scale * p[key] for p in points]) for points in zip(*curves, strict=True)]
+    half = np.array([f.half or 0 for f in found])
+    return [p["step"] for p in curves[0]], np.array([f.mean for f in found]), half

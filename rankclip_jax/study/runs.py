@@ -1,7 +1,7 @@
 """A study: the learning rate of each objective, then its seeds; each finished run is one JSON file.
 
-A study that stopped goes on with the runs whose file is lacking. A file says by which configuration it came about; one
-of another configuration is refused, never mixed in. More seeds and more objectives can be added to a finished study.
+A study that stopped resumes with the runs whose file is missing. Each file holds its configuration; a file of another
+configuration is refused, never mixed in. More seeds and more objectives can be added to a finished study.
 """
 
 import json
@@ -18,6 +18,7 @@ from rankclip_jax.common.files import cannot_write, write_whole
 from rankclip_jax.common.ownership import Owned, inside
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.config import complete
+from rankclip_jax.evaluation import suite
 from rankclip_jax.study import measure, report
 from rankclip_jax.study.data import Labelled, read_labelled, read_pairs, view_of
 from rankclip_jax.study.training import Job, Programs
@@ -38,9 +39,10 @@ class Study:
         if not study.objectives:
             raise InputError("config.study.objectives is empty: name them, as configs/study_shapes.py does")
         if study.baseline not in study.objectives:
-            raise InputError(f"config.study.baseline = {study.baseline!r} is none of {', '.join(study.objectives)}")
+            raise InputError(f"config.study.baseline={study.baseline!r}. Expected one of {', '.join(study.objectives)}")
         if unknown := sorted(set(study.more_seeds) - set(study.objectives)):
-            raise InputError(f"config.study.more_seeds.{unknown[0]} is none of {', '.join(study.objectives)}")
+            known = ", ".join(study.objectives)
+            raise InputError(f"config.study.more_seeds.{unknown[0]} is not an objective. Expected one of {known}")
         canvas = canvas_side(config, side) or side
         train = read_pairs(config.data, config.data.train, side=side, canvas=canvas, split="train", limit=study.limit)
         if len(train.captions) < config.batch_size:
@@ -61,11 +63,12 @@ class Study:
         val = read_pairs(config.data, config.data.val, side=side, canvas=canvas, split="val", limit=study.pairs)
         self._val = view_of(val, side), val.captions
         self._selecting, self._reported = {}, {}
-        for name, spec in config.eval.zero_shot.items():
-            selecting, self._reported[name] = split(read_labelled(spec, side=side), study.select_share)
+        for name, spec in suite.zero_shot_sets(config.eval).items():
+            selecting, self._reported[name] = split(read_labelled(name, spec, side=side), study.select_share)
             self._selecting[name] = selecting
         if unknown := sorted(set(study.select_on) - set(self._selecting)):
-            raise InputError(f"config.study.select_on: {unknown[0]} is none of {', '.join(self._selecting)}")
+            known = ", ".join(self._selecting)
+            raise InputError(f"config.study.select_on: unknown set {unknown[0]!r}. Expected one of {known}")
 
     def _model(self, config):
         """Checked and built for the one device that a study trains on."""
@@ -93,7 +96,7 @@ class Study:
         seeds = sum(study.more_seeds.get(name, study.seeds) for name in study.objectives)
         return seeds + len(study.objectives) * (len(study.lrs) if len(study.lrs) > 1 else 0)
 
-    def _search(self, name, config, clock) -> float:
+    def _search(self, name: str, config: ConfigDict, clock: "Clock") -> float:
         """The rate with the best mean zero-shot top-1 on the selecting parts; the lower one wins a tie."""
         lrs = sorted(self.config.study.lrs) or [self.config.optim.lr]
         if len(lrs) == 1:
@@ -104,11 +107,14 @@ class Study:
         scores = {r["lr"]: np.mean([r["curve"][-1][f"zero_shot/{n}"] for n in names]) for r in tried}
         return max(scores, key=lambda lr: (scores[lr], -lr))
 
-    def _finish(self, folder, name, config, jobs, clock, full) -> list[dict]:
+    def _finish(
+        self, folder: Path, name: str, config: ConfigDict, jobs: list[Job], clock: "Clock", full: bool
+    ) -> list[dict]:
         """The jobs' runs, those read that are there."""
         wanted = _identity(config)
-        known = {job: _read(_file(folder, name, job), wanted) for job in jobs}
-        missing = [job for job, found in known.items() if found is None]
+        read = {job: _read(_file(folder, name, job), wanted) for job in jobs}
+        known = {job: found for job, found in read.items() if found is not None}
+        missing = [job for job in jobs if job not in known]
         clock.skip(len(jobs) - len(missing))
         programs = None
         for start in range(0, len(missing), self.config.study.at_once):
@@ -124,7 +130,7 @@ class Study:
                 clock.did(f"{folder.name} {name} seed {job.seed} lr {job.lr:g}: {_summary(result)}")
         return [known[job] for job in jobs]
 
-    def _train(self, programs, config, jobs, full) -> dict[Job, dict]:
+    def _train(self, programs: Programs, config: ConfigDict, jobs: list[Job], full: bool) -> dict[Job, dict]:
         curves, finals = {job: [] for job in jobs}, {job: {} for job in jobs}
 
         def seen(job, state, metrics):
@@ -173,7 +179,7 @@ class Clock:
         print(f"{of}  {line}  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left", flush=True)
 
 
-def _identity(config) -> dict:
+def _identity(config: ConfigDict) -> dict:
     """What makes two runs the same: all of the configuration but what is looked at, printed or planned."""
     fields = json.loads(json.dumps(config.to_dict()))
     kept = {k: v for k, v in fields.items() if k not in ("log_every", "checkpoint", "plan", "study", "seed")}
@@ -181,7 +187,7 @@ def _identity(config) -> dict:
     return kept | {"study": study}
 
 
-def _file(folder, name, job) -> Path:
+def _file(folder: Path, name: str, job: Job) -> Path:
     return inside(folder, f"{name}-lr{job.lr:g}-seed{job.seed}.json")
 
 

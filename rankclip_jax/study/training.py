@@ -4,6 +4,7 @@ Seeds and learning rates are arguments of the programs, so that one compilation 
 several of them can train together under vmap.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ class Programs:
 
         def init(seed, lr):
             state = steps.fresh_state(model, self._tx, seed)
-            return state.replace(opt_state=state.opt_state | {"lr": lr})
+            return dataclasses.replace(state, opt_state=state.opt_state | {"lr": lr})
 
         def epoch(state, seed, data):
             step_key, order_key, window_key = jax.random.split(jax.random.key(seed), 3)

@@ -24,7 +24,7 @@ def _keep_freed_memory() -> None:
     the step's processor time, measured with the demo's models on two cores.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    if libc is not None and hasattr(libc, "mallopt"):
         m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
         libc.mallopt(m_mmap_threshold, 1 << 30)
         libc.mallopt(m_trim_threshold, (1 << 31) - 1)
@@ -34,11 +34,13 @@ def main() -> None:
     """Exit codes: common/commands.py."""
     parser = argparse.ArgumentParser(
         prog="python -m rankclip_jax.train",
-        description="Trains, or evaluates what was trained. A run that stopped goes on by the same command.",
+        description="Trains, or evaluates what was trained. The same command resumes a run that stopped.",
         epilog="Any key of the configuration can be given: --config.optim.lr=1e-3 (docs/config.md lists them).",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, help="a file of configs/, with its argument after a colon")
+    parser.add_argument(
+        "--config", help="a file of configs/, with its argument after a colon; default: that of the workdir's run"
+    )
     parser.add_argument("--workdir", help="folder of the run; default: runs/ and the config's name")
     parser.add_argument("--mode", choices=["train", "eval", "plan"], default="train")
     cluster = parser.add_argument_group("many processes, where no cluster is detected (docs/reliability.md)")
@@ -49,6 +51,8 @@ def main() -> None:
     for flag in rest:
         if not flag.startswith("--config."):
             parser.error(f"unknown flag {flag}")
+    if not (flags.config or flags.workdir):
+        parser.error("give --config FILE, or the --workdir of a run")
     _keep_freed_memory()
     commands.quiet_tensorflow()
     with commands.exit_codes("stopped; the same command resumes from the last checkpoint"):
@@ -63,7 +67,7 @@ def _run(flags: argparse.Namespace, overrides: list[str]) -> None:
                 f"--workdir={workdir}: metrics and TensorBoard need a folder of this machine, or one that is mounted; "
                 "for checkpoints in a bucket set --config.checkpoint.folder=gs://BUCKET/RUN"
             )
-        settings = config.load(flags.config, overrides)
+        settings = config.load(flags.config, overrides) if flags.config else config.stored(workdir, overrides)
         if flags.mode != "plan":
             processes.start(flags.coordinator, flags.num_processes, flags.process_id)
         if flags.mode == "plan":
@@ -78,7 +82,7 @@ def _run(flags: argparse.Namespace, overrides: list[str]) -> None:
         sys.exit(preemption.EXIT_CODE)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
-            error = InputError(f"cannot write: {error}; make room or make it writable, and start again to go on")
+            error = InputError(f"cannot write: {error}; make room or make it writable, and start again to resume")
         if jax.distributed.is_initialized():
             processes.stop(error)
         raise error

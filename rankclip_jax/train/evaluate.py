@@ -62,7 +62,7 @@ def _model(config):
     read = pretrained.read(config.eval.model, config.tokenizer.path)
     if read.tokenizer is None:
         raise InputError(
-            f"{config.eval.model} brings no tokenizer; give --config.tokenizer.path a tokenizer.json or a hub id "
+            f"{config.eval.model} has no tokenizer; give --config.tokenizer.path a tokenizer.json or a hub id "
             '(OpenAI\'s is "openai/clip-vit-base-patch32")'
         )
     side = read.config.vision.image_size

@@ -1,7 +1,9 @@
-"""Starting from a trained model instead of from chance: config.init_from, .init_towers and .init_skip."""
+"""Starting from a trained model instead of from scratch: config.init_from, .init_towers and .init_skip."""
 
+import dataclasses
 import math
 import re
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,7 @@ def tokenizer(start: pretrained.Pretrained, config: ConfigDict) -> Tokenizer | N
         return None
     if start.tokenizer is None:
         raise InputError(
-            f"config.init_from = {start.path} brings no tokenizer: give --config.tokenizer.path=tokenizer.json (or a "
+            f"config.init_from = {start.path} has no tokenizer; give --config.tokenizer.path=tokenizer.json (or a "
             "hub id), the one that its text tower was trained with, or --config.init_towers=vision"
         )
     return start.tokenizer
@@ -99,10 +101,10 @@ def apply(state: TrainState, start: pretrained.Pretrained, ours: ClipConfig, con
         raise InputError(f"config.init_skip: {sorted(unused)[0]!r} matches no parameter of the towers taken")
     step = "" if start.step is None else f", step {start.step}"
     print(f"starting from {start.path}{step} ({config.init_towers})" + "".join(f"; {note}" for note in notes))
-    return state.replace(**taken)  # AdamW's moments start at zero whatever the parameters
+    return dataclasses.replace(state, **taken)  # AdamW's moments start at zero whatever the parameters
 
 
-def _unlike(ours: ClipConfig, theirs: ClipConfig, towers) -> list[str]:
+def _unlike(ours: ClipConfig, theirs: ClipConfig, towers: Collection[str]) -> list[str]:
     """What differs without showing in a shape."""
     found = []
     for tower, here, there in (("visual", ours.vision, theirs.vision), ("text", ours.text, theirs.text)):

@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 
@@ -17,10 +17,11 @@ class InputWait:
     thread notes when each step ends, and only what of the wait comes after that counts.
     """
 
-    def __init__(self, batches: Iterator):
+    def __init__(self, batches: Any):
         """`batches`: an iterator with `position`, the samples that it has read so far (TrainBatches)."""
         self._batches, self._read = batches, batches.position
-        self._waits, self._step_end = [], None
+        self._waits = []
+        self._step_end: Future | None = None
         self._thread = ThreadPoolExecutor(1)
 
     def __iter__(self) -> "InputWait":

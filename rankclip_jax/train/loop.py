@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
+from optax import GradientTransformation
 
 from rankclip_jax import config as configs
 from rankclip_jax import evaluation, figures
@@ -90,7 +91,7 @@ def open_data(config: ConfigDict) -> Data:
     return Data(source, synonyms, steps_per_epoch, config.steps or config.epochs * steps_per_epoch)
 
 
-def open_state(config: ConfigDict, workdir: Path, data: Data, tx) -> tuple[Session, Start]:
+def open_state(config: ConfigDict, workdir: Path, data: Data, tx: GradientTransformation) -> tuple[Session, Start]:
     """The session of a run and where it starts. A folder becomes a run once all that was given proved right."""
     resumes = _check_same_run(workdir, config)
     origin = None if resumes else init_from.read(config)
@@ -116,7 +117,7 @@ def open_state(config: ConfigDict, workdir: Path, data: Data, tx) -> tuple[Sessi
     return session, Start(state, 0, 0, False)
 
 
-def open_batches(session: Session, workdir: Path, data: Data, position: int):  # noqa: ANN201 -- of TensorFlow's room
+def open_batches(session: Session, workdir: Path, data: Data, position: int) -> Any:
     """The stream of batches from `position` on (input_pipeline.pipeline.TrainBatches)."""
     from input_pipeline import pipeline
 
@@ -137,7 +138,15 @@ def open_batches(session: Session, workdir: Path, data: Data, position: int):  #
     )
 
 
-def run_steps(session, workdir, data, tx, start, batches, checkpoints) -> None:
+def run_steps(
+    session: Session,
+    workdir: Path,
+    data: Data,
+    tx: GradientTransformation,
+    start: Start,
+    batches: Any,
+    checkpoints: checkpoint.Checkpoints,
+) -> None:
     """Step, record, evaluate, save, until the last step or until somebody asks to stop."""
     config, state = session.config, start.state
     schedule = dict(total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch)
@@ -170,7 +179,7 @@ def run_steps(session, workdir, data, tx, start, batches, checkpoints) -> None:
                 raise Preempted(f"SIGTERM: saved step {step} in {workdir}; the same command resumes from there")
 
 
-def finish(session: Session, workdir: Path, batches) -> None:
+def finish(session: Session, workdir: Path, batches: Any) -> None:
     """Says what could not be used, and draws the curves."""
     index, count = session.process
     if batches.bad.reasons:
@@ -183,7 +192,7 @@ def finish(session: Session, workdir: Path, batches) -> None:
         print(f"curves: {workdir / 'curves.png'}")
 
 
-def _evaluate(session, state, epoch, last) -> dict[str, float]:
+def _evaluate(session: Session, state: steps.TrainState, epoch: int, last: bool) -> dict[str, float]:
     """The evaluations that are due after this epoch; prints their tables."""
     kinds = evaluation.due(session.config.eval, epoch, last)
     if not kinds:
@@ -193,7 +202,7 @@ def _evaluate(session, state, epoch, last) -> dict[str, float]:
     return evaluation.flat(results) | (session.validation(state) if "zero_shot" in kinds else {})
 
 
-def _place(restored, session) -> int:
+def _place(restored: checkpoint.Restored, session: Session) -> int:
     from input_pipeline import pipeline
 
     position, passed_over = pipeline.resume_at(restored.positions, session.config.batch_size, session.process)
@@ -234,7 +243,7 @@ def _check_same_run(workdir: Path, config: ConfigDict) -> bool:
     return True
 
 
-def _new_tokenizer(config: ConfigDict, source, origin) -> Tokenizer:
+def _new_tokenizer(config: ConfigDict, source: Any, origin: Any) -> Tokenizer:
     if origin and (tokenizer := init_from.tokenizer(origin, config)):
         return tokenizer
     if config.tokenizer.path:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -69,7 +70,7 @@ def layer_scales(params: Mapping, decay: float) -> dict:
     return {k: tower(v) if k in ("visual", "text") else _constant(v, 1.0) for k, v in params.items()}
 
 
-def _constant(tree, value: float):
+def _constant(tree: Any, value: float | str) -> Any:
     return jax.tree.map(lambda _: value, tree)
 
 
@@ -80,7 +81,7 @@ def hold(params: Mapping, freeze: str | None) -> Mapping:
     """Params through which no gradient flows to the frozen tower, so that none is computed."""
     if freeze is None:
         return params
-    return params | {FROZEN[freeze]: jax.lax.stop_gradient(params[FROZEN[freeze]])}
+    return {**params, FROZEN[freeze]: jax.lax.stop_gradient(params[FROZEN[freeze]])}
 
 
 def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
@@ -106,7 +107,7 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransf
     )
 
 
-def _scaled(updates, decay: float):
+def _scaled(updates: dict, decay: float) -> dict:
     # A frozen tower's place holds no arrays here, so it needs no factors.
     here = {k: v for k, v in updates.items() if jax.tree.leaves(v)}
     return updates | jax.tree.map(lambda update, factor: update * factor, here, layer_scales(here, decay))

@@ -6,6 +6,7 @@ Where a GPU's is not installed, the step is compiled for as many fake CPU device
 those of the GPU, the rest is an estimate, since XLA fuses and sums otherwise there.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def compile_step(config: ConfigDict, target: Target) -> dict:
     done = subprocess.run(
         [sys.executable, "-m", "rankclip_jax.train.plan"],
         env=environment,
-        input=json.dumps({"config": config.to_dict(), "target": target if real else None}),
+        input=json.dumps({"config": config.to_dict(), "target": dataclasses.astuple(target) if real else None}),
         capture_output=True,
         text=True,
     )
@@ -178,6 +179,8 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
         first, _, _ = str(error).partition("\n")  # pages of buffers follow
         return found | {"error": "does not fit: " + first.rpartition("HBM, ")[2]}
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text()
+    if memory is None or text is None:
+        raise InputError("the compiler of these devices does not say what memory the step needs")
     return found | {
         "cost": {key: cost[key] for key in ("flops", "bytes accessed", "optimal_seconds") if cost.get(key, 0) > 0},
         "unpriced": sorted(unpriced(text)),

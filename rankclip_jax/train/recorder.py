@@ -41,7 +41,8 @@ class Recorder:
         self._pace = Pace(start, total_steps, self._config.batch_size)
         views = 1 + self._config.data.two_views
         self._tflop = flops.step_flops(session.model.config, self._config.batch_size, views) / 1e12
-        self._pending, self._writers, self._opened = None, [], contextlib.ExitStack()
+        self._writers, self._opened = [], contextlib.ExitStack()
+        self._pending: tuple[int, dict] | None = None
 
     def __enter__(self) -> "Recorder":
         if processes.is_first():

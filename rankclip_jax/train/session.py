@@ -1,9 +1,10 @@
 """A configuration on some devices: mesh, tokenizer, model. Training, evaluation, plan and study share it."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,8 +23,8 @@ from rankclip_jax.train import step as steps
 class Vocabulary(NamedTuple):
     """What a model knows of a tokenizer. A plan has no more of it."""
 
-    vocab_size: int
-    eot_id: int
+    vocab_size: int | None  # None: the preset's
+    eot_id: int | None
 
 
 class Session:
@@ -55,7 +56,8 @@ class Session:
         Raises:
           InputError: the configuration does not fit itself, the devices or the processes.
         """
-        self.config, self.tokenizer = config, tokenizer
+        self.config = config
+        self.tokenizer: Any = tokenizer  # a Tokenizer, but for a plan
         self.mesh = make_mesh(config.mesh, devices)
         self.devices = devices_of(self.mesh)
         self.process = (jax.process_index(), jax.process_count())
@@ -120,7 +122,7 @@ class Session:
         """What the evaluations need of the model."""
         from input_pipeline import pipeline
 
-        state = state.replace(params=self._gather(state.params))  # once, not in every batch
+        state = dataclasses.replace(state, params=self._gather(state.params))  # once, not in every batch
         return evaluation.Encoder(
             images=lambda batch: self.encode_images(state, batch),
             texts=lambda texts: self.encode_texts(state, texts),
@@ -195,7 +197,7 @@ def build_model(
             dtype, choice = fields["dtype"], fields["attention"]
             attention = models.choose_attention(choice, architecture, dtype, devices) if devices else "xla"
             return models.CLIP(architecture, jax.numpy.dtype(dtype), attention=attention)
-        words = dict(vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id)
+        words: dict[str, Any] = dict(vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id)
         return models.build(fields.pop("name"), devices=devices, **words, **fields)
     except ValueError as error:
         raise InputError(f"config.model: {error}") from None
@@ -206,6 +208,6 @@ def _pictures(batch: dict) -> dict:
 
 
 @jax.jit
-def _diagnostics(z_img_BxD, z_txt_BxD, scale) -> dict:
+def _diagnostics(z_img_BxD: jax.Array, z_txt_BxD: jax.Array, scale: jax.Array) -> dict:
     cosine = losses.gradient_cosine(z_img_BxD, z_txt_BxD, scale)
     return losses.embedding_diagnostics(z_img_BxD, z_txt_BxD) | {"gradient_cosine": cosine}

@@ -78,7 +78,7 @@ def make_train_step(
     *,
     total_steps: int,
     steps_per_epoch: int,
-) -> Callable:
+) -> jax.stages.Wrapped:
     """Returns jitted train_step(state, batch) -> (state, metrics); the state given is donated.
 
     `batch`: pictures as input_pipeline's TrainBatches gives them (images.views) and "tokens" int32 (B, L) or (B, V,
@@ -189,11 +189,11 @@ def _objective(z_img_BxVxD, z_txt_BxVxD, params, spec, ramp, mesh):
     return loss, parts
 
 
-def make_val_step(model: CLIP, config: ConfigDict, mesh: jax.sharding.Mesh) -> Callable:
+def make_val_step(model: CLIP, config: ConfigDict, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
     """Returns jitted val_step(state, batch) -> the objective's parts (float32 scalars), as in evaluation."""
     spec = LossSpec(**config.loss.to_dict())
 
-    def val_step(state: TrainState, batch: dict) -> dict:
+    def val_step(state, batch):
         variables = {"params": gather(state.params, mesh, config.sharding), "batch_stats": state.batch_stats}
         pixels = images.normalize(images.views(batch, model.config.vision.image_size)[:, 0])
         z_img_BxD, z_txt_BxD, _ = model.apply(variables, pixels, batch["tokens"])
@@ -202,10 +202,10 @@ def make_val_step(model: CLIP, config: ConfigDict, mesh: jax.sharding.Mesh) -> C
     return jax.jit(val_step)
 
 
-def make_embed_step(model: CLIP) -> Callable:
+def make_embed_step(model: CLIP) -> jax.stages.Wrapped:
     """Returns jitted embed(state, batch) -> float32 (B, D) of unit norm, of the pictures or of batch["tokens"]."""
 
-    def embed(state: TrainState, batch: dict) -> jax.Array:
+    def embed(state, batch):
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         if "image" in batch:
             pixels = images.views(batch, model.config.vision.image_size)[:, 0]

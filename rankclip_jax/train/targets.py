@@ -5,6 +5,7 @@ collectives and attention are real. PTX is emitted but not assembled, so registe
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import math
 import os
@@ -24,7 +25,8 @@ HOW_TO_INSTALL = {
 }
 
 
-class Target(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Target:
     """What a program is compiled for: `kind` of flops.ACCELERATORS, `platform` "gpu" or "tpu", and a TPU's topology."""
 
     kind: str

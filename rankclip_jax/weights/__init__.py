@@ -1,1 +1,1 @@
-"""Weights as we and others keep them: layouts, checkpoints, and a model from any path (pretrained)."""
+"""Weight files of this and other projects: layouts, checkpoints, and loading from any path (pretrained)."""

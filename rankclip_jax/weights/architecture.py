@@ -1,12 +1,14 @@
-"""A ClipConfig from weights or from another library's config, and back."""
+"""ClipConfig from weights or from another library's config, and back."""
 
 import math
 import re
 from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 
 from rankclip_jax.models import ClipConfig, ResNetConfig, TextConfig, VitConfig
+from rankclip_jax.models.presets import Activation
 
 
 def from_ours(fields: Mapping) -> ClipConfig:
@@ -15,16 +17,16 @@ def from_ours(fields: Mapping) -> ClipConfig:
     return ClipConfig(**{**fields, "vision": vision, "text": TextConfig(**fields["text"])})
 
 
-def from_weights(state: Mapping[str, np.ndarray], activation: str = "quick_gelu") -> ClipConfig:
-    """The architecture of an OpenAI state dict, read from its shapes.
+def from_weights(state: Mapping[str, np.ndarray], activation: Activation = "quick_gelu") -> ClipConfig:
+    """The architecture of an OpenAI state dict, inferred from its shapes.
 
-    What shapes do not tell is taken as in every OpenAI model: heads of 64 channels, end-of-text the highest
-    id, and QuickGELU unless `activation` says otherwise. Raises ValueError if it is no CLIP.
+    Everything else is assumed to be as in all OpenAI models: heads of 64 channels, the highest id as end-of-text, and
+    the given activation. Raises ValueError if the state dict is not a CLIP.
     """
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in state:
-            raise ValueError(f"{name} is missing: not the weights of a CLIP")
+            raise ValueError(f"{name} is missing; these are not the weights of a CLIP")
         return state[name].shape
 
     def count(pattern: str) -> int:
@@ -42,7 +44,7 @@ def from_weights(state: Mapping[str, np.ndarray], activation: str = "quick_gelu"
             mlp_width=_mlp(width, shape("visual.transformer.resblocks.0.mlp.c_fc.weight")[0]),
         )
     else:
-        stem = "imagenet" if "visual.conv2.weight" in state else "small"
+        stem: Literal["imagenet", "small"] = "imagenet" if "visual.conv2.weight" in state else "small"
         stages = count(r"visual\.layer(\d+)\.")
         cells = math.isqrt(shape("visual.attnpool.positional_embedding")[0] - 1)
         vision = ResNetConfig(
@@ -67,8 +69,8 @@ def from_weights(state: Mapping[str, np.ndarray], activation: str = "quick_gelu"
 def _heads(name: str, width: int) -> int:
     if width % 64:
         raise ValueError(
-            f"{name}: a width of {width} is not a multiple of 64, so the number of heads cannot be guessed; "
-            "give the config"
+            f"{name}: width {width} is not a multiple of 64, so the number of heads cannot be inferred; "
+            "provide a config next to the weights"
         )
     return width // 64
 
@@ -77,8 +79,8 @@ def _mlp(width: int, mlp_width: int) -> int | None:
     return None if mlp_width == 4 * width else mlp_width
 
 
-# What may stand in an open_clip config without changing the model that we build, with the values that it
-# may have. Dropout acts in training only, and then it is the trainer's business.
+# Fields of an open_clip config that do not change the model, with their allowed values (None: any). Dropout acts only
+# in training, where the trainer decides.
 _OPEN_CLIP_NEUTRAL = {
     "patch_dropout": None,
     "output_tokens": None,
@@ -106,9 +108,9 @@ _OPEN_CLIP_NEUTRAL = {
 
 
 def from_open_clip(model_cfg: Mapping) -> ClipConfig:
-    """The config in open_clip's `open_clip_config.json` under 'model_cfg'.
+    """The architecture of 'model_cfg' in open_clip's `open_clip_config.json`.
 
-    Raises ValueError naming the first field that asks for something other than CLIP's own two towers.
+    Raises ValueError naming the first field that differs from CLIP's own two towers.
     """
     model_cfg = {k: v for k, v in model_cfg.items() if v not in (None, False)}
     for key in model_cfg.keys() - {
@@ -154,7 +156,7 @@ def from_open_clip(model_cfg: Mapping) -> ClipConfig:
 
 
 def to_open_clip(config: ClipConfig) -> dict | None:
-    """open_clip's 'model_cfg'; None for a ResNet that it has no fields for (stem 'small', not 4 stages)."""
+    """open_clip's 'model_cfg'; None for a ResNet that it cannot describe (stem 'small', or not 4 stages)."""
     vision, text = config.vision, config.text
     if isinstance(vision, ResNetConfig):
         if vision.stem != "imagenet" or len(vision.layers) != 4:
@@ -168,7 +170,7 @@ def to_open_clip(config: ClipConfig) -> dict | None:
             "head_width": vision.width // vision.heads,
             "mlp_ratio": _ratio(vision.width, vision.mlp_width),
         }
-    text_cfg = {
+    text_cfg: dict[str, Any] = {
         "context_length": text.context_length,
         "vocab_size": text.vocab_size,
         "width": text.width,
@@ -177,7 +179,7 @@ def to_open_clip(config: ClipConfig) -> dict | None:
         "mlp_ratio": _ratio(text.width, text.mlp_width),
     }
     if text.eot_id != text.vocab_size - 1:
-        # Its default pools at the highest id, which is then another token.
+        # open_clip pools at the highest id by default, which here is another token.
         text_cfg |= {"pool_type": "eos", "eos_id": text.eot_id}
     return {
         "embed_dim": config.embed_dim,
@@ -188,11 +190,11 @@ def to_open_clip(config: ClipConfig) -> dict | None:
 
 
 def _ratio(width: int, mlp_width: int | None) -> float:
-    # open_clip takes int(width * ratio): half a unit more, so that rounding cannot fall below.
+    # open_clip computes int(width * ratio); the added half keeps rounding from going below.
     return 4.0 if mlp_width is None else (mlp_width + 0.5) / width
 
 
-# transformers' own defaults, for the fields that a config.json leaves out.
+# transformers' defaults for fields missing in config.json.
 _HF_VISION = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
@@ -205,24 +207,24 @@ _HF_TEXT = {
 
 
 def from_hugging_face(config: Mapping) -> ClipConfig:
-    """The architecture in a CLIP folder's `config.json`.
+    """The architecture of a Hugging Face CLIP folder's `config.json`.
 
-    Raises ValueError for another model type, and naming a field whose value has no counterpart here.
+    Raises ValueError for another model type, or naming a field whose value is not supported.
     """
     if config.get("model_type") != "clip":
-        raise ValueError(f"model_type {config.get('model_type')!r} is not 'clip'")
-    # Old files carry their changes in *_config_dict, which then overrules.
+        raise ValueError(f"unsupported model_type {config.get('model_type')!r}; expected 'clip'")
+    # Old files have their changes in *_config_dict, which takes precedence.
     vision = _HF_VISION | config.get("vision_config", {}) | (config.get("vision_config_dict") or {})
     text = _HF_TEXT | config.get("text_config", {}) | (config.get("text_config_dict") or {})
     for tower in (vision, text):
         if tower["layer_norm_eps"] != 1e-5:
-            raise ValueError(f"layer_norm_eps {tower['layer_norm_eps']} is not supported, only 1e-5")
+            raise ValueError(f"unsupported layer_norm_eps {tower['layer_norm_eps']}; expected 1e-5")
     if vision.get("num_channels", 3) != 3:
-        raise ValueError(f"num_channels {vision['num_channels']} is not supported, only 3")
+        raise ValueError(f"unsupported num_channels {vision['num_channels']}; expected 3")
     if vision["hidden_act"] != text["hidden_act"]:
-        raise ValueError(f"towers with two activations, {vision['hidden_act']!r} and {text['hidden_act']!r}")
+        raise ValueError(f"unsupported: different activations, {vision['hidden_act']!r} and {text['hidden_act']!r}")
     eot_id = text["eos_token_id"]
-    if eot_id == 2:  # written by old versions whatever the tokenizer; transformers then pools the highest id
+    if eot_id == 2:  # old versions write 2 for any tokenizer; transformers then pools at the highest id
         eot_id = text["vocab_size"] - 1
     return ClipConfig(
         config.get("projection_dim", 512),
@@ -248,12 +250,12 @@ def from_hugging_face(config: Mapping) -> ClipConfig:
 
 
 def to_hugging_face(config: ClipConfig, bos_id: int | None = None) -> dict:
-    """The contents of `config.json`. Raises ValueError for what `transformers.CLIPModel` does not have."""
+    """The contents of `config.json`. Raises ValueError for a model that `transformers.CLIPModel` cannot represent."""
     vision, text = config.vision, config.text
     if isinstance(vision, ResNetConfig):
-        raise ValueError("Hugging Face's CLIP has no ResNet tower: write the OpenAI layout instead")
+        raise ValueError("Hugging Face's CLIP has no ResNet tower; write the openai layout instead")
     if text.eot_id == 2 and text.vocab_size > 3:
-        raise ValueError("transformers takes an end-of-text id of 2 for 'pool the highest id': use another id")
+        raise ValueError("with an end-of-text id of 2 transformers pools at the highest id; use another id")
     shared = {"hidden_act": config.activation, "layer_norm_eps": 1e-5, "projection_dim": config.embed_dim}
     return {
         "architectures": ["CLIPModel"],

@@ -143,7 +143,7 @@ def _first_whole(folder, steps, read, alone=False) -> Restored | None:
             state, check = read(folder / str(step) / "state", data)
         except Exception as error:  # whatever Orbax, TensorStore or JSON raise on damage of every kind
             problem = one_line(error, kind=True)
-        # A file that one process cannot read, another may not need; all go on from the same step.
+        # A file that one process cannot read, another may not need; all resume from the same step.
         if (alone and problem is None) or (not alone and min(processes.of_all(problem is None))):
             problem = check()
             if problem is None:
@@ -160,7 +160,7 @@ def _first_whole(folder, steps, read, alone=False) -> Restored | None:
 
 def _read_data(folder) -> dict:
     data = ocp.JsonCheckpointHandler().restore(folder / "data")
-    if "position" in data:  # of before there were several processes
+    if "position" in data:  # written before there were several processes
         return {"positions": [data["position"]], "fingerprints": {}}
     if data.pop("crc32") != _crc(data):
         raise ValueError("data does not match its checksum")
@@ -306,5 +306,5 @@ def _cannot_save(folder, error) -> Exception:
     time.sleep(0.5)  # TensorStore's other writes call back within a fifth of that, while `_told_once` lasts
     return InputError(
         f"cannot save in {folder}: {one_line(error)}. The checkpoints before are as they were; "
-        "make room or make it writable, and start again to go on"
+        "make room or make it writable, and start again to resume"
     )

@@ -1,9 +1,11 @@
-"""A whole export: weights, what prepares pictures, what reads texts, and a card that says what the model is."""
+"""Exports a model: weights, preprocessing, tokenizer and a model card."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
@@ -23,28 +25,28 @@ def write(model: Pretrained, folder: str | Path, layout: str) -> None:
 
     Args:
       model: from `pretrained.read`.
-      folder: made if need be; what `write` wrote there before is replaced.
+      folder: created if needed; files of an earlier `write` are replaced.
       layout: "hf", for transformers; "openai", for open_clip and OpenAI's code; "orbax", for JAX.
 
     Raises:
-      InputError: the layout has no such model (Hugging Face and ResNets), or does not exist; or a file of the same name
-        is there that `write` did not write.
+      InputError: an unknown layout, a model that it does not support (Hugging Face and ResNets), or a file of the same
+        name that `write` did not write.
     """
     if layout not in LAYOUTS:
-        raise InputError(f"no layout {layout!r}; there are {', '.join(LAYOUTS)}")
+        raise InputError(f"unknown layout {layout!r}. Expected one of {', '.join(LAYOUTS)}")
     if layout == "hf" and isinstance(model.config.vision, ResNetConfig):
-        raise InputError(f"{model.path} has a ResNet, and Hugging Face's CLIP has none: write the openai layout")
+        raise InputError(f"{model.path} has a ResNet, which Hugging Face's CLIP does not support; use --to openai")
     owned = Owned(folder, "convert")
     folder = owned.folder
     tokenizer = None if model.tokenizer is None else model.tokenizer.to_dict()
     owned.check(names := _names(layout, tokenizer is not None))
-    if layout == "orbax":  # Orbax removes whatever folder is in its way
+    if layout == "orbax":  # Orbax deletes any folder in its way
         owned.clear([orbax_folder.UNFINISHED])
         owned.remove(orbax_folder.ARRAYS)
     try:
         owned.claim(names)
         if layout == "hf":
-            bos_id = model.tokenizer and model.tokenizer.start_id
+            bos_id = model.tokenizer.start_id if model.tokenizer else None
             formats.write_hf(folder, model.config, model.variables, bos_id)
         elif layout == "openai":
             formats.write_openai(folder, model.config, model.variables)
@@ -75,8 +77,8 @@ def _names(layout: str, tokenizer: bool) -> list[str]:
 
 
 def _tokenizer_config(tokenizer: dict, context_length: int) -> dict:
-    # transformers' CLIPTokenizer builds its own tokenizer from vocabulary and merges, and knows OpenAI's kind only. Any
-    # other is taken from tokenizer.json as it stands by the general class.
+    # transformers' CLIPTokenizer builds its own tokenizer from vocabulary and merges, and supports only OpenAI's kind.
+    # The general class reads any other tokenizer.json as it is.
     bpe = tokenizer["model"]
     openai_kind = bpe.get("end_of_word_suffix") == "</w>" and END in bpe.get("vocab", {})
     return {
@@ -84,7 +86,7 @@ def _tokenizer_config(tokenizer: dict, context_length: int) -> dict:
         "bos_token": START,
         "eos_token": END,
         "unk_token": END,
-        # What follows the first end-of-text is not seen, so padding with it changes nothing.
+        # The model does not see what follows the first end-of-text, so padding with it changes nothing.
         "pad_token": END,
         "model_max_length": context_length,
     }
@@ -101,7 +103,7 @@ def _complete_open_clip_config(path: Path, view: preprocess.View, has_tokenizer:
         "resize_mode": "shortest",
     }
     if has_tokenizer and "model_cfg" in described:
-        # Any name makes open_clip read the tokenizer in the folder itself instead of OpenAI's.
+        # Any name makes open_clip read the tokenizer in this folder instead of OpenAI's.
         described["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "."
     _write_json(path, described)
 
@@ -124,11 +126,12 @@ model.encode_image(image), model.encode_text(["a photo of a cat"])"""
 
 
 def card(model: Pretrained, layout: str) -> str:
-    """The model card (Markdown): what it is, how it was trained, what it reached, how to use it."""
+    """The model card (Markdown): architecture, training, results, use."""
     config = model.config
     vision, text = config.vision, config.text
-    resnet = isinstance(vision, ResNetConfig)
-    kind = "ResNet," if resnet else f"vision transformer, patches of {vision.patch_size} pixels,"
+    kind = "ResNet,"
+    if not isinstance(vision, ResNetConfig):
+        kind = f"vision transformer, patches of {vision.patch_size} pixels,"
     count = sum(x.size for x in jax.tree.leaves(model.variables["params"]))
     facts = {
         "parameters": f"{count:,}",
@@ -152,47 +155,47 @@ def card(model: Pretrained, layout: str) -> str:
         *_table(("model", ""), facts.items()),
     ]
     if model.run:
-        lines += ["## Training", "", *_table(("", ""), _training(model).items())]
+        lines += ["## Training", "", *_table(("", ""), _training(model.run, model.step).items())]
         results = _results(model)
         if results:
             lines += [f"## Results at step {model.step}", "", *_table(("metric", "value"), results)]
     else:
-        lines += [f"Converted from `{model.path.name}`; that file says nothing about its training.", ""]
+        lines += [f"Converted from `{model.path.name}`, which has no information about its training.", ""]
     use = [_OURS] if alone else [_USE[layout], _OURS]
     lines += ["## Use", ""]
     for code in use:
         lines += ["```python", code, "```", ""]
     if model.tokenizer is not None and layout != "orbax":
         lines += [
-            "Texts with HTML entities or broken Unicode are repaired before training (ftfy, `html.unescape`); "
-            "`rankclip_jax` does so by itself, other libraries leave it to you.",
+            "Before training, HTML entities and broken Unicode in texts were repaired (ftfy, `html.unescape`). "
+            "`rankclip_jax` does this automatically; with other libraries, do it yourself.",
             "",
         ]
     return "\n".join(lines)
 
 
 def ours_alone(config: ClipConfig, layout: str) -> bool:
-    """Whether only `rankclip_jax.load` reads what is written: a ResNet that open_clip has no fields for, or Orbax."""
+    """Whether only `rankclip_jax.load` can read the export: Orbax, or a ResNet that open_clip cannot describe."""
     return layout == "orbax" or (layout == "openai" and architecture.to_open_clip(config) is None)
 
 
-def _objective(loss) -> str:
+def _objective(loss: ConfigDict) -> str:
     if loss.objective == "clip":
         return "CLIP's contrastive loss"
     return "RankCLIP (arXiv 2404.09387)"
 
 
-def _training(model: Pretrained) -> dict:
-    run, loss = model.run, "CLIP"
+def _training(run: ConfigDict, step: int | None) -> dict:
+    loss = "CLIP"
     if run.loss.objective != "clip":
         terms = f"{run.loss.lambda_in:g} in-modal + {run.loss.lambda_cross:g} cross-modal"
         loss = f"CLIP + w ({terms}), schedule of w: {run.loss.schedule}"
     data = run.data.train
-    data = Path(data).name if isinstance(data, str) else data  # the name alone: a path may tell more than it should
+    data = Path(data).name if isinstance(data, str) else data  # only the name: a path may reveal private information
     return {
         "loss": loss,
         "data": f"{run.data.format}: {data}",
-        "steps": f"{model.step:,} of {run.batch_size:,} samples",
+        "steps": f"{step:,} of {run.batch_size:,} samples",
         "optimiser": f"AdamW, learning rate {run.optim.lr:g}, weight decay {run.optim.weight_decay:g}, "
         f"{run.optim.warmup_steps:,} steps of warm-up",
         "computed in": run.model.dtype,
@@ -201,7 +204,7 @@ def _training(model: Pretrained) -> dict:
 
 
 def _results(model: Pretrained) -> list[tuple[str, str]]:
-    """The evaluation that training wrote for the checkpoint's step; empty if it wrote none."""
+    """The evaluation written by training at the checkpoint's step; empty if there is none."""
     found: dict = {}
     for row in read_metrics(model.path):
         if row["step"] == model.step:
@@ -209,7 +212,7 @@ def _results(model: Pretrained) -> list[tuple[str, str]]:
     return [(name, f"{value:.4f}") for name, value in sorted(found.items())]
 
 
-def _table(head: tuple[str, str], rows) -> list[str]:
+def _table(head: tuple[str, str], rows: Iterable[tuple]) -> list[str]:
     return [f"| {head[0]} | {head[1]} |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows), ""]
 
 

@@ -1,4 +1,4 @@
-"""Checksums of arrays, the same on any devices and in any sharding: what was read is what was saved, bit for bit."""
+"""Checksums of arrays that do not depend on devices or sharding, to verify that a checkpoint is read bit for bit."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from rankclip_jax.common.trees import by_name
 
 
 def fingerprints(tree: Any) -> dict[str, int]:
-    """Path of a leaf -> 32 bits. Sums whole numbers, whose order does not matter, so no sharding can change it.
+    """Path of a leaf -> 32-bit checksum: a sum of integers, which does not depend on the order, and so on the sharding.
 
-    Every flipped bit changes its leaf's; other damage is overlooked once in four billion times.
+    Every flipped bit changes the checksum of its leaf. Other damage is missed once in four billion times.
     """
     named = by_name(tree)
     sums = jax.device_get(_sums(list(named.values())))
@@ -24,15 +24,14 @@ def _sums(leaves):
     return [_sum(jnp.asarray(leaf)) for leaf in leaves]
 
 
-def _sum(x) -> jax.Array:
+def _sum(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
         place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    # Each place has an odd weight of its own: equal numbers that changed places are noticed, and an odd factor loses
-    # no bit.
+    # Each position has its own odd weight: swapped values change the sum, and an odd factor loses no bit.
     weight = ((place + 1) * np.uint32(0x9E3779B1)) | np.uint32(1)
     weight = (weight ^ (weight >> 15)) | np.uint32(1)
     return jnp.sum(bits * weight, dtype=jnp.uint32)

@@ -1,4 +1,4 @@
-"""Weights of any supported origin into (config, variables), and out again as safetensors folders."""
+"""Reads weights of all supported formats as (config, variables), and writes them as safetensors folders."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ import safetensors.numpy
 from rankclip_jax.common.errors import one_line
 from rankclip_jax.common.files import whole, write_whole
 from rankclip_jax.models import ClipConfig
+from rankclip_jax.models.presets import Activation
 from rankclip_jax.weights import architecture, layouts, orbax_folder
 from rankclip_jax.weights.torch_file import read_torch_file
 
@@ -21,20 +22,27 @@ _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bi
 _HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 
-def read(path: str | Path, config: ClipConfig | None = None, activation: str = "quick_gelu") -> tuple[ClipConfig, dict]:
-    """Read a CLIP from a file or folder, whoever wrote it.
+def read(
+    path: str | Path, config: ClipConfig | None = None, activation: Activation = "quick_gelu"
+) -> tuple[ClipConfig, dict]:
+    """Reads a CLIP from a file or folder.
 
-    path: a Hugging Face folder (config.json and model.safetensors, sharded, or pytorch_model.bin), an
-        open_clip folder (open_clip_config.json), or a file: OpenAI's `.pt` (TorchScript or state dict), a
-        checkpoint of the RankCLIP code or of open_clip, a `.safetensors` of either layout; or a folder of
-        `write_orbax`. A config file that lies beside a file is used.
-    config: overrides what config files and shapes say. activation: for files that nothing describes
-        ('quick_gelu' as OpenAI and RankCLIP train; open_clip's own models mostly have 'gelu').
+    Args:
+      path: a Hugging Face folder (config.json and model.safetensors, sharded, or pytorch_model.bin), an open_clip
+        folder (open_clip_config.json), a folder of `write_orbax`, or a file: OpenAI's `.pt` (TorchScript or state
+        dict), a checkpoint of the RankCLIP code or of open_clip, a `.safetensors` of either layout. A config file next
+        to a file is used.
+      config: overrides config files and shapes.
+      activation: of files without a config: 'quick_gelu' (OpenAI, RankCLIP) or 'gelu' (most of open_clip's models).
 
-    Returns the config and {'params': ..., 'batch_stats': ...} (the latter for a ResNet), nested dicts of
-    float32 NumPy arrays, transformer blocks unrolled (`models.stack_layers(params)` for a scanned model).
-    Raises FileNotFoundError, and ValueError (one line, the path first) for a file that is truncated, unsafe,
-    not a CLIP, or not of its config's architecture: the tensor is named.
+    Returns:
+      The config and {'params': ..., 'batch_stats': ...} (the latter for a ResNet): nested dicts of float32 NumPy
+      arrays, transformer blocks unrolled (`models.stack_layers(params)` for a scanned model).
+
+    Raises:
+      FileNotFoundError: no such path.
+      ValueError: one line that starts with the path: truncated, unsafe, not a CLIP, or not of its config's architecture
+        (the tensor is named).
     """
     path = Path(path)
     if not path.exists():
@@ -50,7 +58,7 @@ def read(path: str | Path, config: ClipConfig | None = None, activation: str = "
                 None if hugging_face else architecture.from_weights(state, activation)
             )
         if config is None:
-            raise ValueError("no config.json beside these Hugging Face weights")
+            raise ValueError("Hugging Face weights without config.json; put it next to them")
         layout = layouts.hugging_face if hugging_face else layouts.openai
         return config, layouts.from_state(state, config, layout)
     except ValueError as e:
@@ -58,10 +66,10 @@ def read(path: str | Path, config: ClipConfig | None = None, activation: str = "
 
 
 def write_hf(folder: str | Path, config: ClipConfig, variables: Mapping, bos_id: int | None = None) -> None:
-    """Write `config.json` and `model.safetensors` (float32) that `transformers.CLIPModel` loads.
+    """Writes `config.json` and `model.safetensors` (float32) for `transformers.CLIPModel`.
 
-    variables: {'params': ...}, unrolled or scanned. bos_id: the tokenizer's start id, recorded only (the
-    model does not use it). Raises ValueError for a ResNet, which Hugging Face does not have.
+    variables: {'params': ...}, unrolled or scanned. bos_id: the tokenizer's start id, only recorded: the model does not
+    use it. Raises ValueError for a ResNet, which Hugging Face does not support.
     """
     described = architecture.to_hugging_face(config, bos_id)
     state = layouts.to_state(variables, config, layouts.hugging_face)
@@ -71,16 +79,15 @@ def write_hf(folder: str | Path, config: ClipConfig, variables: Mapping, bos_id:
 
 
 def write_openai(folder: str | Path, config: ClipConfig, variables: Mapping) -> None:
-    """Write OpenAI's state dict as `open_clip_model.safetensors` with an `open_clip_config.json`.
+    """Writes OpenAI's state dict as `open_clip_model.safetensors` with an `open_clip_config.json`.
 
-    `open_clip.create_model("local-dir:FOLDER")` loads it, and `safetensors.torch.load_file` gives the state
-    dict that OpenAI's own class takes. The config also carries ours, so that `read` gets back exactly what
-    was written, the architectures included that open_clip does not have (stem 'small'): for those
-    'model_cfg' is left out, and only `read` can use the folder.
+    `open_clip.create_model("local-dir:FOLDER")` loads it. `safetensors.torch.load_file` gives the state dict for
+    OpenAI's own class. The config also contains our ClipConfig, so `read` returns exactly what was written.
+    Architectures that open_clip does not have (stem 'small') get no 'model_cfg', and only `read` can use the folder.
     """
     state = layouts.to_state(variables, config, layouts.openai)
     for key in [k for k in state if k.endswith(".running_mean")]:
-        # Loading is strict about this counter in PyTorch; with momentum 0.1 nothing reads it.
+        # PyTorch's strict loading needs this counter; with momentum 0.1 nothing reads it.
         state[key.replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
     described: dict = {"rankclip_jax": dataclasses.asdict(config)}
     if model_cfg := architecture.to_open_clip(config):
@@ -95,17 +102,17 @@ def _weights_in(folder: Path) -> Path:
     for name in names:
         if (folder / name).exists():
             return folder / name
-    raise ValueError(f"{folder}: no weights in it (looked for {', '.join(names)})")
+    raise ValueError(f"{folder}: no weights found. Expected one of {', '.join(names)}")
 
 
 def _read_state(path: Path) -> dict[str, np.ndarray]:
     if path.name.endswith(".index.json"):
         shards = sorted(set(_read_json(path)["weight_map"].values()))
         if any("/" in shard for shard in shards):
-            raise ValueError(f"{path.name} names a file in another folder")
+            raise ValueError(f"{path.name} names a shard in another folder; shards must be next to it")
         absent = [shard for shard in shards if not (path.parent / shard).exists()]
         if absent:
-            raise ValueError(f"shard {absent[0]} is missing ({len(absent)} of {len(shards)})")
+            raise ValueError(f"shard {absent[0]} is missing ({len(absent)} of {len(shards)} shards); download it again")
         return {k: v for shard in shards for k, v in _read_state(path.parent / shard).items()}
     with open(path, "rb") as f:
         start = f.read(9)
@@ -115,15 +122,15 @@ def _read_state(path: Path) -> dict[str, np.ndarray]:
         try:
             return safetensors.numpy.load_file(path)
         except (safetensors.SafetensorError, KeyError) as e:
-            raise ValueError(f"{path.name} is damaged or truncated ({one_line(e)})") from e
+            raise ValueError(f"{path.name} is damaged or truncated ({one_line(e)}); download it again") from e
     raise ValueError(
-        f"{path.name} is neither safetensors nor a PyTorch archive (if older than PyTorch 1.6, load and "
-        "save it again with a newer PyTorch)"
+        f"{path.name} is neither safetensors nor a PyTorch archive; if it is older than PyTorch 1.6, load and "
+        "save it with a newer PyTorch"
     )
 
 
 def _without_wrappers(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Strip the prefixes of DistributedDataParallel, torch.compile, and open_clip's separate text tower."""
+    """Strips the prefixes of DistributedDataParallel, torch.compile, and open_clip's separate text tower."""
     return {re.sub(r"^(module\.|_orig_mod\.)*(text\.)?", "", k): v for k, v in state.items()}
 
 
@@ -152,7 +159,7 @@ def _write_json(path: Path, contents: dict) -> None:
 
 def _write_weights(path: Path, state: dict[str, np.ndarray]) -> None:
     with whole(path) as part:
-        # transformers refuses files without this mark.
+        # transformers refuses files without this metadata.
         safetensors.numpy.save_file(state, part, metadata={"format": "pt"})
 
 

@@ -1,13 +1,13 @@
-"""Names and axes of the same weights here, in OpenAI's (and open_clip's) state dicts, and in Hugging Face's.
+"""Names and axes of the weights in this project, in OpenAI's (and open_clip's) state dicts, and in Hugging Face's.
 
-A layout is a function from a parameter's path here to its place there; reading and writing walk the
-parameters that a config has, so that whatever is missing, left over or misshapen is found by name.
-Scanned towers are unstacked for writing; reading gives unrolled ones (`models.stack_layers` converts).
+A layout maps a parameter's path here to its place there. Reading and writing iterate over the parameters of a config,
+so missing, unknown and misshapen tensors are found by name. Scanned towers are unstacked for writing; reading returns
+unrolled ones (`models.stack_layers` converts).
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from rankclip_jax.models import CLIP, ClipConfig, unstack_layers
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Tensor `key` there; `axes` transposes ours to theirs; `part` i of n: a slice of their first axis."""
+    """Tensor `key` of the other layout; `axes` transposes ours to theirs; `part`: which third of its first axis."""
 
     key: str
     axes: tuple[int, ...] | None = None
@@ -44,7 +44,7 @@ def openai(path: str, ndim: int) -> Place:
     *modules, leaf = path.split("/")
     axes = _AXES[ndim] if leaf == "kernel" else None
     if modules[-1:] and modules[-1] in ("q_proj", "k_proj", "v_proj") and modules[-2] == "attn":
-        # nn.MultiheadAttention keeps q, k and v in one tensor; the attention pool keeps them apart.
+        # nn.MultiheadAttention stores q, k and v in one tensor, the attention pool in three.
         fused = ".".join([*modules[:-1], "in_proj_weight" if leaf == "kernel" else "in_proj_bias"])
         return Place(fused, axes, "qkv".index(modules[-1][0]))
     return Place(".".join([*modules, _LEAVES.get(leaf, leaf)]), axes)
@@ -71,14 +71,14 @@ _HUGGING_FACE = [
 
 
 def hugging_face(path: str, ndim: int) -> Place:
-    """Place in the state dict of `transformers.CLIPModel`, which has vision transformers only."""
+    """Place in the state dict of `transformers.CLIPModel`, which supports only vision transformers."""
     for pattern, new in _HUGGING_FACE:
         path = re.sub(pattern, new, path)
     *modules, leaf = path.split("/")
     return Place(".".join([*modules, _LEAVES.get(leaf, leaf)]), _AXES[ndim] if leaf == "kernel" else None)
 
 
-# Tensors that carry no weight: sizes OpenAI registered as buffers, masks, position numbers, batch counters.
+# Tensors that are not weights: sizes that OpenAI registered as buffers, masks, position ids, batch counters.
 IGNORED = re.compile(
     r"input_resolution|context_length|vocab_size|(.*\.)?attn_mask|.*\.position_ids|.*\.num_batches_tracked"
 )
@@ -103,16 +103,16 @@ def from_state(state: Mapping[str, np.ndarray], config: ClipConfig, layout: Layo
         if place.part is not None:
             expected = (3 * expected[0], *expected[1:])
         if theirs.shape != expected and not (expected == () and theirs.size == 1):
-            raise ValueError(f"{place.key} has shape {theirs.shape}; this architecture needs {expected}")
+            raise ValueError(f"{place.key} has shape {theirs.shape}; expected {expected} for this architecture")
         if place.part is not None:
             theirs = fused.setdefault(place.key, np.split(theirs, 3))[place.part]
         value = theirs.transpose(np.argsort(place.axes)) if place.axes else theirs
         ours[name] = np.ascontiguousarray(value, np.float32).reshape(shape)
     if missing:
-        raise ValueError(f"missing {_some(dict.fromkeys(missing))}")
+        raise ValueError(f"missing tensors: {_some(dict.fromkeys(missing))}")
     unknown = [k for k in state if k not in used and not IGNORED.fullmatch(k)]
     if unknown:
-        raise ValueError(f"unknown tensors {_some(unknown)}: not a CLIP of this architecture")
+        raise ValueError(f"unknown tensors: {_some(unknown)}; this is not a CLIP of the expected architecture")
     return nested(ours)
 
 
@@ -124,11 +124,11 @@ def to_state(variables: Mapping, config: ClipConfig, layout: Layout) -> dict[str
     arrays = by_name({k: unstack_layers(v) for k, v in variables.items() if v})
     shapes = template(config)
     for odd in shapes.keys() ^ arrays.keys():
-        raise ValueError(f"{odd} is {'missing' if odd in shapes else 'unknown'}: another config's?")
+        raise ValueError(f"{odd} is {'missing' if odd in shapes else 'unknown'}: config of another model?")
     state: dict = {}
     for name, value in arrays.items():
         if np.shape(value) != shapes[name]:
-            raise ValueError(f"{name} has shape {np.shape(value)}; the config needs {shapes[name]}")
+            raise ValueError(f"{name} has shape {np.shape(value)}; expected {shapes[name]} for the config")
         place = layout(_within(name), len(shapes[name]))
         value = np.asarray(value, np.float32)
         value = value.transpose(place.axes) if place.axes else value
@@ -151,6 +151,6 @@ def _within(name: str) -> str:
     return name.partition("/")[2]
 
 
-def _some(names) -> str:
+def _some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

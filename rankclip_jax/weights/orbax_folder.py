@@ -1,4 +1,4 @@
-"""Our own folder for a model alone: rankclip_jax.json (the architecture) and an Orbax checkpoint of its arrays."""
+"""Folder with a model only: rankclip_jax.json (the architecture) and an Orbax checkpoint of its arrays."""
 
 import dataclasses
 import json
@@ -16,14 +16,14 @@ from rankclip_jax.models import ClipConfig, unstack_layers
 from rankclip_jax.weights import architecture, layouts
 
 CONFIG, ARRAYS = "rankclip_jax.json", "variables"
-UNFINISHED = ARRAYS + ".orbax-checkpoint-tmp"  # what Orbax calls the arrays until all are written
+UNFINISHED = ARRAYS + ".orbax-checkpoint-tmp"  # Orbax's name for the arrays until all are written
 
 
 def write_orbax(folder: str | Path, config: ClipConfig, variables: Mapping) -> None:
     """Writes {'params': ..., 'batch_stats': ...} in float32, blocks unrolled (scanned ones are unstacked).
 
-    Raises ValueError naming a parameter that the config does not have, lacks, or has in another shape; or if arrays are
-    there already.
+    Raises ValueError naming a parameter that is missing, unknown or of another shape than the config's, or if the
+    folder already has arrays.
     """
     layouts.to_state(variables, config, layouts.openai)  # raises if they do not fit
     folder = Path(folder).resolve()
@@ -36,7 +36,7 @@ def write_orbax(folder: str | Path, config: ClipConfig, variables: Mapping) -> N
 
 
 def read_orbax(folder: Path) -> tuple[ClipConfig, dict]:
-    """What `write_orbax` wrote, as NumPy arrays. Raises ValueError if the checkpoint is not there or not whole."""
+    """Reads a folder of `write_orbax` as NumPy arrays. Raises ValueError if the checkpoint is missing or incomplete."""
     config = architecture.from_ours(json.loads((folder / CONFIG).read_text()))
     shapes = layouts.template(config)
     abstract = nested({name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
@@ -56,5 +56,5 @@ def read_orbax(folder: Path) -> tuple[ClipConfig, dict]:
     read = by_name(arrays)
     for name, shape in shapes.items():
         if read[name].shape != shape:
-            raise ValueError(f"{name} has shape {read[name].shape}; this architecture needs {shape}")
+            raise ValueError(f"{name} has shape {read[name].shape}; expected {shape} for this architecture")
     return config, arrays

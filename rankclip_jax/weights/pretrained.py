@@ -1,32 +1,33 @@
-"""A trained model from any path: a workdir, a folder of any supported layout, or a file of weights."""
+"""Reads a trained model from any path: a workdir, a folder of any supported layout, or a weights file."""
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+from ml_collections import ConfigDict
 
 from rankclip_jax import config as configs
 from rankclip_jax import models
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.models.presets import Activation
 from rankclip_jax.weights import checkpoint, formats
 from rankclip_jax.weights import view as preprocess
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """What a path holds.
+    """A model read from a path.
 
     Attributes:
-      path: where it came from.
+      path: its source.
       config: the architecture.
       variables: {"params": ..., "batch_stats": ...} (the latter for a ResNet), float32 NumPy, blocks unrolled.
-      view: how its pictures are prepared.
-      tokenizer: None if the path brings none.
-      run: the complete training configuration of a workdir; None for anything else.
-      step: of a workdir's checkpoint.
+      view: its image preprocessing.
+      tokenizer: None if the path has none.
+      run: the complete training configuration of a workdir, otherwise None.
+      step: the step of a workdir's checkpoint, otherwise None.
     """
 
     path: Path
@@ -34,18 +35,18 @@ class Pretrained:
     variables: dict
     view: preprocess.View
     tokenizer: Tokenizer | None
-    run: Mapping | None = None
+    run: ConfigDict | None = None
     step: int | None = None
 
 
-def read(path: str | Path, tokenizer: str | None = None, activation: str = "quick_gelu") -> Pretrained:
+def read(path: str | Path, tokenizer: str | None = None, activation: Activation = "quick_gelu") -> Pretrained:
     """Reads a model.
 
     Args:
-      path: a workdir (its best checkpoint by `config.checkpoint.best`, else its newest), or whatever `formats.read`
-        takes. A tokenizer.json beside the weights is used.
-      tokenizer: a tokenizer.json by path, or a hub id; needed for files that bring none.
-      activation: of weights that no config describes: "quick_gelu" (OpenAI, RankCLIP) or "gelu" (most of open_clip's).
+      path: a workdir (its best checkpoint by `config.checkpoint.best`, else its newest), or any path for
+        `formats.read`. A tokenizer.json next to the weights is used.
+      tokenizer: the path of a tokenizer.json, or a hub id; needed for text if the path has no tokenizer.
+      activation: of weights without a config: "quick_gelu" (OpenAI, RankCLIP) or "gelu" (most of open_clip's).
 
     Raises:
       InputError: one line naming the path and what is wrong with it.
@@ -56,9 +57,9 @@ def read(path: str | Path, tokenizer: str | None = None, activation: str = "quic
     words = Tokenizer.load(str(own)) if own.is_file() else None
     given = Tokenizer.load(tokenizer) if tokenizer else None
     if words and given and words.vocabulary() != given.vocabulary():
-        raise InputError(f"{path} brings its own tokenizer, and {tokenizer} has other ids: leave the latter out")
+        raise InputError(f"{path} has its own tokenizer, and {tokenizer} has other ids; do not give the latter")
     words = words or given
-    # config.checkpoint.folder may lie elsewhere.
+    # A workdir without checkpoints/ has them in config.checkpoint.folder.
     if path.is_dir() and ((path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file()):
         return _workdir(path, words)
     try:
@@ -69,14 +70,14 @@ def read(path: str | Path, tokenizer: str | None = None, activation: str = "quic
     if words and (words.eot_id != config.text.eot_id or words.vocab_size > config.text.vocab_size):
         raise InputError(
             f"tokenizer {tokenizer or own} has {words.vocab_size} ids, end-of-text {words.eot_id}; the model {path} "
-            f"has {config.text.vocab_size}, end-of-text {config.text.eot_id}: give the one that it was trained with"
+            f"has {config.text.vocab_size}, end-of-text {config.text.eot_id}; give the tokenizer of its training"
         )
     return Pretrained(path, config, variables, view, words)
 
 
 def untrained(model: Pretrained, seed: int = 0) -> Pretrained:
-    """The same architecture, tokenizer and view with parameters from chance: those that a run of this config.seed has
-    before its first step (with config.model.scan_layers: others, as random)."""
+    """The same architecture, tokenizer and view with random parameters: the initial ones of a run with this config.seed
+    (with config.model.scan_layers: other random values)."""
     network = models.CLIP(model.config)
     variables = jax.device_get(jax.jit(lambda: network.init(jax.random.key(seed), *network.example_inputs()))())
     return dataclasses.replace(model, variables=variables, run=None, step=None)
@@ -86,15 +87,15 @@ def _workdir(path: Path, tokenizer: Tokenizer | None) -> Pretrained:
     try:
         run = configs.complete(json.loads((path / "config.json").read_text()))
     except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} has checkpoints, but its config.json cannot be read ({error})") from None
+        raise InputError(f"{path} is a workdir, but its config.json cannot be read ({error}); restore it") from None
     if tokenizer is None:
-        raise InputError(f"{path} has checkpoints, but no tokenizer.json")
+        raise InputError(f"{path} is a workdir, but has no tokenizer.json; restore it")
     found = checkpoint.read_variables(path, run.checkpoint)
     if found is None:
-        raise InputError(f"{path} holds no complete checkpoint")
+        raise InputError(f"{path} has no complete checkpoint; train it first")
     step, variables = found
     config = models.build(**run.model.to_dict(), vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id).config
     variables = {name: models.unstack_layers(tree) for name, tree in variables.items()}
-    variables["params"].pop("logit_bias", None)  # of SigLIP's loss: neither embeddings nor a softmax see it
+    variables["params"].pop("logit_bias", None)  # of SigLIP's loss; affects neither embeddings nor a softmax
     side = config.vision.image_size
     return Pretrained(path, config, variables, preprocess.View(side, side), tokenizer, run, step)

@@ -1,9 +1,9 @@
-"""Reading the tensors of a PyTorch file without PyTorch and without running anything the file says.
+"""Reads the tensors of a PyTorch file without PyTorch and without running code from the file.
 
-A `.pt` is a zip archive: `data.pkl` is a pickle that describes the objects, `data/<n>` holds the bytes of
-each tensor. Unpickling calls whatever the pickle names, so this reader gives it only what tensors need:
-OrderedDict, storages, the functions that make a tensor from a storage (ours, not PyTorch's), and, for
-TorchScript archives such as OpenAI's, inert stand-ins for the modules. Everything else is refused by name.
+A `.pt` is a zip archive: `data.pkl` is a pickle that describes the objects, `data/<n>` has the bytes of each tensor.
+Unpickling calls whatever the pickle names, so this reader allows only what tensors need: OrderedDict, storages, the
+functions that build a tensor from a storage (ours, not PyTorch's), and, for TorchScript archives such as OpenAI's,
+inert replacements for modules. Everything else is refused by name.
 The archive's layout: PyTorch's torch/csrc/jit/docs/serialization.md.
 """
 
@@ -13,6 +13,7 @@ import io
 import math
 import pickle
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,14 @@ _DTYPES = {
 
 
 def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
-    """The state dict in a `.pt`, `.pth` or `.bin` file, as arrays of the dtypes they were saved in.
+    """The state dict of a `.pt`, `.pth` or `.bin` file, as arrays of the saved dtypes.
 
-    Reads a plain state dict, a checkpoint that has one under 'state_dict' (RankCLIP's, open_clip's; the
-    optimiser's tensors beside it are not read), and a TorchScript archive (OpenAI's; names are the modules'
-    attributes). Raises ValueError, one line naming the file, when it is truncated or no PyTorch archive, when
-    it has no state dict, or when its pickle names anything that is not needed for tensors.
+    Reads a plain state dict, a checkpoint with 'state_dict' (RankCLIP's, open_clip's; the optimiser's tensors are not
+    read), and a TorchScript archive (OpenAI's; names are the modules' attributes).
+
+    Raises:
+      ValueError: one line naming the file: truncated, not a PyTorch archive, no state dict, or a pickle that names
+        anything not needed for tensors.
     """
     path = Path(path)
     try:
@@ -52,8 +55,8 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: {e}") from None
     except zipfile.BadZipFile as e:
         raise ValueError(
-            f"{path}: {e}: truncated, or not a PyTorch archive (files older than PyTorch 1.6 are not zips: "
-            "load and save them again with a newer PyTorch)"
+            f"{path}: {e}: truncated, or not a PyTorch archive; if the file is older than PyTorch 1.6, load and save "
+            "it with a newer PyTorch"
         ) from None
 
 
@@ -70,7 +73,7 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """A tensor not yet read: checkpoints hold optimiser moments that nobody asks for."""
+    """A tensor that is read only when needed: checkpoints also have optimiser moments."""
 
     storage: _Storage
     offset: int
@@ -79,17 +82,17 @@ class _Tensor:
 
     def array(self, archive: zipfile.ZipFile) -> np.ndarray:
         if self.storage.entry not in archive.namelist():
-            raise _RefusedError(f"truncated: {self.storage.entry} is missing")
+            raise _RefusedError(f"truncated: {self.storage.entry} is missing; download the file again")
         flat = np.frombuffer(archive.read(self.storage.entry), np.uint8)
-        # Strides come from the file: never look outside the bytes that it holds.
+        # Strides come from the file: never read outside its bytes.
         last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         if flat.size != self.storage.size * self.storage.dtype.itemsize:
             raise _RefusedError(
-                f"{self.storage.entry} has {flat.size} bytes where {self.storage.size} elements of "
-                f"{self.storage.dtype} are announced"
+                f"{self.storage.entry} has {flat.size} bytes; expected {self.storage.size} elements of "
+                f"{self.storage.dtype}"
             )
         if math.prod(self.shape) and not 0 <= last < self.storage.size:
-            raise _RefusedError(f"a tensor reaches beyond its storage {self.storage.entry}")
+            raise _RefusedError(f"a tensor extends beyond its storage {self.storage.entry}")
         if 0 in self.shape:
             return np.zeros(self.shape, self.storage.dtype)
         flat = flat.view(self.storage.dtype)[self.offset :]
@@ -98,9 +101,9 @@ class _Tensor:
 
 
 class _Module:
-    """Stands for a TorchScript module: keeps its attributes and does nothing."""
+    """Replaces a TorchScript module: keeps its attributes and does nothing."""
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         self.attributes = state
 
 
@@ -144,11 +147,11 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) not in _ALLOWED:
             raise _RefusedError(
                 f"refused: its pickle asks for {module}.{name}, which tensors do not need and which may run "
-                "code; if you trust the file, load it with PyTorch and save its state_dict() alone"
+                "code; if you trust the file, load it with PyTorch and save only its state_dict()"
             )
         return _ALLOWED[module, name]
 
-    def persistent_load(self, pid) -> _Storage:
+    def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, size = pid
         if kind != "storage" or dtype not in _DTYPES or type(size) is not int:
             raise _RefusedError(f"refused: unknown storage {dtype}")
@@ -158,11 +161,11 @@ class _Unpickler(pickle.Unpickler):
 def _unpickle(archive: zipfile.ZipFile) -> Any:
     roots = [n.removesuffix("data.pkl") for n in archive.namelist() if n.split("/")[1:] == ["data.pkl"]]
     if len(roots) != 1:
-        raise _RefusedError("a zip, but not a PyTorch archive: it has no data.pkl")
+        raise _RefusedError("a zip without data.pkl, so not a PyTorch archive")
     (root,) = roots
     order = f"{root}byteorder"
     if order in archive.namelist() and archive.read(order) != b"little":
-        raise _RefusedError("saved on a big-endian machine, which is not supported")
+        raise _RefusedError("saved on a big-endian machine, which is not supported; save it on a little-endian one")
     try:
         return _Unpickler(archive.read(f"{root}data.pkl"), root).load()
     except (_RefusedError, zipfile.BadZipFile):
@@ -179,11 +182,11 @@ def _state_dict(obj: Any) -> dict[str, _Tensor]:
     tensors = {k: v for k, v in obj.items() if isinstance(v, _Tensor)} if isinstance(obj, dict) else {}
     if not tensors:
         found = f"a dict with keys {', '.join(map(str, list(obj)[:8]))}" if isinstance(obj, dict) else type(obj)
-        raise _RefusedError(f"no state dict: found {found}")
+        raise _RefusedError(f"no state dict found, but {found}")
     return tensors
 
 
-def _module_tensors(module: _Module, prefix: str):
+def _module_tensors(module: _Module, prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in getattr(module, "attributes", {}).items():
         if isinstance(value, _Tensor):
             yield prefix + name, value

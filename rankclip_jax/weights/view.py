@@ -1,4 +1,4 @@
-"""CLIP's evaluation view of a picture on the host, with PIL alone: what `CLIPImageProcessor` of transformers does."""
+"""CLIP's image preprocessing for evaluation, on the host with PIL, as transformers' `CLIPImageProcessor`."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from rankclip_jax.models.images import MEAN, STD
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Short side to `resize` pixels (bicubic), the central `crop` square, then (x / 255 - mean) / std a channel."""
+    """Short side to `resize` pixels (bicubic), the central `crop` square, then (x / 255 - mean) / std per channel."""
 
     resize: int
     crop: int
@@ -23,10 +23,10 @@ class View:
     std: tuple[float, ...] = STD
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """A picture -> uint8 (crop, crop, 3); mean and std are applied on the device.
+        """An image -> uint8 (crop, crop, 3); mean and std are applied on the device.
 
-        image: PIL, uint8 (H, W, 3), or the path of a file. What is transparent is laid on white, and an EXIF rotation
-        ignored, as `CLIPImageProcessor` does with a PIL image. Raises InputError, saying what was wrong with it.
+        image: PIL, uint8 (H, W, 3), or the path of a file. Transparency is composited on white and EXIF rotation is
+        ignored, as `CLIPImageProcessor` does with a PIL image. Raises InputError with the reason.
         """
         if isinstance(image, str | os.PathLike):
             try:
@@ -61,9 +61,9 @@ class View:
 
 
 def of_folder(folder: Path, image_size: int) -> View:
-    """The view that the config files of a Hugging Face or open_clip folder ask for; CLIP's own without them.
+    """The view of a Hugging Face or open_clip folder's config files; CLIP's own without them.
 
-    Raises ValueError naming what is not supported.
+    Raises ValueError naming an unsupported field.
     """
     described = _read(folder / "preprocessor_config.json")
     described = described or _read(folder / "processor_config.json").get("image_processor", {})
@@ -72,7 +72,7 @@ def of_folder(folder: Path, image_size: int) -> View:
     described = _read(folder / "open_clip_config.json").get("preprocess_cfg") or {}
     for key, usual in (("interpolation", "bicubic"), ("resize_mode", "shortest"), ("mode", "RGB")):
         if described.get(key, usual) != usual:
-            raise ValueError(f"open_clip_config.json: preprocess_cfg.{key} = {described[key]!r} is not supported")
+            raise ValueError(f"open_clip_config.json: unsupported {key} = {described[key]!r}; expected {usual!r}")
     return View(
         image_size, image_size, tuple(described.get("mean") or MEAN), tuple(described.get("std") or STD)
     )
@@ -102,15 +102,15 @@ def _of_hugging_face(described: Mapping, image_size: int) -> View:
     for key in ("do_resize", "resample", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize"):
         if abs(found[key] - defaults[key]) > 1e-6:
             raise ValueError(
-                f"preprocessor_config.json: {key} = {found[key]!r} is not supported, only {defaults[key]!r}"
+                f"preprocessor_config.json: unsupported {key} = {found[key]!r}; expected {defaults[key]!r}"
             )
     size, crop = found["size"], found["crop_size"]
     resize = size.get("shortest_edge") if isinstance(size, Mapping) else size
     side = crop.get("height") if isinstance(crop, Mapping) else crop
     if not isinstance(resize, int) or side != image_size or resize < side:
         raise ValueError(
-            f"preprocessor_config.json: size {size!r} and crop_size {crop!r} do not give the model's "
-            f"{image_size} pixels by way of the short side"
+            f"preprocessor_config.json: size {size!r} and crop_size {crop!r} do not resize the short side and crop to "
+            f"the model's {image_size} pixels"
         )
     return View(resize, side, tuple(found["image_mean"]), tuple(found["image_std"]))
 

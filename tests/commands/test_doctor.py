@@ -154,5 +154,5 @@ def test_an_unwritable_workdir():
 def test_the_command(tmp_path):
     command = [sys.executable, "-m", "rankclip_jax.doctor", "--workdir", str(tmp_path)]
     done = subprocess.run([*command, "--tokenizer", "/no/such.json"], capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 1 and "BAD  tokenizer" in done.stdout and "1 thing(s) to mend" in done.stdout, done.stdout
+    assert done.returncode == 1 and "BAD  tokenizer" in done.stdout and "1 thing(s) to fix" in done.stdout, done.stdout
     assert "ok   training step on cpu" in done.stdout and "ok   decoding" in done.stdout, done.stdout

@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import sys
-import venv
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,8 @@ from PIL import Image
 
 import rankclip_jax
 from input_pipeline import download, prepare, shards
-from rankclip_jax import convert, doctor, embed, launch
+from notebooks import launch
+from rankclip_jax import convert, doctor, embed
 from rankclip_jax.common import files, ownership
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.ownership import MARKER, Owned
@@ -123,7 +122,7 @@ COMMANDS = {
     "study": lambda world, out: (study_main, *studying(out)),
     "prepare": lambda world, out: (prepare, world / "data.csv", out),
     "inspect": lambda world, out: (prepare, world / "data.csv", out, "--inspect"),
-    "download": lambda world, out: (download, world / "list.tsv", out, "--env", out / "env"),
+    "download": lambda world, out: (download, world / "list.tsv", out),
     "download, its list in the folder": lambda world, out: (download, out / "urls.parquet", out),
     "hf": lambda world, out: (convert, world / "run", out, "--to", "hf"),
     "openai": lambda world, out: (convert, world / "run", out, "--to", "openai"),
@@ -136,7 +135,7 @@ COMMANDS = {
 def test_a_folder_of_others_is_refused_in_one_line_and_stays_as_it_is(command, run, world, tmp_path):
     before = contents(fill(tmp_path / "out"))
     said = run(*COMMANDS[command](world, tmp_path / "out"))
-    assert re.search("did not write|exists already|is not a manifest of prepare", said)
+    assert re.search("did not write|already exists|is not a manifest of prepare", said)
     assert re.search("move it away|give a new OUT_DIR|give another", said)
     assert contents(tmp_path / "out") == before
 
@@ -334,7 +333,7 @@ def downloaded(world, out, finished=(0, 1, 2)):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(download, "_run", leaves)
-        patch.setattr(download, "find_python", lambda folder: sys.executable)
+        patch.setattr(download, "find_python", lambda env: sys.executable)
         options = download._flags().parse_args([str(world / "list.tsv"), str(out), "--shard-size=3"])
         return download.download(options.urls, options.out_dir, options)
 
@@ -382,53 +381,6 @@ def test_img2dataset_itself_leaves_the_files_of_others(web, env, tmp_path):  # n
     assert download.download(options.urls, options.out_dir, options)[0] == {"images": 6}
     after = contents(options.out_dir)
     assert after.keys() == before.keys() and all(after[name] == before[name] for name in (*mine, "00000.tar"))
-
-
-def test_an_environment_that_has_img2dataset_is_used_as_it_is_and_nothing_else_is_emptied(tmp_path):
-    python = tmp_path / "env/bin/python"
-    fill(tmp_path / "env", ["lib/x", "notes.txt"])
-    python.parent.mkdir()
-    python.write_text("#!/bin/sh\nexit 0\n")
-    python.chmod(0o755)
-    before = contents(tmp_path / "env")
-    assert download.find_python(tmp_path / "env") == python
-    assert contents(tmp_path / "env") == before
-    python.write_text("#!/bin/sh\nexit 1\n")  # it has none
-    before = contents(tmp_path / "env")
-    with pytest.raises(InputError, match=r"did not write \(bin \.\.\.\); give an environment that has img2dataset"):
-        download.find_python(tmp_path / "env")
-    assert contents(tmp_path / "env") == before
-
-
-@pytest.mark.slow
-def test_an_environment_of_ours_is_made_anew_and_a_users_file_in_it_stays(tmp_path, monkeypatch):
-    def wheel(version):
-        path = tmp_path / f"img2dataset-{version}-py3-none-any.whl"
-        about = {"METADATA": f"Metadata-Version: 2.1\nName: img2dataset\nVersion: {version}\n", "RECORD": ""}
-        about["WHEEL"] = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        with zipfile.ZipFile(path, "w") as out:
-            out.writestr("img2dataset.py", f"VERSION = {version}")
-            for name, text in about.items():
-                out.writestr(f"img2dataset-{version}.dist-info/{name}", text)
-        return (str(path),)
-
-    def version(python):
-        return download.subprocess.run([python, "-c", "import img2dataset as i; print(i.VERSION)"], capture_output=True)
-
-    folder = tmp_path / "env"
-    monkeypatch.setattr(download, "REQUIREMENTS", wheel(1))
-    python = download.find_python(folder)
-    assert version(python).stdout == b"1\n"
-    fill(folder, ["notes.txt"])
-    made = python.lstat().st_mtime_ns
-    assert download.find_python(folder) == python and python.lstat().st_mtime_ns == made
-    monkeypatch.setattr(download, "REQUIREMENTS", wheel(2))
-    with monkeypatch.context() as patch:  # stopped in between
-        patch.setattr(venv, "create", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(InputError, match="No space left on device; give another folder by --env"):
-            download.find_python(folder)
-    assert version(download.find_python(folder)).stdout == b"2\n"
-    assert (folder / "notes.txt").read_text() == "the only copy of notes.txt"
 
 
 # Folders of before there were markers.

@@ -122,7 +122,7 @@ def test_weights_from_elsewhere_are_evaluated_as_the_workdir_they_came_from(trai
     assert results["zero_shot"]["seen"]["top1"] == pytest.approx(said["zero_shot/seen/top1"], abs=2 / 896)
     assert results["geometry"]["scenes"]["alignment"] == pytest.approx(said["geometry/scenes/alignment"], rel=1e-3)
     code, output = finish(tmp_path / "out", "--mode=eval", f"--config.eval.model={weights}")
-    assert code == 1 and "brings no tokenizer; give --config.tokenizer.path" in output
+    assert code == 1 and "has no tokenizer; give --config.tokenizer.path" in output
 
 
 def test_the_command_line_prints_one_line_about_wrong_input(tmp_path):

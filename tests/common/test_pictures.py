@@ -86,4 +86,4 @@ def test_a_collection(folder):
 
 def test_a_study(folder):
     spec = ConfigDict(keys.ZERO_SHOT_SET | {"format": "folder", "path": str(folder)})
-    np.testing.assert_array_equal(study.read_labelled(spec, side=8).images, np.full((len(NAMES), 8, 8, 3), GREY))
+    np.testing.assert_array_equal(study.read_labelled("set", spec, side=8).images, np.full((len(NAMES), 8, 8, 3), GREY))

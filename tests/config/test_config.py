@@ -63,6 +63,8 @@ def test_the_command_line_overrides_the_file():
     config = configs.load("configs/shapes.py:objective=clip", overrides)
     assert (config.optim.lr, config.data.val, config.checkpoint.best) == (0.1, None, "zero_shot/seen/top1")
     assert config.model.vision.width == 8 and config.loss.objective == "clip"
+    with pytest.raises(InputError, match=r"--config: .*README.md is no Python file"):
+        configs.load("README.md")
     with pytest.raises(InputError, match="no file configs/shape.py"):
         configs.load("configs/shape.py")
     with pytest.raises(InputError, match="write --config.seed=VALUE"):

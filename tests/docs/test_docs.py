@@ -181,7 +181,7 @@ def run(words: list[str], monkeypatch, training=check_training) -> None:
                 call(module, words, patch)
         else:
             call(module, words, monkeypatch)
-    elif words[0] == "pip":
+    elif Path(words[0]).name == "pip":
         check_pip(words)
     else:
         known = words[:3] == ["python", "-m", "pytest"] or words[:2] == ["python", "docs/config_page.py"]

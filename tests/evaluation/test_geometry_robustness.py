@@ -70,11 +70,11 @@ def test_effective_robustness_by_its_formula(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "no file"),
+        (None, "no such file"),
         ("nonsense", "Expecting value"),
         ('{"a": [[0.5, 0.4]]}', "at least two models"),
         ('{"a": [[0.5, 0.4], [0.5, 0.3]]}', "at least two models"),
-        ('{"a": [[50, 40], [60, 50]]}', "between 0 and 1"),
+        ('{"a": [[50, 40], [60, 50]]}', "greater than 0 and less than 1"),
         ('["a"]', "baselines"),
     ],
 )

@@ -75,5 +75,5 @@ def test_accuracy_of_the_whole_probe_is_that_of_scikit_learn_at_the_strength_it_
 
 def test_too_few_images_for_a_validation_split():
     x, y = blobs(9, 0)
-    with pytest.raises(ValueError, match="needs 10 training images at least, not 9"):
+    with pytest.raises(ValueError, match="needs at least 10 training images; got 9"):
         linear_probe.linear_probe((x, y), (x, y), classes=CLASSES)

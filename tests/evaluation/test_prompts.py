@@ -83,9 +83,9 @@ def test_simple_has_openais_names_and_one_prompt():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("opanai", "dtd", ["a"]), r"no protocol 'opanai'; there are openai, simple"),
-        (("openai", "mnist", ["a"]), r"has no set 'mnist'; it has caltech101"),
-        (("openai", "dtd", ["banded", "bandeded"]), r"knows no class 'bandeded' of dtd; it has banded"),
+        (("opanai", "dtd", ["a"]), r"unknown protocol 'opanai'. Expected one of openai, simple"),
+        (("openai", "mnist", ["a"]), r"has no set 'mnist'. Expected one of caltech101"),
+        (("openai", "dtd", ["banded", "bandeded"]), r"has no class 'bandeded' in dtd. Expected one of banded"),
         (("openai", "dtd", ["0", "1", "2"]), r"dtd has 3 numbered classes, but protocol 'openai' names 47"),
     ],
 )
@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_named(arguments, message):
 
 
 def test_a_prompt_without_a_place_for_the_name_is_refused():
-    with pytest.raises(InputError, match=r"'a photo' has no {} where the class name goes"):
+    with pytest.raises(InputError, match=r"'a photo' has no {} for the class name"):
         prompts.plain(["cat"], ["a photo"])
 
 

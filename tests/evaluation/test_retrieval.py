@@ -60,7 +60,7 @@ def test_no_k_above_the_candidates_and_nan_is_never_a_hit():
 
 @pytest.mark.parametrize("image_of_text", [[0, 0, 1], [0, 1, 3], [0, 1]])
 def test_an_image_without_a_text_is_refused(image_of_text):
-    with pytest.raises(ValueError, match="must name each of 3 images"):
+    with pytest.raises(ValueError, match="must assign one of 3 images to each"):
         retrieval.retrieval_ranks(np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32), np.array(image_of_text))
 
 

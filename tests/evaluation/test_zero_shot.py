@@ -87,5 +87,5 @@ def test_embeddings_that_are_not_numbers_are_never_right():
 
 
 def test_nothing_to_count_is_an_error():
-    with pytest.raises(ValueError, match="no image could be used"):
+    with pytest.raises(ValueError, match="no readable image in this set"):
         ZeroShot(np.eye(3, dtype=np.float32)).results()

@@ -1,4 +1,4 @@
-"""Figures show what they are given, runs are started and watched, and a model from chance is that of step 0."""
+"""Figures show what they are given, and a model from chance is that of step 0."""
 
 import base64
 import io
@@ -7,10 +7,11 @@ import json
 import jax
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
-from rankclip_jax import figures, launch
-from rankclip_jax.common.errors import InputError
+from rankclip_jax import figures
+from rankclip_jax.evaluation.geometry import geometry
 from rankclip_jax.inference import model as inference
 from rankclip_jax.parallel.mesh import make_mesh
 from rankclip_jax.train import optim
@@ -58,21 +59,40 @@ def test_gallery_frames_the_right_answers():
              "text_to_image": [{"caption": "y", "answers": answers}]}  # fmt: skip
     figure = figures.gallery(found)
     figure.savefig(io.BytesIO())
-    bold = [text.get_text() for axes in figure.axes for text in axes.texts if text.get_weight() == "bold"]
-    assert bold == ["2. costs $5 or $6"]
-    frames = [axes.spines["top"].get_linewidth() for axes in figure.axes if axes.axison]
+    bold = [text.get_text() for text in figure.findobj(Text) if text.get_weight() == "bold"]
+    assert bold == ["2. costs $5 or $6 ✓"]
+    frames = [axes.spines["top"].get_linewidth() for axes in figure.axes if axes.spines["top"].get_visible()]
     assert len(frames) == 2 and frames[0] > frames[1]
 
 
 def test_rankings_that_agree_lie_on_the_diagonal():
     z = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
     z /= np.linalg.norm(z, axis=1, keepdims=True)
-    figure = figures.similarities({"same": (z, z)})
+    figure = figures.similarities({"same": (z, z)}, {"same": geometry(z, z)})
     places = [axes.collections[0].get_array() for axes in figure.axes if axes.get_title().endswith("Spearman 1.00")]
     assert len(places) == 2
     for counts in places:
         counts = np.asarray(counts).reshape(16, 16)
         assert np.trace(counts) == counts.sum() > 0
+
+
+def test_search_results_come_in_rows_of_ten_under_their_text():
+    pictures = np.arange(2 * 13, dtype=np.uint8).reshape(2, 13, 1, 1, 1) * np.ones((4, 4, 3), np.uint8)
+    notes = [[f"{text}{i}" for i in range(13)] for text in "ab"]
+    figure = figures.matches(["a $", "b $"], pictures, notes)
+    figure.savefig(io.BytesIO())
+    axes_4x10 = np.reshape(figure.axes, (4, 10))
+    shown = [[axes.get_xlabel() for axes in row if axes.axison] for row in axes_4x10]
+    assert shown == [notes[0][:10], notes[0][10:], notes[1][:10], notes[1][10:]]
+    assert [axes.get_title(loc="left") for axes in axes_4x10[:, 0]] == ["a $", "", "b $", ""]
+    assert [axes.images[0].get_array()[0, 0, 0] for axes in axes_4x10[2]] == list(range(13, 23))
+    assert [text.get_text() for text in figure.findobj(Text) if text.get_parse_math() and text.get_text()] == []
+
+
+@pytest.mark.slow
+def test_many_search_results_fit_into_a_picture():
+    figure = figures.matches(["a"] * 270, np.zeros((270, 1, 2, 2, 3), np.uint8), [[""]] * 270)
+    assert max(figure.get_size_inches() * figure.dpi) < 2**16
 
 
 def test_choices_come_in_order():
@@ -89,17 +109,3 @@ def test_a_model_from_chance_is_what_training_starts_from(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, fresh.variables["params"], jax.device_get(state.params))
     z = inference.Model(fresh).encode_text(["a cat", "a dog"])
     assert not np.allclose(z, inference.Model(trained).encode_text(["a cat", "a dog"]))
-
-
-def test_a_command_gives_its_output_and_its_error(tmp_path):
-    run = write_metrics(tmp_path / "run", {"step": 1, "loss": 1.0})
-    assert "report.html" in launch.run("rankclip_jax.report", run, "--out", tmp_path / "report.html")
-    with pytest.raises(InputError, match=r"rankclip_jax.report stopped with code 1: error: no folder nowhere"):
-        launch.run("rankclip_jax.report", "nowhere")
-
-
-def test_a_training_that_fails_says_why(tmp_path):
-    training = launch.Training("nowhere.py", tmp_path / "run")
-    with pytest.raises(InputError, match=r"run stopped with code 1: error: --config: no file nowhere.py"):
-        list(launch.watch(training, seconds=0.1))
-    assert training.step() == 0

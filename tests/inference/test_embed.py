@@ -105,7 +105,7 @@ def test_a_run_that_stops_goes_on(run, model, folder, tmp_path, monkeypatch, cap
     assert not out.exists() and sorted(p.name for p in Path(f"{out}.parts").glob("*.npz")) == ["0.npz", "4.npz"]
     run(folder, "--out", out)
     assert len(calls) == 4  # one part was missing
-    assert "going on with" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     expected = model.encode_image([folder / name for name in names_below(folder)])
     np.testing.assert_allclose(store.read(out).z, expected, atol=1e-6)
 
@@ -115,7 +115,7 @@ def test_parts_of_another_run_are_not_mixed_in(run, folder, tmp_path, monkeypatc
     with pytest.raises(SystemExit, match="130"):
         run(folder, "--out", tmp_path / "e.npz")
     next(folder.glob("*.png")).unlink()
-    with pytest.raises(SystemExit, match=r"parts is the beginning of another run \(size: 11 -> 10\); delete it"):
+    with pytest.raises(SystemExit, match=r"parts belongs to another run \(size: 11 -> 10\); delete it"):
         run(folder, "--out", tmp_path / "e.npz")
 
 
@@ -152,22 +152,23 @@ def test_what_is_wrong_is_one_line(run, model, folder, tmp_path, monkeypatch):
     (tmp_path / "b.csv").write_text("image,caption\n")
     (tmp_path / "c.csv").write_text("image,caption\ngone.png,x\n")
     out = tmp_path / "e.npz"
-    refused(r"empty holds no images .*for shards give their pattern", tmp_path / "empty", "--out", out)
+    refused(r"empty has no images .*for shards give their pattern", tmp_path / "empty", "--out", out)
     refused(r"^error: no such file: .*gone\.csv$", tmp_path / "gone.csv", "--out", out)
     refused(r"a\.csv has no column 'image'; its columns are: picture, caption", tmp_path / "a.csv", "--out", out)
     refused(r"b\.csv has no rows", tmp_path / "b.csv", "--out", out)
     refused(r"none of the 1 images could be used; for example gone\.png: ", tmp_path / "c.csv", "--out", out)
-    refused(r"photo\.heic is no folder, \.csv or \.tsv, and no shard", "photo.heic", "--out", out)
-    refused(r"must end in \.npz or \.parquet", folder, "--out", tmp_path / "e.csv")
+    refused(r"cannot open photo\.heic\. Expected a folder, a \.csv or \.tsv, or shards", "photo.heic", "--out", out)
+    refused(r"unknown extension\. Expected \.npz or \.parquet", folder, "--out", tmp_path / "e.csv")
     refused(r"^error: no such file: .*other\.npz$", tmp_path / "other.npz", "--search", "a")
     (tmp_path / "other.npz").write_bytes(b"PK\x03\x04")
-    refused(r"other\.npz is no file of embeddings", tmp_path / "other.npz", "--search", "a")
+    refused(r"other\.npz is not a file of embeddings", tmp_path / "other.npz", "--search", "a")
     fine = tmp_path / "fine.npz"
     run(folder, "--out", fine)
-    refused(r"fine\.npz exists already: search in it, delete it", folder, "--out", fine)
+    refused(r"fine\.npz already exists; search it with --search, delete it", folder, "--out", fine)
     refused(r"^error: .*m\.png: No such file or directory$", fine, "--search", "a", "--png", tmp_path / "no" / "m.png")
+    refused(r"^error: cannot draw .*m\.xyz: its name must end in .*png", fine, "--search", "a", "--png", "m.xyz")
     monkeypatch.setattr(model, "fingerprint", lambda: "00000000")
-    refused(r"was made with another model than .*: embed the collection again", fine, "--search", "a")
+    refused(r"was embedded with another model than .*; embed the collection again", fine, "--search", "a")
 
 
 def test_flags_that_ask_for_nothing(run, folder):

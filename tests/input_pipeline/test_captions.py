@@ -59,7 +59,7 @@ def test_a_synonym_table_is_read_in_lower_case(tmp_path):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("{", "cannot be read"),
+        ("{", "cannot read the synonym table"),
         ('["sofa"]', "must hold a JSON object"),
         ('{"sofa": "couch"}', "'sofa' must have a list of words"),
         ('{"sofa": []}', "'sofa' must have a list of words"),
@@ -74,5 +74,5 @@ def test_wrong_tables_say_so(tmp_path, text, says):
 
 
 def test_a_missing_table_says_so(tmp_path):
-    with pytest.raises(InputError, match=r"gone\.json cannot be read: .*No such file"):
+    with pytest.raises(InputError, match=r"cannot read the synonym table .*gone\.json: .*No such file"):
         read_synonyms(tmp_path / "gone.json")

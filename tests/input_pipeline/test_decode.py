@@ -139,7 +139,7 @@ LOSSLESS, LOSSY, EXTENDED = EXACT["WebP, lossless"], EXACT["WebP, lossy"], encod
 )
 def test_pictures_beyond_the_limit_are_refused_by_their_header(data):
     """None of these holds the pixels that it promises, so only the header can have been refused."""
-    with pytest.raises((ValueError, tf.errors.OpError), match=r"\d+ x \d+ pixels; a picture must have at least 1"):
+    with pytest.raises((ValueError, tf.errors.OpError), match=r"\d+ x \d+ pixels; an image must have at least 1"):
         in_graph(data)
     with pytest.raises((ValueError, tf.errors.OpError), match="pixels"):
         decode.decode(tf.constant(data))

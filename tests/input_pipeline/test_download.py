@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from input_pipeline import download, url_list
+from input_pipeline import download, download_stats, url_list
 from rankclip_jax.common.errors import InputError
 
-DRIVER = Path(download.__file__).with_name("img2dataset_driver.py")
+REPO = Path(__file__).parents[2]
+DRIVER = REPO / "input_pipeline/img2dataset_driver.py"
 
 
 def picture(size, seed, kind="JPEG"):
@@ -148,7 +149,7 @@ def test_lists_longer_than_a_chunk_are_whole(tmp_path, monkeypatch):
         (
             "a.csv",
             "url,x,y\nhttp://a/1,b,c\n",
-            "which column has the captions. Add --caption-column; its columns: url, x, y",
+            "which column has the captions; add --caption-column; its columns: url, x, y",
         ),
         ("a.tsv", "http://a/1.jpg\n", "which column has the captions"),
         ("a.csv", "caption,url\n\udcff,http://a/1\n", "cannot be read"),
@@ -187,7 +188,7 @@ def test_columns_that_are_not_there_say_so(tmp_path):
     ],
 )
 def test_reasons_in_words_that_many_share(message, words):
-    assert download.reason(message) == words
+    assert download_stats.reason(message) == words
 
 
 def test_the_table_adds_up(tmp_path):
@@ -196,7 +197,7 @@ def test_the_table_adds_up(tmp_path):
         stats = {"count": 100, "successes": 60, "status_dict": dead}
         (tmp_path / f"0000{shard}_stats.json").write_text(json.dumps(stats))
     (tmp_path / "00002_stats.json").write_text('{"count": 1')
-    counts = download.count(tmp_path, 250)
+    counts = download_stats.count(tmp_path, 250)
     assert counts == {
         "images": 120,
         "HTTP Error 404: Not Found": 60,
@@ -205,9 +206,9 @@ def test_the_table_adds_up(tmp_path):
         "lost without a reason": 2,
         "shards not finished": 50,
     }
-    text = download.summary(counts, tmp_path, 250)
+    text = download_stats.summary(counts, tmp_path, 250)
     assert "120 of 250 URLs gave an image (48.0%)" in text and "60   24.0%  HTTP Error 404: Not Found" in text
-    assert "the same command goes on" in text and "train with" not in text
+    assert "the same command resumes" in text and "train with" not in text
 
 
 def fetch_with_limits(url, timeout):
@@ -226,7 +227,35 @@ def test_an_answer_is_bounded_in_time_and_must_be_whole(web):
     assert "timed out" in fetch_with_limits(f"{web}/mute", 0.2).stderr
 
 
-def test_wrong_input_is_said_in_one_line_before_anything_is_installed(tmp_path, monkeypatch):
+def test_an_environment_that_has_img2dataset_is_used(tmp_path, monkeypatch):
+    def environment(name, has_it):
+        python = tmp_path / name / "bin/python"
+        python.parent.mkdir(parents=True)
+        python.write_text(f"#!/bin/sh\nexit {1 - has_it}\n")
+        python.chmod(0o755)
+        return python
+
+    here = lambda found: monkeypatch.setattr(download.importlib.util, "find_spec", lambda name: found)  # noqa: E731
+    given, cached = environment("given", True), environment("cached", True)
+    monkeypatch.setattr(download, "ENV", tmp_path / "cached")
+    here("a spec")
+    assert download.find_python(None) == Path(sys.executable) and download.find_python(tmp_path / "given") == given
+    here(None)
+    assert download.find_python(None) == cached
+    environment("my env", False)
+    for name in ("my env", "nothing"):
+        with pytest.raises(InputError) as error:
+            download.find_python(tmp_path / name)
+        quoted = f"'{tmp_path}/my env'" if name == "my env" else f"{tmp_path}/nothing"
+        assert str(error.value) == (
+            f"no img2dataset in {tmp_path / name}; install it: "
+            f"python3 -m venv {quoted} && {quoted}/bin/pip install 'img2dataset>=1.47,<2' standard-imghdr"
+        )
+    documented = (REPO / "docs/data.md").read_text()
+    assert download.INSTALL.format("~/.cache/rankclip_jax/img2dataset").replace(" && ", "\n") in documented
+
+
+def test_wrong_input_is_said_in_one_line(tmp_path, monkeypatch):
     def refused(*arguments):
         monkeypatch.setattr(sys, "argv", ["download", *map(str, arguments), "--env", str(tmp_path / "env")])
         with pytest.raises(SystemExit) as stop:
@@ -238,18 +267,20 @@ def test_wrong_input_is_said_in_one_line_before_anything_is_installed(tmp_path, 
     assert "Not a directory" in refused(tmp_path / "list.tsv", tmp_path / "list.tsv/out")
     assert "no column 'x'" in refused(tmp_path / "list.tsv", tmp_path / "out", "--url-column", "x")
     assert refused(tmp_path / "list.tsv", tmp_path / "out", "--quality", "0") == 2
-    assert not (tmp_path / "env").exists()
+    assert "no img2dataset in" in refused(tmp_path / "list.tsv", tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
 def env(tmp_path_factory):
-    """The user's environment of img2dataset, or one made for this test."""
-    folder = download._flags().parse_args(["a", "b"]).env
-    folder = folder if (folder / "ready.json").exists() else tmp_path_factory.mktemp("env")
+    """An environment that has img2dataset: the user's, or one made as the documents say."""
     try:
-        download.find_python(folder)
-    except InputError as error:
-        pytest.skip(f"needs img2dataset: {error}")
+        download.find_python(download.ENV)
+        return download.ENV
+    except InputError:
+        folder = tmp_path_factory.mktemp("env")
+    made = subprocess.run(download.INSTALL.format(folder), shell=True, capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"needs img2dataset: {made.stderr[-300:]}")
     return folder
 
 

@@ -6,12 +6,14 @@ import tarfile
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 from PIL import Image
 
 from input_pipeline import labelled, pipeline
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.config import keys as config_keys
+from tests.support.source_files import samples, write_tfds
 
 GREYS = [10, 10, 20, 20, 30, 30, 30]  # of seven images; their classes are 0, 0, 1, 1, 2, 2, 2
 LABELS = [grey // 10 - 1 for grey in GREYS]
@@ -71,6 +73,10 @@ def write_csv(root):
 
 def spec(**fields):
     return ConfigDict(config_keys.ZERO_SHOT_SET | fields)
+
+
+def open_captioned(**fields):
+    return labelled.open_captioned(ConfigDict(config_keys.CAPTIONED_SET | fields), image_side=16)
 
 
 def read_all(source):
@@ -182,11 +188,11 @@ def broken(tmp_path, what):
 @pytest.mark.parametrize(
     "what, message",
     [
-        ("count", r"nshards.txt must hold the number of shards; got 'two'"),
+        ("count", r"nshards.txt: expected the number of shards; got 'two'"),
         ("shard", r"no such file: .*1.tar, one of the 2 shards"),
-        ("class", r"its .cls must hold a class number; got 'clay'"),
+        ("class", r"expected a class number in .cls; got 'clay'"),
         ("label", r"has label 3 \(.*1.tar.*\), but the set names 3 classes"),
-        ("image", r"lacks its image or its .cls"),
+        ("image", r"has no image or no .cls"),
     ],
 )
 def test_what_is_wrong_with_a_webdataset_is_named(tmp_path, what, message):
@@ -197,9 +203,9 @@ def test_what_is_wrong_with_a_webdataset_is_named(tmp_path, what, message):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(format="zip", path="x"), "format must be csv, folder"),
+        (dict(format="zip", path="x"), "unknown format 'zip'. Expected csv, folder"),
         (dict(format="folder"), "needs a path"),
-        (dict(format="folder", path="gone", hint="get it there"), "gone is no folder .*; get it there"),
+        (dict(format="folder", path="gone", hint="get it there"), "gone is not a folder .*; get it there"),
         (
             dict(format="clip_benchmark", path="gone", hint="get it there"),
             "no such file: gone/test/nshards.txt.*get it there",
@@ -215,71 +221,82 @@ def test_a_set_that_is_not_there_says_where_it_was_looked_for(fields, message):
 
 def test_a_csv_needs_names_numbers_and_enough_names(tmp_path):
     path = str(write_csv(tmp_path))
-    with pytest.raises(InputError, match="classes must be a JSON file"):
+    with pytest.raises(InputError, match="classes=None: expected an existing JSON file"):
         labelled.open_labelled(spec(path=path), image_side=16)
     (tmp_path / "classes.json").write_text('["ash", "bone"]')
     with pytest.raises(InputError, match=r"labels.csv has label 2 \(.*row 4.*\), but .*classes.json names 2 classes"):
         labelled.open_labelled(spec(path=path, classes=str(tmp_path / "classes.json")), image_side=16)
     (tmp_path / "classes.json").write_text('{"ash": 1}')
-    with pytest.raises(InputError, match="must hold a JSON list of strings"):
+    with pytest.raises(InputError, match="expected a JSON list of strings"):
         labelled.open_labelled(spec(path=path, classes=str(tmp_path / "classes.json")), image_side=16)
     (tmp_path / "labels.csv").write_text("image,label\n0.png,ash\n")
-    with pytest.raises(InputError, match="must hold class numbers"):
+    with pytest.raises(InputError, match="expected class numbers"):
         labelled.open_labelled(spec(path=path, protocol="simple"), image_side=16)
 
 
 def test_captions_that_do_not_fit_are_named(tmp_path):
     (tmp_path / "c.csv").write_text("image,caption\na.png,x\nb.png,\n")
-    open_set = lambda **fields: labelled.open_captioned(ConfigDict(config_keys.CAPTIONED_SET | fields), image_side=16)  # noqa: E731
     with pytest.raises(InputError, match=r"b.png: an image without a caption"):
-        open_set(path=str(tmp_path / "c.csv"))
+        open_captioned(path=str(tmp_path / "c.csv"))
     with pytest.raises(InputError, match=r"no column 'text'; its columns are: image, caption"):
-        open_set(path=str(tmp_path / "c.csv"), caption_key="text")
+        open_captioned(path=str(tmp_path / "c.csv"), caption_key="text")
     with pytest.raises(InputError, match="no such file: gone.csv; ask"):
-        open_set(path="gone.csv", hint="ask")
+        open_captioned(path="gone.csv", hint="ask")
     (tmp_path / "c.csv").write_text("image,caption\n")
     with pytest.raises(InputError, match="no rows"):
-        open_set(path=str(tmp_path / "c.csv"))
+        open_captioned(path=str(tmp_path / "c.csv"))
 
 
-@pytest.mark.slow
-def test_tfds_sets_are_scanned_in_order(tmp_path):
-    tfds = pytest.importorskip("tensorflow_datasets")
-    tf = pytest.importorskip("tensorflow")
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_tfds_sets_are_read_in_order(file_format, tmp_path):
+    class Greys(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
 
-    def as_dataset(self, *args, **kwargs):
-        return tf.data.Dataset.from_tensor_slices({
-            "image": np.stack([np.full((32, 32, 3), grey, np.uint8) for grey in GREYS]),
-            "label": np.array(LABELS, np.int64),
-            "id": [f"test_{i}" for i in range(7)],
-        })  # fmt: skip
+        def _info(self):
+            label = tfds.features.ClassLabel(names=["ash", "bone", "clay"])
+            features = {"image": tfds.features.Image(shape=(20, 24, 1)), "label": label}
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
-    with tfds.testing.mock_data(as_dataset_fn=as_dataset):
-        fields = dict(format="tfds", path="cifar10:test", data_dir=str(tmp_path))
-        found = labelled.open_labelled(spec(**fields), image_side=16)
-        assert read_all(found.source) == EXPECTED
-        assert found.names == [str(i) for i in range(10)]  # not prepared: only their number is known
-        rows = []
-        for index in range(2):
-            for batch in pipeline.eval_batches(found.source, batch_size=2, image_side=16, process=(index, 2)):
-                for row, label in zip(batch["row"][batch["mask"]], batch["label"][batch["mask"]], strict=True):
-                    assert label == LABELS[row]
-                    rows.append(int(row))
-        assert sorted(rows) == list(range(7))
+        def _split_generators(self, dl_manager):
+            return {"test": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, grey in enumerate(GREYS):
+                yield i, {"image": np.full((20, 24, 1), grey, np.uint8), "label": LABELS[i]}
+
+    builder = Greys(data_dir=str(tmp_path), file_format=file_format)
+    builder.download_and_prepare()  # in an order of TFDS's own
+    found = labelled.open_labelled(spec(format="tfds", path=f"{builder.data_dir}:test"), image_side=16)
+    if file_format == "tfrecord":
+        in_order = builder.as_dataset("test", read_config=tfds.ReadConfig(interleave_cycle_length=1))
+    else:
+        in_order = builder.as_data_source("test")
+    expected = [(int(one["image"][0, 0, 0]), int(one["label"])) for one in in_order]
+    assert read_all(found.source) == expected and sorted(expected) == EXPECTED
+    assert found.names == ["ash", "bone", "clay"]
+    with pytest.raises(InputError, match=r"tfds .*:test has no feature caption or .*; its features are: image, label"):
+        open_captioned(format="tfds", path=f"{builder.data_dir}:test")
 
 
-@pytest.mark.slow
-def test_coco_by_tfds_has_several_captions_an_image(tmp_path):
-    tfds = pytest.importorskip("tensorflow_datasets")
-    with tfds.testing.mock_data(num_examples=3, num_sub_examples=5):
-        fields = dict(format="tfds", path="coco_captions:test", data_dir=str(tmp_path))
-        found = labelled.open_captioned(ConfigDict(config_keys.CAPTIONED_SET | fields), image_side=16)
-        assert found.source.size == 3 and len(set(found.image_of_text.tolist())) == 3
-        assert next(pipeline.eval_batches(found.source, batch_size=3, image_side=16))["row"].tolist() == [0, 1, 2]
+def test_captions_by_tfds_are_all_of_each_image(tmp_path):
+    made = samples(5)
+    path = write_tfds(tmp_path, made)  # of 1, 2, 3, 1, 2 captions
+    found = open_captioned(format="tfds", path=path)
+    assert found.image_of_text.tolist() == [0, 1, 1, 2, 2, 2, 3, 4, 4]
+    assert found.captions[:3] == [made[0][1], made[1][1], f"{made[1][1]} again 0"]
+    assert next(pipeline.eval_batches(found.source, batch_size=5, image_side=16))["row"].tolist() == list(range(5))
+    with pytest.raises(InputError, match=r"tfds .* has no feature label; its features are: captions, image"):
+        labelled.open_labelled(spec(format="tfds", path=path), image_side=16)
+    shard = next(tmp_path.rglob("*.tfrecord*"))
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1  # in the last record
+    shard.write_bytes(data)
+    with pytest.raises(InputError, match=r"record 4 \(byte \d+\) cannot be read \(DataLossError\)"):
+        open_captioned(format="tfds", path=path)
 
 
 @pytest.mark.slow
 def test_a_tfds_set_that_is_not_prepared_says_how_to_prepare_it(tmp_path):
     fields = dict(format="tfds", path="dtd:test", data_dir=str(tmp_path))
-    with pytest.raises(InputError, match=r"dtd:test is not prepared in .*; `tfds build dtd` fetches and prepares it"):
+    with pytest.raises(InputError, match=r"tfds 'dtd' is not prepared in .*; `tfds build dtd` fetches and prepares it"):
         labelled.open_labelled(spec(**fields), image_side=16)

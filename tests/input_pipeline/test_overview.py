@@ -83,7 +83,7 @@ def test_several_captions_of_an_image_count_each():
     seen = survey(source_of(images, captions))
     assert seen.measures["words"].tolist() == [1, 2, 1, 1] and seen.measures["width"].tolist() == [9, 9]
     text = overview.text(seen, lambda row: tuple(captions[row]))
-    assert "4 captions, 2 an image" in text and '75.0%  "one"' in text
+    assert "4 captions, 2 per image" in text and '75.0%  "one"' in text
 
 
 def test_tokens_are_counted_as_clip_would_cut_them():
@@ -98,7 +98,7 @@ def test_a_sample_is_evenly_spread():
     images = [encoded((9, 9), level=i) for i in range(100)]
     seen = survey(source_of(images, [str(i) for i in range(100)]), sample=10)
     assert seen.looked_at == 10 and seen.good_rows.tolist() == list(range(0, 100, 10))
-    assert "100 rows, 10 of them looked at" in overview.text(seen, lambda row: (str(row),))
+    assert "100 rows, 10 of them inspected" in overview.text(seen, lambda row: (str(row),))
     assert survey(source_of(images, [str(i) for i in range(100)]), sample=1000).looked_at == 100
     seen = survey(source_of(images, [str(i) for i in range(100)]), sample=30)
     assert seen.good_rows.tolist() == list(range(0, 100, 4))  # to the end, rather than exactly 30
@@ -123,7 +123,7 @@ def test_the_command_prints_and_draws(captioned, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "40 rows: 40 good, 0 bad" in out and f"examples: {tmp_path}/look/contact_sheet.png" in out
     assert Image.open(tmp_path / "look/contact_sheet.png").width > 1000
-    assert [path.name for path in (tmp_path / "look").iterdir()] == ["contact_sheet.png"]
+    assert sorted(path.name for path in (tmp_path / "look").iterdir()) == [".rankclip_jax", "contact_sheet.png"]
 
 
 def test_nothing_good_draws_nothing(tmp_path, monkeypatch, capsys):
@@ -135,5 +135,5 @@ def test_nothing_good_draws_nothing(tmp_path, monkeypatch, capsys):
 
 def test_an_output_that_cannot_be_written_is_said(captioned, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare", str(captioned), str(captioned / "x"), "--inspect"])
-    with pytest.raises(SystemExit, match=r"^error: cannot write .*contact_sheet.png: Not a directory$"):
+    with pytest.raises(SystemExit, match=r"^error: cannot write to .*data.csv/x: Not a directory$"):
         prepare.main()

@@ -99,14 +99,14 @@ def test_bad_samples_are_passed_over_named_and_counted(captioned, tokenizer, tmp
     reasons = {line["row"]: line["reason"] for line in lines}
     assert reasons == {
         3: "no such file",
-        7: "not an image, or of a kind that PIL does not know",
+        7: "not an image, or a format that PIL does not support",
         11: "broken or truncated JPEG",
         20: "empty caption",
     }
     assert iterator.bad.reasons == dict.fromkeys(reasons.values(), 1)
     assert "images/7.png" in next(line["where"] for line in lines if line["row"] == 7)
     assert iterator.bad.count in (8, 7)  # twice an epoch; the second epoch's last batch may not be complete
-    assert "bad sample passed over" in capsys.readouterr().err
+    assert "bad sample skipped" in capsys.readouterr().err
     # A run that stopped goes on behind the bad samples too.
     resumed = batches(captioned, tokenizer, start=iterator.position)
     whole = batches(captioned, tokenizer)
@@ -116,14 +116,14 @@ def test_bad_samples_are_passed_over_named_and_counted(captioned, tokenizer, tmp
 def test_too_many_bad_samples_stop_the_run(captioned, tokenizer, tmp_path):
     for i in range(10):
         (tmp_path / "images" / f"{i}.png").unlink()
-    with pytest.raises(InputError, match=r"of \d+ samples could not be used, more than config.data.max_bad_fraction"):
+    with pytest.raises(InputError, match=r"of \d+ samples are unusable, more than config.data.max_bad_fraction"):
         take(batches(captioned, tokenizer, max_bad_fraction=0.2), 60)
 
 
 def test_a_set_without_one_good_sample_is_refused_at_once(captioned, tokenizer, tmp_path):
     for image in (tmp_path / "images").iterdir():
         image.unlink()
-    with pytest.raises(InputError, match="none of the first 40 samples could be used; .*no such file"):
+    with pytest.raises(InputError, match="the first 40 samples are all unusable; .*no such file"):
         batches(captioned, tokenizer)
 
 

@@ -158,7 +158,7 @@ def test_several_captions_of_an_image_are_kept_together(tmp_path):
     prepare.prepare(of_captions(captions), tmp_path / "out", prepare.Options(), {}, 2)
     assert [r["txt"] for r in records(tmp_path / "out")] == [[b"one", b"two", b"three"], b"four", [b"five", b"six"]]
     tokenized = prepare.Options(tokenizer=Tokenizer.train(["one two three"], 300))
-    with pytest.raises(InputError, match="0 has several captions, .* leave out --tokenizer"):
+    with pytest.raises(InputError, match="0 has several captions, .* omit --tokenizer"):
         prepare.prepare(of_captions(captions), tmp_path / "tokens", tokenized, {}, 2)
 
 
@@ -200,7 +200,7 @@ def test_a_shard_that_changed_or_is_gone_is_made_again(mixed, tmp_path, monkeypa
     (tmp_path / "out/00003.tfrecord").write_bytes(whole["00003.tfrecord"][:-1])
     run(monkeypatch, mixed, tmp_path / "out", *arguments)
     assert files(tmp_path / "out") == whole
-    assert capsys.readouterr().err.count("made again") == 3
+    assert capsys.readouterr().err.count("written again") == 3
 
 
 def test_too_many_bad_rows_stop_it(tmp_path, monkeypatch):
@@ -208,7 +208,7 @@ def test_too_many_bad_rows_stop_it(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, tmp_path / "bad.csv", tmp_path / "out")
     message = stop.value.code
-    assert "rows cannot be used, more than config.data.max_bad_fraction = 0.1" in message
+    assert "rows are unusable, more than config.data.max_bad_fraction = 0.1" in message
     assert "gone.jpg" in message and "no such file" in message and "\n" not in message
     assert not list((tmp_path / "out").glob("*tfrecord*"))
 
@@ -230,9 +230,9 @@ def test_what_cannot_be_reached_is_said_or_stops_it(tmp_path, capsys, monkeypatc
     run(monkeypatch, tmp_path / "data", tmp_path / "out")
     said = capsys.readouterr()
     assert "95 samples in 1 shards" in said.out
-    assert f"lost: about 1 samples of {tmp_path}/data/1.tfrecord: cut off" in said.err
+    assert f"lost: about 1 samples of {tmp_path}/data/1.tfrecord: truncated" in said.err
     message = refused(monkeypatch, tmp_path / "data", tmp_path / "new", "--config.data.max_bad_fraction=0.005")
-    assert "more than config.data.max_bad_fraction = 0.005 is lost; about 1 samples of" in message
+    assert "more lost than config.data.max_bad_fraction = 0.005; about 1 samples of" in message
 
 
 def test_a_folder_of_other_shards_is_refused(mixed, tmp_path, monkeypatch):
@@ -249,7 +249,7 @@ def test_a_folder_of_other_shards_is_refused(mixed, tmp_path, monkeypatch):
 
 
 def test_wrong_input_is_said_in_one_line(mixed, tmp_path, monkeypatch):
-    assert "cannot tell the format" in refused(monkeypatch, tmp_path / "data.xyz", tmp_path / "out")
+    assert "cannot infer the format" in refused(monkeypatch, tmp_path / "data.xyz", tmp_path / "out")
     assert "no such file" in refused(monkeypatch, tmp_path / "gone.csv", tmp_path / "out")
     assert "gs://bucket/out" in refused(monkeypatch, mixed, "gs://bucket/out")
     (tmp_path / "file").write_text("")

@@ -177,7 +177,7 @@ def test_truncated_shards_lose_their_tail_and_say_so(tmp_path, capsys):
         good, bad = outcomes(source)
         assert good == dict(enumerate(made[: 20 + sum(end <= kept for end in ends)])) and bad == {}
         assert [lost.where for lost in source.lost] == ([str(shard)] if kept else [])
-        assert all("cut off inside the record at byte" in lost.reason for lost in source.lost)
+        assert all("truncated inside the record at byte" in lost.reason for lost in source.lost)
 
 
 def test_what_is_lost_is_written_down_and_counts_against_the_limit(tmp_path):
@@ -190,7 +190,7 @@ def test_what_is_lost_is_written_down_and_counts_against_the_limit(tmp_path):
     shard.write_bytes(data)
     source = opened("tfrecord", tmp_path)
     reason = (
-        f"the checksum of a record's length is wrong at byte {at}; the {len(data) - at:,} bytes from there on are lost"
+        f"the checksum of a record's length is wrong at byte {at}; the {len(data) - at:,} bytes from there are lost"
     )
     assert source.size == 30 and source.lost[0].reason == reason
     assert abs(source.lost[0].samples - 10) <= 2  # estimated by the bytes
@@ -199,10 +199,10 @@ def test_what_is_lost_is_written_down_and_counts_against_the_limit(tmp_path):
     assert line["row"] is None and line["where"] == str(shard) and line["samples"] == source.lost[0].samples
     assert (
         bad.summary()
-        == f"{source.lost[0].samples} samples cannot be used and were passed over: {bad.reasons.total()} {reason}"
+        == f"{source.lost[0].samples} unusable samples skipped: {bad.reasons.total()} {reason}"
     )
     with pytest.raises(
-        InputError, match=r"are lost, more than config.data.max_bad_fraction = 0.1 .*; the console names them"
+        InputError, match=r"are lost, more than config.data.max_bad_fraction = 0.1 .*; see the console"
     ):
         BadSamples(source, max_fraction=0.1)
 

@@ -78,7 +78,7 @@ def test_rules_place_parameters_and_complain_when_they_do_not_fit():
         sharding.state_shardings(state, mesh, (("kernel", ()),))
     with pytest.raises(InputError, match="'attn' matches no parameter"):
         sharding.state_shardings(state, mesh, (("attn", ()), (".*", ())))
-    with pytest.raises(InputError, match="'zero' is none of replicated, fsdp, tensor"):
+    with pytest.raises(InputError, match="Unknown config.sharding='zero'. Expected one of replicated, fsdp, tensor"):
         sharding.state_shardings(state, mesh, "zero")
     with pytest.raises(InputError, match="an axis 'model', which config.mesh lacks"):
         sharding.state_shardings(state, mesh, (("kernel", (None, "model")), (".*", ())))

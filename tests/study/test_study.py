@@ -1,8 +1,7 @@
 import functools
+import io
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -23,7 +22,7 @@ from rankclip_jax.study.data import read_labelled, read_pairs, view_of
 from rankclip_jax.study.runs import Study, split
 from rankclip_jax.study.training import Job, Programs
 from rankclip_jax.train.session import build_model
-from tests.test_imports import BLOCK
+from tests.support.source_files import LAYOUTS, WRITERS, samples
 
 REPO = Path(__file__).parents[2]
 SMOKE = [
@@ -56,15 +55,21 @@ def test_estimates_are_student_t_intervals():
     assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
     # By hand: t(0.975, 1) = 12.706, and s / sqrt(2) = 0.5 for values one apart.
     assert statistics.estimate([1.0, 2.0]) == (1.5, pytest.approx(12.7062 * 0.5, rel=1e-5), 2)
-    assert statistics.estimate([3.0]) == (3.0, None, 1) and not statistics.estimate([3.0]).excludes_zero
+    assert statistics.estimate([3.0]) == (3.0, None, 1)
 
 
 def test_differences_are_paired_by_seed():
     ours, theirs = {0: 0.5, 1: 0.9, 2: 0.1, 7: 99.0}, {2: 0.0, 1: 0.8, 0: 0.4, 3: -99.0}
     found = statistics.paired(ours, theirs)
-    assert found.mean == pytest.approx(0.1) and found.n == 3 and found.excludes_zero
+    assert found.mean == pytest.approx(0.1) and found.n == 3
     assert found.half == pytest.approx(0, abs=1e-9)  # the seeds' own luck, far larger, cancels
     assert statistics.paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_a_difference_is_bold_where_its_interval_excludes_zero():
+    cell = lambda mean, half: report._cell("geometry/x", {"mean": mean, "half": half, "n": 3}, signed=True)  # noqa: E731
+    assert cell(0.5, 0.4) == "**+0.500 ± 0.400**" and cell(-0.5, 0.4) == "**-0.500 ± 0.400**"
+    assert cell(0.4, 0.5) == "+0.400 ± 0.500" and cell(0.5, None) == "+0.500"
 
 
 def test_an_epoch_has_every_row_once_and_each_another_order():
@@ -124,6 +129,9 @@ def test_scenes_are_those_of_the_pipeline():
     pairs = read_pairs(smoke().data, 5, side=16, canvas=16, split="train")
     image, caption, _ = shapes.draw("train", 3, 16)
     assert np.array_equal(pairs.canvas[3], image) and pairs.captions[3] == caption
+    found = read_labelled("held_out", smoke().eval.zero_shot.held_out, side=16)  # held_out:16
+    image, _, label = shapes.draw("held_out", 15, 16)
+    assert np.array_equal(found.images[15], image) and found.labels[15] == label and len(found.labels) == 16
 
 
 def test_labelled_sets_split_into_what_chooses_and_what_is_reported(tmp_path):
@@ -132,7 +140,7 @@ def test_labelled_sets_split_into_what_chooses_and_what_is_reported(tmp_path):
     spec = configs.complete(
         {"eval": {"zero_shot": {"a": dict(path=str(tmp_path / "all.csv"), classes=str(tmp_path / "names.json"))}}}
     ).eval.zero_shot.a
-    labelled = read_labelled(spec, side=8)
+    labelled = read_labelled("a", spec, side=8)
     assert labelled.labels.tolist() == [0, 1, 0, 1, 0, 1] and labelled.names == ["even", "odd"]
     first, rest = split(labelled, 1 / 3)
     assert len(first.labels) == 2 and np.array_equal(np.concatenate([first.images, rest.images]), labelled.images)
@@ -143,16 +151,47 @@ def test_labelled_sets_split_into_what_chooses_and_what_is_reported(tmp_path):
 def test_what_cannot_be_read_is_one_line(tmp_path):
     data = _csv(tmp_path)
     (tmp_path / "3.png").write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"3\.png.*a study needs every picture"):
+    with pytest.raises(InputError, match=r"all\.csv row 3: .*3\.png: not an image.*; a study needs every sample"):
         read_pairs(data, data.train, side=16, canvas=32, split="train")
+    with open(tmp_path / "all.csv", "a") as table:
+        table.write("\n6.png")
+    with pytest.raises(InputError, match=r"all\.csv row 6: different number of columns .*; a study needs every sample"):
+        read_pairs(data, data.train, side=16, canvas=32, split="train", limit=2)
     with pytest.raises(InputError, match="no such file"):
-        read_pairs(data, tmp_path / "none.csv", side=16, canvas=32, split="train")
+        read_pairs(data, str(tmp_path / "none.csv"), side=16, canvas=32, split="train")
     data.caption_key = "text"
-    with pytest.raises(InputError, match="no column 'text', only image, caption, label"):
+    with pytest.raises(InputError, match="no column 'text'; its columns are: image, caption, label"):
         read_pairs(data, data.train, side=16, canvas=32, split="train")
-    data.format = "tfrecord"
-    with pytest.raises(InputError, match="a study reads csv and shapes"):
+    (tmp_path / "two.csv").write_text("image,caption\n0.png,a\n1.png,b")
+    parts = {name: {"path": str(tmp_path / "two.csv"), "weight": weight} for name, weight in (("a", 1), ("b", 2))}
+    data = configs.complete({"data": {"format": "csv", "train": parts}}).data
+    with pytest.raises(InputError, match="a study reads every row once: leave the weights"):
         read_pairs(data, data.train, side=16, canvas=32, split="train")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_format_of_training_gives_the_same_arrays(layout, tmp_path):
+    made = samples(5)
+    kind = "tfds" if layout.startswith("tfds") else layout
+    data = configs.complete({"data": {"format": kind, "train": WRITERS[layout](tmp_path, made)}}).data
+    pairs = read_pairs(data, data.train, side=8, canvas=12, split="train")
+    assert pairs.captions == [caption for _, caption in made]
+    for i, (encoded, _) in enumerate(made):
+        expected = np.zeros((12, 12, 3), np.uint8)
+        height, width = pairs.size[i]
+        expected[:height, :width] = np.asarray(Image.open(io.BytesIO(encoded)))
+        assert np.array_equal(pairs.canvas[i], expected)
+
+
+def test_labelled_sets_follow_the_rules_of_evaluations(tmp_path):
+    for i, wordnet_id in enumerate(("n02119789", "n02120079")):  # of ImageNet's table: kit fox, Arctic fox
+        (tmp_path / wordnet_id).mkdir()
+        Image.new("RGB", (9, 9), (100 * i, 0, 0)).save(tmp_path / wordnet_id / "0.png")
+    fields = dict(format="folder", path=str(tmp_path), protocol="simple", protocol_set="imagenet")
+    spec = configs.complete({"eval": {"zero_shot": {"mine": fields}}}).eval.zero_shot.mine
+    found = read_labelled("mine", spec, side=8)
+    assert found.names == ["kit fox", "Arctic fox"] and found.templates == ["a photo of a {}."]
+    assert found.labels.tolist() == [0, 1] and found.images[:, 0, 0].tolist() == [[0, 0, 0], [100, 0, 0]]
 
 
 def test_term_gradients_are_those_of_the_terms():
@@ -262,25 +301,12 @@ def test_a_study_goes_on_where_it_stopped_and_reports(study, monkeypatch, capsys
         study.run()
 
 
-@pytest.mark.slow
-def test_a_study_needs_no_tensorflow(tmp_path):
-    arguments = ["study", "--config", "configs/study_shapes.py", "--workdir", str(tmp_path / "s")]
-    arguments += [f"--config.{text}" for text in SMOKE]
-    arguments += ["--config.study.seeds=1", "--config.study.more_seeds={}", "--config.study.lrs=()"]
-    arguments += ["--config.epochs=1", "--config.study.baseline=siglip"]
-    arguments += ["--config.study.objectives={'siglip': {'objective': 'siglip'}}"]
-    script = BLOCK + f"sys.argv = {arguments!r}\nfrom rankclip_jax.study.__main__ import main\nmain()"
-    result = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "| siglip | 1 |" in result.stdout and (tmp_path / "s" / "results.md").exists()
-
-
 def test_wrong_studies_say_what_is_wrong(tmp_path):
     with pytest.raises(InputError, match=r"config\.study\.objectives is empty"):
         Study(configs.complete({"data": {"format": "shapes", "train": 10, "val": 5}}), tmp_path)
-    with pytest.raises(InputError, match=r"more_seeds\.klip is none of clip, rankclip"):
+    with pytest.raises(InputError, match=r"more_seeds\.klip is not an objective. Expected one of clip, rankclip"):
         Study(smoke("study.more_seeds={'klip': 3}"), tmp_path)
-    with pytest.raises(InputError, match=r"baseline = 'klip' is none of clip, rankclip"):
+    with pytest.raises(InputError, match=r"baseline='klip'. Expected one of clip, rankclip"):
         Study(smoke("study.baseline=klip"), tmp_path)
     with pytest.raises(InputError, match="fewer than a batch"):
         Study(smoke("batch_size=64"), tmp_path)

@@ -123,7 +123,7 @@ def test_what_no_shape_shows_is_compared_too(workdirs, change, message):
 def test_the_text_tower_needs_its_tokenizer(workdirs, tmp_path):
     export.write(dataclasses.replace(pretrained.read(workdirs["vit"]), tokenizer=None), tmp_path / "bare", "hf")
     config = make_config(VIT, init_from=str(tmp_path / "bare"))
-    with pytest.raises(InputError, match=r"bare brings no tokenizer: give --config.tokenizer.path=.*towers=vision"):
+    with pytest.raises(InputError, match=r"bare has no tokenizer; give --config.tokenizer.path=.*towers=vision"):
         start(config)
     config.init_towers = "vision"
     assert init_from.tokenizer(init_from.read(config), config) is None

@@ -132,17 +132,17 @@ def _tensor_pickle(offset=0, shape=b"K\x02", stride=b"K\x01", numel=2, dtype=b"F
 @pytest.mark.parametrize(
     ("pickled", "entries", "message"),
     [
-        (_tensor_pickle(offset=1), {"data/0": bytes(8)}, "reaches beyond its storage"),
-        (_tensor_pickle(shape=b"K\x03"), {"data/0": bytes(8)}, "reaches beyond its storage"),
-        (_tensor_pickle(stride=b"K\x02"), {"data/0": bytes(8)}, "reaches beyond its storage"),
+        (_tensor_pickle(offset=1), {"data/0": bytes(8)}, "extends beyond its storage"),
+        (_tensor_pickle(shape=b"K\x03"), {"data/0": bytes(8)}, "extends beyond its storage"),
+        (_tensor_pickle(stride=b"K\x02"), {"data/0": bytes(8)}, "extends beyond its storage"),
         (_tensor_pickle(stride=b"J\xff\xff\xff\xff"), {"data/0": bytes(8)}, "invalid description"),
         (_tensor_pickle(stride=b""), {"data/0": bytes(8)}, "invalid description"),
-        (_tensor_pickle(numel=3), {"data/0": bytes(8)}, "8 bytes where 3 elements"),
+        (_tensor_pickle(numel=3), {"data/0": bytes(8)}, "8 bytes; expected 3 elements"),
         (_tensor_pickle(), {}, "truncated: a/data/0 is missing"),
         (_tensor_pickle(dtype=b"QInt8Storage"), {"data/0": bytes(8)}, "asks for torch.QInt8Storage"),
         (_tensor_pickle()[:-20], {"data/0": bytes(8)}, "pickle is damaged"),
         (_tensor_pickle(), {"data/0": bytes(8), "byteorder": "big"}, "big-endian"),
-        (b"\x80\x02}X\x01\x00\x00\x00wK\x01s.", {}, "no state dict: found a dict with keys w"),
+        (b"\x80\x02}X\x01\x00\x00\x00wK\x01s.", {}, "no state dict found, but a dict with keys w"),
         (b"\x80\x02K\x01.", {}, "no state dict"),
         (b"\x80\x02cos\nsystem\n.", {}, "asks for os.system"),
     ],
@@ -187,7 +187,7 @@ def test_foreign_files(tmp_path, content):
 def test_a_zip_and_an_old_format(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as z:
         z.writestr("readme.txt", "hello")
-    with pytest.raises(ValueError, match="a zip, but not a PyTorch archive"):
+    with pytest.raises(ValueError, match="a zip without data.pkl, so not a PyTorch archive"):
         read(tmp_path / "a.pt")
     torch.save({"w": torch.zeros(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match=r"older than PyTorch 1\.6"):

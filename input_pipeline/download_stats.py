@@ -1,0 +1,77 @@
+"""What became of a list's URLs, by the _stats.json that img2dataset writes beside each shard when it is finished."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+NAME = re.compile(r"\d{5,}_stats\.json")
+# What the messages of img2dataset mean, in words that many URLs share.
+_REASONS = (
+    (r"X-Robots-Tag", "the site asks not to use it (X-Robots-Tag)"),
+    (r"slower than \d+ s|larger than \d+ MB", None),  # of img2dataset_driver.py, as they are
+    (r"timed out|timeout", "no answer in time"),
+    (r"HTTP Error \d+", None),
+    (r"Name or service not known|No address associated|name resolution|nodename", "no such host any more"),
+    (r"certificate|SSL|TLS|EOF occurred in violation", "no secure connection (certificate)"),
+    (r"IncompleteRead|Remote end closed|Connection reset|Connection aborted", "the connection broke off"),
+    (r"Connection refused|No route to host|Network is unreachable", "the host refuses connections"),
+    (r"Image decoding error|not an image|cannot identify", "not an image, or a broken one"),
+    (r"image too small|image area too large|aspect ratio", None),
+)
+
+
+def finished(out_dir: Path) -> list[dict]:
+    """Those of all finished shards."""
+    paths = (path for path in out_dir.glob("*_stats.json") if NAME.fullmatch(path.name))
+    return [stats for path in paths if (stats := read(path)) is not None]
+
+
+def read(path: Path) -> dict | None:
+    """One of them; None where it is not whole."""
+    try:
+        stats = json.loads(path.read_text())
+        return stats if {"count", "successes", "status_dict"} <= stats.keys() else None
+    except (ValueError, AttributeError, RecursionError):  # half of it is written
+        return None
+
+
+def count(out_dir: Path, total: int) -> Counter:
+    """What became of `total` URLs: "images", the reasons of those that are lost, and "shards not finished"."""
+    counts = Counter()
+    for stats in finished(out_dir):
+        counts["images"] += stats["successes"]
+        # Before it counts a failure, img2dataset may stumble over a sample; such ones are only in its total.
+        named = sum(stats["status_dict"].values())
+        counts["lost without a reason"] += stats["count"] - named
+        for message, number in stats["status_dict"].items():
+            if message != "success":
+                counts[reason(message)] += number
+    counts["shards not finished"] = total - counts.total()
+    return +counts
+
+
+def reason(message: str) -> str:
+    """An error message of img2dataset in words that many URLs share."""
+    for pattern, words in _REASONS:
+        found = re.search(pattern, message, re.IGNORECASE)
+        if found:
+            return words or (message.strip() if "HTTP Error" in message else found[0])
+    return re.sub(r"\d{2,}|'[^']*'", "...", message.strip().splitlines()[0] if message.strip() else "no message")[:70]
+
+
+def summary(counts: Counter, out_dir: Path, total: int) -> str:
+    """The table of what came, what was lost and why, and how to resume."""
+    size = sum(path.stat().st_size for path in out_dir.glob("*.tar") if path.stem.isdigit())
+    images, share = counts["images"], counts["images"] / max(1, total)
+    lines = [f"{images:,} of {total:,} URLs gave an image ({share:.1%}), {size / 1e6:,.1f} MB: {out_dir}"]
+    lost = [(what, number) for what, number in counts.most_common() if what != "images"]
+    lines += [f"{number:>10,}  {number / total:>6.1%}  {what}" for what, number in lost[:20]]
+    if lost[20:]:
+        lines.append(f"{sum(number for _, number in lost[20:]):>10,}  for {len(lost) - 20} other reasons")
+    if counts["shards not finished"]:
+        log = out_dir / "_download" / "img2dataset.log"
+        lines.append(f"some shards are not finished: {log} says why, and the same command resumes with them")
+    elif images:
+        lines.append(f"train with: --config.data.format=webdataset '--config.data.train={out_dir}/*.tar'")
+    return "\n".join(lines)

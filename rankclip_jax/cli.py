@@ -1,0 +1,49 @@
+"""The command `rankclip`: every command of the project by one word. `python -m rankclip_jax.cli` does the same.
+
+Each word is a module's own command line with its own --help, and ends with its exit code.
+"""
+
+import importlib
+import importlib.metadata
+import sys
+
+# Word -> module, flags that stand for the word, what a first argument without a dash is given to, and what it does.
+COMMANDS = {
+    "train": ("rankclip_jax.train.__main__", [], "--config", "train a model; resumes what was stopped"),
+    "resume": ("rankclip_jax.train.__main__", [], "--workdir", "resume the run in a workdir"),
+    "eval": ("rankclip_jax.train.__main__", ["--mode=eval"], "--workdir", "evaluate the run in a workdir"),
+    "plan": ("rankclip_jax.train.__main__", ["--mode=plan"], "--config", "what a run will need, before any launch"),
+    "embed": ("rankclip_jax.embed", [], None, "embed a collection of pictures"),
+    "search": ("rankclip_jax.embed", [], None, "search in a collection: MODEL DATA --search TEXT"),
+    "export": ("rankclip_jax.convert", [], None, "write a model for Hugging Face, open_clip or JAX"),
+    "report": ("rankclip_jax.report.__main__", [], None, "one HTML page about one run or several"),
+    "study": ("rankclip_jax.study.__main__", [], "--config", "compare objectives over seeds"),
+    "doctor": ("rankclip_jax.doctor", [], None, "check this machine"),
+    "prepare": ("input_pipeline.prepare", [], None, "any data set to shards, or what is in it (--inspect)"),
+    "download": ("input_pipeline.download", [], None, "a list of image URLs to shards"),
+}
+
+
+def main() -> None:
+    """Exit codes: those of the command; 2 for an unknown word."""
+    words = sys.argv[1:]
+    if words == ["--version"]:
+        print(f"rankclip_jax {importlib.metadata.version('rankclip_jax')}")
+        return
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: rankclip COMMAND ...   (rankclip COMMAND --help; rankclip --version)\n")
+        print("\n".join(f"  {word:10}{said}" for word, (*_, said) in COMMANDS.items()))
+        return
+    word, *rest = words
+    if word not in COMMANDS:
+        print(f"error: no command {word!r}. Expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+    module, flags, first, _ = COMMANDS[word]
+    if first and rest and not rest[0].startswith("-"):
+        rest = [first, *rest]
+    sys.argv = [f"rankclip {word}", *flags, *rest]
+    importlib.import_module(module).main()
+
+
+if __name__ == "__main__":
+    main()
