@@ -176,7 +176,7 @@ def _run(python, arguments, out_dir, log, total):
 def _flags():
     parser = argparse.ArgumentParser(
         prog="python -m input_pipeline.download",
-        description="Downloads the images of a URL list to WebDataset shards; the same command resumes a stopped download.",
+        description="Downloads the images of a URL list to WebDataset shards; the same command resumes after a stop.",
         allow_abbrev=False,
     )
     parser.add_argument("urls", metavar="URLS", type=Path, help="tsv, csv (also .gz) or parquet of URLs and captions")
