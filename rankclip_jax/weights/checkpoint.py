@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+import time
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -302,6 +303,7 @@ def _crc(data: dict) -> int:
 def _cannot_save(folder, error) -> Exception:
     if isinstance(error, InputError):
         return error
+    time.sleep(0.5)  # TensorStore's other writes call back within a fifth of that, while `_told_once` lasts
     return InputError(
         f"cannot save in {folder}: {one_line(error)}. The checkpoints before are as they were; "
         "make room or make it writable, and start again to resume"
