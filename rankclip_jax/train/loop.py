@@ -65,14 +65,19 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
       Preempted: SIGTERM came, to any of the processes, and the state is saved.
     """
     workdir = Path(workdir)
-    resumes = workdirs.check_same_run(workdir, config)
+    old = workdirs.check_same_run(workdir, config)
     data = open_data(config)
-    tx = optim.make_optimizer(config.optim, data.total_steps)
-    session, origin = open_session(config, workdir, data, resumes)
+    config = _with_ramp(config, old, data)
+    tx = optim.make_optimizer(config.optim, data.total_steps, data.steps_per_epoch)
+    session, origin = open_session(config, workdir, data, resumes=old is not None)
+    abstract = steps.abstract_state(session.model, tx, session.mesh, config.sharding)
     with workdirs.claimed(workdir, config):  # only now, when all that was given proved right
-        if processes.is_first() and not resumes:
+        start = open_state(session, workdir, data, tx, abstract, origin)
+        if old:
+            of_both = [(n := _total_steps(c, data), schedule.free_until(c.optim, n, data.steps_per_epoch)) for c in (old, config)]
+            workdirs.check_length(workdir, start.step, *of_both)
+        if processes.is_first():
             workdirs.begin(workdir, config, session.tokenizer)
-        start = open_state(session, workdir, data, tx, origin)
         if start.step >= data.total_steps and not _owes_evaluation(session, workdir, data, start):
             print(f"{workdir} is trained to its last step, {start.step}")
             return
@@ -113,7 +118,8 @@ def open_data(config: ConfigDict) -> Data:
         if own in config.eval[kind]:
             raise InputError(f"config.eval.{kind}.{own}: {reason}")
         print(f"missing: {name}: {reason}")
-    return Data(source, val, sets, synonyms, steps_per_epoch, config.steps or config.epochs * steps_per_epoch)
+    data = Data(source, val, sets, synonyms, steps_per_epoch, 0)
+    return data._replace(total_steps=_total_steps(config, data))
 
 
 def open_session(
@@ -134,11 +140,11 @@ def open_state(
     workdir: Path,
     data: Data,
     tx: GradientTransformation,
+    abstract: steps.TrainState,
     origin: pretrained.Pretrained | None,
 ) -> Start:
-    """The state of the newest checkpoint, or one before its first step."""
+    """The state of the newest checkpoint, or one before its first step. `abstract`: its shapes and shardings."""
     config = session.config
-    abstract = steps.abstract_state(session.model, tx, session.mesh, config.sharding)
     restored = checkpoint.restore(workdir, config.checkpoint, abstract)
     if restored:
         print(f"resuming from step {restored.step} of {data.total_steps} in {workdir}")
@@ -183,7 +189,7 @@ def run_steps(
     config, state = session.config, start.state
     schedule = dict(total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch)
     train_step = steps.make_train_step(session.model, tx, config, session.mesh, **schedule)
-    rate, wait = optim.learning_rate(config.optim, data.total_steps), InputWait(batches)
+    rate, wait = learning_rate(config.optim, **schedule), InputWait(batches)
     cadence = [n for n in (config.checkpoint.every_steps, config.checkpoint.keep_every) if n]
     with (
         Recorder(session, workdir, rate, wait.take, start=start.step, **schedule) as recorder,
