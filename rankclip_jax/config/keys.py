@@ -90,7 +90,7 @@ KEYS = dict(
     accumulate=integer(1, 1),
     epochs=integer(32, 1),  # passes over the training data. [o]; [p] [c] 64
     steps=integer(None, 1),  # number of steps, instead of `epochs`
-    # start from a workdir, export, OpenAI or RankCLIP .pt, open_clip or Hugging Face model
+    # start from a workdir, export, OpenAI or RankCLIP .pt, open_clip or Hugging Face model; or a hub id
     init_from=string(None),
     init_towers=choice("both", "vision", "text"),  # both | vision | text: the towers to take from `init_from`
     init_skip=strings(()),  # regexes over parameters (visual/proj ...) that are initialised fresh
@@ -133,11 +133,16 @@ KEYS = dict(
         text={},  # changed fields of the preset's text tower
     ),
     tokenizer=dict(
-        path=string(None),  # tokenizer.json, or a Hugging Face hub id; None: train one on the captions
+        # tokenizer.json, its folder (or vocab.json and merges.txt), or a Hugging Face hub id; None: train one on the
+        # captions
+        path=string(None),
         vocab_size=integer(4096, 2),  # largest vocabulary of the trained tokenizer
     ),
     optim=dict(
-        lr=real(5e-4, above=0),  # AdamW's learning rate after the warm-up, then a cosine to 0. [p] [c] [o]
+        # standard: warm-up, then a cosine to 0; decay on matrices only | released: as the authors' code, which is an
+        # epoch early, and decays class and position embeddings (docs/ranking_loss.md). [c] released
+        recipe=choice("standard", "released"),
+        lr=real(5e-4, above=0),  # AdamW's learning rate after the warm-up. [p] [c] [o]
         b1=real(0.9, 0, below=1),  # decay of the first moment. [p] [c] [o]
         b2=real(0.999, 0, below=1),  # decay of the second moment. [p] [c]; [o] 0.98 for vision transformers
         # added to the root of the second moment. [p] [c]; [o] 1e-6 for vision transformers
@@ -206,7 +211,7 @@ KEYS = dict(
             linear_probe=integer(None, 1),  # the same
             geometry=integer(1, 1, optional=True),  # the same
         ),
-        # --mode=eval: an export or an OpenAI .pt to evaluate instead of the workdir's checkpoint
+        # --mode=eval: what to evaluate instead of the workdir's checkpoint: any path or hub id that init_from takes
         model=string(None),
     ),
     checkpoint=dict(

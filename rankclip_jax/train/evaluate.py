@@ -50,7 +50,7 @@ def _workdir(config, workdir):
         raise InputError(f"{workdir} holds no trained run (no tokenizer.json); train there first with --mode=train")
     session = Session(config, Tokenizer.load(str(workdir / "tokenizer.json")))
     # The rates do not matter here, but the optimiser's state has its place in the checkpoint.
-    tx = optim.make_optimizer(config.optim, config.optim.warmup_steps + 1)
+    tx = optim.make_optimizer(config.optim, config.optim.warmup_steps + 1, 1)
     abstract = steps.abstract_state(session.model, tx, session.mesh, config.sharding)
     restored = checkpoint.restore(workdir, config.checkpoint, abstract, best=True)
     if restored is None:

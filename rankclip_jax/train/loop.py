@@ -61,7 +61,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     """
     workdir = Path(workdir)
     data = open_data(config)
-    tx = optim.make_optimizer(config.optim, data.total_steps)
+    tx = optim.make_optimizer(config.optim, data.total_steps, data.steps_per_epoch)
     session, start = open_state(config, workdir, data, tx)
     if start.step >= data.total_steps:
         print(f"{workdir} is trained to its last step, {start.step}")
@@ -151,7 +151,8 @@ def run_steps(
     config, state = session.config, start.state
     schedule = dict(total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch)
     train_step = steps.make_train_step(session.model, tx, config, session.mesh, **schedule)
-    rate, wait = optim.learning_rate(config.optim, data.total_steps), InputWait(batches)
+    rate = optim.learning_rate(config.optim, data.total_steps, data.steps_per_epoch)
+    wait = InputWait(batches)
     cadence = [n for n in (config.checkpoint.every_steps, config.checkpoint.keep_every) if n]
     with (
         Recorder(session, workdir, rate, wait.take, start=start.step, **schedule) as recorder,

@@ -1,10 +1,15 @@
-"""AdamW with decay on matrices only, linear warm-up and cosine decay."""
+"""AdamW with decay on matrices, linear warm-up and cosine decay; or as the authors' released code has it.
 
+config.optim.recipe names the two; docs/ranking_loss.md says what differs.
+"""
+
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -12,18 +17,31 @@ from ml_collections import ConfigDict
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.trees import path_name
 
-# By name and not by rank: in scanned towers a norm's scale has two axes. Decayed: dense and convolution kernels,
-# projections, the token table. Never: norms of any kind, biases, logit scale, class and position embeddings.
-_DECAYED = re.compile(r"(^|/)(kernel|proj|text_projection|token_embedding/embedding)$")
+# By name and not by rank: in scanned towers a norm's scale has two axes.
+_DECAYED = {
+    # Dense and convolution kernels, projections, the token table. Never: norms of any kind, biases, logit scale, class
+    # and position embeddings.
+    "standard": re.compile(r"(^|/)(kernel|proj|text_projection|token_embedding/embedding)$"),
+    # Also class and position embeddings, and the gain of the norm of a ResNet's shortcut.
+    "released": re.compile(r"(^|/)(kernel|proj|text_projection|embedding|(class|positional)_embedding|downsample_1/scale)$"),
+}
 
 
-def decay_mask(params: Mapping) -> dict:
+def decay_mask(params: Mapping, recipe: str = "standard") -> dict:
     """A tree like `params`, True where weight decay applies."""
-    return jax.tree_util.tree_map_with_path(lambda p, _: bool(_DECAYED.search(path_name(p))), params)
+    decayed = _DECAYED[recipe]
+    return jax.tree_util.tree_map_with_path(lambda p, _: bool(decayed.search(path_name(p))), params)
 
 
-def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
-    """Step (from 0) -> rate. Update number `warmup_steps` has the full rate, the last update rate 0.
+def learning_rate(config: ConfigDict, total_steps: int, steps_per_epoch: int | None = None) -> optax.Schedule:
+    """Step s, from 0 -> the rate of update s + 1.
+
+    With w warm-up steps and T = total_steps: lr (s + 1) / w before step w, then lr / 2 (1 + cos(pi (s - w) / (T - w))).
+    So update w has the full rate, and the last update one just above 0. The recipe "released" has at step s what this
+    formula gives for s + steps_per_epoch: an epoch early.
+
+    Args:
+      steps_per_epoch: for the recipe "released".
 
     Raises:
       InputError: the warm-up does not end before the run does.
@@ -34,6 +52,10 @@ def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
             f"config.optim.warmup_steps = {warmup} must be fewer than the run's {total_steps} steps; "
             f"for example --config.optim.warmup_steps={total_steps // 10}"
         )
+    if config.recipe == "released":
+        if steps_per_epoch is None:
+            raise ValueError("the recipe released needs steps_per_epoch")
+        return functools.partial(_an_epoch_early, config.lr, warmup, total_steps, steps_per_epoch)
     return optax.join_schedules(
         [
             optax.linear_schedule(config.lr / max(warmup, 1), config.lr, max(warmup - 1, 1)),
@@ -41,6 +63,12 @@ def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
         ],
         [warmup],
     )
+
+
+def _an_epoch_early(lr, warmup, total_steps, steps_per_epoch, step):
+    step = step + steps_per_epoch
+    cosine = (1 + jnp.cos(jnp.pi * (step - warmup) / (total_steps - warmup))) / 2  # rises again after total_steps
+    return lr * jnp.where(step < warmup, (step + 1) / max(warmup, 1), cosine)
 
 
 # What follows the last block of a tower.
@@ -84,16 +112,18 @@ def hold(params: Mapping, freeze: str | None) -> Mapping:
     return {**params, FROZEN[freeze]: jax.lax.stop_gradient(params[FROZEN[freeze]])}
 
 
-def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ConfigDict, total_steps: int, steps_per_epoch: int | None = None
+) -> optax.GradientTransformation:
     """Optimiser of `config.optim` for a run of `total_steps`. A frozen tower has no moments and is never changed."""
     clip = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
     adamw = optax.adamw(
-        learning_rate(config, total_steps),
+        learning_rate(config, total_steps, steps_per_epoch),
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=decay_mask,
+        mask=functools.partial(decay_mask, recipe=config.recipe),
     )
     chain = optax.chain(*clip, adamw)
     if config.layer_lr_decay is not None:

@@ -149,7 +149,7 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
     words = Vocabulary(None, None) if config.tokenizer.path else Vocabulary(size, size - 1)
     session = Session(config, words, devices=targets.devices(target) if target else jax.devices())
     model, mesh, side, length = session.model, session.mesh, session.side, session.context_length
-    tx = optim.make_optimizer(config.optim, config.optim.warmup_steps + 1)
+    tx = optim.make_optimizer(config.optim, config.optim.warmup_steps + 1, 1)
     state = steps.abstract_state(model, tx, mesh, config.sharding)
     step = steps.make_train_step(model, tx, config, mesh, total_steps=2, steps_per_epoch=1)
     where, b = batch_sharding(mesh), config.batch_size
