@@ -110,6 +110,8 @@ KEYS = dict(
         lambda_cross=real(1 / 16, 0),  # weight of the cross-modal ranking term. [p] [c]
         # ramp: 0 to 2 over the epochs | constant: 1. [c]; [p] v2 constant
         schedule=choice("ramp", *SCHEDULES),
+        # epochs of the ramp, which then keeps its last weight; None: those of the run
+        ramp_epochs=integer(None, 1),
         # None | "log": list position k has weight 1 / log(k + 1). [c]; [p] v2 "log"
         decay=choice(None, "log"),
         top_k=integer(None, 1),  # count only the first k positions of every list
@@ -143,10 +145,13 @@ KEYS = dict(
         vocab_size=integer(4096, 2),  # largest vocabulary of the trained tokenizer
     ),
     optim=dict(
-        # standard: warm-up, then a cosine to 0; decay on matrices only | released: as the authors' code, which is an
-        # epoch early, and decays class and position embeddings (docs/ranking_loss.md). [c] released
+        # standard | released: as in the authors' code, the rates of an epoch later, and decay also on class and
+        # position embeddings and some gains (docs/ranking_loss.md). [c] released
         recipe=choice("standard", "released"),
         lr=real(5e-4, above=0),  # AdamW's learning rate after the warm-up. [p] [c] [o]
+        # cosine: to 0 over the rest of the steps | constant | wsd: constant, then linearly to 0. [p] [c] [o]
+        schedule=choice("cosine", "constant", "wsd"),
+        decay_steps=integer(None, 1),  # wsd: the last steps, in which the rate falls
         b1=real(0.9, 0, below=1),  # decay of the first moment. [p] [c] [o]
         b2=real(0.999, 0, below=1),  # decay of the second moment. [p] [c]; [o] 0.98 for vision transformers
         # added to the root of the second moment. [p] [c]; [o] 1e-6 for vision transformers

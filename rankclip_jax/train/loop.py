@@ -29,6 +29,7 @@ from rankclip_jax.train import workdir as workdirs
 from rankclip_jax.train.input_wait import InputWait
 from rankclip_jax.train.profile import Trace
 from rankclip_jax.train.recorder import Recorder
+from rankclip_jax.train.schedule import learning_rate
 from rankclip_jax.train.session import Session, image_side
 from rankclip_jax.weights import checkpoint, pretrained
 from rankclip_jax.weights.saving import Checkpoints
@@ -183,7 +184,7 @@ def run_steps(
     config, state = session.config, start.state
     schedule = dict(total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch)
     train_step = steps.make_train_step(session.model, tx, config, session.mesh, **schedule)
-    rate, wait = optim.learning_rate(config.optim, data.total_steps), InputWait(batches)
+    rate, wait = learning_rate(config.optim, **schedule), InputWait(batches)
     cadence = [n for n in (config.checkpoint.every_steps, config.checkpoint.keep_every) if n]
     with (
         Recorder(session, workdir, rate, wait.take, start=start.step, **schedule) as recorder,

@@ -1,6 +1,6 @@
-"""AdamW with decay on matrices, linear warm-up and cosine decay; or as the authors' released code has it.
+"""AdamW: what is decayed, frozen or slowed, with the rates of schedule.py.
 
-config.optim.recipe names the two; docs/ranking_loss.md says what differs.
+config.optim.recipe says whose choice it is; docs/ranking_loss.md says what differs.
 """
 
 import functools
@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.trees import path_name
+from rankclip_jax.train.schedule import learning_rate
 
 # By name and not by rank: in scanned towers a norm's scale has two axes.
 _DECAYED = {
@@ -23,7 +22,9 @@ _DECAYED = {
     # and position embeddings.
     "standard": re.compile(r"(^|/)(kernel|proj|text_projection|token_embedding/embedding)$"),
     # Also class and position embeddings, and the gain of the norm of a ResNet's shortcut.
-    "released": re.compile(r"(^|/)(kernel|proj|text_projection|embedding|(class|positional)_embedding|downsample_1/scale)$"),
+    "released": re.compile(
+        r"(^|/)(kernel|proj|text_projection|token_embedding/embedding|(class|positional)_embedding|downsample_1/scale)$"
+    ),
 }
 
 
@@ -31,44 +32,6 @@ def decay_mask(params: Mapping, recipe: str = "standard") -> dict:
     """A tree like `params`, True where weight decay applies."""
     decayed = _DECAYED[recipe]
     return jax.tree_util.tree_map_with_path(lambda p, _: bool(decayed.search(path_name(p))), params)
-
-
-def learning_rate(config: ConfigDict, total_steps: int, steps_per_epoch: int | None = None) -> optax.Schedule:
-    """Step s, from 0 -> the rate of update s + 1.
-
-    With w warm-up steps and T = total_steps: lr (s + 1) / w before step w, then lr / 2 (1 + cos(pi (s - w) / (T - w))).
-    So update w has the full rate, and the last update one just above 0. The recipe "released" has at step s what this
-    formula gives for s + steps_per_epoch: an epoch early.
-
-    Args:
-      steps_per_epoch: for the recipe "released".
-
-    Raises:
-      InputError: the warm-up does not end before the run does.
-    """
-    warmup = config.warmup_steps
-    if warmup >= total_steps:
-        raise InputError(
-            f"config.optim.warmup_steps = {warmup} must be fewer than the run's {total_steps} steps; "
-            f"for example --config.optim.warmup_steps={total_steps // 10}"
-        )
-    if config.recipe == "released":
-        if steps_per_epoch is None:
-            raise ValueError("the recipe released needs steps_per_epoch")
-        return functools.partial(_an_epoch_early, config.lr, warmup, total_steps, steps_per_epoch)
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(config.lr / max(warmup, 1), config.lr, max(warmup - 1, 1)),
-            optax.cosine_decay_schedule(config.lr, max(total_steps - warmup, 1)),
-        ],
-        [warmup],
-    )
-
-
-def _an_epoch_early(lr, warmup, total_steps, steps_per_epoch, step):
-    step = step + steps_per_epoch
-    cosine = (1 + jnp.cos(jnp.pi * (step - warmup) / (total_steps - warmup))) / 2  # rises again after total_steps
-    return lr * jnp.where(step < warmup, (step + 1) / max(warmup, 1), cosine)
 
 
 # What follows the last block of a tower.
@@ -115,7 +78,10 @@ def hold(params: Mapping, freeze: str | None) -> Mapping:
 def make_optimizer(
     config: ConfigDict, total_steps: int, steps_per_epoch: int | None = None
 ) -> optax.GradientTransformation:
-    """Optimiser of `config.optim` for a run of `total_steps`. A frozen tower has no moments and is never changed."""
+    """Optimiser of `config.optim` for a run of `total_steps`. A frozen tower has no moments and is never changed.
+
+    Args, raises: as `schedule.learning_rate`.
+    """
     clip = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
     adamw = optax.adamw(
         learning_rate(config, total_steps, steps_per_epoch),
