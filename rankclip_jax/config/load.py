@@ -127,7 +127,26 @@ def complete(config: Mapping) -> ConfigDict:
             f"config.data.two_views adds to the contrastive term, and config.loss.objective={merged.loss.objective} "
             "has none. Use another objective, or add config.loss.terms.clip=1.0"
         )
+    _check_schedule(merged.optim)
     return merged
+
+
+def _check_schedule(optim: ConfigDict) -> None:
+    if optim.schedule == "wsd" and optim.decay_steps is None:
+        raise InputError(
+            "config.optim.decay_steps=None. Expected the number of last steps in which the rate falls, since "
+            "config.optim.schedule=wsd"
+        )
+    if optim.schedule != "wsd" and optim.decay_steps is not None:
+        raise InputError(
+            f"config.optim.decay_steps={optim.decay_steps}. Expected None, since config.optim.schedule="
+            f"{optim.schedule}; wsd has decay_steps"
+        )
+    if optim.recipe == "released" and optim.schedule != "cosine":
+        raise InputError(
+            f"config.optim.schedule={optim.schedule}. Expected cosine, since config.optim.recipe=released; or "
+            "config.optim.recipe=standard"
+        )
 
 
 def eval_set(kind: str, given: Mapping, where: str | None = None) -> ConfigDict:

@@ -76,8 +76,7 @@ def summary(config: ConfigDict, target: Target, whole: dict, half: dict) -> dict
         "seconds_per_step": flops / (target.count * tflops * 1e12 * config.plan.utilisation),
     }
     numbers["images_per_second"] = config.batch_size / numbers["seconds_per_step"]
-    steps = config.steps or (config.plan.samples and config.plan.samples // config.batch_size * config.epochs)
-    if steps:
+    if steps := _total_steps(config):
         numbers["days"] = steps * numbers["seconds_per_step"] / 86400
     if "error" in whole:
         return numbers | {"error": whole["error"]}
@@ -126,6 +125,10 @@ def lines(config: ConfigDict, target: Target, numbers: dict) -> list[str]:
     return [f"{name:32}{text}" for name, text in rows]
 
 
+def _total_steps(config: ConfigDict) -> int | None:
+    return config.steps or (config.plan.samples and config.plan.samples // config.batch_size * config.epochs)
+
+
 def _with_batch(config: ConfigDict, batch_size: int) -> ConfigDict:
     changed = configs.complete(config.to_dict())
     changed.batch_size = batch_size
@@ -149,7 +152,10 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
     words = Vocabulary(None, None) if config.tokenizer.path else Vocabulary(size, size - 1)
     session = Session(config, words, devices=targets.devices(target) if target else jax.devices())
     model, mesh, side, length = session.model, session.mesh, session.side, session.context_length
-    tx = optim.make_optimizer(config.optim, config.optim.warmup_steps + 1)
+    # Of a run whose length is not known, the fewest steps that any schedule takes.
+    total = _total_steps(config) or config.optim.warmup_steps + (config.optim.decay_steps or 2)
+    a_epoch = config.plan.samples // config.batch_size if config.plan.samples else 1
+    tx = optim.make_optimizer(config.optim, total, a_epoch)
     state = steps.abstract_state(model, tx, mesh, config.sharding)
     step = steps.make_train_step(model, tx, config, mesh, total_steps=2, steps_per_epoch=1)
     where, b = batch_sharding(mesh), config.batch_size

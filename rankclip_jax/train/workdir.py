@@ -58,8 +58,9 @@ def check_same_run(workdir: Path, config: ConfigDict) -> ConfigDict | None:
 
 def check_same_config(workdir: Path, old: ConfigDict, config: ConfigDict) -> None:
     """Raises InputError where a configuration changes what must not change in the run of a workdir."""
-    changed = configs.differences(old.to_dict(), config.to_dict())
-    if changed:
+    new = config.to_dict()
+    new["loss"]["ramp_epochs"] = config.loss.ramp_epochs or old.loss.ramp_epochs  # None: that of the first plan
+    if changed := configs.differences(old.to_dict(), new):
         raise InputError(
             f"{workdir} holds a run with another configuration ({'; '.join(changed)}); "
             "give a new --workdir, or the old values to resume it"
@@ -70,7 +71,7 @@ def check_length(workdir: Path, step: int, old: tuple[int, float], new: tuple[in
     """Raises InputError where a run that has done `step` steps cannot be made longer or shorter.
 
     Args:
-      old, new: (total steps, number of first steps whose rates do not depend on that; schedule.free_until).
+      old, new: (total steps, number of first steps whose rates do not depend on them).
     """
     (total, free), (new_total, new_free) = old, new
     if total != new_total and step > min(free, new_free):

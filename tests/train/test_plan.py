@@ -26,6 +26,7 @@ SMALL = dict(
     data=dict(format="shapes"),
     plan=dict(target="8xH100", samples=6400, utilisation=0.5),
     epochs=10,
+    optim=dict(warmup_steps=10),
 )
 
 
@@ -180,6 +181,15 @@ def test_the_command_line_refuses_in_one_line():
         extra = [] if "target" in flag else ["--config.plan.target=8xH100"]
         done = subprocess.run([*command, flag, *extra], capture_output=True, text=True, env=os.environ)
         assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_schedule_that_training_refuses_is_refused():
+    for optim, message in (
+        (dict(warmup_steps=1000), "warmup_steps = 1000 must be fewer than the run's 1000 steps"),
+        (dict(warmup_steps=500, schedule="wsd", decay_steps=501), "decay_steps = 501 leaves no room for 500 steps"),
+    ):
+        with pytest.raises(InputError, match=message):
+            plan._describe(complete(SMALL | {"optim": optim}), None)
 
 
 def test_every_gpu_of_the_table_is_described():
