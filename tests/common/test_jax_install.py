@@ -33,12 +33,15 @@ def planted(tmp_path, monkeypatch):
         monkeypatch.setattr(jax_install.Path, "exists", lambda path: False)  # no device of the machine that tests
         monkeypatch.setattr(jax_install.Path, "glob", lambda path, pattern: [])
         real, given = jax_install.version, dict(packages)
-        hidden = lambda name: "cuda" in name and name not in given  # a plugin of the environment that tests
-        monkeypatch.setattr(jax_install, "version", lambda name: None if hidden(name) else real(name))
-        for name, version in dict(packages).items():
-            folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+
+        def version(name):  # without the plugins of the environment that tests
+            return None if "cuda" in name and name not in given else real(name)
+
+        monkeypatch.setattr(jax_install, "version", version)
+        for name, number in given.items():
+            folder = tmp_path / f"{name.replace('-', '_')}-{number}.dist-info"
             folder.mkdir()
-            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
         monkeypatch.syspath_prepend(str(tmp_path))
         importlib.invalidate_caches()
         if driver:
