@@ -55,21 +55,6 @@ def _arguments(spec: str, text: str, known: Sequence[str]) -> dict[str, str]:
     return given
 
 
-def stored(workdir: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The configuration that a workdir was trained with, complete and checked, with `overrides` as in `load`.
-
-    Raises:
-      InputError: there is none, it is damaged, or what `complete` refuses.
-    """
-    path = Path(workdir) / "config.json"
-    try:
-        return complete(override(completed(json.loads(path.read_text())).to_dict(), overrides))
-    except FileNotFoundError:
-        raise InputError(f"{workdir} holds no run (no config.json); give --config FILE to start one") from None
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); bring it back from a copy, or give --config FILE") from None
-
-
 def completed(stored: Mapping) -> ConfigDict:
     """The configuration of a run that may be older than some keys: these have the value of its time (keys.BEFORE).
 

@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -38,6 +38,26 @@ def stored_config(workdir: Path) -> ConfigDict | None:
         if isinstance(error, InputError):
             raise InputError(f"{path}: {error}") from None
         raise InputError(f"{path} is damaged ({error}); bring it back from a copy, or give a new --workdir") from None
+
+
+def settings(
+    spec: str | None, workdir: Path | None, overrides: Sequence[str], fallback: dict | None = None
+) -> ConfigDict:
+    """The configuration of a command line: of the file `spec`; None: of the run in the workdir; each with `overrides`.
+
+    Args:
+      fallback: where there is neither.
+
+    Raises:
+      InputError: there is neither, and no fallback; or what `config.complete` refuses.
+    """
+    if spec:
+        return configs.load(spec, overrides)
+    old = stored_config(workdir) if workdir else None
+    start = fallback if old is None else old.to_dict()
+    if start is None:
+        raise InputError(f"{workdir} holds no run (no config.json); give --config FILE to start one")
+    return configs.complete(configs.override(start, overrides))
 
 
 def check_same_run(workdir: Path, config: ConfigDict) -> ConfigDict | None:
@@ -76,10 +96,10 @@ def check_length(workdir: Path, step: int, old: tuple[int, float], new: tuple[in
     (total, free), (new_total, new_free) = old, new
     if total != new_total and step > min(free, new_free):
         raise InputError(
-            f"{workdir} is at step {step} of {total}, and for {new_total} steps its rates would have differed from step "
-            f"{int(min(free, new_free)) + 1} on. Give the old config.epochs and config.steps to resume it; or, to train "
-            f"for longer from its weights, a new --workdir with --config.init_from={workdir}. Runs with "
-            "config.optim.schedule=constant, or wsd until it decays, can be made longer"
+            f"{workdir} is at step {step} of {total}, and for {new_total} steps its rates would have differed "
+            f"from step {int(min(free, new_free)) + 1} on. Give the old config.epochs and config.steps to resume it; "
+            f"or, to train for longer from its weights, a new --workdir with --config.init_from={workdir}. Runs "
+            "with config.optim.schedule=constant, or wsd until it decays, can be made longer"
         )
 
 
