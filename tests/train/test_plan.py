@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rankclip_jax import models
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.config import complete
+from rankclip_jax.config import complete, load
 from rankclip_jax.parallel.mesh import make_mesh
 from rankclip_jax.train import hlo, plan, targets
 from rankclip_jax.train.flops import ACCELERATORS
@@ -175,7 +175,7 @@ def test_a_step_compiles_for_a_tpu_slice_and_fits(sharding):
 def test_the_command_line_refuses_in_one_line():
     command = [sys.executable, "-m", "rankclip_jax.train", "--config", "configs/shapes.py", "--mode=plan"]
     for flag, message in (
-        ("--config.plan.target=v5e", "config.plan.target = 'v5e'"),
+        ("--config.plan.target=v5e", "config.plan.target='v5e'"),
         ("--config.batch_size=100", "batch_size=100 does not divide over 8 devices"),
     ):
         extra = [] if "target" in flag else ["--config.plan.target=8xH100"]
@@ -227,3 +227,9 @@ def test_without_the_compiler_one_line_says_how_to_get_it(monkeypatch):
     for text, package in (("v5e:2x2", "libtpu"), ("8xH100", "jax-cuda13-plugin")):
         with pytest.raises(InputError, match=f"{text}: its compiler is not installed. Run: pip install .*{package}"):
             targets.devices(parse_target(text))
+
+
+def test_what_training_refuses_a_plan_refuses():
+    config = load("configs/cc3m.py:model=RN50", ["accumulate=2", "plan.target=8xH100"])
+    with pytest.raises(InputError, match="config.accumulate=2: a ResNet's batch norm needs"):
+        plan.plan(config)
