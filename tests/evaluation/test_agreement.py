@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 SCRIPT = """
-import json, sys
+import json, pathlib, sys
 from rankclip_jax import evaluation
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.parallel import processes
@@ -30,7 +30,7 @@ for name, fails_after in (("whole", None), ("at once", 0), ("after two", 2), ("w
 with evaluation.one_set("outside of a batch", missing):
     if index == 0:
         [][1]
-print(json.dumps([read, missing]))
+pathlib.Path(sys.argv[3]).write_text(json.dumps([read, missing]))  # Gloo prints between our lines
 """
 
 
@@ -38,13 +38,14 @@ def test_a_set_that_fails_in_one_process_is_missing_in_both(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
+    results = [tmp_path / "0", tmp_path / "1"]
     started = [
-        subprocess.Popen([sys.executable, "-c", SCRIPT, address, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for i in range(2)
+        subprocess.Popen([sys.executable, "-c", SCRIPT, address, str(i), str(path)], stderr=subprocess.PIPE)
+        for i, path in enumerate(results)
     ]
     said = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, 0], [error.decode()[-1500:] for _, error in said]
-    (read_0, missing_0), (read_1, missing_1) = [json.loads(out.splitlines()[-1]) for out, _ in said]
+    (read_0, missing_0), (read_1, missing_1) = (json.loads(path.read_text()) for path in results)
     assert read_0 == read_1 == [3, 0, 2, 3]
     assert missing_0 == {
         "at once": "another process could not read its share of the set; its log says why",
