@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from rankclip_jax.common import pictures
-from rankclip_jax.common.pictures import MAX_PIXELS, TOO_MANY
+from rankclip_jax.common.pictures import MAX_PIXELS, WRONG_SIZE
 
 
 def is_jpeg(image: tf.Tensor) -> tf.Tensor:
@@ -119,7 +119,7 @@ def _check_pixels(height, width):
 
     def refuse():
         # In a separate branch: formatting the text costs more than reading the header and is rarely needed.
-        return tf.debugging.Assert(False, [tf.strings.format("{} x {}; " + TOO_MANY, (width, height))])
+        return tf.debugging.Assert(False, [tf.strings.format("{} x {}; " + WRONG_SIZE, (width, height))])
 
     return tf.cond((pixels > 0) & (pixels <= MAX_PIXELS), tf.no_op, refuse)
 

@@ -33,8 +33,8 @@ def encode(image: bytes | np.ndarray, *, short_side: int | None = None, quality:
     """Encodes an image for a shard. Grey or RGB JPEG, PNG and WebP that are not too large keep their exact bytes.
 
     An image whose shorter side is above `short_side` is shrunk to it (bicubic, antialiased) and becomes a JPEG. Images
-    are never enlarged. All others become 8-bit RGB by the rule of common/pictures.py: a JPEG if the original format is
-    lossy, else a PNG.
+    are never enlarged. All others become 8-bit RGB by the rule of common/pictures.py: a JPEG if the original is lossy,
+    else a PNG.
 
     Args:
       image: encoded bytes, or uint8 pixels (H, W, 3).
@@ -59,7 +59,7 @@ def encode(image: bytes | np.ndarray, *, short_side: int | None = None, quality:
     picture = pictures.rgb(opened)
     if picture.size != size:
         picture = picture.resize(size, Image.Resampling.BICUBIC)
-    lossy = scale < 1.0 or kind in ("JPEG", "MPO", "WEBP")
+    lossy = scale < 1.0 or kind in ("JPEG", "MPO") or (kind == "WEBP" and b"VP8L" not in image)  # L: lossless
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=quality) if lossy else picture.save(out, "PNG")
     return Encoded(out.getvalue(), "jpg" if lossy else "png", *size, width, height)

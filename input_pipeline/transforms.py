@@ -138,7 +138,7 @@ def _decoded(image, windows_of, side, canvas, recover):
 
 
 def _height_first(size_2, side):
-    """Whether Pillow resizes a picture to `side` with its height first, the device with its width: Pillow does where the
+    """Whether Pillow resizes a picture's height first, where the device begins with the width: Pillow does where the
     height loses more than twice as many pixels."""
     size_2 = tf.cast(size_2, tf.int64)
     lost = size_2 - size_2 * side // tf.reduce_min(size_2)

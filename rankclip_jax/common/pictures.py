@@ -1,13 +1,13 @@
-"""Any picture as 8-bit RGB: the one rule of training, evaluation, `prepare`, `load`, `embed` and studies.
+"""Any picture as 8-bit RGB: the one rule of training, evaluation, `prepare`, `load`, `embed` and study.
 
 JPEG, PNG, WebP, GIF, BMP and TIFF of 1 to MAX_PIXELS pixels are opened, nothing else. Of these
 
 - an animation, and a file of several pictures, gives its first;
 - whole numbers of more than 8 bits keep the upper 8: of 16, of a TIFF's 12, of 32 where a value exceeds 65,535;
   below 0 is black;
-- floats of 0 to 1 are multiplied by 255 where no finite value reaches 2, otherwise they are grey levels already; they are
-  rounded; NaN and below is black, what is beyond, infinity too, white;
-- a TIFF whose 0 is white is turned over, whatever its depth;
+- floats are multiplied by 255 where no finite value reaches 2 (0 to 1), otherwise they are grey levels already; they
+  are rounded; NaN and below 0 is black, what is beyond 255, infinity too, is white;
+- a TIFF whose 0 is white is inverted, whatever its depth;
 - transparency (alpha, a transparent colour or palette entry) is composited on white;
 - 1 bit, palettes, CMYK (a JPEG's inverted, as Adobe's are), YCbCr and HSV become RGB by Pillow's formulas, LAB by
   LittleCMS; other colour profiles are not applied;
@@ -27,7 +27,8 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  #
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's names
 # Larger ones are refused by their header: one of this size takes 256 MB. Pillow warns at the same number.
 MAX_PIXELS = 89_478_485
-TOO_MANY = f"more than {MAX_PIXELS:,} pixels, or none"
+WRONG_SIZE = f"an image must have 1 to {MAX_PIXELS:,} pixels"
+NO_IMAGE = "not an image (JPEG, PNG, WebP, GIF, BMP or TIFF)"
 
 _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339  # tags of TIFF
 
@@ -59,14 +60,12 @@ def opened(picture: bytes | np.ndarray) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(picture), formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise BadImageError(TOO_MANY, one_line(error)) from None
+        raise BadImageError(WRONG_SIZE, one_line(error)) from None
     except Exception:  # Pillow's readers raise any exception on bytes that resemble a picture
         page = b"<html" in picture[:1024].lower()
-        reason = "an HTML page" if page else "not an image, or no JPEG, PNG, WebP, GIF, BMP or TIFF that Pillow reads"
-        raise BadImageError(reason, f"begins with {picture[:16]!r}") from None
+        raise BadImageError("an HTML page" if page else NO_IMAGE, f"begins with {picture[:16]!r}") from None
     if not 0 < image.width * image.height <= MAX_PIXELS:
-        raise BadImageError(TOO_MANY, f"{image.width} x {image.height}")
-    _scale_transparent_colour(image)
+        raise BadImageError(WRONG_SIZE, f"{image.width} x {image.height}")
     return image
 
 
@@ -77,6 +76,7 @@ def loaded(image: Image.Image) -> Image.Image:
       BadImageError: truncated or broken.
     """
     try:
+        _scale_transparent_colour(image)
         image.load()
     except Exception as error:  # as above: an OSError for a truncated file, anything for a broken one
         said = one_line(error)
@@ -125,7 +125,7 @@ def _of_deep_grey(image: Image.Image) -> Image.Image:
 def _scale_transparent_colour(image: Image.Image) -> None:
     """Brings a PNG's transparent colour to 8 bits, as its pixels will be: Pillow compares them as they are."""
     colour = image.info.get("transparency")
-    if colour is None or image.format != "PNG" or not image.tile:
+    if colour is None or image.format != "PNG" or not image.tile:  # no tile: loaded already
         return
     stored = image.tile[0].args
     if stored in ("L;2", "L;4"):

@@ -45,9 +45,7 @@ def resize(canvas_BxCxCx3: jax.Array, size_Bx2: jax.Array, window_Bx4: jax.Array
     # Over B, and over the two axes.
     first_Bx2xS, weights_Bx2xSxT = jax.vmap(jax.vmap(weights))(window_Bx4[:, :2], window_Bx4[:, 2:], size_Bx2)
     # Chosen where the program is lowered: a step compiled ahead of time is not for the machine that compiles it.
-    return lax.platform_dependent(
-        canvas_BxCxCx3, first_Bx2xS, weights_Bx2xSxT, tpu=_by_products, default=_by_gathering
-    )
+    return lax.platform_dependent(canvas_BxCxCx3, first_Bx2xS, weights_Bx2xSxT, tpu=_by_products, default=_by_gathering)
 
 
 _BITS = 22  # of PIL's fixed point: 32, less 8 for grey levels and 2 for weights beyond 0 to 1
@@ -103,9 +101,11 @@ def _by_products(canvas_BxCxCx3, first_Bx2xS, weights_Bx2xSxT):
 
 
 def _product(subscripts, weights, pixels):
-    """einsum of int32 weights and uint8 pixels, exact: bfloat16 holds grey levels and digits of 8 bits, -128 to 127, and
-    float32 the sums of 512 products of both. (A remainder of float weights would not do: XLA takes w - f32(bf16(w))
-    for zero.)"""
+    """einsum of int32 weights and uint8 pixels, exact: bfloat16 holds grey levels and digits of 8 bits, -128 to 127,
+    and float32 the sums of 512 products of both.
+
+    Splitting float32 weights into bfloat16 and remainder would not do: XLA takes the remainder, w - f32(bf16(w)), for 0.
+    """
     total = 0
     for shift in (0, 8, 16):
         digit = ((weights + 128) & 255) - 128 if shift < 16 else weights
