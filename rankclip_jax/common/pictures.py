@@ -19,7 +19,7 @@ The pipeline decodes what is most frequent in its graph (input_pipeline/decode.p
 import io
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 from rankclip_jax.common.errors import InputError, one_line
 
@@ -92,9 +92,10 @@ def rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _of_deep_grey(image)
     if image.mode == "LAB":
-        return ImageCms.profileToProfile(
-            image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
-        )
+        lab, srgb = (ImageCms.createProfile(space) for space in ("LAB", "sRGB"))
+        made = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert made is not None  # as it is in place
+        return made
     if image.mode == "La":
         image = image.convert("LA")
     if not image.has_transparency_data:
@@ -125,7 +126,9 @@ def _of_deep_grey(image: Image.Image) -> Image.Image:
 def _scale_transparent_colour(image: Image.Image) -> None:
     """Brings a PNG's transparent colour to 8 bits, as its pixels will be: Pillow compares them as they are."""
     colour = image.info.get("transparency")
-    if colour is None or image.format != "PNG" or not image.tile:  # no tile: loaded already
+    if (
+        colour is None or not isinstance(image, PngImagePlugin.PngImageFile) or not image.tile
+    ):  # no tile: loaded already
         return
     stored = image.tile[0].args
     if stored in ("L;2", "L;4"):

@@ -104,7 +104,7 @@ def _product(subscripts, weights, pixels):
     """einsum of int32 weights and uint8 pixels, exact: bfloat16 holds grey levels and digits of 8 bits, -128 to 127,
     and float32 the sums of 512 products of both.
 
-    Splitting float32 weights into bfloat16 and remainder would not do: XLA takes the remainder, w - f32(bf16(w)), for 0.
+    Splitting float32 weights into bfloat16 and remainder would not do: XLA takes w - f32(bf16(w)) for 0.
     """
     total = 0
     for shift in (0, 8, 16):

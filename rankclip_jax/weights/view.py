@@ -35,7 +35,7 @@ class View:
             try:
                 return pictures.centre(pictures.read(Path(image).read_bytes()), self.resize, self.crop)
             except pictures.BadImageError as error:
-                raise InputError(f"{image}: {error.reason}" + (f" ({error.detail})" if error.detail else "")) from None
+                raise InputError(f"{image}: {error}") from None
             except (OSError, ValueError) as error:
                 reason = "no such file" if isinstance(error, FileNotFoundError) else one_line(error)
                 raise InputError(f"{image}: {reason}") from None
@@ -61,9 +61,7 @@ def of_folder(folder: Path, image_size: int) -> View:
     for key, usual in (("interpolation", "bicubic"), ("resize_mode", "shortest"), ("mode", "RGB")):
         if described.get(key, usual) != usual:
             raise ValueError(f"open_clip_config.json: unsupported {key} = {described[key]!r}; expected {usual!r}")
-    return View(
-        image_size, image_size, tuple(described.get("mean") or MEAN), tuple(described.get("std") or STD)
-    )
+    return View(image_size, image_size, tuple(described.get("mean") or MEAN), tuple(described.get("std") or STD))
 
 
 def to_hugging_face(view: View) -> dict:

@@ -134,6 +134,20 @@ def test_in_the_graph_they_are_the_readers_to_the_bit():
         np.testing.assert_array_equal(in_graph(data), pictures.read(data), err_msg=kind)
 
 
+MODES = any_picture.modes()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_picture_that_a_program_made(mode):
+    image, expected = MODES[mode]
+    assert image.mode == mode
+    before = image.tobytes()
+    for result in (pictures.rgb(image), View(SIDE, SIDE)(image)):
+        # Premultiplied colours have lost their lower bits where there is little alpha.
+        assert np.abs(np.asarray(result) - np.asarray(expected, float)).max() <= (2 if mode in ("La", "RGBa") else 1)
+    assert image.tobytes() == before  # the caller's is as it was
+
+
 @pytest.mark.parametrize("kind", any_picture.others())
 def test_no_other_format_is_opened(kind, tmp_path):
     """Whatever its name says: of EPS, for one, Pillow would start Ghostscript."""

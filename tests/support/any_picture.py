@@ -180,6 +180,42 @@ def kinds() -> dict[str, tuple[bytes, np.ndarray]]:
     return made
 
 
+def modes() -> dict[str, tuple[Image.Image, np.ndarray]]:
+    """Pillow's modes, as a program makes them: mode -> (image, float pixels (16, 16, 3))."""
+    made = lambda mode, *bands: Image.frombytes(  # noqa: E731
+        mode, (SIDE, SIDE), np.stack(bands, -1).astype(np.uint8).tobytes()
+    )
+    alpha, deep = ALPHA, GREY * 256 + GREY[::-1]
+    colours = Image.fromarray(INDEX.astype(np.uint8))
+    colours.putpalette(PALETTE.astype(np.uint8).tobytes())
+    with_alpha = colours.convert("PA")
+    with_alpha.putalpha(Image.fromarray(alpha.astype(np.uint8)))
+    premultiplied = np.rint(RGB * alpha[..., None] / 255)
+    inks = (255 - RGB) * (255 - GREY[..., None]) / 255
+    turned = np.stack([GREY * 0, GREY, GREY * 0 + 240], -1)  # a hue of 0: red
+    all_modes = {
+        "1": (Image.fromarray(BIT), grey(255 * BIT)),
+        "L": (made("L", GREY), grey(GREY)),
+        "P": (colours, PALETTE[INDEX]),
+        "PA": (with_alpha, on_white(PALETTE[INDEX], alpha)),
+        "LA": (made("LA", GREY, alpha), on_white(grey(GREY), alpha)),
+        "La": (made("LA", GREY, alpha).convert("La"), on_white(grey(GREY), alpha)),
+        "RGB": (made("RGB", *RGB.T.swapaxes(1, 2)), RGB),
+        "RGBX": (made("RGBX", *RGB.T.swapaxes(1, 2), GREY), RGB),
+        "RGBA": (made("RGBA", *RGB.T.swapaxes(1, 2), alpha), on_white(RGB, alpha)),
+        "RGBa": (made("RGBa", *premultiplied.T.swapaxes(1, 2), alpha), premultiplied + 255 - alpha[..., None]),
+        "CMYK": (made("CMYK", *RGB.T.swapaxes(1, 2), GREY), inks),
+        "YCbCr": (made("YCbCr", GREY, GREY * 0 + 128, GREY * 0 + 128), grey(GREY)),
+        "HSV": (made("HSV", *turned.T.swapaxes(1, 2)), 240 - np.stack([0 * GREY, GREY, GREY], -1) / 255 * 240),
+        "LAB": (made("LAB", GREY * 0 + round(53.585 * 2.55), GREY * 0, GREY * 0), np.full(RGB.shape, 128)),
+        "I": (Image.fromarray(deep.astype(np.int32)), grey(GREY)),
+        "F": (Image.fromarray((GREY / 255).astype(np.float32)), grey(GREY)),
+    }
+    for mode, order in (("I;16", "<"), ("I;16L", "<"), ("I;16B", ">"), ("I;16N", "=")):
+        all_modes[mode] = Image.frombytes(mode, (SIDE, SIDE), deep.astype(order + "u2").tobytes()), grey(GREY)
+    return all_modes
+
+
 def others() -> dict[str, bytes]:
     """What Pillow opens, or might, and the project does not."""
     image = Image.fromarray(RGB.astype(np.uint8))
