@@ -92,7 +92,7 @@ def _by_gathering(canvas_BxCxCx3, first_Bx2xS, weights_Bx2xSxT):
 
 
 def _by_products(canvas_BxCxCx3, first_Bx2xS, weights_Bx2xSxT):
-    """The same by matrix products, which TPUs do far faster than gathering."""
+    """The same by matrix products, for TPUs."""
     offset_Bx2xSxC = jnp.arange(canvas_BxCxCx3.shape[1]) - first_Bx2xS[..., None]
     taps = range(weights_Bx2xSxT.shape[3])
     weights_Bx2xSxC = sum(jnp.where(offset_Bx2xSxC == tap, weights_Bx2xSxT[..., tap, None], 0) for tap in taps)
