@@ -2,15 +2,12 @@
 
 import csv
 import dataclasses
-import io
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image
-
 from rankclip_jax import config as configs
-from rankclip_jax.common.errors import InputError, one_line
-from rankclip_jax.common.pictures import ENDINGS
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.pictures import ENDINGS, opened
 
 _SHARDS = {".tar": "webdataset", ".tfrecord": "tfrecord", ".tfrecords": "tfrecord", ".parquet": "parquet"}
 
@@ -81,10 +78,4 @@ def _shards(pattern: str, kind: str, image_key: str | None) -> Pictures:
     source = sources.open_source(spec, pattern, image_side=0)
     read = encoded_images.reader(source)
 
-    def image(i: int) -> Image.Image:
-        try:
-            return Image.open(io.BytesIO(read(i)))
-        except OSError as error:
-            raise InputError(one_line(error)) from None
-
-    return Pictures(source.size, source.where, image)
+    return Pictures(source.size, source.where, lambda i: opened(read(i)))
