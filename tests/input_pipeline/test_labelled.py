@@ -7,7 +7,6 @@ import tarfile
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from ml_collections import ConfigDict
 from PIL import Image
 
 from input_pipeline import labelled, pipeline
