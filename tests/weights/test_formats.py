@@ -382,7 +382,8 @@ def test_prefixes_of_wrappers_are_stripped(tmp_path, rename, layout):
 
 def test_what_lies_beside_the_model_is_left_out_and_two_models_are_refused(tmp_path, state):
     held = {f"model.{k}": v for k, v in state.items()}
-    save(tmp_path / "a.safetensors", held | {"metric.total": np.zeros(3, np.float32)})
+    beside = {"metric.total": np.zeros(3, np.float32), "loss.logit_scale": np.zeros((), np.float32)}
+    save(tmp_path / "a.safetensors", held | beside)
     assert_same(read(tmp_path / "a.safetensors")[1], variables(VIT))
     save(tmp_path / "b.safetensors", held | {f"teacher.{k}": v for k, v in state.items()})
     with pytest.raises(ValueError, match=r"b\.safetensors: holds several models: model\., teacher\.; save the one"):
