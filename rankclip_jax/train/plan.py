@@ -6,6 +6,7 @@ Where a GPU's is not installed, the step is compiled for as many fake CPU device
 those of the GPU, the rest is an estimate, since XLA fuses and sums otherwise there.
 """
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -33,7 +34,10 @@ def plan(config: ConfigDict) -> dict:
     if not targets.has_compiler(target.platform):
         print(f"estimated by the CPU's compiler; for the GPU's own: {targets.HOW_TO_INSTALL['gpu']}", flush=True)
     whole = compile_step(config, target)
-    half = compile_step(_with_batch(config, config.batch_size // 2), target) if "error" not in whole else whole
+    half = whole
+    if "error" not in whole:
+        with contextlib.suppress(InputError):  # half a batch may not divide over the devices: no largest batch is said
+            half = compile_step(_with_batch(config, config.batch_size // 2), target)
     numbers = summary(config, target, whole, half)
     print("\n".join(lines(config, target, numbers)))
     return numbers

@@ -46,9 +46,9 @@ def learning_rate(config_optim: ConfigDict, total_steps: int, steps_per_epoch: i
 
 
 def free_until(config_optim: ConfigDict, total_steps: int, steps_per_epoch: int | None = None) -> float:
-    """The number of first updates whose rates do not depend on total_steps: the rates before the fall, and its first.
+    """The number of first updates whose rates do not depend on total_steps: those before the fall, and its first.
 
-    A run that has done at most so many steps can be given more, and is then what a longer run would have been.
+    A run that has done at most so many steps can be given more: it is then what a longer run would have been.
     """
     config, after_warmup = config_optim, config_optim.warmup_steps + 1
     if config.recipe == "released":

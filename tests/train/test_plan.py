@@ -158,6 +158,14 @@ def test_the_plan_of_a_small_run(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch, target", [(2, "2xH100"), (8, "8xH100")])
+def test_a_batch_that_cannot_be_halved_has_a_plan(capsys, batch, target):
+    numbers = plan.plan(complete(SMALL | {"batch_size": batch, "plan": {"target": target}}))
+    assert numbers["peak_gib"] > numbers["states_gib"] > 0 and "largest_batch" not in numbers
+    assert "memory a device" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which compiles for TPUs")
 @pytest.mark.parametrize("sharding", [None, "fsdp"])
 def test_a_step_compiles_for_a_tpu_slice_and_fits(sharding):
