@@ -1,10 +1,13 @@
 """The interface of a source: samples by row number, so that the pipeline can shuffle and resume at no cost."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
+
+from rankclip_jax.common.json_rows import find, strings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,29 @@ def read_captions(read: Callable, size: int, limit: int = 1_000_000) -> Iterator
         yield from (caption.decode(errors="replace") for caption in captions)
 
 
-def require(condition: tf.Tensor, message: str) -> None:
+def captions_in_json(text: tf.Tensor, path: str | None) -> tf.Tensor:
+    """The captions, string (n,), at a path of a JSON text (json_rows.find); None: all of it. Else a bad row."""
+
+    @tf.autograph.experimental.do_not_convert
+    def parse(data):
+        found, reason = [], ""
+        try:
+            value = json.loads(np.asarray(data, object).item())
+            found = strings(find(value, path) if path else value)
+        except KeyError:
+            keys = f" (its keys: {', '.join(value)})" if isinstance(value, dict) else ""
+            reason = f"no {path} in the JSON{keys}"
+        except (ValueError, RecursionError) as error:
+            reason = f"no caption in the JSON: {error}"
+        # An exception here would print its traceback for every bad row.
+        return np.array([caption.encode() for caption in found] or [b""], object), reason[:200].encode()
+
+    captions, reason = tf.numpy_function(parse, [text], (tf.string, tf.string))
+    require(tf.strings.length(reason) == 0, reason)
+    return tf.ensure_shape(captions, (None,))
+
+
+def require(condition: tf.Tensor, message: str | tf.Tensor) -> None:
     """Makes the current row a bad one, with `message` as the reason, unless `condition` holds."""
     tf.debugging.Assert(condition, [message])
 
