@@ -138,14 +138,15 @@ def checkpoint() -> Iterator[dict]:
     import jax
 
     from rankclip_jax.common.trees import by_name
-    from rankclip_jax.weights.checkpoint import Checkpoints, restore
+    from rankclip_jax.weights.checkpoint import restore
+    from rankclip_jax.weights.saving import Checkpoints
 
     config, state, train, batches = tiny("ViT", "float32", "auto", jax.devices()[0])
     state, _ = train(state, batches[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     with tempfile.TemporaryDirectory() as folder:
         saving = Checkpoints(folder, config.checkpoint)
-        saving.save(1, state, 32, {})
+        saving.save(1, state, 32)
         saving.close()
         read = restore(folder, config.checkpoint, abstract)
     saved, got = by_name(state), by_name(read.state)

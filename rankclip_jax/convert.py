@@ -32,7 +32,8 @@ def main() -> None:
         help="of weights without a config: quick_gelu (OpenAI, RankCLIP; default) or gelu",
     )
     flags = parser.parse_args()
-    if not os.environ.get("JAX_PLATFORMS"):  # nothing is computed; an accelerator need not be free
+    # Nothing is computed, so an accelerator need not be free. (JAX makes its options as it starts, unseen by mypy.)
+    if not jax.config.jax_platforms:  # type: ignore[attr-defined]
         jax.config.update("jax_platforms", "cpu")
     with commands.exit_codes():
         try:

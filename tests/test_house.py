@@ -18,7 +18,7 @@ MAY = {
     "figures": ("common",),
     "weights": ("models", "parallel", "config", "common"),
     "input_pipeline": ("common", "config"),
-    "evaluation": ("losses", "config", "common", "figures"),
+    "evaluation": ("losses", "parallel", "config", "common", "figures"),
     "inference": ("weights", "models", "parallel", "evaluation", "figures", "config", "common"),
     "train": ("evaluation", "weights", "figures", "parallel", "models", "losses", "config", "common"),
     "report": ("evaluation", "figures", "config", "common"),

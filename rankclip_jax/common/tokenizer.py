@@ -2,7 +2,7 @@
 
 import html
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import ftfy
@@ -10,8 +10,10 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from rankclip_jax.common import hub
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.files import write_whole
+from rankclip_jax.common.foreign_files import beginning, read_json, refuse_stand_in
 
 PAD, START, END = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
 # Characters that one token stands for at most. So much of a caption is looked at for each token of the context:
@@ -32,46 +34,52 @@ class Tokenizer:
     Threads may share one: training and evaluation batches do.
 
     Attributes:
-      vocab_size: number of ids.
+      vocab_size: the highest id + 1.
       start_id, eot_id: ids of the start token, and of the end-of-text token, at whose first place the text tower pools.
     """
 
     def __init__(self, hf: tokenizers.Tokenizer):
+        """Adds start and end around every text where `hf` does not. Raises InputError without such tokens."""
         # A file's own truncation and padding are settings of the shared object, which two threads with different
         # lengths would change under each other; the layout is made in __call__ instead, and faster.
         hf.no_truncation()
         hf.no_padding()
         self._hf = hf
-        self.vocab_size = hf.get_vocab_size()
+        self.vocab_size = max(hf.get_vocab().values(), default=-1) + 1
         start, end = hf.token_to_id(START), hf.token_to_id(END)
         if start is None or end is None:
             raise InputError(f"the tokenizer has no {START} or no {END} token; CLIP's text tower needs both")
         self.start_id, self.eot_id = start, end
+        if end not in hf.encode("").ids:  # the tower would pool every text at its first token
+            hf.post_processor = _start_and_end(start, end)
+        text = hf.encode("a", add_special_tokens=False).ids
+        if hf.encode("a").ids.index(end) < len(text):
+            raise InputError(f"the tokenizer puts {END} before a text's end, and CLIP's text tower pools at the first")
 
     @classmethod
-    def load(cls, path: str) -> "Tokenizer":
-        """Reads a tokenizer.json by path, or fetches it from the Hugging Face hub by its id.
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Reads a tokenizer.json, a folder of one or of vocab.json and merges.txt, or a hub id's.
 
         Raises:
           InputError: no such file or id, or not a tokenizer with start and end tokens.
         """
-        if Path(path).is_file():
-            try:
-                return cls(tokenizers.Tokenizer.from_file(str(path)))
-            except InputError as error:
-                raise InputError(f"{path}: {error}") from None
-            except Exception as error:  # tokenizers raises bare Exception on a file that it cannot read
-                raise InputError(
-                    f"{path} is not a tokenizer.json of Hugging Face tokenizers: {one_line(error)}"
-                ) from None
-        if path.endswith(".json") or path.startswith((".", "/")):
-            raise InputError(f"tokenizer: no file {path}; give a tokenizer.json or a hub id")
+        file = Path(path).expanduser()
+        if not file.exists():
+            if not hub.is_id(str(path)):
+                raise InputError(f"tokenizer: no file {path}; give a tokenizer.json, its folder, or a hub id ORG/NAME")
+            file = hub.fetch(str(path), _needed)
+        if file.name in ("vocab.json", "merges.txt"):
+            file = file.parent
         try:
-            return cls(tokenizers.Tokenizer.from_pretrained(path))
-        except Exception as error:  # whatever the hub client's version raises
-            raise InputError(
-                f"tokenizer: {path!r} is no file and could not be fetched from the hub ({one_line(error)})"
-            ) from None
+            if file.is_dir() and "tokenizer.json" in _needed([found.name for found in file.iterdir()]):
+                file = file / "tokenizer.json"
+            return cls(_of_vocabulary(file) if file.is_dir() else _of_json(file))
+        except InputError as error:
+            raise InputError(str(error) if str(error).startswith(str(file)) else f"{file}: {error}") from None
+        except Exception as error:  # tokenizers raises bare Exception on a file that it cannot read
+            kind = "tokenizer.json" if file.is_file() else "folder of a tokenizer"
+            begins = beginning(file) if file.is_file() else ""
+            raise InputError(f"{file} is not a {kind} of Hugging Face tokenizers{begins}: {one_line(error)}") from None
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -89,11 +97,7 @@ class Tokenizer:
         hf.train_from_iterator((clean(c) for c in captions), trainer)
         # Last, so that it has the highest id, as in OpenAI's vocabulary: code that pools at the highest id works.
         hf.add_special_tokens([END])
-        start, end = hf.token_to_id(START), hf.token_to_id(END)
-        hf.post_processor = processors.TemplateProcessing(
-            single=f"{START} $A {END}", special_tokens=[(START, start), (END, end)]
-        )
-        return cls(hf)
+        return cls(hf)  # which adds both around every text
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
@@ -131,3 +135,66 @@ class Tokenizer:
     def lengths(self, texts: list[str]) -> np.ndarray:
         """Returns how many tokens each text has, start and end included: int32 (len(texts),)."""
         return np.array([len(e.ids) for e in self._hf.encode_batch_fast([clean(t) for t in texts])], np.int32)
+
+    def highest_id(self) -> int:
+        """The highest id of a text, unless that spells out an added token, such as <|image|>."""
+        added = {token.content for token in self._hf.get_added_tokens_decoder().values()} - {START, END}
+        return max(id for token, id in self.vocabulary().items() if token not in added)
+
+    def within(self, size: int) -> "Tokenizer":
+        """This one without the added tokens of ids from `size` on: what spells them in a text is ordinary text."""
+        described = self.to_dict()
+        added = described["added_tokens"]
+        described["added_tokens"] = [token for token in added if token["id"] < size]
+        return self if described["added_tokens"] == added else Tokenizer.from_json(json.dumps(described))
+
+
+def files_of_tokenizer(names: Collection[str]) -> list[str]:
+    """Those among a folder's files that make its tokenizer; empty if there are none."""
+    if "tokenizer.json" in names:
+        return ["tokenizer.json"]
+    if {"vocab.json", "merges.txt"} <= set(names):
+        return [name for name in ("vocab.json", "merges.txt", "added_tokens.json") if name in names]
+    return []
+
+
+def _needed(names: Collection[str]) -> list[str]:
+    if not (needed := files_of_tokenizer(names)):
+        raise InputError("no tokenizer. Expected tokenizer.json, or vocab.json and merges.txt")
+    return needed
+
+
+def _of_json(file: Path) -> tokenizers.Tokenizer:
+    refuse_stand_in(file)
+    return tokenizers.Tokenizer.from_file(str(file))
+
+
+def _of_vocabulary(folder: Path) -> tokenizers.Tokenizer:
+    """Byte-level BPE of vocab.json and merges.txt: CLIP's where words end in </w>, otherwise GPT-2's."""
+    vocabulary = read_json(folder / "vocab.json")
+    refuse_stand_in(folder / "merges.txt")
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    if any(token.endswith("</w>") for token in vocabulary):
+        hf = tokenizers.Tokenizer(models.BPE.from_file(*files, end_of_word_suffix="</w>", unk_token=END))
+        blanks = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+        # As Python's lower(), which OpenAI's code calls, has it at the end of a word.
+        sigma = normalizers.Replace(tokenizers.Regex(r"(?<=\p{L})Σ(?!\p{L})"), "ς")
+        hf.normalizer = normalizers.Sequence([normalizers.NFC(), blanks, sigma, normalizers.Lowercase()])
+        words = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+        split = pre_tokenizers.Split(tokenizers.Regex(words), behavior="removed", invert=True)
+        hf.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    else:
+        hf = tokenizers.Tokenizer(models.BPE.from_file(*files))
+        hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.decoder = decoders.ByteLevel()
+    later = folder / "added_tokens.json"
+    added = read_json(later) if later.exists() else {}
+    hf.add_special_tokens([token for token in (START, END) if token in vocabulary])
+    hf.add_special_tokens(sorted(added, key=lambda token: added[token]))
+    if wrong := [token for token in added if hf.token_to_id(token) != added[token]]:
+        raise InputError(f"{later}: {wrong[0]} has id {added[wrong[0]]}, which does not follow the vocabulary's")
+    return hf
+
+
+def _start_and_end(start: int, end: int) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=[(START, start), (END, end)])

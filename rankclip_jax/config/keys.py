@@ -26,6 +26,10 @@ from rankclip_jax.config.key import (
 # model.attention change trained numbers only by rounding; the others not at all.
 MAY_CHANGE = ("log_every", "eval", "checkpoint", "plan", "profile", "study", "mesh", "sharding", "model.attention")
 
+# Values of keys that a stored configuration lacks, because it is older than they are, where its run did not behave as
+# today's default does. So that old workdirs resume as they began.
+BEFORE: dict[str, Any] = {}
+
 # Listed here so that reading a configuration does not import JAX; a test compares them with rankclip_jax/losses.
 OBJECTIVES = ("clip", "rankclip", "rank", "siglip", "cyclip")
 SCHEDULES = ("ramp", "constant")
@@ -200,6 +204,8 @@ KEYS = dict(
         max_bad_fraction=real(0.1, 0, 1),  # stop when the share of unusable samples exceeds this
     ),
     eval=dict(
+        # images or texts at a time, over all devices; None: the training batch, at most 256 a device
+        batch_size=integer(None, 1),
         every_epochs=integer(1, 1),  # epochs between zero-shot evaluations during training
         # rank agreement, gradient cosine, modality gap ... on the first validation batch
         diagnostics=boolean(False),

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.trees import flatten
 from rankclip_jax.config.key import Key, integer, real
-from rankclip_jax.config.keys import EVAL_SETS, KEYS, MAY_CHANGE, MIXTURE_PART, SCHEDULES, TERMS, defaults
+from rankclip_jax.config.keys import BEFORE, EVAL_SETS, KEYS, MAY_CHANGE, MIXTURE_PART, SCHEDULES, TERMS, defaults
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -63,11 +63,21 @@ def stored(workdir: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     """
     path = Path(workdir) / "config.json"
     try:
-        return complete(override(json.loads(path.read_text()), overrides))
+        return complete(override(completed(json.loads(path.read_text())).to_dict(), overrides))
     except FileNotFoundError:
         raise InputError(f"{workdir} holds no run (no config.json); give --config FILE to start one") from None
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); bring it back from a copy, or give --config FILE") from None
+
+
+def completed(stored: Mapping) -> ConfigDict:
+    """The configuration of a run that may be older than some keys: these have the value of its time (keys.BEFORE).
+
+    Raises: as `complete`.
+    """
+    known = flatten(stored)
+    older = {key: value for key, value in BEFORE.items() if key not in known}
+    return complete(override(json.loads(json.dumps(stored)), [f"{key}={value!r}" for key, value in older.items()]))
 
 
 def override(config: dict, overrides: Sequence[str]) -> dict:
@@ -96,10 +106,9 @@ def complete(config: Mapping) -> ConfigDict:
     """
     merged = ConfigDict(_merged(KEYS, config, "config"))
     with merged.ignore_type():
-        for kind, fields in EVAL_SETS.items():
+        for kind in EVAL_SETS:
             for name, given in merged.eval[kind].items():
-                where = f"config.eval.{kind}.{name}"
-                merged.eval[kind][name] = ConfigDict(_merged(fields, _group(given, where), where))
+                merged.eval[kind][name] = eval_set(kind, given, f"config.eval.{kind}.{name}")
         for split in ("train", "val"):
             if isinstance(merged.data[split], Mapping | ConfigDict):
                 merged.data[split] = _mixture(merged.data[split], f"config.data.{split}")
@@ -119,6 +128,11 @@ def complete(config: Mapping) -> ConfigDict:
             "has none. Use another objective, or add config.loss.terms.clip=1.0"
         )
     return merged
+
+
+def eval_set(kind: str, given: Mapping, where: str | None = None) -> ConfigDict:
+    """The fields of one set of config.eval.KIND, complete and checked; raises as `complete` does."""
+    return ConfigDict(_merged(EVAL_SETS[kind], given, where or f"config.eval.{kind}"))
 
 
 def _term_weight(weight: Any, term: str) -> float | ConfigDict:

@@ -1,6 +1,6 @@
 """Evaluations of a trained model, shared by the trainer and --mode=eval."""
 
-from rankclip_jax.evaluation.run import KINDS, Encoder, due, evaluate
+from rankclip_jax.evaluation.run import KINDS, Encoder, Sets, agreed, due, evaluate, one_set, open_sets
 from rankclip_jax.evaluation.tables import flat, text
 
-__all__ = ["KINDS", "Encoder", "due", "evaluate", "flat", "text"]
+__all__ = ["KINDS", "Encoder", "Sets", "agreed", "due", "evaluate", "flat", "one_set", "open_sets", "text"]

@@ -3,21 +3,24 @@
 A set that cannot be opened does not stop the others: `missing` says which one, where it was expected and how to get it.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.progress import progress
 from rankclip_jax.evaluation import geometry, linear_probe, prompts, retrieval, robustness, suite, zero_shot
 from rankclip_jax.evaluation.artifacts import Artifacts
+from rankclip_jax.parallel import processes
 
 KINDS = ("zero_shot", "retrieval", "linear_probe", "geometry")
 
@@ -46,48 +49,99 @@ def due(config: ConfigDict, epoch: int, last: bool) -> tuple[str, ...]:
     return tuple(kind for kind in KINDS if every[kind] and (last or epoch % every[kind] == 0))
 
 
-def evaluate(config: ConfigDict, encoder: Encoder, *, kinds: Sequence[str] = KINDS, folder: Path | None = None) -> dict:
-    """Results by kind and set: {"zero_shot": {name: numbers}, "retrieval": ..., "missing": {"kind/name": reason}}.
+class Sets(NamedTuple):
+    """Evaluation sets, opened: kind -> name -> (its fields of config.eval, what input_pipeline.labelled made of it).
 
-    Args:
-      config: config.eval.
-      kinds: which of KINDS to run; robustness comes with zero_shot.
-      folder: for the report's files (evaluation/artifacts.py); None: writes none.
+    `missing`: "kind/name" -> why a set could not be opened, in one line.
+    """
+
+    opened: dict[str, dict[str, tuple[ConfigDict, Any]]]
+    missing: dict[str, str]
+
+
+def open_sets(config: ConfigDict, image_side: int, kinds: Sequence[str] = KINDS) -> Sets:
+    """Opens every set that config.eval names for `kinds`. One that cannot be opened does not stop the others.
+
+    Raises:
+      InputError: config.eval.suite is wrong.
     """
     from input_pipeline import labelled
 
-    artifacts, results, missing = Artifacts(folder), {}, {}
-
-    def each(kind, specs, open_set, compute):
-        rows = {}
+    openers = {
+        "zero_shot": (suite.zero_shot_sets(config), labelled.open_labelled),
+        "retrieval": (config.retrieval, labelled.open_captioned),
+        "linear_probe": (config.linear_probe, labelled.open_train_and_test),
+        "geometry": (config.geometry, labelled.open_captioned),
+    }
+    sets = Sets({kind: {} for kind in kinds}, {})
+    for kind in kinds:
+        specs, open_set = openers[kind]
         for name, spec in specs.items():
-            try:
-                rows[name] = compute(name, spec, open_set(spec, image_side=encoder.image_side))
-            except InputError as error:
-                missing[f"{kind}/{name}"] = str(error)
-        return rows
+            with one_set(f"{kind}/{name}", sets.missing):
+                found = open_set(spec, image_side=image_side)
+                sets.opened[kind][name] = spec, (found, prompts_of(name, spec, found)) if kind == "zero_shot" else found
+        sets.opened[kind] = _without(sets.missing, kind, sets.opened[kind])
+    return sets
+
+
+def evaluate(
+    config: ConfigDict, encoder: Encoder, sets: Sets, *, kinds: Sequence[str] = KINDS, folder: Path | None = None
+) -> dict:
+    """Results by kind and set: {"zero_shot": {name: numbers}, "retrieval": ..., "missing": {"kind/name": reason}}.
+
+    A set whose evaluation fails is missing, with the reason, and the others are evaluated all the same.
+
+    Args:
+      config: config.eval.
+      sets: as `open_sets` gives them, for at least these kinds.
+      kinds: which of KINDS to run; robustness comes with zero_shot.
+      folder: for the report's files (evaluation/artifacts.py); None: writes none.
+    """
+    artifacts, results, missing = Artifacts(folder), {}, {}
+    missing |= {name: why for name, why in sets.missing.items() if name.split("/")[0] in kinds}
+
+    def each(kind, compute):
+        rows = {}
+        for name, (spec, found) in sets.opened[kind].items():
+            with one_set(f"{kind}/{name}", missing):
+                rows[name] = compute(name, spec, found)
+        return _without(missing, kind, rows)
 
     if "zero_shot" in kinds:
-        # All are opened before any is evaluated: the robustness reference set needs the classes of the others.
-        sets = each("zero_shot", suite.zero_shot_sets(config), labelled.open_labelled, _with_prompts)
-        results |= _zero_shot(config.robustness, encoder, sets, artifacts, missing)
+        found = {name: found for name, (_, found) in sets.opened["zero_shot"].items()}
+        results |= _zero_shot(config.robustness, encoder, found, artifacts, missing)
     if "retrieval" in kinds:
-        results["retrieval"] = each(
-            "retrieval", config.retrieval, labelled.open_captioned, functools.partial(_retrieval, encoder, artifacts)
-        )
+        results["retrieval"] = each("retrieval", functools.partial(_retrieval, encoder, artifacts))
     if "linear_probe" in kinds:
-        results["linear_probe"] = each(
-            "linear_probe", config.linear_probe, labelled.open_train_and_test, functools.partial(_linear_probe, encoder)
-        )
+        results["linear_probe"] = each("linear_probe", functools.partial(_linear_probe, encoder))
     if "geometry" in kinds:
-        results["geometry"] = each(
-            "geometry", config.geometry, labelled.open_captioned, functools.partial(_geometry, encoder, artifacts)
-        )
+        results["geometry"] = each("geometry", functools.partial(_geometry, encoder, artifacts))
     return results | {"missing": missing}
 
 
-def _with_prompts(name, spec, found):
-    return found, prompts_of(name, spec, found)
+@contextlib.contextmanager
+def one_set(name: str, missing: dict[str, str]) -> Iterator[None]:
+    """What fails inside, of whatever kind, costs this set alone: hours of training hang on it.
+
+    It is missing in all processes then; those where it did not fail say so.
+    """
+    why = None
+    try:
+        yield
+    except InputError as error:
+        why = str(error)
+    except Exception as error:
+        why = one_line(error, kind=True)
+    failed = [index for index, bad in enumerate(processes.of_all(why is not None)) if bad]
+    if why and not processes.is_first():
+        print(f"process {jax.process_index()}: {name}: {why}", file=sys.stderr, flush=True)
+    if failed:
+        missing[name] = why or f"failed in process {failed[0]}, whose log says why"
+
+
+def _without(missing: Mapping[str, str], kind: str, rows: dict) -> dict:
+    """What other processes failed at, is no result here."""
+    return {name: row for name, row in rows.items() if f"{kind}/{name}" not in missing}
 
 
 def prompts_of(name: str, spec: ConfigDict, found: Any) -> prompts.Prompts:
@@ -103,13 +157,34 @@ def prompts_of(name: str, spec: ConfigDict, found: Any) -> prompts.Prompts:
 def _encoded(encoder: Encoder, source: Any, what: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Batches (embeddings (n, D), labels (n,), rows (n,)) that contain every usable sample of all processes once."""
     with progress(what, source.size) as bar:
-        for batch in encoder.batches(source):
+        for batch in agreed(encoder.batches(source)):
             parts = encoder.images(batch), batch["label"], batch["row"], batch["mask"]
             if jax.process_count() > 1:
                 parts = jax.tree.map(np.concatenate, multihost_utils.process_allgather(parts))
             z, labels, rows, mask = parts
             bar.update(int(mask.sum()))
             yield z[mask], labels[mask], rows[mask]
+
+
+def agreed(batches: Iterator[dict]) -> Iterator[dict]:
+    """The batches of this process, as long as every process has its own: else all of them stop, and none waits.
+
+    Raises what reading raises here; InputError in the other processes.
+    """
+    error = None
+    while True:
+        try:
+            batch = next(batches, None)
+        except Exception as raised:
+            batch, error = None, raised
+        states = processes.of_all(2 if error else batch is not None)
+        if error:
+            raise error
+        if 2 in states:
+            raise InputError("another process could not read its share of the set; its log says why")
+        if batch is None:
+            return
+        yield batch
 
 
 def _all_encoded(encoder, source, what):
@@ -123,41 +198,47 @@ def _all_encoded(encoder, source, what):
 
 
 def _zero_shot(config: ConfigDict, encoder: Encoder, sets: dict, artifacts: Artifacts, missing: dict) -> dict:
-    known, results, on_shared = {}, {}, {}
+    known: dict = {}
+    results: dict[str, dict] = {}
+    on_shared: dict[str, float] = {}
     shifted = {name: sets[name] for name in config.shifted if name in sets}
     for name, (found, classes) in sets.items():
-        z_CxD = zero_shot.class_embeddings(encoder.texts, classes.names, classes.templates, known)
-        counter, subsets = zero_shot.ZeroShot(z_CxD), {}
-        if name == config.reference:
-            for other, (_, their) in shifted.items():
-                shared = robustness.shared_classes(classes.keys, their.keys)
-                if shared is None:  # the two number their classes differently: compare names
-                    shared = robustness.shared_classes(classes.names, their.names)
-                if shared is not None:
-                    place = np.full(len(classes.keys), -1)
-                    place[shared] = np.arange(len(shared))
-                    subsets[other] = place, zero_shot.ZeroShot(z_CxD[shared])
-        for z, labels, _ in _encoded(encoder, found.source, name):
-            labels = classes.class_of_label[labels]
-            kept = labels >= 0  # a protocol may exclude classes
-            counter.add(z[kept], labels[kept])
-            for place, sub in subsets.values():
-                inside = kept & (place[labels] >= 0)
-                sub.add(z[inside], place[labels[inside]])
-        try:
-            results[name] = counter.results()
-            on_shared |= {other: sub.results()["top1"] for other, (_, sub) in subsets.items()}
-        except ValueError as error:
-            missing[f"zero_shot/{name}"] = str(error)
-            continue
-        artifacts.confusion(name, classes.names, counter.confusion_CxC)
+        with one_set(f"zero_shot/{name}", missing):
+            z_CxD = zero_shot.class_embeddings(encoder.texts, classes.names, classes.templates, known)
+            counter = zero_shot.ZeroShot(z_CxD)
+            subsets = _shared(classes, z_CxD, shifted) if name == config.reference else {}
+            for z, labels, _ in _encoded(encoder, found.source, name):
+                labels = classes.class_of_label[labels]
+                kept = labels >= 0  # a protocol may exclude classes
+                counter.add(z[kept], labels[kept])
+                for place, sub in subsets.values():
+                    inside = kept & (place[labels] >= 0)
+                    sub.add(z[inside], place[labels[inside]])
+            results[name] = _checked(counter.results)
+            on_shared |= {other: _checked(sub.results)["top1"] for other, (_, sub) in subsets.items()}
+            artifacts.confusion(name, classes.names, counter.confusion_CxC)
     baselines = robustness.read_baselines(config.baselines) if config.baselines else {}
+    results = _without(missing, "zero_shot", results)
     rows = {
         name: robustness.table_row(results[name]["top1"], on_shared[name], baselines.get(name))
         for name in on_shared
         if name in results
     }
     return {"zero_shot": results, "robustness": rows}
+
+
+def _shared(classes: prompts.Prompts, z_CxD: np.ndarray, shifted: dict) -> dict:
+    """Per shifted set: the place of each class among those that the two share, and a counter of these."""
+    subsets = {}
+    for other, (_, their) in shifted.items():
+        shared = robustness.shared_classes(classes.keys, their.keys)
+        if shared is None:  # the two number their classes differently: compare names
+            shared = robustness.shared_classes(classes.names, their.names)
+        if shared is not None:
+            place = np.full(len(classes.keys), -1)
+            place[shared] = np.arange(len(shared))
+            subsets[other] = place, zero_shot.ZeroShot(z_CxD[shared])
+    return subsets
 
 
 def _checked(compute):

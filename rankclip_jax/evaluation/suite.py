@@ -9,7 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.config.keys import ZERO_SHOT_SET
+from rankclip_jax.config import eval_set
 
 # Set -> (builder and split of tensorflow-datasets, None if there is no working one; name at CLIP_benchmark).
 SETS = {
@@ -53,8 +53,7 @@ def zero_shot_sets(config: ConfigDict) -> dict[str, ConfigDict]:
 
 def _spec(name: str, data_dir: Path) -> ConfigDict:
     tfds, theirs = SETS[name]
-    spec = ConfigDict(ZERO_SHOT_SET)
-    spec.protocol = "openai"
+    spec = eval_set("zero_shot", {"protocol": "openai"})
     if tfds and not (data_dir / name).exists() and (data_dir / tfds.split(":")[0]).exists():
         spec.format, spec.path, spec.data_dir = "tfds", tfds, str(data_dir)
         return spec

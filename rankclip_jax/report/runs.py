@@ -38,7 +38,8 @@ class Run:
 
     def points(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of a metric, finite ones."""
-        return [(row["step"], row[key]) for row in self.rows if key in row and np.isfinite(row[key])]
+        found = [(row["step"], row.get(key)) for row in self.rows]
+        return [(step, value) for step, value in found if isinstance(value, int | float) and np.isfinite(value)]
 
 
 def read_run(workdir: str | Path) -> Run:

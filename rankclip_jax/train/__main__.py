@@ -52,7 +52,8 @@ def main() -> None:
         if not flag.startswith("--config."):
             parser.error(f"unknown flag {flag}")
     if not (flags.config or flags.workdir):
-        parser.error("give --config FILE, or the --workdir of a run")
+        if flags.mode != "eval":  # which can do with config.eval.model alone
+            parser.error("give --config FILE, or the --workdir of a run")
     _keep_freed_memory()
     commands.quiet_tensorflow()
     with commands.exit_codes("stopped; the same command resumes from the last checkpoint"):
@@ -60,14 +61,18 @@ def main() -> None:
 
 
 def _run(flags: argparse.Namespace, overrides: list[str]) -> None:
-    workdir = flags.workdir or Path("runs") / Path(flags.config.partition(":")[0]).stem
+    workdir = flags.workdir or (flags.config and Path("runs") / Path(flags.config.partition(":")[0]).stem)
+    workdir = workdir and Path(workdir)
     try:
         if "://" in str(workdir):
             raise InputError(
                 f"--workdir={workdir}: metrics and TensorBoard need a folder of this machine, or one that is mounted; "
                 "for checkpoints in a bucket set --config.checkpoint.folder=gs://BUCKET/RUN"
             )
-        settings = config.load(flags.config, overrides) if flags.config else config.stored(workdir, overrides)
+        if flags.mode == "eval":
+            settings = evaluate.settings(flags.config, workdir, overrides)
+        else:
+            settings = config.load(flags.config, overrides) if flags.config else config.stored(workdir, overrides)
         if flags.mode != "plan":
             processes.start(flags.coordinator, flags.num_processes, flags.process_id)
         if flags.mode == "plan":

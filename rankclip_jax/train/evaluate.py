@@ -6,7 +6,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+from optax import identity
 
+from rankclip_jax import config as configs
 from rankclip_jax import evaluation
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
@@ -15,50 +17,79 @@ from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.evaluation import artifacts
 from rankclip_jax.models import images
 from rankclip_jax.parallel import sharding
-from rankclip_jax.train import optim
 from rankclip_jax.train import step as steps
+from rankclip_jax.train import workdir as workdirs
 from rankclip_jax.train.session import Session
 from rankclip_jax.weights import checkpoint, pretrained
 
 
-def evaluate(config: ConfigDict, workdir: str | Path) -> dict:
+def evaluate(config: ConfigDict, workdir: str | Path | None) -> dict:
     """Evaluates the workdir's best (or newest) checkpoint, or config.eval.model.
 
-    Prints tables, writes WORKDIR/eval.json ({"step", "zero_shot": {set: numbers}, ..., "missing": {"kind/set":
-    reason}}) and WORKDIR/eval/ for the report.
+    Prints tables. With a workdir, writes WORKDIR/eval.json ({"step", "zero_shot": {set: numbers}, ..., "missing":
+    {"kind/set": reason}}) and WORKDIR/eval/ for the report.
+
+    Args:
+      config: of a workdir's run, its own (`settings`).
 
     Raises:
       InputError: there is nothing to evaluate, or nothing to evaluate on.
     """
-    workdir = Path(workdir)
-    session, state = _workdir(config, workdir) if config.eval.model is None else _model(config)
-    step = int(state.step)
-    folder = workdir / "eval" if jax.process_index() == 0 else None
-    if folder:
-        Owned(workdir, "eval").claim(["eval.json", *(f"eval/{name}" for name in artifacts.names(config.eval))])
-    results = evaluation.evaluate(config.eval, session.encoder(state), folder=folder)
+    if config.eval.model is not None:
+        session, state = _model(config)
+    elif workdir is not None:
+        session, state = _workdir(config, Path(workdir))
+    else:
+        raise InputError("nothing to evaluate: give the --workdir of a run, or --config.eval.model=PATH")
+    step, folder = int(state.step), None
+    if workdir and jax.process_index() == 0:
+        names = ["eval.json", *(f"eval/{name}" for name in artifacts.names(config.eval))]
+        Owned(workdir, "eval").claim(names)
+        folder = Path(workdir) / "eval"
+    sets = evaluation.open_sets(config.eval, session.side)
+    results = evaluation.evaluate(config.eval, session.encoder(state), sets, folder=folder)
     if not any(results[kind] for kind in evaluation.KINDS):
         raise InputError("; ".join(results["missing"].values()) or "config.eval names no set to evaluate on")
-    if jax.process_index() == 0:
-        write_whole(workdir / "eval.json", json.dumps({"step": step, **results}, indent=2) + "\n")
-        print(f"{config.eval.model or f'step {step} of {workdir}'}\n{evaluation.text(results)}", end="")
+    if folder:
+        write_whole(folder.parent / "eval.json", json.dumps({"step": step, **results}, indent=2) + "\n")
+    print(f"{config.eval.model or f'step {step} of {workdir}'}\n{evaluation.text(results)}", end="")
     return results
 
 
-def _workdir(config, workdir):
+def settings(spec: str | None, workdir: Path | None, overrides: list[str]) -> ConfigDict:
+    """The configuration of an evaluation: that of the workdir's run, with the evaluations of `spec` and `overrides`.
+
+    Args:
+      spec: as `config.load`; None: the workdir's own, or the defaults where config.eval.model is evaluated.
+
+    Raises:
+      InputError: another model, tokenizer, objective or view than the run's is asked for; or what is not there.
+    """
+    old = workdirs.stored_config(workdir) if workdir else None
+    if spec:
+        given = configs.load(spec, overrides)
+    elif old is not None:
+        given = configs.complete(configs.override(old.to_dict(), overrides))
+    else:
+        given = configs.complete(configs.override({}, overrides))
+    if old is not None and workdir and given.eval.model is None:
+        workdirs.check_same_config(workdir, old, given)
+    return given
+
+
+def _workdir(config: ConfigDict, workdir: Path) -> tuple[Session, steps.TrainState]:
     if not (workdir / "tokenizer.json").exists():
         raise InputError(f"{workdir} holds no trained run (no tokenizer.json); train there first with --mode=train")
-    session = Session(config, Tokenizer.load(str(workdir / "tokenizer.json")))
-    # The rates do not matter here, but the optimiser's state has its place in the checkpoint.
-    tx = optim.make_optimizer(config.optim, config.optim.warmup_steps + 1)
-    abstract = steps.abstract_state(session.model, tx, session.mesh, config.sharding)
-    restored = checkpoint.restore(workdir, config.checkpoint, abstract, best=True)
+    session = Session(config, Tokenizer.load(str(workdir / "tokenizer.json")), trains=False)
+    abstract = steps.abstract_state(session.model, identity(), session.mesh, config.sharding)
+    variables = {"params": abstract.params, "batch_stats": abstract.batch_stats}
+    restored = checkpoint.restore_variables(workdir, config.checkpoint, variables)
     if restored is None:
         raise InputError(f"{workdir} holds no complete checkpoint; train there first with --mode=train")
-    return session, restored.state
+    return session, steps.TrainState(jnp.int32(restored.step), **restored.state, opt_state=())
 
 
-def _model(config):
+def _model(config: ConfigDict) -> tuple[Session, steps.TrainState]:
     read = pretrained.read(config.eval.model, config.tokenizer.path)
     if read.tokenizer is None:
         raise InputError(
@@ -67,8 +98,8 @@ def _model(config):
         )
     side = read.config.vision.image_size
     if (read.view.mean, read.view.std, read.view.resize, read.view.crop) != (images.MEAN, images.STD, side, side):
-        raise InputError(f"{config.eval.model} prepares its pictures otherwise than CLIP does; evaluation does not")
-    session = Session(config, read.tokenizer, architecture=read.config)
+        raise InputError(f"{config.eval.model} does not prepare its images as CLIP does, and evaluation does only that")
+    session = Session(config, read.tokenizer, architecture=read.config, trains=False)
     variables = read.variables
     state = steps.TrainState(
         jnp.int32(read.step or 0), variables["params"], variables.get("batch_stats", {}), opt_state=()

@@ -6,7 +6,6 @@ Where a run starts, in this order:
   3. otherwise: fresh parameters from config.seed.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,28 +15,34 @@ import jax
 from ml_collections import ConfigDict
 from optax import GradientTransformation
 
-from rankclip_jax import config as configs
 from rankclip_jax import evaluation, figures
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.files import whole, write_whole
-from rankclip_jax.common.ownership import Owned
+from rankclip_jax.common.files import whole
+from rankclip_jax.common.metrics_file import read_metrics
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.parallel import processes
 from rankclip_jax.parallel.mesh import to_devices
 from rankclip_jax.parallel.preemption import Notice, Preempted
 from rankclip_jax.train import init_from, optim
 from rankclip_jax.train import step as steps
+from rankclip_jax.train import workdir as workdirs
 from rankclip_jax.train.input_wait import InputWait
 from rankclip_jax.train.profile import Trace
 from rankclip_jax.train.recorder import Recorder
 from rankclip_jax.train.session import Session, image_side
-from rankclip_jax.weights import checkpoint
+from rankclip_jax.weights import checkpoint, pretrained
+from rankclip_jax.weights.saving import Checkpoints
 
 
 class Data(NamedTuple):
-    """What is trained on, and for how long: steps_per_epoch leaves out a last batch that would not be full."""
+    """What is trained on, validated and evaluated on, and for how long.
+
+    steps_per_epoch leaves out a last batch that would not be full; `val`: None without config.data.val.
+    """
 
     source: Any
+    val: Any
+    sets: evaluation.Sets
     synonyms: Mapping | None
     steps_per_epoch: int
     total_steps: int
@@ -60,61 +65,88 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
       Preempted: SIGTERM came, to any of the processes, and the state is saved.
     """
     workdir = Path(workdir)
+    resumes = workdirs.check_same_run(workdir, config)
     data = open_data(config)
     tx = optim.make_optimizer(config.optim, data.total_steps)
-    session, start = open_state(config, workdir, data, tx)
-    if start.step >= data.total_steps:
-        print(f"{workdir} is trained to its last step, {start.step}")
-        return
-    with checkpoint.Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None) as checkpoints:
-        batches = open_batches(session, workdir, data, start.position)
-        parameters = sum(p.size for p in jax.tree.leaves(start.state.params))
-        processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""
-        print(
-            f"training {config.model.name} ({parameters:,} parameters) with {config.loss.objective} on "
-            f"{data.source.size:,} samples: {data.total_steps} steps of {config.batch_size} on {session.devices.count} "
-            f"{session.devices.platform} device(s){processes_said}"
-        )
-        run_steps(session, workdir, data, tx, start, batches, checkpoints)
-    finish(session, workdir, batches)
+    session, origin = open_session(config, workdir, data, resumes)
+    with workdirs.claimed(workdir, config):  # only now, when all that was given proved right
+        if processes.is_first() and not resumes:
+            workdirs.begin(workdir, config, session.tokenizer)
+        start = open_state(session, workdir, data, tx, origin)
+        if start.step >= data.total_steps and not _owes_evaluation(session, workdir, data, start):
+            print(f"{workdir} is trained to its last step, {start.step}")
+            return
+        with Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None) as checkpoints:
+            batches = open_batches(session, workdir, data, start.position)
+            parameters = sum(p.size for p in jax.tree.leaves(start.state.params))
+            processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""
+            print(
+                f"training {config.model.name} ({parameters:,} parameters) with {config.loss.objective} on "
+                f"{data.source.size:,} samples: {data.total_steps} steps of {config.batch_size} on "
+                f"{session.devices.count} {session.devices.platform} device(s){processes_said}"
+            )
+            run_steps(session, workdir, data, tx, start, batches, checkpoints)
+        finish(session, workdir, batches)
 
 
 def open_data(config: ConfigDict) -> Data:
-    """The training data of a configuration, and its steps. Raises InputError for what cannot be read."""
+    """The data of a configuration: for training, validation and evaluation, all opened before anything is trained.
+
+    Raises:
+      InputError: something cannot be read, or is too small. A set of config.eval.suite that is not there is only named.
+    """
     from input_pipeline import captions, sources
 
+    side = image_side(config)
     synonyms = captions.read_synonyms(config.data.synonyms) if config.data.synonyms else None
-    source = sources.open_source(config.data, config.data.train, image_side=image_side(config))
+    source = sources.open_source(config.data, config.data.train, image_side=side)
     steps_per_epoch = source.size // config.batch_size
     if not steps_per_epoch:
         raise InputError(f"config.batch_size={config.batch_size} is more than the {source.size} training samples")
-    return Data(source, synonyms, steps_per_epoch, config.steps or config.epochs * steps_per_epoch)
+    val = config.data.val and sources.open_source(config.data, config.data.val, image_side=side, split="val")
+    if val and val.size < 2:
+        raise InputError(f"config.data.val has {val.size} sample(s). Expected at least 2, or None")
+    kinds = [kind for kind in evaluation.KINDS if kind == "zero_shot" or config.eval.every[kind]]
+    sets = evaluation.open_sets(config.eval, side, kinds)
+    for name, reason in sets.missing.items():
+        kind, _, own = name.partition("/")
+        if own in config.eval[kind]:
+            raise InputError(f"config.eval.{kind}.{own}: {reason}")
+        print(f"missing: {name}: {reason}")
+    return Data(source, val, sets, synonyms, steps_per_epoch, config.steps or config.epochs * steps_per_epoch)
 
 
-def open_state(config: ConfigDict, workdir: Path, data: Data, tx: GradientTransformation) -> tuple[Session, Start]:
-    """The session of a run and where it starts. A folder becomes a run once all that was given proved right."""
-    resumes = _check_same_run(workdir, config)
+def open_session(
+    config: ConfigDict, workdir: Path, data: Data, resumes: bool
+) -> tuple[Session, pretrained.Pretrained | None]:
+    """The session of a run, and what config.init_from names where it starts."""
     origin = None if resumes else init_from.read(config)
 
     def tokenizer() -> str:
         stored = workdir / "tokenizer.json"
         return (Tokenizer.load(str(stored)) if resumes else _new_tokenizer(config, data.source, origin)).to_json()
 
-    session = Session(config, Tokenizer.from_json(processes.from_first(tokenizer)))
+    return Session(config, Tokenizer.from_json(processes.from_first(tokenizer))), origin
+
+
+def open_state(
+    session: Session,
+    workdir: Path,
+    data: Data,
+    tx: GradientTransformation,
+    origin: pretrained.Pretrained | None,
+) -> Start:
+    """The state of the newest checkpoint, or one before its first step."""
+    config = session.config
     abstract = steps.abstract_state(session.model, tx, session.mesh, config.sharding)
-    if processes.is_first():
-        Owned(workdir, "train").claim(_names(config))
-        if not resumes:  # config.json last, so that it says that all is there
-            session.tokenizer.save(workdir / "tokenizer.json")
-            write_whole(workdir / "config.json", configs.to_json(config) + "\n")
     restored = checkpoint.restore(workdir, config.checkpoint, abstract)
     if restored:
         print(f"resuming from step {restored.step} of {data.total_steps} in {workdir}")
-        return session, Start(restored.state, restored.step, _place(restored, session), True)
+        return Start(restored.state, restored.step, _place(restored, session), True)
     state = steps.init_state(session.model, tx, config.seed, session.mesh, config.sharding)
     if origin:
         state = init_from.apply(state, origin, session.model.config, config)
-    return session, Start(state, 0, 0, False)
+    return Start(state, 0, 0, False)
 
 
 def open_batches(session: Session, workdir: Path, data: Data, position: int) -> Any:
@@ -125,12 +157,12 @@ def open_batches(session: Session, workdir: Path, data: Data, position: int) -> 
     return pipeline.TrainBatches(
         data.source,
         session.tokenizer,
-        **session.view,
+        **session.view(session.local_batch),
         context_length=session.context_length,
         crop_scale=given.crop_scale,
         seed=session.config.seed,
         start=position,
-        bad_path=workdir / _bad_samples(session.process[0]),
+        bad_path=workdir / workdirs.bad_samples(session.process[0]),
         max_bad_fraction=given.max_bad_fraction,
         recover_truncated=given.recover_truncated,
         two_views=given.two_views,
@@ -145,7 +177,7 @@ def run_steps(
     tx: GradientTransformation,
     start: Start,
     batches: Any,
-    checkpoints: checkpoint.Checkpoints,
+    checkpoints: Checkpoints,
 ) -> None:
     """Step, record, evaluate, save, until the last step or until somebody asks to stop."""
     config, state = session.config, start.state
@@ -158,6 +190,8 @@ def run_steps(
         Trace(config.profile, workdir) as trace,
         Notice() as notice,
     ):
+        if _owes_evaluation(session, workdir, data, start):
+            _evaluate(session, state, data, start.step, recorder, checkpoints)
         for step, batch in zip(range(start.step + 1, data.total_steps + 1), wait, strict=False):
             trace.before(step)
             state, numbers = train_step(state, to_devices(batch, session.mesh))
@@ -166,17 +200,13 @@ def run_steps(
             trace.after(step, numbers)
             last, terminated = step == data.total_steps, notice.reached(step)
             epoch_ends = last or step % data.steps_per_epoch == 0
-            results = {}
-            if epoch_ends:
-                recorder.flush()
-                with recorder.paused():
-                    results = _evaluate(session, state, step // data.steps_per_epoch, last)
-                recorder.write(step, results)
             if epoch_ends or terminated or any(step % n == 0 for n in cadence):
                 recorder.flush()  # raises on a loss that is not finite, before a bad state is saved
-                checkpoints.save(step, state, batches.position, results)
+                checkpoints.save(step, state, batches.position)
             if terminated and not last:
                 raise Preempted(f"SIGTERM: saved step {step} in {workdir}; the same command resumes from there")
+            if epoch_ends:
+                _evaluate(session, state, data, step, recorder, checkpoints)
 
 
 def finish(session: Session, workdir: Path, batches: Any) -> None:
@@ -184,7 +214,7 @@ def finish(session: Session, workdir: Path, batches: Any) -> None:
     index, count = session.process
     if batches.bad.reasons:
         who = f"process {index} of {count}: " if count > 1 else ""
-        said = f"{who}{batches.bad.summary()}; {workdir / _bad_samples(index)} names them"
+        said = f"{who}{batches.bad.summary()}; {workdir / workdirs.bad_samples(index)} names them"
         print(said, file=sys.stderr if index else sys.stdout)
     if processes.is_first():
         with whole(workdir / "curves.png") as part:
@@ -192,14 +222,47 @@ def finish(session: Session, workdir: Path, batches: Any) -> None:
         print(f"curves: {workdir / 'curves.png'}")
 
 
-def _evaluate(session: Session, state: steps.TrainState, epoch: int, last: bool) -> dict[str, float]:
-    """The evaluations that are due after this epoch; prints their tables."""
-    kinds = evaluation.due(session.config.eval, epoch, last)
+def _kinds_due(session: Session, data: Data, step: int) -> tuple[str, ...]:
+    last = step >= data.total_steps
+    if not last and step % data.steps_per_epoch:
+        return ()
+    return evaluation.due(session.config.eval, step // data.steps_per_epoch, last)
+
+
+def _owes_evaluation(session: Session, workdir: Path, data: Data, start: Start) -> bool:
+    """Whether a run stopped between the save at the end of an epoch and the evaluation after it."""
+    if not start.resumed or not _kinds_due(session, data, start.step):
+        return False
+
+    def owes() -> str:
+        rows = [row for row in read_metrics(workdir) if row["step"] == start.step]
+        return "" if any("/" in key or key == "failed" for row in rows for key in row) else "yes"
+
+    return bool(processes.from_first(owes))
+
+
+def _evaluate(
+    session: Session,
+    state: steps.TrainState,
+    data: Data,
+    step: int,
+    recorder: Recorder,
+    checkpoints: Checkpoints,
+) -> None:
+    """Prints and records the evaluations that are due after this step. What fails is named, and training continues."""
+    kinds = _kinds_due(session, data, step)
     if not kinds:
-        return {}
-    results = evaluation.evaluate(session.config.eval, session.encoder(state), kinds=kinds)
-    print(evaluation.text(results), end="", flush=True)
-    return evaluation.flat(results) | (session.validation(state) if "zero_shot" in kinds else {})
+        return
+    with recorder.paused():
+        results = evaluation.evaluate(session.config.eval, session.encoder(state), data.sets, kinds=kinds)
+        failed = {name: why for name, why in results["missing"].items() if name not in data.sets.missing}
+        numbers = evaluation.flat(results)
+        if data.val and "zero_shot" in kinds:
+            with evaluation.one_set("config.data.val", failed):
+                numbers |= session.validation(state, data.val)
+    print(evaluation.text(results | {"missing": failed}), end="", flush=True)
+    recorder.write(step, numbers, failed)
+    checkpoints.score(step, numbers)
 
 
 def _place(restored: checkpoint.Restored, session: Session) -> int:
@@ -210,37 +273,6 @@ def _place(restored: checkpoint.Restored, session: Session) -> int:
         before, now = len(restored.positions), session.process[1]
         print(f"{before} processes saved it, {now} resume: {passed_over} samples are not seen this epoch")
     return position
-
-
-def _bad_samples(process: int) -> str:
-    return f"bad_samples.process{process}.jsonl" if process else "bad_samples.jsonl"
-
-
-def _names(config: ConfigDict) -> list[str]:
-    """What a run writes in its workdir. TensorBoard's events and profile/ get names that nobody has."""
-    names = ["config.json", "tokenizer.json", "metrics.jsonl", "curves.png"]
-    names += [_bad_samples(process) for process in range(jax.process_count())]
-    return names if config.checkpoint.folder else [*names, "checkpoints"]
-
-
-def _check_same_run(workdir: Path, config: ConfigDict) -> bool:
-    """Whether the workdir holds a run already; refuses one of another configuration, and files of others."""
-    stored = workdir / "config.json"
-    if len(set(processes.of_all(stored.exists()))) > 1:
-        raise InputError(f"only some processes find a run in {workdir}; it must be a folder that all of them share")
-    try:
-        old = json.loads(stored.read_text()) if stored.is_file() else None
-    except ValueError as error:
-        raise InputError(f"{stored} is damaged ({error}); bring it back from a copy, or give a new --workdir") from None
-    Owned(workdir, "train").check(_names(config))
-    if old is None:
-        return False
-    if changed := configs.differences(old, config.to_dict()):
-        raise InputError(
-            f"{workdir} holds a run with another configuration ({'; '.join(changed)}); "
-            "give a new --workdir, or the old values to resume it"
-        )
-    return True
 
 
 def _new_tokenizer(config: ConfigDict, source: Any, origin: Any) -> Tokenizer:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import optax
@@ -87,10 +87,12 @@ class Recorder:
             self._advised = True
             print(input_wait.advice(speed["data_wait"], speed["images_read_per_second"], self._config.data.resize))
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Writes numbers down at once."""
+    def write(self, step: int, numbers: dict[str, float], failed: Mapping[str, str] | None = None) -> None:
+        """Writes numbers down at once, and in metrics.jsonl what could not be evaluated: set -> reason."""
         for write in self._writers if numbers else ():
             write(step, numbers)
+        if failed and self._writers:
+            self._writers[0](step, {"failed": dict(failed)})
 
     def paused(self) -> contextlib.AbstractContextManager:
         """What happens inside, an evaluation, does not count in the rate."""

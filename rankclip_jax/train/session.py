@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,9 +16,11 @@ from rankclip_jax import evaluation, losses, models
 from rankclip_jax.common.devices import Devices, devices_of
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
-from rankclip_jax.parallel import sharding
+from rankclip_jax.parallel import processes, sharding
 from rankclip_jax.parallel.mesh import batch_shards, make_mesh, to_devices, to_host
 from rankclip_jax.train import step as steps
+
+_EVAL_ROWS = 256  # a device
 
 
 class Vocabulary(NamedTuple):
@@ -33,7 +36,7 @@ class Session:
     Attributes:
       devices: what the mesh consists of (common/devices.py).
       process: (index of this process, how many there are).
-      local_batch: rows of a batch that this process reads.
+      local_batch, eval_batch: rows of a training and of an evaluation batch that this process reads.
       side, context_length: of the model, in pixels and tokens.
       canvas: side of the square on which the host sends pictures; None: it resizes them itself.
     """
@@ -45,6 +48,7 @@ class Session:
         *,
         architecture: models.ClipConfig | None = None,
         devices: Sequence | None = None,
+        trains: bool = True,
     ):
         """Builds no parameters.
 
@@ -52,6 +56,7 @@ class Session:
           tokenizer: a Vocabulary will do where nothing is encoded.
           architecture: of a model of another origin; None: that of config.model.
           devices: of the mesh; None: all of this run.
+          trains: False where only config.eval.batch_size must fit the devices, and not config.batch_size.
 
         Raises:
           InputError: the configuration does not fit itself, the devices or the processes.
@@ -62,19 +67,21 @@ class Session:
         self.devices = devices_of(self.mesh)
         self.process = (jax.process_index(), jax.process_count())
         self.model = build_model(config, tokenizer, self.devices, architecture)
-        _check_batch(config, self.mesh, self.model)
+        if trains:
+            _check_batch(config, self.mesh, self.model)
         self.local_batch = config.batch_size // jax.process_count()
+        self.eval_batch = _eval_batch(config, self.mesh) // jax.process_count()
         self.side = self.model.config.vision.image_size
         self.context_length = self.model.config.text.context_length
         self.canvas = canvas_side(config, self.side)
         self._embed = steps.make_embed_step(self.model)
         self._gather = jax.jit(functools.partial(sharding.gather, mesh=self.mesh, rules=config.sharding))
         self._val_step = steps.make_val_step(self.model, config, self.mesh)
+        self._loss_of = jax.jit(steps.objective_of(config))
 
-    @property
-    def view(self) -> dict:
-        """How the pipeline makes batches, for training and evaluation alike."""
-        return dict(batch_size=self.local_batch, image_side=self.side, process=self.process, canvas=self.canvas)
+    def view(self, batch_size: int) -> dict:
+        """How the pipeline makes batches of so many rows in this process, for training and evaluation alike."""
+        return dict(batch_size=batch_size, image_side=self.side, process=self.process, canvas=self.canvas)
 
     def encode_images(self, state: steps.TrainState, batch: dict) -> np.ndarray:
         """One batch of this process's share -> float32 (b, D) on the host."""
@@ -83,40 +90,52 @@ class Session:
     def encode_texts(self, state: steps.TrainState, texts: list[str]) -> np.ndarray:
         """Any number of texts -> float32 (n, D) on the host, in batches of one shape."""
         parts = []
-        for start in range(0, len(texts), self.local_batch):
-            some = texts[start : start + self.local_batch]
-            padded = some + [""] * (self.local_batch - len(some))
+        for start in range(0, len(texts), self.eval_batch):
+            some = texts[start : start + self.eval_batch]
+            padded = some + [""] * (self.eval_batch - len(some))
             tokens = self.tokenizer(padded, self.context_length)
             z = self._embed(state, to_devices({"tokens": tokens}, self.mesh))
             parts.append(to_host(z, self.mesh)[: len(some)])
         return np.concatenate(parts)
 
-    def validation(self, state: steps.TrainState) -> dict[str, float]:
-        """Mean of the loss's parts over the whole batches of config.data.val; empty without one.
+    def validation(self, state: steps.TrainState, source: Any) -> dict[str, float]:
+        """Mean of the loss's parts over the whole batches of `source`, as {"val/clip": ...}.
 
-        With config.eval.diagnostics also how the first batch's embeddings lie (losses/diagnostics.py).
+        Fewer samples than a batch are one smaller batch, and so is a batch with samples that cannot be read. With
+        config.eval.diagnostics also how the first batch's embeddings lie (losses/diagnostics.py).
+
+        Raises:
+          InputError: a batch has fewer than two samples that can be read.
         """
-        from input_pipeline import pipeline, sources
+        from input_pipeline import pipeline
 
-        config = self.config
-        if config.data.val is None:
-            return {}
-        source = sources.open_source(config.data, config.data.val, image_side=self.side, split="val")
-        if source.size < config.batch_size:
-            raise InputError(f"config.data.val has {source.size} samples, fewer than a batch of {config.batch_size}")
-        batches = pipeline.eval_batches(source, **self.view)
+        batches = evaluation.agreed(pipeline.eval_batches(source, **self.view(self.local_batch)))
         parts, numbers = [], {}
-        for _ in range(source.size // config.batch_size):
-            batch = next(batches)
+        for batch in itertools.islice(batches, max(1, source.size // self.config.batch_size)):
             tokens = self.tokenizer(batch["caption"], self.context_length)
-            if config.eval.diagnostics and not parts:
-                z = self.encode_images(state, batch), self.encode_texts(state, batch["caption"])
-                if jax.process_count() > 1:
-                    z = jax.tree.map(np.concatenate, multihost_utils.process_allgather(z))
-                numbers = _diagnostics(*z, np.exp(float(state.params["logit_scale"])))
-            parts.append(self._val_step(state, to_devices(_pictures(batch) | {"tokens": tokens}, self.mesh)))
+            rows = to_devices(_pictures(batch) | {"tokens": tokens}, self.mesh)
+            whole = min(processes.of_all(int(batch["mask"].all())))
+            if not whole or (self.config.eval.diagnostics and not parts):
+                z = self._embed_pairs(state, rows, batch["mask"])
+                if len(z[0]) < 2:
+                    raise InputError(f"a batch of config.data.val has {len(z[0])} samples that can be read")
+                if self.config.eval.diagnostics and not parts:
+                    numbers = _diagnostics(*z, np.exp(float(state.params["logit_scale"])))
+            parts.append(self._val_step(state, rows) if whole else self._loss_of(state.params, *z))
         numbers |= {key: np.mean([float(part[key]) for part in parts]) for key in parts[0]}
         return {f"val/{key}": float(value) for key, value in numbers.items()}
+
+    def _embed_pairs(
+        self, state: steps.TrainState, rows: dict, mask_b: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings (n, D) of the pairs of a batch that are none of its padding, of all processes, on the host."""
+        images, texts = {k: v for k, v in rows.items() if k != "tokens"}, {"tokens": rows["tokens"]}
+        found = [to_host(self._embed(state, some), self.mesh) for some in (images, texts)]
+        found.append(mask_b)
+        if jax.process_count() > 1:
+            found = jax.tree.map(np.concatenate, multihost_utils.process_allgather(found))
+        z_img_BxD, z_txt_BxD, mask_B = found
+        return z_img_BxD[mask_B], z_txt_BxD[mask_B]
 
     def encoder(self, state: steps.TrainState) -> evaluation.Encoder:
         """What the evaluations need of the model."""
@@ -126,7 +145,7 @@ class Session:
         return evaluation.Encoder(
             images=lambda batch: self.encode_images(state, batch),
             texts=lambda texts: self.encode_texts(state, texts),
-            batches=lambda source: pipeline.eval_batches(source, **self.view),
+            batches=lambda source: pipeline.eval_batches(source, **self.view(self.eval_batch)),
             image_side=self.side,
         )
 
@@ -152,6 +171,14 @@ def _check_batch(config: ConfigDict, mesh: jax.sharding.Mesh, model: models.CLIP
             f"config.accumulate={parts}: a ResNet's batch norm needs the statistics of the whole batch at every layer, "
             "so its batch cannot go through in parts. Use a ViT, or config.model.remat=True"
         )
+
+
+def _eval_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
+    """Rows of an evaluation batch, over all devices. Without activations to keep, a device holds _EVAL_ROWS of any
+    preset; and no more than training's, which was seen to fit."""
+    shards = batch_shards(mesh)
+    rows = config.eval.batch_size or min(config.batch_size, _EVAL_ROWS * shards)
+    return -(-rows // shards) * shards
 
 
 def image_side(config: ConfigDict) -> int:

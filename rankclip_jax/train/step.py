@@ -202,6 +202,16 @@ def make_val_step(model: CLIP, config: ConfigDict, mesh: jax.sharding.Mesh) -> j
     return jax.jit(val_step)
 
 
+def objective_of(config: ConfigDict) -> Callable:
+    """Returns loss_of(params, z_img (B, D), z_txt (B, D)) -> the objective's parts, on one device, for any B."""
+    spec = LossSpec(**config.loss.to_dict())
+
+    def loss_of(params: dict, z_img_BxD: jax.Array, z_txt_BxD: jax.Array) -> dict:
+        return _objective(z_img_BxD[:, None], z_txt_BxD[:, None], params, spec, 1.0, None)[1]
+
+    return loss_of
+
+
 def make_embed_step(model: CLIP) -> jax.stages.Wrapped:
     """Returns jitted embed(state, batch) -> float32 (B, D) of unit norm, of the pictures or of batch["tokens"]."""
 

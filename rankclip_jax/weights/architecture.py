@@ -1,4 +1,9 @@
-"""ClipConfig from weights or from another library's config, and back."""
+"""ClipConfig from weights or from another library's config, and back.
+
+OpenAI's code, open_clip's default and Hugging Face's older files pool a text at its highest id, ours at its end token.
+Both are the same where texts have no id above the end token's. So `highest_id` is that of the tokenizer's texts
+(Tokenizer.highest_id); None: the last of the vocabulary.
+"""
 
 import math
 import re
@@ -17,7 +22,9 @@ def from_ours(fields: Mapping) -> ClipConfig:
     return ClipConfig(**{**fields, "vision": vision, "text": TextConfig(**fields["text"])})
 
 
-def from_weights(state: Mapping[str, np.ndarray], activation: Activation = "quick_gelu") -> ClipConfig:
+def from_weights(
+    state: Mapping[str, np.ndarray], activation: Activation = "quick_gelu", highest_id: int | None = None
+) -> ClipConfig:
     """The architecture of an OpenAI state dict, inferred from its shapes.
 
     Everything else is assumed to be as in all OpenAI models: heads of 64 channels, the highest id as end-of-text, and
@@ -60,7 +67,7 @@ def from_weights(state: Mapping[str, np.ndarray], activation: Activation = "quic
         layers=count(r"transformer\.resblocks\.(\d+)\."),
         context_length=shape("positional_embedding")[0],
         vocab_size=vocab_size,
-        eot_id=vocab_size - 1,
+        eot_id=vocab_size - 1 if highest_id is None else highest_id,
         mlp_width=_mlp(width, shape("transformer.resblocks.0.mlp.c_fc.weight")[0]),
     )
     return ClipConfig(shape("text_projection")[1], vision, text, activation)
@@ -107,14 +114,14 @@ _OPEN_CLIP_NEUTRAL = {
 }
 
 
-def from_open_clip(model_cfg: Mapping) -> ClipConfig:
+def from_open_clip(model_cfg: Mapping, highest_id: int | None = None) -> ClipConfig:
     """The architecture of 'model_cfg' in open_clip's `open_clip_config.json`.
 
     Raises ValueError naming the first field that differs from CLIP's own two towers.
     """
     model_cfg = {k: v for k, v in model_cfg.items() if v not in (None, False)}
     for key in model_cfg.keys() - {
-        "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale"
+        "embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias"
     }:  # fmt: skip
         raise ValueError(f"open_clip's {key} = {model_cfg[key]!r} is not supported")
     vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
@@ -139,6 +146,7 @@ def from_open_clip(model_cfg: Mapping) -> ClipConfig:
         heads = width // vision.get("head_width", 64)
         vision_config = VitConfig(size, vision.get("patch_size", 16), width, layers, heads, _mlp(width, mlp))
     vocab_size, text_width = text.get("vocab_size", 49408), text.get("width", 512)
+    highest_id = vocab_size - 1 if highest_id is None else highest_id
     return ClipConfig(
         model_cfg["embed_dim"],
         vision_config,
@@ -148,7 +156,7 @@ def from_open_clip(model_cfg: Mapping) -> ClipConfig:
             text.get("layers", 12),
             text.get("context_length", 77),
             vocab_size,
-            text.get("eos_id", 2) if text.get("pool_type") == "eos" else vocab_size - 1,
+            text.get("eos_id", 2) if text.get("pool_type") == "eos" else highest_id,
             _mlp(text_width, int(text_width * text.get("mlp_ratio", 4.0))),
         ),
         "quick_gelu" if model_cfg.get("quick_gelu") else "gelu",
@@ -206,7 +214,7 @@ _HF_TEXT = {
 }  # fmt: skip
 
 
-def from_hugging_face(config: Mapping) -> ClipConfig:
+def from_hugging_face(config: Mapping, highest_id: int | None = None) -> ClipConfig:
     """The architecture of a Hugging Face CLIP folder's `config.json`.
 
     Raises ValueError for another model type, or naming a field whose value is not supported.
@@ -225,7 +233,7 @@ def from_hugging_face(config: Mapping) -> ClipConfig:
         raise ValueError(f"unsupported: different activations, {vision['hidden_act']!r} and {text['hidden_act']!r}")
     eot_id = text["eos_token_id"]
     if eot_id == 2:  # old versions write 2 for any tokenizer; transformers then pools at the highest id
-        eot_id = text["vocab_size"] - 1
+        eot_id = text["vocab_size"] - 1 if highest_id is None else highest_id
     return ClipConfig(
         config.get("projection_dim", 512),
         VitConfig(

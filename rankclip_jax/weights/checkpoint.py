@@ -2,16 +2,13 @@
 
 WORKDIR/checkpoints/STEP (or config.checkpoint.folder/STEP, which may be in a bucket) appears under its name only when
 it is complete. It holds `state` (Orbax, readable on any devices, mesh and sharding), `data` (JSON: each process's place
-in its stream, and the fingerprint of every array) and perhaps `metrics`. What does not read back bit for bit is
-damaged: it is named, passed over, never deleted.
+in its stream, and the fingerprint of every array). What does not read back bit for bit is damaged: it is named, passed
+over, never deleted. saving.py writes them.
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
-import os
-import re
 import sys
 import zlib
 from pathlib import Path
@@ -22,15 +19,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from ml_collections import ConfigDict
-from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from rankclip_jax.common.errors import InputError, one_line
+from rankclip_jax.common.trees import by_name
 from rankclip_jax.parallel import processes
-from rankclip_jax.parallel.preemption import Preempted
 from rankclip_jax.weights.fingerprint import fingerprints
 
-# What a save writes into the folder of its step, without endings; Orbax writes those of its own names.
-_WRITTEN = {"state", "data", "metrics", "_CHECKPOINT_METADATA", "commit_success"}
+SCORES = "scores.json"  # beside the checkpoints: {metric: {step: its value}}
+_VARIABLES = "params", "batch_stats"
 
 
 class Restored(NamedTuple):
@@ -41,87 +37,36 @@ class Restored(NamedTuple):
     positions: list[int]
 
 
-class Checkpoints:
-    """Writes the checkpoints of a run, in the background.
-
-    Keeps the latest `config.keep`, every multiple of `config.keep_every`, and the one whose metric `config.best` is
-    highest. As a context: a failed save is told once, by the exception, and at the end all is written.
-    """
-
-    def __init__(self, workdir: str | Path, config: ConfigDict, start: int | None = None):
-        """`start`: the step that was restored. Newer ones proved damaged, and make way under another name."""
-        folder = _folder(workdir, config)
-        self._folder, self._best, self._saved = folder, config.best, start
-        policies = [keep.LatestN(config.keep)]
-        if config.keep_every:
-            policies.append(keep.EveryNSteps(config.keep_every))
-        metric = (lambda metrics: metrics[config.best]) if config.best else None
-        if config.best:
-            policies.append(keep.BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False))
-        try:
-            if processes.is_first():
-                _make_way(folder, start)
-            processes.of_all(0)  # the others look into the folder only now
-            policies.append(_Strangers([step for step in _steps(folder) if not _is_ours(folder / str(step))]))
-            # Orbax's own clearing away (cleanup_tmp_directories) knows no owner: in a bucket it takes every folder.
-            options = ocp.CheckpointManagerOptions(
-                best_fn=metric, preservation_policy=keep.AnyPreservationPolicy(policies)
-            )
-            self._manager = ocp.CheckpointManager(folder, options=options)
-        except Exception as error:
-            raise _cannot_save(folder, error) from error
-
-    def __enter__(self) -> "Checkpoints":
-        self._context = contextlib.ExitStack()
-        self._context.enter_context(_told_once())
-        return self
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        with self._context:
-            # What was being saved is good. But of many processes the others may never come to finish it.
-            if error is None or isinstance(error, Preempted) or jax.process_count() == 1:
-                self.close()
-
-    def save(self, step: int, state: Any, position: int, metrics: dict) -> None:
-        """Starts to write; returns as soon as the state is copied, so that the next step may donate it.
-
-        Args:
-          position: this process's place in its stream of data.
-
-        Raises:
-          InputError: this checkpoint, or the one before, could not be written. Those before it are as they were.
-        """
-        if step == self._saved:
-            return
-        data = {"positions": processes.of_all(position), "fingerprints": fingerprints(state)}
-        data["crc32"] = _crc(data)
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
-        try:
-            self._manager.save(step, args=items, metrics=metrics if self._best in metrics else None)
-        except Exception as error:
-            raise _cannot_save(self._folder, error) from error
-        self._saved = step
-
-    def close(self) -> None:
-        """Waits until everything is written. Raises as `save` does."""
-        try:
-            self._manager.wait_until_finished()
-            self._manager.close()
-        except Exception as error:
-            raise _cannot_save(self._folder, error) from error
-
-
-def restore(workdir: str | Path, config: ConfigDict, abstract_state: Any, best: bool = False) -> Restored | None:
-    """The newest checkpoint that is whole, or with `best` that of config.best; None where there is no checkpoint.
+def restore(workdir: str | Path, config: ConfigDict, abstract_state: Any) -> Restored | None:
+    """The newest checkpoint that is whole; None where there is no checkpoint.
 
     `config` is config.checkpoint; `abstract_state` says the shapes and shardings, which need not be those of the run
     that saved. A damaged checkpoint is named on stderr and the next one taken; all processes of a run take the same.
 
     Raises:
-      InputError: there are checkpoints and all of them are damaged.
+      InputError: there are checkpoints, and all of them are damaged or of another model.
     """
-    order = _by_worth(_folder(workdir, config), config.best if best else None)
-    return _first_whole(*order, lambda folder, data: _read_state(folder, data, abstract_state))
+
+    def read(folder, data):
+        _check_model(folder, abstract_state)
+        state = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(abstract_state))
+        return state, lambda: _difference(state, data["fingerprints"])
+
+    return _first_whole(*_by_worth(folder_of(workdir, config), None), read)
+
+
+def restore_variables(workdir: str | Path, config: ConfigDict, abstract: dict) -> Restored | None:
+    """As `restore`, of {"params", "batch_stats"} alone, and of the best checkpoint by config.best if there is one."""
+
+    def read(folder, data):
+        _check_model(folder, abstract)
+        args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        with _quiet(), ocp.PyTreeCheckpointer() as reader:
+            args = ocp.args.PyTreeRestore(item=abstract, restore_args=args, partial_restore=True)
+            variables = reader.restore(folder, args=args)
+        return variables, lambda: _difference(variables, data["fingerprints"])
+
+    return _first_whole(*_by_worth(folder_of(workdir, config), config.best), read)
 
 
 def read_variables(workdir: str | Path, config: ConfigDict) -> tuple[int, dict] | None:
@@ -129,17 +74,19 @@ def read_variables(workdir: str | Path, config: ConfigDict) -> tuple[int, dict] 
 
     None without a complete checkpoint. Writes nothing, and takes no accelerator.
     """
-    found = _first_whole(*_by_worth(_folder(workdir, config), config.best), _read_variables, alone=True)
+    found = _first_whole(*_by_worth(folder_of(workdir, config), config.best), _read_variables, alone=True)
     return found and (found.step, found.state)
 
 
-def _first_whole(folder, steps, read, alone=False) -> Restored | None:
+def _first_whole(folder, candidates, read, alone=False) -> Restored | None:
     reason = None
-    for step in steps:
+    for step in candidates:
         state, data, problem = None, None, None
         try:
             data = _read_data(folder / str(step))
             state, check = read(folder / str(step) / "state", data)
+        except InputError:
+            raise
         except Exception as error:  # whatever Orbax, TensorStore or JSON raise on damage of every kind
             problem = one_line(error, kind=True)
         # A file that one process cannot read, another may not need; all resume from the same step.
@@ -149,10 +96,10 @@ def _first_whole(folder, steps, read, alone=False) -> Restored | None:
                 return Restored(step, state, data["positions"])
         reason = problem or reason or "another process could not read it"
         print(f"checkpoint {folder / str(step)} is damaged and passed over: {reason}", file=sys.stderr)
-    if steps:
+    if candidates:
         raise InputError(
-            f"none of the {len(steps)} checkpoints in {folder} can be read (the last: {reason}); nothing was deleted. "
-            "Bring one back from a copy, or start in a new --workdir"
+            f"none of the {len(candidates)} checkpoints in {folder} can be read (the last: {reason}); nothing was "
+            "deleted. Bring one back from a copy, or start in a new --workdir"
         )
     return None
 
@@ -161,20 +108,27 @@ def _read_data(folder) -> dict:
     data = ocp.JsonCheckpointHandler().restore(folder / "data")
     if "position" in data:  # written before there were several processes
         return {"positions": [data["position"]], "fingerprints": {}}
-    if data.pop("crc32") != _crc(data):
+    if data.pop("crc32") != crc32(data):
         raise ValueError("data does not match its checksum")
     return data
 
 
-def _read_state(folder, data, abstract_state):
-    state = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(abstract_state))
-    return state, lambda: _difference(state, data["fingerprints"])
+def _check_model(folder, abstract) -> None:
+    """Raises InputError where a checkpoint is not of the shapes asked for: that is no damage."""
+    with _quiet(), ocp.PyTreeCheckpointer() as reader:
+        saved = {name: leaf.shape for name, leaf in by_name(reader.metadata(folder).item_metadata.tree).items()}
+    for name, leaf in by_name(abstract).items():
+        if name.partition("/")[0] not in _VARIABLES:
+            continue  # what an optimizer keeps follows from them, and from the configuration
+        if name not in saved or tuple(saved[name]) != leaf.shape:
+            there = f"{tuple(saved[name])}" if name in saved else "absent"
+            raise InputError(f"{folder.parent} is of another model: {name} is {there} there, {leaf.shape} here")
 
 
 def _read_variables(folder, data):
     with _quiet(), ocp.PyTreeCheckpointer() as reader:
         tree = reader.metadata(folder).item_metadata.tree
-        wanted = {name: tree[name] for name in ("params", "batch_stats") if tree.get(name)}
+        wanted = {name: tree[name] for name in _VARIABLES if tree.get(name)}
         numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         variables = reader.restore(
             folder, args=ocp.args.PyTreeRestore(item=wanted, restore_args=numpy, partial_restore=True)
@@ -185,27 +139,6 @@ def _read_variables(folder, data):
             return _difference(variables, data["fingerprints"])
 
     return variables, check
-
-
-@contextlib.contextmanager
-def _told_once():
-    """Keeps off the console what else is said of a failed save, which is raised here, in one line."""
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-
-    def not_orbax(record: logging.LogRecord) -> bool:  # which logs an error in the background with its stack
-        return not (record.exc_info and "orbax" in record.pathname)
-
-    def without_late_callbacks(unraisable) -> None:  # of TensorStore's other writes, each with a stack
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    logger.addFilter(not_orbax)
-    sys.unraisablehook = without_late_callbacks
-    try:
-        yield
-    finally:
-        logger.removeFilter(not_orbax)
-        sys.unraisablehook = hook
 
 
 @contextlib.contextmanager
@@ -227,82 +160,42 @@ def _difference(tree, saved: dict[str, int]) -> str | None:
     return None
 
 
-def _folder(workdir, config) -> epath.Path:
+def folder_of(workdir, config) -> epath.Path:
     if config.folder:
         return epath.Path(config.folder)
     return epath.Path(workdir).resolve() / "checkpoints"
 
 
-def _steps(folder) -> list[int]:
+def steps(folder: epath.Path) -> list[int]:
     """Complete checkpoints, newest first."""
     if not folder.is_dir():
         return []
     return sorted((found.step for found in ocp.path.step.standard_name_format().find_all(folder)), reverse=True)
 
 
-def _by_worth(folder, best) -> tuple[epath.Path, list[int]]:
-    steps, scores = _steps(folder), {}
-    for step in steps if best else ():
+def scores(folder: epath.Path, metric: str | None) -> dict[int, float]:
+    """{step: value of the metric} of the steps that were evaluated; older runs wrote it into the step's folder."""
+    if metric is None:
+        return {}
+    found = {}
+    for step in steps(folder):
         try:
-            scores[step] = json.loads((folder / str(step) / "metrics" / "metrics").read_text())[best]
-        except (OSError, ValueError, KeyError):  # it was saved without, or is damaged
+            found[step] = float(json.loads((folder / str(step) / "metrics" / "metrics").read_text())[metric])
+        except (OSError, ValueError, KeyError, TypeError):  # it was saved without, or is damaged
             continue
-    first = [max(scores, key=lambda step: (scores[step], step))] if scores else []
-    return folder, first + [step for step in steps if step not in first]
+    try:
+        listed = json.loads((folder / SCORES).read_text())[metric]
+        return found | {int(step): float(value) for step, value in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return found
 
 
-@dataclasses.dataclass
-class _Strangers(keep.PreservationPolicy):
-    """Keeps the folders that have a step's name and are no checkpoints of ours."""
-
-    steps: list[int]
-
-    def should_preserve(self, checkpoints, *, context):
-        return [checkpoint.step in self.steps for checkpoint in checkpoints]
+def _by_worth(folder, metric) -> tuple[epath.Path, list[int]]:
+    """The steps to try: the one with the best metric, if any was evaluated, then from the newest on."""
+    there, known = steps(folder), scores(folder, metric)
+    best = sorted((step for step in there if step in known), key=lambda step: (known[step], step))[-1:]
+    return folder, best + [step for step in there if step not in best]
 
 
-def _is_ours(path) -> bool:
-    """Whether there is nothing in a folder but what our saves put there; some or all of it may be lacking."""
-    if os.path.islink(path) or not path.is_dir():
-        return False
-    return {name.name.partition(".")[0] for name in path.iterdir()} <= _WRITTEN
-
-
-def _make_way(folder, start) -> None:
-    """Clears away saves that were cut off, which would fill the disk, and renames damaged checkpoints after `start`.
-
-    Raises:
-      InputError: something else has the name of a save to come, which Orbax would remove.
-    """
-    folder.mkdir(parents=True, exist_ok=True)  # fails where it cannot be written
-    for path in folder.iterdir():
-        named = re.fullmatch(r"(\d+)(\.orbax-checkpoint-tmp)?", path.name)
-        if not named:
-            continue
-        # In a bucket a save has its name from the start, and at the end the file commit_success.txt.
-        cut_off = named[2] or (str(folder).startswith("gs://") and not (path / "commit_success.txt").exists())
-        to_come = cut_off or int(named[1]) > (start or 0)
-        if to_come and not _is_ours(path):
-            raise InputError(f"{path} is no checkpoint of this run, and in the way of one; move it away")
-        if cut_off:
-            path.rmtree()
-        elif start is not None and to_come:
-            path.rename(_free_name(folder, f"damaged-{path.name}"))
-
-
-def _free_name(folder, name):
-    taken = [path.name for path in folder.iterdir()]
-    return folder / next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if n not in taken)
-
-
-def _crc(data: dict) -> int:
+def crc32(data: dict) -> int:
     return zlib.crc32(json.dumps([data["positions"], data["fingerprints"]], sort_keys=True).encode())
-
-
-def _cannot_save(folder, error) -> Exception:
-    if isinstance(error, InputError):
-        return error
-    return InputError(
-        f"cannot save in {folder}: {one_line(error)}. The checkpoints before are as they were; "
-        "make room or make it writable, and start again to resume"
-    )

@@ -12,28 +12,40 @@ import safetensors.numpy
 
 from rankclip_jax.common.errors import one_line
 from rankclip_jax.common.files import whole, write_whole
+from rankclip_jax.common.foreign_files import beginning, read_json, refuse_stand_in
 from rankclip_jax.models import ClipConfig
 from rankclip_jax.models.presets import Activation
 from rankclip_jax.weights import architecture, layouts, orbax_folder
 from rankclip_jax.weights.torch_file import read_torch_file
 
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
-_OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-_HF_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+# A folder's weights: the first of these that it has.
+WEIGHTS = (
+    "open_clip_model.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 
 def read(
-    path: str | Path, config: ClipConfig | None = None, activation: Activation = "quick_gelu"
+    path: str | Path,
+    config: ClipConfig | None = None,
+    activation: Activation = "quick_gelu",
+    highest_id: int | None = None,
 ) -> tuple[ClipConfig, dict]:
     """Reads a CLIP from a file or folder.
 
     Args:
-      path: a Hugging Face folder (config.json and model.safetensors, sharded, or pytorch_model.bin), an open_clip
+      path: a Hugging Face folder (config.json and model.safetensors or pytorch_model.bin, sharded or not), an open_clip
         folder (open_clip_config.json), a folder of `write_orbax`, or a file: OpenAI's `.pt` (TorchScript or state
-        dict), a checkpoint of the RankCLIP code or of open_clip, a `.safetensors` of either layout. A config file next
-        to a file is used.
+        dict), a checkpoint of the RankCLIP code, open_clip or Lightning, a `.safetensors` of either layout. A config
+        file next to a file is used.
       config: overrides config files and shapes.
       activation: of files without a config: 'quick_gelu' (OpenAI, RankCLIP) or 'gelu' (most of open_clip's models).
+      highest_id: of the tokenizer, for what pools at a text's highest id (architecture.py); None: the vocabulary's.
 
     Returns:
       The config and {'params': ..., 'batch_stats': ...} (the latter for a ResNet): nested dicts of float32 NumPy
@@ -54,8 +66,8 @@ def read(
         state = _without_wrappers(_read_state(weights))
         hugging_face = any(k.startswith(("vision_model.", "text_model.")) for k in state)
         if config is None:
-            config = _config_in(folder, hugging_face) or (
-                None if hugging_face else architecture.from_weights(state, activation)
+            config = config_in(folder, hugging_face, highest_id) or (
+                None if hugging_face else architecture.from_weights(state, activation, highest_id)
             )
         if config is None:
             raise ValueError("Hugging Face weights without config.json; put it next to them")
@@ -98,22 +110,25 @@ def write_openai(folder: str | Path, config: ClipConfig, variables: Mapping) -> 
 
 
 def _weights_in(folder: Path) -> Path:
-    names = [*_OPEN_CLIP_WEIGHTS, *_HF_WEIGHTS]
-    for name in names:
+    for name in WEIGHTS:
         if (folder / name).exists():
             return folder / name
-    raise ValueError(f"{folder}: no weights found. Expected one of {', '.join(names)}")
+    raise ValueError(f"{folder}: no weights found. Expected one of {', '.join(WEIGHTS)}")
 
 
 def _read_state(path: Path) -> dict[str, np.ndarray]:
     if path.name.endswith(".index.json"):
-        shards = sorted(set(_read_json(path)["weight_map"].values()))
+        parts = read_json(path).get("weight_map")
+        if not isinstance(parts, dict):
+            raise ValueError(f"{path.name} has no weight_map; download it again")
+        shards = sorted(set(parts.values()))
         if any("/" in shard for shard in shards):
             raise ValueError(f"{path.name} names a shard in another folder; shards must be next to it")
         absent = [shard for shard in shards if not (path.parent / shard).exists()]
         if absent:
             raise ValueError(f"shard {absent[0]} is missing ({len(absent)} of {len(shards)} shards); download it again")
         return {k: v for shard in shards for k, v in _read_state(path.parent / shard).items()}
+    refuse_stand_in(path)
     with open(path, "rb") as f:
         start = f.read(9)
     if start[:4] == b"PK\x03\x04":
@@ -124,33 +139,42 @@ def _read_state(path: Path) -> dict[str, np.ndarray]:
         except (safetensors.SafetensorError, KeyError) as e:
             raise ValueError(f"{path.name} is damaged or truncated ({one_line(e)}); download it again") from e
     raise ValueError(
-        f"{path.name} is neither safetensors nor a PyTorch archive; if it is older than PyTorch 1.6, load and "
-        "save it with a newer PyTorch"
+        f"{path.name} is neither safetensors nor a PyTorch archive{beginning(path)}; if it is older than PyTorch 1.6, "
+        "load and save it with a newer PyTorch"
     )
 
 
+# What wraps a module names it in front of whatever is within: DistributedDataParallel, torch.compile, FSDP, and
+# activation checkpointing, also around a single tower or block.
+_WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
 def _without_wrappers(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Strips the prefixes of DistributedDataParallel, torch.compile, and open_clip's separate text tower."""
-    return {re.sub(r"^(module\.|_orig_mod\.)*(text\.)?", "", k): v for k, v in state.items()}
+    """A CLIP's own names: without wrappers, without the attribute that holds it ("model." in Lightning's modules; what
+    lies beside it is left out), and without "text." of open_clip's separate text tower."""
+    state = {_WRAPPERS.sub("", name): value for name, value in state.items()}
+    holders = [name.removesuffix("logit_scale") for name in state if re.fullmatch(r"(.*\.)?logit_scale", name)]
+    if len(holders) > 1:
+        raise ValueError(f"holds several models: {', '.join(sorted(holders))}; save the one that you mean alone")
+    holder = holders[0] if holders else ""
+    state = {name.removeprefix(holder): value for name, value in state.items() if name.startswith(holder)}
+    return {name.removeprefix("text."): value for name, value in state.items()}
 
 
-def _config_in(folder: Path, hugging_face: bool) -> ClipConfig | None:
+def config_in(folder: Path, hugging_face: bool, highest_id: int | None = None) -> ClipConfig | None:
+    """The architecture that a folder's config file gives; None without one. Raises ValueError for another than CLIP."""
     name = "config.json" if hugging_face else _OPEN_CLIP_CONFIG
     if not (folder / name).exists():
         return None
-    described = _read_json(folder / name)
-    if hugging_face:
-        return architecture.from_hugging_face(described)
-    if "rankclip_jax" in described:
-        return architecture.from_ours(described["rankclip_jax"])
-    return architecture.from_open_clip(described["model_cfg"])
-
-
-def _read_json(path: Path) -> dict:
+    described = read_json(folder / name)
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path.name} is not valid JSON ({e})") from e
+        if hugging_face:
+            return architecture.from_hugging_face(described, highest_id)
+        if "rankclip_jax" in described:
+            return architecture.from_ours(described["rankclip_jax"])
+        return architecture.from_open_clip(described["model_cfg"], highest_id)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{folder / name} does not describe a CLIP ({one_line(e, kind=True)})") from e
 
 
 def _write_json(path: Path, contents: dict) -> None:

@@ -78,9 +78,10 @@ def hugging_face(path: str, ndim: int) -> Place:
     return Place(".".join([*modules, _LEAVES.get(leaf, leaf)]), _AXES[ndim] if leaf == "kernel" else None)
 
 
-# Tensors that are not weights: sizes that OpenAI registered as buffers, masks, position ids, batch counters.
+# Tensors that are not weights: sizes that OpenAI registered as buffers, masks, position ids, batch counters. And the
+# bias of SigLIP's loss: no embedding and no softmax depends on it.
 IGNORED = re.compile(
-    r"input_resolution|context_length|vocab_size|(.*\.)?attn_mask|.*\.position_ids|.*\.num_batches_tracked"
+    r"input_resolution|context_length|vocab_size|(.*\.)?attn_mask|.*\.position_ids|.*\.num_batches_tracked|logit_bias"
 )
 
 

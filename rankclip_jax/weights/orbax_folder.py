@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 
 from rankclip_jax.common.errors import one_line
 from rankclip_jax.common.files import write_whole
+from rankclip_jax.common.foreign_files import read_json
 from rankclip_jax.common.trees import by_name, nested
 from rankclip_jax.models import ClipConfig, unstack_layers
 from rankclip_jax.weights import architecture, layouts
@@ -37,7 +38,10 @@ def write_orbax(folder: str | Path, config: ClipConfig, variables: Mapping) -> N
 
 def read_orbax(folder: Path) -> tuple[ClipConfig, dict]:
     """Reads a folder of `write_orbax` as NumPy arrays. Raises ValueError if the checkpoint is missing or incomplete."""
-    config = architecture.from_ours(json.loads((folder / CONFIG).read_text()))
+    try:
+        config = architecture.from_ours(read_json(folder / CONFIG))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG} does not describe a CLIP ({one_line(error, kind=True)})") from error
     shapes = layouts.template(config)
     abstract = nested({name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
     with ocp.PyTreeCheckpointer() as reader:

@@ -1,7 +1,6 @@
-"""Reads a trained model from any path: a workdir, a folder of any supported layout, or a weights file."""
+"""Reads a trained model: a workdir, a folder of any supported layout, a weights file, or a model on the hub."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -10,18 +9,19 @@ from ml_collections import ConfigDict
 from rankclip_jax import config as configs
 from rankclip_jax import models
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.common.foreign_files import read_json
+from rankclip_jax.common.tokenizer import Tokenizer, files_of_tokenizer
 from rankclip_jax.models.presets import Activation
-from rankclip_jax.weights import checkpoint, formats
+from rankclip_jax.weights import checkpoint, formats, hub
 from rankclip_jax.weights import view as preprocess
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A model read from a path.
+    """A model that was read.
 
     Attributes:
-      path: its source.
+      path: its source as it was given: a path, or a hub id.
       config: the architecture.
       variables: {"params": ..., "batch_stats": ...} (the latter for a ResNet), float32 NumPy, blocks unrolled.
       view: its image preprocessing.
@@ -44,34 +44,40 @@ def read(path: str | Path, tokenizer: str | None = None, activation: Activation 
 
     Args:
       path: a workdir (its best checkpoint by `config.checkpoint.best`, else its newest), or any path for
-        `formats.read`. A tokenizer.json next to the weights is used.
-      tokenizer: the path of a tokenizer.json, or a hub id; needed for text if the path has no tokenizer.
+        `formats.read`, or a hub id (`hub.locate`). A tokenizer next to the weights is used.
+      tokenizer: as `Tokenizer.load` takes it; needed for text if the path has none.
       activation: of weights without a config: "quick_gelu" (OpenAI, RankCLIP) or "gelu" (most of open_clip's).
 
     Raises:
       InputError: one line naming the path and what is wrong with it.
     """
-    path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    own = folder / "tokenizer.json"
-    words = Tokenizer.load(str(own)) if own.is_file() else None
+    path, found = Path(path), hub.locate(path)
+    folder = found if found.is_dir() else found.parent
+    has_words = folder.is_dir() and files_of_tokenizer([file.name for file in folder.iterdir()])
+    words = Tokenizer.load(folder) if has_words else None
     given = Tokenizer.load(tokenizer) if tokenizer else None
     if words and given and words.vocabulary() != given.vocabulary():
         raise InputError(f"{path} has its own tokenizer, and {tokenizer} has other ids; do not give the latter")
     words = words or given
     # A workdir without checkpoints/ has them in config.checkpoint.folder.
-    if path.is_dir() and ((path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file()):
-        return _workdir(path, words)
+    if found.is_dir() and ((found / "checkpoints").is_dir() or (found / "metrics.jsonl").is_file()):
+        return _workdir(found, words)
+    # What pools at a text's highest id pools at the end of text, where no id above it comes in texts.
+    end = words.eot_id if words and words.highest_id() == words.eot_id else None
     try:
-        config, variables = formats.read(path, activation=activation)
+        config, variables = formats.read(found, activation=activation, highest_id=end)
         view = preprocess.of_folder(folder, config.vision.image_size)
     except (ValueError, OSError) as error:
         raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-    if words and (words.eot_id != config.text.eot_id or words.vocab_size > config.text.vocab_size):
-        raise InputError(
-            f"tokenizer {tokenizer or own} has {words.vocab_size} ids, end-of-text {words.eot_id}; the model {path} "
-            f"has {config.text.vocab_size}, end-of-text {config.text.eot_id}; give the tokenizer of its training"
-        )
+    if words:
+        if max(words.start_id, words.eot_id) < config.text.vocab_size:
+            words = words.within(config.text.vocab_size)
+        if words.eot_id != config.text.eot_id or words.vocab_size > config.text.vocab_size:
+            raise InputError(
+                f"tokenizer {tokenizer or folder} has {words.vocab_size} ids, end-of-text {words.eot_id}; the model "
+                f"{path} has {config.text.vocab_size}, end-of-text {config.text.eot_id}; give the tokenizer of its "
+                "training"
+            )
     return Pretrained(path, config, variables, view, words)
 
 
@@ -85,9 +91,10 @@ def untrained(model: Pretrained, seed: int = 0) -> Pretrained:
 
 def _workdir(path: Path, tokenizer: Tokenizer | None) -> Pretrained:
     try:
-        run = configs.complete(json.loads((path / "config.json").read_text()))
-    except (OSError, json.JSONDecodeError) as error:
+        stored = read_json(path / "config.json")
+    except (OSError, InputError) as error:
         raise InputError(f"{path} is a workdir, but its config.json cannot be read ({error}); restore it") from None
+    run = configs.complete(stored)
     if tokenizer is None:
         raise InputError(f"{path} is a workdir, but has no tokenizer.json; restore it")
     found = checkpoint.read_variables(path, run.checkpoint)

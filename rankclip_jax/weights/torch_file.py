@@ -39,8 +39,8 @@ _DTYPES = {
 def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
     """The state dict of a `.pt`, `.pth` or `.bin` file, as arrays of the saved dtypes.
 
-    Reads a plain state dict, a checkpoint with 'state_dict' (RankCLIP's, open_clip's; the optimiser's tensors are not
-    read), and a TorchScript archive (OpenAI's; names are the modules' attributes).
+    Reads a plain state dict, a checkpoint that holds one (RankCLIP's, open_clip's, Lightning's; the optimiser's tensors
+    are not read), and a TorchScript archive (OpenAI's; names are the modules' attributes).
 
     Raises:
       ValueError: one line naming the file: truncated, not a PyTorch archive, no state dict, or a pickle that names
@@ -107,6 +107,19 @@ class _Module:
         self.attributes = state
 
 
+class _Unused:
+    """Replaces a value beside the weights, such as the arguments of a run: does nothing, whatever it is called with."""
+
+    def __new__(cls, *_: Any) -> "_Unused":
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
 def _rebuild_tensor(storage, offset, shape, strides, *_):
     ints = (offset, *shape, *strides)
     valid = isinstance(storage, _Storage) and len(shape) == len(strides)
@@ -133,7 +146,19 @@ _ALLOWED = {
     ("torch.jit._pickle", "build_tensorlist"): _rebuild_list,
     ("torch.jit._pickle", "restore_type_tag"): _rebuild_list,
     **{("torch", name): name for name in _DTYPES},
+    # What training scripts keep in the same file: {"model": ..., "args": Namespace, "best": numpy's number}.
+    ("argparse", "Namespace"): _Unused,
+    ("pathlib", "PosixPath"): _Unused,
+    ("torch", "Size"): _Unused,
+    ("torch", "device"): _Unused,
+    **{("torch", name): _Unused for name in ("float16", "bfloat16", "float32", "float64")},
+    ("numpy", "dtype"): _Unused,
+    ("numpy.core.multiarray", "scalar"): _Unused,
+    ("numpy._core.multiarray", "scalar"): _Unused,
+    ("_codecs", "encode"): _Unused,
 }
+# The names that trainers give a state dict in their checkpoints, tried in this order.
+_HOLDERS = ("state_dict", "model_state_dict", "model_state", "model", "module", "net", "weights", "params")
 
 
 class _Unpickler(pickle.Unpickler):
@@ -175,15 +200,32 @@ def _unpickle(archive: zipfile.ZipFile) -> Any:
 
 
 def _state_dict(obj: Any) -> dict[str, _Tensor]:
+    found = _tensors_in(obj)
+    if not found:
+        what = f"a dict with keys {', '.join(map(str, list(obj)[:8]))}" if isinstance(obj, dict) else type(obj).__name__
+        raise _RefusedError(f"no state dict found, but {what}. Expected one under {', '.join(_HOLDERS[:2])}, ...")
+    return found
+
+
+def _tensors_in(obj: Any, depth: int = 4) -> dict[str, _Tensor]:
+    """The state dict in what was unpickled: under a name of _HOLDERS, here, or in the only dict that has tensors."""
     if isinstance(obj, _Module):
         return dict(_module_tensors(obj, ""))
-    if isinstance(obj, dict) and isinstance(obj.get("state_dict"), dict):
-        obj = obj["state_dict"]
-    tensors = {k: v for k, v in obj.items() if isinstance(v, _Tensor)} if isinstance(obj, dict) else {}
-    if not tensors:
-        found = f"a dict with keys {', '.join(map(str, list(obj)[:8]))}" if isinstance(obj, dict) else type(obj)
-        raise _RefusedError(f"no state dict found, but {found}")
-    return tensors
+    if not isinstance(obj, dict) or not depth:  # a pickle can nest a dict in itself
+        return {}
+    for holder in _HOLDERS:
+        if found := _tensors_in(obj.get(holder), depth - 1):
+            return found
+    if here := _named(obj):
+        return here
+    within = {name: _named(value) for name, value in obj.items() if isinstance(value, dict) and _named(value)}
+    if len(within) > 1:
+        raise _RefusedError(f"several state dicts: {', '.join(map(str, within))}; save the one that you mean alone")
+    return next(iter(within.values()), {})
+
+
+def _named(obj: dict) -> dict[str, _Tensor]:
+    return {name: value for name, value in obj.items() if isinstance(value, _Tensor) and isinstance(name, str)}
 
 
 def _module_tensors(module: _Module, prefix: str) -> Iterator[tuple[str, Any]]:

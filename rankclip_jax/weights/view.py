@@ -1,7 +1,6 @@
 """CLIP's image preprocessing for evaluation, on the host with PIL, as transformers' `CLIPImageProcessor`."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from rankclip_jax.common.errors import InputError, one_line
+from rankclip_jax.common.foreign_files import read_json
 from rankclip_jax.models.images import MEAN, STD
 
 
@@ -116,7 +116,4 @@ def _of_hugging_face(described: Mapping, image_size: int) -> View:
 
 
 def _read(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} is not valid JSON ({error})") from error
+    return read_json(path) if path.exists() else {}

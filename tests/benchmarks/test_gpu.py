@@ -115,7 +115,7 @@ def test_a_section_that_fails_is_a_line(tmp_path):
     gpu.take("loss", iter([{"batch": 32, "left_out": "no time"}]), found, out)
     text = (tmp_path / "out.md").read_text()
     assert "2 arrays, 8 bytes: all are equal." in text and "no time" in text
-    assert "**This section failed: RuntimeError: CUDA_ERROR_ILLEGAL_ADDRESS**" in text
+    assert "**This section failed: RuntimeError: CUDA_ERROR_ILLEGAL_ADDRESS and more**" in text
     assert json.loads((tmp_path / "out.json").read_text())["sections"] == found["sections"]
     assert gpu.failed(found) == ["checkpoint"]
 

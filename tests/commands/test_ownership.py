@@ -25,7 +25,7 @@ from rankclip_jax.study import report as study_report
 from rankclip_jax.train import __main__ as train
 from rankclip_jax.train import loop
 from rankclip_jax.weights import checkpoint, export, pretrained
-from rankclip_jax.weights.checkpoint import Checkpoints
+from rankclip_jax.weights.saving import Checkpoints
 from tests.commands.test_train import SMALL
 from tests.input_pipeline.test_download import Server, Web, env, web  # noqa: F401 -- fixtures
 from tests.study.test_study import SMOKE
@@ -459,7 +459,7 @@ def test_only_saves_of_ours_are_cleared_away(tmp_path):
     (there / "4.orbax-checkpoint-tmp").mkdir()
     checkpoints = Checkpoints(tmp_path, config(keep=1), start=2)
     for step in (3, 4, 5):
-        checkpoints.save(step, state_of(step), step, {})
+        checkpoints.save(step, state_of(step), step)
     checkpoints.close()
     after = contents(there)
     assert saved_steps(tmp_path) == [1, 5]  # 1 holds a file of somebody else

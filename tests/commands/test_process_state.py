@@ -18,7 +18,7 @@ from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.parallel.preemption import Notice, Preempted
 from rankclip_jax.train import loop, recorder
-from rankclip_jax.weights.checkpoint import Checkpoints
+from rankclip_jax.weights.saving import Checkpoints
 
 REPO = Path(__file__).parents[2]
 
@@ -43,7 +43,7 @@ def state():
 def small():
     settings = {
         "batch_size": 8, "data.train": 32, "data.val": None, "epochs": 1, "optim.warmup_steps": 1,
-        "loss.objective": "clip", "eval.every_epochs": None, "tokenizer.vocab_size": 300, "model.image_size": 8,
+        "loss.objective": "clip", "tokenizer.vocab_size": 300, "model.image_size": 8,
         "model.vision": {"layers": (1, 1), "width": 8, "stem": "small"},
         "model.text": {"layers": 1, "width": 32, "heads": 2},
     }  # fmt: skip
@@ -89,7 +89,7 @@ def test_what_a_training_sets_is_put_back(tmp_path, error):
         assert not notice.reached(1)
         signal.raise_signal(signal.SIGTERM)
         assert notice.reached(1)
-        checkpoints.save(1, {"w": jax.numpy.ones(3)}, 0, {})
+        checkpoints.save(1, {"params": {"w": jax.numpy.ones(3)}}, 0)
         during = state()
         if error:
             raise error

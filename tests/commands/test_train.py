@@ -150,7 +150,7 @@ def small(config="configs/shapes.py", **overrides):
         ({"tokenizer.path": "gone/tokenizer.json"}, r"no file gone/tokenizer.json"),
         ({"data.format": "csv", "data.train": "gone.csv"}, r"no such file: gone.csv; give a csv"),
         ({"mesh": {"data": 3}}, r"takes 3 devices; there are 8"),
-        ({"data.train": 0}, r"give a number of scenes"),
+        ({"data.train": 0}, r"a number of scenes above 0"),
         ({"sharding": "fsdp"}, r"asks for an axis 'fsdp', which config.mesh lacks"),
     ],
 )  # fmt: skip

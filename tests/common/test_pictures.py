@@ -12,7 +12,7 @@ from PIL import Image
 from input_pipeline import labelled, transforms
 from input_pipeline.sources import open_source
 from rankclip_jax.common.pictures import ENDINGS
-from rankclip_jax.config import keys
+from rankclip_jax.config import eval_set
 from rankclip_jax.inference.pictures import open_pictures
 from rankclip_jax.study import data as study
 
@@ -58,7 +58,7 @@ def test_a_folder_of_pairs(folder):
 
 
 def test_a_folder_a_class(folder):
-    spec = ConfigDict(keys.ZERO_SHOT_SET | {"format": "folder", "path": str(folder)})
+    spec = eval_set("zero_shot", {"format": "folder", "path": str(folder)})
     source = labelled.open_labelled(spec, image_side=8).source
     assert [source.where(row).rpartition("/")[2] for row in range(source.size)] == NAMES
     np.testing.assert_array_equal(pixels(source), GREY)
@@ -73,7 +73,7 @@ def test_members_of_a_benchmark(tmp_path):
                 info = tarfile.TarInfo(member)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    spec = ConfigDict(keys.ZERO_SHOT_SET | {"format": "clip_benchmark", "path": str(tmp_path)})
+    spec = eval_set("zero_shot", {"format": "clip_benchmark", "path": str(tmp_path)})
     source = labelled.open_labelled(spec, image_side=8).source
     assert source.size == len(NAMES)
     np.testing.assert_array_equal(pixels(source), GREY)
@@ -85,5 +85,5 @@ def test_a_collection(folder):
 
 
 def test_a_study(folder):
-    spec = ConfigDict(keys.ZERO_SHOT_SET | {"format": "folder", "path": str(folder)})
+    spec = eval_set("zero_shot", {"format": "folder", "path": str(folder)})
     np.testing.assert_array_equal(study.read_labelled("set", spec, side=8).images, np.full((len(NAMES), 8, 8, 3), GREY))

@@ -47,9 +47,13 @@ def config_of(**fields):
     return configs.complete({"eval": fields}).eval
 
 
+def evaluated(config, model, **arguments):
+    return evaluation.evaluate(config, model.encoder(), evaluation.open_sets(config, image_side=8), **arguments)
+
+
 def test_zero_shot_with_mistakes_a_batch_that_is_not_full_and_fewer_classes_than_k(tmp_path):
     path = write_set(tmp_path, [(10, "ash"), (20, "ash"), (20, "bone"), (40, "bone"), (30, "clay"), (30, "clay")])
-    results = evaluation.evaluate(config_of(zero_shot={"x": dict(format="folder", path=path)}), KnownModel().encoder())
+    results = evaluated(config_of(zero_shot={"x": dict(format="folder", path=path)}), KnownModel())
     per_class = (1 / 2 + 1 / 2 + 1) / 3
     # Ranks of the right class: ash 0, 1; bone 0, 1; clay 0, 0.
     assert results["zero_shot"] == {"x": {"top1": 4 / 6, "top3": 1.0, "mean_per_class": per_class, "n": 6}}
@@ -70,7 +74,7 @@ def test_a_missing_set_is_named_and_the_others_are_evaluated(tmp_path):
         suite=["dtd"],
         data_dir=str(tmp_path),
     )
-    results = evaluation.evaluate(config_of(**fields), KnownModel().encoder())
+    results = evaluated(config_of(**fields), KnownModel())
     assert results["zero_shot"]["x"]["top1"] == 1.0
     assert list(results["missing"]) == [
         "zero_shot/dtd", "zero_shot/gone", "zero_shot/odd", "retrieval/r", "linear_probe/l", "geometry/g",
@@ -93,7 +97,7 @@ def test_a_set_of_which_no_image_can_be_read_does_not_stop_the_others(tmp_path):
         retrieval={"bad": dict(path=str(tmp_path / "bad.csv"))},
         geometry={"bad": dict(path=str(tmp_path / "bad.csv"))},
     )
-    results = evaluation.evaluate(config_of(**fields), KnownModel().encoder())
+    results = evaluated(config_of(**fields), KnownModel())
     assert list(results["zero_shot"]) == ["fine"]
     assert results["missing"] == dict.fromkeys(
         ["zero_shot/bad", "retrieval/bad", "geometry/bad"], "no readable image in this set"
@@ -102,13 +106,13 @@ def test_a_set_of_which_no_image_can_be_read_does_not_stop_the_others(tmp_path):
 
 def test_the_suite_needs_known_sets_and_a_folder():
     with pytest.raises(InputError, match=r"unknown set 'mnist'. Expected all, or some of caltech101"):
-        evaluation.evaluate(config_of(suite="mnist", data_dir="x"), KnownModel().encoder())
+        evaluated(config_of(suite="mnist", data_dir="x"), KnownModel())
     with pytest.raises(InputError, match="config.eval.suite is set but config.eval.data_dir is not"):
-        evaluation.evaluate(config_of(suite="all"), KnownModel().encoder())
+        evaluated(config_of(suite="all"), KnownModel())
 
 
 def test_the_whole_suite_names_what_is_missing_of_all_eighteen_sets(tmp_path):
-    missing = evaluation.evaluate(config_of(suite="all", data_dir=str(tmp_path)), KnownModel().encoder())["missing"]
+    missing = evaluated(config_of(suite="all", data_dir=str(tmp_path)), KnownModel())["missing"]
     assert len(missing) == 18 and all("datasets/clip-benchmark/wds_" in reason for reason in missing.values())
 
 
@@ -121,7 +125,7 @@ def write_captions(tmp_path, rows):
 
 def test_retrieval_with_several_captions_and_ties(tmp_path):
     rows = [(10, "some ash"), (20, "a bone"), (10, "grey ash"), (40, "wet clay"), (30, "dry clay")]
-    results = evaluation.evaluate(config_of(retrieval={"r": write_captions(tmp_path, rows)}), KnownModel().encoder())
+    results = evaluated(config_of(retrieval={"r": write_captions(tmp_path, rows)}), KnownModel())
     # Image to text: 10 finds ash at once; 20 its bone; 40 and 30 find each other's clay as near as their own: second.
     # Text to image: both ash and the bone at once; "wet clay" is nearest to 30, and "dry clay" too.
     assert results["retrieval"]["r"] == {
@@ -131,7 +135,7 @@ def test_retrieval_with_several_captions_and_ties(tmp_path):
 
 def test_an_image_that_cannot_be_read_is_left_out_with_its_captions(tmp_path, capsys):
     fields = write_captions(tmp_path, [(10, "some ash"), (99, "a bone"), (20, "old bone"), (30, "dry clay")])
-    results = evaluation.evaluate(config_of(retrieval={"r": fields}, geometry={"g": fields}), KnownModel().encoder())
+    results = evaluated(config_of(retrieval={"r": fields}, geometry={"g": fields}), KnownModel())
     assert results["retrieval"]["r"]["images"] == results["retrieval"]["r"]["texts"] == 3
     assert results["retrieval"]["r"]["image_to_text_r1"] == 1.0
     assert results["geometry"]["g"]["alignment"] == pytest.approx(0) and results["geometry"]["g"]["n"] == 3
@@ -142,7 +146,7 @@ def test_geometry_takes_the_first_images_with_their_first_captions(tmp_path):
     rows = [(10, "some ash"), (10, "a clay"), (20, "old bone"), (30, "dry clay"), (40, "an ash")]
     fields = write_captions(tmp_path, rows) | dict(sample=3)
     model = KnownModel()
-    results = evaluation.evaluate(config_of(geometry={"g": fields}), model.encoder())
+    results = evaluated(config_of(geometry={"g": fields}), model)
     assert results["geometry"]["g"]["n"] == 3 and model.texts_seen == ["some ash", "old bone", "dry clay"]
 
 
@@ -151,7 +155,7 @@ def test_linear_probe_on_folders(tmp_path):
     train = write_set(tmp_path / "train", [(grey, name) for grey, name in zip((10, 20, 30), NAMES, strict=True)] * 10)
     test = write_set(tmp_path / "test", [(10, "ash"), (20, "bone"), (30, "clay"), (20, "clay")])
     fields = dict(format="folder", train=train, path=test)
-    results = evaluation.evaluate(config_of(linear_probe={"l": fields}), KnownModel().encoder())
+    results = evaluated(config_of(linear_probe={"l": fields}), KnownModel())
     row = results["linear_probe"]["l"]
     assert (row["top1"], row["mean_per_class"], row["n"]) == (3 / 4, (1 + 1 + 1 / 2) / 3, 4)
 
@@ -166,7 +170,7 @@ def test_robustness_counts_the_reference_over_the_shifted_sets_classes_only(tmp_
         zero_shot={"r": dict(format="folder", path=reference), "s": dict(format="folder", path=shifted)},
         robustness=dict(reference="r", shifted=["s", "absent"], baselines=str(tmp_path / "b.json")),
     )
-    results = evaluation.evaluate(config_of(**fields), KnownModel().encoder())
+    results = evaluated(config_of(**fields), KnownModel())
     # Of ash and bone alone: reference 4 of 4 (40 is bone when clay is no choice); shifted: ash right, 40 bone, 30
     # has 0 for both and the lower number, ash, comes first, 20 is bone.
     assert results["zero_shot"]["r"]["top1"] == 4 / 6
@@ -180,7 +184,7 @@ def test_what_a_protocol_leaves_out_is_not_counted(tmp_path):
     model = KnownModel()
     model.texts = lambda texts: np.tile(np.array([[0, 1, 0]], np.float32), (len(texts), 1))
     fields = dict(zero_shot={"imagenet_a": dict(format="folder", path=path, protocol="simple")})
-    results = evaluation.evaluate(config_of(**fields), model.encoder())
+    results = evaluated(config_of(**fields), model)
     assert results["zero_shot"]["imagenet_a"]["n"] == 2
 
 
@@ -188,7 +192,7 @@ def test_what_the_report_needs_is_left_in_the_folder(tmp_path):
     path = write_set(tmp_path / "x", [(10, "ash"), (40, "bone"), (30, "clay")])
     captions = write_captions(tmp_path, [(10, "some ash"), (20, "a bone"), (30, "dry clay")])
     sets = dict(zero_shot={"x": dict(format="folder", path=path)}, retrieval={"r": captions}, geometry={"g": captions})
-    evaluation.evaluate(config_of(**sets), KnownModel().encoder(), folder=tmp_path / "eval")
+    evaluated(config_of(**sets), KnownModel(), folder=tmp_path / "eval")
     stored = np.load(tmp_path / "eval" / "zero_shot_x.npz")
     assert stored["classes"].tolist() == NAMES
     np.testing.assert_array_equal(stored["confusion"], [[1, 0, 0], [0, 0, 1], [0, 0, 1]])

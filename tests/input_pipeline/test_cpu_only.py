@@ -14,8 +14,8 @@ from input_pipeline import health, labelled, pipeline, sources
 from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
-from rankclip_jax.config import keys
-from rankclip_jax.evaluation import evaluate
+from rankclip_jax.config import eval_set
+from rankclip_jax.evaluation import open_sets
 from rankclip_jax.inference.pictures import open_pictures
 from rankclip_jax.train import loop
 
@@ -28,17 +28,17 @@ def own_source():
     return sources.Source(4, read, str, lambda: ["a"])
 
 
-def spec(table, **fields):
-    return ConfigDict(table | {"format": "shapes"} | fields)
+def spec(kind, **fields):
+    return eval_set(kind, {"format": "shapes"} | fields)
 
 
 OPENERS = {
     "a source": lambda tmp: sources.open_source(ConfigDict({"format": "shapes"}), 4, image_side=8),
-    "a labelled set": lambda tmp: labelled.open_labelled(spec(keys.ZERO_SHOT_SET, path="seen"), image_side=8),
+    "a labelled set": lambda tmp: labelled.open_labelled(spec("zero_shot", path="seen"), image_side=8),
     "a set for a probe": lambda tmp: labelled.open_train_and_test(
-        spec(keys.LINEAR_PROBE_SET, train="seen", path="seen"), image_side=8
+        spec("linear_probe", train="seen", path="seen"), image_side=8
     ),
-    "a captioned set": lambda tmp: labelled.open_captioned(spec(keys.CAPTIONED_SET, path=4), image_side=8),
+    "a captioned set": lambda tmp: labelled.open_captioned(spec("retrieval", path=4), image_side=8),
     "a stream for training": lambda tmp: pipeline.TrainBatches(
         own_source(), Tokenizer.train("a", 300), batch_size=2, image_side=8, context_length=4, crop_scale=(1, 1), seed=0
     ),
@@ -72,8 +72,7 @@ def test_whatever_opens_data_keeps_tensorflow_off_the_gpus(what, monkeypatch, tm
 def test_an_evaluation_names_it_as_the_reason(monkeypatch):
     monkeypatch.setattr(tf.config, "set_visible_devices", too_late)
     config = configs.complete({"eval": {"zero_shot": {"seen": {"format": "shapes", "path": "seen"}}}}).eval
-    encoder = type("", (), {"image_side": 8})
-    assert "holds the GPUs" in evaluate(config, encoder)["missing"]["zero_shot/seen"]
+    assert "holds the GPUs" in open_sets(config, image_side=8).missing["zero_shot/seen"]
 
 
 def test_again_and_when_tensorflow_is_at_work_already_it_is_no_error_without_gpus():

@@ -12,7 +12,7 @@ from PIL import Image
 
 from input_pipeline import labelled, pipeline
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.config import keys as config_keys
+from rankclip_jax.config import eval_set
 from tests.support.source_files import samples, write_tfds
 
 GREYS = [10, 10, 20, 20, 30, 30, 30]  # of seven images; their classes are 0, 0, 1, 1, 2, 2, 2
@@ -72,11 +72,11 @@ def write_csv(root):
 
 
 def spec(**fields):
-    return ConfigDict(config_keys.ZERO_SHOT_SET | fields)
+    return eval_set("zero_shot", fields)
 
 
 def open_captioned(**fields):
-    return labelled.open_captioned(ConfigDict(config_keys.CAPTIONED_SET | fields), image_side=16)
+    return labelled.open_captioned(eval_set("retrieval", fields), image_side=16)
 
 
 def read_all(source):
@@ -135,7 +135,7 @@ def test_processes_share_a_set_and_every_sample_comes_once(tmp_path):
 def test_retrieval_by_csv_groups_the_rows_of_an_image(tmp_path):
     write_csv(tmp_path)
     (tmp_path / "captions.csv").write_text("image,caption\n0.png,one\n1.png,two\n0.png,three\n2.png,four\n0.png,five\n")
-    fields = ConfigDict(config_keys.CAPTIONED_SET | dict(path=str(tmp_path / "captions.csv")))
+    fields = eval_set("retrieval", dict(path=str(tmp_path / "captions.csv")))
     found = labelled.open_captioned(fields, image_side=16)
     assert found.captions == ["one", "three", "five", "two", "four"]
     assert found.image_of_text.tolist() == [0, 0, 0, 1, 2] and found.source.size == 3
@@ -148,9 +148,7 @@ def test_flickr30ks_own_file_has_bars_and_spaces(tmp_path):
         "image_name| comment_number| comment\n1.png| 0| A dog , running .\n1.png| 1| Dog\n"
     )
     fields = dict(path=str(tmp_path / "results.csv"), delimiter="|", image_key="image_name", caption_key="comment")
-    found = labelled.open_captioned(
-        ConfigDict(config_keys.CAPTIONED_SET | fields | dict(image_folder="images")), image_side=16
-    )
+    found = open_captioned(**fields, image_folder="images")
     assert found.captions == ["A dog , running .", "Dog"] and found.image_of_text.tolist() == [0, 0]
     assert Image.open(io.BytesIO(labelled.thumbnail(found.source, 0))).size == (24, 20)
 
@@ -158,7 +156,7 @@ def test_flickr30ks_own_file_has_bars_and_spaces(tmp_path):
 def test_retrieval_in_clip_benchmarks_layout_has_a_caption_a_line(tmp_path):
     write_tar(tmp_path / "test" / "0.tar", [("a", 10, "txt", "one\ntwo\n"), ("b", 20, "txt", "three")])
     (tmp_path / "test" / "nshards.txt").write_text("1")
-    fields = ConfigDict(config_keys.CAPTIONED_SET | dict(format="clip_benchmark", path=str(tmp_path)))
+    fields = eval_set("retrieval", dict(format="clip_benchmark", path=str(tmp_path)))
     found = labelled.open_captioned(fields, image_side=16)
     assert found.captions == ["one", "two", "three"] and found.image_of_text.tolist() == [0, 0, 1]
     assert next(pipeline.eval_batches(found.source, batch_size=2, image_side=16))["mask"].all()
@@ -203,7 +201,7 @@ def test_what_is_wrong_with_a_webdataset_is_named(tmp_path, what, message):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(format="zip", path="x"), "unknown format 'zip'. Expected csv, folder"),
+        (dict(format="zip", path="x"), "config.eval.zero_shot.format='zip'. Expected one of csv, folder"),
         (dict(format="folder"), "needs a path"),
         (dict(format="folder", path="gone", hint="get it there"), "gone is not a folder .*; get it there"),
         (

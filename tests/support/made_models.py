@@ -10,7 +10,7 @@ from rankclip_jax import config as configs
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.train import step as steps
 from rankclip_jax.train.session import build_model
-from rankclip_jax.weights.checkpoint import Checkpoints
+from rankclip_jax.weights.saving import Checkpoints
 
 CAPTIONS = ["a photo of a cat", "two dogs on a beach", "a red circle on grey", "the small blue star"] * 5
 VIT = dict(
@@ -63,7 +63,8 @@ def make_workdir(path: Path, model, scores=(0.5,), **groups) -> Path:
             variables = make_variables(config, tokenizer, seed=step)[1]
             moments = {"mu": np.ones(3, np.float32)}
             state = steps.TrainState(np.int32(step), variables["params"], variables.get("batch_stats", {}), moments)
-            checkpoints.save(step, state, 0, metrics)
+            checkpoints.save(step, state, 0)
+            checkpoints.score(step, metrics)
             out.write(json.dumps({"step": step, "loss": 9.0}) + "\n" + json.dumps({"step": step, **metrics}) + "\n")
     checkpoints.close()
     return path

@@ -11,8 +11,8 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.config import complete
 from rankclip_jax.parallel.mesh import make_mesh
 from rankclip_jax.weights import checkpoint
-from rankclip_jax.weights.checkpoint import Checkpoints
 from rankclip_jax.weights.fingerprint import fingerprints
+from rankclip_jax.weights.saving import Checkpoints
 
 
 def config(**fields):
@@ -30,7 +30,7 @@ def abstract(tree, place=None):
 def save(workdir, states, **fields):
     checkpoints = Checkpoints(workdir, config(**{"keep": 9} | fields))
     for step, state in states.items():
-        checkpoints.save(step, state, 10 * step, {})
+        checkpoints.save(step, state, 10 * step)
     checkpoints.close()
 
 
@@ -45,7 +45,7 @@ def test_state_and_position_come_back_bit_for_bit_with_their_sharding(tmp_path):
     w = jnp.arange(32.0) * np.float32(0.1)
     state = {"w": jax.device_put(w, split), "step": jax.device_put(jnp.int32(7), everywhere)}
     checkpoints = Checkpoints(tmp_path, config())
-    checkpoints.save(7, state, 123_456_789_012, {})
+    checkpoints.save(7, state, 123_456_789_012)
     checkpoints.close()
     restored = checkpoint.restore(tmp_path, config(), abstract(state))
     assert (restored.step, restored.positions, int(restored.state["step"])) == (7, [123_456_789_012], 7)
@@ -93,7 +93,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capf
     np.testing.assert_array_equal(variables["params"]["w"], state_of(2)["params"]["w"])
     # The run that goes on writes its own step 3; what was there keeps another name.
     checkpoints = Checkpoints(tmp_path, config(keep=9), start=2)
-    checkpoints.save(3, state_of(3), 30, {})
+    checkpoints.save(3, state_of(3), 30)
     checkpoints.close()
     assert checkpoint.restore(tmp_path, config(), abstract(state_of(0))).step == 3
     assert (tmp_path / "checkpoints" / "damaged-3").is_dir() and saved_steps(tmp_path) == [1, 2, 3]
@@ -112,13 +112,17 @@ def test_where_all_are_damaged_nothing_is_deleted(tmp_path):
 def test_the_latest_the_best_and_every_so_many_are_kept(tmp_path):
     checkpoints = Checkpoints(tmp_path, config(keep=2, best="accuracy", keep_every=3))
     for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.6), (5, 0.6), (6, None), (7, 0.1)):
-        checkpoints.save(step, state_of(step), step, {} if accuracy is None else {"accuracy": accuracy, "n": 1})
+        checkpoints.save(step, state_of(step), step)
+        checkpoints.score(step, {} if accuracy is None else {"accuracy": accuracy, "n": 1})
     checkpoints.close()
     assert saved_steps(tmp_path) == [2, 3, 6, 7]
     assert checkpoint.restore(tmp_path, config(), abstract(state_of(0))).step == 7
-    assert checkpoint.restore(tmp_path, config(best="accuracy"), abstract(state_of(0)), best=True).step == 2
+    best = config(best="accuracy")
+    variables = {"params": abstract(state_of(0)["params"])}
+    assert checkpoint.restore_variables(tmp_path, best, variables).step == 2
     damage.KINDS["one bit flipped in the largest file"](tmp_path / "checkpoints" / "2")
-    assert checkpoint.read_variables(tmp_path, config(best="accuracy"))[0] == 7
+    assert checkpoint.read_variables(tmp_path, best)[0] == 7
+    assert checkpoint.restore_variables(tmp_path, best, variables).step == 7
 
 
 def test_what_a_cut_off_save_left_is_cleared_away(tmp_path):
@@ -126,7 +130,7 @@ def test_what_a_cut_off_save_left_is_cleared_away(tmp_path):
     shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp")
     assert checkpoint.restore(tmp_path, config(), abstract(state_of(0))).step == 1
     checkpoints = Checkpoints(tmp_path, config(), start=1)
-    checkpoints.save(2, state_of(2), 20, {})
+    checkpoints.save(2, state_of(2), 20)
     checkpoints.close()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
@@ -148,7 +152,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     checkpoints = Checkpoints(tmp_path, config())
     state = {"w": jnp.ones(1_000_000)}
-    checkpoints.save(1, state, 0, {})
+    checkpoints.save(1, state, 0)
     state = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state)
     jax.block_until_ready(state)
     checkpoints.close()

@@ -344,7 +344,6 @@ def test_presets_have_the_names_and_shapes_of_open_clip_and_transformers(open_cl
         ({"text_cfg": {"no_causal_mask": True}}, "no_causal_mask = True"),
         ({"vision_cfg": {"pool_type": "avg"}}, "pool_type = 'avg'"),
         ({"vision_cfg": {"image_size": [224, 256]}}, "only square images"),
-        ({"init_logit_bias": -10}, "init_logit_bias = -10"),
         ({"multimodal_cfg": {"width": 512}}, "multimodal_cfg = "),
     ],
 )
@@ -398,9 +397,9 @@ def test_missing_and_unknown_tensors_are_named(tmp_path, state):
     with pytest.raises(ValueError, match=r"a\.safetensors: missing tensors: visual\.ln_pre\.bias$"):
         read(tmp_path / "a.safetensors")
     state["visual.ln_pre.bias"] = np.zeros(128, np.float32)
-    state["logit_bias"] = np.zeros((), np.float32)
+    state["logit_gain"] = np.zeros((), np.float32)
     save(tmp_path / "a.safetensors", state)
-    with pytest.raises(ValueError, match="unknown tensors: logit_bias; this is not a CLIP"):
+    with pytest.raises(ValueError, match="unknown tensors: logit_gain; this is not a CLIP"):
         read(tmp_path / "a.safetensors")
 
 
@@ -418,12 +417,54 @@ def test_other_models_and_guesses_that_cannot_be_made(tmp_path, state):
         read(tmp_path / "hf.safetensors")
 
 
-def test_prefixes_of_wrappers_are_stripped(tmp_path, state):
-    """DistributedDataParallel around torch.compile around open_clip's CustomTextCLIP."""
-    towers = {k if k.startswith(("visual", "logit")) else f"text.{k}": v for k, v in state.items()}
-    wrapped = {f"module._orig_mod.{k}": v for k, v in towers.items()}
-    save(tmp_path / "a.safetensors", wrapped)
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda k: f"module.{k}",  # DistributedDataParallel
+        lambda k: f"_orig_mod.{k}",  # torch.compile
+        lambda k: f"model.{k}",  # Lightning
+        lambda k: f"module.model._orig_mod.clip.{k}",
+        lambda k: k.replace("visual.", "visual._orig_mod.", 1),  # one tower compiled
+        lambda k: k.replace("resblocks.1.", "resblocks.1._checkpoint_wrapped_module."),
+        # All around open_clip's CustomTextCLIP.
+        lambda k: "module._orig_mod." + (k if k.startswith(("visual", "logit")) else f"text.{k}"),
+    ],
+)
+@pytest.mark.parametrize("layout", [layouts.openai, layouts.hugging_face])
+def test_prefixes_of_wrappers_are_stripped(tmp_path, rename, layout):
+    state = {rename(k): v for k, v in layouts.to_state(variables(VIT), VIT, layout).items()}
+    save(tmp_path / "a.safetensors", state)
+    assert_same(read(tmp_path / "a.safetensors", config=VIT)[1], variables(VIT))
+
+
+def test_what_lies_beside_the_model_is_left_out_and_two_models_are_refused(tmp_path, state):
+    held = {f"model.{k}": v for k, v in state.items()}
+    save(tmp_path / "a.safetensors", held | {"metric.total": np.zeros(3, np.float32)})
     assert_same(read(tmp_path / "a.safetensors")[1], variables(VIT))
+    save(tmp_path / "b.safetensors", held | {f"teacher.{k}": v for k, v in state.items()})
+    with pytest.raises(ValueError, match=r"b\.safetensors: holds several models: model\., teacher\.; save the one"):
+        read(tmp_path / "b.safetensors")
+
+
+def test_the_bias_of_siglips_loss_is_left_aside(open_clip, tmp_path, state):
+    save(tmp_path / "a.safetensors", state | {"logit_bias": np.array(-10, np.float32)})
+    assert_same(read(tmp_path / "a.safetensors")[1], variables(VIT))
+    described = architecture.to_open_clip(VIT) | {"init_logit_bias": -10}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": described}))
+    torch.manual_seed(0)
+    towers = described["vision_cfg"], described["text_cfg"]
+    model = open_clip.CLIP(described["embed_dim"], *towers, quick_gelu=True, init_logit_bias=-10)
+    torch.save({"model_state_dict": model.eval().state_dict()}, tmp_path / "open_clip_pytorch_model.bin")
+    assert "logit_bias" in model.state_dict()
+    config, values = read(tmp_path)
+    assert config == VIT
+    z_img, z_txt, _ = embed(config, values)
+    images, tokens = inputs(config)
+    with torch.no_grad():
+        expected_img = model.encode_image(torch.tensor(images).permute(0, 3, 1, 2), normalize=True)
+        expected_txt = model.encode_text(torch.tensor(tokens).long(), normalize=True)
+    np.testing.assert_allclose(z_img, expected_img, atol=1e-5)
+    np.testing.assert_allclose(z_txt, expected_txt, atol=1e-5)
 
 
 def test_neither_torch_nor_tensorflow_is_imported(tmp_path, state):

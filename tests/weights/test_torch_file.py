@@ -1,9 +1,11 @@
 """The PyTorch reader: what PyTorch wrote comes back bit for bit, and nothing in a file ever runs."""
 
+import argparse
 import io
 import os
 import pickle
 import zipfile
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -58,6 +60,44 @@ def test_parameters_in_a_training_checkpoint(tmp_path):
     # Parameters themselves, not only their data, are pickled by another function.
     torch.save(dict(net.named_parameters()), tmp_path / "b.pt")
     assert set(read_torch_file(tmp_path / "b.pt")) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(1.5)}
+MOMENTS = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        {"state_dict": STATE, "epoch": 3, "optimizer": MOMENTS},
+        {"epoch": 3, "model_state_dict": STATE, "optimizer_state_dict": MOMENTS, "loss": torch.tensor(0.5)},
+        {"model": STATE, "model_ema": {"a.weight": torch.zeros(2, 3)}, "optimizer": MOMENTS},
+        {"model": {"state_dict": STATE}, "step": torch.tensor(7)},
+        {"model": {"name": "ViT-B/32"}, "weights": STATE},
+        {"module": STATE, "lr_scheduler": None},
+        {"my_clip": STATE, "optimizer": MOMENTS},
+        {"model": STATE, "args": argparse.Namespace(lr=0.1, out=Path("runs"), device=torch.device("cpu"))},
+        {"model": STATE, "best": np.float64(0.7), "size": torch.Size([2, 3]), "dtype": torch.float32},
+    ],
+    ids=lambda checkpoint: "+".join(checkpoint),
+)
+def test_the_weights_are_found_under_the_names_that_trainers_give_them(tmp_path, checkpoint):
+    torch.save(checkpoint, tmp_path / "a.pt")
+    ours = read_torch_file(tmp_path / "a.pt")
+    assert list(ours) == list(STATE)
+    for name, tensor in STATE.items():
+        _same(ours[name], tensor)
+
+
+def test_several_state_dicts_are_not_guessed_among(tmp_path):
+    torch.save({"student": STATE, "teacher": STATE}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt: several state dicts: student, teacher; save the one that you mean"):
+        read_torch_file(tmp_path / "a.pt")
+    nested = {}
+    nested["model"] = nested  # a pickle can
+    torch.save(nested, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match="no state dict found, but a dict with keys model. Expected one under state_d"):
+        read_torch_file(tmp_path / "b.pt")
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
@@ -177,10 +217,13 @@ def test_flipped_bytes_are_noticed(tmp_path):
         read(tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n" + bytes(50), b"<html>not found</html>"])
-def test_foreign_files(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "begins"),
+    [(b"\x89PNG\r\n\x1a\n" + bytes(50), ";"), (b"Entry not found", ", it begins with 'Entry not found';")],
+)
+def test_foreign_files(tmp_path, content, begins):
     (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="neither safetensors nor a PyTorch archive"):
+    with pytest.raises(ValueError, match=f"a.pt is neither safetensors nor a PyTorch archive{begins}"):
         read(tmp_path / "a.pt")
 
 

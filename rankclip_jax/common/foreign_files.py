@@ -1,0 +1,53 @@
+"""Files that people give: what is no file of its kind, but what a download or a clone left in its place, is named."""
+
+import json
+import re
+from pathlib import Path
+
+from rankclip_jax.common.errors import InputError, one_line
+
+_LFS = re.compile(rb"version https://(git-lfs\.github|hawser\.github)\.com/spec/")
+_AGAIN = "; download it again"
+
+
+def refuse_stand_in(path: Path) -> None:
+    """Raises InputError where a file is empty, a Git LFS pointer or a web page. An OSError passes through.
+
+    Called before a file of weights, a tokenizer or a configuration is read.
+    """
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    text = head.removeprefix(b"\xef\xbb\xbf").strip(b"\0 \t\r\n")
+    if not text:
+        raise InputError(f"{path} {'begins with blanks or zeros only' if head else 'is empty'}{_AGAIN}")
+    if _LFS.match(text):
+        size = re.search(rb"^size (\d+)", text, re.MULTILINE)
+        real = f" to {int(size[1]):,} bytes that are not here" if size else ""
+        raise InputError(f"{path} is a Git LFS pointer{real}; run `git lfs pull` in its folder, or download the file")
+    if text.startswith(b"<"):
+        title = re.search(rb"<(title|message)>(.+?)</", text, re.IGNORECASE | re.DOTALL)
+        said = f" ({_line(title[2])!r})" if title else ""
+        raise InputError(f"{path} is a web page{said}, such as a login or an error message{_AGAIN}")
+
+
+def beginning(path: Path) -> str:
+    """How a file of another kind begins, for a message: ", it begins with 'Entry not found'"; "" unless it is text."""
+    with open(path, "rb") as file:
+        head = file.read(80)
+    return f", it begins with {_line(head)!r}" if re.fullmatch(rb"[\t\r\n\x20-\x7e]+", head) else ""
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises InputError, naming the file, for anything else; an OSError passes through."""
+    refuse_stand_in(path)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON ({one_line(error)}){beginning(path)}{_AGAIN}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds a {type(found).__name__} as JSON; expected an object, {{...}}")
+    return found
+
+
+def _line(text: bytes) -> str:
+    return " ".join(text.decode("utf-8", "replace").split())[:80]

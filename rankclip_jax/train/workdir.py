@@ -1,0 +1,106 @@
+"""The workdir of a run: whose files are in it, whether it holds a run, and that one start at a time works in it."""
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from rankclip_jax import config as configs
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.files import write_whole
+from rankclip_jax.common.ownership import Owned
+from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.parallel import processes
+from rankclip_jax.weights import checkpoint
+
+_LOCK = ".lock"
+
+
+def bad_samples(process: int) -> str:
+    """Name of the file in which a process lists what it could not use."""
+    return f"bad_samples.process{process}.jsonl" if process else "bad_samples.jsonl"
+
+
+def stored_config(workdir: Path) -> ConfigDict | None:
+    """The configuration of the run in a workdir, completed; None: there is no config.json.
+
+    Raises:
+      InputError: it is damaged, or was not written by this project.
+    """
+    path = workdir / "config.json"
+    try:
+        return configs.completed(json.loads(path.read_text())) if path.is_file() else None
+    except (ValueError, OSError) as error:
+        if isinstance(error, InputError):
+            raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path} is damaged ({error}); bring it back from a copy, or give a new --workdir") from None
+
+
+def check_same_run(workdir: Path, config: ConfigDict) -> bool:
+    """Whether the workdir holds a run that `config` resumes: a config.json with a checkpoint.
+
+    Raises:
+      InputError: its run has another configuration, or files of others are in the way.
+    """
+    if len(set(processes.of_all((workdir / "config.json").exists()))) > 1:
+        raise InputError(f"only some processes find a run in {workdir}; it must be a folder that all of them share")
+    Owned(workdir, "train").check(_names(config))
+    old = stored_config(workdir)
+    if old is None or not any(checkpoint.steps(checkpoint.folder_of(workdir, c.checkpoint)) for c in (old, config)):
+        return False
+    check_same_config(workdir, old, config)
+    return True
+
+
+def check_same_config(workdir: Path, old: ConfigDict, config: ConfigDict) -> None:
+    """Raises InputError where a configuration changes what must not change in the run of a workdir."""
+    changed = configs.differences(old.to_dict(), config.to_dict())
+    if not changed:
+        return
+    longer = ""
+    if any(change.startswith(("config.epochs", "config.steps")) for change in changed):
+        longer = f". To train for longer from its weights: a new --workdir with --config.init_from={workdir}"
+    raise InputError(
+        f"{workdir} holds a run with another configuration ({'; '.join(changed)}); "
+        f"give a new --workdir, or the old values to resume it{longer}"
+    )
+
+
+def begin(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
+    """Writes what makes a folder a run: config.json last, so that it says that all is there."""
+    tokenizer.save(workdir / "tokenizer.json")
+    write_whole(workdir / "config.json", configs.to_json(config) + "\n")
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
+    """Takes the folder for this start, in the first process; another start in it is refused until the end.
+
+    Raises:
+      InputError: files of others are in the way, or another start is at work.
+    """
+    if not processes.is_first():
+        yield
+        return
+    Owned(workdir, "train").claim(_names(config))
+    with open(workdir / _LOCK, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another training is at work in {workdir}; wait for its end, or give a new --workdir"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def _names(config: ConfigDict) -> list[str]:
+    """What a run writes in its workdir. TensorBoard's events and profile/ get names that nobody has."""
+    names = ["config.json", "tokenizer.json", "metrics.jsonl", "curves.png", _LOCK]
+    names += [bad_samples(process) for process in range(jax.process_count())]
+    return names if config.checkpoint.folder else [*names, "checkpoints"]

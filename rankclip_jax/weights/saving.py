@@ -1,0 +1,195 @@
+"""Saving the checkpoints of a run, in the background; checkpoint.py says what they hold and reads them."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from ml_collections import ConfigDict
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from rankclip_jax.common.errors import InputError, one_line
+from rankclip_jax.parallel import processes
+from rankclip_jax.parallel.preemption import Preempted
+from rankclip_jax.weights import checkpoint
+from rankclip_jax.weights.fingerprint import fingerprints
+
+# What a save writes into the folder of its step, without endings; Orbax writes those of its own names.
+_WRITTEN = {"state", "data", "metrics", "_CHECKPOINT_METADATA", "commit_success"}
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run, in the background.
+
+    Keeps the latest `config.keep`, every multiple of `config.keep_every`, and the one whose metric `config.best` is
+    highest. As a context: a failed save is told once, by the exception, and at the end all is written.
+    """
+
+    def __init__(self, workdir: str | Path, config: ConfigDict, start: int | None = None):
+        """`start`: the step that was restored. Newer ones proved damaged, and make way under another name."""
+        folder = checkpoint.folder_of(workdir, config)
+        self._folder, self._best, self._saved = folder, config.best, start
+        self._latest, self._every, self._strangers = config.keep, config.keep_every, set()
+        known = checkpoint.scores(folder, config.best)
+        self._scores = {step: score for step, score in known.items() if step <= (start or 0)}
+        try:
+            if processes.is_first():
+                _make_way(folder, start)
+            processes.of_all(0)  # the others look into the folder only now
+            self._strangers = {step for step in checkpoint.steps(folder) if not _is_ours(folder / str(step))}
+            # Orbax's own clearing away (cleanup_tmp_directories) knows no owner: in a bucket it takes every folder.
+            options = ocp.CheckpointManagerOptions(preservation_policy=_Kept(self._kept))
+            self._manager = ocp.CheckpointManager(folder, options=options)
+        except Exception as error:
+            raise _cannot_save(folder, error) from error
+
+    def __enter__(self) -> "Checkpoints":
+        self._context = contextlib.ExitStack()
+        self._context.enter_context(_told_once())
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        with self._context:
+            # What was being saved is good. But of many processes the others may never come to finish it.
+            if error is None or isinstance(error, Preempted) or jax.process_count() == 1:
+                self.close()
+
+    def save(self, step: int, state: Any, position: int) -> None:
+        """Starts to write; returns as soon as the state is copied, so that the next step may donate it.
+
+        Args:
+          position: this process's place in its stream of data.
+
+        Raises:
+          InputError: this checkpoint, or the one before, could not be written. Those before it are as they were.
+        """
+        if step == self._saved:
+            return
+        data: dict[str, Any] = {"positions": processes.of_all(position), "fingerprints": fingerprints(state)}
+        data["crc32"] = checkpoint.crc32(data)
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
+        try:
+            self._manager.save(step, args=items)
+        except Exception as error:
+            raise _cannot_save(self._folder, error) from error
+        self._saved = step
+
+    def score(self, step: int, numbers: dict[str, float]) -> None:
+        """Notes what a saved step was worth by config.best, if that is among the numbers, once it was evaluated.
+
+        The step that was best before is removed now, unless something else keeps it. Raises as `save` does.
+        """
+        if self._best not in numbers or step != self._saved:
+            return
+        before = self._best_step()
+        self._scores[step] = float(numbers[self._best])
+        try:
+            self._manager.wait_until_finished()
+            if processes.is_first():
+                (self._folder / checkpoint.SCORES).write_text(json.dumps({self._best: self._scores}))
+            saved = self._manager.all_steps()
+            if before in saved and before not in self._kept(saved):
+                self._manager.delete(before)
+        except Exception as error:
+            raise _cannot_save(self._folder, error) from error
+
+    def close(self) -> None:
+        """Waits until everything is written. Raises as `save` does."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.close()
+        except Exception as error:
+            raise _cannot_save(self._folder, error) from error
+
+    def _best_step(self) -> int | None:
+        return max(self._scores, key=lambda step: (self._scores[step], step), default=None)
+
+    def _kept(self, steps: Sequence[int]) -> set[int]:
+        """Those of the saved steps that stay; what is no checkpoint of ours is not ours to remove."""
+        multiples = [step for step in steps if self._every and step % self._every == 0]
+        kept = {*sorted(steps)[-self._latest :], *multiples, *self._strangers}
+        return {step for step in steps if step in kept or step == self._best_step()}
+
+
+@dataclasses.dataclass
+class _Kept(preservation_policy.PreservationPolicy):
+    """Keeps what a function of all steps names."""
+
+    kept: Callable[[Sequence[int]], set[int]]
+
+    def should_preserve(self, checkpoints: Sequence, *, context: Any) -> list[bool]:
+        kept = self.kept([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+def _is_ours(path: epath.Path) -> bool:
+    """Whether there is nothing in a folder but what our saves put there; some or all of it may be lacking."""
+    if os.path.islink(path) or not path.is_dir():
+        return False
+    return {name.name.partition(".")[0] for name in path.iterdir()} <= _WRITTEN
+
+
+def _make_way(folder: epath.Path, start: int | None) -> None:
+    """Clears away saves that were cut off, which would fill the disk, and renames damaged checkpoints after `start`.
+
+    Raises:
+      InputError: something else has the name of a save to come, which Orbax would remove.
+    """
+    folder.mkdir(parents=True, exist_ok=True)  # fails where it cannot be written
+    for path in folder.iterdir():
+        named = re.fullmatch(r"(\d+)(\.orbax-checkpoint-tmp)?", path.name)
+        if not named:
+            continue
+        # In a bucket a save has its name from the start, and at the end the file commit_success.txt.
+        cut_off = named[2] or (str(folder).startswith("gs://") and not (path / "commit_success.txt").exists())
+        to_come = cut_off or int(named[1]) > (start or 0)
+        if to_come and not _is_ours(path):
+            raise InputError(f"{path} is no checkpoint of this run, and in the way of one; move it away")
+        if cut_off:
+            path.rmtree()
+        elif start is not None and to_come:
+            path.rename(_free_name(folder, f"damaged-{path.name}"))
+
+
+def _free_name(folder: epath.Path, name: str) -> epath.Path:
+    taken = [path.name for path in folder.iterdir()]
+    return folder / next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if n not in taken)
+
+
+@contextlib.contextmanager
+def _told_once() -> Iterator[None]:
+    """Keeps off the console what else is said of a failed save, which is raised here, in one line."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+
+    def not_orbax(record: logging.LogRecord) -> bool:  # which logs an error in the background with its stack
+        return not (record.exc_info and "orbax" in record.pathname)
+
+    def without_late_callbacks(unraisable: Any) -> None:  # of TensorStore's other writes, each with a stack
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    logger.addFilter(not_orbax)
+    sys.unraisablehook = without_late_callbacks
+    try:
+        yield
+    finally:
+        logger.removeFilter(not_orbax)
+        sys.unraisablehook = hook
+
+
+def _cannot_save(folder: epath.Path, error: Exception) -> Exception:
+    if isinstance(error, InputError):
+        return error
+    return InputError(
+        f"cannot save in {folder}: {one_line(error)}. The checkpoints before are as they were; "
+        "make room or make it writable, and start again to resume"
+    )
