@@ -7,6 +7,8 @@ import importlib
 import importlib.metadata
 import sys
 
+from rankclip_jax.common import commands
+
 # Word -> module, flags that stand for the word, what a first argument without a dash is given to, and what it does.
 COMMANDS = {
     "train": ("rankclip_jax.train.__main__", [], "--config", "train a model; resumes what was stopped"),
@@ -42,6 +44,7 @@ def main() -> None:
     if first and rest and not rest[0].startswith("-"):
         rest = [first, *rest]
     sys.argv = [f"rankclip {word}", *flags, *rest]
+    commands.quiet_tensorflow()  # before a module imports it
     importlib.import_module(module).main()
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,7 @@ def _told_once() -> Iterator[None]:
 def _cannot_save(folder: epath.Path, error: Exception) -> Exception:
     if isinstance(error, InputError):
         return error
+    time.sleep(0.5)  # TensorStore's other writes call back within a fifth of that, while `_told_once` lasts
     return InputError(
         f"cannot save in {folder}: {one_line(error)}. The checkpoints before are as they were; "
         "make room or make it writable, and start again to resume"

@@ -32,6 +32,8 @@ def planted(tmp_path, monkeypatch):
         monkeypatch.setattr(jax_install, "requirements", lambda: ["jaxtyping>=1", "jax>=0.10.2"])
         monkeypatch.setattr(jax_install.Path, "exists", lambda path: False)  # no device of the machine that tests
         monkeypatch.setattr(jax_install.Path, "glob", lambda path, pattern: [])
+        there = jax_install.version  # no plugin of the environment that tests
+        monkeypatch.setattr(jax_install, "version", lambda name: there(name) if "cuda" not in name or name in dict(packages) else None)
         for name, version in dict(packages).items():
             folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
             folder.mkdir()

@@ -85,7 +85,7 @@ def test_three_steps_as_on_an_accelerator(name, changes, tmp_path, as_an_acceler
 COMPILED = ("step: base", "step: ResNet", "loss", "embed texts")
 SCRIPT = """
 import sys
-from rankclip_jax.parallel import sharding
+from rankclip_jax.parallel.mesh import make_mesh
 from rankclip_jax.train import targets
 from rankclip_jax.common.devices import devices_of
 from tests.support.backends import PROGRAMS

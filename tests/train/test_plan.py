@@ -199,7 +199,7 @@ def test_every_gpus_compiler_runs(kind):
         pytest.skip(f"needs the compiler: {targets.HOW_TO_INSTALL['gpu']}")
     script = f"""
 import jax
-from rankclip_jax.parallel import sharding
+from rankclip_jax.parallel.mesh import batch_sharding, make_mesh
 from rankclip_jax.train import targets
 from rankclip_jax.common.devices import devices_of
 mesh = make_mesh({{"data": -1}}, targets.devices(targets.parse_target("1x{kind}")))
