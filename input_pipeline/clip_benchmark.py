@@ -65,7 +65,14 @@ def _shards(path: str, text_member: str, hint: str) -> tuple[Path, tar.Members, 
     # The texts are opened separately, so that reading them does not read the images between them.
     texts = tar.open_members(shards, {text_member: (text_member,)})
     rows = tf.data.Dataset.range(texts.index.size).map(lambda row: texts.read(row)[text_member])
-    return root, members, [text.decode(errors="replace") for text in rows.as_numpy_iterator()]
+    found = []
+    for text in rows.as_numpy_iterator():
+        try:
+            found.append(text.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            where = texts.where(len(found))
+            raise InputError(f"{where}: .{text_member} is not UTF-8 at byte {error.start}; write it as UTF-8") from None
+    return root, members, found
 
 
 def _source(members: tar.Members, read: Callable, labels_N: np.ndarray | None = None) -> Source:
@@ -81,4 +88,4 @@ def _class_number(text: str, members: tar.Members, row: int) -> int:
 
 
 def _lines(path: Path) -> list[str] | None:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
+    return path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else None

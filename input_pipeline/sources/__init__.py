@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from input_pipeline import cpu_only
 from input_pipeline.sources import drawn, folder, mixture, parquet, table, tar, tfds, tfrecord
-from input_pipeline.sources.source import Lost, Source, require
+from input_pipeline.sources.source import Lost, Source, decoded, read_captions, require
 from rankclip_jax.common.errors import InputError
 
 __all__ = ["Lost", "Source", "open_source"]
@@ -41,26 +41,37 @@ def open_source(
         return mixture.open_mixture(spec, path, functools.partial(open_source, image_side=image_side, split=split))
     match spec.format:
         case "csv":
-            return _checked(table.open_table(spec, path), spec)
+            return _checked(table.open_table(spec, path), spec.get("captions_per_line"))
         case "tfrecord":
-            return _checked(tfrecord.open_tfrecord(spec, path), spec)
+            return _with_text(tfrecord.open_tfrecord(spec, path), spec, spec.get("encoding"))
         case "webdataset":
-            return _checked(tar.open_webdataset(spec, path), spec)
+            return _with_text(tar.open_webdataset(spec, path), spec)
         case "folder":
-            return _checked(folder.open_folder(spec, path), spec)
+            return _with_text(folder.open_folder(spec, path), spec, spec.get("encoding"))
         case "parquet":
-            return _checked(parquet.open_parquet(spec, path), spec)
+            return _with_text(parquet.open_parquet(spec, path), spec)
         case "tfds":
-            return _checked(tfds.open_tfds(spec, path), spec)
+            return _with_text(tfds.open_tfds(spec, path), spec)
         case "shapes":
             return drawn.open_drawn(path, image_side, split)
     known = "csv, tfrecord, webdataset, folder, parquet, tfds or shapes"
     raise InputError(f"unknown config.data.format={spec.format!r}. Expected {known}")
 
 
-def _checked(source: Source, spec: ConfigDict) -> Source:
-    """The source, with rows without image or without caption as bad rows, and with captions_per_line if asked for."""
-    lines = spec.get("captions_per_line")
+def _with_text(source: Source, spec: ConfigDict, encoding: str | None = None) -> Source:
+    """`_checked`, with captions decoded; those that are not of the encoding (None: UTF-8) are bad rows."""
+
+    def read(row):
+        sample = source.read(row)
+        caption = decoded(sample["caption"], encoding)
+        return sample | {"caption": tf.ensure_shape(caption, sample["caption"].shape)}
+
+    checked = _checked(dataclasses.replace(source, read=read), spec.get("captions_per_line"))
+    return dataclasses.replace(checked, captions=lambda: read_captions(checked.read, source.size))
+
+
+def _checked(source: Source, lines: bool | None) -> Source:
+    """The source, with rows without image or without caption as bad rows. `lines`: each line is a caption."""
 
     def read(row):
         sample = source.read(tf.cast(row, tf.int64))

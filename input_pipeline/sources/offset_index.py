@@ -32,7 +32,7 @@ _REMOTE_WINDOW = 8 << 20  # bytes per request to a bucket; local files are memor
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """Contents of one shard. `columns`: arrays with one item per sample; `lost`: unreachable samples, each `where` the shard."""
+    """Contents of one shard. `columns`: arrays with one item per sample; `lost`: each `where` is the shard."""
 
     columns: dict[str, np.ndarray]
     lost: tuple[Lost, ...] = ()

@@ -1,6 +1,7 @@
 """The interface of a source: samples by row number, so that the pipeline can shuffle and resume at no cost."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -83,6 +84,28 @@ def captions_in_json(text: tf.Tensor, path: str | None) -> tf.Tensor:
     captions, reason = tf.numpy_function(parse, [text], (tf.string, tf.string))
     require(tf.strings.length(reason) == 0, reason)
     return tf.ensure_shape(captions, (None,))
+
+
+def decoded(text: tf.Tensor, encoding: str | None) -> tf.Tensor:
+    """Texts as UTF-8 without a mark; a bad row where they are not of the encoding (None: UTF-8)."""
+    if encoding:
+        text, reason = tf.numpy_function(functools.partial(_decoded, encoding), [text], (tf.string, tf.string))
+        require(tf.strings.length(reason) == 0, reason)
+        return text
+    as_utf8 = tf.strings.unicode_transcode(text, "UTF-8", "UTF-8", errors="replace")
+    require(tf.reduce_all(as_utf8 == text), "the caption is not UTF-8; set config.data.encoding")
+    return tf.strings.regex_replace(text, "^\ufeff", "")
+
+
+@tf.autograph.experimental.do_not_convert
+def _decoded(encoding, texts):
+    # An exception here would print its traceback for every bad row.
+    given = np.asarray(texts, object)
+    try:
+        found = [text.decode(encoding).removeprefix("\ufeff").encode() for text in given.ravel()]
+        return np.array(found, object).reshape(given.shape), b""
+    except UnicodeError as error:
+        return given, f"the caption is not {encoding}: {error.reason}".encode()  # type: ignore[attr-defined]
 
 
 def require(condition: tf.Tensor, message: str | tf.Tensor) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import tensorflow as tf
 from ml_collections import ConfigDict
 
@@ -19,17 +20,19 @@ class Rows:
     """The good rows of one or more tables, in order.
 
     Attributes:
-      images: the paths as in the tables.
       texts: large_string, or large_list of several a row.
       path: ops, row (int64 scalar) -> the path of its image.
+      paths: () -> the paths of all images, large_string.
       where: row -> file, number in the file, path.
+      where_of: row -> file and number alone.
       lost: the bad rows.
     """
 
-    images: PackedStrings
     texts: pa.ChunkedArray
     path: Callable
+    paths: Callable[[], pa.Array]
     where: Callable[[int], str]
+    where_of: Callable[[int], str]
     lost: tuple[Lost, ...]
 
 
@@ -41,7 +44,10 @@ def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     Raises:
       InputError: as tables.read_table.
     """
-    rows = open_rows(spec, path, keys(spec.get("caption_key"), tables.CAPTION_KEYS))
+    caption_keys = keys(spec.get("caption_key"), tables.CAPTION_KEYS)
+    image_key = keys(spec.get("image_key"), tables.IMAGE_KEYS)[0]
+    hint = f"give a csv with columns {image_key},{caption_keys[0]} (config.data.train, .val)"
+    rows = open_rows(spec, path, caption_keys, hint)
     several = pa.types.is_large_list(rows.texts.type)
     texts = PackedLists(rows.texts) if several else PackedStrings(rows.texts)
 
@@ -51,17 +57,15 @@ def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     return Source(len(texts), read, rows.where, lambda: texts, lost=rows.lost)
 
 
-def open_rows(spec: ConfigDict, path: str | Sequence[str], text_keys: tuple[str, ...]) -> Rows:
+def open_rows(spec: ConfigDict, path: str | Sequence[str], text_keys: tuple[str, ...], hint: str | None = None) -> Rows:
     """Reads tables; `spec` as above, `text_keys` instead of caption_key. Raises as above."""
-    image_keys = keys(spec.get("image_key"), tables.IMAGE_KEYS)
-    hint = spec.get("hint") or f"give a csv with columns {image_keys[0]},{text_keys[0]} (config.data.train, .val)"
-    files = expand(path, endings=tables.ENDINGS, hint=hint)
+    files = expand(path, endings=tables.ENDINGS, hint=spec.get("hint") or hint)
     read = [
         tables.read_table(
             file,
-            image_keys,
+            keys(spec.get("image_key"), tables.IMAGE_KEYS),
             text_keys,
-            delimiter=spec.delimiter,
+            delimiter=spec.get("delimiter") or ",",
             encoding=spec.get("encoding"),
             image_folder=spec.get("image_folder"),
             data=tf.io.gfile.GFile(file, "rb").read() if is_remote(file) else None,
@@ -71,25 +75,35 @@ def open_rows(spec: ConfigDict, path: str | Sequence[str], text_keys: tuple[str,
     images = PackedStrings(_joined([table.images for table in read]))
     numbers_N = np.concatenate([table.numbers for table in read])
     starts_F = np.cumsum([0] + [len(table.numbers) for table in read[:-1]])
-    folders_F = tf.constant([f"{table.folder.rstrip('/')}/" if table.folder else "" for table in read])
+    folders = [f"{table.folder.rstrip('/')}/" if table.folder else "" for table in read]
+    folders_F = tf.constant(folders)
 
     def path_of(row):
         image = images.at(row)
         folder = folders_F[tf.searchsorted(starts_F, [row], side="right")[0] - 1]
-        # As tables.image_path.
-        return tf.where(tf.strings.regex_full_match(image, r"(?s)(/|\w+://).*"), image, tf.strings.join([folder, image]))
+        absolute = tf.strings.regex_full_match(image, f"(?s)({tables.ABSOLUTE}).*")
+        return tf.where(absolute, image, tf.strings.join([folder, image]))
+
+    def paths():
+        parts, large = [], lambda text: pa.scalar(text, pa.large_string())
+        for table, folder in zip(read, folders, strict=True):
+            image = table.images.combine_chunks()
+            below = pc.binary_join_element_wise(large(folder), image, large(""))
+            parts.append(pc.if_else(pc.match_substring_regex(image, f"^({tables.ABSOLUTE})"), image, below))
+        return pa.concat_arrays(parts)
+
+    def where_of(row):
+        return f"{files[int(np.searchsorted(starts_F, row, side='right')) - 1]} row {numbers_N[row]}"
 
     def where(row):
-        file = files[int(np.searchsorted(starts_F, row, side="right")) - 1]
-        image = path_of(tf.constant(row, tf.int64)).numpy().decode(errors="replace")
-        return f"{file} row {numbers_N[row]}: {image}"
+        return f"{where_of(row)}: {path_of(tf.constant(row, tf.int64)).numpy().decode(errors='replace')}"
 
     lost = [
         Lost(f"{file} row {row}", reason, 1)
         for file, table in zip(files, read, strict=True)
         for row, reason in table.bad
     ]
-    return Rows(images, _joined([table.texts for table in read]), path_of, where, tuple(lost))
+    return Rows(_joined([table.texts for table in read]), path_of, paths, where, where_of, tuple(lost))
 
 
 def _joined(columns: list[pa.ChunkedArray]) -> pa.ChunkedArray:

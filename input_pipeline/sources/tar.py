@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from input_pipeline.sources.byte_ranges import byte_ranges
 from input_pipeline.sources.offset_index import Bytes, OffsetIndex, Scan, offset_index, open_slices
 from input_pipeline.sources.paths import expand
-from input_pipeline.sources.source import Lost, Source, captions_in_json, keys, read_captions, require
+from input_pipeline.sources.source import Lost, Source, captions_in_json, decoded, keys, read_captions, require
 from input_pipeline.sources.tar_samples import Pairing
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS
@@ -49,7 +49,8 @@ class Members:
         path, begins = self.index.paths[file], self.index.columns["begin"][row]
         names = _names_by_begin(path, self.index.sizes[file])
         found = [names.get(begin, "unknown: the tar has changed") for begin in begins if begin >= 0]
-        return f"{path} key {os.path.commonprefix(found).rpartition('.')[0] or found[0]}"
+        common = os.path.commonprefix(found)  # noqa: RUF071 (of letters)
+        return f"{path} key {common.rpartition('.')[0] or found[0]}"
 
 
 def open_webdataset(spec: ConfigDict, path: str | Sequence[str]) -> Source:
@@ -65,8 +66,8 @@ def open_webdataset(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     endings, fields = zip(*(key.partition(":")[::2] for key in caption_keys), strict=True)
     if "json" in endings and not all(fields):
         raise InputError(
-            f"config.data.caption_key={','.join(caption_keys)} names the .json members, but not the field of the caption "
-            "in them. Expected for example json:caption"
+            f"config.data.caption_key={','.join(caption_keys)} names the .json members, but not the caption's field in "
+            "them. Expected for example json:caption"
         )
     wanted = {
         "image": keys(spec.get("image_key"), tuple(ending[1:] for ending in ENDINGS)),
@@ -76,8 +77,9 @@ def open_webdataset(spec: ConfigDict, path: str | Sequence[str]) -> Source:
 
     def read(row):
         sample = members.read(row)
-        caption = _gunzipped(sample["caption"])
-        return sample | {"caption": captions_in_json(caption, fields[0]) if fields[0] else caption}
+        text = _gunzipped(sample["caption"])
+        caption = captions_in_json(text, fields[0]) if fields[0] else decoded(text, spec.get("encoding"))
+        return sample | {"caption": caption}
 
     size = members.index.size
     return Source(size, read, members.where, lambda: read_captions(read, size), lost=tuple(members.index.lost))
@@ -105,9 +107,11 @@ def open_members(
     for name, found_N in zip(wanted, index.columns["length"].T, strict=True):
         if name not in optional and not (found_N >= 0).any():
             inside = "; a field of .json members is config.data.caption_key=json:FIELD" if name == "caption" else ""
-            raise InputError(
-                f"{paths[0]}: no sample has a member for its {name}, one that ends in .{' or .'.join(wanted[name])}{inside}"
-            )
+            raise InputError(f"{paths[0]}: no sample has {_named(name)} that ends in {_dotted(wanted[name])}{inside}")
+    required = [i for i, name in enumerate(wanted) if name not in optional]
+    if not (index.columns["length"][:, required] >= 0).all(axis=1).any():
+        kinds = " and ".join(f"{_named(name)} ({_dotted(wanted[name])})" for name in wanted if name not in optional)
+        raise InputError(f"{paths[0]}: no sample has both {kinds} under one name")
     fetch = byte_ranges(index.paths, index.sizes)
     begin_NxM, length_NxM = tf.constant(index.columns["begin"]), tf.constant(index.columns["length"])
     far = tf.constant(np.iinfo(np.int64).max)
@@ -116,7 +120,7 @@ def open_members(
         begin_M, length_M = begin_NxM[row], tf.cast(length_NxM[row], tf.int64)
         for i, name in enumerate(wanted):
             if name not in optional:
-                require(length_M[i] >= 0, f"no {name}: no member ends in .{' or .'.join(wanted[name])}")
+                require(length_M[i] >= 0, f"no {name}: no member ends in {_dotted(wanted[name])}")
         # Members of a sample are adjacent, so one range contains all of them.
         first = tf.reduce_min(tf.where(begin_M < 0, far, begin_M))
         span = fetch(index.file_in_graph(row), first, tf.reduce_max(begin_M + length_M) - first)
@@ -128,6 +132,14 @@ def open_members(
         return fetch(index.file_in_graph(row), begin_NxM[row, i], tf.cast(length_NxM[row, i], tf.int64))
 
     return Members(index, read, read_one)
+
+
+def _named(kind):
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+
+
+def _dotted(endings):
+    return " or ".join(f".{ending}" for ending in endings)
 
 
 def _gunzipped(text):

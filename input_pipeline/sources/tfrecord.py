@@ -158,9 +158,7 @@ def _scan(data: Bytes, size: int, path: str) -> Scan:
     if len(wrong):  # everything found after it is at wrong offsets
         at = begins[wrong[0]]
         begins, head_Nx12 = begins[: wrong[0]], head_Nx12[: wrong[0]]
-        reason = (
-            f"the checksum of a record's length is wrong at byte {at}; the {size - at:,} bytes from there are lost"
-        )
+        reason = f"the checksum of a record's length is wrong at byte {at}; the {size - at:,} bytes from there are lost"
         lost = (Lost(path, reason, max(1, round((size - at) * len(begins) / at)) if at else 1),)
     elif at < size:
         lost = (Lost(path, f"truncated inside the record at byte {at}; it and everything after it are lost", 1),)

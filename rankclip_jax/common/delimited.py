@@ -148,14 +148,13 @@ def _regular(
         if fields is None or (header.blanks and len(fields[0])):
             return None
     wanted = [str(place) for place in dict.fromkeys(places)]
+    mark = '"' if quoted else False
     try:
         table = pyarrow.csv.read_csv(
             pa.BufferReader(pa.py_buffer(data)),
             pyarrow.csv.ReadOptions(block_size=_BLOCK, column_names=[str(i) for i in range(len(header.names))]),
-            pyarrow.csv.ParseOptions(delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted),
-            pyarrow.csv.ConvertOptions(
-                include_columns=wanted, column_types=dict.fromkeys(wanted, pa.large_string())
-            ),
+            pyarrow.csv.ParseOptions(delimiter=delimiter, quote_char=mark, newlines_in_values=quoted),
+            pyarrow.csv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, pa.large_string())),
         )
     except (pa.ArrowInvalid, ValueError):  # a ragged row, bytes that are not UTF-8, a delimiter that is not ASCII
         return None
@@ -246,7 +245,7 @@ def _positions(array: np.ndarray, characters: str) -> np.ndarray:
 
 
 def _is_quoted(data: Any, header: list[str]) -> bool:
-    """Whether a tsv is quoted throughout, as programs write it: its header is quoted, or just those fields that must."""
+    """Whether a tsv is quoted throughout, as programs write it: its header is quoted, or those fields that must be."""
     names = "".join(header).strip()
     if names.startswith('"') and names.endswith('"'):
         return True

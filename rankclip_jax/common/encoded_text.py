@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 from rankclip_jax.common.errors import InputError
 
-# Half a surrogate pair: a byte that could not be decoded ("surrogateescape"), or an escape of JSON that is no character.
+# Half a surrogate pair: a byte that could not be decoded ("surrogateescape"), or an escape of JSON that is no letter.
 HALF = re.compile("[\ud800-\udfff]")
 _MARKS = {
     codecs.BOM_UTF8: "utf-8",
@@ -31,7 +31,7 @@ class EncodedText:
     """
 
     def __init__(self, file: str, raw: Any, encoding: str | None):
-        """`raw`: bytes, or an mmap of them. Raises InputError for what is no text, or is not UTF-16 as its mark says."""
+        """`raw`: bytes, or an mmap of them. Raises InputError for what is no text, or not UTF-16 as its mark says."""
         self._file, self._encoding = file, encoding
         mark = next((mark for mark in _MARKS if raw[: len(mark)] == mark), b"")
         self._codec = codecs.lookup(_MARKS.get(mark) or encoding or "utf-8").name
@@ -81,8 +81,8 @@ class EncodedText:
             row = max(0, head.count("\n", 0, mixed[0].start()) - 1)
             word = mixed[0].group()
             raise InputError(
-                f"{self._file} row {row}: the bytes from 0x{word.encode()[0]:02x} on are UTF-8 by chance only ({word!r} "
-                f"mixes scripts); {_SET_ENCODING}, or to utf-8 if that is right"
+                f"{self._file} row {row}: the bytes from 0x{word.encode()[0]:02x} on are UTF-8 by chance only "
+                f"({word!r} mixes scripts); {_SET_ENCODING}, or to utf-8 if that is right"
             )
 
 

@@ -25,6 +25,7 @@ from rankclip_jax.common.json_rows import json_rows
 ENDINGS = tuple(ending + gz for ending in (".csv", ".tsv", ".jsonl", ".json") for gz in ("", ".gz"))
 # Usual names of the columns; those of Hugging Face's metadata come second.
 IMAGE_KEYS, CAPTION_KEYS = ("image", "file_name"), ("caption", "text")
+ABSOLUTE = r"/|\w+://"  # how a path begins that is not relative to the table's folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ def read_table(
     Args:
       image_keys, text_keys: possible names of the two columns; the first that the table has is used. In JSON: paths,
         see json_rows.find. text_keys=None: images alone.
-      delimiter: of a csv; a .tsv has tabs. If only another one gives these columns, it is used, and the console says so.
+      delimiter: of a csv; a .tsv has tabs. If only another one gives these columns, it is used, and stderr says so.
       encoding: of a file without a byte order mark; rows that it cannot decode are bad. None: UTF-8.
       image_folder: what the paths of images are relative to, itself relative to the file. None: the file's folder; for
         COCO's captions also the usual folders beside it.
@@ -87,9 +88,7 @@ def read_table(
         if coco and not image_folder and len(numbers):
             folder = _coco_folder(file, columns[0][0].as_py())
     else:
-        columns, numbers, bad = read_delimited(
-            file, text, "\t" if name.endswith(".tsv") else delimiter, wanted
-        )
+        columns, numbers, bad = read_delimited(file, text, "\t" if name.endswith(".tsv") else delimiter, wanted)
     if not len(numbers):
         why = f": row {bad[0][0]} and {len(bad) - 1:,} more: {bad[0][1]}" if bad else " below its header"
         raise InputError(f"{file} has no {'good ' if bad else ''}rows{why}")
@@ -99,7 +98,7 @@ def read_table(
 
 def image_path(folder: str, image: str) -> str:
     """An image of a table: relative to the folder, absolute, or in a bucket."""
-    return image if re.match(r"/|\w+://", image) else posixpath.join(folder, image)
+    return image if re.match(ABSOLUTE, image) else posixpath.join(folder, image)
 
 
 def _bytes(file: str) -> Any:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from input_pipeline import labelled, pipeline
+from input_pipeline.sources import Lost
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.config import eval_set
 from tests.support.source_files import samples, write_tfds
@@ -219,7 +220,7 @@ def test_a_set_that_is_not_there_says_where_it_was_looked_for(fields, message):
 
 def test_a_csv_needs_names_numbers_and_enough_names(tmp_path):
     path = str(write_csv(tmp_path))
-    with pytest.raises(InputError, match="classes=None: expected an existing JSON file"):
+    with pytest.raises(InputError, match="labels.csv: column label has class numbers, and nothing names the classes; set classes"):
         labelled.open_labelled(spec(path=path), image_side=16)
     (tmp_path / "classes.json").write_text('["ash", "bone"]')
     with pytest.raises(InputError, match=r"labels.csv has label 2 \(.*row 4.*\), but .*classes.json names 2 classes"):
@@ -227,15 +228,16 @@ def test_a_csv_needs_names_numbers_and_enough_names(tmp_path):
     (tmp_path / "classes.json").write_text('{"ash": 1}')
     with pytest.raises(InputError, match="expected a JSON list of strings"):
         labelled.open_labelled(spec(path=path, classes=str(tmp_path / "classes.json")), image_side=16)
-    (tmp_path / "labels.csv").write_text("image,label\n0.png,ash\n")
-    with pytest.raises(InputError, match="expected class numbers"):
+    (tmp_path / "labels.csv").write_text("image,label\n0.png,1\n1.png,ash\n")
+    with pytest.raises(InputError, match=r"has the label 'ash' \(.*row 1: .*\) and the number 1 \(.*row 0: .*\)"):
         labelled.open_labelled(spec(path=path, protocol="simple"), image_side=16)
 
 
 def test_captions_that_do_not_fit_are_named(tmp_path):
     (tmp_path / "c.csv").write_text("image,caption\na.png,x\nb.png,\n")
-    with pytest.raises(InputError, match=r"b.png: an image without a caption"):
-        open_captioned(path=str(tmp_path / "c.csv"))
+    found = open_captioned(path=str(tmp_path / "c.csv"))
+    assert found.captions == ["x"] and found.source.size == 1
+    assert found.source.lost == (Lost(f"{tmp_path}/c.csv row 1", "no caption", 1),)
     with pytest.raises(InputError, match=r"no column 'text'; its columns are: image, caption"):
         open_captioned(path=str(tmp_path / "c.csv"), caption_key="text")
     with pytest.raises(InputError, match="no such file: gone.csv; ask"):
