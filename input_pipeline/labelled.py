@@ -21,7 +21,7 @@ from PIL import Image
 
 from input_pipeline import clip_benchmark, cpu_only, shapes, transforms
 from input_pipeline import labelled_tables as tables
-from input_pipeline.labelled_tables import numbers, of_files, read_list, tell_first
+from input_pipeline.labelled_tables import numbered_names, of_files, read_list, tell_first
 from input_pipeline.sources import Source, open_source, tfds
 from input_pipeline.sources.packed_strings import PackedStrings
 from rankclip_jax.common import folders
@@ -98,7 +98,7 @@ def open_train_and_test(spec: ConfigDict, *, image_side: int) -> tuple[LabelledS
 
 def _with_names_of_both(train: LabelledSet, test: LabelledSet) -> tuple[LabelledSet, LabelledSet]:
     """Either table may lack some classes: of numbers the last, of names any."""
-    if all(found.names == numbers(len(found.names)) for found in (train, test)):
+    if all(found.names == numbered_names(len(found.names)) for found in (train, test)):
         names = max(train.names, test.names, key=len)
         return dataclasses.replace(train, names=names), dataclasses.replace(test, names=names)
     if not set(test.names) <= set(train.names):
@@ -128,7 +128,7 @@ def _open_labelled(spec: ConfigDict, path: str | None, image_side: int) -> Label
             source, names, templates = clip_benchmark.labels(path, _hint(spec))
             assert source.labels is not None
             tell_first(path, source.labels)
-            return LabelledSet(source, names or numbers(int(source.labels.max()) + 1), templates, bool(names))
+            return LabelledSet(source, names or numbered_names(int(source.labels.max()) + 1), templates, bool(names))
         case "tfds":
             source, names = tfds.open_labels(path, spec.data_dir)
             return LabelledSet(source, names, None, False)

@@ -92,7 +92,7 @@ def _classes_of(spec: ConfigDict, path: str, found: dict[str, str]) -> tuple[lis
             f"{path}: column {spec.label_key} has class numbers, and nothing names the classes; set classes to a JSON "
             "list of names, or protocol"
         )
-    return numbers(int(labels.max()) + 1), labels.tolist()
+    return numbered_names(int(labels.max()) + 1), labels.tolist()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _filled_rows(spec: ConfigDict, path: str, text_keys: tuple[str, ...], what: 
     rows = table.open_rows(spec, path, text_keys)
     texts, paths = rows.texts.combine_chunks(), rows.paths()
     number_N = np.arange(len(texts))
-    if pa.types.is_largeread_list(texts.type):
+    if pa.types.is_large_list(texts.type):
         number_N = pc.list_parent_indices(texts).to_numpy()
         paths, texts = paths.take(number_N), texts.flatten()
     texts = pc.utf8_trim_whitespace(texts)
@@ -132,7 +132,7 @@ def tell_first(path: str, labels: np.ndarray) -> None:
         )
 
 
-def numbers(count: int) -> list[str]:
+def numbered_names(count: int) -> list[str]:
     """ "0", "1" ...: names of classes that have none."""
     return [str(number) for number in range(count)]
 

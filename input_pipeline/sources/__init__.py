@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from input_pipeline import cpu_only
 from input_pipeline.sources import drawn, folder, mixture, parquet, table, tar, tfds, tfrecord
-from input_pipeline.sources.source import Lost, Source, decoded, read_captions, require
+from input_pipeline.sources.source import Lost, Source, decoded, read_captions, require, told
 from rankclip_jax.common.errors import InputError
 
-__all__ = ["Lost", "Source", "open_source"]
+__all__ = ["Lost", "Source", "open_source", "told"]
 
 
 def open_source(

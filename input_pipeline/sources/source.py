@@ -27,6 +27,24 @@ class Lost:
     samples: int
 
 
+def told(lost: Iterable[Lost], reasons: int = 5) -> list[str]:
+    """What is lost, a line for each of the most frequent `reasons`: how many samples, where the first is, and why."""
+    by_reason: dict[str, list[Lost]] = {}
+    for one in lost:
+        by_reason.setdefault(one.reason, []).append(one)
+    groups = sorted(by_reason.items(), key=lambda group: -sum(one.samples for one in group[1]))
+    lines = []
+    for reason, some in groups[:reasons]:
+        more = f" and {len(some) - 1:,} more" if len(some) > 1 else ""
+        lines.append(f"about {sum(one.samples for one in some):,} samples of {some[0].where}{more}: {reason}")
+    others = [one for _, some in groups[reasons:] for one in some]
+    if others:
+        lines.append(
+            f"about {sum(one.samples for one in others):,} more samples, for {len(groups) - reasons:,} other reasons"
+        )
+    return lines
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Rows of images and captions by number.

@@ -126,8 +126,8 @@ def _no_column(file: str, header: _Header, wanted: Sequence[tuple[str, ...]], de
     lacking = next(keys for keys in wanted if _places(header, [keys]) is None)
     names = "".join(c if c.isprintable() else "?" for c in ", ".join(header.names))
     return InputError(
-        f"{file} has no column {' or '.join(map(repr, lacking))}; its columns are: {names[:300]} (separated by "
-        f"{delimiter!r}, config.data.delimiter)"
+        f"{file} has no column {' or '.join(map(repr, lacking))}; its columns are: {names[:300]} (delimiter "
+        f"{delimiter!r})"
     )
 
 

@@ -154,10 +154,10 @@ def test_what_is_wrong_is_one_line(run, model, folder, tmp_path, monkeypatch):
     out = tmp_path / "e.npz"
     refused(r"empty has no images .*for shards give their pattern", tmp_path / "empty", "--out", out)
     refused(r"^error: no such file: .*gone\.csv$", tmp_path / "gone.csv", "--out", out)
-    refused(r"a\.csv has no column 'image'; its columns are: picture, caption", tmp_path / "a.csv", "--out", out)
+    refused(r"a\.csv has no column 'image' or 'file_name'; its columns are: picture, caption", tmp_path / "a.csv", "--out", out)
     refused(r"b\.csv has no rows", tmp_path / "b.csv", "--out", out)
     refused(r"none of the 1 images could be used; for example gone\.png: ", tmp_path / "c.csv", "--out", out)
-    refused(r"cannot open photo\.heic\. Expected a folder, a \.csv or \.tsv, or shards", "photo.heic", "--out", out)
+    refused(r"cannot open photo\.heic\. Expected a folder, a table \(.csv, .csv.gz, .tsv, ", "photo.heic", "--out", out)
     refused(r"unknown extension\. Expected \.npz or \.parquet", folder, "--out", tmp_path / "e.csv")
     refused(r"^error: no such file: .*other\.npz$", tmp_path / "other.npz", "--search", "a")
     (tmp_path / "other.npz").write_bytes(b"PK\x03\x04")

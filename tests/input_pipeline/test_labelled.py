@@ -7,7 +7,6 @@ import tarfile
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from ml_collections import ConfigDict
 from PIL import Image
 
 from input_pipeline import labelled, pipeline
@@ -220,7 +219,7 @@ def test_a_set_that_is_not_there_says_where_it_was_looked_for(fields, message):
 
 def test_a_csv_needs_names_numbers_and_enough_names(tmp_path):
     path = str(write_csv(tmp_path))
-    with pytest.raises(InputError, match="labels.csv: column label has class numbers, and nothing names the classes; set classes"):
+    with pytest.raises(InputError, match="column label has class numbers, and nothing names the classes; set classes"):
         labelled.open_labelled(spec(path=path), image_side=16)
     (tmp_path / "classes.json").write_text('["ash", "bone"]')
     with pytest.raises(InputError, match=r"labels.csv has label 2 \(.*row 4.*\), but .*classes.json names 2 classes"):

@@ -94,12 +94,14 @@ def test_empty_captions_are_named(layout, tmp_path):
     assert bad == {1: "empty caption", 3: "empty caption"}
 
 
-def test_captions_that_are_not_utf8_are_repaired(tmp_path):
+def test_captions_that_are_not_utf8_are_bad_rows_or_decoded_as_told(tmp_path):
     with tf.io.TFRecordWriter(str(tmp_path / "0.tfrecord")) as out:
         for image, _ in samples(4):
             out.write(example(jpg=image, txt=b"caf\xe9 \xff\xfe"))
     good, bad = outcomes(opened("tfrecord", tmp_path))
-    assert {caption for _, caption in good.values()} == {"caf\ufffd \ufffd\ufffd"} and bad == {}
+    assert good == {} and set(bad.values()) == {"the caption is not UTF-8; set config.data.encoding"}
+    good, bad = outcomes(opened("tfrecord", tmp_path, encoding="latin-1"))
+    assert {caption for _, caption in good.values()} == {"caf\xe9 \xff\xfe"} and bad == {}
 
 
 # Images
