@@ -107,7 +107,7 @@ class _FilledRows:
 
 def _filled_rows(spec: ConfigDict, path: str, text_keys: tuple[str, ...], what: str) -> _FilledRows:
     rows = table.open_rows(spec, path, text_keys)
-    texts, paths = rows.texts.combine_chunks(), rows.paths()
+    texts, paths = rows.texts, rows.paths()
     number_N = np.arange(len(texts))
     if pa.types.is_large_list(texts.type):
         number_N = pc.list_parent_indices(texts).to_numpy()

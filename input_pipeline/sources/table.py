@@ -28,7 +28,7 @@ class Rows:
       lost: the bad rows.
     """
 
-    texts: pa.ChunkedArray
+    texts: pa.Array
     path: Callable
     paths: Callable[[], pa.Array]
     where: Callable[[int], str]
@@ -87,7 +87,7 @@ def open_rows(spec: ConfigDict, path: str | Sequence[str], text_keys: tuple[str,
     def paths():
         parts, large = [], lambda text: pa.scalar(text, pa.large_string())
         for table, folder in zip(read, folders, strict=True):
-            image = table.images.combine_chunks()
+            image = table.images
             below = pc.binary_join_element_wise(large(folder), image, large(""))
             parts.append(pc.if_else(pc.match_substring_regex(image, f"^({tables.ABSOLUTE})"), image, below))
         return pa.concat_arrays(parts)
@@ -106,14 +106,13 @@ def open_rows(spec: ConfigDict, path: str | Sequence[str], text_keys: tuple[str,
     return Rows(_joined([table.texts for table in read]), path_of, paths, where, where_of, tuple(lost))
 
 
-def _joined(columns: list[pa.ChunkedArray]) -> pa.ChunkedArray:
+def _joined(columns: list[pa.Array]) -> pa.Array:
     """The columns of several tables one below the other; lists if there is one of lists."""
     lists = [pa.types.is_large_list(column.type) for column in columns]
     if any(lists):
         columns = [column if is_list else _each_alone(column) for column, is_list in zip(columns, lists, strict=True)]
-    return pa.chunked_array([chunk for column in columns for chunk in column.chunks], columns[0].type)
+    return pa.concat_arrays(columns)
 
 
-def _each_alone(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    values = column.combine_chunks()
-    return pa.chunked_array([pa.LargeListArray.from_arrays(pa.array(range(len(values) + 1), pa.int64()), values)])
+def _each_alone(values: pa.Array) -> pa.Array:
+    return pa.LargeListArray.from_arrays(pa.array(range(len(values) + 1), pa.int64()), values)

@@ -1,16 +1,17 @@
 """csv by RFC 4180, and tsv. pyarrow reads regular files, Python's csv the others, row by row.
 
-A file is regular if every row has as many fields as the header, every quotation mark is where RFC 4180 allows it, and
-the wanted columns can be decoded. In any other file each row is either good, or bad with a reason.
+A file is regular if every quotation mark is where RFC 4180 allows it. In any file each row is either good, or bad with
+a reason: more or fewer fields than the header, a byte that cannot be decoded, a mark that is not closed.
 """
 
 import contextlib
 import csv
+import io
 import itertools
 import re
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,9 +42,9 @@ class Rows:
         if len(self._values[0]) == 100_000:  # Arrow's strings take a fraction of the memory of Python's
             self._flush()
 
-    def columns(self) -> list[pa.ChunkedArray]:
+    def columns(self) -> list[pa.Array]:
         self._flush()
-        return [pa.chunked_array(chunks, pa.large_string()) for chunks in self._chunks]
+        return [pa.concat_arrays(chunks) for chunks in self._chunks]
 
     def _flush(self) -> None:
         for values, chunks in zip(self._values, self._chunks, strict=True):
@@ -62,7 +63,7 @@ class _Header(NamedTuple):
 
 def read_delimited(
     file: str, text: EncodedText, delimiter: str, wanted: Sequence[tuple[str, ...]]
-) -> tuple[list[pa.ChunkedArray], np.ndarray, list[tuple[int, str]]]:
+) -> tuple[list[pa.Array], np.ndarray, list[tuple[int, str]]]:
     """The wanted columns of the good rows, large_string; the numbers of these rows, int64; the bad rows and reasons.
 
     Args:
@@ -76,18 +77,20 @@ def read_delimited(
         with text.open() as lines:
             head = list(itertools.islice(lines, 100))
         header = _header(head, delimiter)
-        if _places(header, wanted) is None:
+        places = _places(header, wanted)
+        if places is None:
             others = [one for one in DELIMITERS if _places(_header(head, one), wanted) is not None]
             if not others:
                 raise _no_column(file, header, wanted, delimiter)
             print(f"{file}: its columns are separated by {others[0]!r}, not by {delimiter!r}", file=sys.stderr)
             delimiter, header = others[0], _header(head, others[0])
-        places = _places(header, wanted)
+            places = _places(header, wanted) or []
         quoted = delimiter != "\t" or _is_quoted(text.data, head[: header.lines])
         if text.decodable:
-            columns = _regular(_below(text.data, header.lines), header, places, delimiter, quoted)
-            if columns is not None:
-                return columns, np.arange(len(columns[0])), []
+            body = _below(text.data, header.lines)
+            found = _regular(body, header, places, delimiter, quoted, text.undecodable)
+            if found is not None:
+                return found
         with text.open() as lines:
             for _ in range(header.lines):
                 next(lines)
@@ -138,30 +141,102 @@ def _below(data: Any, lines: int) -> memoryview:
 
 
 def _regular(
-    data: memoryview, header: _Header, places: list[int], delimiter: str, quoted: bool
-) -> list[pa.ChunkedArray] | None:
-    """The columns by pyarrow; None: the file is not regular."""
+    data: memoryview,
+    header: _Header,
+    places: list[int],
+    delimiter: str,
+    quoted: bool,
+    undecodable: Callable[[int, str], str],
+) -> tuple[list[pa.Array], np.ndarray, list[tuple[int, str]]] | None:
+    """What read_delimited returns, by pyarrow; None: the file is not regular."""
     if not len(data):
-        return [pa.chunked_array([], pa.large_string()) for _ in places]
+        return [pa.array([], pa.large_string()) for _ in places], np.zeros(0, np.int64), []
     if quoted:
         fields = _quoted_fields(data, delimiter)
         if fields is None or (header.blanks and len(fields[0])):
             return None
+    buffer = pa.py_buffer(data)
+    span = pa.py_buffer(np.array([0, len(data)], np.int64))
+    is_utf8 = not _not_utf8(pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, span, buffer]))
+    ragged: list[tuple[int, int, str]] = []
+
+    def skip(row):
+        ragged.append((row.number - 1, row.actual_columns, row.text))
+        return "skip"
+
     wanted = [str(place) for place in dict.fromkeys(places)]
-    mark = '"' if quoted else False
     try:
-        table = pyarrow.csv.read_csv(
-            pa.BufferReader(pa.py_buffer(data)),
-            pyarrow.csv.ReadOptions(block_size=_BLOCK, column_names=[str(i) for i in range(len(header.names))]),
-            pyarrow.csv.ParseOptions(delimiter=delimiter, quote_char=mark, newlines_in_values=quoted),
-            pyarrow.csv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, pa.large_string())),
-        )
-    except (pa.ArrowInvalid, ValueError):  # a ragged row, bytes that are not UTF-8, a delimiter that is not ASCII
+        table = pyarrow.csv.open_csv(
+            pa.BufferReader(buffer),
+            # Rows are numbered only with one thread.
+            pyarrow.csv.ReadOptions(
+                use_threads=False, block_size=_BLOCK, column_names=[str(i) for i in range(len(header.names))]
+            ),
+            pyarrow.csv.ParseOptions(
+                delimiter=delimiter,
+                quote_char='"' if quoted else False,
+                newlines_in_values=quoted,
+                invalid_row_handler=skip if is_utf8 else None,  # row.text must be
+            ),
+            pyarrow.csv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, pa.large_binary())),
+        ).read_all()
+    except (pa.ArrowInvalid, ValueError):  # a ragged row that is not UTF-8, a delimiter that is not ASCII
         return None
-    return [table[str(place)] for place in places]
+    columns = [table[str(place)].combine_chunks() for place in places]
+    bad, empty, width = {}, [], len(header.names)
+    for number, count, line in ragged:
+        fields = next(csv.reader(io.StringIO(line, newline=""), **_dialect(delimiter, quoted, header.blanks)), [])
+        if count > width and not any(field.strip() for field in fields[width:]):
+            return None
+        if width > 1 and count == 1 and not line.strip():
+            empty.append(number)
+        else:
+            bad[number] = _ragged(count, width, delimiter, quoted)
+    numbers_N = np.delete(np.arange(len(table) + len(ragged)), [number for number, *_ in ragged])
+    numbers_N, given = (each - np.searchsorted(empty, each) for each in (numbers_N, np.array(list(bad), np.int64)))
+    bad = dict(zip(given.tolist(), bad.values(), strict=True))
+    wrong: dict[int, str] = {}
+    for column in [] if is_utf8 else columns:
+        for row in _not_utf8(column):
+            wrong.setdefault(row, column[row].as_py().decode("utf-8", "surrogateescape"))
+    if wrong:
+        for row, value in sorted(wrong.items()):
+            bad[int(numbers_N[row])] = undecodable(int(numbers_N[row]), value)
+        kept = np.delete(np.arange(len(table)), list(wrong))
+        columns, numbers_N = [column.take(kept) for column in columns], numbers_N[kept]
+    return [column.cast(pa.large_string()) for column in columns], numbers_N, sorted(bad.items())
 
 
-def _row_by_row(lines, header, places, delimiter, quoted, undecodable) -> Rows:
+def _not_utf8(array: pa.Array, start: int = 0) -> list[int]:
+    """Which values of large_binary are not UTF-8."""
+    try:
+        array.cast(pa.large_string())
+        return []
+    except pa.ArrowInvalid:
+        if len(array) == 1:
+            return [start]
+    half = len(array) // 2
+    return _not_utf8(array[:half], start) + _not_utf8(array[half:], start + half)
+
+
+def _ragged(count: int, width: int, delimiter: str, quoted: bool) -> str:
+    hint = f"; a text with {delimiter!r} in it needs quotation marks" if count > width and quoted else ""
+    return f"{count} fields where the header has {width}{hint}"
+
+
+def _dialect(delimiter: str, quoted: bool, blanks: bool) -> dict[str, Any]:
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    return dict(delimiter=delimiter, strict=True, skipinitialspace=blanks, quoting=quoting)
+
+
+def _row_by_row(
+    lines: Iterator[str],
+    header: _Header,
+    places: list[int],
+    delimiter: str,
+    quoted: bool,
+    undecodable: Callable[[int, str], str],
+) -> Rows:
     rows, number, width = Rows(len(places)), -1, len(header.names)
     for fields in _records(lines, delimiter, quoted, header.blanks):
         if fields is None:
@@ -173,8 +248,7 @@ def _row_by_row(lines, header, places, delimiter, quoted, undecodable) -> Rows:
         number += 1
         more = len(fields) > width
         if len(fields) < width or (more and any(field.strip() for field in fields[width:])):
-            hint = f"; a text with {delimiter!r} in it needs quotation marks" if more and quoted else ""
-            rows.bad.append((number, f"{len(fields)} fields where the header has {width}{hint}"))
+            rows.bad.append((number, _ragged(len(fields), width, delimiter, quoted)))
             continue
         values = [fields[place] for place in places]
         halves = [value for value in values if not value.isascii() and HALF.search(value)]
@@ -201,8 +275,7 @@ def _records(lines: Iterator[str], delimiter: str, quoted: bool, blanks: bool) -
             taken.append(line)
             yield line
 
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    kind = dict(delimiter=delimiter, strict=True, skipinitialspace=blanks, quoting=quoting)
+    kind = _dialect(delimiter, quoted, blanks)
     reader = csv.reader(feed(), **kind)
     while True:
         taken.clear()
@@ -238,8 +311,8 @@ def _quoted_fields(data: Any, delimiter: str) -> tuple[np.ndarray, np.ndarray, n
 def _positions(array: np.ndarray, characters: str) -> np.ndarray:
     """Where any of the characters are, in order, int64."""
     found = [np.zeros(0, np.int64)]
-    for at in range(0, len(array), _BLOCK):
-        block = array[at : at + _BLOCK]
+    for at in range(0, len(array), 1 << 20):  # blocks that fit into the cache
+        block = array[at : at + (1 << 20)]
         found.append(np.flatnonzero(np.logical_or.reduce([block == ord(c) for c in characters])) + at)
     return np.concatenate(found)
 
@@ -250,7 +323,7 @@ def _is_quoted(data: Any, header: list[str]) -> bool:
     if names.startswith('"') and names.endswith('"'):
         return True
     fields = _quoted_fields(data, "\t")
-    if fields is None:
+    if fields is None or not len(fields[0]):
         return False
     first, last, doubled = fields
     separators = _positions(np.frombuffer(data, np.uint8), "\t\r\n")

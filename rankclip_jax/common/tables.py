@@ -41,8 +41,8 @@ class Table:
     """
 
     folder: str
-    images: pa.ChunkedArray
-    texts: pa.ChunkedArray | None
+    images: pa.Array
+    texts: pa.Array | None
     numbers: np.ndarray
     bad: list[tuple[int, str]]
 
@@ -122,7 +122,7 @@ def _json_columns(name: str, text: EncodedText, wanted: Sequence[tuple[str, ...]
     arrays = [column.columns()[0] for column in columns]
     if any(count != 1 for count in counts):
         offsets = pa.array(np.r_[0, np.cumsum(counts)], pa.int64())
-        arrays[-1] = pa.chunked_array([pa.LargeListArray.from_arrays(offsets, arrays[-1].combine_chunks())])
+        arrays[-1] = pa.LargeListArray.from_arrays(offsets, arrays[-1])
     return arrays, np.array(columns[0].numbers, np.int64), bad, coco
 
 

@@ -71,7 +71,7 @@ def _folder(path: Path) -> Pictures:
 def _table(file: str, image_key: str | None, delimiter: str, encoding: str | None) -> Pictures:
     keys = (image_key,) if image_key else tables.IMAGE_KEYS
     table = tables.read_table(file, keys, None, delimiter=delimiter, encoding=encoding)
-    names = table.images.combine_chunks()
+    names = table.images
 
     def name(row):
         return names[row].as_py()
