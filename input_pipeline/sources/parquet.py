@@ -148,7 +148,8 @@ def _is_string(kind: pa.DataType | None) -> bool:
 
 
 def _is_bytes(kind: pa.DataType | None) -> bool:
-    return kind in (pa.binary(), pa.large_binary(), pa.binary_view()) or pa.types.is_fixed_size_binary(kind)
+    known = (pa.binary(), pa.large_binary(), pa.binary_view())
+    return kind is not None and (kind in known or pa.types.is_fixed_size_binary(kind))
 
 
 @contextlib.contextmanager

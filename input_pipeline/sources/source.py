@@ -111,7 +111,7 @@ def decoded(text: tf.Tensor, encoding: str | None) -> tf.Tensor:
         require(tf.strings.length(reason) == 0, reason)
         return text
     as_utf8 = tf.strings.unicode_transcode(text, "UTF-8", "UTF-8", errors="replace")
-    require(tf.reduce_all(as_utf8 == text), "the caption is not UTF-8; set config.data.encoding")
+    require(tf.reduce_all(as_utf8 == text), "the caption is not UTF-8 (see config.data.encoding)")
     return tf.strings.regex_replace(text, "^\ufeff", "")
 
 

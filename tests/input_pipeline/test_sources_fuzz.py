@@ -99,7 +99,7 @@ def test_captions_that_are_not_utf8_are_bad_rows_or_decoded_as_told(tmp_path):
         for image, _ in samples(4):
             out.write(example(jpg=image, txt=b"caf\xe9 \xff\xfe"))
     good, bad = outcomes(opened("tfrecord", tmp_path))
-    assert good == {} and set(bad.values()) == {"the caption is not UTF-8; set config.data.encoding"}
+    assert good == {} and set(bad.values()) == {"the caption is not UTF-8 (see config.data.encoding)"}
     good, bad = outcomes(opened("tfrecord", tmp_path, encoding="latin-1"))
     assert {caption for _, caption in good.values()} == {"caf\xe9 \xff\xfe"} and bad == {}
 
