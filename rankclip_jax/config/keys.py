@@ -179,8 +179,8 @@ KEYS = dict(
         caption_key=string(None),
         captions_per_line=boolean(False),  # each line of a text is a caption of its own
         delimiter=character(","),  # csv; a .tsv has tabs
-        # of a csv without a byte order mark, and of .txt files; rows that it cannot decode are bad samples. None: UTF-8,
-        # and a csv in any other is refused
+        # of a csv without a byte order mark, and of .txt files; what it cannot decode is a bad sample. None: UTF-8, and
+        # a csv in any other is refused
         encoding=encoding(None),
         # csv: folder of the images, relative to the file; None: the file's own
         image_folder=path(None),

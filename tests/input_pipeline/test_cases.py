@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from input_pipeline import labelled, prepare, sources
+from input_pipeline import labelled, pipeline, prepare, sources
+from input_pipeline.bad_samples import BadSamples
 from input_pipeline.rows import read_rows
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.config import complete, eval_set
@@ -142,6 +143,41 @@ def test_numbered_folders_are_in_order_with_every_readable_ending(made):
     _, found = zero_shot(format="folder", path=str(made / "numbered"))
     assert found.names == [str(i) for i in range(1, 11)] and found.source.size == 30
     assert found.source.labels.tolist() == np.repeat(range(10), 3).tolist()
+
+
+def test_a_validation_set_smaller_than_a_batch_is_padded(made):
+    spec = data("csv", made / "tables/five.csv")
+    source = sources.open_source(spec, spec.train, image_side=8)
+    (batch,) = pipeline.eval_batches(source, batch_size=8, image_side=8)
+    assert batch["mask"].tolist() == [True] * 5 + [False] * 3
+    assert batch["caption"][:5] == [f"a thing number {i}" for i in range(5)]
+
+
+def test_a_thousand_bad_rows_are_a_short_line(tmp_path, capsys):
+    cases.images(tmp_path, 1)
+    lines = ["image,caption", "images/0000.jpg,a thing", *["images/0000.jpg,a, thing"] * 1000]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    spec = data("csv", tmp_path / "a.csv")
+    source = sources.open_source(spec, spec.train, image_side=8)
+    bad = BadSamples(source, tmp_path / "bad.jsonl")
+    said = capsys.readouterr().err
+    assert said == f"bad samples skipped: about 1,000 samples of {tmp_path}/a.csv row 1 and 999 more: {COMMAS}\n"
+    assert bad.summary() == f"1,000 unusable samples skipped: 1,000 {COMMAS}"
+    written = [json.loads(line)["where"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert written == [f"{tmp_path}/a.csv row {i}" for i in range(1, 1001)]
+    BadSamples(source, tmp_path / "bad.jsonl")  # a resumed run lists them once
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 1000
+    with pytest.raises(InputError, match=r"^1000 of about 1001 samples are lost, more than config.data.max_bad_fra"):
+        BadSamples(source, max_fraction=0.1)
+
+
+def test_prepare_lists_the_rows_that_it_could_not_reach(made, tmp_path, monkeypatch):
+    table, out = made / "tables/unquoted_commas.csv", tmp_path / "out"
+    for _ in range(2):  # the second run resumes
+        monkeypatch.setattr(sys, "argv", ["prepare", str(table), str(out), "--config.data.max_bad_fraction=1"])
+        prepare.main()
+        lines = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
+        assert [line["where"] for line in lines] == [f"{table} row {i}" for i in range(0, 60, 3)]
 
 
 def test_leftovers_are_no_classes(made):
