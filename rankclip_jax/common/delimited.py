@@ -113,7 +113,7 @@ def _header(head: list[str], delimiter: str) -> _Header:
         names = [name.strip() for name in fields]
         while names and not names[-1]:
             names.pop()
-        if names:
+        if names and not (len(names) == 1 and names[0].startswith("sep=")):  # Excel's line
             return _Header(reader.line_num, names, len(fields) > 1 and all(f.startswith(" ") for f in fields[1:]))
     return _Header(len(head), [], False)
 
@@ -221,7 +221,7 @@ def _not_utf8(array: pa.Array, start: int = 0) -> list[int]:
 
 def _ragged(count: int, width: int, delimiter: str, quoted: bool) -> str:
     hint = f"; a text with {delimiter!r} in it needs quotation marks" if count > width and quoted else ""
-    return f"{count} fields where the header has {width}{hint}"
+    return f"wrong number of fields: {count}, and the header has {width}{hint}"
 
 
 def _dialect(delimiter: str, quoted: bool, blanks: bool) -> dict[str, Any]:

@@ -63,11 +63,17 @@ GOOD = [("0.png", "first")]
 @pytest.mark.parametrize(
     "name, text, rows, bad",
     [
-        ("a.csv", "image,caption\n0.png,first\n1.png\n\n2.png,a,b\n  \n", [0], {1: "1 fields", 2: "3 fields"}),
+        (
+            "a.csv",
+            "image,caption\n0.png,first\n1.png\n\n2.png,a,b\n  \n",
+            [0],
+            {1: "wrong number of fields: 1", 2: "wrong number of fields: 3"},
+        ),
         ("a.csv", 'image,caption\n0.png,first\n1.png,6" pipe\n', [0, 1], {}),
         ("a.csv", 'image,caption\n0.png,first\n1.png,"open\n2.png,x\n', [0, 2], {1: "a quotation mark"}),
         ("a.tsv", 'image\tcaption\n0.png\tfirst\n1.png\t"a ""b"" c"\n2.png\t"two\nlines"\n', [0, 1, 2], {}),
         ("a.csv", "image;caption\n0.png;first\n1.png;a, b\n", [0, 1], {}),
+        ("a.csv", "sep=;\nimage;caption\n0.png;first\n1.png;a, b\n", [0, 1], {}),
         ("a.csv", "image|x|caption\n0.png||first\n", [0], {}),
         ("a.csv", 'image\tcaption\n0.png\tfirst\n1.png\tthe "end"\n', [0, 1], {}),
         ("a.csv", "file_name,text,\n0.png,first,\n1.png,x\n", [0, 1], {}),
@@ -116,7 +122,7 @@ def test_cocos_captions_find_their_folder(tmp_path):
         ("a.csv", b"\xff\xfei\0m\0a", "is not utf-16-le at byte"),
         ("a.csv", b"", "is empty"),
         ("a.csv", b"image,caption\n", "has no rows below its header"),
-        ("a.csv", b"image,caption\n0.png\n", "has no good rows: row 0 .*1 fields"),
+        ("a.csv", b"image,caption\n0.png\n", "has no good rows: row 0 .*fields: 1"),
         (
             "a.csv",
             b"picture,caption\n0.png,x\n",

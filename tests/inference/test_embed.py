@@ -216,5 +216,5 @@ def test_bad_rows_of_a_table_are_listed(run, folder, tmp_path):
     assert json.loads(line) == {
         "row": None,
         "where": f"{folder}/a.csv row 4",
-        "reason": "3 fields where the header has 2; a text with '|' in it needs quotation marks",
+        "reason": "wrong number of fields: 3, and the header has 2; a text with '|' in it needs quotation marks",
     }

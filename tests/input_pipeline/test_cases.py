@@ -45,7 +45,7 @@ def things(count, text="a thing number {}", rows=None):
     return [(i, (text.format(i),)) for i in (rows or range(count))]
 
 
-COMMAS = "3 fields where the header has 2; a text with ',' in it needs quotation marks"
+COMMAS = "wrong number of fields: 3, and the header has 2; a text with ',' in it needs quotation marks"
 STRAY = [(i, ({7: '"we are open', 33: 'the "end" of the road'}.get(i, f"a thing number {i}"),)) for i in range(60)]
 ALONE = "no caption: no member ends in .txt or .caption or .txt.gz or .caption.gz"
 LINES = [(i, (f"a thing {i}", f"thing number {i}", "one thing")) for i in range(40)]

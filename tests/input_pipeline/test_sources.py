@@ -313,8 +313,8 @@ def test_a_csv_counts_its_rows_as_they_stand_in_the_file(tmp_path):
         assert list(source.captions()) == ['two\nlines and "quotes"', 'a 6" pipe']
         assert [source.where(row).split("a.csv ")[1].split(":")[0] for row in range(2)] == ["row 0", "row 4"]
         assert [(lost.where.split("a.csv ")[1], lost.reason) for lost in source.lost] == [
-            ("row 1", "1 fields where the header has 2"),
-            ("row 2", "3 fields where the header has 2; a text with ',' in it needs quotation marks"),
+            ("row 1", "wrong number of fields: 1, and the header has 2"),
+            ("row 2", "wrong number of fields: 3, and the header has 2; a text with ',' in it needs quotation marks"),
             ("row 3", "byte 0xe9 is not utf-8"),
         ]
     (tmp_path / "b.csv").write_text('image,caption\n0.png,good\n1.png,"never closed\n2.png,also good\n')
