@@ -1,23 +1,23 @@
-"""Decodes images of any common format to uint8 RGB: by TensorFlow in the graph where possible, otherwise by PIL.
+"""Decodes pictures to uint8 RGB in the pipeline's graph, by the rule of rankclip_jax/common/pictures.py.
 
-JPEG, PNG and WebP are decoded in the graph. PNG with a palette, animated WebP, GIF, BMP, TIFF and other formats of PIL
-are decoded by PIL, which gives the first frame. Palettes, grey and CMYK become RGB, 16 bits keep their upper 8, and
-transparency is composited on white. EXIF rotation is ignored, as in published CLIP models.
+JPEG (grey and colour), PNG of 8 bits a channel without a palette, and WebP are decoded by TensorFlow, where that
+gives Pillow's pixels; everything else by the reader itself, one picture at a time.
 """
-
-import io
 
 import numpy as np
 import tensorflow as tf
-from PIL import Image
 
-# Larger images are refused before decoding: one of this size takes 256 MB. PIL warns at the same number.
-MAX_PIXELS = 89_478_485
+from rankclip_jax.common import pictures
+from rankclip_jax.common.pictures import MAX_PIXELS, WRONG_SIZE
 
 
 def is_jpeg(image: tf.Tensor) -> tf.Tensor:
-    """Whether encoded bytes are a JPEG, bool scalar."""
-    return tf.strings.substr(image, 0, 3) == b"\xff\xd8\xff"
+    """Whether encoded bytes are a grey or colour JPEG, bool scalar. Raises InvalidArgumentError for a broken header.
+
+    Of CMYK, Pillow takes every file for inverted; TensorFlow only those that say so.
+    """
+    jpeg = tf.strings.substr(image, 0, 3) == b"\xff\xd8\xff"
+    return tf.cond(jpeg, lambda: tf.io.extract_jpeg_shape(image)[2] != 4, lambda: False)
 
 
 def jpeg_size(image: tf.Tensor) -> tf.Tensor:
@@ -45,18 +45,17 @@ def jpeg(image: tf.Tensor, log2_ratio: tf.Tensor | None = None, recover: bool = 
 
 
 def decode(image: tf.Tensor, recover: bool = False) -> tf.Tensor:
-    """Bytes of any format -> uint8 (H, W, 3). A uint8 image is returned as it is.
+    """Bytes of any picture -> uint8 (H, W, 3). A uint8 image is returned as it is.
 
-    With `recover` the readable part of a truncated JPEG is decoded.
+    With `recover` the readable part of a truncated JPEG (grey or colour) is decoded.
 
-    Raises at run time InvalidArgumentError (PIL's part, run eagerly: ValueError) with the reason: unreadable bytes, or
-    more than MAX_PIXELS.
+    Raises at run time InvalidArgumentError (Pillow's part, run eagerly: BadImageError) with the reason.
     """
     if image.dtype == tf.uint8:
         return image
     head = _head(image)
-    # libpng returns wrong alpha for palettes of fewer than 256 colours, so PIL decodes palettes.
-    png = tf.reduce_all(head[:8] == list(b"\x89PNG\r\n\x1a\n")) & (head[25] != 3)
+    # Of other depths than 8 bits, and of palettes, TensorFlow returns a wrong alpha.
+    png = tf.reduce_all(head[:8] == list(b"\x89PNG\r\n\x1a\n")) & (head[24] == 8) & (head[25] != 3)
     webp = tf.reduce_all(tf.gather(head, (0, 1, 2, 3, 8, 9, 10, 11)) == list(b"RIFFWEBP"))
     animated = (head[15] == ord("X")) & (head[20] // 2 % 2 == 1)
     kind = tf.where(is_jpeg(image), 0, tf.where(png, 1, tf.where(webp & ~animated, 2, 3)))
@@ -64,7 +63,7 @@ def decode(image: tf.Tensor, recover: bool = False) -> tf.Tensor:
         lambda: _jpeg(image, recover),
         lambda: _png(image, head),
         lambda: _webp(image, head),
-        lambda: _by_pil(image),
+        lambda: _by_pillow(image),
     ]
     return tf.ensure_shape(tf.switch_case(kind, branches), (None, None, 3))
 
@@ -75,14 +74,16 @@ def _jpeg(image, recover):
 
 
 def _png(image, head):
-    # Big-endian sides. Colour types 4 and 6 have an alpha channel. A single transparent colour of other types stays
-    # opaque.
-    width, height = (tf.reduce_sum(head[at : at + 4] * [1 << 24, 1 << 16, 1 << 8, 1]) for at in (16, 20))
+    width, height = (tf.reduce_sum(head[at : at + 4] * [1 << 24, 1 << 16, 1 << 8, 1]) for at in (16, 20))  # big-endian
+    # Colour types 4 and 6 have an alpha channel; the others may name a transparent colour, before the pixels begin.
+    begin = tf.strings.substr(image, 0, 8192)
+    found = [tf.strings.regex_full_match(begin, rf"(?s)\C*{chunk}\C*") for chunk in ("IDAT", "tRNS")]
+    opaque = (head[25] != 4) & (head[25] != 6) & found[0] & ~found[1]
     with tf.control_dependencies([_check_pixels(height, width)]):
         return tf.cond(
-            (head[25] == 4) | (head[25] == 6),
-            lambda: _on_white(tf.io.decode_png(image, channels=4)),
+            opaque,
             lambda: tf.io.decode_png(image, channels=3),
+            lambda: _on_white(tf.io.decode_png(image, channels=4)),
         )
 
 
@@ -104,29 +105,13 @@ def _on_white(pixels_HxWx4):
     return tf.cast((tf.cast(colour, tf.int32) * alpha + 255 * (255 - alpha) + 127) // 255, tf.uint8)
 
 
-def _by_pil(image):
-    return tf.numpy_function(_first_frame, [image], tf.uint8)
+def _by_pillow(image):
+    return tf.numpy_function(_read, [image], tf.uint8)
 
 
 @tf.autograph.experimental.do_not_convert
-def _first_frame(data):
-    try:
-        with Image.open(io.BytesIO(np.asarray(data, object).item())) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise ValueError(_TOO_MANY.replace("{}", "%s") % opened.size)
-            if opened.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
-                grey = np.clip(np.asarray(opened, np.int64) >> 8, 0, 255).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=-1)
-            on_white = Image.new("RGBA", opened.size, "white")
-            on_white.alpha_composite(opened.convert("RGBA"))
-            return np.asarray(on_white.convert("RGB"))
-    except Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from None
-    except Image.UnidentifiedImageError:
-        raise ValueError("not an image, or a format that PIL does not support") from None
-
-
-_TOO_MANY = f"{{}} x {{}} pixels; an image must have at least 1 and at most {MAX_PIXELS:,}"
+def _read(data):
+    return np.asarray(pictures.read(np.asarray(data, object).item()))
 
 
 def _check_pixels(height, width):
@@ -134,7 +119,7 @@ def _check_pixels(height, width):
 
     def refuse():
         # In a separate branch: formatting the text costs more than reading the header and is rarely needed.
-        return tf.debugging.Assert(False, [tf.strings.format(_TOO_MANY, (width, height))])
+        return tf.debugging.Assert(False, [tf.strings.format("{} x {}; " + WRONG_SIZE, (width, height))])
 
     return tf.cond((pixels > 0) & (pixels <= MAX_PIXELS), tf.no_op, refuse)
 

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from input_pipeline.encode import BadImageError, load, open_image
 from input_pipeline.rows import Row, in_order, read_rows
 from input_pipeline.sources import Source
+from rankclip_jax.common.pictures import BadImageError, loaded, opened
 from rankclip_jax.common.progress import progress
 from rankclip_jax.common.tokenizer import Tokenizer
 
@@ -108,9 +108,10 @@ def _look(row: Row) -> _Look | tuple[int, str, str]:
     try:
         if row.reason is not None:
             return row.number, row.reason, row.detail
-        opened = open_image(row.image)
-        width, height, kind = opened.width, opened.height, f"{opened.format or 'pixels'} {opened.mode}"
-        load(opened, (1, 1))
+        image = opened(row.image)
+        width, height, kind = image.width, image.height, f"{image.format or 'pixels'} {image.mode}"
+        image.draft(None, (1, 1))  # of a JPEG, the whole file is still read
+        loaded(image)
     except BadImageError as error:
         return row.number, error.reason, error.detail
     data = row.image if isinstance(row.image, bytes) else row.image.tobytes()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rankclip_jax.common import commands, files
+from rankclip_jax.common import commands, files, pictures
 
 if __name__ == "__main__":
     commands.quiet_tensorflow()  # before its import
@@ -23,12 +23,13 @@ from PIL import Image, ImageFile
 from tqdm import tqdm
 
 from input_pipeline import contact_sheet, overview, shards, sources
-from input_pipeline.encode import BadImageError, encode, open_image, plain
+from input_pipeline.encode import encode
 from input_pipeline.manifest import Manifest
 from input_pipeline.rows import captions_of, in_order, read_rows
 from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.ownership import Owned
+from rankclip_jax.common.pictures import BadImageError
 from rankclip_jax.common.progress import progress
 from rankclip_jax.common.tables import ENDINGS
 from rankclip_jax.common.tokenizer import Tokenizer
@@ -231,7 +232,7 @@ def inspect(
     for place in np.linspace(0, len(seen.good_rows) - 1, count).astype(int):
         row = int(seen.good_rows[place])
         sample = read(row)
-        image = plain(open_image(sample["image"]))
+        image = pictures.read(sample["image"])
         examples.append((image, captions_of(sample)[0], f"row {row:,} · {image.width} x {image.height}"))
     owned.claim([_SHEET])
     path = out_dir / _SHEET
@@ -296,7 +297,7 @@ def main() -> None:
             parser.error(f"unknown flag {flag}")
     _check(parser, flags)
     out_dir = Path(flags.out_dir or ".")
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # encode.py has its own limit
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # pictures.py has its own limit
     with commands.exit_codes("stopped; the same command resumes after the finished shards"):
         if flags.out_dir and "://" in flags.out_dir:
             raise InputError(f"OUT_DIR must be a local folder; copy it to {flags.out_dir} when it is complete")

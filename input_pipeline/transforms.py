@@ -16,6 +16,7 @@ import tensorflow as tf
 from PIL import Image
 
 from input_pipeline.decode import decode, is_jpeg, jpeg, jpeg_size
+from rankclip_jax.common import pictures
 
 _LOG_ASPECT = math.log(4 / 3)
 _TRIES = 10
@@ -48,7 +49,7 @@ def random_windows(size_2: tf.Tensor, scale: tuple[float, float], seed_2: tf.Ten
 def centre_window(size_2: tf.Tensor, side: int) -> tf.Tensor:
     """The window (1, 4) of CLIP's evaluation view: the shorter side resized to `side`, then the central square.
 
-    As CLIPImageProcessor of transformers, which truncates the longer side and the square's position to whole pixels.
+    As `pictures.centre`.
     """
     size_2 = tf.cast(size_2, tf.int64)
     resized = size_2 * side // tf.reduce_min(size_2)
@@ -67,9 +68,9 @@ def view(
       windows_of: int32 (2,) height and width of an image -> its windows, float32 (V, 4).
       side: pixels of the model's input.
       canvas: side C of the canvas, at least `side`; None: resize here.
-      exact: a window that does not fit the canvas is resized here from full resolution, which is slow (V must be 1).
-        Otherwise the JPEG decoder scales it, to at least `side` per window, and what is still too large is shrunk by
-        area averaging, which is fast and approximate.
+      exact: evaluation's view (windows_of is `centre_window`). Where it does not fit the canvas, it is made here from
+        full resolution, which is slow. Otherwise the JPEG decoder scales it, to at least `side` per window, and what is
+        still too large is shrunk by area averaging, which is fast and approximate.
       recover: decode the readable part of a truncated JPEG.
 
     Returns:
@@ -78,8 +79,11 @@ def view(
     """
     pixels, windows = _decoded(image, windows_of, side, None if exact else canvas, recover)
     if canvas is None:
-        resized = [resize(pixels, window, side) for window in tf.unstack(windows)]
+        resized = [_centre(pixels, side)] if exact else [resize(pixels, window, side) for window in tf.unstack(windows)]
         return {"image": tf.stack(resized) if len(resized) > 1 else resized[0]}
+
+    def here():
+        return _centre(pixels, side), tf.constant([[0.0, 0.0, side, side]])
 
     def whole():
         return pixels, windows
@@ -98,20 +102,21 @@ def view(
             return pixels[top : top + height, left : left + width], moved
 
         def shrunk():
-            if exact:
-                return resize(pixels, windows[0], side), tf.constant([[0.0, 0.0, side, side]])
             region, _ = cut()
             smaller = tf.minimum(tf.shape(region)[:2], canvas)
             factor = tf.cast(smaller, tf.float32) / area[2:]
             averaged = tf.image.resize(region, smaller, "area")
             return tf.cast(tf.round(averaged), tf.uint8), moved * tf.concat([factor, factor], axis=0)
 
-        return tf.cond(tf.reduce_all(area[2:] <= canvas), cut, shrunk)
+        return tf.cond(tf.reduce_all(area[2:] <= canvas), cut, here if exact else shrunk)
+
+    def placed():
+        return tf.cond(tf.reduce_all(size_2 <= canvas), whole, part)
 
     size_2 = tf.shape(pixels)[:2]
-    placed, windows = tf.cond(tf.reduce_all(size_2 <= canvas), whole, part)
-    placed = tf.ensure_shape(placed, (None, None, 3))
-    return {"image": placed, "size": tf.shape(placed)[:2], "windows": windows}
+    image, windows = tf.cond(_height_first(size_2, side), here, placed) if exact else placed()
+    image = tf.ensure_shape(image, (None, None, 3))
+    return {"image": image, "size": tf.shape(image)[:2], "windows": windows}
 
 
 def _decoded(image, windows_of, side, canvas, recover):
@@ -132,10 +137,28 @@ def _decoded(image, windows_of, side, canvas, recover):
     return tf.cond(is_jpeg(image), scaled, full)
 
 
+def _height_first(size_2, side):
+    """Whether Pillow resizes a picture's height first, where the device begins with the width: Pillow does where the
+    height loses more than twice as many pixels."""
+    size_2 = tf.cast(size_2, tf.int64)
+    lost = size_2 - size_2 * side // tf.reduce_min(size_2)
+    return (lost[0] > 0) & (lost[0] > 2 * lost[1])
+
+
+def _centre(pixels_HxWx3, side):
+    made = tf.numpy_function(functools.partial(_centre_by_pil, side=side), [pixels_HxWx3], tf.uint8)
+    return tf.ensure_shape(made, (side, side, 3))
+
+
+@tf.autograph.experimental.do_not_convert
+def _centre_by_pil(pixels, side):
+    return pictures.centre(Image.fromarray(pixels), side, side)
+
+
 def resize(pixels_HxWx3: tf.Tensor, window_4: tf.Tensor, side: int) -> tf.Tensor:
     """A window -> uint8 (side, side, 3) by PIL: bicubic with antialiasing, width first.
 
-    PIL uses the same order, except version 13, which resizes the height first if it shrinks much more.
+    Pillow itself resizes the height first where it loses more than twice as many pixels as the width, since version 13.
     """
     resized = tf.numpy_function(functools.partial(_resize_by_pil, side=side), [pixels_HxWx3, window_4], tf.uint8)
     return tf.ensure_shape(resized, (side, side, 3))

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.open_clip_models import import_open_clip
+
 # Minutes long: they go first, so that no worker has one left when the others are done.
 LONG = ("test_notebook.py", "test_faults.py", "test_two_processes.py", "test_docs.py", "test_train.py", "test_study.py")
 
@@ -37,3 +39,8 @@ def captioned(tmp_path):
             Image.fromarray(np.full((12, 16, 3), 5 * i, np.uint8)).save(folder / f"{i}.png")
             writer.writerow([f"images/{i}.png", f"grey level {i}"])
     return tmp_path / "data.csv"
+
+
+@pytest.fixture(scope="session")
+def open_clip():
+    return import_open_clip()

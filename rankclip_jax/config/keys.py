@@ -23,8 +23,10 @@ from rankclip_jax.config.key import (
 )
 
 # Keys that may change when a run resumes: they change what is logged, evaluated or kept. mesh, sharding and
-# model.attention change trained numbers only by rounding; the others not at all.
+# model.attention change trained numbers only by rounding; epochs and steps where the schedule allows it
+# (train/workdir.py); the others not at all.
 MAY_CHANGE = ("log_every", "eval", "checkpoint", "plan", "profile", "study", "mesh", "sharding", "model.attention")
+MAY_CHANGE += ("epochs", "steps")
 
 # Values of keys that a stored configuration lacks, because it is older than they are, where its run did not behave as
 # today's default does. So that old workdirs resume as they began.
@@ -102,7 +104,7 @@ KEYS = dict(
     accumulate=integer(1, 1),
     epochs=integer(32, 1),  # passes over the training data. [o]; [p] [c] 64
     steps=integer(None, 1),  # number of steps, instead of `epochs`
-    # start from a workdir, export, OpenAI or RankCLIP .pt, open_clip or Hugging Face model
+    # start from a workdir, export, OpenAI or RankCLIP .pt, open_clip or Hugging Face model; or a hub id
     init_from=path(None),
     init_towers=choice("both", "vision", "text"),  # both | vision | text: the towers to take from `init_from`
     init_skip=strings(()),  # regexes over parameters (visual/proj ...) that are initialised fresh
@@ -118,6 +120,8 @@ KEYS = dict(
         lambda_cross=real(1 / 16, 0),  # weight of the cross-modal ranking term. [p] [c]
         # ramp: 0 to 2 over the epochs | constant: 1. [c]; [p] v2 constant
         schedule=choice("ramp", *SCHEDULES),
+        # epochs of the ramp, which then keeps its last weight; None: those of the run
+        ramp_epochs=integer(None, 1),
         # None | "log": list position k has weight 1 / log(k + 1). [c]; [p] v2 "log"
         decay=choice(None, "log"),
         top_k=integer(None, 1),  # count only the first k positions of every list
@@ -145,11 +149,19 @@ KEYS = dict(
         text={},  # changed fields of the preset's text tower
     ),
     tokenizer=dict(
-        path=path(None),  # tokenizer.json, or a Hugging Face hub id; None: train one on the captions
+        # tokenizer.json, its folder (or vocab.json and merges.txt), or a Hugging Face hub id; None: train one on the
+        # captions
+        path=path(None),
         vocab_size=integer(4096, 2),  # largest vocabulary of the trained tokenizer
     ),
     optim=dict(
-        lr=real(5e-4, above=0),  # AdamW's learning rate after the warm-up, then a cosine to 0. [p] [c] [o]
+        # standard | released: as in the authors' code, the rates of an epoch later, and decay also on class and
+        # position embeddings and some gains (docs/ranking_loss.md). [c] released
+        recipe=choice("standard", "released"),
+        lr=real(5e-4, above=0),  # AdamW's learning rate after the warm-up. [p] [c] [o]
+        # cosine: to 0 over the rest of the steps | constant | wsd: constant, then linearly to 0. [p] [c] [o]
+        schedule=choice("cosine", "constant", "wsd"),
+        decay_steps=integer(None, 1),  # wsd: the last steps, in which the rate falls
         b1=real(0.9, 0, below=1),  # decay of the first moment. [p] [c] [o]
         b2=real(0.999, 0, below=1),  # decay of the second moment. [p] [c]; [o] 0.98 for vision transformers
         # added to the root of the second moment. [p] [c]; [o] 1e-6 for vision transformers
@@ -228,7 +240,7 @@ KEYS = dict(
             linear_probe=integer(None, 1),  # the same
             geometry=integer(1, 1, optional=True),  # the same
         ),
-        # --mode=eval: an export or an OpenAI .pt to evaluate instead of the workdir's checkpoint
+        # --mode=eval: what to evaluate instead of the workdir's checkpoint: any path or hub id that init_from takes
         model=path(None),
     ),
     checkpoint=dict(

@@ -55,21 +55,6 @@ def _arguments(spec: str, text: str, known: Sequence[str]) -> dict[str, str]:
     return given
 
 
-def stored(workdir: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The configuration that a workdir was trained with, complete and checked, with `overrides` as in `load`.
-
-    Raises:
-      InputError: there is none, it is damaged, or what `complete` refuses.
-    """
-    path = Path(workdir) / "config.json"
-    try:
-        return complete(override(completed(json.loads(path.read_text())).to_dict(), overrides))
-    except FileNotFoundError:
-        raise InputError(f"{workdir} holds no run (no config.json); give --config FILE to start one") from None
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); bring it back from a copy, or give --config FILE") from None
-
-
 def completed(stored: Mapping) -> ConfigDict:
     """The configuration of a run that may be older than some keys: these have the value of its time (keys.BEFORE).
 
@@ -127,7 +112,26 @@ def complete(config: Mapping) -> ConfigDict:
             f"config.data.two_views adds to the contrastive term, and config.loss.objective={merged.loss.objective} "
             "has none. Use another objective, or add config.loss.terms.clip=1.0"
         )
+    _check_schedule(merged.optim)
     return merged
+
+
+def _check_schedule(optim: ConfigDict) -> None:
+    if optim.schedule == "wsd" and optim.decay_steps is None:
+        raise InputError(
+            "config.optim.decay_steps=None. Expected the number of last steps in which the rate falls, since "
+            "config.optim.schedule=wsd"
+        )
+    if optim.schedule != "wsd" and optim.decay_steps is not None:
+        raise InputError(
+            f"config.optim.decay_steps={optim.decay_steps}. Expected None, since config.optim.schedule="
+            f"{optim.schedule}; wsd has decay_steps"
+        )
+    if optim.recipe == "released" and optim.schedule != "cosine":
+        raise InputError(
+            f"config.optim.schedule={optim.schedule}. Expected cosine, since config.optim.recipe=released; or "
+            "config.optim.recipe=standard"
+        )
 
 
 def eval_set(kind: str, given: Mapping, where: str | None = None) -> ConfigDict:

@@ -1,7 +1,6 @@
 """Pictures and what a model finds for them: queries with their answers, search results, classes."""
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from PIL import Image
 
+from rankclip_jax.common.pictures import read, rgb
 from rankclip_jax.figures.inline_svg import PHOTOGRAPH
 from rankclip_jax.figures.words import lines, literal, printable
 
@@ -82,7 +82,7 @@ def _draw(figure: FigureBase, asked: Mapping) -> None:
     def show(x, top, data, **frame):
         axes = figure.add_axes((x / width, 1 - (top + _PICTURE) / height, _PICTURE / width, _PICTURE / height))
         axes.set_anchor("NW")
-        _picture(axes, _rgb(Image.open(io.BytesIO(base64.b64decode(data)))), **frame)
+        _picture(axes, np.asarray(read(base64.b64decode(data))), **frame)
 
     if "picture" in asked:
         show(0.05, 0.05, asked["picture"])
@@ -99,10 +99,6 @@ def _draw(figure: FigureBase, asked: Mapping) -> None:
     for place, answer in enumerate(asked["answers"]):
         frame = _RIGHT if answer["right"] else _PLAIN
         show(0.05 + place * (_PICTURE + 0.03), top, answer["picture"], frame=frame)
-
-
-def _rgb(image: Image.Image) -> np.ndarray:
-    return np.asarray(image.convert("RGB"))
 
 
 def _picture(axes: Axes, pixels_HxWx3: np.ndarray, frame: str | None = None) -> None:
@@ -141,7 +137,7 @@ def choices(image: Image.Image, classnames: Sequence[str], probabilities: np.nda
     order = np.argsort(-probabilities)[:most]
     figure = Figure(figsize=(8, 2.6), dpi=80, layout="constrained")
     picture, bars = figure.subplots(1, 2, width_ratios=(1, 2))
-    _picture(picture, _rgb(image))
+    _picture(picture, np.asarray(rgb(image)))
     percent = 100 * probabilities[order]
     drawn = bars.barh(range(len(order)), percent)
     bars.bar_label(drawn, [f"{value:.1f} %" for value in percent], padding=3)

@@ -1,17 +1,14 @@
 """Collections of images with access by number: a folder, a table, or shards."""
 
 import dataclasses
-import io
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image
-
 from rankclip_jax import config as configs
 from rankclip_jax.common import folders, tables
-from rankclip_jax.common.errors import InputError, one_line
-from rankclip_jax.common.pictures import ENDINGS
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.pictures import ENDINGS, opened
 
 _SHARDS = {".tar": "webdataset", ".tfrecord": "tfrecord", ".tfrecords": "tfrecord", ".parquet": "parquet"}
 
@@ -87,10 +84,5 @@ def _shards(pattern: str, kind: str, image_key: str | None) -> Pictures:
     source = sources.open_source(spec, pattern, image_side=0)
     read = encoded_images.reader(source)
 
-    def image(i: int) -> Image.Image:
-        try:
-            return Image.open(io.BytesIO(read(i)))
-        except OSError as error:
-            raise InputError(one_line(error)) from None
-
-    return Pictures(source.size, source.where, image, tuple((one.where, one.reason) for one in source.lost))
+    lost = tuple((one.where, one.reason) for one in source.lost)
+    return Pictures(source.size, source.where, lambda i: opened(read(i)), lost)

@@ -90,7 +90,8 @@ def rank_weight(epoch: jax.Array | int, epochs: int, schedule: str = "ramp") -> 
 
     "ramp" is the released code's clip(3 (epoch - 1) / (epochs - 1), 0, 2): nothing in the first epoch, 2 from
     two thirds of the way on. With epochs=1, where that divides zero by zero, it is 0, as in the first epoch
-    of any other run. "constant" is 1 (arXiv v2). epoch may be traced; a fractional epoch ramps smoothly.
+    of any other run. After `epochs` it keeps its last value. "constant" is 1 (arXiv v2). epoch may be traced; a
+    fractional epoch ramps smoothly.
 
     Raises:
       ValueError: an unknown schedule, or epochs below 1.
@@ -100,7 +101,8 @@ def rank_weight(epoch: jax.Array | int, epochs: int, schedule: str = "ramp") -> 
     if schedule == "constant":
         return jnp.float32(1)
     if schedule == "ramp":
-        return jnp.clip(3.0 * (jnp.asarray(epoch, jnp.float32) - 1.0) / max(epochs - 1, 1), 0.0, 2.0)
+        ramped = jnp.minimum(jnp.asarray(epoch, jnp.float32), epochs)
+        return jnp.clip(3.0 * (ramped - 1.0) / max(epochs - 1, 1), 0.0, 2.0)
     raise ValueError(f'schedule={schedule!r}. Expected "ramp" or "constant"')
 
 

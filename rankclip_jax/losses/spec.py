@@ -37,6 +37,7 @@ class LossSpec:
       terms: (term, weight, schedule) each: terms of MATRICES to add to the objective, or in place of its own.
       lambda_in, lambda_cross: weights of the ranking terms.
       schedule: "ramp" or "constant", of the weight that both ranking terms share (`objectives.rank_weight`).
+      ramp_epochs: epochs of that ramp; None: those of the run.
       decay, top_k: as in `plackett_luce_nll`; with top_k the mean is over the k positions kept.
       keep_self: keep item i in its own in-modal lists, as the authors do, or leave it out.
       form: "exact", or "released": float32 log(sum of exponentials + 1e-10) with its gradient, as the authors'
@@ -48,6 +49,7 @@ class LossSpec:
     lambda_in: float = 1 / 16
     lambda_cross: float = 1 / 16
     schedule: str = "ramp"
+    ramp_epochs: int | None = None
     decay: str | None = None
     top_k: int | None = None
     keep_self: bool = True
@@ -59,6 +61,8 @@ class LossSpec:
                 raise ValueError(f"{field}={getattr(self, field)!r}. Expected one of {', '.join(choices)}")
         if self.decay not in (None, "log"):
             raise ValueError(f'decay={self.decay!r}. Expected None or "log"')
+        if self.ramp_epochs is not None and self.ramp_epochs < 1:
+            raise ValueError(f"ramp_epochs={self.ramp_epochs}. Expected at least 1, or None for those of the run")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k}. Expected at least 1, or None for whole lists")
         object.__setattr__(self, "terms", _listed(self.terms))

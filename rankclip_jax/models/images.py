@@ -1,10 +1,11 @@
 """Images on the device, in front of the towers: cut out and resized, augmented, normalised.
 
 The pipeline lays pictures on a canvas of one size for all, with each one's own size and windows
-(input_pipeline/transforms.py). Resizing a window is two small matrix products an image.
+(input_pipeline/transforms.py).
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -28,35 +29,45 @@ def views(batch: dict, side: int) -> jax.Array:
 
 
 def resize(canvas_BxCxCx3: jax.Array, size_Bx2: jax.Array, window_Bx4: jax.Array, side: int) -> jax.Array:
-    """Cuts a window out of each picture and resizes it as PIL does: bicubic, antialiased, at most one grey level off.
+    """Cuts a window out of each picture and resizes it to PIL's pixels: bicubic, antialiased, the width first.
 
     Args:
       canvas_BxCxCx3: uint8, each picture at its top left; what lies beyond its size is never looked at.
       size_Bx2: height and width of each picture in pixels.
-      window_Bx4: float32 (top, left, height, width) in pixels, fractions included, as `box` of PIL's resize.
+      window_Bx4: float32 (top, left, height, width) in pixels, fractions included, as `box` of PIL's resize; at most
+        C high and wide.
       side: height and width of the result.
 
     Returns:
       uint8 (B, side, side, 3).
     """
-    side_C = canvas_BxCxCx3.shape[1]
-    weights = jax.vmap(jax.vmap(functools.partial(_weights, side=side, side_C=side_C)))  # over B, and over the two axes
-    rows_BxSxC, columns_BxSxC = jnp.moveaxis(weights(window_Bx4[:, :2], window_Bx4[:, 2:], size_Bx2), 1, 0)
-    # The width first and 8 bits in between, as PIL.
-    narrow_BxCxSx3 = _grey_levels(_product("bow,bhwc->bhoc", columns_BxSxC, canvas_BxCxCx3))
-    return _grey_levels(_product("boh,bhwc->bowc", rows_BxSxC, narrow_BxCxSx3))
+    weights = functools.partial(_weights, side=side, side_C=canvas_BxCxCx3.shape[1])
+    # Over B, and over the two axes.
+    first_Bx2xS, weights_Bx2xSxT = jax.vmap(jax.vmap(weights))(window_Bx4[:, :2], window_Bx4[:, 2:], size_Bx2)
+    # Chosen where the program is lowered: a step compiled ahead of time is not for the machine that compiles it.
+    return lax.platform_dependent(canvas_BxCxCx3, first_Bx2xS, weights_Bx2xSxT, tpu=_by_products, default=_by_gathering)
+
+
+_BITS = 22  # of PIL's fixed point: 32, less 8 for grey levels and 2 for weights beyond 0 to 1
 
 
 def _weights(begin, length, size, side, side_C):
-    """(side, C) float32: how much each pixel of one axis weighs in each pixel of the result; rows sum to 1."""
-    # Centres in whole pixels and a fraction: one float32 would be off by 1e-5, enough to round otherwise than PIL.
-    twice = (2 * jnp.arange(side) + 1) * length  # exact where the length is a whole number
-    whole = jnp.floor(twice / (2 * side))
-    fraction = (twice - whole * (2 * side)) / (2 * side) + (begin - jnp.floor(begin))
-    pixels = jnp.arange(side_C)
-    distance = (pixels - (whole + jnp.floor(begin))[:, None]) + (0.5 - fraction)[:, None]
-    weights = _cubic(distance / jnp.maximum(length / side, 1.0)) * (pixels < size)
-    return weights / jnp.sum(weights, axis=1, keepdims=True)
+    """The T pixels that weigh in each pixel of one axis of the result: the first, int32 (side,), and 2^22 times their
+    weights, int32 (side, T), zero beyond the picture."""
+    taps = min(side_C, 2 * math.ceil(2 * max(1, side_C / side)) + 1)
+    with jax.enable_x64(True):  # as PIL; in float32 a third of the weights would round otherwise, and so do exact ties
+        begin, length, size = (x.astype(jnp.float64) for x in (begin, length, size))
+        step = length / side
+        stretch = jnp.maximum(step, 1.0)
+        centre_Sx1 = begin + (jnp.arange(side, dtype=jnp.float64)[:, None] + 0.5) * step
+        first_Sx1 = jnp.maximum(jnp.floor(centre_Sx1 - 2 * stretch + 0.5), 0.0)
+        last_Sx1 = jnp.minimum(jnp.floor(centre_Sx1 + 2 * stretch + 0.5), size)
+        pixels_SxT = first_Sx1 + jnp.arange(taps, dtype=jnp.float64)
+        weights = _cubic((pixels_SxT - centre_Sx1 + 0.5) / stretch) * (pixels_SxT < last_Sx1)
+        total = jnp.sum(weights, axis=1, keepdims=True)
+        weights = weights / jnp.where(total == 0, 1.0, total) * 2.0**_BITS  # 0: a row that fills up a batch
+        weights = jnp.sign(weights) * jnp.floor(jnp.abs(weights) + 0.5)
+        return first_Sx1[:, 0].astype(jnp.int32), weights.astype(jnp.int32)
 
 
 def _cubic(x):
@@ -65,35 +76,47 @@ def _cubic(x):
     return jnp.where(x < 1, (1.5 * x - 2.5) * x * x + 1, jnp.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0.0))
 
 
+def _by_gathering(canvas_BxCxCx3, first_Bx2xS, weights_Bx2xSxT):
+    """Fetches the T pixels: the least work."""
+
+    def one(image, first_2xS, weights_2xSxT):
+        for axis in (1, 0):
+            total = 0
+            for tap in range(weights_2xSxT.shape[2]):
+                pixels = jnp.take(image, first_2xS[axis] + tap, axis=axis, mode="clip").astype(jnp.int32)
+                total += pixels * jnp.expand_dims(weights_2xSxT[axis, :, tap], (1 - axis, 2))
+            image = _grey_levels(total)
+        return image
+
+    return jax.vmap(one)(canvas_BxCxCx3, first_Bx2xS, weights_Bx2xSxT)
+
+
+def _by_products(canvas_BxCxCx3, first_Bx2xS, weights_Bx2xSxT):
+    """The same by matrix products, for TPUs."""
+    offset_Bx2xSxC = jnp.arange(canvas_BxCxCx3.shape[1]) - first_Bx2xS[..., None]
+    taps = range(weights_Bx2xSxT.shape[3])
+    weights_Bx2xSxC = sum(jnp.where(offset_Bx2xSxC == tap, weights_Bx2xSxT[..., tap, None], 0) for tap in taps)
+    narrow_BxCxSx3 = _grey_levels(_product("bow,bhwc->bhoc", weights_Bx2xSxC[:, 1], canvas_BxCxCx3))
+    return _grey_levels(_product("boh,bhwc->bowc", weights_Bx2xSxC[:, 0], narrow_BxCxSx3))
+
+
 def _product(subscripts, weights, pixels):
-    """einsum of float32 weights and uint8 pixels in float32.
+    """einsum of int32 weights and uint8 pixels, exact: bfloat16 holds grey levels and digits of 8 bits, -128 to 127,
+    and float32 the sums of 512 products of both.
 
-    Accelerators multiply bfloat16 fastest, which holds grey levels exactly. The weights are split into two, whose sum
-    is off by 2^-17 of them at most: a thousandth of a grey level.
+    Splitting float32 weights into bfloat16 and remainder would not do: XLA takes w - f32(bf16(w)) for 0.
     """
-    # Chosen where the program is lowered: a step compiled ahead of time is not for the machine that compiles it.
-    return lax.platform_dependent(
-        weights,
-        pixels,
-        cpu=functools.partial(_whole_product, subscripts),
-        default=functools.partial(_split_product, subscripts),
-    )
+    total = 0
+    for shift in (0, 8, 16):
+        digit = ((weights + 128) & 255) - 128 if shift < 16 else weights
+        weights = (weights - digit) >> 8
+        operands = digit.astype(jnp.bfloat16), pixels.astype(jnp.bfloat16)
+        total += jnp.einsum(subscripts, *operands, preferred_element_type=jnp.float32).astype(jnp.int32) << shift
+    return total
 
 
-def _whole_product(subscripts, weights, pixels):
-    return jnp.einsum(subscripts, weights, pixels.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-
-
-def _split_product(subscripts, weights, pixels):
-    high = weights.astype(jnp.bfloat16)
-    low = (weights - high.astype(jnp.float32)).astype(jnp.bfloat16)
-    pixels = pixels.astype(jnp.bfloat16)
-    parts = (jnp.einsum(subscripts, part, pixels, preferred_element_type=jnp.float32) for part in (low, high))
-    return sum(parts)
-
-
-def _grey_levels(x):
-    return jnp.clip(jnp.round(x), 0, 255).astype(jnp.uint8)
+def _grey_levels(total):
+    return jnp.clip((total + (1 << _BITS - 1)) >> _BITS, 0, 255).astype(jnp.uint8)
 
 
 def augment(

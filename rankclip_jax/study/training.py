@@ -26,14 +26,14 @@ class Job(NamedTuple):
     seed: int
 
 
-def with_rate(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
+def with_rate(config: ConfigDict, total_steps: int, steps_per_epoch: int) -> optax.GradientTransformation:
     """The optimiser of config.optim whose peak rate is a number in its state ("lr"), not in its program.
 
     AdamW's update is proportional to the rate, decay and schedule included.
     """
     unit = config.copy_and_resolve_references()
     unit.lr = 1.0
-    inner = optim.make_optimizer(unit, total_steps)
+    inner = optim.make_optimizer(unit, total_steps, steps_per_epoch)
 
     def init(params):
         return {"lr": jnp.float32(config.lr), "inner": inner.init(params)}
@@ -52,7 +52,7 @@ class Programs:
         """`config`: complete, of one objective; `count`: training pairs."""
         self.steps_per_epoch = count // config.batch_size
         total = self.steps_per_epoch * config.epochs
-        self._tx = with_rate(config.optim, total)
+        self._tx = with_rate(config.optim, total, self.steps_per_epoch)
         step = steps.train_step_function(
             model, self._tx, config, None, total_steps=total, steps_per_epoch=self.steps_per_epoch
         )

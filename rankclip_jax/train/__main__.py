@@ -8,11 +8,11 @@ from pathlib import Path
 
 import jax
 
-from rankclip_jax import config
 from rankclip_jax.common import commands
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.parallel import compilation_cache, preemption, processes
 from rankclip_jax.train import evaluate, loop, plan
+from rankclip_jax.train import workdir as workdirs
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
@@ -72,7 +72,7 @@ def _run(flags: argparse.Namespace, overrides: list[str]) -> None:
         if flags.mode == "eval":
             settings = evaluate.settings(flags.config, workdir, overrides)
         else:
-            settings = config.load(flags.config, overrides) if flags.config else config.stored(workdir, overrides)
+            settings = workdirs.settings(flags.config, workdir, overrides)
         if flags.mode != "plan":
             processes.start(flags.coordinator, flags.num_processes, flags.process_id)
         if flags.mode == "plan":

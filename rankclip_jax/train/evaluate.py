@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from optax import identity
 
-from rankclip_jax import config as configs
 from rankclip_jax import evaluation
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
@@ -65,13 +64,8 @@ def settings(spec: str | None, workdir: Path | None, overrides: list[str]) -> Co
     Raises:
       InputError: another model, tokenizer, objective or view than the run's is asked for; or what is not there.
     """
+    given = workdirs.settings(spec, workdir, overrides, fallback={})
     old = workdirs.stored_config(workdir) if workdir else None
-    if spec:
-        given = configs.load(spec, overrides)
-    elif old is not None:
-        given = configs.complete(configs.override(old.to_dict(), overrides))
-    else:
-        given = configs.complete(configs.override({}, overrides))
     if old is not None and workdir and given.eval.model is None:
         workdirs.check_same_config(workdir, old, given)
     return given

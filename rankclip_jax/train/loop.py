@@ -15,6 +15,7 @@ import jax
 from ml_collections import ConfigDict
 from optax import GradientTransformation
 
+from rankclip_jax import config as configs
 from rankclip_jax import evaluation, figures
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole
@@ -29,6 +30,7 @@ from rankclip_jax.train import workdir as workdirs
 from rankclip_jax.train.input_wait import InputWait
 from rankclip_jax.train.profile import Trace
 from rankclip_jax.train.recorder import Recorder
+from rankclip_jax.train.schedule import free_until, learning_rate
 from rankclip_jax.train.session import Session, image_side
 from rankclip_jax.weights import checkpoint, pretrained
 from rankclip_jax.weights.saving import Checkpoints
@@ -65,14 +67,18 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
       Preempted: SIGTERM came, to any of the processes, and the state is saved.
     """
     workdir = Path(workdir)
-    resumes = workdirs.check_same_run(workdir, config)
+    old = workdirs.check_same_run(workdir, config)
     data = open_data(config)
-    tx = optim.make_optimizer(config.optim, data.total_steps)
-    session, origin = open_session(config, workdir, data, resumes)
+    config = _with_ramp(config, old, data.steps_per_epoch)
+    tx = optim.make_optimizer(config.optim, data.total_steps, data.steps_per_epoch)
+    session, origin = open_session(config, workdir, data, resumes=old is not None)
+    abstract = steps.abstract_state(session.model, tx, session.mesh, config.sharding)
     with workdirs.claimed(workdir, config):  # only now, when all that was given proved right
-        if processes.is_first() and not resumes:
+        start = open_state(session, workdir, data, tx, abstract, origin)
+        if old:
+            workdirs.check_length(workdir, start.step, *(_length(each, data.steps_per_epoch) for each in (old, config)))
+        if processes.is_first():
             workdirs.begin(workdir, config, session.tokenizer)
-        start = open_state(session, workdir, data, tx, origin)
         if start.step >= data.total_steps and not _owes_evaluation(session, workdir, data, start):
             print(f"{workdir} is trained to its last step, {start.step}")
             return
@@ -113,7 +119,7 @@ def open_data(config: ConfigDict) -> Data:
         if own in config.eval[kind]:
             raise InputError(f"config.eval.{kind}.{own}: {reason}")
         print(f"missing: {name}: {reason}")
-    return Data(source, val, sets, synonyms, steps_per_epoch, config.steps or config.epochs * steps_per_epoch)
+    return Data(source, val, sets, synonyms, steps_per_epoch, _length(config, steps_per_epoch)[0])
 
 
 def open_session(
@@ -134,11 +140,11 @@ def open_state(
     workdir: Path,
     data: Data,
     tx: GradientTransformation,
+    abstract: steps.TrainState,
     origin: pretrained.Pretrained | None,
 ) -> Start:
-    """The state of the newest checkpoint, or one before its first step."""
+    """The state of the newest checkpoint, or one before its first step. `abstract`: its shapes and shardings."""
     config = session.config
-    abstract = steps.abstract_state(session.model, tx, session.mesh, config.sharding)
     restored = checkpoint.restore(workdir, config.checkpoint, abstract)
     if restored:
         print(f"resuming from step {restored.step} of {data.total_steps} in {workdir}")
@@ -181,12 +187,12 @@ def run_steps(
 ) -> None:
     """Step, record, evaluate, save, until the last step or until somebody asks to stop."""
     config, state = session.config, start.state
-    schedule = dict(total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch)
-    train_step = steps.make_train_step(session.model, tx, config, session.mesh, **schedule)
-    rate, wait = optim.learning_rate(config.optim, data.total_steps), InputWait(batches)
+    length = dict(total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch)
+    train_step = steps.make_train_step(session.model, tx, config, session.mesh, **length)
+    rate, wait = learning_rate(config.optim, **length), InputWait(batches)
     cadence = [n for n in (config.checkpoint.every_steps, config.checkpoint.keep_every) if n]
     with (
-        Recorder(session, workdir, rate, wait.take, start=start.step, **schedule) as recorder,
+        Recorder(session, workdir, rate, wait.take, start=start.step, **length) as recorder,
         Trace(config.profile, workdir) as trace,
         Notice() as notice,
     ):
@@ -220,6 +226,22 @@ def finish(session: Session, workdir: Path, batches: Any) -> None:
         with whole(workdir / "curves.png") as part:
             figures.curves({"": workdir}).savefig(part, format="png")
         print(f"curves: {workdir / 'curves.png'}")
+
+
+def _length(config: ConfigDict, steps_per_epoch: int) -> tuple[int, float]:
+    """The run's number of steps, and of those at its start whose rates would be the same in a longer one."""
+    total_steps = config.steps or config.epochs * steps_per_epoch
+    return total_steps, free_until(config.optim, total_steps, steps_per_epoch)
+
+
+def _with_ramp(config: ConfigDict, old: ConfigDict | None, steps_per_epoch: int) -> ConfigDict:
+    """loss.ramp_epochs as a number, so that a run that is made longer keeps the ramp of its first plan."""
+    if config.loss.ramp_epochs is None:
+        of = old or config
+        planned = -(-_length(of, steps_per_epoch)[0] // steps_per_epoch)
+        config = configs.complete(config.to_dict())
+        config.loss.ramp_epochs = of.loss.ramp_epochs or planned
+    return config
 
 
 def _kinds_due(session: Session, data: Data, step: int) -> tuple[str, ...]:

@@ -1,5 +1,9 @@
-"""AdamW with decay on matrices only, linear warm-up and cosine decay."""
+"""AdamW: what is decayed, frozen or slowed, with the rates of schedule.py.
 
+config.optim.recipe says whose choice it is; docs/ranking_loss.md says what differs.
+"""
+
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,38 +13,25 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.trees import path_name
+from rankclip_jax.train.schedule import learning_rate
 
-# By name and not by rank: in scanned towers a norm's scale has two axes. Decayed: dense and convolution kernels,
-# projections, the token table. Never: norms of any kind, biases, logit scale, class and position embeddings.
-_DECAYED = re.compile(r"(^|/)(kernel|proj|text_projection|token_embedding/embedding)$")
+# By name and not by rank: in scanned towers a norm's scale has two axes.
+_DECAYED = {
+    # Dense and convolution kernels, projections, the token table. Never: norms of any kind, biases, logit scale, class
+    # and position embeddings.
+    "standard": re.compile(r"(^|/)(kernel|proj|text_projection|token_embedding/embedding)$"),
+    # Also class and position embeddings, and the gain of the norm of a ResNet's shortcut.
+    "released": re.compile(
+        r"(^|/)(kernel|proj|text_projection|token_embedding/embedding|(class|positional)_embedding|downsample_1/scale)$"
+    ),
+}
 
 
-def decay_mask(params: Mapping) -> dict:
+def decay_mask(params: Mapping, recipe: str = "standard") -> dict:
     """A tree like `params`, True where weight decay applies."""
-    return jax.tree_util.tree_map_with_path(lambda p, _: bool(_DECAYED.search(path_name(p))), params)
-
-
-def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
-    """Step (from 0) -> rate. Update number `warmup_steps` has the full rate, the last update rate 0.
-
-    Raises:
-      InputError: the warm-up does not end before the run does.
-    """
-    warmup = config.warmup_steps
-    if warmup >= total_steps:
-        raise InputError(
-            f"config.optim.warmup_steps = {warmup} must be fewer than the run's {total_steps} steps; "
-            f"for example --config.optim.warmup_steps={total_steps // 10}"
-        )
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(config.lr / max(warmup, 1), config.lr, max(warmup - 1, 1)),
-            optax.cosine_decay_schedule(config.lr, max(total_steps - warmup, 1)),
-        ],
-        [warmup],
-    )
+    decayed = _DECAYED[recipe]
+    return jax.tree_util.tree_map_with_path(lambda p, _: bool(decayed.search(path_name(p))), params)
 
 
 # What follows the last block of a tower.
@@ -84,16 +75,21 @@ def hold(params: Mapping, freeze: str | None) -> Mapping:
     return {**params, FROZEN[freeze]: jax.lax.stop_gradient(params[FROZEN[freeze]])}
 
 
-def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
-    """Optimiser of `config.optim` for a run of `total_steps`. A frozen tower has no moments and is never changed."""
+def make_optimizer(
+    config: ConfigDict, total_steps: int, steps_per_epoch: int | None = None
+) -> optax.GradientTransformation:
+    """Optimiser of `config.optim` for a run of `total_steps`. A frozen tower has no moments and is never changed.
+
+    Args, raises: as `schedule.learning_rate`.
+    """
     clip = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
     adamw = optax.adamw(
-        learning_rate(config, total_steps),
+        learning_rate(config, total_steps, steps_per_epoch),
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=decay_mask,
+        mask=functools.partial(decay_mask, recipe=config.recipe),
     )
     chain = optax.chain(*clip, adamw)
     if config.layer_lr_decay is not None:

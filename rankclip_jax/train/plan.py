@@ -6,6 +6,7 @@ Where a GPU's is not installed, the step is compiled for as many fake CPU device
 those of the GPU, the rest is an estimate, since XLA fuses and sums otherwise there.
 """
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -33,7 +34,10 @@ def plan(config: ConfigDict) -> dict:
     if not targets.has_compiler(target.platform):
         print(f"estimated by the CPU's compiler; for the GPU's own: {targets.HOW_TO_INSTALL['gpu']}", flush=True)
     whole = compile_step(config, target)
-    half = compile_step(_with_batch(config, config.batch_size // 2), target) if "error" not in whole else whole
+    half = whole
+    if "error" not in whole:
+        with contextlib.suppress(InputError):  # half a batch may not divide over the devices: no largest batch is said
+            half = compile_step(_with_batch(config, config.batch_size // 2), target)
     numbers = summary(config, target, whole, half)
     print("\n".join(lines(config, target, numbers)))
     return numbers
@@ -76,8 +80,7 @@ def summary(config: ConfigDict, target: Target, whole: dict, half: dict) -> dict
         "seconds_per_step": flops / (target.count * tflops * 1e12 * config.plan.utilisation),
     }
     numbers["images_per_second"] = config.batch_size / numbers["seconds_per_step"]
-    steps = config.steps or (config.plan.samples and config.plan.samples // config.batch_size * config.epochs)
-    if steps:
+    if steps := _total_steps(config):
         numbers["days"] = steps * numbers["seconds_per_step"] / 86400
     if "error" in whole:
         return numbers | {"error": whole["error"]}
@@ -126,6 +129,10 @@ def lines(config: ConfigDict, target: Target, numbers: dict) -> list[str]:
     return [f"{name:32}{text}" for name, text in rows]
 
 
+def _total_steps(config: ConfigDict) -> int | None:
+    return config.steps or (config.plan.samples and config.plan.samples // config.batch_size * config.epochs)
+
+
 def _with_batch(config: ConfigDict, batch_size: int) -> ConfigDict:
     changed = configs.complete(config.to_dict())
     changed.batch_size = batch_size
@@ -149,7 +156,10 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
     words = Vocabulary(None, None) if config.tokenizer.path else Vocabulary(size, size - 1)
     session = Session(config, words, devices=targets.devices(target) if target else jax.devices())
     model, mesh, side, length = session.model, session.mesh, session.side, session.context_length
-    tx = optim.make_optimizer(config.optim, config.optim.warmup_steps + 1)
+    # Of a run whose length is not known, the fewest steps that any schedule takes.
+    total = _total_steps(config) or config.optim.warmup_steps + (config.optim.decay_steps or 2)
+    a_epoch = config.plan.samples // config.batch_size if config.plan.samples else 1
+    tx = optim.make_optimizer(config.optim, total, a_epoch)
     state = steps.abstract_state(model, tx, mesh, config.sharding)
     step = steps.make_train_step(model, tx, config, mesh, total_steps=2, steps_per_epoch=1)
     where, b = batch_sharding(mesh), config.batch_size

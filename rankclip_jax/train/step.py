@@ -109,7 +109,8 @@ def train_step_function(
     A pure function to scan over batches, or to vmap over states and keys of several seeds. `mesh` None: one device,
     no sharding. `seed_key`: of all randomness of the run; a step folds its number in.
     """
-    epochs, spec = -(-total_steps // steps_per_epoch), LossSpec(**config.loss.to_dict())
+    spec = LossSpec(**config.loss.to_dict())
+    ramp_epochs = spec.ramp_epochs or -(-total_steps // steps_per_epoch)
     side = model.config.vision.image_size
 
     def constrain(tree):
@@ -123,7 +124,7 @@ def train_step_function(
         flat = views_BxVxSxSx3.reshape(-1, side, side, 3)
         key = jax.random.fold_in(seed_key, state.step)
         pixels = images.augment(key, flat, flip=config.data.flip, jitter=config.data.color_jitter)
-        ramp = rank_weight(state.step // steps_per_epoch + 1, epochs)
+        ramp = rank_weight(state.step // steps_per_epoch + 1, ramp_epochs)
 
         def embed(params, rows):
             (z_img_nxD, z_txt_nxD, _), updated = model.apply(

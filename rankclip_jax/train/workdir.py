@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -40,8 +40,28 @@ def stored_config(workdir: Path) -> ConfigDict | None:
         raise InputError(f"{path} is damaged ({error}); bring it back from a copy, or give a new --workdir") from None
 
 
-def check_same_run(workdir: Path, config: ConfigDict) -> bool:
-    """Whether the workdir holds a run that `config` resumes: a config.json with a checkpoint.
+def settings(
+    spec: str | None, workdir: Path | None, overrides: Sequence[str], fallback: dict | None = None
+) -> ConfigDict:
+    """The configuration of a command line: of the file `spec`; None: of the run in the workdir; each with `overrides`.
+
+    Args:
+      fallback: where there is neither.
+
+    Raises:
+      InputError: there is neither, and no fallback; or what `config.complete` refuses.
+    """
+    if spec:
+        return configs.load(spec, overrides)
+    old = stored_config(workdir) if workdir else None
+    start = fallback if old is None else old.to_dict()
+    if start is None:
+        raise InputError(f"{workdir} holds no run (no config.json); give --config FILE to start one")
+    return configs.complete(configs.override(start, overrides))
+
+
+def check_same_run(workdir: Path, config: ConfigDict) -> ConfigDict | None:
+    """The stored configuration of the run that `config` resumes: where a config.json has a checkpoint. Else None.
 
     Raises:
       InputError: its run has another configuration, or files of others are in the way.
@@ -51,27 +71,40 @@ def check_same_run(workdir: Path, config: ConfigDict) -> bool:
     Owned(workdir, "train").check(_names(config))
     old = stored_config(workdir)
     if old is None or not any(checkpoint.steps(checkpoint.folder_of(workdir, c.checkpoint)) for c in (old, config)):
-        return False
+        return None
     check_same_config(workdir, old, config)
-    return True
+    return old
 
 
 def check_same_config(workdir: Path, old: ConfigDict, config: ConfigDict) -> None:
     """Raises InputError where a configuration changes what must not change in the run of a workdir."""
-    changed = configs.differences(old.to_dict(), config.to_dict())
-    if not changed:
-        return
-    longer = ""
-    if any(change.startswith(("config.epochs", "config.steps")) for change in changed):
-        longer = f". To train for longer from its weights: a new --workdir with --config.init_from={workdir}"
-    raise InputError(
-        f"{workdir} holds a run with another configuration ({'; '.join(changed)}); "
-        f"give a new --workdir, or the old values to resume it{longer}"
-    )
+    new = config.to_dict()
+    new["loss"]["ramp_epochs"] = config.loss.ramp_epochs or old.loss.ramp_epochs  # None: that of the first plan
+    if changed := configs.differences(old.to_dict(), new):
+        raise InputError(
+            f"{workdir} holds a run with another configuration ({'; '.join(changed)}); "
+            "give a new --workdir, or the old values to resume it"
+        )
+
+
+def check_length(workdir: Path, step: int, old: tuple[int, float], new: tuple[int, float]) -> None:
+    """Raises InputError where a run that has done `step` steps cannot be made longer or shorter.
+
+    Args:
+      old, new: (total steps, number of first steps whose rates do not depend on them).
+    """
+    (total, free), (new_total, new_free) = old, new
+    if total != new_total and step > min(free, new_free):
+        raise InputError(
+            f"{workdir} is at step {step} of {total}, and for {new_total} steps its rates would have differed "
+            f"from step {int(min(free, new_free)) + 1} on. Give the old config.epochs and config.steps to resume it; "
+            f"or, to train for longer from its weights, a new --workdir with --config.init_from={workdir}. Runs "
+            "with config.optim.schedule=constant, or wsd until it decays, can be made longer"
+        )
 
 
 def begin(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
-    """Writes what makes a folder a run: config.json last, so that it says that all is there."""
+    """Writes what makes a folder a run, at each start: config.json last, so that it says that all is there."""
     tokenizer.save(workdir / "tokenizer.json")
     write_whole(workdir / "config.json", configs.to_json(config) + "\n")
 

@@ -197,7 +197,7 @@ def _training(run: ConfigDict, step: int | None) -> dict:
         "data": f"{run.data.format}: {data}",
         "steps": f"{step:,} of {run.batch_size:,} samples",
         "optimiser": f"AdamW, learning rate {run.optim.lr:g}, weight decay {run.optim.weight_decay:g}, "
-        f"{run.optim.warmup_steps:,} steps of warm-up",
+        f"{run.optim.warmup_steps:,} steps of warm-up, schedule: {run.optim.schedule}, recipe: {run.optim.recipe}",
         "computed in": run.model.dtype,
         "seed": run.seed,
     }

@@ -153,7 +153,10 @@ def _without_wrappers(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A CLIP's own names: without wrappers, without the attribute that holds it ("model." in Lightning's modules; what
     lies beside it is left out), and without "text." of open_clip's separate text tower."""
     state = {_WRAPPERS.sub("", name): value for name, value in state.items()}
-    holders = [name.removesuffix("logit_scale") for name in state if re.fullmatch(r"(.*\.)?logit_scale", name)]
+    with_scale = [name.removesuffix("logit_scale") for name in state if re.fullmatch(r"(.*\.)?logit_scale", name)]
+    # A loss in the same module may have a scale too.
+    towers = {match[1] for name in state if (match := re.match(r"(.*?)(visual|vision_model)\.", name))}
+    holders = [holder for holder in with_scale if holder in towers]
     if len(holders) > 1:
         raise ValueError(f"holds several models: {', '.join(sorted(holders))}; save the one that you mean alone")
     holder = holders[0] if holders else ""

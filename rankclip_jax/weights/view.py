@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from rankclip_jax.common import pictures
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.foreign_files import read_json
 from rankclip_jax.models.images import MEAN, STD
@@ -25,39 +26,26 @@ class View:
     def __call__(self, image: Image.Image) -> np.ndarray:
         """An image -> uint8 (crop, crop, 3); mean and std are applied on the device.
 
-        image: PIL, uint8 (H, W, 3), or the path of a file. Transparency is composited on white and EXIF rotation is
-        ignored, as `CLIPImageProcessor` does with a PIL image. Raises InputError with the reason.
+        image: PIL, uint8 (H, W, 3), or the path of a file; of any kind, by the rule of common/pictures.py. Raises
+        InputError with the reason.
         """
+        if isinstance(image, Image.Image):
+            return pictures.centre(pictures.rgb(image), self.resize, self.crop)
         if isinstance(image, str | os.PathLike):
             try:
-                with Image.open(image) as opened:
-                    return self._of_pil(opened)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                return pictures.centre(pictures.read(Path(image).read_bytes()), self.resize, self.crop)
+            except pictures.BadImageError as error:
+                raise InputError(f"{image}: {error}") from None
+            except (OSError, ValueError) as error:
                 reason = "no such file" if isinstance(error, FileNotFoundError) else one_line(error)
                 raise InputError(f"{image}: {reason}") from None
-        if isinstance(image, Image.Image):
-            return self._of_pil(image)
         array = np.asarray(image)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3 or not array.size:
             raise InputError(
                 f"an image must be a PIL image, a path, or a uint8 array (height, width, 3); got "
                 f"{array.dtype} {array.shape}"
             )
-        return self._of_pil(Image.fromarray(array))
-
-    def _of_pil(self, image: Image.Image) -> np.ndarray:
-        if image.mode != "RGB":
-            if "A" in image.getbands() or image.info.get("transparency") is not None:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-        width, height = image.size
-        short = min(width, height)
-        size = (width * self.resize // short, height * self.resize // short)
-        if size != image.size:
-            image = image.resize(size, Image.Resampling.BICUBIC)
-        left, top = (size[0] - self.crop) // 2, (size[1] - self.crop) // 2
-        return np.asarray(image.crop((left, top, left + self.crop, top + self.crop)))
+        return pictures.centre(Image.fromarray(array), self.resize, self.crop)
 
 
 def of_folder(folder: Path, image_size: int) -> View:
@@ -73,9 +61,7 @@ def of_folder(folder: Path, image_size: int) -> View:
     for key, usual in (("interpolation", "bicubic"), ("resize_mode", "shortest"), ("mode", "RGB")):
         if described.get(key, usual) != usual:
             raise ValueError(f"open_clip_config.json: unsupported {key} = {described[key]!r}; expected {usual!r}")
-    return View(
-        image_size, image_size, tuple(described.get("mean") or MEAN), tuple(described.get("std") or STD)
-    )
+    return View(image_size, image_size, tuple(described.get("mean") or MEAN), tuple(described.get("std") or STD))
 
 
 def to_hugging_face(view: View) -> dict:

@@ -32,12 +32,16 @@ def planted(tmp_path, monkeypatch):
         monkeypatch.setattr(jax_install, "requirements", lambda: ["jaxtyping>=1", "jax>=0.10.2"])
         monkeypatch.setattr(jax_install.Path, "exists", lambda path: False)  # no device of the machine that tests
         monkeypatch.setattr(jax_install.Path, "glob", lambda path, pattern: [])
-        there = jax_install.version  # no plugin of the environment that tests
-        monkeypatch.setattr(jax_install, "version", lambda name: there(name) if "cuda" not in name or name in dict(packages) else None)
-        for name, version in dict(packages).items():
-            folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        real, given = jax_install.version, dict(packages)
+
+        def version(name):  # without the plugins of the environment that tests
+            return None if "cuda" in name and name not in given else real(name)
+
+        monkeypatch.setattr(jax_install, "version", version)
+        for name, number in given.items():
+            folder = tmp_path / f"{name.replace('-', '_')}-{number}.dist-info"
             folder.mkdir()
-            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
         monkeypatch.syspath_prepend(str(tmp_path))
         importlib.invalidate_caches()
         if driver:

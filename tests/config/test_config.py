@@ -41,6 +41,15 @@ def test_a_mistyped_key_names_the_nearest_valid_one():
         ({"loss": {"lambda_in": float("nan")}}, "config.loss.lambda_in=nan"),
         ({"model": {"dtype": "float16"}}, "config.model.dtype='float16'. Expected one of float32, bfloat16"),
         ({"optim": {"grad_clip_norm": "yes"}}, "config.optim.grad_clip_norm='yes'. Expected a number above 0 or None"),
+        ({"optim": {"schedule": "wsd"}}, "config.optim.decay_steps=None. Expected the number of last steps"),
+        ({"optim": {"decay_steps": 5}}, "config.optim.decay_steps=5. Expected None, since .*schedule=cosine"),
+        ({"optim": {"schedule": "constant", "decay_steps": 5}}, "decay_steps=5. Expected None, since .*=constant"),
+        ({"optim": {"schedule": "wsd", "decay_steps": 0}}, "config.optim.decay_steps=0. Expected an integer of"),
+        (
+            {"optim": {"schedule": "wsd", "decay_steps": 5, "recipe": "released"}},
+            "config.optim.schedule=wsd. Expected cosine, since config.optim.recipe=released",
+        ),
+        ({"optim": {"schedule": "constant", "recipe": "released"}}, "config.optim.schedule=constant. Expected cosine"),
         ({"optim": {"b2": 1}}, "config.optim.b2=1. Expected a number at least 0 and below 1"),
         ({"data": {"canvas": "big"}}, "config.data.canvas='big'. Expected an integer of at least 1 or None"),
         ({"data": {"crop_scale": (0.9, 0.1)}}, r"config.data.crop_scale=\(0.9, 0.1\). Expected \(low, high\)"),
@@ -162,6 +171,18 @@ def test_differences_name_what_changed_and_allow_what_may():
     new = configs.complete({"batch_size": 8, "log_every": 1, "checkpoint": {"keep": 9}})
     assert configs.differences(stored, old.to_dict()) == []
     assert configs.differences(stored, new.to_dict()) == ["config.batch_size: 4 -> 8"]
+
+
+def test_a_stored_configuration_without_newer_keys_means_what_it_meant():
+    old = json.loads(configs.to_json(configs.complete({"optim": {"lr": 0.25}})))
+    newer = {"optim": ("recipe", "schedule", "decay_steps"), "loss": ("ramp_epochs",)}
+    for group, keys in newer.items():
+        for key in keys:
+            del old[group][key]
+    config = configs.completed(old)
+    assert (config.optim.lr, config.optim.recipe, config.optim.schedule) == (0.25, "standard", "cosine")
+    assert config.optim.decay_steps is config.loss.ramp_epochs is None
+    assert configs.differences(config.to_dict(), configs.complete({"optim": {"lr": 0.25}}).to_dict()) == []
 
 
 def test_objectives_and_terms_are_those_of_the_losses():

@@ -139,9 +139,9 @@ LOSSLESS, LOSSY, EXTENDED = EXACT["WebP, lossless"], EXACT["WebP, lossy"], encod
 )
 def test_pictures_beyond_the_limit_are_refused_by_their_header(data):
     """None of these holds the pixels that it promises, so only the header can have been refused."""
-    with pytest.raises((ValueError, tf.errors.OpError), match=r"\d+ x \d+ pixels; an image must have at least 1"):
+    with pytest.raises((ValueError, tf.errors.OpError), match=r"\d+ x \d+; an image must have 1 to 89,478,485 pixels"):
         in_graph(data)
-    with pytest.raises((ValueError, tf.errors.OpError), match="pixels"):
+    with pytest.raises((ValueError, tf.errors.OpError), match="89,478,485 pixels"):
         decode.decode(tf.constant(data))
 
 

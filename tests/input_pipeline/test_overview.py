@@ -8,6 +8,7 @@ import tensorflow as tf
 from PIL import Image
 
 from input_pipeline import contact_sheet, overview, prepare, sources
+from rankclip_jax.common.pictures import NO_IMAGE
 from rankclip_jax.common.tokenizer import Tokenizer
 
 SIZES = [(30, 20), (20, 30), (100, 50), (16, 16)]
@@ -61,10 +62,10 @@ def test_numbers_are_those_of_the_rows():
 def test_bad_rows_are_counted_by_reason():
     images = [encoded((9, 9))] * 5 + [b"<html>", b"GIF89a", encoded((90, 90), level=3)[:-30]]
     seen = survey(source_of(images, ["a", "b", "c", "d", "e", "f", "g", "h"]))
-    assert seen.bad == {"an HTML page": 1, "not an image": 1, "truncated image": 1}
+    assert seen.bad == {"an HTML page": 1, NO_IMAGE: 1, "truncated image": 1}
     assert "8 rows: 5 good, 3 bad" in overview.text(seen, lambda row: ("a",))
     nothing = survey(source_of([b"x", b"y"], ["a", "b"]))
-    assert overview.text(nothing, None).splitlines() == ["2 rows: 0 good, 2 bad", "         2  100.0%  not an image"]
+    assert overview.text(nothing, None).splitlines() == ["2 rows: 0 good, 2 bad", f"         2  100.0%  {NO_IMAGE}"]
 
 
 def test_repetitions_are_counted_once_each():

@@ -10,6 +10,7 @@ from PIL import Image
 
 from input_pipeline import pipeline, sources
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.pictures import NO_IMAGE
 from rankclip_jax.common.tokenizer import Tokenizer
 
 KEYS = dict(format="csv", image_key="image", caption_key="caption", delimiter=",")
@@ -99,7 +100,7 @@ def test_bad_samples_are_passed_over_named_and_counted(captioned, tokenizer, tmp
     reasons = {line["row"]: line["reason"] for line in lines}
     assert reasons == {
         3: "no such file",
-        7: "not an image, or a format that PIL does not support",
+        7: NO_IMAGE,
         11: "broken or truncated JPEG",
         20: "empty caption",
     }

@@ -21,6 +21,7 @@ from input_pipeline import order, pipeline, sources
 from input_pipeline.sources import offset_index, paths, tfrecord
 from rankclip_jax import config
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.pictures import NO_IMAGE
 from rankclip_jax.common.tokenizer import Tokenizer
 from tests.support.source_files import (
     KEYS,
@@ -88,7 +89,7 @@ def test_the_broken_sample_goes_on_and_names_its_four_rows(tmp_path, capsys):
     batches = pipeline.TrainBatches(source, tokenizer, bad_path=tmp_path / "bad.jsonl", max_bad_fraction=0.1, **options)
     for _ in range(8):
         assert next(batches)["image"].shape[0] == 15
-    pil = "not an image, or a format that PIL does not support"
+    pil = NO_IMAGE
     reasons = {9: "no such file", 22: "broken or truncated JPEG", 41: pil, 57: "empty caption"}
     lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert len(lines) == 4 and {line["row"]: line["reason"] for line in lines} == reasons
@@ -430,7 +431,7 @@ def test_a_mixture_of_every_layout_from_the_configuration(tmp_path):
     )
     (tmp_path / "csv" / "pictures" / "2.img").write_text("broken from now on")
     assert [next(batches)["tokens"].shape for _ in range(12)] == [(4, 16)] * 12
-    assert batches.bad.reasons == {"not an image, or a format that PIL does not support": 1}
+    assert batches.bad.reasons == {NO_IMAGE: 1}
     assert source.where(2).startswith("csv: ") and source.where(2).endswith(
         "data.csv row 2: " + str(tmp_path / "csv/pictures/2.img")
     )

@@ -135,7 +135,7 @@ def bad_images():
     return {
         "0 bytes": (b"", "empty image"),
         "one byte": (b"\xff", None),
-        "text": (b"<html>404 not found</html>", "not an image"),
+        "text": (b"<html>404 not found</html>", "an HTML page"),
         "zeros": (bytes(1000), "not an image"),
         "half a JPEG": (jpeg[: len(jpeg) // 2], "broken or truncated JPEG"),
         "a JPEG's head": (jpeg[:20], None),

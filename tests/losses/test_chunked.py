@@ -242,6 +242,8 @@ def test_rank_weight():
     assert float(rank_weight(1, 1)) == 0
     assert float(rank_weight(1, 1, "constant")) == float(rank_weight(5, 9, "constant")) == 1
     assert float(jax.jit(lambda e: rank_weight(e, 31))(11)) == pytest.approx(1)
+    for epochs in (1, 2, 7):  # more of them keep the last weight
+        assert float(rank_weight(epochs + 5, epochs)) == float(rank_weight(epochs, epochs))
     with pytest.raises(ValueError, match="schedule='linear'. Expected"):
         rank_weight(1, 2, "linear")
     with pytest.raises(ValueError, match="epochs=0"):

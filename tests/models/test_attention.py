@@ -90,7 +90,7 @@ def test_by_the_configuration():
     assert build_model(config, tokenizer, H100).attention == "cudnn"
     with pytest.raises(InputError, match="config.model: attention='cudnn' is not possible"):
         build_model(config, tokenizer, CPU)
-    with pytest.raises(InputError, match="config.model.attention must be one of auto, xla, cudnn"):
+    with pytest.raises(InputError, match="config.model.attention='flash'. Expected one of auto, xla, cudnn"):
         complete({"model": {"attention": "flash"}})
 
 

@@ -11,27 +11,11 @@ from rankclip_jax.config import complete
 from rankclip_jax.parallel import sharding
 from rankclip_jax.parallel.mesh import make_mesh
 from rankclip_jax.train import optim
+from rankclip_jax.weights.layouts import openai
 
 
 def config(**fields):
     return complete({"optim": fields}).optim
-
-
-def test_warm_up_and_cosine_end_exactly_where_they_should():
-    total, warmup, lr = 100, 10, 2e-3
-    rate = optim.learning_rate(config(lr=lr, warmup_steps=warmup), total)
-    rates = np.array([rate(step) for step in range(total + 1)])
-    expected = [lr * (s + 1) / warmup if s < warmup else lr * (1 + np.cos(np.pi * (s - warmup) / (total - warmup))) / 2
-                for s in range(total + 1)]  # fmt: skip
-    np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-9)
-    assert rates[warmup - 1] == rates[warmup] == rates.max() == np.float32(lr)
-    assert rates[total] == pytest.approx(0, abs=1e-9) and rates[total - 1] > 0
-    assert optim.learning_rate(config(lr=lr, warmup_steps=0), total)(0) == np.float32(lr)
-
-
-def test_a_warm_up_longer_than_the_run_is_refused():
-    with pytest.raises(InputError, match=r"warmup_steps = 10000 must be fewer than the run's 100 steps"):
-        optim.learning_rate(config(), 100)
 
 
 @pytest.mark.parametrize("name", ["ViT-tiny", "RN-tiny"])
@@ -47,6 +31,20 @@ def test_decay_is_on_matrices_only(name, scan):
     for path, yes in decayed.items():
         assert yes == (path.split("/")[-1] not in never), path
     assert sum(decayed.values()) >= 10
+
+
+@pytest.mark.parametrize("name", ["ViT-tiny", "RN-tiny"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_released_recipe_decays_whatever_has_no_such_name_in_torch(name, scan):
+    model = models.build(name, scan_layers=scan)
+    params = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(optim.decay_mask(params, "released"))
+    for path, decayed in leaves:
+        theirs = openai(path_name(path).replace("resblocks/", "resblocks_0/"), 2).key
+        assert decayed == (not any(part in theirs for part in ("bn", "ln", "bias", "logit_scale"))), theirs
+    more = sum(yes for _, yes in leaves) - sum(jax.tree.leaves(optim.decay_mask(params)))
+    # Two towers' positions and the class; or the texts', the attention pool's, and a gain for each of four shortcuts.
+    assert more == (3 if name == "ViT-tiny" else 6)
 
 
 def test_clipping_bounds_the_gradient_norm():

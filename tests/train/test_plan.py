@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rankclip_jax import models
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.config import complete
+from rankclip_jax.config import complete, load
 from rankclip_jax.parallel.mesh import make_mesh
 from rankclip_jax.train import hlo, plan, targets
 from rankclip_jax.train.flops import ACCELERATORS
@@ -26,6 +26,7 @@ SMALL = dict(
     data=dict(format="shapes"),
     plan=dict(target="8xH100", samples=6400, utilisation=0.5),
     epochs=10,
+    optim=dict(warmup_steps=10),
 )
 
 
@@ -157,6 +158,14 @@ def test_the_plan_of_a_small_run(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch, target", [(2, "2xH100"), (8, "8xH100")])
+def test_a_batch_that_cannot_be_halved_has_a_plan(capsys, batch, target):
+    numbers = plan.plan(complete(SMALL | {"batch_size": batch, "plan": {"target": target}}))
+    assert numbers["peak_gib"] > numbers["states_gib"] > 0 and "largest_batch" not in numbers
+    assert "memory a device" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which compiles for TPUs")
 @pytest.mark.parametrize("sharding", [None, "fsdp"])
 def test_a_step_compiles_for_a_tpu_slice_and_fits(sharding):
@@ -174,12 +183,21 @@ def test_a_step_compiles_for_a_tpu_slice_and_fits(sharding):
 def test_the_command_line_refuses_in_one_line():
     command = [sys.executable, "-m", "rankclip_jax.train", "--config", "configs/shapes.py", "--mode=plan"]
     for flag, message in (
-        ("--config.plan.target=v5e", "config.plan.target = 'v5e'"),
+        ("--config.plan.target=v5e", "config.plan.target='v5e'"),
         ("--config.batch_size=100", "batch_size=100 does not divide over 8 devices"),
     ):
         extra = [] if "target" in flag else ["--config.plan.target=8xH100"]
         done = subprocess.run([*command, flag, *extra], capture_output=True, text=True, env=os.environ)
         assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_schedule_that_training_refuses_is_refused():
+    for optim, message in (
+        (dict(warmup_steps=1000), "warmup_steps = 1000 must be fewer than the run's 1000 steps"),
+        (dict(warmup_steps=500, schedule="wsd", decay_steps=501), "decay_steps = 501 leaves no room for 500 steps"),
+    ):
+        with pytest.raises(InputError, match=message):
+            plan._describe(complete(SMALL | {"optim": optim}), None)
 
 
 def test_every_gpu_of_the_table_is_described():
@@ -217,3 +235,9 @@ def test_without_the_compiler_one_line_says_how_to_get_it(monkeypatch):
     for text, package in (("v5e:2x2", "libtpu"), ("8xH100", "jax-cuda13-plugin")):
         with pytest.raises(InputError, match=f"{text}: its compiler is not installed. Run: pip install .*{package}"):
             targets.devices(parse_target(text))
+
+
+def test_what_training_refuses_a_plan_refuses():
+    config = load("configs/cc3m.py:model=RN50", ["accumulate=2", "plan.target=8xH100"])
+    with pytest.raises(InputError, match="config.accumulate=2: a ResNet's batch norm needs"):
+        plan.plan(config)

@@ -166,6 +166,21 @@ def test_the_logit_scale_stays_clamped():
     assert metrics[0]["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-6)
 
 
+@pytest.mark.parametrize("epochs, expected", [(2, [0, 0, 2, 2, 2, 2]), (1, [0] * 6), (None, [0, 0, 1.5, 1.5, 2, 2])])
+def test_the_ramp_may_have_epochs_of_its_own_and_keeps_its_last_weight(epochs, expected):
+    config = complete({"batch_size": 4, "loss": {"ramp_epochs": epochs}, "optim": {"warmup_steps": 0}})
+    model, tx = models.build("ViT-tiny", text=TEXT, **SMALL["ViT-tiny"]), optim.make_optimizer(config.optim, 6)
+    update = steps.train_step_function(model, tx, config, None, total_steps=6, steps_per_epoch=2)
+    batch = {"image": np.zeros((4, 16, 16, 3), np.uint8), "tokens": np.full((4, 8), 63, np.int32)}
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: steps.fresh_state(model, tx, 0)))
+
+    @jax.jit
+    def ramp(step):  # the rest of the step is not compiled
+        return update(state.replace(step=step), batch, jax.random.key(0))[1]["rank_weight"]
+
+    assert [float(ramp(step)) for step in range(6)] == expected
+
+
 def test_flips_are_random_by_step_and_only_mirror():
     pixels = jnp.arange(64 * 4 * 4 * 3, dtype=jnp.uint8).reshape(64, 4, 4, 3)
     first, again, other = (images.random_flip(jax.random.key(k), pixels) for k in (0, 0, 1))

@@ -1,4 +1,4 @@
-"""Tokenizers with tokens added after the end of text: read where transformers gives the same, else refused."""
+"""Tokenizers with tokens added after the end of text, read where transformers gives the same; or that add no end."""
 
 import json
 
@@ -75,6 +75,15 @@ def test_the_embeddings_are_those_of_transformers(folder, source, rows, fields):
         assert model.source.tokenizer(["a [PAD]"], 16).max() == source.tokenizer.vocab_size + 1
     else:  # one that it lacks is spelled, never an id outside the table
         assert model.source.tokenizer(["a [PAD]"], 16).max() == source.tokenizer.eot_id
+
+
+def test_a_model_whose_tokenizer_adds_no_end_of_text_gives_the_same_embeddings(folder, source):
+    described = source.tokenizer.to_dict()
+    described["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    np.testing.assert_array_equal(
+        rankclip_jax.load(folder).encode_text(TEXTS), rankclip_jax.load(source.path).encode_text(TEXTS)
+    )
 
 
 def test_old_files_pool_elsewhere_where_other_tokens_have_higher_ids(folder, source):

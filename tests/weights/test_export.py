@@ -16,7 +16,6 @@ from rankclip_jax.common.tokenizer import END, START, Tokenizer
 from rankclip_jax.train import loop
 from rankclip_jax.weights import export, pretrained
 from tests.support.made_models import CAPTIONS, RESNET, VIT, make_workdir
-from tests.weights.test_formats import open_clip  # noqa: F401 -- a fixture
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -115,7 +114,7 @@ def test_openais_kind_of_tokenizer_stays_a_clip_tokenizer(source, tmp_path):
             assert theirs(text).input_ids == ids[: ids.index(tokenizer.eot_id) + 1]
 
 
-def test_open_clip_gives_the_same_from_the_same_sentence(open_clip, workdir, source, tmp_path):  # noqa: F811
+def test_open_clip_gives_the_same_from_the_same_sentence(open_clip, workdir, source, tmp_path):
     export.write(source, tmp_path / "oc", "openai")
     name = f"local-dir:{tmp_path / 'oc'}"
     model, tokenizer = open_clip.create_model(name).eval(), open_clip.get_tokenizer(name)

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.machinery
-import importlib.util
 import json
 import subprocess
 import sys
@@ -17,6 +15,7 @@ import pytest
 from rankclip_jax.models import CLIP, PRESETS, ClipConfig, ResNetConfig, TextConfig, VitConfig, stack_layers
 from rankclip_jax.weights import architecture, layouts
 from rankclip_jax.weights.formats import read, write_hf, write_openai
+from tests.support.open_clip_models import open_clip_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -181,62 +180,6 @@ def test_old_hugging_face_configs():
 
 
 # ---- OpenAI, RankCLIP and open_clip
-
-
-@pytest.fixture(scope="module")
-def open_clip():
-    """open_clip, with an empty torchvision where that is not installed: its models do not use it."""
-    if "open_clip" in sys.modules:  # imported for another file's tests
-        return sys.modules["open_clip"]
-    if importlib.util.find_spec("open_clip") is None:
-        pytest.skip("open_clip is not installed")
-    if importlib.util.find_spec("torchvision") is not None:
-        import open_clip
-
-        return open_clip
-
-    class Names(type):
-        """Any attribute exists: open_clip's preprocessing takes defaults such as InterpolationMode.BICUBIC."""
-
-        def __getattr__(cls, name):
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return Names(name, (), {})
-
-    class Empty(types.ModuleType):
-        __getattr__ = Names.__getattr__
-
-    # timm gives these two operators a shape rule, so they must be declared.
-    library = torch.library.Library("torchvision", "DEF")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    names = ["", ".transforms", ".transforms.functional", ".ops", ".ops.misc"]
-    for name in (f"torchvision{n}" for n in names):
-        sys.modules[name] = module = Empty(name)
-        module.__path__, module.__spec__ = [], importlib.machinery.ModuleSpec(name, None)
-        if "." in name:
-            parent, child = name.rsplit(".", 1)
-            setattr(sys.modules[parent], child, module)
-    try:
-        import open_clip
-    finally:
-        for name in names:
-            del sys.modules[f"torchvision{name}"]
-    return open_clip
-
-
-def open_clip_model(open_clip, config):
-    described = architecture.to_open_clip(config)
-    torch.manual_seed(0)
-    model = open_clip.CLIP(
-        described["embed_dim"], described["vision_cfg"], described["text_cfg"], described["quick_gelu"]
-    ).eval()
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if value.is_floating_point():
-                value += (0.2 if name.endswith("running_var") else 0.05) * torch.rand_like(value)
-        model.logit_scale.fill_(2.5)
-    return model
 
 
 def open_clip_embed(model, config):
@@ -439,7 +382,8 @@ def test_prefixes_of_wrappers_are_stripped(tmp_path, rename, layout):
 
 def test_what_lies_beside_the_model_is_left_out_and_two_models_are_refused(tmp_path, state):
     held = {f"model.{k}": v for k, v in state.items()}
-    save(tmp_path / "a.safetensors", held | {"metric.total": np.zeros(3, np.float32)})
+    beside = {"metric.total": np.zeros(3, np.float32), "loss.logit_scale": np.zeros((), np.float32)}
+    save(tmp_path / "a.safetensors", held | beside)
     assert_same(read(tmp_path / "a.safetensors")[1], variables(VIT))
     save(tmp_path / "b.safetensors", held | {f"teacher.{k}": v for k, v in state.items()})
     with pytest.raises(ValueError, match=r"b\.safetensors: holds several models: model\., teacher\.; save the one"):
@@ -471,6 +415,7 @@ def test_neither_torch_nor_tensorflow_is_imported(tmp_path, state):
     save(tmp_path / "a.safetensors", state)
     code = f"""
 import sys
+import types
 sys.modules |= dict.fromkeys(["torch", "tensorflow", "transformers"])  # importing them fails
 from rankclip_jax.weights.formats import read, write_hf
 config, values = read({str(tmp_path / "a.safetensors")!r})

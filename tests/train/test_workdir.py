@@ -1,0 +1,65 @@
+"""Runs that are made longer, and what a workdir refuses, by small runs on shapes."""
+
+import json
+import math
+
+import pytest
+
+from rankclip_jax import config as configs
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.train import loop
+from rankclip_jax.train import workdir as workdirs
+from tests.commands.test_train import SMALL, numbers
+
+QUICK = [flag.removeprefix("--config.") for flag in SMALL[1:] if ".eval." not in flag]
+QUICK += ["data.val=None", "eval.zero_shot={}", "data.train=96", "eval.geometry={}", "checkpoint.every_steps=None"]
+
+
+def quick(*changes):
+    return configs.load("configs/shapes.py", [*QUICK, *changes])
+
+
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("two_epochs")
+    loop.train(quick("optim.schedule='constant'", "epochs=2"), workdir)
+    return workdir
+
+
+@pytest.mark.slow
+def test_a_longer_run_is_the_one_it_would_have_been(two_epochs, tmp_path):
+    loop.train(quick("optim.schedule='constant'", "epochs=4"), two_epochs)
+    loop.train(quick("optim.schedule='constant'", "epochs=4", "loss.ramp_epochs=2"), tmp_path)
+    rows = [[row for row in numbers(workdir) if "loss" in row] for workdir in (two_epochs, tmp_path)]
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == list(range(1, 13))
+    assert [row["rank_weight"] for row in rows[0]] == [0.0] * 3 + [2.0] * 9  # 3 (epoch - 1) / (2 - 1), at most 2
+    assert [json.loads((w / "config.json").read_text())["epochs"] for w in (two_epochs, tmp_path)] == [4, 4]
+    stored = json.loads((two_epochs / "config.json").read_text())
+    assert stored["loss"]["ramp_epochs"] == 2
+    with pytest.raises(InputError, match="config.loss.ramp_epochs: 2 -> 4"):
+        loop.train(quick("optim.schedule='constant'", "epochs=4", "loss.ramp_epochs=4"), two_epochs)
+
+
+def test_a_finished_cosine_cannot_be_made_longer_and_says_what_can(tmp_path):
+    loop.train(quick("epochs=2"), tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(InputError, match=f"at step 6 of 6, and for 9 steps .* a new --workdir .*init_from={tmp_path}"):
+        loop.train(quick("epochs=3"), tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == before
+    loop.train(quick("epochs=2", "log_every=7"), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["log_every"] == 7
+
+
+@pytest.mark.parametrize("step, old, new, possible", [
+    (13, (18, 13), (24, 19), True),
+    (14, (18, 13), (24, 19), False),
+    (13, (24, 19), (18, 13), True),  # shorter
+    (14, (24, 19), (18, 13), False),
+    (18, (18, 13), (18, 13), True),
+    (99, (18, math.inf), (24, math.inf), True),
+])
+def test_lengths(step, old, new, possible, tmp_path):
+    if possible:
+        return workdirs.check_length(tmp_path, step, old, new)
+    with pytest.raises(InputError, match=f"step {step} of {old[0]}, and for {new[0]} .* from step 14 on"):
+        workdirs.check_length(tmp_path, step, old, new)
