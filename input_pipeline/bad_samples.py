@@ -1,5 +1,6 @@
 """Counts unusable samples and records each with its reason."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from input_pipeline.sources import Source
+from input_pipeline.sources import Source, told
 from rankclip_jax.common.errors import InputError
 
 
@@ -42,8 +43,7 @@ class BadSamples:
                     continue
                 self._named.add(where)
                 self.reasons[reason] += samples
-        for one in source.lost:
-            self._name(None, one.where, one.reason, "", one.samples)
+        self._list_lost([one for one in source.lost if one.where not in self._named])
         lost = sum(one.samples for one in source.lost)
         if lost > max_fraction * (source.size + lost):
             raise InputError(self._too_many(f"{lost} of about {source.size + lost} samples are lost"))
@@ -66,24 +66,37 @@ class BadSamples:
 
     def summary(self) -> str:
         """Number of bad rows by reason, in one line."""
-        by_reason = ", ".join(f"{rows:,} {reason}" for reason, rows in self.reasons.most_common())
-        return f"{self.reasons.total():,} unusable samples skipped: {by_reason}"
+        by_reason = [f"{rows:,} {reason}" for reason, rows in self.reasons.most_common(5)]
+        by_reason += [f"and {len(self.reasons) - 5:,} other reasons"] if len(self.reasons) > 5 else []
+        return f"{self.reasons.total():,} unusable samples skipped: {', '.join(by_reason)}"
 
     def _too_many(self, how_many):
         named_by = self._path or "the console"
         limit = f"more than config.data.max_bad_fraction = {self._max_fraction}"
         return f"{how_many}, {limit} ({self.summary()}); see {named_by}"
 
-    def _name(self, row, where, reason, detail, samples=1):
+    def _list_lost(self, lost):
+        for one in lost:
+            self._named.add(one.where)
+            self.reasons[one.reason] += one.samples
+        for line in told(lost):  # thousands of rows can have one reason
+            print(f"bad samples skipped: {line}", file=sys.stderr)
+        if self._path and lost:
+            with open(self._path, "a") as out:
+                out.writelines(
+                    json.dumps({"row": None, "detail": "", **dataclasses.asdict(one)}) + "\n" for one in lost
+                )
+
+    def _name(self, row, where, reason, detail):
         if where in self._named:
             return
         self._named.add(where)
-        self.reasons[reason] += samples
+        self.reasons[reason] += 1
         print(f"bad sample skipped: {where}: {detail + '; ' if detail else ''}{reason}", file=sys.stderr)
         if self._path:
             entry = {"row": row, "where": where, "reason": reason, "detail": detail}
             with open(self._path, "a") as out:
-                out.write(json.dumps(entry | ({"samples": samples} if row is None else {})) + "\n")
+                out.write(json.dumps(entry) + "\n")
 
 
 def reason_of_failure(sample: Callable, position: int) -> str | None:

@@ -75,6 +75,12 @@ class Manifest:
         self.shards = sorted([*self.shards, shard], key=lambda shard: shard["rows"])
         self._write(complete=False)
 
+    def add_lost(self, lost: list[dict]) -> None:
+        """Lists what has no row in bad_samples.jsonl, from which the next start removes it. Raises as `add`."""
+        path = self._folder / "bad_samples.jsonl"
+        before = path.read_text(encoding="utf-8")
+        files.write_whole(path, "".join(json.dumps(sample) + "\n" for sample in lost) + before)
+
     def finish(self) -> None:
         """Marks the folder as complete."""
         self._write(complete=True)

@@ -17,6 +17,7 @@ from rankclip_jax.common.progress import progress
 from rankclip_jax.common.tokenizer import Tokenizer
 
 _CHUNK = 32  # rows per task of a thread
+_REASONS = 10  # reasons for bad rows that are shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,9 @@ class Overview:
     Attributes:
       rows: number of rows of the source.
       looked_at: number of inspected rows.
-      bad: reason -> count.
+      lost: number of samples that have no row.
+      bad: reason -> count, of rows and lost samples.
+      bad_rows: (number, reason, detail) of each bad row.
       kinds: format and mode by Pillow's names ("JPEG RGB") -> count.
       measures: name -> float64: width, height, shorter side (pixels), aspect ratio (width / height) and kB of each
         image; characters, words, and with a tokenizer tokens (start and end included) of each caption.
@@ -37,7 +40,9 @@ class Overview:
 
     rows: int
     looked_at: int
+    lost: int
     bad: Counter
+    bad_rows: list[tuple[int, str, str]]
     kinds: Counter
     measures: dict[str, np.ndarray]
     repeated: dict[str, int]
@@ -48,7 +53,9 @@ class Overview:
 def survey(source: Source, *, tokenizer: Tokenizer | None, sample: int | None, workers: int) -> Overview:
     """Decodes every row, or at most `sample` evenly spaced rows, by `workers` threads."""
     numbers = range(0, source.size, -(-source.size // sample) if sample else 1)
-    bad, kinds = Counter(), Counter()
+    bad, kinds, bad_rows = Counter({one.reason: 0 for one in source.lost}), Counter(), []
+    for one in source.lost:
+        bad[one.reason] += one.samples
     measures, hashes, good_rows = defaultdict(lambda: array("d")), defaultdict(lambda: array("Q")), array("q")
     caption_rows, looked_at = array("q"), 0
     rows = read_rows(source, numbers)
@@ -56,7 +63,10 @@ def survey(source: Source, *, tokenizer: Tokenizer | None, sample: int | None, w
     with ThreadPoolExecutor(workers) as pool, progress("inspect", len(numbers), unit="rows") as bar:
         for chunk in in_order(pool, lambda chunk: [_look(row) for row in chunk], chunks, ahead=2 * workers):
             good = [look for look in chunk if isinstance(look, _Look)]
-            bad.update(reason for reason in chunk if isinstance(reason, str))
+            for look in chunk:
+                if not isinstance(look, _Look):
+                    bad[look[1]] += 1
+                    bad_rows.append(look)
             for look in good:
                 good_rows.append(look.row)
                 kinds[look.kind] += 1
@@ -73,7 +83,9 @@ def survey(source: Source, *, tokenizer: Tokenizer | None, sample: int | None, w
     return Overview(
         source.size,
         looked_at,
+        sum(one.samples for one in source.lost),
         bad,
+        bad_rows,
         kinds,
         {name: np.array(values) for name, values in measures.items()},
         {name: len(values) - len(set(values)) for name, values in hashes.items()},
@@ -91,17 +103,17 @@ class _Look:
     hashes: dict[str, list[int]]
 
 
-def _look(row: Row) -> _Look | str:
-    """The measurements of a row, or the reason why it is unusable."""
+def _look(row: Row) -> _Look | tuple[int, str, str]:
+    """The measurements of a row, or (its number, reason, detail) if it is unusable."""
     try:
         if row.reason is not None:
-            return row.reason
+            return row.number, row.reason, row.detail
         image = opened(row.image)
         width, height, kind = image.width, image.height, f"{image.format or 'pixels'} {image.mode}"
         image.draft(None, (1, 1))  # of a JPEG, the whole file is still read
         loaded(image)
     except BadImageError as error:
-        return error.reason
+        return row.number, error.reason, error.detail
     data = row.image if isinstance(row.image, bytes) else row.image.tobytes()
     measures: dict[str, Sequence[float]] = {
         "width": [width],
@@ -132,8 +144,11 @@ def text(overview: Overview, captions_of: Callable[[int], tuple[str, ...]]) -> s
     """The tables for a terminal; captions_of(row) returns the captions of a row."""
     looked_at, good = overview.looked_at, len(overview.good_rows)
     part = "" if looked_at == overview.rows else f", {looked_at:,} of them inspected, evenly spaced"
-    lines = [f"{overview.rows:,} rows{part}: {good:,} good, {looked_at - good:,} bad"]
-    lines += [_count(count, looked_at, reason) for reason, count in overview.bad.most_common()]
+    looked_at, of = looked_at + overview.lost, overview.rows + overview.lost
+    lines = [f"{of:,} rows{part}: {good:,} good, {looked_at - good:,} bad"]
+    lines += [_count(count, looked_at, reason) for reason, count in overview.bad.most_common(_REASONS)]
+    if len(overview.bad) > _REASONS:
+        lines.append(f"{'':>18}  and {len(overview.bad) - _REASONS:,} other reasons")
     if not good:
         return "\n".join(lines)
     lines += ["", "images", *(_count(count, good, kind) for kind, count in overview.kinds.most_common())]

@@ -31,10 +31,12 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.pictures import BadImageError
 from rankclip_jax.common.progress import progress
+from rankclip_jax.common.tables import ENDINGS
 from rankclip_jax.common.tokenizer import Tokenizer
 
 _CHUNK = 32  # rows per task of a thread
-_SHEET = "contact_sheet.png"
+_SHEET, _BAD = "contact_sheet.png", "bad_samples.jsonl"
+_NAMED = 10  # bad rows that --inspect prints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,7 @@ def prepare(source: sources.Source, out_dir: Path, options: Options, described: 
         raise InputError(f"more lost than config.data.max_bad_fraction = {options.max_bad_fraction};{lost(source)}")
     others = ("tokenizer.json",) if options.tokenizer else ()
     manifest = Manifest(out_dir, described | _settings(source, options), others)
+    manifest.add_lost([{"row": None, "detail": "", **dataclasses.asdict(one)} for one in source.lost])
     finished = {shard["name"] for shard in manifest.shards}
     if options.tokenizer:
         options.tokenizer.save(out_dir / "tokenizer.json")
@@ -182,7 +185,7 @@ def _settings(source, options):
 
 def lost(source: sources.Source) -> str:
     """Describes the unreachable samples of the source, which have no row."""
-    return ";".join(f" about {part.samples:,} samples of {part.where}: {part.reason}" for part in source.lost)
+    return ";".join(f" {line}" for line in sources.told(source.lost))
 
 
 def summary(manifest: Manifest, out_dir: Path) -> str:
@@ -203,17 +206,25 @@ def summary(manifest: Manifest, out_dir: Path) -> str:
 def inspect(
     source: sources.Source, name: str, out_dir: Path, tokenizer: Tokenizer | None, sample: int | None, workers: int
 ) -> None:
-    """Prints statistics of `source` and writes contact_sheet.png with evenly spaced good rows."""
+    """Prints statistics of `source`; writes contact_sheet.png of evenly spaced good rows, and bad_samples.jsonl."""
 
     def read(row):
         return {key: value.numpy() for key, value in source.read(tf.constant(row, tf.int64)).items()}
 
     owned = Owned(out_dir, "prepare --inspect")
-    owned.check([_SHEET])
+    owned.check([_SHEET, _BAD])
     seen = overview.survey(source, tokenizer=tokenizer, sample=sample, workers=workers)
     print(f"{name}\n" + overview.text(seen, lambda row: captions_of(read(row))))
-    if source.lost:
-        print(f"\nlost:{lost(source)}")
+    bad = [{"row": None, "detail": "", **dataclasses.asdict(one)} for one in source.lost]
+    for row, reason, detail in seen.bad_rows:
+        bad.append({"row": row, "where": source.where(row), "reason": reason, "detail": detail})
+    if bad:
+        owned.claim([_BAD])
+        files.write_whole(out_dir / _BAD, "".join(json.dumps(one) + "\n" for one in bad))
+        print("\nbad rows")
+        for one in bad[:_NAMED]:
+            print(f"  {one['where']}: {one['detail'] and one['detail'] + '; '}{one['reason']}")
+        print(f"{f'  and {len(bad) - _NAMED:,} more' if len(bad) > _NAMED else ''}  all are in {out_dir / _BAD}")
     count = min(len(seen.good_rows), contact_sheet.EXAMPLES)
     if not count:
         return
@@ -232,9 +243,12 @@ def inspect(
 
 def guess_format(source: str) -> str:
     """The format suggested by the name of a path. Raises InputError if there is none."""
-    kinds = dict(csv="csv", tsv="csv", tar="webdataset", tfrecord="tfrecord", tfrecords="tfrecord", parquet="parquet")
-    if Path(source).is_dir():
-        shards_in = [kind for end, kind in kinds.items() if end != "csv" and any(Path(source).glob(f"*.{end}"))]
+    kinds = dict(tar="webdataset", tfrecord="tfrecord", tfrecords="tfrecord", parquet="parquet")
+    if source.lower().endswith(ENDINGS):
+        return "csv"
+    if Path(source).expanduser().is_dir():
+        source = os.path.expanduser(source)
+        shards_in = [kind for end, kind in kinds.items() if any(Path(source).glob(f"*.{end}"))]
         return shards_in[0] if shards_in else "folder"
     kind = kinds.get(source.rpartition(".")[2].lower())
     if kind:

@@ -10,6 +10,7 @@ from pathlib import Path
 import rankclip_jax
 from rankclip_jax.common import commands
 from rankclip_jax.common.errors import InputError, one_line
+from rankclip_jax.config.key import character, encoding
 from rankclip_jax.inference import collection, search, store
 from rankclip_jax.inference.model import Model
 from rankclip_jax.inference.pictures import open_pictures
@@ -23,14 +24,15 @@ def main() -> None:
     )
     parser.add_argument("model", help="any path for rankclip_jax.load: a workdir, an export, a .pt, ...")
     parser.add_argument(
-        "data", help="a folder of images, a .csv or .tsv, shards (.tar, .tfrecord, .parquet); or a file of --out"
+        "data", help="a folder of images, a table (.csv ...), shards (.tar, .tfrecord, .parquet); or a file of --out"
     )
     parser.add_argument("--out", type=Path, help="the file to write: .npz or .parquet")
     parser.add_argument("--search", nargs="+", metavar="TEXT", help="print the best matches of each text")
     parser.add_argument("--top", type=int, default=10, help="number of matches (default 10)")
     parser.add_argument("--png", type=Path, help="also draw the matches into this file")
     parser.add_argument("--image-key", help="column, feature or member of the image; default: the format's default")
-    parser.add_argument("--delimiter", default=",", help="separator of a csv (default ,)")
+    parser.add_argument("--delimiter", default=",", help="separator of a csv (default ,; a tab is '\\t')")
+    parser.add_argument("--encoding", help="of a table that is not UTF-8, for example latin-1")
     parser.add_argument("--tokenizer", help="a tokenizer.json or hub id, if MODEL has none")
     parser.add_argument("--activation", choices=["quick_gelu", "gelu"], default="quick_gelu", help="as in convert")
     flags = parser.parse_args()
@@ -39,6 +41,8 @@ def main() -> None:
     commands.quiet_tensorflow()  # for shards
     with commands.exit_codes("stopped; the same command resumes"):
         try:
+            flags.delimiter = character(",").check(flags.delimiter, "--delimiter")
+            flags.encoding = encoding(None).check(flags.encoding, "--encoding")
             model = rankclip_jax.load(flags.model, tokenizer=flags.tokenizer, activation=flags.activation)
             if flags.out:
                 _embed(model, flags)
@@ -51,12 +55,13 @@ def main() -> None:
 
 def _embed(model: Model, flags: argparse.Namespace) -> None:
     about = {
-        "data": str(Path(flags.data).resolve()),
+        "data": str(Path(flags.data).expanduser().resolve()),
         "image_key": flags.image_key,
         "delimiter": flags.delimiter,
+        "encoding": flags.encoding,
         "model": model.fingerprint(),
     }
-    pictures = open_pictures(flags.data, flags.image_key, flags.delimiter)
+    pictures = open_pictures(flags.data, flags.image_key, flags.delimiter, flags.encoding)
     collection.embed(model, pictures, flags.out, about | {"size": pictures.size})
 
 
@@ -69,7 +74,7 @@ def _search(model: Model, path: Path, texts: list[str], top: int, png: Path | No
     for text, found, cosines in zip(texts, found_TxK, cosines_TxK, strict=True):
         print(search.table(text, embeddings, found, cosines))
     if png:
-        pictures = open_pictures(about["data"], about["image_key"], about["delimiter"])
+        pictures = open_pictures(about["data"], about["image_key"], about["delimiter"], about.get("encoding"))
         search.draw(png, texts, embeddings, pictures, found_TxK, cosines_TxK, model.source.view)
         print(f"drawn: {png}")
 

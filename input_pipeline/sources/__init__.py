@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +11,10 @@ from ml_collections import ConfigDict
 
 from input_pipeline import cpu_only
 from input_pipeline.sources import drawn, folder, mixture, parquet, table, tar, tfds, tfrecord
-from input_pipeline.sources.source import Lost, Source, require
+from input_pipeline.sources.source import Lost, Source, decoded, read_captions, require, told
 from rankclip_jax.common.errors import InputError
 
-__all__ = ["Lost", "Source", "open_source"]
+__all__ = ["Lost", "Source", "open_source", "told"]
 
 
 def open_source(
@@ -23,10 +24,10 @@ def open_source(
     image_side: int,
     split: str = "train",
 ) -> Source:
-    """Opens config.data's `train` or `val`, or a labelled set of config.eval.
+    """Opens config.data's `train` or `val`.
 
     Args:
-      spec: `format` and its keys in config.data; a labelled csv has `label_key` instead of captions.
+      spec: `format` and its keys in config.data.
       path: files of the format. shapes: the number of scenes, or the name of a labelled split. A mixture: name -> path,
         weight, and changes to `spec` (mixture.py).
       image_side: side of the scenes drawn by `shapes`, pixels.
@@ -40,35 +41,52 @@ def open_source(
         return mixture.open_mixture(spec, path, functools.partial(open_source, image_side=image_side, split=split))
     match spec.format:
         case "csv":
-            return _checked(table.open_table(spec, path))
+            return _checked(table.open_table(spec, path), spec.get("captions_per_line"))
         case "tfrecord":
-            return _checked(tfrecord.open_tfrecord(spec, path))
+            return _with_text(tfrecord.open_tfrecord(spec, path), spec, spec.get("encoding"))
         case "webdataset":
-            return _checked(tar.open_webdataset(spec, path))
+            return _with_text(tar.open_webdataset(spec, path), spec)
         case "folder":
-            return _checked(folder.open_folder(spec, path))
+            return _with_text(folder.open_folder(spec, path), spec, spec.get("encoding"))
         case "parquet":
-            return _checked(parquet.open_parquet(spec, path))
+            return _with_text(parquet.open_parquet(spec, path), spec)
         case "tfds":
-            return _checked(tfds.open_tfds(spec, path))
+            return _with_text(tfds.open_tfds(spec, path), spec)
         case "shapes":
             return drawn.open_drawn(path, image_side, split)
     known = "csv, tfrecord, webdataset, folder, parquet, tfds or shapes"
     raise InputError(f"unknown config.data.format={spec.format!r}. Expected {known}")
 
 
-def _checked(source: Source) -> Source:
-    """The source, with rows without image or without caption as bad rows."""
+def _with_text(source: Source, spec: ConfigDict, encoding: str | None = None) -> Source:
+    """`_checked`, with captions decoded; those that are not of the encoding (None: UTF-8) are bad rows."""
+
+    def read(row):
+        sample = source.read(row)
+        caption = decoded(sample["caption"], encoding)
+        return sample | {"caption": tf.ensure_shape(caption, sample["caption"].shape)}
+
+    checked = _checked(dataclasses.replace(source, read=read), spec.get("captions_per_line"))
+    return dataclasses.replace(checked, captions=lambda: read_captions(checked.read, source.size))
+
+
+def _checked(source: Source, lines: bool | None) -> Source:
+    """The source, with rows without image or without caption as bad rows. `lines`: each line is a caption."""
 
     def read(row):
         sample = source.read(tf.cast(row, tf.int64))
         require(tf.strings.length(sample["image"]) > 0, "empty image")
-        if "label" not in sample:
-            caption = sample["caption"]
-            with_text = tf.strings.length(tf.strings.strip(caption)) > 0
-            if caption.shape.rank:  # several
-                sample["caption"] = caption = tf.boolean_mask(caption, with_text)
-            require(tf.reduce_any(with_text), "empty caption")
-        return sample
+        caption = sample["caption"]
+        if lines:
+            text = tf.strings.reduce_join(tf.reshape(caption, [-1]), separator="\n")
+            caption = tf.strings.strip(tf.strings.split(tf.strings.regex_replace(text, "\r\n?", "\n"), "\n"))
+        with_text = tf.strings.length(tf.strings.strip(caption)) > 0
+        if caption.shape.rank:  # several
+            caption = tf.boolean_mask(caption, with_text)
+        require(tf.reduce_any(with_text), "empty caption")
+        return sample | {"caption": caption}
 
-    return dataclasses.replace(source, read=read)
+    def captions():
+        return (line.strip() for text in source.captions() for line in re.split("\r\n?|\n", text) if line.strip())
+
+    return dataclasses.replace(source, read=read, captions=captions if lines else source.captions)

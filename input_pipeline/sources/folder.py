@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 
 from input_pipeline.sources.packed_strings import PackedStrings
 from input_pipeline.sources.paths import is_remote
-from input_pipeline.sources.source import Lost, Source, read_captions
+from input_pipeline.sources.source import Lost, Source, read_captions, require
+from rankclip_jax.common import folders
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS
 
@@ -23,33 +24,23 @@ def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
     root = os.fspath(path) if isinstance(path, str | os.PathLike) else repr(path)
     if not tf.io.gfile.isdir(root):
         raise InputError(f"{root} is not a folder" + (f"; {spec.hint}" if spec.get("hint") else ""))
-    names = sorted(_files(root))
-    images = [name for name in names if name.lower().endswith(ENDINGS)]
+    names = sorted(folders.files_below(root, tf.io.gfile.walk if is_remote(root) else None))
+    images = [name for name in names if folders.is_picture(name)]
     if not images:
         raise InputError(f"{root} has no images ({', '.join(ENDINGS)})")
-    stems = {os.path.splitext(name)[0] for name in images}
-    alone = [name for name in names if name.endswith(".txt") and name[:-4] not in stems]
-    lost = tuple(Lost(os.path.join(root, name), "a caption without an image", 1) for name in alone)
+    texts = {os.path.splitext(name)[0]: name for name in names if name.lower().endswith(".txt")}
+    stems = [os.path.splitext(name)[0] for name in images]
+    alone = [texts[stem] for stem in texts.keys() - set(stems)]
+    lost = tuple(Lost(os.path.join(root, name), "a caption without an image", 1) for name in sorted(alone))
     size, images = len(images), PackedStrings([os.fsencode(name) for name in images])
+    captions = PackedStrings([os.fsencode(texts.get(stem, "")) for stem in stems])
 
     def read(row):
-        image = tf.strings.join([root.rstrip("/") + "/", images.at(row)])
+        caption, folder = captions.at(row), root.rstrip("/") + "/"
+        require(tf.strings.length(caption) > 0, "no caption: there is no .txt of the image's name beside it")
         return {
-            "image": tf.io.read_file(image),
-            "caption": tf.io.read_file(tf.strings.regex_replace(image, r"\.[^./]*$", ".txt")),
+            "image": tf.io.read_file(tf.strings.join([folder, images.at(row)])),
+            "caption": tf.io.read_file(tf.strings.join([folder, caption])),
         }
 
     return Source(size, read, lambda row: os.path.join(root, images[row]), lambda: read_captions(read, size), lost=lost)
-
-
-def _files(root):
-    """Paths below `root`, relative to it, without hidden files; links are followed, each folder once."""
-    seen = set()
-    for folder, folders, files in tf.io.gfile.walk(root) if is_remote(root) else os.walk(root, followlinks=True):
-        real = folder if is_remote(root) else os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        below = folder[len(root) :].lstrip("/")
-        yield from (f"{below}/{name}" if below else name for name in files if not name.startswith("."))

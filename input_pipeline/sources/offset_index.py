@@ -32,10 +32,10 @@ _REMOTE_WINDOW = 8 << 20  # bytes per request to a bucket; local files are memor
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """Contents of one shard. `columns`: arrays with one item per sample; `lost`: unreachable samples."""
+    """Contents of one shard. `columns`: arrays with one item per sample; `lost`: each `where` is the shard."""
 
     columns: dict[str, np.ndarray]
-    lost: Lost | None = None
+    lost: tuple[Lost, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def offset_index(kind: str, paths: Sequence[str], scan: Callable, cache_dir: str
         [size for size, _ in stamps_F],
         np.cumsum([0] + [_rows(one) for one in scans[:-1]], dtype=np.int64),
         {key: np.concatenate([one.columns[key] for one in scans]) for key in scans[0].columns},
-        [one.lost for one in scans if one.lost],
+        [lost for one in scans for lost in one.lost],
     )
     if new:
         files = [[p, *s, _rows(one)] for p, s, one in zip(paths, stamps_F, scans, strict=True)]
@@ -153,11 +153,11 @@ def _load(name, paths, cache_dir):
             with np.load(folder / name, allow_pickle=False) as stored:
                 columns = {key: stored[key] for key in stored.files if key != "meta"}
                 meta = json.loads(stored["meta"].tobytes())
-            lost = {one["where"]: Lost(**one) for one in meta["lost"]}
+            lost = [Lost(**one) for one in meta["lost"]]
             known, start = {}, 0
             for path, size, time, rows in meta["files"]:
                 part = {key: column[start : start + rows] for key, column in columns.items()}
-                known[path, size, time] = Scan(part, lost.get(path))
+                known[path, size, time] = Scan(part, tuple(one for one in lost if one.where == path))
                 start += rows
             return known
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):

@@ -12,9 +12,7 @@ class PackedStrings:
 
     def __init__(self, strings: pa.ChunkedArray | pa.Array | list[bytes]):
         """`strings`: a pyarrow array (any binary or string type; null becomes empty), or a list."""
-        array = (
-            strings.combine_chunks() if isinstance(strings, pa.ChunkedArray) else pa.array(strings, pa.large_binary())
-        )
+        array = pa.array(strings, pa.large_binary()) if isinstance(strings, list) else _whole(strings)
         array = array.cast(pa.large_binary()).fill_null(b"")
         _, offsets, blob = array.buffers()
         self._offsets = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
@@ -36,3 +34,28 @@ class PackedStrings:
         blob = memoryview(self._blob.numpy())
         for begin, end in zip(self._offsets, self._offsets[1:], strict=False):
             yield str(blob[begin:end], "utf-8", "replace")
+
+
+class PackedLists:
+    """Lists of strings (N,) by number, as TensorFlow ops. Iteration yields all strings, one by one."""
+
+    def __init__(self, lists: pa.ChunkedArray):
+        """`lists`: a pyarrow array of large_list, without null."""
+        array = _whole(lists)
+        self._strings, self._offsets = PackedStrings(array.flatten()), tf.constant(array.offsets.to_numpy())
+        self._offsets -= self._offsets[0]
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def at(self, row: tf.Tensor) -> tf.Tensor:
+        """The strings of list number `row` (int64 scalar), string (n,), as TensorFlow ops."""
+        rows = tf.range(self._offsets[row], self._offsets[row + 1])
+        return tf.map_fn(self._strings.at, rows, fn_output_signature=tf.string)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._strings)
+
+
+def _whole(array):
+    return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array

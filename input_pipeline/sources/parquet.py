@@ -8,11 +8,14 @@ config.data.cache_dir, and take as much space as the images.
 import contextlib
 import hashlib
 import io
+import json
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +25,7 @@ from tqdm import tqdm
 
 from input_pipeline.sources.offset_index import cache_folders
 from input_pipeline.sources.paths import expand, is_remote, stamps
-from input_pipeline.sources.source import Source, keys, read_captions
+from input_pipeline.sources.source import Source, captions_in_json, keys, read_captions
 from input_pipeline.sources.tar import open_members
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.files import whole
@@ -31,8 +34,25 @@ from rankclip_jax.common.progress import progress
 _ROWS = 256  # rows unpacked at a time
 
 
+class _Columns(NamedTuple):
+    """What of a file is unpacked.
+
+    Attributes:
+      image: the column; with .bytes or .path if it has only these, :path if it is a path.
+      caption: the column.
+      inside: path of the caption in the column's structs or JSON.
+      several: whether captions are lists, or JSON with such.
+    """
+
+    image: str
+    caption: str
+    inside: str | None = None
+    several: bool = False
+
+
 def open_parquet(spec: ConfigDict, path: str | Sequence[str]) -> Source:
-    """Opens files. An image is bytes, or a struct with a field `bytes`, as written by Hugging Face's datasets.
+    """Opens files. An image is bytes, a path (relative to the file), or a struct of both, as Hugging Face's datasets
+    write it. A caption is a string, a list of strings, or what is there at a path: meta:caption in a struct or in JSON.
 
     `spec`: image_key, caption_key, hint, cache_dir of config.data.
 
@@ -46,34 +66,90 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     ]
     cache_dir = spec.get("cache_dir")
     tars = _unpacked(files, columns, cache_dir)
-    members = open_members(tars, {"image": ("image",), "caption": ("caption",)}, cache_dir)
+    kinds = ("image", "path", "caption", "captions")
+    members = open_members(tars, {kind: (kind,) for kind in kinds}, cache_dir, optional=kinds)
+    if not members.index.size:
+        raise InputError(f"{files[0]} has no rows")
+    folders_F = tf.constant([f"{file.rpartition('/')[0]}/" if "/" in file else "" for file in files])
+    several, inside = any(one.several for one in columns), columns[0].inside
+
+    def at_path(row, path):
+        absolute = tf.strings.regex_full_match(path, r"(?s)(/|\w+://).*")
+        folder = folders_F[members.index.file_in_graph(row)]
+        return tf.io.read_file(tf.where(absolute, path, tf.strings.join([folder, path])))
+
+    def read(row):
+        sample = members.read(row)
+        image, path, caption, captions = (sample[kind] for kind in kinds)
+        image = tf.cond(tf.strings.length(path) > 0, lambda: at_path(row, path), lambda: image)
+        if several:
+            caption = tf.cond(
+                tf.strings.length(captions) > 0,
+                lambda: captions_in_json(captions, inside),
+                lambda: tf.reshape(caption, [1]),
+            )
+        return {"image": image, "caption": caption}
 
     def where(row):
         file = members.index.file_of(row)
         return f"{files[file]} row {row - members.index.starts[file]}"
 
     size = members.index.size
-    return Source(size, members.read, where, lambda: read_captions(members.read, size))
+    return Source(size, read, where, lambda: read_captions(read, size))
 
 
-def _columns(file: str, image_keys: tuple[str, ...], caption_keys: tuple[str, ...]) -> tuple[str, str]:
-    """Names of the image column (with .bytes for a struct) and the caption column."""
+def _columns(file: str, image_keys: tuple[str, ...], caption_keys: tuple[str, ...]) -> _Columns:
     with _opened(file) as parquet:
         schema = parquet.schema_arrow
-    found = []
-    for wanted in (image_keys, caption_keys):
-        name = next((key for key in wanted if key in schema.names), None)
-        if name is None:
-            raise InputError(f"{file} has no column {' or '.join(wanted)}; its columns are: {', '.join(schema.names)}")
-        kind = schema.field(name).type
-        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            name, kind = f"{name}.bytes", kind.field("bytes").type
-        if kind not in (pa.binary(), pa.large_binary(), pa.string(), pa.large_string()):
-            raise InputError(
-                f"{file}: column {name} has type {kind}. Expected bytes or strings, or a struct with bytes"
-            )
-        found.append(name)
-    return found[0], found[1]
+    image, kind = _column(file, schema, image_keys)
+    if pa.types.is_struct(kind):
+        fields = {kind.field(i).name: _values_of(kind.field(i).type) for i in range(kind.num_fields)}
+        if _is_bytes(fields.get("bytes")):
+            image = image if _is_string(fields.get("path")) else f"{image}.bytes"
+        elif _is_string(fields.get("path")):
+            image = f"{image}.path"
+        else:
+            raise _wrong_type(file, image, kind, "bytes, a path, or a struct of bytes and path")
+    elif _is_string(kind):
+        image = f"{image}:path"
+    elif not _is_bytes(kind):
+        raise _wrong_type(file, image, kind, "bytes, a path, or a struct of bytes and path")
+    caption, kind = _column(file, schema, caption_keys)
+    if caption not in schema.names:
+        column, _, inside = caption.partition(":")
+        return _Columns(image, column, inside, several=True)
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
+    several = any(is_list(kind) for is_list in lists)
+    one = _values_of(kind.value_type) if several else kind
+    if not (_is_string(one) or (_is_bytes(one) and not several)):
+        raise _wrong_type(file, caption, kind, "strings or lists of strings; a field inside is COLUMN:FIELD")
+    return _Columns(image, caption, None, several)
+
+
+def _column(file: str, schema: pa.Schema, wanted: tuple[str, ...]) -> tuple[str, pa.DataType]:
+    """(the first of the wanted keys whose column is there, the type of the column's values)"""
+    for key in wanted:
+        name = key if key in schema.names else key.partition(":")[0]
+        if name in schema.names:
+            return key, _values_of(schema.field(name).type)
+    raise InputError(f"{file} has no column {' or '.join(wanted)}; its columns are: {', '.join(schema.names)}")
+
+
+def _wrong_type(file: str, column: str, kind: pa.DataType, expected: str) -> InputError:
+    return InputError(f"{file}: column {column} has type {kind}. Expected {expected}")
+
+
+def _values_of(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_string(kind: pa.DataType | None) -> bool:
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
+
+
+def _is_bytes(kind: pa.DataType | None) -> bool:
+    known = (pa.binary(), pa.large_binary(), pa.binary_view())
+    return kind is not None and (kind in known or pa.types.is_fixed_size_binary(kind))
 
 
 @contextlib.contextmanager
@@ -89,12 +165,16 @@ def _opened(file):
         raise InputError(f"{file} cannot be read as Parquet: {one_line(error)}") from None
 
 
-def _unpacked(files: list[str], columns: list[tuple[str, str]], cache_dir: str | None) -> list[str]:
+def _without_defaults(columns: _Columns) -> tuple:
+    return tuple(columns) if columns.several else (columns.image, columns.caption)
+
+
+def _unpacked(files: list[str], columns: list[_Columns], cache_dir: str | None) -> list[str]:
     """Paths of the tars; missing ones are written."""
     folders = cache_folders(files, cache_dir)
     names = [
-        hashlib.sha256(repr((file, stamp, column)).encode()).hexdigest()[:20] + ".tar"
-        for file, stamp, column in zip(files, stamps(files), columns, strict=True)
+        hashlib.sha256(repr((file, stamp, _without_defaults(one))).encode()).hexdigest()[:20] + ".tar"
+        for file, stamp, one in zip(files, stamps(files), columns, strict=True)
     ]
     for folder in folders:
         if all((folder / name).exists() for name in names):
@@ -121,25 +201,31 @@ def _unpacked(files: list[str], columns: list[tuple[str, str]], cache_dir: str |
     return [str(folder / name) for name in names]
 
 
-def _unpack(file: str, columns: tuple[str, str], target: Path, bar: tqdm) -> None:
+def _unpack(file: str, columns: _Columns, target: Path, bar: tqdm) -> None:
+    names = [re.split("[.:]", columns.image)[0], columns.caption]
     with whole(target) as part, _opened(file) as parquet, tarfile.open(part, "w") as tar:
         row = 0
-        for batch in parquet.iter_batches(_ROWS, columns=list(columns)):
-            images, captions = (_values(batch, column) for column in columns)
+        for batch in parquet.iter_batches(_ROWS, columns=names):
+            images, captions = (batch.column(name).to_pylist() for name in names)
             for image, caption in zip(images, captions, strict=True):
-                for ending, value in (("image", image), ("caption", caption)):
+                for ending, data in (_image(image), _caption(caption, columns)):
                     member = tarfile.TarInfo(f"{row:09}.{ending}")
-                    data = value.encode() if isinstance(value, str) else value or b""
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
                 row += 1
             bar.update(len(images))
 
 
-def _values(batch, column):
-    name, _, field = column.partition(".")
-    values = batch.column(name)
-    return (values.field(field) if field else values).to_pylist()
+def _image(value: Any) -> tuple[str, bytes]:
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    return ("path", value.encode()) if isinstance(value, str) else ("image", value or b"")
+
+
+def _caption(value: Any, columns: _Columns) -> tuple[str, bytes]:
+    if isinstance(value, dict | list) or (columns.several and value is None):
+        return "captions", json.dumps(value, default=str).encode()
+    return "captions" if columns.several else "caption", value.encode() if isinstance(value, str) else value or b""
 
 
 def _writable(folder):

@@ -1,112 +1,118 @@
-"""A csv or tsv: a column of image paths and a column of captions or labels."""
+"""Tables of image paths with captions or labels: csv, tsv, .jsonl, COCO's captions (rankclip_jax/common/tables.py)."""
 
-import csv
-import io
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
+import pyarrow.compute as pc
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from input_pipeline.sources.packed_strings import PackedStrings
+from input_pipeline.sources.packed_strings import PackedLists, PackedStrings
 from input_pipeline.sources.paths import expand, is_remote
 from input_pipeline.sources.source import Lost, Source, keys
-from rankclip_jax.common.errors import InputError, one_line
+from rankclip_jax.common import tables
 
-_BLOCK = 64 << 20  # bytes read at a time; a row must fit
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The good rows of one or more tables, in order.
+
+    Attributes:
+      texts: large_string, or large_list of several a row.
+      path: ops, row (int64 scalar) -> the path of its image.
+      paths: () -> the paths of all images, large_string.
+      where: row -> file, number in the file, path.
+      where_of: row -> file and number alone.
+      lost: the bad rows.
+    """
+
+    texts: pa.Array
+    path: Callable
+    paths: Callable[[], pa.Array]
+    where: Callable[[int], str]
+    where_of: Callable[[int], str]
+    lost: tuple[Lost, ...]
 
 
 def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
-    """Opens one table, or several with the same columns.
+    """Opens one table, or several, of images and captions.
 
-    `spec`: delimiter, image_key, caption_key (or label_key), hint of config.data. Image paths are relative to the
-    table's folder, absolute, or in a bucket. A row with more or fewer columns than the header is reported as lost.
+    `spec`: delimiter, encoding, image_key, caption_key, image_folder, hint of config.data. Bad rows are lost.
 
     Raises:
-      InputError: no such file or column, no rows, an unclosed quote, or labels that are not numbers.
+      InputError: as tables.read_table.
     """
-    label_key = spec.get("label_key")
-    text_keys = (label_key,) if label_key else keys(spec.get("caption_key"), ("caption",))
-    image_keys = keys(spec.get("image_key"), ("image",))
-    hint = spec.get("hint") or f"give a csv with columns {image_keys[0]},{text_keys[0]} (config.data.train, .val)"
-    files = expand(path, endings=(".csv", ".tsv"), hint=hint)
-    tables, wrongs = zip(*(_columns(file, image_keys, text_keys, spec.delimiter) for file in files), strict=True)
-    images, texts = (PackedStrings(pa.concat_tables(tables)[name]) for name in ("image", "text"))
-    if not len(images):
-        raise InputError(f"{path} has no rows after its header")
-    labels = _class_numbers(texts, path, label_key) if label_key else None
-    starts = np.cumsum([0] + [len(table) for table in tables[:-1]])
-    folders_F = tf.constant([file.rpartition("/")[0] + "/" if "/" in file else "" for file in files])
-
-    def image_path(row):
-        image = images.at(row)
-        absolute = tf.strings.regex_full_match(image, r"(?s)(/|\w+://).*")
-        folder = folders_F[tf.searchsorted(starts, [row], side="right")[0] - 1]
-        return tf.where(absolute, image, tf.strings.join([folder, image]))
+    caption_keys = keys(spec.get("caption_key"), tables.CAPTION_KEYS)
+    image_key = keys(spec.get("image_key"), tables.IMAGE_KEYS)[0]
+    hint = f"give a csv with columns {image_key},{caption_keys[0]} (config.data.train, .val)"
+    rows = open_rows(spec, path, caption_keys, hint)
+    several = pa.types.is_large_list(rows.texts.type)
+    texts = PackedLists(rows.texts) if several else PackedStrings(rows.texts)
 
     def read(row):
-        sample = {"image": tf.io.read_file(image_path(row)), "caption": texts.at(row)}
-        if label_key:
-            sample["label"] = tf.constant(labels)[row]
-        return sample
+        return {"image": tf.io.read_file(rows.path(row)), "caption": texts.at(row)}
+
+    return Source(len(texts), read, rows.where, lambda: texts, lost=rows.lost)
+
+
+def open_rows(spec: ConfigDict, path: str | Sequence[str], text_keys: tuple[str, ...], hint: str | None = None) -> Rows:
+    """Reads tables; `spec` as above, `text_keys` instead of caption_key. Raises as above."""
+    files = expand(path, endings=tables.ENDINGS, hint=spec.get("hint") or hint)
+    read = [
+        tables.read_table(
+            file,
+            keys(spec.get("image_key"), tables.IMAGE_KEYS),
+            text_keys,
+            delimiter=spec.get("delimiter") or ",",
+            encoding=spec.get("encoding"),
+            image_folder=spec.get("image_folder"),
+            data=tf.io.gfile.GFile(file, "rb").read() if is_remote(file) else None,
+        )
+        for file in files
+    ]
+    images = PackedStrings(_joined([table.images for table in read]))
+    numbers_N = np.concatenate([table.numbers for table in read])
+    starts_F = np.cumsum([0] + [len(table.numbers) for table in read[:-1]])
+    folders = [f"{table.folder.rstrip('/')}/" if table.folder else "" for table in read]
+    folders_F = tf.constant(folders)
+
+    def path_of(row):
+        image = images.at(row)
+        folder = folders_F[tf.searchsorted(starts_F, [row], side="right")[0] - 1]
+        absolute = tf.strings.regex_full_match(image, f"(?s)({tables.ABSOLUTE}).*")
+        return tf.where(absolute, image, tf.strings.join([folder, image]))
+
+    def paths():
+        parts, large = [], lambda text: pa.scalar(text, pa.large_string())
+        for table, folder in zip(read, folders, strict=True):
+            image = table.images
+            below = pc.binary_join_element_wise(large(folder), image, large(""))
+            parts.append(pc.if_else(pc.match_substring_regex(image, f"^({tables.ABSOLUTE})"), image, below))
+        return pa.concat_arrays(parts)
+
+    def where_of(row):
+        return f"{files[int(np.searchsorted(starts_F, row, side='right')) - 1]} row {numbers_N[row]}"
 
     def where(row):
-        file = int(np.searchsorted(starts, row, side="right")) - 1
-        # Row numbers count all rows of the file, including lost ones.
-        wrong, below = np.array(wrongs[file]), row - starts[file]
-        number = below + np.searchsorted(wrong - np.arange(len(wrong)), below, side="right")
-        return f"{files[file]} row {number}: {image_path(tf.constant(row, tf.int64)).numpy().decode(errors='replace')}"
+        return f"{where_of(row)}: {path_of(tf.constant(row, tf.int64)).numpy().decode(errors='replace')}"
 
-    reason = "different number of columns than the header"
-    lost = tuple(
-        Lost(f"{file} row {row}", reason, 1) for file, wrong in zip(files, wrongs, strict=True) for row in wrong
-    )
-    return Source(len(images), read, where, lambda: texts, labels, lost=lost)
+    lost = [
+        Lost(f"{file} row {row}", reason, 1)
+        for file, table in zip(files, read, strict=True)
+        for row, reason in table.bad
+    ]
+    return Rows(_joined([table.texts for table in read]), path_of, paths, where, where_of, tuple(lost))
 
 
-def _columns(
-    file: str, image_keys: tuple[str, ...], text_keys: tuple[str, ...], delimiter: str
-) -> tuple[pa.Table, list[int]]:
-    """Columns image and text, as bytes, and the numbers of rows with more or fewer columns than the header."""
-    wrong = []
-
-    def skip(row):
-        wrong.append(row.number - 2)  # counted from 0 after the header
-        return "skip"
-
-    delimiter = "\t" if file.endswith(".tsv") else delimiter
-    with tf.io.gfile.GFile(file, "rb") as opened:
-        header = next(csv.reader([opened.readline().decode("utf-8-sig", "replace")], delimiter=delimiter), [])
-    found = []
-    for wanted in (image_keys, text_keys):
-        found += [key for key in wanted if key in header][:1]
-        if not any(key in header for key in wanted):
-            columns = ", ".join(header) or "none"
-            raise InputError(f"{file} has no column {' or '.join(map(repr, wanted))}; its columns are: {columns}")
-    try:
-        table = pyarrow.csv.open_csv(
-            io.BytesIO(tf.io.gfile.GFile(file, "rb").read()) if is_remote(file) else file,
-            # Rows are counted only with one thread, and lost rows are reported by number.
-            pyarrow.csv.ReadOptions(use_threads=False, block_size=_BLOCK),
-            pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=skip),
-            # As bytes: captions that are not UTF-8 are repaired later.
-            pyarrow.csv.ConvertOptions(include_columns=found, column_types=dict.fromkeys(found, pa.large_binary())),
-        ).read_all()
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{file} cannot be read as a csv: {one_line(error, 200)!a}") from None
-    for key in found:
-        last = table[key][-1].as_py() if len(table) else b""
-        if last.endswith(b"\n"):  # the quoted field extends to the end of the file
-            raise InputError(
-                f"{file}: unclosed quote; the field begins {last[:40].decode(errors='replace')!r}"
-            )
-    return pa.table({"image": table[found[0]], "text": table[found[1]]}), wrong
+def _joined(columns: list[pa.Array]) -> pa.Array:
+    """The columns of several tables one below the other; lists if there is one of lists."""
+    lists = [pa.types.is_large_list(column.type) for column in columns]
+    if any(lists):
+        columns = [column if is_list else _each_alone(column) for column, is_list in zip(columns, lists, strict=True)]
+    return pa.concat_arrays(columns)
 
 
-def _class_numbers(texts, path, label_key):
-    try:
-        return np.array([int(text) for text in texts], np.int32)
-    except ValueError as error:
-        raise InputError(f"{path}: expected class numbers in column {label_key!r}: {error}") from None
+def _each_alone(values: pa.Array) -> pa.Array:
+    return pa.LargeListArray.from_arrays(pa.array(range(len(values) + 1), pa.int64()), values)

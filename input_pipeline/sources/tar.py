@@ -1,7 +1,7 @@
 """WebDataset tars: members whose names are equal up to the first dot form a sample (00012.jpg, 00012.txt).
 
 The headers of the tars are scanned once (offset_index.py). After that a sample is one range of bytes, read inside the
-graph (byte_ranges.py). `open_members` opens samples with any members:
+graph (byte_ranges.py). tar_samples.py has the rules of pairing. `open_members` opens samples with any members:
 
   members = open_members(["test/0.tar"], {"image": ("jpg", "png", "webp"), "cls": ("cls",)})
   members.read(row)     ops: {"image": bytes, "cls": bytes}; a row without one of them is a bad row
@@ -9,6 +9,7 @@ graph (byte_ranges.py). `open_members` opens samples with any members:
 
 import dataclasses
 import functools
+import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -19,11 +20,12 @@ from ml_collections import ConfigDict
 from input_pipeline.sources.byte_ranges import byte_ranges
 from input_pipeline.sources.offset_index import Bytes, OffsetIndex, Scan, offset_index, open_slices
 from input_pipeline.sources.paths import expand
-from input_pipeline.sources.source import Lost, Source, keys, read_captions, require
+from input_pipeline.sources.source import Lost, Source, captions_in_json, decoded, keys, read_captions, require
+from input_pipeline.sources.tar_samples import Pairing
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.pictures import ENDINGS
 
 _BLOCK = 512
-_ABSENT = -1
 _ADLER_PRIME = 65521
 
 
@@ -34,95 +36,144 @@ class Members:
     Attributes:
       index: columns begin and length, (rows, kinds of members), -1 for a missing member.
       read: ops, row (int64 scalar) -> {name: bytes (string scalar)}.
+      read_one: ops, (row, name) -> bytes of one member alone.
     """
 
     index: OffsetIndex
     read: Callable
+    read_one: Callable
 
     def where(self, row: int) -> str:
         """The location of a sample: file and key."""
         file = self.index.file_of(row)
-        begin = self.index.columns["begin"][row].max()  # of any member
-        path, size = self.index.paths[file], self.index.sizes[file]
-        return f"{path} key {_keys_by_begin(path, size).get(begin, 'unknown: the tar has changed')}"
+        path, begins = self.index.paths[file], self.index.columns["begin"][row]
+        names = _names_by_begin(path, self.index.sizes[file])
+        found = [names.get(begin, "unknown: the tar has changed") for begin in begins if begin >= 0]
+        common = os.path.commonprefix(found)  # noqa: RUF071 (of letters)
+        return f"{path} key {common.rpartition('.')[0] or found[0]}"
 
 
 def open_webdataset(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     """Opens tars of images and captions. `spec`: image_key, caption_key, hint, cache_dir of config.data.
 
+    A caption may be compressed (txt.gz). caption_key=json:caption is the field `caption` of the .json members, which
+    may hold several captions.
+
     Raises:
       InputError: no tar, a compressed tar, or no sample with an image or a caption under these keys.
     """
+    caption_keys = keys(spec.get("caption_key"), ("txt", "caption"))
+    endings, fields = zip(*(key.partition(":")[::2] for key in caption_keys), strict=True)
+    if "json" in endings and not all(fields):
+        raise InputError(
+            f"config.data.caption_key={','.join(caption_keys)} names the .json members, but not the caption's field in "
+            "them. Expected for example json:caption"
+        )
     wanted = {
-        "image": keys(spec.get("image_key"), ("jpg", "jpeg", "png", "webp")),
-        "caption": keys(spec.get("caption_key"), ("txt", "caption")),
+        "image": keys(spec.get("image_key"), tuple(ending[1:] for ending in ENDINGS)),
+        "caption": (*endings, *(f"{ending}.gz" for ending in endings)),
     }
     members = open_members(expand(path, endings=(".tar",), hint=spec.get("hint")), wanted, spec.get("cache_dir"))
+
+    def read(row):
+        sample = members.read(row)
+        text = _gunzipped(sample["caption"])
+        caption = captions_in_json(text, fields[0]) if fields[0] else decoded(text, spec.get("encoding"))
+        return sample | {"caption": caption}
+
     size = members.index.size
-    return Source(
-        size, members.read, members.where, lambda: read_captions(members.read, size), lost=tuple(members.index.lost)
-    )
+    return Source(size, read, members.where, lambda: read_captions(read, size), lost=tuple(members.index.lost))
 
 
-def open_members(paths: list[str], wanted: Mapping[str, tuple[str, ...]], cache_dir: str | None = None) -> Members:
+def open_members(
+    paths: list[str],
+    wanted: Mapping[str, tuple[str, ...]],
+    cache_dir: str | None = None,
+    optional: tuple[str, ...] = (),
+) -> Members:
     """Opens tars by the numbers of their samples.
 
     Args:
       wanted: name -> lower-case extensions after the first dot of a member's name; the first that a sample has is used.
+      optional: names that a sample may lack; it then has empty bytes.
 
     Raises:
       InputError: a compressed tar, or no sample with a member of one of the extensions.
     """
-    kind = f"tar {list(wanted.items())}"  # in the order of the columns
-    index = offset_index(kind, paths, functools.partial(_scan, wanted), cache_dir)
+    kind = f"tar samples {list(wanted.items())} {optional}"  # in the order of the columns
+    index = offset_index(kind, paths, functools.partial(_scan, wanted, optional), cache_dir)
+    if not index.size and index.lost:
+        raise InputError(f"{index.lost[0].where} has no sample: {index.lost[0].reason}")
     for name, found_N in zip(wanted, index.columns["length"].T, strict=True):
-        if not (found_N >= 0).any():
-            raise InputError(f"{paths[0]}: no sample has a {name}, a member that ends in .{' or .'.join(wanted[name])}")
+        if name not in optional and not (found_N >= 0).any():
+            inside = "; a field of .json members is config.data.caption_key=json:FIELD" if name == "caption" else ""
+            raise InputError(f"{paths[0]}: no sample has {_named(name)} that ends in {_dotted(wanted[name])}{inside}")
+    required = [i for i, name in enumerate(wanted) if name not in optional]
+    if not (index.columns["length"][:, required] >= 0).all(axis=1).any():
+        kinds = " and ".join(f"{_named(name)} ({_dotted(wanted[name])})" for name in wanted if name not in optional)
+        raise InputError(f"{paths[0]}: no sample has both {kinds} under one name")
     fetch = byte_ranges(index.paths, index.sizes)
     begin_NxM, length_NxM = tf.constant(index.columns["begin"]), tf.constant(index.columns["length"])
+    far = tf.constant(np.iinfo(np.int64).max)
 
     def read(row):
         begin_M, length_M = begin_NxM[row], tf.cast(length_NxM[row], tf.int64)
         for i, name in enumerate(wanted):
-            require(length_M[i] >= 0, f"no {name}: no member ends in .{' or .'.join(wanted[name])}")
+            if name not in optional:
+                require(length_M[i] >= 0, f"no {name}: no member ends in {_dotted(wanted[name])}")
         # Members of a sample are adjacent, so one range contains all of them.
-        first = tf.reduce_min(begin_M)
+        first = tf.reduce_min(tf.where(begin_M < 0, far, begin_M))
         span = fetch(index.file_in_graph(row), first, tf.reduce_max(begin_M + length_M) - first)
-        return {name: tf.strings.substr(span, begin_M[i] - first, length_M[i]) for i, name in enumerate(wanted)}
+        begin_M, length_M = tf.maximum(begin_M - first, 0), tf.maximum(length_M, 0)
+        return {name: tf.strings.substr(span, begin_M[i], length_M[i]) for i, name in enumerate(wanted)}
 
-    return Members(index, read)
+    def read_one(row, name):
+        i = list(wanted).index(name)
+        return fetch(index.file_in_graph(row), begin_NxM[row, i], tf.cast(length_NxM[row, i], tf.int64))
+
+    return Members(index, read, read_one)
 
 
-def _scan(wanted: Mapping[str, tuple[str, ...]], data: Bytes, size: int, path: str) -> Scan:
-    place = {ending: (i, rank) for i, endings in enumerate(wanted.values()) for rank, ending in enumerate(endings)}
-    begins, lengths = [], []  # flat: one entry per kind of member for each sample
-    key, ranks, torn = None, [], None
+def _named(kind):
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+
+
+def _dotted(endings):
+    return " or ".join(f".{ending}" for ending in endings)
+
+
+def _gunzipped(text):
+    return tf.cond(
+        tf.strings.substr(text, 0, 2) == b"\x1f\x8b",
+        lambda: tf.io.decode_compressed(text, "GZIP"),
+        lambda: text,
+    )
+
+
+def _scan(wanted: Mapping[str, tuple[str, ...]], optional: tuple[str, ...], data: Bytes, size: int, path: str) -> Scan:
+    pairing, torn = Pairing(wanted, optional), None
     try:
-        for name, begin, length in _members(data, size, path):
-            stem, ending = _split(name)
-            if not stem:
-                continue  # a hidden file
-            if stem != key:
-                key, ranks = stem, [len(place)] * len(wanted)
-                begins += [_ABSENT] * len(wanted)
-                lengths += [_ABSENT] * len(wanted)
-            i, rank = place.get(ending, (0, len(place)))
-            if rank < ranks[i]:
-                at = len(begins) - len(wanted) + i
-                begins[at], lengths[at], ranks[i] = begin, length, rank
+        for member in _members(data, size, path):
+            pairing.add(*member)
     except _TornError as error:
         torn = error
+    samples, apart = pairing.finish()
     shape = (-1, len(wanted))
-    begin_NxM, length_NxM = np.array(begins, np.int64).reshape(shape), np.array(lengths, np.int32).reshape(shape)
-    # A sample without any of the wanted members (only a .json, a readme) is dropped.
-    some = (length_NxM >= 0).any(axis=1)
-    found: dict[str, np.ndarray] = {"begin": begin_NxM[some], "length": length_NxM[some]}
-    if not torn:
-        return Scan(found)
-    if torn.cut_off:
-        return Scan(found, Lost(path, f"{torn}; everything after it is lost", 1))
-    samples = max(1, round((size - torn.at) * some.sum() / torn.at)) if torn.at else 1
-    return Scan(found, Lost(path, f"{torn}; the {size - torn.at:,} bytes from there are lost", samples))
+    found: dict[str, np.ndarray] = {
+        "begin": np.array([sample.begins for sample in samples], np.int64).reshape(shape),
+        "length": np.array([sample.lengths for sample in samples], np.int32).reshape(shape),
+    }
+    lost = []
+    if apart:
+        names = " and ".join(name for name in wanted if name not in optional)
+        reason = f"members of one key ({names}) are not adjacent; write the tar again with tar --sort=name"
+        lost.append(Lost(path, reason, apart))
+    if torn and torn.cut_off:
+        lost.append(Lost(path, f"{torn}; everything after it is lost", 1))
+    elif torn:
+        estimate = max(1, round((size - torn.at) * len(samples) / torn.at)) if torn.at else 1
+        lost.append(Lost(path, f"{torn}; the {size - torn.at:,} bytes from there are lost", estimate))
+    return Scan(found, tuple(lost))
 
 
 class _TornError(Exception):
@@ -198,21 +249,14 @@ def _pax_records(data):
     return records
 
 
-def _split(name):
-    """folder/00012.jpg -> folder/00012, jpg; an empty stem for hidden files."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, ending = base.partition(".")
-    return folder + slash + stem if stem else "", ending.lower()
-
-
 @functools.lru_cache(8)
-def _keys_by_begin(path, size):
-    """First byte of a member -> key. The index does not store names, to save memory."""
+def _names_by_begin(path, size):
+    """First byte of a member -> its name. The index does not store names, to save memory."""
     found = {}
     with open_slices(path, size) as data:
         try:
             for name, begin, _ in _members(data, size, path):
-                found[begin] = _split(name)[0]
+                found[begin] = name
         except _TornError:
             pass
     return found

@@ -154,16 +154,14 @@ def _scan(data: Bytes, size: int, path: str) -> Scan:
     head_Nx12 = np.frombuffer(b"".join(heads), np.uint8).reshape(-1, 12)
     stored = head_Nx12[:, 8:].copy().view("<u4")[:, 0]
     wrong = np.flatnonzero(stored != _masked_crc32c(head_Nx12[:, :8]))
-    lost = None
+    lost: tuple[Lost, ...] = ()
     if len(wrong):  # everything found after it is at wrong offsets
         at = begins[wrong[0]]
         begins, head_Nx12 = begins[: wrong[0]], head_Nx12[: wrong[0]]
-        reason = (
-            f"the checksum of a record's length is wrong at byte {at}; the {size - at:,} bytes from there are lost"
-        )
-        lost = Lost(path, reason, max(1, round((size - at) * len(begins) / at)) if at else 1)
+        reason = f"the checksum of a record's length is wrong at byte {at}; the {size - at:,} bytes from there are lost"
+        lost = (Lost(path, reason, max(1, round((size - at) * len(begins) / at)) if at else 1),)
     elif at < size:
-        lost = Lost(path, f"truncated inside the record at byte {at}; it and everything after it are lost", 1)
+        lost = (Lost(path, f"truncated inside the record at byte {at}; it and everything after it are lost", 1),)
     columns = dict(begin=np.array(begins, np.int64), length=head_Nx12[:, :8].copy().view("<i8").reshape(-1))
     return Scan(columns, lost)
 

@@ -1,6 +1,7 @@
 """One configuration key: its default, and which values it takes. keys.py declares them with the functions here."""
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ def real(
     return _key(default, convert, "a number" + (f" {said}" if said else ""))
 
 
-def boolean(default: bool) -> Key:
+def boolean(default: bool | None) -> Key:
     """True or False."""
 
     def convert(value):
@@ -104,15 +105,33 @@ def string(default: str | None, optional: bool = False) -> Key:
     return _key(default, _string, "a string", optional)
 
 
+def path(default: str | None) -> Key:
+    """A path; ~ is the home folder."""
+    return _key(default, lambda value: os.path.expanduser(_string(value)), "a path")
+
+
+def encoding(default: str | None) -> Key:
+    """The name of an encoding of text that Python knows."""
+
+    def convert(value):
+        try:
+            "".encode(_string(value))
+        except LookupError:
+            raise ValueError from None
+        return value
+
+    return _key(default, convert, "an encoding, such as utf-8, latin-1 or gb18030")
+
+
 def character(default: str | None) -> Key:
     """One character; a tab may be written \\t, as shells pass it on, or tab."""
 
     def convert(value):
         value = {"\\t": "\t", "tab": "\t"}.get(value, value)
-        _require(len(_string(value)) == 1)
+        _require(len(_string(value)) == 1 and value not in '"\r\n')
         return value
 
-    return _key(default, convert, "one character (a tab: \\t)")
+    return _key(default, convert, "one character (a tab: \\t), no quotation mark or line end")
 
 
 def choice(default: Any, *choices: Any) -> Key:
@@ -156,12 +175,12 @@ def paths(default: Any) -> Key:
     def convert(value):
         if isinstance(value, list | tuple):
             _require(bool(value) and all(isinstance(each, str) and each for each in value))
-            return tuple(value)
+            return tuple(map(os.path.expanduser, value))
         if isinstance(value, int):
             _require(_integer(value) > 0)
         else:
             _require(bool(value) and (isinstance(value, str | Mapping) or hasattr(value, "to_dict")))
-        return value
+        return os.path.expanduser(value) if isinstance(value, str) else value
 
     expected = "a path, a list of paths, a number of scenes above 0, or a mixture {name: {path: ...}}"
     return _key(default, convert, expected)

@@ -9,8 +9,10 @@ from rankclip_jax.config.key import (
     boolean,
     character,
     choice,
+    encoding,
     integer,
     pair,
+    path,
     paths,
     real,
     reals,
@@ -44,20 +46,25 @@ MIXTURE_PART = dict(
     format=choice(None, *FORMATS),  # as config.data.format
     image_key=string(None),  # as config.data.image_key
     caption_key=string(None),  # as config.data.caption_key
+    captions_per_line=boolean(None),  # as config.data.captions_per_line
     delimiter=character(None),  # as config.data.delimiter
-    data_dir=string(None),  # as config.data.data_dir
+    encoding=encoding(None),  # as config.data.encoding
+    image_folder=path(None),  # as config.data.image_folder
+    data_dir=path(None),  # as config.data.data_dir
 )
 # One labelled set for zero-shot classification (config.eval.zero_shot.NAME).
 ZERO_SHOT_SET = dict(
-    # csv | folder | clip_benchmark | tfds | shapes (input_pipeline/labelled.py)
+    # csv (any table) | folder | clip_benchmark | tfds | shapes (input_pipeline/labelled.py)
     format=choice("csv", "folder", "clip_benchmark", "tfds", "shapes"),
     path=paths(None),  # the file or folder; tfds: "NAME:SPLIT"; shapes: "seen" or "held_out", also "seen:COUNT"
-    image_key=string("image"),  # csv: the column of paths, relative to the file
-    label_key=string("label"),  # csv: the column of class numbers, starting at 0
-    delimiter=character(","),  # csv; a .tsv has tabs
-    data_dir=string(None),  # tfds: where the sets were prepared; None: TFDS's default
-    classes=string(None),  # JSON list of class names, in label order; None: those of the set or the protocol
-    templates=string(None),  # JSON list of prompts with {}; None: the same, or "a photo of a {}."
+    image_key=string(None),  # csv: the column of paths; None: image or file_name
+    label_key=string("label"),  # csv: the column of class names, or of class numbers, starting at 0
+    image_folder=path(None),  # csv: as config.data.image_folder
+    delimiter=character(","),  # csv: as config.data.delimiter
+    encoding=encoding(None),  # csv: as config.data.encoding
+    data_dir=path(None),  # tfds: where the sets were prepared; None: TFDS's default
+    classes=path(None),  # JSON list of class names, in label order; None: those of the set or the protocol
+    templates=path(None),  # JSON list of prompts with {}; None: the same, or "a photo of a {}."
     protocol=choice(None, "openai", "simple"),  # openai | simple: class names and prompts of evaluation/protocols
     protocol_set=string(None),  # the set's name in the protocol; None: NAME
     hint=string(None),  # message for users who do not have the data
@@ -69,14 +76,15 @@ LINEAR_PROBE_SET = ZERO_SHOT_SET | dict(
 )
 # One set of images with captions (config.eval.retrieval.NAME).
 CAPTIONED_SET = dict(
-    # csv (the rows of one image are its captions) | clip_benchmark | tfds | shapes
+    # csv (any table; the rows of one image are its captions) | clip_benchmark | tfds | shapes
     format=choice("csv", "clip_benchmark", "tfds", "shapes"),
     path=paths(None),  # the file or folder; tfds: "NAME:SPLIT"; shapes: a number of scenes
-    image_key=string("image"),  # csv: the column of paths
-    caption_key=string("caption"),  # csv: the column of captions
-    image_folder=string(None),  # csv: folder of the images, relative to the file
-    delimiter=character(","),  # csv; a .tsv has tabs
-    data_dir=string(None),  # tfds: where the sets were prepared; None: TFDS's default
+    image_key=string(None),  # csv: the column of paths; None: image or file_name
+    caption_key=string(None),  # csv: the column of captions; None: caption or text
+    image_folder=path(None),  # csv: as config.data.image_folder
+    delimiter=character(","),  # csv: as config.data.delimiter
+    encoding=encoding(None),  # csv: as config.data.encoding
+    data_dir=path(None),  # tfds: where the sets were prepared; None: TFDS's default
     hint=string(None),  # message for users who do not have the data
 )
 # The same for config.eval.geometry.NAME.
@@ -97,7 +105,7 @@ KEYS = dict(
     epochs=integer(32, 1),  # passes over the training data. [o]; [p] [c] 64
     steps=integer(None, 1),  # number of steps, instead of `epochs`
     # start from a workdir, export, OpenAI or RankCLIP .pt, open_clip or Hugging Face model; or a hub id
-    init_from=string(None),
+    init_from=path(None),
     init_towers=choice("both", "vision", "text"),  # both | vision | text: the towers to take from `init_from`
     init_skip=strings(()),  # regexes over parameters (visual/proj ...) that are initialised fresh
     log_every=integer(50, 1),  # steps between log lines
@@ -143,7 +151,7 @@ KEYS = dict(
     tokenizer=dict(
         # tokenizer.json, its folder (or vocab.json and merges.txt), or a Hugging Face hub id; None: train one on the
         # captions
-        path=string(None),
+        path=path(None),
         vocab_size=integer(4096, 2),  # largest vocabulary of the trained tokenizer
     ),
     optim=dict(
@@ -168,21 +176,29 @@ KEYS = dict(
         layer_lr_decay=real(None, above=0, high=1),
     ),
     data=dict(
-        format=choice("shapes", *FORMATS),  # csv | tfrecord | webdataset | folder | parquet | tfds | shapes
+        # csv (also tsv, .jsonl, COCO's captions) | tfrecord | webdataset | folder | parquet | tfds | shapes
+        format=choice("shapes", *FORMATS),
         # A path, {00000..00331} range, glob, folder or list of these, also gs://; tfds: NAME:SPLIT; shapes: the
         # number of scenes per epoch. Or a mixture: name -> fields of MIXTURE_PART.
         train=paths(None),
         val=paths(None),  # the same, for the validation loss; None: none. Every row of a mixture is used once
         hint=string(None),  # message for users who do not have the data
-        # Column, feature or member extension; of several, the first that a sample has. None: csv and parquet:
-        # image; tfrecord and webdataset: jpg, jpeg, png or webp; tfds: its image feature.
+        # Column, feature or member extension; of several, the first that a sample has. None: csv: image or file_name;
+        # parquet: image or jpg; tfrecord: jpg, jpeg, png or webp; webdataset: any image; tfds: its image feature.
         image_key=string(None),
-        # None: caption; shards: txt or caption; tfds: its caption, captions, or a text
+        # None: csv: caption or text; shards: txt or caption; tfds: its caption, captions, or a text. webdataset,
+        # parquet and .jsonl: also a path inside JSON, such as json:caption
         caption_key=string(None),
+        captions_per_line=boolean(False),  # each line of a text is a caption of its own
         delimiter=character(","),  # csv; a .tsv has tabs
-        data_dir=string(None),  # tfds: where the sets were prepared; None: TFDS's default
+        # of a csv without a byte order mark, and of .txt files; what it cannot decode is a bad sample. None: UTF-8, and
+        # a csv in any other is refused
+        encoding=encoding(None),
+        # csv: folder of the images, relative to the file; None: the file's own
+        image_folder=path(None),
+        data_dir=path(None),  # tfds: where the sets were prepared; None: TFDS's default
         # for offsets of shards and unpacked Parquet; None: next to the data, or ~/.cache
-        cache_dir=string(None),
+        cache_dir=path(None),
         # share of the image's area that a training crop covers
         crop_scale=pair((0.9, 1.0), "(low, high) with 0 < low <= high <= 1", lambda low, high: 0 < low <= high <= 1),
         flip=boolean(False),  # mirror half of the training images
@@ -194,7 +210,7 @@ KEYS = dict(
         canvas=integer(None, 1),
         # also a second window and an edited caption of each sample ("inmodal"). [y] [c]
         two_views=boolean(False),
-        synonyms=string(None),  # JSON table of words for the edited captions: {"sofa": ["couch"]}
+        synonyms=path(None),  # JSON table of words for the edited captions: {"sofa": ["couch"]}
         # use the readable part of a truncated JPEG, grey below, as a good sample
         recover_truncated=boolean(False),
         max_bad_fraction=real(0.1, 0, 1),  # stop when the share of unusable samples exceeds this
@@ -207,7 +223,7 @@ KEYS = dict(
         diagnostics=boolean(False),
         zero_shot={},  # name -> fields of ZERO_SHOT_SET
         suite=strings(None),  # "all" or names of evaluation/suite.py: published zero-shot sets in data_dir
-        data_dir=string(None),  # the folder with the sets of config.eval.suite
+        data_dir=path(None),  # the folder with the sets of config.eval.suite, or the one set's own folder
         retrieval={},  # name -> fields of CAPTIONED_SET
         linear_probe={},  # name -> fields of LINEAR_PROBE_SET
         geometry={},  # name -> fields of GEOMETRY_SET
@@ -216,7 +232,7 @@ KEYS = dict(
             # Zero-shot sets that show the same classes differently.
             shifted=strings(("imagenet_v2", "imagenet_sketch", "imagenet_a", "imagenet_r")),
             # JSON {"imagenet_a": [[reference, shifted], ...], ...} of standard models
-            baselines=string(None),
+            baselines=path(None),
         ),
         every=dict(
             # epochs between evaluations during training; None: in --mode=eval only
@@ -225,10 +241,10 @@ KEYS = dict(
             geometry=integer(1, 1, optional=True),  # the same
         ),
         # --mode=eval: what to evaluate instead of the workdir's checkpoint: any path or hub id that init_from takes
-        model=string(None),
+        model=path(None),
     ),
     checkpoint=dict(
-        folder=string(None),  # None: WORKDIR/checkpoints; or a bucket: gs://BUCKET/RUN
+        folder=path(None),  # None: WORKDIR/checkpoints; or a bucket: gs://BUCKET/RUN
         every_steps=integer(None, 1),  # None: at the end of every epoch only
         keep=integer(2, 1),  # number of latest checkpoints kept
         # also save at every multiple of this number of steps, and keep these permanently

@@ -57,14 +57,14 @@ def from_protocol(protocol: str, set_name: str, label_names: list[str]) -> Promp
     Args:
       protocol: one of PROTOCOLS.
       set_name: the set's name in the protocol's file, for example "imagenet_a".
-      label_names: the source's label names in label order. If it has only numbers, "0", "1" ..., they are assumed to
-        be in the protocol's (TFDS's) order.
+      label_names: the source's label names in label order. If it has only numbers, "0", "1" ... (also "000", "001"),
+        they are assumed to be in the protocol's (TFDS's) order.
 
     Raises:
       InputError: unknown protocol or set, or a label name that is not in its table.
     """
     table, only, templates = _set_of(protocol, set_name)
-    if label_names == [str(i) for i in range(len(label_names))]:
+    if _numbered(label_names):
         if len(label_names) != len(table):
             raise InputError(
                 f"{set_name} has {len(label_names)} numbered classes, but protocol {protocol!r} names {len(table)}"
@@ -80,6 +80,22 @@ def from_protocol(protocol: str, set_name: str, label_names: list[str]) -> Promp
     class_of = {key: number for number, key in enumerate(keys)}
     class_of_label = np.array([class_of.get(name, -1) for name in label_names], np.int32)
     return Prompts([table[key] for key in keys], list(templates), class_of_label, keys)
+
+
+def knows(protocol: str, set_name: str, label_names: list[str]) -> bool:
+    """Whether these can be label names of a set: all are in the protocol's table, or they are its numbers."""
+    table = _set_of(protocol, set_name)[0]
+    return set(label_names) <= set(table) or (len(label_names) == len(table) and _numbered(label_names))
+
+
+def templates_of(protocol: str, set_name: str) -> list[str] | None:
+    """The prompts of a protocol for a set; None if it does not have the set."""
+    sets = load_protocol(load_protocol(protocol).get("names_of", protocol))["sets"]
+    return list(_set_of(protocol, set_name)[2]) if set_name in sets else None
+
+
+def _numbered(names: list[str]) -> bool:
+    return all(name.isascii() and name.isdigit() for name in names) and list(map(int, names)) == list(range(len(names)))
 
 
 def _set_of(protocol: str, set_name: str) -> tuple[dict, frozenset | None, list]:

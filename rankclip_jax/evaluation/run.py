@@ -145,13 +145,33 @@ def _without(missing: Mapping[str, str], kind: str, rows: dict) -> dict:
 
 
 def prompts_of(name: str, spec: ConfigDict, found: Any) -> prompts.Prompts:
-    """Class names and prompts of a set of config.eval.zero_shot; `found`: labelled.open_labelled's."""
-    if spec.protocol and not (spec.classes or found.from_file):
-        given = prompts.from_protocol(spec.protocol, spec.protocol_set or name, found.names)
-        return (
-            dataclasses.replace(given, templates=prompts.check_templates(found.templates)) if spec.templates else given
+    """Class names and prompts of a set of config.eval.zero_shot; `found`: labelled.open_labelled's.
+
+    WordNet ids get ImageNet's names and prompts also without a protocol.
+    """
+    protocol, set_name = spec.protocol, spec.protocol_set or name
+    if spec.classes or found.from_file:
+        own = protocol and not found.templates and prompts.templates_of(protocol, set_name)
+        return prompts.plain(found.names, own or found.templates)
+    wordnet = found.names[0].startswith("n0") and prompts.knows("openai", "imagenet", found.names)
+    if not protocol and wordnet:
+        protocol, set_name = "openai", "imagenet"
+    if not protocol:
+        return prompts.plain(found.names, found.templates)
+    given = prompts.from_protocol(protocol, set_name, found.names)
+    if wordnet:
+        _tell_classes(name, found, given)
+    return dataclasses.replace(given, templates=prompts.check_templates(found.templates)) if spec.templates else given
+
+
+def _tell_classes(name: str, found: Any, given: prompts.Prompts) -> None:
+    labels = found.source.labels
+    shown = len(given.names) if labels is None else len(np.unique(labels))
+    if shown < 1000 and processes.is_first():
+        print(
+            f"{name}: {shown:,} of ImageNet's 1,000 classes have pictures; ranked among {len(given.names):,}",
+            flush=True,
         )
-    return prompts.plain(found.names, found.templates)
 
 
 def _encoded(encoder: Encoder, source: Any, what: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

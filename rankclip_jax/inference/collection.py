@@ -55,8 +55,9 @@ def embed(model: Model, pictures: Pictures, out: Path, about: dict) -> None:
             _write_part(folder / f"{start}.npz", *_embed_rows(model, pictures, rows, threads))
             bar.update(len(rows))
 
-    bad = [line for start in starts for line in _load(folder, start)["bad"].tolist()]
-    if len(bad) == pictures.size:
+    lost = [json.dumps({"row": None, "where": where, "reason": reason}) for where, reason in pictures.lost]
+    bad = lost + [line for start in starts for line in _load(folder, start)["bad"].tolist()]
+    if len(bad) - len(lost) == pictures.size:
         raise InputError(f"none of the {pictures.size} images could be used; for example {_told(bad[0])}")
     if bad:
         lines = "".join(line + "\n" for line in bad)

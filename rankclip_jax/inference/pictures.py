@@ -1,11 +1,12 @@
-"""Collections of images with access by number: a folder, a csv, or shards."""
+"""Collections of images with access by number: a folder, a table, or shards."""
 
-import csv
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from rankclip_jax import config as configs
+from rankclip_jax.common import folders, tables
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS, opened
 
@@ -20,55 +21,60 @@ class Pictures:
       size: number of images.
       name: i -> a readable name of image i.
       image: i -> image i as a path or a PIL image; raises InputError if it cannot be read.
+      lost: (where, reason) of what has no number: bad rows of a table, unreachable samples of shards.
     """
 
     size: int
     name: Callable[[int], str]
     image: Callable[[int], object]
+    lost: tuple[tuple[str, str], ...] = ()
 
 
-def open_pictures(data: str, image_key: str | None = None, delimiter: str = ",") -> Pictures:
+def open_pictures(
+    data: str, image_key: str | None = None, delimiter: str = ",", encoding: str | None = None
+) -> Pictures:
     """Opens a collection.
 
     Args:
-      data: a folder (all images below it, by name), a .csv or .tsv with a column of paths relative to the file, or
-        shards: a .tar, .tfrecord or .parquet, also as a glob or {00000..00099} range. Shards need TensorFlow.
+      data: a folder (all images below it, by name), a table with a column of paths relative to the file
+        (common/tables.py), or shards: a .tar, .tfrecord or .parquet, also as a glob or {00000..00099} range. They need
+        TensorFlow.
       image_key: column, feature or member of the image; None: the format's default.
-      delimiter: of a csv.
+      delimiter, encoding: of a table, as tables.read_table.
 
     Raises:
       InputError: no images, or an unknown kind.
     """
+    data = os.path.expanduser(data)
     path = Path(data)
     if path.is_dir():
         return _folder(path)
+    if data.lower().endswith(tables.ENDINGS):
+        return _table(data, image_key, delimiter, encoding)
     ending = path.suffix.lower()
-    if ending in (".csv", ".tsv"):
-        return _table(path, image_key or "image", "\t" if ending == ".tsv" else delimiter)
     if ending in _SHARDS:
         return _shards(data, _SHARDS[ending], image_key)
-    raise InputError(f"cannot open {data}. Expected a folder, a .csv or .tsv, or shards ({', '.join(_SHARDS)})")
+    known = f"a folder, a table ({', '.join(tables.ENDINGS)}), or shards ({', '.join(_SHARDS)})"
+    raise InputError(f"cannot open {data}. Expected {known}")
 
 
 def _folder(path: Path) -> Pictures:
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
+    files = folders.pictures_below(str(path))
     if not files:
         raise InputError(f"{path} has no images ({', '.join(ENDINGS)}); for shards give their pattern, {path}/*.tar")
-    return Pictures(len(files), lambda i: str(files[i].relative_to(path)), lambda i: files[i])
+    return Pictures(len(files), lambda i: files[i], lambda i: path / files[i])
 
 
-def _table(path: Path, image_key: str, delimiter: str) -> Pictures:
-    if not path.is_file():
-        raise InputError(f"no such file: {path}")
-    with open(path, newline="", encoding="utf-8") as lines:
-        reader = csv.DictReader(lines, delimiter=delimiter)
-        if image_key not in (reader.fieldnames or ()):
-            columns = ", ".join(reader.fieldnames or ()) or "none"
-            raise InputError(f"{path} has no column {image_key!r}; its columns are: {columns}. Set --image-key")
-        names = [row[image_key] or "" for row in reader]
-    if not names:
-        raise InputError(f"{path} has no rows after its header")
-    return Pictures(len(names), lambda i: names[i], lambda i: path.parent / names[i])
+def _table(file: str, image_key: str | None, delimiter: str, encoding: str | None) -> Pictures:
+    keys = (image_key,) if image_key else tables.IMAGE_KEYS
+    table = tables.read_table(file, keys, None, delimiter=delimiter, encoding=encoding)
+    names = table.images
+
+    def name(row):
+        return names[row].as_py()
+
+    lost = tuple((f"{file} row {number}", reason) for number, reason in table.bad)
+    return Pictures(len(names), name, lambda row: Path(tables.image_path(table.folder, name(row))), lost)
 
 
 def _shards(pattern: str, kind: str, image_key: str | None) -> Pictures:
@@ -78,4 +84,5 @@ def _shards(pattern: str, kind: str, image_key: str | None) -> Pictures:
     source = sources.open_source(spec, pattern, image_side=0)
     read = encoded_images.reader(source)
 
-    return Pictures(source.size, source.where, lambda i: opened(read(i)))
+    lost = tuple((one.where, one.reason) for one in source.lost)
+    return Pictures(source.size, source.where, lambda i: opened(read(i)), lost)

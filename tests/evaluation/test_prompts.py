@@ -66,10 +66,10 @@ def test_names_follow_the_sources_order_whatever_it_is():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, (tfds, _) in suite.SETS.items() if tfds])
+@pytest.mark.parametrize("name", [name for name, published in suite.SETS.items() if published.tfds])
 def test_the_tables_are_in_the_order_of_the_tfds_builders(name, tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")
-    label = tfds.builder(suite.SETS[name][0].split(":")[0], data_dir=str(tmp_path)).info.features["label"]
+    label = tfds.builder(suite.SETS[name].tfds.split(":")[0], data_dir=str(tmp_path)).info.features["label"]
     assert label.num_classes == len(table(name))
     # CIFAR, STL10 and SVHN say numbers until they are prepared.
     assert label.names in (list(table(name)), [str(i) for i in range(label.num_classes)])

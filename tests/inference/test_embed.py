@@ -154,10 +154,15 @@ def test_what_is_wrong_is_one_line(run, model, folder, tmp_path, monkeypatch):
     out = tmp_path / "e.npz"
     refused(r"empty has no images .*for shards give their pattern", tmp_path / "empty", "--out", out)
     refused(r"^error: no such file: .*gone\.csv$", tmp_path / "gone.csv", "--out", out)
-    refused(r"a\.csv has no column 'image'; its columns are: picture, caption", tmp_path / "a.csv", "--out", out)
+    refused(
+        r"a\.csv has no column 'image' or 'file_name'; its columns are: picture, caption",
+        tmp_path / "a.csv",
+        "--out",
+        out,
+    )
     refused(r"b\.csv has no rows", tmp_path / "b.csv", "--out", out)
     refused(r"none of the 1 images could be used; for example gone\.png: ", tmp_path / "c.csv", "--out", out)
-    refused(r"cannot open photo\.heic\. Expected a folder, a \.csv or \.tsv, or shards", "photo.heic", "--out", out)
+    refused(r"cannot open photo\.heic\. Expected a folder, a table \(.csv, .csv.gz, .tsv, ", "photo.heic", "--out", out)
     refused(r"unknown extension\. Expected \.npz or \.parquet", folder, "--out", tmp_path / "e.csv")
     refused(r"^error: no such file: .*other\.npz$", tmp_path / "other.npz", "--search", "a")
     (tmp_path / "other.npz").write_bytes(b"PK\x03\x04")
@@ -199,3 +204,17 @@ def test_shards_give_what_the_folder_gives(model, workdir, folder, tmp_path):
     np.testing.assert_allclose(stored.z, expected, atol=1e-5)
     with pytest.raises(InputError, match="no"):
         open_pictures(str(tmp_path / "9*.tar"))
+
+
+def test_bad_rows_of_a_table_are_listed(run, folder, tmp_path):
+    names = names_below(folder)
+    lines = [f"{name}|x" if i != 4 else f"{name}|x|y" for i, name in enumerate(names)]
+    (folder / "a.csv").write_bytes("\n".join(["image|caf\xe9", *lines, ""]).encode("latin-1"))
+    run(folder / "a.csv", "--out", tmp_path / "e.npz", "--encoding", "latin-1")
+    assert len(store.read(tmp_path / "e.npz").names) == 10
+    (line,) = (tmp_path / "e.npz.bad_samples.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "row": None,
+        "where": f"{folder}/a.csv row 4",
+        "reason": "wrong number of fields: 3, and the header has 2; a text with '|' in it needs quotation marks",
+    }

@@ -170,7 +170,7 @@ def test_wrong_input_says_what_and_where(tmp_path, captioned):
     with pytest.raises(InputError, match=r"data.csv has no column 'title'; its columns are: image, caption"):
         sources.open_source(ConfigDict(KEYS | dict(caption_key="title")), captioned, image_side=8)
     (tmp_path / "empty.csv").write_text("")
-    with pytest.raises(InputError, match=r"empty.csv has no column 'image'; its columns are: none"):
+    with pytest.raises(InputError, match=r"empty.csv is empty"):
         sources.open_source(SPEC, tmp_path / "empty.csv", image_side=8)
     (tmp_path / "header.csv").write_text("image,caption\n")
     with pytest.raises(InputError, match=r"header.csv has no rows"):

@@ -94,12 +94,14 @@ def test_empty_captions_are_named(layout, tmp_path):
     assert bad == {1: "empty caption", 3: "empty caption"}
 
 
-def test_captions_that_are_not_utf8_are_repaired(tmp_path):
+def test_captions_that_are_not_utf8_are_bad_rows_or_decoded_as_told(tmp_path):
     with tf.io.TFRecordWriter(str(tmp_path / "0.tfrecord")) as out:
         for image, _ in samples(4):
             out.write(example(jpg=image, txt=b"caf\xe9 \xff\xfe"))
     good, bad = outcomes(opened("tfrecord", tmp_path))
-    assert {caption for _, caption in good.values()} == {"caf\ufffd \ufffd\ufffd"} and bad == {}
+    assert good == {} and set(bad.values()) == {"the caption is not UTF-8 (see config.data.encoding)"}
+    good, bad = outcomes(opened("tfrecord", tmp_path, encoding="latin-1"))
+    assert {caption for _, caption in good.values()} == {"caf\xe9 \xff\xfe"} and bad == {}
 
 
 # Images
@@ -269,7 +271,7 @@ def test_torn_tars_lose_their_tail_and_say_so(tmp_path):
         good, bad = outcomes(source)
         assert good == dict(enumerate(made[: 20 + complete]))
         # Of the last one there may be the image without the caption.
-        assert bad in ({}, {20 + complete: "no caption: no member ends in .txt or .caption"})
+        assert bad in ({}, {20 + complete: "no caption: no member ends in .txt or .caption or .txt.gz or .caption.gz"})
         assert len(source.lost) == 1 and source.lost[0].where == str(shard), kept
 
 

@@ -1,0 +1,91 @@
+"""CLIP_benchmark's WebDataset layout: classnames.txt, zeroshot_classification_templates.txt, test/nshards.txt, and
+test/0.tar ... with an image and .cls (or .txt, one caption per line) per sample."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from input_pipeline.sources import Source, tar
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.pictures import ENDINGS
+
+
+def labels(path: str, hint: str) -> tuple[Source, list[str] | None, list[str] | None]:
+    """(images with "label", class names or None, prompts or None) of the set in a folder, or of one of its splits.
+
+    Raises:
+      InputError: another layout, or a label that is no number.
+    """
+    root, members, classes = _shards(path, "cls", hint)
+    labels_N = np.array([_class_number(text, members, row) for row, text in enumerate(classes)], np.int32)
+
+    def read(row):
+        sample = members.read(row)
+        number = tf.strings.to_number(tf.strings.strip(sample["cls"]), tf.int32)
+        return {"image": sample["image"], "caption": "", "label": number}
+
+    names, templates = (_lines(root / f) for f in ("classnames.txt", "zeroshot_classification_templates.txt"))
+    templates = templates and [template.replace("{c}", "{}") for template in templates]
+    return _source(members, read, labels_N), names, templates
+
+
+def captions(path: str, hint: str) -> tuple[Source, list[list[str]]]:
+    """(images, the captions of each). Raises as above."""
+    _, members, texts = _shards(path, "txt", hint)
+
+    def read(row):
+        return {"image": members.read(row)["image"], "caption": ""}
+
+    return _source(members, read), [text.split("\n") for text in texts]
+
+
+def _shards(path: str, text_member: str, hint: str) -> tuple[Path, tar.Members, list[str]]:
+    """(the set's folder, its images and text members, the texts)"""
+    root = Path(path)
+    split, root = (root, root.parent) if (root / "nshards.txt").is_file() else (root / "test", root)
+    counted = split / "nshards.txt"
+    if not counted.is_file():
+        raise InputError(f"no such file: {counted}; CLIP_benchmark's layout needs it{hint}")
+    text = counted.read_text()
+    if not text.strip().isdigit() or int(text) < 1:
+        raise InputError(f"{counted}: expected the number of shards; got {text[:20]!r}")
+    shards = [split / f"{number}.tar" for number in range(int(text))]
+    lacking = [shard for shard in shards if not shard.is_file()]
+    if lacking:
+        raise InputError(f"no such file: {lacking[0]}, one of the {len(shards)} shards of {counted}")
+    shards = [str(shard) for shard in shards]
+    endings = {"image": tuple(suffix[1:] for suffix in ENDINGS), text_member: (text_member,)}
+    members = tar.open_members(shards, endings)
+    whole = (members.index.columns["length"] >= 0).all(axis=1)
+    if not whole.all():
+        where = members.where(int(np.flatnonzero(~whole)[0]))
+        raise InputError(f"{where} has no image or no .{text_member}")
+    # The texts are opened separately, so that reading them does not read the images between them.
+    texts = tar.open_members(shards, {text_member: (text_member,)})
+    rows = tf.data.Dataset.range(texts.index.size).map(lambda row: texts.read(row)[text_member])
+    found = []
+    for text in rows.as_numpy_iterator():
+        try:
+            found.append(text.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            where = texts.where(len(found))
+            raise InputError(f"{where}: .{text_member} is not UTF-8 at byte {error.start}; write it as UTF-8") from None
+    return root, members, found
+
+
+def _source(members: tar.Members, read: Callable, labels_N: np.ndarray | None = None) -> Source:
+    lost = tuple(members.index.lost)
+    return Source(members.index.size, read, members.where, captions=lambda: (), labels=labels_N, lost=lost)
+
+
+def _class_number(text: str, members: tar.Members, row: int) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{members.where(row)}: expected a class number in .cls; got {text[:20]!r}") from None
+
+
+def _lines(path: Path) -> list[str] | None:
+    return path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else None

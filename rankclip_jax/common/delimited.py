@@ -1,0 +1,330 @@
+"""csv by RFC 4180, and tsv. pyarrow reads regular files, Python's csv the others, row by row.
+
+A file is regular if every quotation mark is where RFC 4180 allows it. In any file each row is either good, or bad with
+a reason: more or fewer fields than the header, a byte that cannot be decoded, a mark that is not closed.
+"""
+
+import contextlib
+import csv
+import io
+import itertools
+import re
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+
+from rankclip_jax.common.encoded_text import HALF, EncodedText
+from rankclip_jax.common.errors import InputError
+
+DELIMITERS = (",", ";", "\t", "|")
+_BLOCK = 64 << 20  # bytes read at a time
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+
+
+class Rows:
+    """Rows as they are read: `add` takes a good one, `bad` lists (number, reason) of the others."""
+
+    def __init__(self, columns: int):
+        self._values: list[list] = [[] for _ in range(columns)]
+        self._chunks: list[list[pa.Array]] = [[] for _ in range(columns)]
+        self.numbers: list[int] = []
+        self.bad: list[tuple[int, str]] = []
+
+    def add(self, number: int, values: Sequence[str]) -> None:
+        for column, value in zip(self._values, values, strict=True):
+            column.append(value)
+        self.numbers.append(number)
+        if len(self._values[0]) == 100_000:  # Arrow's strings take a fraction of the memory of Python's
+            self._flush()
+
+    def columns(self) -> list[pa.Array]:
+        self._flush()
+        return [pa.concat_arrays(chunks) for chunks in self._chunks]
+
+    def _flush(self) -> None:
+        for values, chunks in zip(self._values, self._chunks, strict=True):
+            chunks.append(pa.array(values, pa.large_string()))
+            values.clear()
+
+
+class _Header(NamedTuple):
+    """Attributes: lines: number of lines down to its end; names: of its columns, without blanks and without unnamed
+    ones at the end; blanks: there is a blank after each delimiter."""
+
+    lines: int
+    names: list[str]
+    blanks: bool
+
+
+def read_delimited(
+    file: str, text: EncodedText, delimiter: str, wanted: Sequence[tuple[str, ...]]
+) -> tuple[list[pa.Array], np.ndarray, list[tuple[int, str]]]:
+    """The wanted columns of the good rows, large_string; the numbers of these rows, int64; the bad rows and reasons.
+
+    Args:
+      delimiter: if only another of DELIMITERS gives the wanted columns, that one is taken, and the console says so.
+      wanted: for each column its possible names; the first that the header has is used.
+
+    Raises:
+      InputError: no such column, or what EncodedText.undecodable raises.
+    """
+    with _fields_of_any_size():
+        with text.open() as lines:
+            head = list(itertools.islice(lines, 100))
+        header = _header(head, delimiter)
+        places = _places(header, wanted)
+        if places is None:
+            others = [one for one in DELIMITERS if _places(_header(head, one), wanted) is not None]
+            if not others:
+                raise _no_column(file, header, wanted, delimiter)
+            print(f"{file}: its columns are separated by {others[0]!r}, not by {delimiter!r}", file=sys.stderr)
+            delimiter, header = others[0], _header(head, others[0])
+            places = _places(header, wanted) or []
+        quoted = delimiter != "\t" or _is_quoted(text.data, head[: header.lines])
+        if text.decodable:
+            body = _below(text.data, header.lines)
+            found = _regular(body, header, places, delimiter, quoted, text.undecodable)
+            if found is not None:
+                return found
+        with text.open() as lines:
+            for _ in range(header.lines):
+                next(lines)
+            rows = _row_by_row(lines, header, places, delimiter, quoted, text.undecodable)
+    return rows.columns(), np.array(rows.numbers, np.int64), rows.bad
+
+
+@contextlib.contextmanager
+def _fields_of_any_size() -> Iterator[None]:
+    limit = csv.field_size_limit(sys.maxsize)  # of the whole process
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _header(head: list[str], delimiter: str) -> _Header:
+    reader = csv.reader(head, delimiter=delimiter)
+    for fields in reader:
+        names = [name.strip() for name in fields]
+        while names and not names[-1]:
+            names.pop()
+        if names and not (len(names) == 1 and names[0].startswith("sep=")):  # Excel's line
+            return _Header(reader.line_num, names, len(fields) > 1 and all(f.startswith(" ") for f in fields[1:]))
+    return _Header(len(head), [], False)
+
+
+def _places(header: _Header, wanted: Sequence[tuple[str, ...]]) -> list[int] | None:
+    places = [next((header.names.index(key) for key in keys if key in header.names), -1) for keys in wanted]
+    return None if -1 in places else places
+
+
+def _no_column(file: str, header: _Header, wanted: Sequence[tuple[str, ...]], delimiter: str) -> InputError:
+    if not header.names:
+        return InputError(f"{file} is empty")
+    lacking = next(keys for keys in wanted if _places(header, [keys]) is None)
+    names = "".join(c if c.isprintable() else "?" for c in ", ".join(header.names))
+    return InputError(
+        f"{file} has no column {' or '.join(map(repr, lacking))}; its columns are: {names[:300]} (delimiter "
+        f"{delimiter!r})"
+    )
+
+
+def _below(data: Any, lines: int) -> memoryview:
+    """The bytes after so many lines."""
+    end = deque(itertools.islice(_LINE_END.finditer(data), lines), maxlen=1)
+    return memoryview(data)[end[0].end() if end else len(data) :]
+
+
+def _regular(
+    data: memoryview,
+    header: _Header,
+    places: list[int],
+    delimiter: str,
+    quoted: bool,
+    undecodable: Callable[[int, str], str],
+) -> tuple[list[pa.Array], np.ndarray, list[tuple[int, str]]] | None:
+    """What read_delimited returns, by pyarrow; None: the file is not regular."""
+    if not len(data):
+        return [pa.array([], pa.large_string()) for _ in places], np.zeros(0, np.int64), []
+    if quoted:
+        fields = _quoted_fields(data, delimiter)
+        if fields is None or (header.blanks and len(fields[0])):
+            return None
+    buffer = pa.py_buffer(data)
+    span = pa.py_buffer(np.array([0, len(data)], np.int64))
+    is_utf8 = not _not_utf8(pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, span, buffer]))
+    ragged: list[tuple[int, int, str]] = []
+
+    def skip(row):
+        ragged.append((row.number - 1, row.actual_columns, row.text))
+        return "skip"
+
+    wanted = [str(place) for place in dict.fromkeys(places)]
+    try:
+        table = pyarrow.csv.open_csv(
+            pa.BufferReader(buffer),
+            # Rows are numbered only with one thread.
+            pyarrow.csv.ReadOptions(
+                use_threads=False, block_size=_BLOCK, column_names=[str(i) for i in range(len(header.names))]
+            ),
+            pyarrow.csv.ParseOptions(
+                delimiter=delimiter,
+                quote_char='"' if quoted else False,
+                newlines_in_values=quoted,
+                invalid_row_handler=skip if is_utf8 else None,  # row.text must be
+            ),
+            pyarrow.csv.ConvertOptions(include_columns=wanted, column_types=dict.fromkeys(wanted, pa.large_binary())),
+        ).read_all()
+    except (pa.ArrowInvalid, ValueError):  # a ragged row that is not UTF-8, a delimiter that is not ASCII
+        return None
+    columns = [table[str(place)].combine_chunks() for place in places]
+    bad, empty, width = {}, [], len(header.names)
+    for number, count, line in ragged:
+        fields = next(csv.reader(io.StringIO(line, newline=""), **_dialect(delimiter, quoted, header.blanks)), [])
+        if count > width and not any(field.strip() for field in fields[width:]):
+            return None
+        if width > 1 and count == 1 and not line.strip():
+            empty.append(number)
+        else:
+            bad[number] = _ragged(count, width, delimiter, quoted)
+    numbers_N = np.delete(np.arange(len(table) + len(ragged)), [number for number, *_ in ragged])
+    numbers_N, given = (each - np.searchsorted(empty, each) for each in (numbers_N, np.array(list(bad), np.int64)))
+    bad = dict(zip(given.tolist(), bad.values(), strict=True))
+    wrong: dict[int, str] = {}
+    for column in [] if is_utf8 else columns:
+        for row in _not_utf8(column):
+            wrong.setdefault(row, column[row].as_py().decode("utf-8", "surrogateescape"))
+    if wrong:
+        for row, value in sorted(wrong.items()):
+            bad[int(numbers_N[row])] = undecodable(int(numbers_N[row]), value)
+        kept = np.delete(np.arange(len(table)), list(wrong))
+        columns, numbers_N = [column.take(kept) for column in columns], numbers_N[kept]
+    return [column.cast(pa.large_string()) for column in columns], numbers_N, sorted(bad.items())
+
+
+def _not_utf8(array: pa.Array, start: int = 0) -> list[int]:
+    """Which values of large_binary are not UTF-8."""
+    try:
+        array.cast(pa.large_string())
+        return []
+    except pa.ArrowInvalid:
+        if len(array) == 1:
+            return [start]
+    half = len(array) // 2
+    return _not_utf8(array[:half], start) + _not_utf8(array[half:], start + half)
+
+
+def _ragged(count: int, width: int, delimiter: str, quoted: bool) -> str:
+    hint = f"; a text with {delimiter!r} in it needs quotation marks" if count > width and quoted else ""
+    return f"wrong number of fields: {count}, and the header has {width}{hint}"
+
+
+def _dialect(delimiter: str, quoted: bool, blanks: bool) -> dict[str, Any]:
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    return dict(delimiter=delimiter, strict=True, skipinitialspace=blanks, quoting=quoting)
+
+
+def _row_by_row(
+    lines: Iterator[str],
+    header: _Header,
+    places: list[int],
+    delimiter: str,
+    quoted: bool,
+    undecodable: Callable[[int, str], str],
+) -> Rows:
+    rows, number, width = Rows(len(places)), -1, len(header.names)
+    for fields in _records(lines, delimiter, quoted, header.blanks):
+        if fields is None:
+            number += 1
+            rows.bad.append((number, "a quotation mark that is not closed at the end of its field"))
+            continue
+        if not fields or (width > 1 and len(fields) == 1 and not fields[0].strip()):
+            continue  # an empty line
+        number += 1
+        more = len(fields) > width
+        if len(fields) < width or (more and any(field.strip() for field in fields[width:])):
+            rows.bad.append((number, _ragged(len(fields), width, delimiter, quoted)))
+            continue
+        values = [fields[place] for place in places]
+        halves = [value for value in values if not value.isascii() and HALF.search(value)]
+        if halves:
+            rows.bad.append((number, undecodable(number, halves[0])))
+        else:
+            rows.add(number, values)
+    return rows
+
+
+def _records(lines: Iterator[str], delimiter: str, quoted: bool, blanks: bool) -> Iterator[list[str] | None]:
+    """Rows as lists of fields. None: a line with a quotation mark that opens a field and is not closed at its end.
+
+    Only that line is lost: reading continues with the next.
+    """
+    waiting: deque[str] = deque()
+    taken: list[str] = []  # lines of the current row
+
+    def feed():
+        while True:
+            line = waiting.popleft() if waiting else next(lines, None)
+            if line is None:
+                return
+            taken.append(line)
+            yield line
+
+    kind = _dialect(delimiter, quoted, blanks)
+    reader = csv.reader(feed(), **kind)
+    while True:
+        taken.clear()
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            waiting.extendleft(reversed(taken[1:]))
+            reader = csv.reader(feed(), **kind)
+            yield None
+
+
+def _quoted_fields(data: Any, delimiter: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """(first mark, last mark, whether there are marks between) of each quoted field; None: RFC 4180 is not kept."""
+    array, ends = np.frombuffer(data, np.uint8), [*delimiter.encode(), *b"\r\n"]
+    marks = _positions(array, '"')
+    if not len(marks):
+        return marks, marks, marks
+    if len(marks) % 2:
+        return None
+    opens, closes = marks[0::2], marks[1::2]
+    # A mark that closes directly before one that opens is a doubled mark inside a field.
+    apart = closes[:-1] + 1 != opens[1:]
+    first, last = opens[np.r_[True, apart]], closes[np.r_[apart, True]]
+    before = np.where(first > 0, array[first - 1], ends[-1])
+    after = np.where(last + 1 < len(array), array[(last + 1) % len(array)], ends[-1])
+    if not (np.isin(before, ends).all() and np.isin(after, ends).all()):
+        return None
+    return first, last, np.diff(np.searchsorted(marks, np.r_[first, len(array)])) > 2
+
+
+def _positions(array: np.ndarray, characters: str) -> np.ndarray:
+    """Where any of the characters are, in order, int64."""
+    found = [np.zeros(0, np.int64)]
+    for at in range(0, len(array), 1 << 20):  # blocks that fit into the cache
+        block = array[at : at + (1 << 20)]
+        found.append(np.flatnonzero(np.logical_or.reduce([block == ord(c) for c in characters])) + at)
+    return np.concatenate(found)
+
+
+def _is_quoted(data: Any, header: list[str]) -> bool:
+    """Whether a tsv is quoted throughout, as programs write it: its header is quoted, or those fields that must be."""
+    names = "".join(header).strip()
+    if names.startswith('"') and names.endswith('"'):
+        return True
+    fields = _quoted_fields(data, "\t")
+    if fields is None or not len(fields[0]):
+        return False
+    first, last, doubled = fields
+    separators = _positions(np.frombuffer(data, np.uint8), "\t\r\n")
+    return bool((doubled | (np.searchsorted(separators, first) < np.searchsorted(separators, last))).all())

@@ -1,0 +1,54 @@
+"""Which files below a folder are pictures, and which folders are classes: the same for training, evaluation, embed."""
+
+import os
+from collections.abc import Callable, Iterator
+
+from rankclip_jax.common.pictures import ENDINGS
+
+# What systems leave behind, besides everything whose name begins with a dot.
+_LEFTOVERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder is hidden, or left by a system: .ipynb_checkpoints, ._a.jpg, __MACOSX ..."""
+    return name.startswith(".") or name in _LEFTOVERS
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's name ends as that of a picture, in any case."""
+    return name.lower().endswith(ENDINGS)
+
+
+def files_below(root: str, walk: Callable | None = None) -> Iterator[str]:
+    """Paths of all files, relative to `root`, in any order, without leftovers. Links are followed, each folder once.
+
+    walk: as os.walk, for a folder that is not local; links are left to it.
+    """
+    seen = set()
+    for folder, folders, files in walk(root) if walk else os.walk(root, followlinks=True):
+        real = folder if walk else os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not is_leftover(name.rstrip("/"))]
+        below = folder[len(root) :].strip("/")
+        yield from (f"{below}/{name}" if below else name for name in files if not is_leftover(name))
+
+
+def pictures_below(root: str) -> list[str]:
+    """Paths of all pictures, relative to a local `root`, in order."""
+    return sorted(name for name in files_below(root) if is_picture(name))
+
+
+def class_folders(root: str) -> list[str]:
+    """Names of the folders in a local folder, without leftovers: numbers in numeric order, other names by letters."""
+    names = [item.name for item in os.scandir(root) if item.is_dir() and not is_leftover(item.name)]
+    return in_order(names)
+
+
+def in_order(names: list[str]) -> list[str]:
+    """Names of classes in their order: numeric if all are whole numbers."""
+    if all(name.isascii() and name.isdigit() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)

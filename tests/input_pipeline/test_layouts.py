@@ -1,0 +1,190 @@
+"""Tars, Parquet and folders as people have them: pairing by name, captions inside JSON and lists, images by path."""
+
+import gzip
+import itertools
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from input_pipeline import sources
+from input_pipeline.rows import read_rows
+from input_pipeline.sources.tar_samples import Pairing
+from rankclip_jax.common import folders
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.config import complete
+from tests.support import cases
+
+
+def read(kind, path, **keys):
+    """([(image, captions)] of the good rows, [reason] of the others and of what is lost)"""
+    spec = complete({"data": dict(format=kind, train=str(path), **keys)}).data
+    source = sources.open_source(spec, spec.train, image_side=8)
+    rows = list(read_rows(source, range(source.size)))
+    bad = [row.reason for row in rows if row.reason] + [one.reason for one in source.lost for _ in range(one.samples)]
+    return [(row.image, row.captions) for row in rows if not row.reason], bad
+
+
+WANTED = {"image": ("jpg", "png"), "caption": ("txt",)}
+
+
+@pytest.mark.parametrize(
+    "names, samples",
+    [
+        ("a.jpg a.txt b.jpg b.txt", "a.jpg+a.txt b.jpg+b.txt"),
+        ("a.txt a.json a.jpg", "a.jpg+a.txt"),
+        ("a.png a.jpg a.txt", "a.jpg+a.txt"),  # jpg is wanted before png
+        ("x/a.jpg x/a.txt y/a.jpg y/a.txt", "x/a.jpg+x/a.txt y/a.jpg+y/a.txt"),
+        ("A.JPG A.TXT", "A.JPG+A.TXT"),
+        ("a.jpg a.txt a.jpg a.txt", "a.jpg+a.txt a.jpg+a.txt"),
+        ("a.jpg a.jpg a.txt", "a.jpg+- a.jpg+a.txt"),
+        ("a.jpg a.txt a.txt", "a.jpg+a.txt -+a.txt"),
+        ("a.seg.png a.jpg a.txt", "a.jpg+a.txt"),  # WebDataset's rule pairs all: seg.png is another extension
+        ("v1.0.jpg v1.0.txt v1.1.jpg v1.1.txt", "v1.0.jpg+v1.0.txt v1.1.jpg+v1.1.txt"),
+        ("a.x.jpg a.x.txt a.jpg a.txt", "a.x.jpg+a.x.txt a.jpg+a.txt"),
+        ("._a.jpg a.jpg a.txt .DS_Store", "a.jpg+a.txt"),
+        ("a.jpg b.jpg", "a.jpg+- b.jpg+-"),
+        ("a.jpg b.jpg a.txt c.jpg c.txt", "b.jpg+- c.jpg+c.txt apart:1"),
+    ],
+)
+def test_members_are_paired_by_webdatasets_rule_or_by_the_ending(names, samples):
+    pairing, members = Pairing(WANTED), names.split()
+    for place, name in enumerate(members):
+        pairing.add(name, place, 1)
+    found, apart = pairing.finish()
+    named = ["+".join("-" if begin < 0 else members[begin] for begin in sample.begins) for sample in found]
+    assert " ".join([*named, *([f"apart:{apart}"] if apart else [])]) == samples
+
+
+def test_tars_with_compressed_captions_and_several_in_json(tmp_path):
+    zipped = [[(f"{i}.jpg", cases.jpeg(i)), (f"{i}.txt.gz", gzip.compress(f"thing {i}".encode()))] for i in range(3)]
+    cases.tar(tmp_path / "a.tar", itertools.chain(*zipped))
+    assert read("webdataset", tmp_path / "a.tar") == ([(cases.jpeg(i), (f"thing {i}",)) for i in range(3)], [])
+    texts = [{"a": {"b": ["one", "two"]}}, {"a": [{"b": "three"}, {"b": "four"}]}, {"a": {}}, [1], {"a": {"b": None}}]
+    members = [[(f"{i}.jpg", cases.jpeg(i)), (f"{i}.json", json.dumps(text))] for i, text in enumerate(texts)]
+    cases.tar(tmp_path / "b.tar", itertools.chain(*members, [("5.jpg", b"x"), ("5.json", "{")]))
+    good, bad = read("webdataset", tmp_path / "b.tar", caption_key="json:a:b")
+    assert [captions for _, captions in good] == [("one", "two"), ("three", "four")]
+    assert len(bad) == 4 and all("a:b in the JSON" in why or "no caption in the JSON" in why for why in bad)
+
+
+def test_members_apart_are_counted_with_the_cause(tmp_path):
+    near = [(f"n{i}.jpg", cases.jpeg(i)) if k == 0 else (f"n{i}.txt", "near") for i in range(5) for k in range(2)]
+    far = [(f"f{i}.jpg", b"x") for i in range(3)] + [(f"f{i}.txt", "far") for i in range(3)]
+    cases.tar(tmp_path / "a.tar", near + far)
+    good, bad = read("webdataset", tmp_path / "a.tar")
+    assert (
+        len(good) == 5
+        and len(bad) == 3
+        and all("not adjacent; write the tar again with tar --sort=name" in b for b in bad)
+    )
+
+
+IMAGES = [cases.jpeg(i) for i in range(3)]
+TEXTS = [f"thing {i}" for i in range(3)]
+
+
+def parquet(folder, image, caption):
+    pq.write_table(pa.table({"image": image, "caption": caption}), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        pa.array(IMAGES),
+        pa.array(IMAGES, pa.large_binary()),
+        pa.array(IMAGES, pa.binary_view()),
+        pa.array(IMAGES).dictionary_encode(),
+        pa.array([{"bytes": image, "path": f"{i}.jpg"} for i, image in enumerate(IMAGES)]),
+        pa.array(
+            [{"bytes": None, "path": f"{i}.jpg"} for i in range(3)],
+            pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+        ),
+        pa.array([{"path": f"{i}.jpg"} for i in range(3)]),
+        pa.array([f"{i}.jpg" for i in range(3)]),
+        pa.array([f"{i}.jpg" for i in range(3)]).dictionary_encode(),
+    ],
+)
+def test_images_in_parquet_as_bytes_or_as_paths(image, tmp_path):
+    for i, data in enumerate(IMAGES):
+        (tmp_path / f"{i}.jpg").write_bytes(data)
+    found = read("parquet", parquet(tmp_path, image, TEXTS))
+    assert found == ([(image, (text,)) for image, text in zip(IMAGES, TEXTS, strict=True)], [])
+
+
+@pytest.mark.parametrize(
+    "caption, key",
+    [
+        (pa.array(TEXTS), None),
+        (pa.array(TEXTS, pa.large_string()), None),
+        (pa.array(TEXTS, pa.string_view()), None),
+        (pa.array(TEXTS).dictionary_encode(), None),
+        (pa.array([text.encode() for text in TEXTS]), None),
+        (pa.array([[text] for text in TEXTS]), None),
+        (pa.array([[text] for text in TEXTS], pa.large_list(pa.large_string())), None),
+        (pa.array([{"en": text, "de": "x"} for text in TEXTS]), "caption:en"),
+        (pa.array([json.dumps({"en": [text]}) for text in TEXTS]), "caption:en"),
+    ],
+)
+def test_captions_in_parquet(caption, key, tmp_path):
+    found = read("parquet", parquet(tmp_path, pa.array(IMAGES), caption), caption_key=key)
+    assert found == ([(image, (text,)) for image, text in zip(IMAGES, TEXTS, strict=True)], [])
+
+
+def test_parquet_without_image_text_or_file_is_a_bad_row(tmp_path):
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    image = pa.array([{"bytes": None, "path": "gone.jpg"}, None, {"bytes": IMAGES[0], "path": None}], struct)
+    good, bad = read("parquet", parquet(tmp_path, image, [["a"], ["b"], []]))
+    assert good == [] and bad == ["no such file", "empty image", "empty caption"]
+    good, _ = read("parquet", parquet(tmp_path, pa.array(IMAGES), [["one", "two"], ["three"], [""]]))
+    assert [captions for _, captions in good] == [("one", "two"), ("three",)]
+
+
+def test_a_folders_missing_caption_is_called_that(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.JPG").write_bytes(IMAGES[i])
+    (tmp_path / "0.txt").write_bytes("caf\xe9".encode("latin-1"))
+    (tmp_path / "1.TXT").write_text("\ufeffone\ntwo", encoding="utf-8")
+    good, bad = read("folder", tmp_path)
+    assert good == [(IMAGES[1], ("one\ntwo",))]
+    assert bad == [
+        "the caption is not UTF-8 (see config.data.encoding)",
+        "no caption: there is no .txt of the image's name beside it",
+    ]
+    good, _ = read("folder", tmp_path, encoding="latin-1")
+    assert good[0] == (IMAGES[0], ("caf\xe9",))
+    assert read("folder", tmp_path, captions_per_line=True)[0] == [(IMAGES[1], ("one", "two"))]
+
+
+def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jpg").write_bytes(IMAGES[0])
+    (tmp_path / "a.csv").write_text("image,caption\na.jpg,thing\n")
+    assert read("csv", "~/a.csv") == ([(IMAGES[0], ("thing",))], [])
+
+
+def test_which_folders_and_files_count(tmp_path):
+    names = [
+        "10/a.JPEG",
+        "9/b.tiff",
+        "9/.hidden.png",
+        "9/deep/c.webp",
+        "__MACOSX/d.png",
+        ".git/e.png",
+        "@eaDir/f.png",
+        "9/g.txt",
+    ]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert folders.class_folders(str(tmp_path)) == ["9", "10"]
+    assert folders.pictures_below(str(tmp_path)) == ["10/a.JPEG", "9/b.tiff", "9/deep/c.webp"]
+    assert folders.in_order(["b", "10", "9"]) == ["10", "9", "b"]
+
+
+def test_a_tar_of_halves_is_refused(tmp_path):
+    cases.tar(tmp_path / "a.tar", [("a.jpg", b"x"), ("b.txt", "y")])
+    with pytest.raises(InputError, match=r"no sample has both an image \(.*\) and a caption \(.*\) under one name"):
+        read("webdataset", tmp_path / "a.tar")
