@@ -253,7 +253,9 @@ def _kinds_due(session: Session, data: Data, step: int) -> tuple[str, ...]:
 
 def _owes_evaluation(session: Session, workdir: Path, data: Data, start: Start) -> bool:
     """Whether a run stopped between the save at the end of an epoch and the evaluation after it."""
-    if not start.resumed or not _kinds_due(session, data, start.step):
+    kinds = _kinds_due(session, data, start.step)
+    something = any(data.sets.opened[kind] for kind in kinds) or (data.val and "zero_shot" in kinds)
+    if not start.resumed or not something:
         return False
 
     def owes() -> str:
