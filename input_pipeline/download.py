@@ -175,7 +175,7 @@ def _run(python, arguments, out_dir, log, total):
 
 def _flags():
     parser = argparse.ArgumentParser(
-        prog="python -m input_pipeline.download",
+        prog=commands.prog("input_pipeline.download"),
         description="Downloads the images of a URL list to WebDataset shards. The same command resumes it.",
         allow_abbrev=False,
     )

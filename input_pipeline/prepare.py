@@ -31,8 +31,8 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.pictures import BadImageError
 from rankclip_jax.common.progress import progress
-from rankclip_jax.common.tables import ENDINGS
 from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.config.guess import guess_format
 
 _CHUNK = 32  # rows per task of a thread
 _SHEET, _BAD = "contact_sheet.png", "bad_samples.jsonl"
@@ -241,24 +241,9 @@ def inspect(
     print(f"\nexamples: {path}")
 
 
-def guess_format(source: str) -> str:
-    """The format suggested by the name of a path. Raises InputError if there is none."""
-    kinds = dict(tar="webdataset", tfrecord="tfrecord", tfrecords="tfrecord", parquet="parquet")
-    if source.lower().endswith(ENDINGS):
-        return "csv"
-    if Path(source).expanduser().is_dir():
-        source = os.path.expanduser(source)
-        shards_in = [kind for end, kind in kinds.items() if any(Path(source).glob(f"*.{end}"))]
-        return shards_in[0] if shards_in else "folder"
-    kind = kinds.get(source.rpartition(".")[2].lower())
-    if kind:
-        return kind
-    raise InputError(f"cannot infer the format of {source} from its name; add --format (see docs/data.md)")
-
-
 def _flags():
     parser = argparse.ArgumentParser(
-        prog="python -m input_pipeline.prepare",
+        prog=commands.prog("input_pipeline.prepare"),
         description="Converts a data set to TFRecord shards. The same command resumes a stopped run.",
         epilog="Set keys of the source as in training, for example --config.data.image_key=filepath.",
         allow_abbrev=False,

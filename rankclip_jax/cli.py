@@ -11,12 +11,12 @@ from rankclip_jax.common import commands
 
 # Word -> module, flags that stand for the word, what a first argument without a dash is given to, and what it does.
 COMMANDS = {
-    "train": ("rankclip_jax.train.__main__", [], "--config", "train a model; resumes what was stopped"),
+    "train": ("rankclip_jax.train.__main__", [], None, "train: shapes, or mine.csv; resumes what was stopped"),
     "resume": ("rankclip_jax.train.__main__", [], "--workdir", "resume the run in a workdir"),
-    "eval": ("rankclip_jax.train.__main__", ["--mode=eval"], "--workdir", "evaluate the run in a workdir"),
-    "plan": ("rankclip_jax.train.__main__", ["--mode=plan"], "--config", "what a run will need, before any launch"),
+    "eval": ("rankclip_jax.train.__main__", ["--mode=eval"], None, "evaluate a workdir, an export or a .pt"),
+    "plan": ("rankclip_jax.train.__main__", ["--mode=plan"], None, "what a run will need, before any launch"),
     "embed": ("rankclip_jax.embed", [], None, "embed a collection of pictures"),
-    "search": ("rankclip_jax.embed", [], None, "search in a collection: MODEL DATA --search TEXT"),
+    "search": ("rankclip_jax.embed", [], None, "search in a collection: MODEL DATA QUERY ..."),
     "export": ("rankclip_jax.convert", [], None, "write a model for Hugging Face, open_clip or JAX"),
     "report": ("rankclip_jax.report.__main__", [], None, "one HTML page about one run or several"),
     "study": ("rankclip_jax.study.__main__", [], "--config", "compare objectives over seeds"),

@@ -13,7 +13,7 @@ from rankclip_jax.weights import export, pretrained
 def main() -> None:
     """Exit codes: common/commands.py."""
     parser = argparse.ArgumentParser(
-        prog="python -m rankclip_jax.convert",
+        prog=commands.prog("rankclip_jax.convert"),
         description="Exports a model for another library: weights, config, tokenizer, preprocessing, model card.",
     )
     parser.add_argument("src", help="a workdir, a Hugging Face or open_clip folder, an OpenAI or RankCLIP .pt, ...")
@@ -21,8 +21,8 @@ def main() -> None:
     parser.add_argument(
         "--to",
         choices=export.LAYOUTS,
-        required=True,
-        help="hf: for transformers; openai: a state dict for open_clip and OpenAI's code; orbax: for JAX",
+        default="hf",
+        help="hf (default): for transformers; openai: a state dict for open_clip and OpenAI's code; orbax: for JAX",
     )
     parser.add_argument("--tokenizer", help="a tokenizer.json or hub id, if SRC has none")
     parser.add_argument(

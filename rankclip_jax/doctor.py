@@ -206,7 +206,7 @@ def findings(workdir: str, tokenizer: str | None) -> Iterator[Finding]:
 
 def main() -> None:
     """Prints the report. Exit code 1 when something has to be fixed; the others: common/commands.py."""
-    parser = argparse.ArgumentParser(prog="python -m rankclip_jax.doctor", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=commands.prog("rankclip_jax.doctor"), description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", default="runs", help="where runs will be written")
     parser.add_argument("--tokenizer", help="the tokenizer.json or hub id that config.tokenizer.path will name")
     flags = parser.parse_args()

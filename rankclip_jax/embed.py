@@ -19,7 +19,7 @@ from rankclip_jax.inference.pictures import open_pictures
 def main() -> None:
     """Exit codes: common/commands.py."""
     parser = argparse.ArgumentParser(
-        prog="python -m rankclip_jax.embed",
+        prog=commands.prog("rankclip_jax.embed"),
         description="Embeds a collection of images, or searches it. The same command resumes a stopped run.",
     )
     parser.add_argument("model", help="any path for rankclip_jax.load: a workdir, an export, a .pt, ...")

@@ -19,6 +19,11 @@ from collections.abc import Iterator
 from rankclip_jax.common.errors import InputError
 
 
+def prog(module: str) -> str:
+    """How the command was called, for its usage line: `rankclip WORD`, or as `python -m` does."""
+    return sys.argv[0] if sys.argv[0].startswith("rankclip ") else f"python -m {module}"
+
+
 @contextlib.contextmanager
 def exit_codes(interrupted: str = "stopped") -> Iterator[None]:
     """Ends the process with 1 and a line for an InputError, with 130 and the line `interrupted` for Ctrl-C."""

@@ -1,5 +1,14 @@
 """The configuration: every key once (keys); file, argument and command line merged over the defaults (load)."""
 
-from rankclip_jax.config.load import complete, completed, differences, eval_set, load, override, to_json
+from rankclip_jax.config.load import (
+    complete,
+    completed,
+    differences,
+    eval_set,
+    load,
+    override,
+    to_json,
+    with_stored,
+)
 
-__all__ = ["complete", "completed", "differences", "eval_set", "load", "override", "to_json"]
+__all__ = ["complete", "completed", "differences", "eval_set", "load", "override", "to_json", "with_stored"]

@@ -74,6 +74,7 @@ def real(
     *,
     above: float | None = None,
     below: float | None = None,
+    optional: bool = False,
 ) -> Key:
     """A finite number in [low, high], with `above` and `below` as bounds that it must not reach."""
 
@@ -87,7 +88,7 @@ def real(
 
     bounds = [("at least", low), ("above", above), ("at most", high), ("below", below)]
     said = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
-    return _key(default, convert, "a number" + (f" {said}" if said else ""))
+    return _key(default, convert, "a number" + (f" {said}" if said else ""), optional)
 
 
 def boolean(default: bool | None) -> Key:
@@ -143,7 +144,7 @@ def choice(default: Any, *choices: Any) -> Key:
         return value
 
     named = dict.fromkeys((default, *choices))
-    return Key(default, convert, "one of " + ", ".join(map(str, named)), default is None)
+    return Key(default, convert, "one of " + ", ".join(map(str, named)), None in named)
 
 
 def strings(default: tuple | None) -> Key:

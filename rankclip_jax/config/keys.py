@@ -28,9 +28,25 @@ from rankclip_jax.config.key import (
 MAY_CHANGE = ("log_every", "eval", "checkpoint", "plan", "profile", "study", "mesh", "sharding", "model.attention")
 MAY_CHANGE += ("epochs", "steps")
 
+# What --help of training lists.
+USUAL = ("batch_size", "accumulate", "epochs", "steps", "seed", "log_every", "init_from", "init_towers")
+USUAL += ("loss.objective", "loss.lambda_in", "loss.lambda_cross", "loss.schedule", "loss.decay")
+USUAL += ("model.name", "model.image_size", "model.context_length", "model.dtype", "model.remat", "model.scan_layers")
+USUAL += ("optim.lr", "optim.warmup_steps", "optim.weight_decay", "optim.grad_clip_norm", "optim.schedule")
+USUAL += ("optim.freeze", "optim.layer_lr_decay")
+USUAL += ("data.train", "data.val", "data.format", "data.image_key", "data.caption_key", "data.crop_scale", "data.flip")
+USUAL += ("data.max_bad_fraction", "tokenizer.path", "tokenizer.vocab_size", "eval.every_epochs", "eval.suite")
+USUAL += ("eval.data_dir", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.best", "sharding")
+
 # Values of keys that a stored configuration lacks, because it is older than they are, where its run did not behave as
 # today's default does. So that old workdirs resume as they began.
 BEFORE: dict[str, Any] = {}
+
+# What may be None until a run starts, and is settled there by the data and the devices (train/resolve.py).
+RESOLVED = ("batch_size", "epochs", "log_every", "optim.lr", "optim.warmup_steps", "loss.ramp_epochs")
+RESOLVED += ("data.mean", "data.std", "eval.every_epochs")
+# Of config.model, where its name is None.
+ARCHITECTURE = ("name", "image_size", "context_length", "embed_dim", "activation", "vision", "text")
 
 # Listed here so that reading a configuration does not import JAX; a test compares them with rankclip_jax/losses.
 OBJECTIVES = ("clip", "rankclip", "rank", "siglip", "cyclip")
@@ -99,16 +115,18 @@ EVAL_SETS = dict(
 # Every key. Groups whose keys are the user's own (names, axes, fields of a preset) are plain dicts: {}.
 KEYS = dict(
     seed=integer(0, 0),  # of parameters, data order, windows and jitter
-    batch_size=integer(256, 1),  # global, over all devices and processes. [c] 128; [o] 32,768
+    # global, over all devices and processes; None: by the number of pairs and the devices. [c] 128; [o] 32,768
+    batch_size=integer(256, 1, optional=True),
     # parts in which a batch goes through the towers: less memory, more time, the same gradient
     accumulate=integer(1, 1),
-    epochs=integer(32, 1),  # passes over the training data. [o]; [p] [c] 64
+    # passes over the training data; None: by the number of pairs and the devices. [o]; [p] [c] 64
+    epochs=integer(32, 1, optional=True),
     steps=integer(None, 1),  # number of steps, instead of `epochs`
     # start from a workdir, export, OpenAI or RankCLIP .pt, open_clip or Hugging Face model; or a hub id
     init_from=path(None),
     init_towers=choice("both", "vision", "text"),  # both | vision | text: the towers to take from `init_from`
     init_skip=strings(()),  # regexes over parameters (visual/proj ...) that are initialised fresh
-    log_every=integer(50, 1),  # steps between log lines
+    log_every=integer(50, 1, optional=True),  # steps between log lines; None: about 50 lines
     # (first, last) steps to trace into WORKDIR/profile
     profile=whole_pair(None, "(first, last), steps counted from 1", lambda first, last: 1 <= first <= last),
     loss=dict(
@@ -130,9 +148,12 @@ KEYS = dict(
         form=choice("exact", "released"),
     ),
     model=dict(
-        name=string("ViT-B/32"),  # a preset of rankclip_jax/models/presets.py
+        # a preset of rankclip_jax/models/presets.py. None: with init_from, the model there; otherwise a ViT by the
+        # number of pairs and the devices
+        name=string("ViT-B/32", optional=True),
         image_size=integer(None, 1),  # None: the preset's
         context_length=integer(None, 2),  # tokens per caption; None: the preset's
+        embed_dim=integer(None, 1),  # of the embeddings that both towers end in; None: the preset's
         # of the computation: float32 | bfloat16; parameters stay float32
         dtype=choice("float32", "bfloat16"),
         activation=choice(None, "quick_gelu", "gelu"),  # quick_gelu | gelu; None: the preset's
@@ -158,7 +179,8 @@ KEYS = dict(
         # standard | released: as in the authors' code, the rates of an epoch later, and decay also on class and
         # position embeddings and some gains (docs/ranking_loss.md). [c] released
         recipe=choice("standard", "released"),
-        lr=real(5e-4, above=0),  # AdamW's learning rate after the warm-up. [p] [c] [o]
+        # AdamW's learning rate after the warm-up; None: by the model, or for fine-tuning with init_from. [p] [c] [o]
+        lr=real(5e-4, above=0, optional=True),
         # cosine: to 0 over the rest of the steps | constant | wsd: constant, then linearly to 0. [p] [c] [o]
         schedule=choice("cosine", "constant", "wsd"),
         decay_steps=integer(None, 1),  # wsd: the last steps, in which the rate falls
@@ -168,7 +190,8 @@ KEYS = dict(
         eps=real(1e-8, above=0),
         # only on matrices, not on biases, norms and the logit scale. [p] [c]; [o] 0.2
         weight_decay=real(0.1, 0),
-        warmup_steps=integer(10_000, 0),  # steps in which the learning rate rises from 0. [p] [c]; [o] 2,000
+        # steps in which the learning rate rises from 0; None: a tenth of all, at most 500. [p] [c]; [o] 2,000
+        warmup_steps=integer(10_000, 0, optional=True),
         grad_clip_norm=real(None, above=0),  # clips the global gradient norm; None: no clipping. [c]
         # vision | text: the frozen tower (LiT: vision, with init_from)
         freeze=choice(None, "vision", "text"),
@@ -177,7 +200,8 @@ KEYS = dict(
     ),
     data=dict(
         # csv (also tsv, .jsonl, COCO's captions) | tfrecord | webdataset | folder | parquet | tfds | shapes
-        format=choice("shapes", *FORMATS),
+        # None: by the path of `train`
+        format=choice("shapes", None, *FORMATS),
         # A path, {00000..00331} range, glob, folder or list of these, also gs://; tfds: NAME:SPLIT; shapes: the
         # number of scenes per epoch. Or a mixture: name -> fields of MIXTURE_PART.
         train=paths(None),
@@ -202,6 +226,9 @@ KEYS = dict(
         # share of the image's area that a training crop covers
         crop_scale=pair((0.9, 1.0), "(low, high) with 0 < low <= high <= 1", lambda low, high: 0 < low <= high <= 1),
         flip=boolean(False),  # mirror half of the training images
+        # of the channels of pixels in [0, 1], which are normalised by them; None: those of init_from, or CLIP's. [o]
+        mean=reals(None, 3),
+        std=reals(None, 3),  # the same
         # (brightness, contrast, saturation): each factor lies within 1 +- its value
         color_jitter=reals(None, 3),
         # device | host: where windows are cut out and resized; host: by PIL, slower
@@ -218,7 +245,8 @@ KEYS = dict(
     eval=dict(
         # images or texts at a time, over all devices; None: the training batch, at most 256 a device
         batch_size=integer(None, 1),
-        every_epochs=integer(1, 1),  # epochs between zero-shot evaluations during training
+        # epochs between zero-shot evaluations during training; None: about 10 of them
+        every_epochs=integer(1, 1, optional=True),
         # rank agreement, gradient cosine, modality gap ... on the first validation batch
         diagnostics=boolean(False),
         zero_shot={},  # name -> fields of ZERO_SHOT_SET
@@ -235,10 +263,10 @@ KEYS = dict(
             baselines=path(None),
         ),
         every=dict(
-            # epochs between evaluations during training; None: in --mode=eval only
-            retrieval=integer(1, 1, optional=True),
-            linear_probe=integer(None, 1),  # the same
-            geometry=integer(1, 1, optional=True),  # the same
+            # epochs between evaluations during training; 0: as every_epochs; None: in --mode=eval only
+            retrieval=integer(1, 0, optional=True),
+            linear_probe=integer(None, 0),  # the same
+            geometry=integer(1, 0, optional=True),  # the same
         ),
         # --mode=eval: what to evaluate instead of the workdir's checkpoint: any path or hub id that init_from takes
         model=path(None),

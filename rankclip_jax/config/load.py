@@ -10,31 +10,44 @@ import importlib.util
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.trees import flatten
+from rankclip_jax.config import experiments
+from rankclip_jax.config.guess import guess_format
 from rankclip_jax.config.key import Key, integer, real
-from rankclip_jax.config.keys import BEFORE, EVAL_SETS, KEYS, MAY_CHANGE, MIXTURE_PART, SCHEDULES, TERMS, defaults
+from rankclip_jax.config.keys import (
+    ARCHITECTURE,
+    BEFORE,
+    EVAL_SETS,
+    KEYS,
+    MAY_CHANGE,
+    MIXTURE_PART,
+    RESOLVED,
+    SCHEDULES,
+    TERMS,
+    defaults,
+)
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """The configuration of the command line, complete and checked.
 
     Args:
-      spec: file of an experiment, with arguments for its get_config after a colon: configs/cc3m.py:model=RN50.
+      spec: name or file of an experiment, with arguments for its get_config after a colon: cc3m:model=RN50.
       overrides: "key.of.a.group=value"; a value that is not a Python literal is a string.
 
     Raises:
       InputError: no such file, no such argument, or what `complete` refuses.
     """
-    path, _, arguments = spec.partition(":")
-    if not Path(path).is_file():
-        raise InputError(f"--config: no file {path}; the experiments are in configs/, for example configs/shapes.py")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    name, _, arguments = spec.partition(":")
+    path = experiments.find(name)
+    if path is None:
+        raise InputError(f"--config: no file {name}; the experiments are {', '.join(experiments.names())}")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
     if module_spec is None or module_spec.loader is None:
         raise InputError(f"--config: {path} is no Python file; the experiments are in configs/ and end in .py")
     module = importlib.util.module_from_spec(module_spec)
@@ -65,6 +78,27 @@ def completed(stored: Mapping) -> ConfigDict:
     return complete(override(json.loads(json.dumps(stored)), [f"{key}={value!r}" for key, value in older.items()]))
 
 
+def with_stored(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
+    """`config`, with what it leaves open (None) as the run of `stored` settled it."""
+    filled, old = complete(config.to_dict()), stored.to_dict()
+    with filled.ignore_type():
+        for key in RESOLVED:
+            *parents, last = key.split(".")
+            group, theirs = filled, old
+            for parent in parents:
+                group, theirs = group[parent], theirs[parent]
+            if group[last] is None:
+                group[last] = theirs[last]
+        if filled.model.name is None:
+            for key in ARCHITECTURE:
+                given, theirs = filled.model[key], old["model"][key]
+                if isinstance(theirs, Mapping):
+                    filled.model[key] = theirs | given.to_dict()
+                elif given is None:
+                    filled.model[key] = theirs
+    return filled
+
+
 def override(config: dict, overrides: Sequence[str]) -> dict:
     """Writes "key.of.a.group=value" of the command line into a nested dict; returns it."""
     for text in overrides:
@@ -73,8 +107,13 @@ def override(config: dict, overrides: Sequence[str]) -> dict:
             raise InputError(f"--config.{text}: write --config.{text}=VALUE")
         group = config
         *parents, last = key.split(".")
-        for parent in parents:
-            group = group.setdefault(parent, {})
+        for number, parent in enumerate(parents):
+            if group.get(parent) is None:
+                group[parent] = {}
+            group = group[parent]
+            if not isinstance(group, dict):
+                inner = ".".join(parents[: number + 1])
+                raise InputError(f"config.{key} does not exist: config.{inner}={group!r} is no group of keys")
         try:
             group[last] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -94,6 +133,9 @@ def complete(config: Mapping) -> ConfigDict:
         for kind in EVAL_SETS:
             for name, given in merged.eval[kind].items():
                 merged.eval[kind][name] = eval_set(kind, given, f"config.eval.{kind}.{name}")
+        train = merged.data.train
+        if merged.data.format is None and isinstance(train, str | tuple):
+            merged.data.format = guess_format(train if isinstance(train, str) else train[0])
         for split in ("train", "val"):
             if isinstance(merged.data[split], Mapping | ConfigDict):
                 merged.data[split] = _mixture(merged.data[split], f"config.data.{split}")

@@ -46,6 +46,7 @@ class Encoder:
 def due(config: ConfigDict, epoch: int, last: bool) -> tuple[str, ...]:
     """The KINDS that config.eval schedules at the end of this epoch (from 1); the last runs all scheduled ones."""
     every = {"zero_shot": config.every_epochs} | dict(config.every)
+    every = {kind: config.every_epochs if n == 0 else n for kind, n in every.items()}
     return tuple(kind for kind in KINDS if every[kind] and (last or epoch % every[kind] == 0))
 
 

@@ -6,6 +6,7 @@ The pipeline lays pictures on a canvas of one size for all, with each one's own 
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +166,9 @@ def _luma(x_BxHxWx3):
     return jnp.sum(x_BxHxWx3 * jnp.array([0.299, 0.587, 0.114]), axis=-1, keepdims=True)  # ITU-R 601, as PIL's "L"
 
 
-def normalize(images_BxHxWx3: jax.Array) -> jax.Array:
-    """Pixels in [0, 255] -> float32, (x / 255 - mean) / std."""
-    mean, std = jnp.array(MEAN, jnp.float32), jnp.array(STD, jnp.float32)
+def normalize(
+    images_BxHxWx3: jax.Array, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> jax.Array:
+    """Pixels in [0, 255] -> float32, (x / 255 - mean) / std, channel by channel. None: CLIP's."""
+    mean, std = jnp.array(mean or MEAN, jnp.float32), jnp.array(std or STD, jnp.float32)
     return (images_BxHxWx3.astype(jnp.float32) / 255 - mean) / std

@@ -12,7 +12,7 @@ from rankclip_jax.report import page, runs
 def main() -> None:
     """Exit codes: common/commands.py."""
     parser = argparse.ArgumentParser(
-        prog="python -m rankclip_jax.report",
+        prog=commands.prog("rankclip_jax.report"),
         description="Draws training curves, evaluations and configurations of one run or several as one HTML page.",
     )
     parser.add_argument("workdirs", nargs="+", metavar="DIR", help="workdir of a run; --mode=eval there draws more")

@@ -11,6 +11,7 @@ import numpy as np
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.metrics_file import read_metrics
 from rankclip_jax.common.trees import flatten
+from rankclip_jax.evaluation import results_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Run:
       name: the workdir's last part, or more of it where runs share that.
       rows: metrics.jsonl, a dict a line.
       config: config.json; empty without one.
-      results: eval.json; empty without one.
+      results: of eval.json, what was evaluated last (results_file.latest).
       confusion: set -> {"classes", "confusion"}; geometry: set -> arrays (evaluation/artifacts.py).
       retrieval: set -> queries and answers.
       bad: reason -> (count, first places).
@@ -55,7 +56,7 @@ def read_run(workdir: str | Path) -> Run:
         name=folder.resolve().name,
         rows=read_metrics(folder),
         config=_json(folder / "config.json"),
-        results=_json(folder / "eval.json"),
+        results=results_file.latest(folder / "eval.json"),
         confusion=_by_set(folder, "zero_shot_", ".npz", _arrays),
         geometry=_by_set(folder, "geometry_", ".npz", _arrays),
         retrieval=_by_set(folder, "retrieval_", ".json", _json),

@@ -7,12 +7,13 @@ from rankclip_jax import config as configs
 from rankclip_jax.common import commands
 from rankclip_jax.study import report
 from rankclip_jax.study.runs import Study
+from rankclip_jax.train import resolve
 
 
 def main() -> None:
     """Exit codes: common/commands.py."""
     parser = argparse.ArgumentParser(
-        prog="python -m rankclip_jax.study",
+        prog=commands.prog("rankclip_jax.study"),
         description="Trains every objective of config.study over its seeds, and writes results.md, results.json and "
         "plots. The same command resumes a study that stopped.",
         allow_abbrev=False,
@@ -27,6 +28,7 @@ def main() -> None:
     commands.quiet_tensorflow()
     with commands.exit_codes("stopped; the same command resumes"):
         settings = configs.load(flags.config, [flag.removeprefix("--config.") for flag in rest])
+        resolve.require(settings, "a study")
         print(report.write(workdir, settings, Study(settings, workdir).run()))
 
 

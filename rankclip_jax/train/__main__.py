@@ -1,17 +1,19 @@
-"""The command line: python -m rankclip_jax.train --config configs/shapes.py --workdir DIR [--mode=eval]."""
+"""The command line: rankclip train shapes, rankclip train mine.csv, rankclip eval runs/mine.
+
+Or python -m rankclip_jax.train --config configs/shapes.py --workdir DIR [--mode=eval].
+"""
 
 import argparse
 import ctypes
 import errno
 import sys
-from pathlib import Path
 
 import jax
 
 from rankclip_jax.common import commands
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.parallel import compilation_cache, preemption, processes
-from rankclip_jax.train import evaluate, loop, plan
+from rankclip_jax.train import arguments, evaluate, loop, plan
 from rankclip_jax.train import workdir as workdirs
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
@@ -33,16 +35,13 @@ def _keep_freed_memory() -> None:
 def main() -> None:
     """Exit codes: common/commands.py."""
     parser = argparse.ArgumentParser(
-        prog="python -m rankclip_jax.train",
+        prog=commands.prog("rankclip_jax.train"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Trains, or evaluates what was trained. The same command resumes a run that stopped.",
-        epilog="Any key of the configuration can be given: --config.optim.lr=1e-3 (docs/config.md lists them).",
+        epilog=arguments.usual_keys(),
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", help="a file of configs/, with its argument after a colon; default: that of the workdir's run"
-    )
-    parser.add_argument("--workdir", help="folder of the run; default: runs/ and the config's name")
-    parser.add_argument("--mode", choices=["train", "eval", "plan"], default="train")
+    arguments.add_to(parser)
     cluster = parser.add_argument_group("many processes, where no cluster is detected (docs/reliability.md)")
     cluster.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     cluster.add_argument("--num_processes", type=int)
@@ -51,18 +50,17 @@ def main() -> None:
     for flag in rest:
         if not flag.startswith("--config."):
             parser.error(f"unknown flag {flag}")
-    if not (flags.config or flags.workdir):
+    if not (flags.what or flags.config or flags.workdir):
         if flags.mode != "eval":  # which can do with config.eval.model alone
-            parser.error("give --config FILE, or the --workdir of a run")
+            parser.error("give an experiment (shapes), data of your own (mine.csv), or the --workdir of a run")
     _keep_freed_memory()
     commands.quiet_tensorflow()
     with commands.exit_codes("stopped; the same command resumes from the last checkpoint"):
-        _run(flags, [flag.removeprefix("--config.") for flag in rest])
+        _run(flags, arguments.read(flags, [flag.removeprefix("--config.") for flag in rest]))
 
 
-def _run(flags: argparse.Namespace, overrides: list[str]) -> None:
-    workdir = flags.workdir or (flags.config and Path("runs") / Path(flags.config.partition(":")[0]).stem)
-    workdir = workdir and Path(workdir)
+def _run(flags: argparse.Namespace, given: arguments.Given) -> None:
+    workdir = given.workdir
     try:
         if "://" in str(workdir):
             raise InputError(
@@ -70,18 +68,19 @@ def _run(flags: argparse.Namespace, overrides: list[str]) -> None:
                 "for checkpoints in a bucket set --config.checkpoint.folder=gs://BUCKET/RUN"
             )
         if flags.mode == "eval":
-            settings = evaluate.settings(flags.config, workdir, overrides)
+            settings = evaluate.settings(given.config, workdir, given.overrides)
         else:
-            settings = workdirs.settings(flags.config, workdir, overrides)
+            settings = workdirs.settings(given.config, workdir, given.overrides)
         if flags.mode != "plan":
             processes.start(flags.coordinator, flags.num_processes, flags.process_id)
         if flags.mode == "plan":
             plan.plan(settings)
         elif flags.mode == "train":
+            assert workdir is not None  # main asked for one, or for what names it
             compilation_cache.enable()
             loop.train(settings, workdir)
         else:
-            evaluate.evaluate(settings, workdir)
+            evaluate.evaluate(settings, workdir, flags.out)
     except preemption.Preempted as stop:
         print(stop)
         sys.exit(preemption.EXIT_CODE)

@@ -1,6 +1,5 @@
 """Mode eval: every evaluation that the configuration names, of a checkpoint or of weights from elsewhere."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -8,13 +7,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from optax import identity
 
+from rankclip_jax import config as configs
 from rankclip_jax import evaluation
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.files import write_whole
 from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.tokenizer import Tokenizer
-from rankclip_jax.evaluation import artifacts
-from rankclip_jax.models import images
+from rankclip_jax.evaluation import artifacts, results_file
 from rankclip_jax.parallel import sharding
 from rankclip_jax.train import step as steps
 from rankclip_jax.train import workdir as workdirs
@@ -22,14 +20,15 @@ from rankclip_jax.train.session import Session
 from rankclip_jax.weights import checkpoint, pretrained
 
 
-def evaluate(config: ConfigDict, workdir: str | Path | None) -> dict:
+def evaluate(config: ConfigDict, workdir: str | Path | None, out: Path | None = None) -> dict:
     """Evaluates the workdir's best (or newest) checkpoint, or config.eval.model.
 
-    Prints tables. With a workdir, writes WORKDIR/eval.json ({"step", "zero_shot": {set: numbers}, ..., "missing":
-    {"kind/set": reason}}) and WORKDIR/eval/ for the report.
+    Prints tables. Adds the results to WORKDIR/eval.json (evaluation/results_file.py), and writes WORKDIR/eval/ for the
+    report: of the workdir's own run, or, where it holds none, of the other model.
 
     Args:
       config: of a workdir's run, its own (`settings`).
+      out: the file of the results, instead of WORKDIR/eval.json.
 
     Raises:
       InputError: there is nothing to evaluate, or nothing to evaluate on.
@@ -40,17 +39,22 @@ def evaluate(config: ConfigDict, workdir: str | Path | None) -> dict:
         session, state = _workdir(config, Path(workdir))
     else:
         raise InputError("nothing to evaluate: give the --workdir of a run, or --config.eval.model=PATH")
-    step, folder = int(state.step), None
-    if workdir and jax.process_index() == 0:
-        names = ["eval.json", *(f"eval/{name}" for name in artifacts.names(config.eval))]
-        Owned(workdir, "eval").claim(names)
-        folder = Path(workdir) / "eval"
+    step, folder, file = int(state.step), None, None
+    own = config.eval.model is None
+    if jax.process_index() == 0:
+        file = out or (Path(workdir) / "eval.json" if workdir else None)
+        if file:
+            Owned(file.parent, "eval").claim([file.name])
+            results_file.read(file)  # now, not after hours
+        if workdir and (own or workdirs.stored_config(Path(workdir)) is None):
+            Owned(workdir, "eval").claim([f"eval/{name}" for name in artifacts.names(config.eval)])
+            folder = Path(workdir) / "eval"
     sets = evaluation.open_sets(config.eval, session.side)
     results = evaluation.evaluate(config.eval, session.encoder(state), sets, folder=folder)
     if not any(results[kind] for kind in evaluation.KINDS):
         raise InputError("; ".join(results["missing"].values()) or "config.eval names no set to evaluate on")
-    if folder:
-        write_whole(folder.parent / "eval.json", json.dumps({"step": step, **results}, indent=2) + "\n")
+    if file:
+        results_file.add(file, results_file.RUN if own else config.eval.model, step, results)
     print(f"{config.eval.model or f'step {step} of {workdir}'}\n{evaluation.text(results)}", end="")
     return results
 
@@ -68,6 +72,7 @@ def settings(spec: str | None, workdir: Path | None, overrides: list[str]) -> Co
     old = workdirs.stored_config(workdir) if workdir else None
     if old is not None and workdir and given.eval.model is None:
         workdirs.check_same_config(workdir, old, given)
+        return configs.with_stored(given, old)
     return given
 
 
@@ -91,8 +96,14 @@ def _model(config: ConfigDict) -> tuple[Session, steps.TrainState]:
             '(OpenAI\'s is "openai/clip-vit-base-patch32")'
         )
     side = read.config.vision.image_size
-    if (read.view.mean, read.view.std, read.view.resize, read.view.crop) != (images.MEAN, images.STD, side, side):
-        raise InputError(f"{config.eval.model} does not prepare its images as CLIP does, and evaluation does only that")
+    if (read.view.resize, read.view.crop) != (side, side):
+        raise InputError(
+            f"{config.eval.model} resizes images to {read.view.resize} pixels and crops {read.view.crop}; evaluation "
+            f"resizes to {side}, the size that it crops"
+        )
+    config = configs.complete(config.to_dict())
+    with config.ignore_type():
+        config.data.mean, config.data.std = tuple(read.view.mean), tuple(read.view.std)
     session = Session(config, read.tokenizer, architecture=read.config, trains=False)
     variables = read.variables
     state = steps.TrainState(

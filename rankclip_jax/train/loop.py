@@ -15,7 +15,6 @@ import jax
 from ml_collections import ConfigDict
 from optax import GradientTransformation
 
-from rankclip_jax import config as configs
 from rankclip_jax import evaluation, figures
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole
@@ -24,7 +23,7 @@ from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.parallel import processes
 from rankclip_jax.parallel.mesh import to_devices
 from rankclip_jax.parallel.preemption import Notice, Preempted
-from rankclip_jax.train import init_from, optim
+from rankclip_jax.train import init_from, optim, resolve
 from rankclip_jax.train import step as steps
 from rankclip_jax.train import workdir as workdirs
 from rankclip_jax.train.input_wait import InputWait
@@ -68,10 +67,10 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     """
     workdir = Path(workdir)
     old = workdirs.check_same_run(workdir, config)
-    data = open_data(config)
-    config = _with_ramp(config, old, data.steps_per_epoch)
+    origin = None if old else init_from.read(config)
+    config, data = open_data(config, old, origin)
     tx = optim.make_optimizer(config.optim, data.total_steps, data.steps_per_epoch)
-    session, origin = open_session(config, workdir, data, resumes=old is not None)
+    session = open_session(config, workdir, data, origin, resumes=old is not None)
     abstract = steps.abstract_state(session.model, tx, session.mesh, config.sharding)
     with workdirs.claimed(workdir, config):  # only now, when all that was given proved right
         start = open_state(session, workdir, data, tx, abstract, origin)
@@ -95,44 +94,50 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         finish(session, workdir, batches)
 
 
-def open_data(config: ConfigDict) -> Data:
+def open_data(
+    config: ConfigDict, old: ConfigDict | None = None, origin: pretrained.Pretrained | None = None
+) -> tuple[ConfigDict, Data]:
     """The data of a configuration: for training, validation and evaluation, all opened before anything is trained.
+
+    Args, and the configuration that is returned: as of resolve.resolve.
 
     Raises:
       InputError: something cannot be read, or is too small. A set of config.eval.suite that is not there is only named.
     """
     from input_pipeline import captions, sources
 
-    side = image_side(config)
+    if config.data.train is None:
+        raise InputError("config.data.train=None. Expected what to train on: rankclip train mine.csv")
     synonyms = captions.read_synonyms(config.data.synonyms) if config.data.synonyms else None
-    source = sources.open_source(config.data, config.data.train, image_side=side)
+    source = sources.open_source(config.data, config.data.train, image_side=image_side(config))
+    config = resolve.resolve(config, source.size, old, origin)
+    side = image_side(config)
     steps_per_epoch = source.size // config.batch_size
     if not steps_per_epoch:
         raise InputError(f"config.batch_size={config.batch_size} is more than the {source.size} training samples")
     val = config.data.val and sources.open_source(config.data, config.data.val, image_side=side, split="val")
     if val and val.size < 2:
         raise InputError(f"config.data.val has {val.size} sample(s). Expected at least 2, or None")
-    kinds = [kind for kind in evaluation.KINDS if kind == "zero_shot" or config.eval.every[kind]]
+    kinds = [kind for kind in evaluation.KINDS if kind == "zero_shot" or config.eval.every[kind] is not None]
     sets = evaluation.open_sets(config.eval, side, kinds)
     for name, reason in sets.missing.items():
         kind, _, own = name.partition("/")
         if own in config.eval[kind]:
             raise InputError(f"config.eval.{kind}.{own}: {reason}")
         print(f"missing: {name}: {reason}")
-    return Data(source, val, sets, synonyms, steps_per_epoch, _length(config, steps_per_epoch)[0])
+    return config, Data(source, val, sets, synonyms, steps_per_epoch, _length(config, steps_per_epoch)[0])
 
 
 def open_session(
-    config: ConfigDict, workdir: Path, data: Data, resumes: bool
-) -> tuple[Session, pretrained.Pretrained | None]:
-    """The session of a run, and what config.init_from names where it starts."""
-    origin = None if resumes else init_from.read(config)
+    config: ConfigDict, workdir: Path, data: Data, origin: pretrained.Pretrained | None, resumes: bool
+) -> Session:
+    """The session of a run. `origin`: what config.init_from names, where it starts."""
 
     def tokenizer() -> str:
         stored = workdir / "tokenizer.json"
         return (Tokenizer.load(str(stored)) if resumes else _new_tokenizer(config, data.source, origin)).to_json()
 
-    return Session(config, Tokenizer.from_json(processes.from_first(tokenizer))), origin
+    return Session(config, Tokenizer.from_json(processes.from_first(tokenizer)))
 
 
 def open_state(
@@ -230,18 +235,8 @@ def finish(session: Session, workdir: Path, batches: Any) -> None:
 
 def _length(config: ConfigDict, steps_per_epoch: int) -> tuple[int, float]:
     """The run's number of steps, and of those at its start whose rates would be the same in a longer one."""
-    total_steps = config.steps or config.epochs * steps_per_epoch
+    total_steps = resolve.total_steps(config, steps_per_epoch)
     return total_steps, free_until(config.optim, total_steps, steps_per_epoch)
-
-
-def _with_ramp(config: ConfigDict, old: ConfigDict | None, steps_per_epoch: int) -> ConfigDict:
-    """loss.ramp_epochs as a number, so that a run that is made longer keeps the ramp of its first plan."""
-    if config.loss.ramp_epochs is None:
-        of = old or config
-        planned = -(-_length(of, steps_per_epoch)[0] // steps_per_epoch)
-        config = configs.complete(config.to_dict())
-        config.loss.ramp_epochs = of.loss.ramp_epochs or planned
-    return config
 
 
 def _kinds_due(session: Session, data: Data, step: int) -> tuple[str, ...]:

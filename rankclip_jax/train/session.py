@@ -69,12 +69,12 @@ class Session:
         self.model = build_model(config, tokenizer, self.devices, architecture)
         if trains:
             _check_batch(config, self.mesh, self.model)
-        self.local_batch = config.batch_size // jax.process_count()
+        self.local_batch = (config.batch_size or 0) // jax.process_count()  # None: another's weights are evaluated
         self.eval_batch = _eval_batch(config, self.mesh) // jax.process_count()
         self.side = self.model.config.vision.image_size
         self.context_length = self.model.config.text.context_length
         self.canvas = canvas_side(config, self.side)
-        self._embed = steps.make_embed_step(self.model)
+        self._embed = steps.make_embed_step(self.model, config.data.mean, config.data.std)
         self._gather = jax.jit(functools.partial(sharding.gather, mesh=self.mesh, rules=config.sharding))
         self._val_step = steps.make_val_step(self.model, config, self.mesh)
         self._loss_of = jax.jit(steps.objective_of(config))
@@ -177,13 +177,16 @@ def _eval_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
     """Rows of an evaluation batch, over all devices. Without activations to keep, a device holds _EVAL_ROWS of any
     preset; and no more than training's, which was seen to fit."""
     shards = batch_shards(mesh)
-    rows = config.eval.batch_size or min(config.batch_size, _EVAL_ROWS * shards)
+    most = _EVAL_ROWS * shards
+    rows = config.eval.batch_size or min(config.batch_size or most, most)
     return -(-rows // shards) * shards
 
 
 def image_side(config: ConfigDict) -> int:
     """Pixels along a side of the pictures of config.model, before there is a tokenizer to build it with."""
     try:
+        if config.model.name is None:
+            return config.model.image_size or 0  # settled once the data are open; only drawn scenes depend on it
         fields = {"image_size": config.model.image_size, "vision": config.model.vision.to_dict()}
         return models.configure(config.model.name, **fields).vision.image_size
     except ValueError as error:

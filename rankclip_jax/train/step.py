@@ -129,7 +129,7 @@ def train_step_function(
         def embed(params, rows):
             (z_img_nxD, z_txt_nxD, _), updated = model.apply(
                 {"params": hold(params, config.optim.freeze), "batch_stats": state.batch_stats},
-                images.normalize(rows["image"].reshape(-1, side, side, 3)),
+                images.normalize(rows["image"].reshape(-1, side, side, 3), config.data.mean, config.data.std),
                 rows["tokens"].reshape(-1, rows["tokens"].shape[-1]),
                 train=config.optim.freeze != "vision",  # batch norm's statistics stay too
                 mutable=["batch_stats"],
@@ -196,7 +196,8 @@ def make_val_step(model: CLIP, config: ConfigDict, mesh: jax.sharding.Mesh) -> j
 
     def val_step(state, batch):
         variables = {"params": gather(state.params, mesh, config.sharding), "batch_stats": state.batch_stats}
-        pixels = images.normalize(images.views(batch, model.config.vision.image_size)[:, 0])
+        views_BxSxSx3 = images.views(batch, model.config.vision.image_size)[:, 0]
+        pixels = images.normalize(views_BxSxSx3, config.data.mean, config.data.std)
         z_img_BxD, z_txt_BxD, _ = model.apply(variables, pixels, batch["tokens"])
         return _objective(z_img_BxD[:, None], z_txt_BxD[:, None], state.params, spec, 1.0, mesh)[1]
 
@@ -213,14 +214,19 @@ def objective_of(config: ConfigDict) -> Callable:
     return loss_of
 
 
-def make_embed_step(model: CLIP) -> jax.stages.Wrapped:
-    """Returns jitted embed(state, batch) -> float32 (B, D) of unit norm, of the pictures or of batch["tokens"]."""
+def make_embed_step(
+    model: CLIP, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> jax.stages.Wrapped:
+    """Returns jitted embed(state, batch) -> float32 (B, D) of unit norm, of the pictures or of batch["tokens"].
+
+    `mean`, `std`: as images.normalize.
+    """
 
     def embed(state, batch):
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         if "image" in batch:
             pixels = images.views(batch, model.config.vision.image_size)[:, 0]
-            return model.apply(variables, images.normalize(pixels), method="encode_image")
+            return model.apply(variables, images.normalize(pixels, mean, std), method="encode_image")
         return model.apply(variables, batch["tokens"], method="encode_text")
 
     return jax.jit(embed)

@@ -78,9 +78,7 @@ def check_same_run(workdir: Path, config: ConfigDict) -> ConfigDict | None:
 
 def check_same_config(workdir: Path, old: ConfigDict, config: ConfigDict) -> None:
     """Raises InputError where a configuration changes what must not change in the run of a workdir."""
-    new = config.to_dict()
-    new["loss"]["ramp_epochs"] = config.loss.ramp_epochs or old.loss.ramp_epochs  # None: that of the first plan
-    if changed := configs.differences(old.to_dict(), new):
+    if changed := configs.differences(old.to_dict(), configs.with_stored(config, old).to_dict()):
         raise InputError(
             f"{workdir} holds a run with another configuration ({'; '.join(changed)}); "
             "give a new --workdir, or the old values to resume it"

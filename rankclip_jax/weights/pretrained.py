@@ -105,4 +105,5 @@ def _workdir(path: Path, tokenizer: Tokenizer | None) -> Pretrained:
     variables = {name: models.unstack_layers(tree) for name, tree in variables.items()}
     variables["params"].pop("logit_bias", None)  # of SigLIP's loss; affects neither embeddings nor a softmax
     side = config.vision.image_size
-    return Pretrained(path, config, variables, preprocess.View(side, side), tokenizer, run, step)
+    view = preprocess.View(side, side, run.data.mean or preprocess.MEAN, run.data.std or preprocess.STD)
+    return Pretrained(path, config, variables, view, tokenizer, run, step)

@@ -13,6 +13,7 @@ import pytest
 from rankclip_jax import config as configs
 from rankclip_jax import evaluation
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.evaluation import results_file
 from rankclip_jax.train import evaluate, loop
 
 REPO = Path(__file__).parents[2]
@@ -83,7 +84,7 @@ def test_evaluation_says_digit_for_digit_what_training_said(trained):
     workdir, _ = trained
     code, output = finish(workdir, "--mode=eval")
     assert code == 0, output
-    results = json.loads((workdir / "eval.json").read_text())
+    results = results_file.latest(workdir / "eval.json")
     assert results["step"] == 18
     said = next(row for row in numbers(workdir) if row["step"] == 18 and "zero_shot/seen/top1" in row)
     assert {name: row["n"] for name, row in results["zero_shot"].items()} == {"seen": 896, "held_out": 128}
@@ -101,7 +102,7 @@ def test_eight_devices_evaluate_as_one_does(trained, tmp_path):
     code, output = finish(workdir, "--mode=eval", env=env)
     assert code == 0, output
     said = next(row for row in numbers(workdir) if row["step"] == 18 and "zero_shot/seen/top1" in row)
-    for key, value in evaluation.flat(json.loads((workdir / "eval.json").read_text())).items():
+    for key, value in evaluation.flat(results_file.latest(workdir / "eval.json")).items():
         exact = key.startswith(("zero_shot/", "retrieval/"))  # hits are counted; geometry adds floats up
         assert value == (said[key] if exact else pytest.approx(said[key], rel=1e-4, abs=1e-5)), key
 
@@ -117,7 +118,8 @@ def test_weights_from_elsewhere_are_evaluated_as_the_workdir_they_came_from(trai
     weights = next((tmp_path / "export").glob("*.safetensors"))
     code, output = finish(tmp_path / "out", "--mode=eval", f"--config.eval.model={weights}", tokenizer)
     assert code == 0, output
-    results = json.loads((tmp_path / "out" / "eval.json").read_text())
+    results = results_file.latest(tmp_path / "out" / "eval.json")
+    assert results["model"] == str(weights)
     said = next(row for row in numbers(trained[0]) if row["step"] == 18 and "zero_shot/seen/top1" in row)
     assert results["zero_shot"]["seen"]["top1"] == pytest.approx(said["zero_shot/seen/top1"], abs=2 / 896)
     assert results["geometry"]["scenes"]["alignment"] == pytest.approx(said["geometry/scenes/alignment"], rel=1e-3)

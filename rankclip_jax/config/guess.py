@@ -1,0 +1,29 @@
+"""The format of data by its path."""
+
+import os
+from pathlib import Path
+
+from rankclip_jax.common import tables
+from rankclip_jax.common.errors import InputError
+
+_SHARDS = dict(tar="webdataset", tfrecord="tfrecord", tfrecords="tfrecord", parquet="parquet")
+
+
+def guess_format(source: str) -> str:
+    """The format suggested by a path, glob or range: of its ending, or of what the folder holds.
+
+    Raises:
+      InputError: it suggests none.
+    """
+    if source.lower().endswith(tables.ENDINGS):
+        return "csv"
+    folder = Path(os.path.expanduser(source))
+    if folder.is_dir():
+        return next((kind for ending, kind in _SHARDS.items() if any(folder.glob(f"*.{ending}"))), "folder")
+    kind = _SHARDS.get(source.rpartition(".")[2].lower())
+    if kind:
+        return kind
+    raise InputError(
+        f"cannot infer the format of {source} from its name; add --format, in training --config.data.format "
+        "(see docs/data.md)"
+    )

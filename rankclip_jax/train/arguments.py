@@ -1,0 +1,168 @@
+"""What the flags of training and evaluation stand for: an experiment, a workdir, and changed keys."""
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rankclip_jax.common import tables
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.config import experiments
+from rankclip_jax.config.guess import guess_format
+from rankclip_jax.config.keys import KEYS, USUAL
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """`config`: an experiment; None: that of the workdir's run. `overrides`: "key.of.a.group=value", in order."""
+
+    config: str | None
+    workdir: Path | None
+    overrides: list[str]
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """The flags that `read` knows."""
+    parser.add_argument(
+        "what",
+        nargs="?",
+        metavar="WHAT",
+        help="to train: an experiment, or data of your own (a table, a folder, shards); to evaluate: a workdir, an "
+        "export, a .pt or a hub id",
+    )
+    parser.add_argument(
+        "--config",
+        help="name or file of an experiment, with its argument after a colon; default: that of WHAT, or of the "
+        "workdir's run",
+    )
+    parser.add_argument("--workdir", help="folder of the run; default: runs/ and the name of WHAT")
+    parser.add_argument("--mode", choices=["train", "eval", "plan"], default="train")
+    data = parser.add_argument_group("data of your own (docs/tutorials.md)")
+    data.add_argument("--val", metavar="DATA", help="held-out pairs: for the validation loss; a table: for retrieval")
+    data.add_argument("--retrieval", nargs="+", metavar="TABLE", default=[], help="evaluate retrieval on these pairs")
+    data.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="TABLE:COLUMN",
+        default=[],
+        help="evaluate classification into the classes of a column; or a folder with a folder a class",
+    )
+    data.add_argument("--imagenet", metavar="FOLDER", help="evaluate classification on ImageNet's validation images")
+    data.add_argument("--tokenizer", help="a tokenizer.json or hub id, for weights that have none")
+    data.add_argument("--out", type=Path, metavar="FILE", help="where an evaluation without a workdir writes results")
+
+
+def read(flags: argparse.Namespace, keys: Sequence[str]) -> Given:
+    """The meaning of `add_to`'s flags; `keys` of the command line come last, and so they count.
+
+    Raises:
+      InputError: WHAT, or a set, is nothing that this command can use.
+    """
+    config, workdir, what = flags.config, flags.workdir, flags.what
+    overrides = []
+    if flags.mode == "eval":
+        if what and _is_run(Path(what)):
+            workdir = workdir or what
+        elif what:
+            overrides.append(f"eval.model={what!r}")
+        if flags.labels or flags.retrieval or flags.imagenet:  # these alone
+            overrides += ["eval.suite=None", *(f"eval.{kind}={{}}" for kind in _KINDS)]
+    elif what and _is_experiment(what):
+        if config:
+            raise InputError(f"{what} and --config {config} are two experiments; give one")
+        config = what
+    elif what:
+        config = config or "own"
+        overrides += [f"data.train={what!r}", f"data.format={_format(what)!r}"]
+        workdir = workdir or Path("runs") / name_of(what)
+    if flags.val:
+        overrides.append(f"data.val={_validation(flags.val, what)!r}")
+    tables_of_pairs = flags.retrieval or [path for path in [flags.val] if path and _is_table(path)]
+    if tables_of_pairs:
+        overrides.append(f"eval.retrieval={dict(map(_captioned, tables_of_pairs))!r}")
+    if flags.labels:
+        overrides.append(f"eval.zero_shot={dict(map(_labelled, flags.labels))!r}")
+    if flags.imagenet:
+        overrides += ["eval.suite=('imagenet',)", f"eval.data_dir={flags.imagenet!r}"]
+    if flags.tokenizer:
+        overrides.append(f"tokenizer.path={flags.tokenizer!r}")
+    if config and not workdir and flags.mode != "eval":
+        workdir = Path("runs") / Path(config.partition(":")[0]).stem
+    return Given(config, Path(workdir) if workdir else None, [*overrides, *keys])
+
+
+def usual_keys() -> str:
+    """The keys that people set, by group, with their defaults and what they take, for --help."""
+    lines = ["keys that people set, with their defaults (docs/config.md has all):"]
+    group = None
+    for name in USUAL:
+        key: Any = KEYS
+        for part in name.split("."):
+            key = key[part]
+        if group != (group := name.rpartition(".")[0]):
+            lines.append(f"\n{group or 'the run'}")
+        lines.append(f"  {f'--config.{name}={key.default}':42} {key.expected}{' or None' if key.optional else ''}")
+    return "\n".join(lines)
+
+
+_KINDS = ("zero_shot", "retrieval", "linear_probe", "geometry")
+
+
+def name_of(data: str) -> str:
+    """A name for data at a path: mine.csv -> mine, photos/ -> photos, shards/{00..31}.tar -> shards."""
+    parts = [part for part in Path(data.rstrip("/")).parts if part not in ("/", "..", ".")]
+    plain = [part for part in parts if not set(part) & set("*?{}[]:")]
+    name = plain[-1] if plain else "own"
+    return name.removesuffix(".gz").rpartition(".")[0] or name
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file()
+
+
+def _is_experiment(what: str) -> bool:
+    name = what.partition(":")[0]
+    found = experiments.find(name)
+    return name.endswith(".py") or (found is not None and found.suffix == ".py")
+
+
+def _is_table(path: str) -> bool:
+    return path.lower().endswith(tables.ENDINGS)
+
+
+def _format(what: str) -> str:
+    try:
+        return guess_format(what)
+    except InputError:
+        near = difflib.get_close_matches(what, experiments.names(), 1)
+        raise InputError(
+            f"{what} is no experiment and no data. Expected one of {', '.join(experiments.names())}"
+            f"{f' ({near[0]}?)' if near else ''}; or a table ({', '.join(tables.ENDINGS[::2])}), a folder, or shards "
+            "(.tar, .tfrecord, .parquet)"
+        ) from None
+
+
+def _validation(val: str, train: str | None) -> str | dict:
+    """As config.data.val: a mixture of one where it has another format than the training data."""
+    if train is None or _is_experiment(train) or guess_format(val) == guess_format(train):
+        return val
+    return {"val": {"path": val, "format": guess_format(val)}}
+
+
+def _captioned(path: str) -> tuple[str, dict]:
+    if _is_table(path):
+        return name_of(path), {"path": path}
+    if (Path(path) / "nshards.txt").is_file() or (Path(path) / "test" / "nshards.txt").is_file():
+        return name_of(path), {"path": path, "format": "clip_benchmark"}
+    raise InputError(f"--retrieval {path}: expected a table of images and captions ({', '.join(tables.ENDINGS[::2])})")
+
+
+def _labelled(text: str) -> tuple[str, dict]:
+    path, colon, column = text.rpartition(":")
+    if colon and column and _is_table(path):
+        return name_of(path), {"path": path, "label_key": column}
+    if Path(text).is_dir():
+        return name_of(text), {"path": text, "format": "folder"}
+    raise InputError(f"--labels {text}: expected TABLE:COLUMN, for example heldout.csv:label, or a folder of folders")

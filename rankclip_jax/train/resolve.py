@@ -1,0 +1,149 @@
+"""What a configuration leaves open (None) until a run starts: settled once by the data and the devices, then stored."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rankclip_jax import config as configs
+from rankclip_jax import models
+from rankclip_jax.common.devices import devices_of
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.trees import flatten
+from rankclip_jax.config.keys import ARCHITECTURE
+from rankclip_jax.parallel.mesh import batch_shards, make_mesh
+from rankclip_jax.train.init_from import TOWERS
+from rankclip_jax.weights import view
+from rankclip_jax.weights.pretrained import Pretrained
+
+# Measured on two CPU cores at 64 pixels: docs/tutorials.md.
+_ON_CPU = dict(
+    name="ViT-tiny", image_size=64, vision=dict(width=128, layers=4, heads=2), text=dict(layers=2)
+)
+_SMALL = dict(name="ViT-tiny", image_size=96)  # on an accelerator
+_LARGE = dict(name="ViT-S/16")
+_MANY = 20_000  # pairs that a larger model needs
+_BATCH = {"cpu": 64}  # a device; others: 128
+_IMAGES = {"cpu": 100_000}  # that a run sees; others: 32 million
+_EPOCHS = 60  # at most
+
+
+def resolve(
+    config: ConfigDict, pairs: int, old: ConfigDict | None = None, origin: Pretrained | None = None
+) -> ConfigDict:
+    """The configuration with what it leaves open settled, and a line about each group of settled keys printed.
+
+    Args:
+      pairs: training samples.
+      old: the stored configuration of the run that resumes, whose values are taken.
+      origin: what config.init_from names, at a first start.
+
+    Raises:
+      InputError: config.mesh does not fit the devices, or scenes are drawn for a model that is not named.
+    """
+    if old is not None:
+        config = configs.with_stored(config, old)
+    settled = configs.complete(config.to_dict())
+    with settled.ignore_type():
+        _settle(settled, pairs, old, origin)
+    if old is None:
+        for group in ("model", "batch_size epochs log_every optim.warmup_steps optim.lr"):
+            _tell(config, settled, group.split())
+    return settled
+
+
+def _settle(config: ConfigDict, pairs: int, old: ConfigDict | None, origin: Pretrained | None) -> None:
+    mesh = make_mesh(config.mesh)
+    platform = devices_of(mesh).platform
+    if origin and config.model.name is None:
+        _take(config.model, of_source(origin))
+    if config.model.name is None:
+        if config.data.format == "shapes":  # which draws scenes as large as the model wants them
+            raise InputError("config.model.name=None. Expected a preset, since config.data.format=shapes")
+        _take(config.model, _ON_CPU if platform == "cpu" else _LARGE if pairs >= _MANY else _SMALL)
+    if origin and "visual" in TOWERS[config.init_towers]:
+        for key, usual in (("mean", view.MEAN), ("std", view.STD)):
+            theirs = tuple(getattr(origin.view, key))
+            config.data[key] = config.data[key] or (theirs if theirs != usual else None)
+    if config.batch_size is None:
+        unit = batch_shards(mesh) * config.accumulate
+        most = _BATCH.get(platform, 128) * batch_shards(mesh)
+        wanted = min(most, max(1 << max(pairs // 8, 1).bit_length() - 1, 16), pairs)
+        config.batch_size = max(wanted // unit, 1) * unit
+    per_epoch = max(pairs // config.batch_size, 1)
+    if config.epochs is None:
+        planned = _IMAGES.get(platform, 32_000_000) / pairs
+        config.epochs = math.ceil(config.steps / per_epoch) if config.steps else round(min(max(planned, 1), _EPOCHS))
+    steps = total_steps(config, per_epoch)
+    if config.optim.warmup_steps is None:
+        config.optim.warmup_steps = min(steps // 10, 500)
+    if config.optim.lr is None:
+        config.optim.lr = 1e-5 if config.init_from else 1e-3 if config.model.name.endswith("tiny") else 5e-4
+    if config.log_every is None:
+        config.log_every = max(round(steps / 50), 1)
+    epochs = math.ceil(steps / per_epoch)
+    if config.eval.every_epochs is None:
+        config.eval.every_epochs = max(round(epochs / 10), 1)
+    if config.loss.ramp_epochs is None:  # so that a run that is made longer keeps the ramp of its first plan
+        of = old or config
+        config.loss.ramp_epochs = math.ceil(total_steps(of, per_epoch) / per_epoch)
+
+
+def require(config: ConfigDict, who: str) -> None:
+    """Raises InputError where `who`, which opens no data, needs what is open."""
+    given = flatten(config.to_dict())
+    for key in ("batch_size", "epochs", "model.name", "optim.lr", "optim.warmup_steps"):
+        if given[key] is None:
+            raise InputError(f"config.{key}=None. Expected a value: {who} opens no data to settle it by, as training does")
+
+
+def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
+    """The run's number of steps."""
+    return config.steps or config.epochs * steps_per_epoch
+
+
+def of_source(origin: Pretrained) -> dict[str, Any]:
+    """Fields of config.model that give the architecture of a model: those of its run, or changes to a like preset."""
+    if origin.run is not None:
+        fields = origin.run.model.to_dict()
+        return {key: fields[key] for key in ARCHITECTURE}
+    config = origin.config
+    near = max(models.PRESETS, key=lambda name: _alike(models.PRESETS[name], config))
+    preset = models.PRESETS[near]
+    towers = {
+        "vision": _changed(preset.vision, config.vision),
+        "text": _changed(preset.text, config.text, but=("vocab_size", "eot_id")),  # which are the tokenizer's
+    }
+    top = {key: towers[tower].pop(key, None) for key, tower in (("image_size", "vision"), ("context_length", "text"))}
+    own = _changed(preset, config, but=("vision", "text"))
+    return dict(name=near, embed_dim=None, activation=None) | own | top | towers
+
+
+def _alike(preset: models.ClipConfig, config: models.ClipConfig) -> tuple[bool, int]:
+    same_kind = type(preset.vision) is type(config.vision)
+    if not same_kind:
+        return False, 0
+    return True, -len(_changed(preset.vision, config.vision)) - len(_changed(preset.text, config.text))
+
+
+def _changed(preset: Any, other: Any, but: tuple[str, ...] = ()) -> dict[str, Any]:
+    fields = [field.name for field in dataclasses.fields(preset) if field.name not in but]
+    return {name: getattr(other, name) for name in fields if getattr(other, name) != getattr(preset, name)}
+
+
+def _take(model: ConfigDict, fields: Mapping) -> None:
+    """Writes fields of config.model that are not given."""
+    for key, value in fields.items():
+        if isinstance(value, Mapping):
+            model[key] = dict(value) | model[key].to_dict()
+        elif model[key] is None:
+            model[key] = value
+
+
+def _tell(given: ConfigDict, settled: ConfigDict, keys: list[str]) -> None:
+    old, new = flatten(given.to_dict()), flatten(settled.to_dict())
+    chosen = [key for key in new if any(f"{key}.".startswith(f"{of}.") for of in keys) and new[key] != old.get(key)]
+    if chosen:
+        print("chosen: " + "  ".join(f"{key}={new[key]}" for key in chosen))
