@@ -144,7 +144,7 @@ def choice(default: Any, *choices: Any) -> Key:
         return value
 
     named = dict.fromkeys((default, *choices))
-    return Key(default, convert, "one of " + ", ".join(map(str, named)), None in named)
+    return Key(default, convert, "one of " + ", ".join(str(one) for one in named if one is not None), None in named)
 
 
 def strings(default: tuple | None) -> Key:

@@ -29,14 +29,14 @@ MAY_CHANGE = ("log_every", "eval", "checkpoint", "plan", "profile", "study", "me
 MAY_CHANGE += ("epochs", "steps")
 
 # What --help of training lists.
-USUAL = ("batch_size", "accumulate", "epochs", "steps", "seed", "log_every", "init_from", "init_towers")
+USUAL = ("batch_size", "accumulate", "epochs", "steps", "seed", "log_every", "init_from", "init_towers", "sharding")
 USUAL += ("loss.objective", "loss.lambda_in", "loss.lambda_cross", "loss.schedule", "loss.decay")
 USUAL += ("model.name", "model.image_size", "model.context_length", "model.dtype", "model.remat", "model.scan_layers")
 USUAL += ("optim.lr", "optim.warmup_steps", "optim.weight_decay", "optim.grad_clip_norm", "optim.schedule")
 USUAL += ("optim.freeze", "optim.layer_lr_decay")
 USUAL += ("data.train", "data.val", "data.format", "data.image_key", "data.caption_key", "data.crop_scale", "data.flip")
 USUAL += ("data.max_bad_fraction", "tokenizer.path", "tokenizer.vocab_size", "eval.every_epochs", "eval.suite")
-USUAL += ("eval.data_dir", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.best", "sharding")
+USUAL += ("eval.data_dir", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.best")
 
 # Values of keys that a stored configuration lacks, because it is older than they are, where its run did not behave as
 # today's default does. So that old workdirs resume as they began.

@@ -103,7 +103,7 @@ def usual_keys() -> str:
             key = key[part]
         if group != (group := name.rpartition(".")[0]):
             lines.append(f"\n{group or 'the run'}")
-        lines.append(f"  {f'--config.{name}={key.default}':42} {key.expected}{' or None' if key.optional else ''}")
+        lines.append(f"  {f'--config.{name}={key.default}':40} {key.expected}{' or None' if key.optional else ''}")
     return "\n".join(lines)
 
 
@@ -137,8 +137,9 @@ def _format(what: str) -> str:
         return guess_format(what)
     except InputError:
         near = difflib.get_close_matches(what, experiments.names(), 1)
+        others = [name for name in experiments.names() if name != "own"]
         raise InputError(
-            f"{what} is no experiment and no data. Expected one of {', '.join(experiments.names())}"
+            f"{what} is no experiment and no data. Expected one of {', '.join(others)}"
             f"{f' ({near[0]}?)' if near else ''}; or a table ({', '.join(tables.ENDINGS[::2])}), a folder, or shards "
             "(.tar, .tfrecord, .parquet)"
         ) from None

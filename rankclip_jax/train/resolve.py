@@ -96,7 +96,7 @@ def require(config: ConfigDict, who: str) -> None:
     given = flatten(config.to_dict())
     for key in ("batch_size", "epochs", "model.name", "optim.lr", "optim.warmup_steps"):
         if given[key] is None:
-            raise InputError(f"config.{key}=None. Expected a value: {who} opens no data to settle it by, as training does")
+            raise InputError(f"config.{key}=None. Expected a value: {who} does not settle it, as training does")
 
 
 def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
