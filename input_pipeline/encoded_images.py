@@ -1,4 +1,4 @@
-"""Reads the encoded image of any row of a source, for decoding without TensorFlow."""
+"""Reads the encoded image, or the caption, of any row of a source, for use without TensorFlow."""
 
 from collections.abc import Callable
 
@@ -24,3 +24,16 @@ def reader(source: Source) -> Callable[[int], bytes]:
             raise InputError(in_words(error)) from None
 
     return read
+
+
+def captions(source: Source) -> Callable[[int], str]:
+    """Returns caption(row) -> its caption, the first of several; "" for an unusable row."""
+
+    def caption(row: int) -> str:
+        try:
+            texts = tf.reshape(source.read(tf.constant(row, tf.int64))["caption"], [-1]).numpy()
+        except tf.errors.OpError:
+            return ""
+        return texts[0].decode(errors="replace").strip() if len(texts) else ""
+
+    return caption

@@ -1,19 +1,24 @@
 """The command line: embed a collection of images, and search it by text.
 
 python -m rankclip_jax.embed MODEL DATA --out photos.npz
-python -m rankclip_jax.embed MODEL photos.npz --search "a dog on a beach" --png matches.png
+python -m rankclip_jax.embed MODEL photos.npz --search "a dog on a beach" like_this.jpg --png matches.png
+rankclip search MODEL DATA "a dog on a beach"
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 import rankclip_jax
 from rankclip_jax.common import commands
 from rankclip_jax.common.errors import InputError, one_line
+from rankclip_jax.common.pictures import ENDINGS
 from rankclip_jax.config.key import character, encoding
 from rankclip_jax.inference import collection, search, store
 from rankclip_jax.inference.model import Model
-from rankclip_jax.inference.pictures import open_pictures
+from rankclip_jax.inference.pictures import Pictures, open_pictures
 
 
 def main() -> None:
@@ -26,8 +31,11 @@ def main() -> None:
     parser.add_argument(
         "data", help="a folder of images, a table (.csv ...), shards (.tar, .tfrecord, .parquet); or a file of --out"
     )
+    parser.add_argument("queries", nargs="*", metavar="QUERY", help="as --search")
     parser.add_argument("--out", type=Path, help="the file to write: .npz or .parquet")
-    parser.add_argument("--search", nargs="+", metavar="TEXT", help="print the best matches of each text")
+    parser.add_argument(
+        "--search", nargs="+", metavar="QUERY", default=[], help="print the best matches of each text or image file"
+    )
     parser.add_argument("--top", type=int, default=10, help="number of matches (default 10)")
     parser.add_argument("--png", type=Path, help="also draw the matches into this file")
     parser.add_argument("--image-key", help="column, feature or member of the image; default: the format's default")
@@ -35,9 +43,10 @@ def main() -> None:
     parser.add_argument("--encoding", help="of a table that is not UTF-8, for example latin-1")
     parser.add_argument("--tokenizer", help="a tokenizer.json or hub id, if MODEL has none")
     parser.add_argument("--activation", choices=["quick_gelu", "gelu"], default="quick_gelu", help="as in convert")
-    flags = parser.parse_args()
-    if not (flags.out or flags.search):
-        parser.error("give --out FILE to embed DATA, --search TEXT to search it, or both")
+    flags = parser.parse_intermixed_args()
+    queries = [*flags.search, *flags.queries]
+    if not (flags.out or queries):
+        parser.error("give --out FILE to embed DATA, --search QUERY to search it, or both")
     commands.quiet_tensorflow()  # for shards
     with commands.exit_codes("stopped; the same command resumes"):
         try:
@@ -46,8 +55,12 @@ def main() -> None:
             model = rankclip_jax.load(flags.model, tokenizer=flags.tokenizer, activation=flags.activation)
             if flags.out:
                 _embed(model, flags)
-            if flags.search:
-                _search(model, flags.out or Path(flags.data), flags.search, flags.top, flags.png)
+            if queries and (flags.out or store.is_store(Path(flags.data))):
+                _search(model, *_stored(model, flags.out or Path(flags.data)), queries, flags.top, flags.png)
+            elif queries:
+                pictures = open_pictures(flags.data, flags.image_key, flags.delimiter, flags.encoding)
+                embeddings = collection.encode(model, pictures)
+                _search(model, embeddings, lambda: pictures, queries, flags.top, flags.png)
         except OSError as error:  # a folder that is not there, a full disk
             said = f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
             raise InputError(said) from None
@@ -65,18 +78,36 @@ def _embed(model: Model, flags: argparse.Namespace) -> None:
     collection.embed(model, pictures, flags.out, about | {"size": pictures.size})
 
 
-def _search(model: Model, path: Path, texts: list[str], top: int, png: Path | None) -> None:
+def _stored(model: Model, path: Path) -> tuple[store.Embeddings, Callable[[], Pictures]]:
     embeddings = store.read(path)
     about = embeddings.about
     if about["model"] != model.fingerprint():
         raise InputError(f"{path} was embedded with another model than {model.source.path}; embed the collection again")
-    found_TxK, cosines_TxK = search.best(embeddings, model.encode_text(texts), top)
-    for text, found, cosines in zip(texts, found_TxK, cosines_TxK, strict=True):
-        print(search.table(text, embeddings, found, cosines))
+    keys = about["image_key"], about["delimiter"], about.get("encoding")
+    return embeddings, lambda: open_pictures(about["data"], *keys)
+
+
+def _search(
+    model: Model,
+    embeddings: store.Embeddings,
+    pictures: Callable[[], Pictures],
+    queries: list[str],
+    top: int,
+    png: Path | None,
+) -> None:
+    found_QxK, cosines_QxK = search.best(embeddings, np.concatenate([_encoded(model, one) for one in queries]), top)
+    for query, found, cosines in zip(queries, found_QxK, cosines_QxK, strict=True):
+        print(search.table(query, embeddings, found, cosines))
     if png:
-        pictures = open_pictures(about["data"], about["image_key"], about["delimiter"], about.get("encoding"))
-        search.draw(png, texts, embeddings, pictures, found_TxK, cosines_TxK, model.source.view)
+        search.draw(png, queries, embeddings, pictures(), found_QxK, cosines_QxK)
         print(f"drawn: {png}")
+
+
+def _encoded(model: Model, query: str) -> np.ndarray:
+    """(1, D). A file of a picture's name that is there is a picture; anything else is a text."""
+    path = Path(query).expanduser()
+    is_picture = path.suffix.lower() in ENDINGS and path.is_file()
+    return model.encode_image(path) if is_picture else model.encode_text(query)
 
 
 if __name__ == "__main__":

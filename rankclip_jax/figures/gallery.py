@@ -118,7 +118,8 @@ def matches(texts: Sequence[str], pictures: Sequence[Sequence[np.ndarray]], note
     """
     columns = min(len(pictures[0]), _MOST_COLUMNS)
     rows_each = -(-len(pictures[0]) // columns)
-    width, height = 1.7 * columns, 2.3 * rows_each * len(texts)
+    deepest = max((note.count("\n") for some in notes for note in some), default=1)
+    width, height = 1.7 * columns, (2.15 + 0.14 * deepest) * rows_each * len(texts)
     figure = Figure(figsize=(width, height), dpi=min(110, _MOST_PIXELS / height), layout="constrained")
     axes_RxC = figure.subplots(rows_each * len(texts), columns, squeeze=False)
     for axes in axes_RxC.flat:

@@ -1,6 +1,8 @@
 """Embeds a collection of images in parts, so that a stopped run resumes."""
 
+import itertools
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,29 @@ def embed(model: Model, pictures: Pictures, out: Path, about: dict) -> None:
     count = store.write(out, (_part(folder, start) for start in starts), about, folder / "unfinished")
     parts.dissolve()
     print(f"wrote {out}: {count:,} embeddings of {model.source.config.embed_dim} dimensions")
+
+
+def encode(model: Model, pictures: Pictures) -> store.Embeddings:
+    """The embeddings of all usable images, in memory; stderr says how many were left out.
+
+    Raises:
+      InputError: no image could be used.
+    """
+    parts, bad = [], []
+    with ThreadPoolExecutor() as threads, progress("embed", pictures.size) as bar:
+        for start in range(0, pictures.size, PART):
+            rows = range(start, min(start + PART, pictures.size))
+            *part, reasons = _embed_rows(model, pictures, rows, threads)
+            parts.append(part)
+            bad += reasons
+            bar.update(len(rows))
+    if len(bad) == pictures.size:
+        raise InputError(f"none of the {pictures.size} images could be used; for example {_told(bad[0])}")
+    if bad:
+        print(f"{len(bad)} images were left out, for example {_told(bad[0])}", file=sys.stderr)
+    z, rows, names = zip(*parts, strict=True)
+    rows, names = (list(itertools.chain.from_iterable(some)) for some in (rows, names))
+    return store.Embeddings(np.concatenate(z), np.array(rows, np.int64), names, {})
 
 
 def _embed_rows(model, pictures, rows, threads):

@@ -1,6 +1,7 @@
 """Collections of images with access by number: a folder, a table, or shards."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ class Pictures:
       size: number of images.
       name: i -> a readable name of image i.
       image: i -> image i as a path or a PIL image; raises InputError if it cannot be read.
+      caption: i -> the caption of image i, the first of several; "" where there is none.
       lost: (where, reason) of what has no number: bad rows of a table, unreachable samples of shards.
     """
 
@@ -28,6 +30,7 @@ class Pictures:
     name: Callable[[int], str]
     image: Callable[[int], object]
     lost: tuple[tuple[str, str], ...] = ()
+    caption: Callable[[int], str] = lambda row: ""
 
 
 def open_pictures(
@@ -62,7 +65,12 @@ def _folder(path: Path) -> Pictures:
     files = folders.pictures_below(str(path))
     if not files:
         raise InputError(f"{path} has no images ({', '.join(ENDINGS)}); for shards give their pattern, {path}/*.tar")
-    return Pictures(len(files), lambda i: files[i], lambda i: path / files[i])
+
+    def caption(row):
+        beside = (path / files[row]).with_suffix(".txt")
+        return beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else ""
+
+    return Pictures(len(files), lambda i: files[i], lambda i: path / files[i], caption=caption)
 
 
 def _table(file: str, image_key: str | None, delimiter: str, encoding: str | None) -> Pictures:
@@ -73,8 +81,22 @@ def _table(file: str, image_key: str | None, delimiter: str, encoding: str | Non
     def name(row):
         return names[row].as_py()
 
+    @functools.cache
+    def texts():
+        try:
+            rows = tables.read_table(file, keys, delimiter=delimiter, encoding=encoding)
+        except InputError:  # a table of images alone
+            return {}
+        assert rows.texts is not None
+        return dict(zip(rows.numbers.tolist(), rows.texts, strict=True))
+
+    def caption(row):
+        text = texts().get(int(table.numbers[row]))
+        text = "" if text is None else text.as_py()
+        return text if isinstance(text, str) else text[0]
+
     lost = tuple((f"{file} row {number}", reason) for number, reason in table.bad)
-    return Pictures(len(names), name, lambda row: Path(tables.image_path(table.folder, name(row))), lost)
+    return Pictures(len(names), name, lambda row: Path(tables.image_path(table.folder, name(row))), lost, caption)
 
 
 def _shards(pattern: str, kind: str, image_key: str | None) -> Pictures:
@@ -85,4 +107,4 @@ def _shards(pattern: str, kind: str, image_key: str | None) -> Pictures:
     read = encoded_images.reader(source)
 
     lost = tuple((one.where, one.reason) for one in source.lost)
-    return Pictures(source.size, source.where, lambda i: opened(read(i)), lost)
+    return Pictures(source.size, source.where, lambda i: opened(read(i)), lost, encoded_images.captions(source))

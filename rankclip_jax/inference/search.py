@@ -1,18 +1,21 @@
 """Searches a file of embeddings for the images nearest to a text; prints and draws them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.backend_bases import FigureCanvasBase
+from PIL import Image
 
 from rankclip_jax import figures
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole
-from rankclip_jax.figures.words import any_script
+from rankclip_jax.common.pictures import read, rgb
+from rankclip_jax.figures.words import any_script, lines
 from rankclip_jax.inference.pictures import Pictures
 from rankclip_jax.inference.store import Embeddings
 
+_SIDE = 256  # pixels of a drawn picture, at most
 
 def best(embeddings: Embeddings, z_txt_TxD: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices and cosines, (T, k), of the k = min(top, n) nearest rows, nearest first; ties in file order."""
@@ -36,10 +39,9 @@ def draw(
     pictures: Pictures,
     found_TxK: np.ndarray,
     cosines_TxK: np.ndarray,
-    view: Callable,
 ) -> None:
-    """Draws a PNG, or what `path` ends in, with one row of images per text, nearest first, after the model's
-    preprocessing.
+    """Draws a PNG, or what `path` ends in, with one row of images per query, nearest first, as they are in their files,
+    with their captions.
 
     Raises:
       InputError: an image cannot be read any more, or there is no format of this name.
@@ -49,15 +51,27 @@ def draw(
         raise InputError(f"cannot draw {path}: its name must end in one of {', '.join(known)}")
     images, notes = [], []
     for found_K, cosines_K in zip(found_TxK, cosines_TxK, strict=True):
-        images.append([_image(embeddings, pictures, found, view) for found in found_K])
-        names = (embeddings.names[found].replace("\\", "/").rsplit("/", 1)[-1] for found in found_K)
-        notes.append([f"{cosine:.3f}\n{name[-24:]}" for cosine, name in zip(cosines_K, names, strict=True)])
+        images.append([_image(embeddings, pictures, found) for found in found_K])
+        notes.append([
+            _note(cosine, embeddings.names[found], pictures.caption(int(embeddings.rows[found])))
+            for cosine, found in zip(cosines_K, found_K, strict=True)
+        ])
     with whole(path) as part, any_script():
         figures.matches(texts, images, notes).savefig(part, format=ending)
 
 
-def _image(embeddings, pictures, found, view):
+def _note(cosine, name, caption):
+    name = name.replace("\\", "/").rsplit("/", 1)[-1]
+    return "\n".join([f"{cosine:.3f}", name[-24:], *lines(caption, 26, 3)])
+
+
+def _image(embeddings, pictures, found):
+    """The picture as uint8 (H, W, 3), of at most _SIDE pixels."""
     try:
-        return view(pictures.image(int(embeddings.rows[found])))
-    except InputError as error:
-        raise InputError(f"cannot draw {embeddings.names[found]}: {error}") from None
+        image = pictures.image(int(embeddings.rows[found]))
+        image = rgb(image) if isinstance(image, Image.Image) else read(Path(image).read_bytes())
+    except (InputError, OSError) as error:
+        why = error if isinstance(error, InputError) else error.strerror
+        raise InputError(f"cannot draw {embeddings.names[found]}: {why}") from None
+    image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    return np.asarray(image)

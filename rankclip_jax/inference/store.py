@@ -59,6 +59,19 @@ def read(path: Path) -> Embeddings:
         ) from None
 
 
+def is_store(path: Path) -> bool:
+    """Whether a path names a file of `write`: an .npz, or a Parquet file with its metadata."""
+    if path.suffix != ".parquet" or not path.is_file():
+        return path.suffix == ".npz"
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return b"rankclip_jax" in (pq.read_schema(path).metadata or {})
+    except (pa.ArrowException, OSError):
+        return False
+
+
 def _write_npz(path: Path, parts: Iterable[Embeddings], about: dict) -> int:
     parts = list(parts)
     with open(path, "wb") as out:

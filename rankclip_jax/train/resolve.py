@@ -26,8 +26,8 @@ _SMALL = dict(name="ViT-tiny", image_size=96)  # on an accelerator
 _LARGE = dict(name="ViT-S/16")
 _MANY = 20_000  # pairs that a larger model needs
 _BATCH = {"cpu": 64}  # a device; others: 128
-_IMAGES = {"cpu": 100_000}  # that a run sees; others: 32 million
-_EPOCHS = 60  # at most
+_IMAGES = {"cpu": 50_000}  # that a run sees; others: 32 million
+_EPOCHS = 40  # at most
 
 
 def resolve(

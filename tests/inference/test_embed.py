@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -218,3 +219,59 @@ def test_bad_rows_of_a_table_are_listed(run, folder, tmp_path):
         "where": f"{folder}/a.csv row 4",
         "reason": "wrong number of fields: 3, and the header has 2; a text with '|' in it needs quotation marks",
     }
+
+
+def test_one_command_embeds_and_searches_and_a_picture_is_a_query(run, model, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(collection, "PART", 4)
+    names, png = names_below(folder), tmp_path / "m.png"
+    (folder / "broken.png").write_text("no picture")
+    query = folder / names[3]
+    before = sorted(tmp_path.rglob("*"))
+    run(folder, "two dogs", "--top", "2", query, "--search", "a cat", "--png", png)
+    said = capsys.readouterr()
+    assert "1 images were left out, for example broken.png" in said.err
+    z = model.encode_image([folder / name for name in names]).astype(np.float64)
+    lines = said.out.splitlines()
+    queries = [("a cat", model.encode_text("a cat")), ("two dogs", model.encode_text("two dogs"))]
+    for place, (words, embedded) in enumerate([*queries, (str(query), model.encode_image(query))]):
+        cosines = z @ embedded[0].astype(np.float64)
+        block = lines[3 * place : 3 * place + 3]
+        assert block[0] == f'"{words}"'
+        assert [line.split()[2] for line in block[1:]] == [names[i] for i in np.argsort(-cosines)[:2]]
+    assert lines[7].split()[1:] == ["1.0000", names[3]]  # itself
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, png])
+
+
+def test_matches_are_drawn_from_the_files_with_captions(run, folder, tmp_path, monkeypatch):
+    seen = []
+    matches = search.figures.matches
+    monkeypatch.setattr(search.figures, "matches", lambda *given: seen.append(given) or matches(*given))
+    names = names_below(folder)
+    wide = np.zeros((10, 40, 3), np.uint8)
+    wide[:, 30:] = 255
+    for name in names:
+        Image.fromarray(wide).save(folder / name)
+        (folder / name).with_suffix(".txt").write_text(f"the words of {name}")
+    table = tmp_path / "t.csv"
+    table.write_text("image,caption\n" + "".join(f"photos/{name},row of {name}\n" for name in names[:3]))
+    without = tmp_path / "w.csv"
+    without.write_text("image\nphotos/00.png\n")
+    for data in (folder, table, without):
+        run(data, "a cat", "--png", tmp_path / "m.png")
+    (_, pictures, notes), (_, _, of_table), (_, _, bare) = seen
+    np.testing.assert_array_equal(pictures[0][0], wide)  # not the model's square
+    assert all(re.fullmatch(r"-?0\.\d{3}\n(\d\d\.png)\nthe words of (deep/)?\1", note) for note in notes[0])
+    assert all("row of" in note for note in of_table[0]) and bare[0][0].count("\n") == 1
+
+
+def test_captions_of_shards(tmp_path):
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number, content in (("0", b"first"), ("1", b"")):
+            for ending, data in (("png", picture.getvalue()), ("txt", content)):
+                info = tarfile.TarInfo(f"{number}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    pictures = open_pictures(str(tmp_path / "0.tar"))
+    assert [pictures.caption(i) for i in range(2)] == ["first", ""]

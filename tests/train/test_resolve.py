@@ -1,0 +1,172 @@
+"""What a configuration leaves open is settled at the first start: by the data, the devices, or where it starts from."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from rankclip_jax import config as configs
+from rankclip_jax import models
+from rankclip_jax.common.devices import Devices
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.train import loop, resolve
+from rankclip_jax.train import workdir as workdirs
+from rankclip_jax.weights import export, pretrained, view
+from tests.support.made_models import RESNET, VIT, make_workdir
+
+OWN = ["data.train=x.csv"]
+
+
+def own(*changes):
+    return configs.load("own", [*OWN, *changes])
+
+
+def on(monkeypatch, platform, count=8):
+    monkeypatch.setattr(resolve, "devices_of", lambda mesh: Devices(platform, platform, None, count))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("pairs", [9, 40, 100, 1_448, 30_000, 3_000_000])
+def test_any_number_of_pairs_gives_a_run(monkeypatch, platform, pairs):
+    on(monkeypatch, platform)
+    given = own()
+    settled = resolve.resolve(given, pairs)
+    batch, steps_per_epoch = settled.batch_size, pairs // settled.batch_size
+    steps = resolve.total_steps(settled, steps_per_epoch)
+    assert batch % 8 == 0 and steps_per_epoch >= 1  # eight devices
+    assert 2 * batch >= min(pairs, 16)
+    assert settled.optim.warmup_steps <= steps / 10
+    assert steps / settled.log_every <= 100 and (steps < 50 or steps / settled.log_every >= 25)
+    assert 5 <= steps // steps_per_epoch // settled.eval.every_epochs <= 20 or settled.epochs < 10
+    assert settled.loss.ramp_epochs == settled.epochs
+    assert (given.batch_size, given.model.name) == (None, None)  # not changed in place
+    fields = {key: settled.model[key] for key in ("image_size", "vision", "text")}
+    assert isinstance(models.configure(settled.model.name, **fields).vision, models.VitConfig)  # which has exports
+
+
+def test_the_numbers_of_the_issue(monkeypatch):
+    monkeypatch.setattr(resolve, "batch_shards", lambda mesh: 1)
+    settled = resolve.resolve(own(), 1_448)
+    assert (settled.batch_size, settled.epochs) == (64, 35)  # 50,000 / 1,448
+    assert (settled.model.name, settled.model.image_size) == ("ViT-tiny", 64)
+    assert (settled.optim.warmup_steps, settled.log_every) == (77, 15)  # of 35 * 22 steps
+    assert resolve.resolve(own(), 40).batch_size == 16
+    assert resolve.resolve(own(), 5).batch_size == 5
+
+
+def test_a_larger_model_on_an_accelerator_with_many_pairs(monkeypatch):
+    names = {}
+    for platform in ("cpu", "gpu"):
+        on(monkeypatch, platform)
+        for pairs in (1_000, 50_000):
+            model = resolve.resolve(own(), pairs).model
+            names[platform, pairs] = model.name, model.image_size
+    assert names == {
+        ("cpu", 1_000): ("ViT-tiny", 64),
+        ("cpu", 50_000): ("ViT-tiny", 64),
+        ("gpu", 1_000): ("ViT-tiny", 96),
+        ("gpu", 50_000): ("ViT-S/16", None),
+    }
+
+
+def test_what_is_given_stays(capsys):
+    changes = ["batch_size=24", "steps=7", "optim.lr=0.5", "optim.warmup_steps=1", "log_every=3", "model.image_size=32"]
+    settled = resolve.resolve(own(*changes), 1_448)
+    assert (settled.batch_size, settled.steps, settled.optim.lr, settled.log_every) == (24, 7, 0.5, 3)
+    assert (settled.optim.warmup_steps, settled.model.image_size, settled.model.name) == (1, 32, "ViT-tiny")
+    said = capsys.readouterr().out
+    assert "model.name=ViT-tiny" in said and "batch_size" not in said and "optim.lr" not in said
+    named = resolve.resolve(own("model.name=ViT-B/32"), 1_448).model
+    assert (named.name, named.image_size, dict(named.vision)) == ("ViT-B/32", None, {})
+
+
+def test_a_resumed_run_has_the_stored_values_whatever_the_data_are(capsys):
+    first = resolve.resolve(own(), 1_448)
+    stored = configs.completed(json.loads(configs.to_json(first)))
+    capsys.readouterr()
+    again = resolve.resolve(own(), 40, stored)
+    assert again.to_dict() == stored.to_dict() and not capsys.readouterr().out
+    workdirs.check_same_config("run", stored, own())
+    for change in ("batch_size=8", "optim.lr=0.5", "model.vision={'layers':6}", "model.name=ViT-B/32"):
+        with pytest.raises(InputError, match=f"another configuration .*config.{change.partition('=')[0]}"):
+            workdirs.check_same_config("run", stored, own(change))
+
+
+def test_plans_and_studies_say_what_they_need():
+    with pytest.raises(InputError, match=r"^config\.batch_size=None\. Expected a value: a plan does not settle it"):
+        resolve.require(own(), "a plan")
+    resolve.require(configs.load("cc3m"), "a plan")
+    with pytest.raises(InputError, match=r"config\.model\.name=None\. Expected a preset, since .*\.format=shapes"):
+        resolve.resolve(configs.load("shapes", ["model.name=None"]), 100)
+    with pytest.raises(InputError, match=r"config\.data\.train=None\. Expected what to train on"):
+        loop.open_data(configs.load("own"))
+
+
+CHANGES = {
+    "context_length": 20,
+    "embed_dim": 96,
+    "activation": "gelu",
+    "text": dict(layers=2, width=128, heads=2, mlp_width=300),
+}
+
+
+@pytest.mark.parametrize("changes", [{}, CHANGES], ids=["as it is", "changed"])
+@pytest.mark.parametrize("name", models.PRESETS)
+def test_any_architecture_can_be_said_by_a_preset(name, changes):
+    vision = models.PRESETS[name].vision
+    side = {"image_size": 4 * (vision.stride if isinstance(vision, models.ResNetConfig) else vision.patch_size)}
+    theirs = models.configure(name, **(changes | side if changes else {}), vocab_size=300, eot_id=299)
+    origin = pretrained.Pretrained("x", theirs, {}, view.View(1, 1), None)
+    fields = configs.complete({"model": resolve.of_source(origin)}).model.to_dict()
+    given = {key: fields[key] for key in configs.keys.ARCHITECTURE}
+    assert models.configure(given.pop("name"), **given, vocab_size=300, eot_id=299) == theirs
+
+
+@pytest.mark.parametrize("model", [VIT, RESNET], ids=["vit", "resnet"])
+def test_the_model_is_the_one_it_starts_from(tmp_path, model, capsys):
+    source = pretrained.read(make_workdir(tmp_path / "run", model))
+    config = own(f"init_from={tmp_path / 'run'}", "data.train=x.csv")
+    settled = resolve.resolve(config, 1_448, origin=source)
+    words = dict(vocab_size=source.tokenizer.vocab_size, eot_id=source.tokenizer.eot_id)
+    assert models.build(**settled.model.to_dict(), **words).config == source.config
+    assert (settled.optim.lr, settled.data.mean) == (1e-5, None)
+    capsys.readouterr()
+    larger = resolve.resolve(own("init_from=x", "model.image_size=64"), 1_448, origin=source)
+    assert larger.model.image_size == 64
+    named = resolve.resolve(own("init_from=x", "model.name=ViT-S/16"), 1_448, origin=source)
+    assert (named.model.name, dict(named.model.vision)) == ("ViT-S/16", {})
+
+
+@pytest.mark.slow
+def test_the_view_comes_along_and_stays_in_what_is_exported(tmp_path, captioned):
+    grey = dict(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    source = pretrained.read(make_workdir(tmp_path / "run", VIT))
+    source = dataclasses.replace(source, view=dataclasses.replace(source.view, **grey))
+    export.write(source, tmp_path / "hf", "hf")
+    changes = [f"data.train={captioned}", f"init_from={tmp_path / 'hf'}", "steps=1", "batch_size=8"]
+    loop.train(configs.load("own", changes), tmp_path / "tuned")
+    stored = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    assert stored["data"]["mean"] == [0.5] * 3 and stored["data"]["std"] == [0.25] * 3
+    assert stored["model"]["image_size"] == 32 and stored["data"]["format"] == "csv"
+    tuned = pretrained.read(tmp_path / "tuned")
+    assert tuned.view == source.view and tuned.tokenizer.vocabulary() == source.tokenizer.vocabulary()
+    assert tuned.config == source.config
+    kernel = ("params", "visual", "conv1", "kernel")
+    before, after = (model.variables for model in (source, tuned))
+    for key in kernel:
+        before, after = before[key], after[key]
+    assert 0 < np.abs(after - before).max() < 1e-4  # one step of 1e-5
+
+
+@pytest.mark.slow
+def test_forty_pairs_train_resume_and_export(tmp_path, captioned):
+    """As `rankclip train data.csv` does it, but for its length."""
+    changes = [f"data.train={captioned}", "epochs=2", "model.vision={'layers': 1}", "model.text={'layers': 1}"]
+    loop.train(configs.load("own", changes), tmp_path / "run")
+    loop.train(configs.load("own", changes), tmp_path / "run")  # trained to its last step
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]  # of 16 pairs
+    model = pretrained.read(tmp_path / "run")
+    export.write(model, tmp_path / "hf", "hf")
+    assert pretrained.read(tmp_path / "hf").config == model.config
