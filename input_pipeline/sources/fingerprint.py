@@ -14,7 +14,7 @@ def fingerprint(source: Source) -> str:
     """
     digest = hashlib.blake2b(str(source.size).encode(), digest_size=8)
     for part in source.index():
-        data = part.encode() if isinstance(part, str) else np.ascontiguousarray(part).view(np.uint8)
+        data = part.encode() if isinstance(part, str) else np.ascontiguousarray(part).tobytes()
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
