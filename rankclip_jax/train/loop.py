@@ -6,6 +6,7 @@ Where a run starts, in this order:
   3. otherwise: fresh parameters from config.seed.
 """
 
+import shlex
 import sys
 import zlib
 from collections.abc import Mapping
@@ -65,7 +66,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
 
     Raises:
       InputError: something in the configuration, the data or the workdir is wrong, or the loss stopped being finite.
-      Preempted: SIGTERM came, to any of the processes, and the state is saved.
+      Preempted: SIGTERM or Ctrl-C came, to any of the processes, and the state is saved.
     """
     workdir = Path(workdir)
     old = workdirs.check_same_run(workdir, config)
@@ -214,7 +215,8 @@ def run_steps(
                 recorder.flush()  # raises on a loss that is not finite, before a bad state is saved
                 checkpoints.save(step, state, batches.position)
             if terminated and not last:
-                raise Preempted(f"SIGTERM: saved step {step} in {workdir}; the same command resumes from there")
+                resume = f"python -m rankclip_jax.train --workdir {shlex.quote(str(workdir))}"
+                raise Preempted(f"saved step {step} in {workdir}; to resume: {resume}")
             if epoch_ends:
                 _evaluate(session, state, data, step, recorder, checkpoints)
 
