@@ -81,8 +81,8 @@ def open_webdataset(spec: ConfigDict, path: str | Sequence[str]) -> Source:
         caption = captions_in_json(text, fields[0]) if fields[0] else decoded(text, spec.get("encoding"))
         return sample | {"caption": caption}
 
-    size = members.index.size
-    return Source(size, read, members.where, lambda: read_captions(read, size), lost=tuple(members.index.lost))
+    index, captions = members.index, lambda: read_captions(read, members.index.size)
+    return Source(index.size, read, members.where, captions, lost=tuple(index.lost), index=index.arrays)
 
 
 def open_members(

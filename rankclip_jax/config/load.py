@@ -145,9 +145,10 @@ def _term_weight(weight: Any, term: str) -> float | ConfigDict:
         raise InputError(f"{where} does not exist. Expected one of {', '.join(TERMS)}")
     if not isinstance(weight, Mapping | ConfigDict):
         return real(1.0).check(weight, where)
+    weight = _group(weight, where)
     if set(weight) != {"weight", "schedule"} or weight["schedule"] not in SCHEDULES:
         schedules = " or ".join(SCHEDULES)
-        raise InputError(f'{where}={weight!r}. Expected a number, or {{"weight": 0.25, "schedule": {schedules}}}')
+        raise InputError(f'{where}={dict(weight)}. Expected a number, or {{"weight": 0.25, "schedule": {schedules}}}')
     checked = real(1.0).check(weight["weight"], f"{where}.weight")
     return ConfigDict(dict(weight=checked, schedule=weight["schedule"]))
 

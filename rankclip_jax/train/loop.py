@@ -7,6 +7,7 @@ Where a run starts, in this order:
 """
 
 import sys
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +70,9 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     workdir = Path(workdir)
     old = workdirs.check_same_run(workdir, config)
     data = open_data(config)
+    held = _held(data)
+    if old:
+        workdirs.check_same_data(workdir, held)
     config = _with_ramp(config, old, data.steps_per_epoch)
     tx = optim.make_optimizer(config.optim, data.total_steps, data.steps_per_epoch)
     session, origin = open_session(config, workdir, data, resumes=old is not None)
@@ -78,7 +82,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         if old:
             workdirs.check_length(workdir, start.step, *(_length(each, data.steps_per_epoch) for each in (old, config)))
         if processes.is_first():
-            workdirs.begin(workdir, config, session.tokenizer)
+            workdirs.begin(workdir, config, session.tokenizer, held)
         if start.step >= data.total_steps and not _owes_evaluation(session, workdir, data, start):
             print(f"{workdir} is trained to its last step, {start.step}")
             return
@@ -228,6 +232,19 @@ def finish(session: Session, workdir: Path, batches: Any) -> None:
         print(f"curves: {workdir / 'curves.png'}")
 
 
+def _held(data: Data) -> dict[str, dict | None]:
+    """What the workdir notes of the data, so that a run that resumes notices others."""
+    from input_pipeline.sources.fingerprint import fingerprint
+
+    def of(source):
+        return {"samples": source.size, "fingerprint": fingerprint(source)} if source else None
+
+    held = {"train": of(data.source), "val": of(data.val)}
+    if len(set(processes.of_all(zlib.crc32(str(held).encode()) >> 1))) > 1:
+        raise InputError("the processes see different data in config.data.train or config.data.val")
+    return held
+
+
 def _length(config: ConfigDict, steps_per_epoch: int) -> tuple[int, float]:
     """The run's number of steps, and of those at its start whose rates would be the same in a longer one."""
     total_steps = config.steps or config.epochs * steps_per_epoch
@@ -253,7 +270,9 @@ def _kinds_due(session: Session, data: Data, step: int) -> tuple[str, ...]:
 
 def _owes_evaluation(session: Session, workdir: Path, data: Data, start: Start) -> bool:
     """Whether a run stopped between the save at the end of an epoch and the evaluation after it."""
-    if not start.resumed or not _kinds_due(session, data, start.step):
+    kinds = _kinds_due(session, data, start.step)
+    something = any(data.sets.opened[kind] for kind in kinds) or (data.val and "zero_shot" in kinds)
+    if not start.resumed or not something:
         return False
 
     def owes() -> str:

@@ -79,7 +79,7 @@ def test_a_policy_changes_what_is_recomputed_not_the_gradient():
 
 def test_an_unknown_policy_is_refused():
     tokenizer = Tokenizer.train(["a red circle"], 64)
-    with pytest.raises(InputError, match="remat='dots'. Expected False, True, or one of dots_saveable"):
+    with pytest.raises(InputError, match="remat='dots'. Expected one of False, True, dots_saveable"):
         build_model(complete({"model": {"name": "ViT-tiny", "remat": "dots"}}), tokenizer)
 
 
