@@ -6,10 +6,12 @@ Where a run starts, in this order:
   3. otherwise: fresh parameters from config.seed.
 """
 
+import contextlib
 import shlex
 import sys
+import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.metrics_file import read_metrics
 from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.models import ResNetConfig
 from rankclip_jax.parallel import processes
 from rankclip_jax.parallel.mesh import to_devices
 from rankclip_jax.parallel.preemption import Notice, Preempted
@@ -197,7 +200,7 @@ def run_steps(
     rate, wait = learning_rate(config.optim, **length), InputWait(batches)
     cadence = [n for n in (config.checkpoint.every_steps, config.checkpoint.keep_every) if n]
     with (
-        Recorder(session, workdir, rate, wait.take, start=start.step, **length) as recorder,
+        Recorder(session, workdir, rate, wait.take, start=start.step, total_steps=data.total_steps) as recorder,
         Trace(config.profile, workdir) as trace,
         Notice() as notice,
     ):
@@ -205,7 +208,8 @@ def run_steps(
             _evaluate(session, state, data, start.step, recorder, checkpoints)
         for step, batch in zip(range(start.step + 1, data.total_steps + 1), wait, strict=False):
             trace.before(step)
-            state, numbers = train_step(state, to_devices(batch, session.mesh))
+            with _compiling(recorder) if step == start.step + 1 else contextlib.nullcontext():
+                state, numbers = train_step(state, to_devices(batch, session.mesh))
             wait.step_started(numbers["loss"])
             recorder.take(step, numbers)
             trace.after(step, numbers)
@@ -232,6 +236,13 @@ def finish(session: Session, workdir: Path, batches: Any) -> None:
         with whole(workdir / "curves.png") as part:
             figures.curves({"": workdir}).savefig(part, format="png")
         print(f"curves: {workdir / 'curves.png'}")
+        of = shlex.quote(str(workdir))
+        layout = "openai" if isinstance(session.model.config.vision, ResNetConfig) else "hf"
+        print(
+            f"next:\n  python -m rankclip_jax.train --workdir {of} --mode=eval\n"
+            f"  python -m rankclip_jax.report {of} --out report.html\n"
+            f"  python -m rankclip_jax.convert {of} exported --to {layout}"
+        )
 
 
 def _held(data: Data) -> dict[str, dict | None]:
@@ -261,6 +272,16 @@ def _with_ramp(config: ConfigDict, old: ConfigDict | None, steps_per_epoch: int)
         config = configs.complete(config.to_dict())
         config.loss.ramp_epochs = of.loss.ramp_epochs or planned
     return config
+
+
+@contextlib.contextmanager
+def _compiling(recorder: Recorder) -> Iterator[None]:
+    """Around the first step, whose call returns when it is compiled: says how long that took."""
+    print("compiling the step ...", flush=True)
+    begin = time.monotonic()
+    with recorder.paused():
+        yield
+    print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
 
 
 def _kinds_due(session: Session, data: Data, step: int) -> tuple[str, ...]:
@@ -303,7 +324,8 @@ def _evaluate(
         if data.val and "zero_shot" in kinds:
             with evaluation.one_set("config.data.val", failed):
                 numbers |= session.validation(state, data.val)
-    print(evaluation.text(results | {"missing": failed}), end="", flush=True)
+    print(f"after epoch {step // data.steps_per_epoch}, step {step}:")
+    print(evaluation.lines(results | {"missing": failed}, numbers), end="", flush=True)
     recorder.write(step, numbers, failed)
     checkpoints.score(step, numbers)
 
@@ -323,4 +345,5 @@ def _new_tokenizer(config: ConfigDict, source: Any, origin: Any) -> Tokenizer:
         return tokenizer
     if config.tokenizer.path:
         return Tokenizer.load(config.tokenizer.path)
+    print(f"training a tokenizer on the captions of {source.size:,} samples", flush=True)
     return Tokenizer.train(source.captions(), config.tokenizer.vocab_size)
