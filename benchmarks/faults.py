@@ -66,7 +66,7 @@ class Campaign:
         assert start.wait(start.reached(step)) is None
         start.send(signal.SIGTERM)
         assert start.wait() == 75, start.text()[-3000:]
-        saved = int(re.search(r"^SIGTERM: saved step (\d+)", start.text(), re.MULTILINE)[1])
+        saved = int(re.search(r"^saved step (\d+)", start.text(), re.MULTILINE)[1])
         assert (workdir / "checkpoints" / str(saved)).is_dir()
         return saved
 
@@ -240,7 +240,7 @@ class Campaign:
         both[1].send(signal.SIGTERM)
         codes = [start.wait() for start in both]
         assert codes in ([75, 75], [0, 0]), [start.text()[-3000:] for start in both]
-        saved = re.search(r"SIGTERM: saved step (\d+)", both[0].text())  # before the next start writes there
+        saved = re.search(r"saved step (\d+)", both[0].text())  # before the next start writes there
         assert self._pair_finished(workdir) == self.expected_of_pair()
         if codes == [0, 0]:
             return "both finished before they agreed on a step"

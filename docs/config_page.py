@@ -20,6 +20,8 @@ closest existing key.
 
 A resumed run may change only these keys:
 {may_change}.
+`epochs` and `steps` only where the schedule allows it, and also `data.train` and `data.val`, if the data there are the
+same ([reliability.md](reliability.md)).
 
 Sources: [p] RankCLIP, arXiv 2404.09387; [c] the code that its authors released; [o] CLIP, arXiv 2103.00020;
 [s] SigLIP, arXiv 2303.15343; [y] CyCLIP, arXiv 2205.14459. A value after a source is the source's value, if it differs

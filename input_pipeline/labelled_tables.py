@@ -33,8 +33,8 @@ def labels(spec: ConfigDict, path: str) -> tuple[Source, list[str]]:
     rows = _filled_rows(spec, path, (spec.label_key,), "label")
     coded = rows.texts.dictionary_encode()
     values, codes_N = coded.dictionary.to_pylist(), coded.indices.to_numpy()
-    first = {value: int(row) for value, row in zip(values, np.unique(codes_N, return_index=True)[1], strict=True)}
-    names, number_of = _classes_of(spec, path, {value: rows.where(row) for value, row in first.items()})
+    first = dict(zip(values, np.unique(codes_N, return_index=True)[1], strict=True))
+    names, number_of = _classes_of(spec, path, values, lambda label: rows.where(first[label]))
     labels_N = np.array(number_of, np.int32)[codes_N]
     return of_files(PackedStrings(rows.paths), labels_N, rows.where, rows.lost), names
 
@@ -64,25 +64,27 @@ def of_files(
     return Source(len(paths), read, where, captions=lambda: (), labels=labels_N, lost=lost)
 
 
-def _classes_of(spec: ConfigDict, path: str, found: dict[str, str]) -> tuple[list[str], list[int]]:
-    """(names of all classes, the number of each label). `found`: the labels of a table -> where each is first."""
+def _classes_of(
+    spec: ConfigDict, path: str, found: list[str], where: Callable[[str], str]
+) -> tuple[list[str], list[int]]:
+    """(names of all classes, the number of each label). `found`: the labels of a table; `where` each is first."""
     classes = read_list(spec.classes, "classes") if spec.get("classes") else None
-    if classes and found.keys() <= set(classes):
-        return classes, [classes.index(label) for label in found]
+    if classes and set(found) <= set(classes):
+        return classes, _places(found, classes)
     numbers = {label: int(float(label)) for label in found if _NUMBER.fullmatch(label) and len(label) < 12}
     others = [label for label in found if label not in numbers]
     if others and classes:
-        raise InputError(f"{found[others[0]]}: label {others[0]!r} is not in {spec.classes}")
+        raise InputError(f"{where(others[0])}: label {others[0]!r} is not in {spec.classes}")
     if others and numbers:
         number = next(iter(numbers))
         raise InputError(
-            f"{path}: column {spec.label_key} has the label {others[0]!r} ({found[others[0]]}) and the number {number} "
-            f"({found[number]}). Expected class numbers in all rows, or names in all; if numbers are names here, list "
+            f"{path}: column {spec.label_key} has the label {others[0]!r} ({where(others[0])}) and the number {number} "
+            f"({where(number)}). Expected class numbers in all rows, or names in all; if numbers are names here, list "
             "all names in a JSON file, classes=FILE.json"
         )
     if others:
         names = folders.in_order(others)
-        return names, [names.index(label) for label in found]
+        return names, _places(found, names)
     labels = np.array(list(numbers.values()))
     if labels.max() >= _MOST_CLASSES:
         raise InputError(f"{path} has label {labels.max()}. Expected class numbers from 0, below {_MOST_CLASSES:,}")
@@ -93,6 +95,11 @@ def _classes_of(spec: ConfigDict, path: str, found: dict[str, str]) -> tuple[lis
             "list of names, or protocol"
         )
     return numbered_names(int(labels.max()) + 1), labels.tolist()
+
+
+def _places(labels: list[str], names: list[str]) -> list[int]:
+    place = {name: number for number, name in reversed(list(enumerate(names)))}  # of equal names the first
+    return [place[label] for label in labels]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,4 +31,4 @@ def open_drawn(path: str | int, side: int, split: str) -> Source:
         return {key: tf.ensure_shape(value, known[key]) for key, value in sample.items()}
 
     captions = lambda: (shapes.draw(split, row, 8)[1] for row in range(min(size, 10_000)))  # noqa: E731
-    return Source(size, read, lambda row: f"shapes {split} scene {row}", captions)
+    return Source(size, read, lambda row: f"shapes {split} scene {row}", captions, index=lambda: [f"shapes {split}"])

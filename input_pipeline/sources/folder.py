@@ -43,4 +43,6 @@ def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
             "caption": tf.io.read_file(tf.strings.join([folder, caption])),
         }
 
-    return Source(size, read, lambda row: os.path.join(root, images[row]), lambda: read_captions(read, size), lost=lost)
+    index = lambda: [*images.buffers(), *captions.buffers()]  # noqa: E731
+    where = lambda row: os.path.join(root, images[row])  # noqa: E731
+    return Source(size, read, where, lambda: read_captions(read, size), lost=lost, index=index)

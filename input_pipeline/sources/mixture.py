@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from input_pipeline.sources.fingerprint import fingerprint
 from input_pipeline.sources.source import Source
 from rankclip_jax.common.errors import InputError
 
@@ -53,6 +54,7 @@ def open_mixture(spec: ConfigDict, parts: Mapping[str, Mapping], open_one: Calla
         where=where,
         captions=lambda: (caption for source in sources for caption in source.captions()),
         lost=tuple(one for source in sources for one in source.lost),
+        index=lambda: [fingerprint(source) for source in sources],
         shares=tuple(zip(sizes.tolist(), _shares(given, sizes.sum()), strict=True)) if given else None,
     )
 

@@ -60,6 +60,10 @@ class OffsetIndex:
     def size(self) -> int:
         return len(next(iter(self.columns.values())))
 
+    def arrays(self) -> list[np.ndarray]:
+        """What is where, without the names of the shards."""
+        return [self.starts, *self.columns.values()]
+
     def file_of(self, row: int) -> int:
         """The index of the shard with this row."""
         return int(np.searchsorted(self.starts, row, side="right")) - 1

@@ -30,6 +30,11 @@ class PackedStrings:
     def __getitem__(self, row: int) -> str:
         return self.at(tf.constant(row, tf.int64)).numpy().decode(errors="replace")
 
+    def buffers(self) -> list[np.ndarray]:
+        """[the ends of the strings, int64; their bytes, uint8]: equal where the strings are."""
+        bytes_ = np.frombuffer(self._blob.numpy(), np.uint8)
+        return [self._offsets - self._offsets[0], bytes_[self._offsets[0] : self._offsets[-1]]]
+
     def __iter__(self) -> Iterator[str]:
         blob = memoryview(self._blob.numpy())
         for begin, end in zip(self._offsets, self._offsets[1:], strict=False):
@@ -52,6 +57,10 @@ class PackedLists:
         """The strings of list number `row` (int64 scalar), string (n,), as TensorFlow ops."""
         rows = tf.range(self._offsets[row], self._offsets[row + 1])
         return tf.map_fn(self._strings.at, rows, fn_output_signature=tf.string)
+
+    def buffers(self) -> list[np.ndarray]:
+        """As PackedStrings.buffers, after the ends of the lists."""
+        return [self._offsets.numpy(), *self._strings.buffers()]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._strings)

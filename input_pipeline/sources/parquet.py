@@ -95,7 +95,7 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str]) -> Source:
         return f"{files[file]} row {row - members.index.starts[file]}"
 
     size = members.index.size
-    return Source(size, read, where, lambda: read_captions(read, size))
+    return Source(size, read, where, lambda: read_captions(read, size), index=members.index.arrays)
 
 
 def _columns(file: str, image_keys: tuple[str, ...], caption_keys: tuple[str, ...]) -> _Columns:

@@ -59,6 +59,7 @@ class Source:
       labels: int32 (size,) of a labelled csv.
       lost: unreachable samples, which have no row.
       shares: of a mixture, (rows, rows per epoch) for each part; None: every row once per epoch.
+      index: what says which rows these are, wherever they lie (fingerprint.py): strings, and arrays with an axis.
     """
 
     size: int
@@ -68,6 +69,7 @@ class Source:
     labels: np.ndarray | None = None
     lost: tuple[Lost, ...] = ()
     shares: tuple[tuple[int, int], ...] | None = None
+    index: Callable[[], Iterable[str | np.ndarray]] = tuple
 
 
 def read_captions(read: Callable, size: int, limit: int = 1_000_000) -> Iterator[str]:

@@ -26,6 +26,7 @@ class Rows:
       where: row -> file, number in the file, path.
       where_of: row -> file and number alone.
       lost: the bad rows.
+      images: the paths as written.
     """
 
     texts: pa.Array
@@ -34,6 +35,7 @@ class Rows:
     where: Callable[[int], str]
     where_of: Callable[[int], str]
     lost: tuple[Lost, ...]
+    images: PackedStrings
 
 
 def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
@@ -54,7 +56,8 @@ def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     def read(row):
         return {"image": tf.io.read_file(rows.path(row)), "caption": texts.at(row)}
 
-    return Source(len(texts), read, rows.where, lambda: texts, lost=rows.lost)
+    index = lambda: [*rows.images.buffers(), *texts.buffers()]  # noqa: E731
+    return Source(len(texts), read, rows.where, lambda: texts, lost=rows.lost, index=index)
 
 
 def open_rows(spec: ConfigDict, path: str | Sequence[str], text_keys: tuple[str, ...], hint: str | None = None) -> Rows:
@@ -103,7 +106,7 @@ def open_rows(spec: ConfigDict, path: str | Sequence[str], text_keys: tuple[str,
         for file, table in zip(files, read, strict=True)
         for row, reason in table.bad
     ]
-    return Rows(_joined([table.texts for table in read]), path_of, paths, where, where_of, tuple(lost))
+    return Rows(_joined([table.texts for table in read]), path_of, paths, where, where_of, tuple(lost), images)
 
 
 def _joined(columns: list[pa.Array]) -> pa.Array:

@@ -27,6 +27,7 @@ from rankclip_jax.common.pictures import ENDINGS
 
 _BLOCK = 512
 _ADLER_PRIME = 65521
+_LARGEST = 2**31 - 1  # bytes of a member, as the index holds them; of larger ones too, which are bad samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +82,8 @@ def open_webdataset(spec: ConfigDict, path: str | Sequence[str]) -> Source:
         caption = captions_in_json(text, fields[0]) if fields[0] else decoded(text, spec.get("encoding"))
         return sample | {"caption": caption}
 
-    size = members.index.size
-    return Source(size, read, members.where, lambda: read_captions(read, size), lost=tuple(members.index.lost))
+    index, captions = members.index, lambda: read_captions(read, members.index.size)
+    return Source(index.size, read, members.where, captions, lost=tuple(index.lost), index=index.arrays)
 
 
 def open_members(
@@ -121,6 +122,8 @@ def open_members(
         for i, name in enumerate(wanted):
             if name not in optional:
                 require(length_M[i] >= 0, f"no {name}: no member ends in {_dotted(wanted[name])}")
+            require(length_M[i] < _LARGEST, f"the {name} has more than 2 GB")
+        length_M = tf.where(length_M < _LARGEST, length_M, 0)  # nothing of it is read, whatever is done first
         # Members of a sample are adjacent, so one range contains all of them.
         first = tf.reduce_min(tf.where(begin_M < 0, far, begin_M))
         span = fetch(index.file_in_graph(row), first, tf.reduce_max(begin_M + length_M) - first)
@@ -153,8 +156,8 @@ def _gunzipped(text):
 def _scan(wanted: Mapping[str, tuple[str, ...]], optional: tuple[str, ...], data: Bytes, size: int, path: str) -> Scan:
     pairing, torn = Pairing(wanted, optional), None
     try:
-        for member in _members(data, size, path):
-            pairing.add(*member)
+        for name, begin, length in _members(data, size, path):
+            pairing.add(name, begin, min(length, _LARGEST))
     except _TornError as error:
         torn = error
     samples, apart = pairing.finish()
@@ -211,7 +214,10 @@ def _members(data, size, path):
         if kind == b"x":  # pax: the next member's name or size, if they do not fit into its header
             records = _pax_records(bytes(data[begin : begin + length]))
             long_name = records.get("path", long_name)
-            long_size = int(records["size"]) if "size" in records else None
+            if "size" in records:
+                long_size = _digits(records["size"].encode(), 10)
+                if long_size is None:
+                    raise _TornError("a size that is no number", at, cut_off=False)
         elif kind == b"L":  # GNU: the same for its name
             long_name = bytes(data[begin : begin + length]).rstrip(b"\0").decode(errors="replace")
         else:
@@ -224,12 +230,14 @@ def _members(data, size, path):
 
 
 def _number(field):
-    if field[0] & 0x80:  # GNU: more than 8 GB
+    if field[0] == 0x80:  # GNU: more than 8 GB. Negative numbers begin with 0xff
         return int.from_bytes(field[1:], "big")
-    try:
-        return int(field.split(b"\0")[0].strip() or b"0", 8)
-    except ValueError:
-        return None
+    return _digits(field.split(b"\0")[0].strip() or b"0", 8)
+
+
+def _digits(text, base):
+    """A number of digits alone, since `int` also takes signs and underscores; None: it is none."""
+    return int(text, base) if text.isdigit() and len(text) < 30 and max(text) < ord("0") + base else None
 
 
 def _name(head):

@@ -58,9 +58,9 @@ class Pairing:
         }
         if not apart:
             return self._samples, 0
-        left_out = [sample for sample in self._samples if sample.key in apart]
+        left_out = [sample for key in apart for sample in halves[key]]
         counts = [sum(sample.lengths[i] >= 0 for sample in left_out) for i in self._required]
-        return [sample for sample in self._samples if sample.key not in apart], max(counts)
+        return [sample for sample in self._samples if sample.key not in apart or self._complete(sample)], max(counts)
 
     def _complete(self, sample: Sample) -> bool:
         return all(sample.lengths[i] >= 0 for i in self._required)

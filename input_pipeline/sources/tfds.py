@@ -141,7 +141,7 @@ def _array_records(files: list[str], instructions: list[tuple[str, int, int]]) -
         file = int(np.searchsorted(ends, rows_N[row], side="right"))
         return f"{files[file]} record {rows_N[row] - (ends[file] - sizes[file])}"
 
-    return Records(len(rows_N), read, where, ())
+    return Records(len(rows_N), read, where, (), lambda: [ends, rows_N])
 
 
 def _flat(info, prefix=""):

@@ -30,12 +30,14 @@ class Records:
       read: ops, row (int64 scalar) -> the record (string scalar); a wrong checksum raises DataLossError.
       where: the location of a record: file, number in the file, byte.
       lost: unreachable records.
+      index: as a Source's.
     """
 
     size: int
     read: Callable
     where: Callable[[int], str]
     lost: tuple[Lost, ...]
+    index: Callable[[], list[np.ndarray]]
 
     def first(self, count: int) -> list[bytes]:
         """The readable ones of the first `count` records."""
@@ -90,7 +92,8 @@ def examples(
             sample["tokens"] = tf.cast(parsed["tokens"], tf.int32)
         return sample
 
-    return Source(records.size, read, records.where, lambda: read_captions(read, records.size), lost=records.lost)
+    captions = lambda: read_captions(read, records.size)  # noqa: E731
+    return Source(records.size, read, records.where, captions, lost=records.lost, index=records.index)
 
 
 def open_records(paths: list[str], cache_dir: str | None = None, part: Callable | None = None) -> Records:
@@ -128,7 +131,10 @@ def open_records(paths: list[str], cache_dir: str | None = None, part: Callable 
         file = index.file_of(row)
         return f"{paths[file]} record {row - index.starts[file]} (byte {index.columns['begin'][row]})"
 
-    return Records(index.size if rows_N is None else len(rows_N), read, where, tuple(index.lost))
+    def arrays():
+        return index.arrays() + ([] if rows_N is None else [rows_N])
+
+    return Records(index.size if rows_N is None else len(rows_N), read, where, tuple(index.lost), arrays)
 
 
 def _first_with_bytes(candidates):

@@ -4,7 +4,7 @@
   1    wrong input, one line on stderr; the doctor: something is to be fixed
   2    wrong flags (argparse)
   75   a training was asked to stop: all is saved, and the same command resumes (EX_TEMPFAIL of sysexits.h)
-  130  Ctrl-C: what is finished is kept (128 + SIGINT)
+  130  Ctrl-C, of a training the second: what is finished is kept (128 + SIGINT)
   143  a download got SIGTERM: as 130 (128 + SIGTERM)
 
 What belongs to the whole process (signals, environment, hooks and filters, malloc, sys.stdout) is set by `main()` of a

@@ -6,6 +6,7 @@ A set that cannot be opened does not stop the others: `missing` says which one, 
 import contextlib
 import dataclasses
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -154,9 +155,12 @@ def prompts_of(name: str, spec: ConfigDict, found: Any) -> prompts.Prompts:
     if spec.classes or found.from_file:
         own = protocol and not found.templates and prompts.templates_of(protocol, set_name)
         return prompts.plain(found.names, own or found.templates)
-    wordnet = found.names[0].startswith("n0") and prompts.knows("openai", "imagenet", found.names)
-    if not protocol and wordnet:
-        protocol, set_name = "openai", "imagenet"
+    wordnet = all(re.fullmatch(r"n\d{8}", label) for label in found.names)
+    if wordnet and not protocol:
+        if prompts.knows("openai", "imagenet", found.names):
+            protocol, set_name = "openai", "imagenet"
+        elif processes.is_first():
+            print(f"{name}: the labels are WordNet ids, not all of ImageNet's 1,000; name them by classes", flush=True)
     if not protocol:
         return prompts.plain(found.names, found.templates)
     given = prompts.from_protocol(protocol, set_name, found.names)

@@ -7,6 +7,14 @@ _TITLES = {
     "linear_probe": "linear probe",
     "geometry": "geometry",
 }
+# Of a kind, what a training's console shows.
+_LOSSES = ("clip", "siglip", "rank_in_modal", "rank_cross_modal")
+_SHOWN = {
+    "zero_shot": ("top1", "top5"),
+    "retrieval": ("image_to_text_r1", "text_to_image_r1"),
+    "linear_probe": ("top1",),
+    "geometry": ("spearman_cross_modal", "modality_gap"),
+}
 _COUNTS = ("n", "images", "texts")
 
 
@@ -27,8 +35,27 @@ def text(results: dict) -> str:
     return "".join(part + "\n" for part in parts)
 
 
+def lines(results: dict, validation: dict[str, float]) -> str:
+    """A line of at most 80 columns for each set, with the numbers that say most; then the missing sets.
+
+    Args:
+      validation: numbers of the validation, {"val/clip": ...}; or none.
+    """
+    losses = [f"{key[4:]} {value:.4g}" for key, value in validation.items() if key[4:] in _LOSSES]
+    shown = [("validation", "  ".join(losses))] if losses else []
+    for kind, keys in _SHOWN.items():
+        for name, row in results.get(kind, {}).items():
+            form = "{:.3f}" if kind == "geometry" else "{:.2%}"
+            said = [f"{_short(key)} {form.format(row[key])}" for key in keys if key in row]
+            shown.append((name, "  ".join(said)))
+    width = max((len(name) for name, _ in shown), default=0)
+    parts = [f"  {name.ljust(width)}  {said}" for name, said in shown]
+    parts += [f"missing: {name}: {reason}" for name, reason in results.get("missing", {}).items()]
+    return "".join(part + "\n" for part in parts)
+
+
 def _short(key: str) -> str:
-    return key.replace("image_to_text_r", "i2t R@").replace("text_to_image_r", "t2i R@")
+    return key.replace("image_to_text_r", "i2t R@").replace("text_to_image_r", "t2i R@").replace("_", " ")
 
 
 def flat(results: dict) -> dict[str, float]:

@@ -1,6 +1,8 @@
-"""Being asked to stop: SIGTERM, which is also how Cloud TPU, Kubernetes and SLURM give notice."""
+"""Being asked to stop: Ctrl-C, or SIGTERM, which is how Cloud TPU, Kubernetes and SLURM give notice."""
 
+import os
 import signal
+from types import FrameType
 from typing import Any
 
 import jax
@@ -17,22 +19,30 @@ class Notice:
     """Whether to save and stop now, agreed among all processes. As a context: handlers are put back at its end.
 
     Of one process SIGTERM is watched here. Of many, JAX watches it, and its coordination service finds a step that
-    none of them has passed yet: whichever of them got the signal, all save that step.
+    none of them has passed yet: whichever of them got the signal, all save that step. Ctrl-C is a SIGTERM; a second one
+    ends the process at once, with 130.
     """
 
     def __init__(self) -> None:
         self._received: list[bool] = []
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
         self._agreed = jax.distributed.is_initialized()
 
     def __enter__(self) -> "Notice":
         if not self._agreed:
-            self._before = signal.signal(signal.SIGTERM, lambda *_: self._received.append(True))
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda *_: self._received.append(True))
+        self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupted)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._agreed:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _interrupted(self, _number: int, _frame: FrameType | None) -> None:
+        # os.write, since print would fail where it was interrupted itself.
+        os.write(2, b"\nsaving this step; Ctrl-C again quits at once and loses it\n")
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self, step: int) -> bool:
         """To be asked once in every step, by every process."""

@@ -6,8 +6,12 @@ Where a run starts, in this order:
   3. otherwise: fresh parameters from config.seed.
 """
 
+import contextlib
+import shlex
 import sys
-from collections.abc import Mapping
+import time
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +24,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.metrics_file import read_metrics
 from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.models import ResNetConfig
 from rankclip_jax.parallel import processes
 from rankclip_jax.parallel.mesh import to_devices
 from rankclip_jax.parallel.preemption import Notice, Preempted
@@ -63,12 +68,15 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
 
     Raises:
       InputError: something in the configuration, the data or the workdir is wrong, or the loss stopped being finite.
-      Preempted: SIGTERM came, to any of the processes, and the state is saved.
+      Preempted: SIGTERM or Ctrl-C came, to any of the processes, and the state is saved.
     """
     workdir = Path(workdir)
     old = workdirs.check_same_run(workdir, config)
     origin = None if old else init_from.read(config)
     config, data = open_data(config, old, origin)
+    held = _held(data)
+    if old:
+        workdirs.check_same_data(workdir, held)
     tx = optim.make_optimizer(config.optim, data.total_steps, data.steps_per_epoch)
     session = open_session(config, workdir, data, origin, resumes=old is not None)
     abstract = steps.abstract_state(session.model, tx, session.mesh, config.sharding)
@@ -77,7 +85,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         if old:
             workdirs.check_length(workdir, start.step, *(_length(each, data.steps_per_epoch) for each in (old, config)))
         if processes.is_first():
-            workdirs.begin(workdir, config, session.tokenizer)
+            workdirs.begin(workdir, config, session.tokenizer, held)
         if start.step >= data.total_steps and not _owes_evaluation(session, workdir, data, start):
             print(f"{workdir} is trained to its last step, {start.step}")
             return
@@ -197,7 +205,7 @@ def run_steps(
     rate, wait = learning_rate(config.optim, **length), InputWait(batches)
     cadence = [n for n in (config.checkpoint.every_steps, config.checkpoint.keep_every) if n]
     with (
-        Recorder(session, workdir, rate, wait.take, start=start.step, **length) as recorder,
+        Recorder(session, workdir, rate, wait.take, start=start.step, total_steps=data.total_steps) as recorder,
         Trace(config.profile, workdir) as trace,
         Notice() as notice,
     ):
@@ -205,7 +213,8 @@ def run_steps(
             _evaluate(session, state, data, start.step, recorder, checkpoints)
         for step, batch in zip(range(start.step + 1, data.total_steps + 1), wait, strict=False):
             trace.before(step)
-            state, numbers = train_step(state, to_devices(batch, session.mesh))
+            with _compiling(recorder) if step == start.step + 1 else contextlib.nullcontext():
+                state, numbers = train_step(state, to_devices(batch, session.mesh))
             wait.step_started(numbers["loss"])
             recorder.take(step, numbers)
             trace.after(step, numbers)
@@ -215,7 +224,8 @@ def run_steps(
                 recorder.flush()  # raises on a loss that is not finite, before a bad state is saved
                 checkpoints.save(step, state, batches.position)
             if terminated and not last:
-                raise Preempted(f"SIGTERM: saved step {step} in {workdir}; the same command resumes from there")
+                resume = f"python -m rankclip_jax.train --workdir {shlex.quote(str(workdir))}"
+                raise Preempted(f"saved step {step} in {workdir}; to resume: {resume}")
             if epoch_ends:
                 _evaluate(session, state, data, step, recorder, checkpoints)
 
@@ -231,12 +241,42 @@ def finish(session: Session, workdir: Path, batches: Any) -> None:
         with whole(workdir / "curves.png") as part:
             figures.curves({"": workdir}).savefig(part, format="png")
         print(f"curves: {workdir / 'curves.png'}")
+        of = shlex.quote(str(workdir))
+        layout = "openai" if isinstance(session.model.config.vision, ResNetConfig) else "hf"
+        print(
+            f"next:\n  python -m rankclip_jax.train --workdir {of} --mode=eval\n"
+            f"  python -m rankclip_jax.report {of} --out report.html\n"
+            f"  python -m rankclip_jax.convert {of} exported --to {layout}"
+        )
+
+
+def _held(data: Data) -> dict[str, dict | None]:
+    """What the workdir notes of the data, so that a run that resumes notices others."""
+    from input_pipeline.sources.fingerprint import fingerprint
+
+    def of(source):
+        return {"samples": source.size, "fingerprint": fingerprint(source)} if source else None
+
+    held = {"train": of(data.source), "val": of(data.val)}
+    if len(set(processes.of_all(zlib.crc32(str(held).encode()) >> 1))) > 1:
+        raise InputError("the processes see different data in config.data.train or config.data.val")
+    return held
 
 
 def _length(config: ConfigDict, steps_per_epoch: int) -> tuple[int, float]:
     """The run's number of steps, and of those at its start whose rates would be the same in a longer one."""
     total_steps = resolve.total_steps(config, steps_per_epoch)
     return total_steps, free_until(config.optim, total_steps, steps_per_epoch)
+
+
+@contextlib.contextmanager
+def _compiling(recorder: Recorder) -> Iterator[None]:
+    """Around the first step, whose call returns when it is compiled: says how long that took."""
+    print("compiling the step ...", flush=True)
+    begin = time.monotonic()
+    with recorder.paused():
+        yield
+    print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
 
 
 def _kinds_due(session: Session, data: Data, step: int) -> tuple[str, ...]:
@@ -279,7 +319,8 @@ def _evaluate(
         if data.val and "zero_shot" in kinds:
             with evaluation.one_set("config.data.val", failed):
                 numbers |= session.validation(state, data.val)
-    print(evaluation.text(results | {"missing": failed}), end="", flush=True)
+    print(f"after epoch {step // data.steps_per_epoch}, step {step}:")
+    print(evaluation.lines(results | {"missing": failed}, numbers), end="", flush=True)
     recorder.write(step, numbers, failed)
     checkpoints.score(step, numbers)
 
@@ -299,4 +340,5 @@ def _new_tokenizer(config: ConfigDict, source: Any, origin: Any) -> Tokenizer:
         return tokenizer
     if config.tokenizer.path:
         return Tokenizer.load(config.tokenizer.path)
+    print(f"training a tokenizer on the captions of {source.size:,} samples", flush=True)
     return Tokenizer.train(source.captions(), config.tokenizer.vocab_size)

@@ -14,7 +14,7 @@ from rankclip_jax.parallel import processes
 from rankclip_jax.train import flops, input_wait
 from rankclip_jax.train.session import Session
 
-_ON_CONSOLE = ("loss", "clip", "rank_in_modal", "rank_cross_modal", "grad_norm", "logit_scale", "learning_rate")
+_ON_CONSOLE = ("loss", "clip")  # a line has 80 columns; metrics.jsonl and TensorBoard have all numbers
 
 
 class Recorder:
@@ -32,12 +32,11 @@ class Recorder:
         *,
         start: int,
         total_steps: int,
-        steps_per_epoch: int,
     ):
         """`waited`: as InputWait.take; `start`: steps done before."""
         self._config, self._devices, self._workdir = session.config, session.devices, workdir
         self._rate, self._waited, self._advised = rate, waited, False
-        self._start, self._total, self._steps_per_epoch = start, total_steps, steps_per_epoch
+        self._start, self._total = start, total_steps
         self._pace = Pace(start, total_steps, self._config.batch_size)
         views = 1 + self._config.data.two_views
         self._tflop = flops.step_flops(session.model.config, self._config.batch_size, views) / 1e12
@@ -76,9 +75,8 @@ class Recorder:
         if step % self._config.log_every and step not in (1, self._total):
             return
         numbers = {k: float(v) for k, v in numbers.items()} | {"learning_rate": float(self._rate(step - 1))}
-        epoch = -(-step // self._steps_per_epoch)
         shown = {key: numbers[key] for key in _ON_CONSOLE if key in numbers}
-        line, speed = self._pace.line(step, epoch, shown, *self._waited())
+        line, speed = self._pace.line(step, shown, *self._waited())
         print(line, flush=True)
         steps_per_second = speed["images_per_second"] / self._config.batch_size
         speed |= flops.utilisation(self._tflop * steps_per_second, self._devices)
@@ -95,7 +93,7 @@ class Recorder:
             self._writers[0](step, {"failed": dict(failed)})
 
     def paused(self) -> contextlib.AbstractContextManager:
-        """What happens inside, an evaluation, does not count in the rate."""
+        """What happens inside, an evaluation or a compilation, does not count in the rate."""
         return self._pace.paused()
 
 
@@ -106,7 +104,7 @@ class Pace:
         self._total, self._batch = total_steps, batch_size
         self._step, self._time = step, time.monotonic()
 
-    def line(self, step: int, epoch: int, numbers: dict, waited: float, read: int) -> tuple[str, dict[str, float]]:
+    def line(self, step: int, numbers: dict, waited: float, read: int) -> tuple[str, dict[str, float]]:
         """Returns the line for `step`, and the speed since the last one.
 
         Args:
@@ -126,7 +124,7 @@ class Pace:
         }
         images = f"{speed['images_per_second']:.0f} images/s"
         waits = f" (waits for data {100 * speed['data_wait']:.0f} %)" if speed["data_wait"] >= 0.01 else ""
-        return f"step {step}/{self._total}  epoch {epoch}  {shown}  {images}{waits}  {left} left", speed
+        return f"step {step}/{self._total}  {shown}  {images}{waits}  {left} left", speed
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,15 +14,14 @@ from rankclip_jax.common.devices import devices_of
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.trees import flatten
 from rankclip_jax.config.keys import ARCHITECTURE
+from rankclip_jax.parallel import processes
 from rankclip_jax.parallel.mesh import batch_shards, make_mesh
 from rankclip_jax.train.init_from import TOWERS
 from rankclip_jax.weights import view
 from rankclip_jax.weights.pretrained import Pretrained
 
 # Measured on two CPU cores at 64 pixels: docs/tutorials.md.
-_ON_CPU = dict(
-    name="ViT-tiny", image_size=64, vision=dict(width=128, layers=4, heads=2), text=dict(layers=2)
-)
+_ON_CPU = dict(name="ViT-tiny", image_size=64, vision=dict(width=128, layers=4, heads=2), text=dict(layers=2))
 _SMALL = dict(name="ViT-tiny", image_size=96)  # on an accelerator
 _LARGE = dict(name="ViT-S/16")
 _MANY = 20_000  # pairs that a larger model needs
@@ -33,7 +33,7 @@ _EPOCHS = 40  # at most
 def resolve(
     config: ConfigDict, pairs: int, old: ConfigDict | None = None, origin: Pretrained | None = None
 ) -> ConfigDict:
-    """The configuration with what it leaves open settled, and a line about each group of settled keys printed.
+    """The configuration with what it leaves open settled; a first start prints what was chosen.
 
     Args:
       pairs: training samples.
@@ -48,7 +48,7 @@ def resolve(
     settled = configs.complete(config.to_dict())
     with settled.ignore_type():
         _settle(settled, pairs, old, origin)
-    if old is None:
+    if old is None and processes.is_first():
         for group in ("model", "batch_size epochs log_every optim.warmup_steps optim.lr"):
             _tell(config, settled, group.split())
     return settled
@@ -146,4 +146,5 @@ def _tell(given: ConfigDict, settled: ConfigDict, keys: list[str]) -> None:
     old, new = flatten(given.to_dict()), flatten(settled.to_dict())
     chosen = [key for key in new if any(f"{key}.".startswith(f"{of}.") for of in keys) and new[key] != old.get(key)]
     if chosen:
-        print("chosen: " + "  ".join(f"{key}={new[key]}" for key in chosen))
+        said = "chosen: " + "  ".join(f"{key}={new[key]}" for key in chosen)
+        print(textwrap.fill(said, 79, subsequent_indent="  ", break_long_words=False))

@@ -3,7 +3,8 @@
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -17,7 +18,9 @@ from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.parallel import processes
 from rankclip_jax.weights import checkpoint
 
-_LOCK = ".lock"
+_LOCK, _DATA = ".lock", "data.json"
+# Data may lie elsewhere when a run resumes, since _DATA says whether they are the same.
+_MOVED = re.compile(r"config\.data\.(train|val)(\.[^.]+\.path)?: (['\[].*) -> (['\[].*)")
 
 
 def bad_samples(process: int) -> str:
@@ -78,7 +81,9 @@ def check_same_run(workdir: Path, config: ConfigDict) -> ConfigDict | None:
 
 def check_same_config(workdir: Path, old: ConfigDict, config: ConfigDict) -> None:
     """Raises InputError where a configuration changes what must not change in the run of a workdir."""
-    if changed := configs.differences(old.to_dict(), configs.with_stored(config, old).to_dict()):
+    recorded = (workdir / _DATA).exists()
+    changed = configs.differences(old.to_dict(), configs.with_stored(config, old).to_dict())
+    if changed := [change for change in changed if not (recorded and _MOVED.fullmatch(change))]:
         raise InputError(
             f"{workdir} holds a run with another configuration ({'; '.join(changed)}); "
             "give a new --workdir, or the old values to resume it"
@@ -101,9 +106,29 @@ def check_length(workdir: Path, step: int, old: tuple[int, float], new: tuple[in
         )
 
 
-def begin(workdir: Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
+def check_same_data(workdir: Path, found: Mapping[str, dict | None]) -> None:
+    """Raises InputError where a run resumes with other data than it began with.
+
+    Args:
+      found: {"train": {"samples", "fingerprint"}, "val": the same, or None}. A run older than data.json takes any.
+    """
+    path = workdir / _DATA
+    began = json.loads(path.read_text()) if path.exists() else {}
+    for name, now in found.items():
+        before = began.get(name)
+        if before and now and before != now:
+            more = f"{before['samples']:,} samples" if before["samples"] != now["samples"] else "the same number"
+            raise InputError(
+                f"config.data.{name} has other data than the run in {workdir} began with: {now['samples']:,} samples, "
+                f"and {more} then. Give the data as they were to resume it; or, to train on these from its "
+                f"weights, a new --workdir with --config.init_from={workdir}"
+            )
+
+
+def begin(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, data: Mapping[str, dict | None]) -> None:
     """Writes what makes a folder a run, at each start: config.json last, so that it says that all is there."""
     tokenizer.save(workdir / "tokenizer.json")
+    write_whole(workdir / _DATA, json.dumps(data) + "\n")
     write_whole(workdir / "config.json", configs.to_json(config) + "\n")
 
 
@@ -132,6 +157,6 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
 
 def _names(config: ConfigDict) -> list[str]:
     """What a run writes in its workdir. TensorBoard's events and profile/ get names that nobody has."""
-    names = ["config.json", "tokenizer.json", "metrics.jsonl", "curves.png", _LOCK]
+    names = ["config.json", "tokenizer.json", "metrics.jsonl", "curves.png", _LOCK, _DATA]
     names += [bad_samples(process) for process in range(jax.process_count())]
     return names if config.checkpoint.folder else [*names, "checkpoints"]

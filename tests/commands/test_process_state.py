@@ -98,6 +98,23 @@ def test_what_a_training_sets_is_put_back(tmp_path, error):
     assert (tmp_path / "run" / "checkpoints" / "1").is_dir()  # closed: what was being saved is there
 
 
+def test_ctrl_c_is_a_sigterm_and_a_second_one_quits_at_once():
+    script = """
+import signal
+import subprocess
+from rankclip_jax.parallel.preemption import Notice
+with Notice() as notice:
+    print(notice.reached(1))
+    signal.raise_signal(signal.SIGINT)
+    print(notice.reached(2), flush=True)
+    signal.raise_signal(signal.SIGINT)
+print("never")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (130, ["False", "True"])
+    assert done.stderr.endswith("saving this step; Ctrl-C again quits at once and loses it\n")
+
+
 def test_a_failed_save_is_told_once(tmp_path, caplog, monkeypatch):
     hooked = []
     monkeypatch.setattr(sys, "unraisablehook", hooked.append)

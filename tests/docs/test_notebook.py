@@ -59,7 +59,7 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     kernel = dict(timeout=300, kernel_name="python3", resources={"metadata": {"path": str(REPO)}})
     NotebookClient(notebook, **kernel).execute()  # raises on a cell that fails
     said = "\n".join(texts(output) for cell in notebook.cells for output in cell.get("outputs", ()))
-    assert "SIGTERM: saved step" in said and "resuming from step" in said
+    assert "saved step" in said and "resuming from step" in said
     assert "with and without the stop: differ by 0.0 at most" in said
     assert "the same embeddings, to the last bit" in said
     assert "image_embeds differ by" in said  # transformers, which the tests have, was asked

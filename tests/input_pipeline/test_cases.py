@@ -184,10 +184,17 @@ def test_leftovers_are_no_classes(made):
     assert zero_shot(format="folder", path=str(made / "with_leftovers"))[1].names == ["cat", "dog"]
 
 
-def test_wordnet_folders_get_imagenets_names(made, capsys):
+def test_wordnet_folders_get_imagenets_names(made, tmp_path, capsys):
     prompts = prompts_of("mine", *zero_shot(format="folder", path=str(made / "imagenet/val")))
     assert prompts.names == ["tench", "goldfish", "toilet paper"] and len(prompts.templates) == 80
     assert "3 of ImageNet's 1,000 classes have pictures; ranked among 3" in capsys.readouterr().out
+    (tmp_path / "n15075141").mkdir()
+    cases.picture(0).save(tmp_path / "n15075141" / "0.png")
+    assert prompts_of("mine", *zero_shot(format="folder", path=str(tmp_path))).names == ["toilet paper"]
+    (tmp_path / "n00000001").mkdir()  # not one of the 1,000
+    names = prompts_of("mine", *zero_shot(format="folder", path=str(tmp_path))).names
+    assert names == ["n00000001", "n15075141"]
+    assert "mine: the labels are WordNet ids, not all of ImageNet's 1,000" in capsys.readouterr().out
 
 
 # One table, one tar through every path that reads them.

@@ -45,6 +45,7 @@ WANTED = {"image": ("jpg", "png"), "caption": ("txt",)}
         ("a.x.jpg a.x.txt a.jpg a.txt", "a.x.jpg+a.x.txt a.jpg+a.txt"),
         ("._a.jpg a.jpg a.txt .DS_Store", "a.jpg+a.txt"),
         ("a.jpg b.jpg", "a.jpg+- b.jpg+-"),
+        ("a.jpg a.txt b.jpg a.jpg c.jpg a.txt", "a.jpg+a.txt b.jpg+- c.jpg+- apart:1"),
         ("a.jpg b.jpg a.txt c.jpg c.txt", "b.jpg+- c.jpg+c.txt apart:1"),
     ],
 )

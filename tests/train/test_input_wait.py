@@ -71,11 +71,11 @@ def test_the_console_line_and_the_numbers_say_it(monkeypatch):
     clock = Clock(monkeypatch)
     progress = Pace(10, 110, batch_size=32)
     clock.now += 20
-    line, speed = progress.line(20, 1, {"loss": 1.5}, 5.0, 400)
+    line, speed = progress.line(20, {"loss": 1.5}, 5.0, 400)
     assert speed == {"images_per_second": 16.0, "images_read_per_second": 20.0, "data_wait": 0.25}
     assert "16 images/s (waits for data 25 %)  00:03:00 left" in line
     clock.now += 10
-    line, speed = progress.line(30, 1, {}, 0.0, 0)
+    line, speed = progress.line(30, {}, 0.0, 0)
     assert "waits" not in line and speed["data_wait"] == 0.0
 
 

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from PIL import Image
 
 from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
@@ -63,3 +64,28 @@ def test_lengths(step, old, new, possible, tmp_path):
         return workdirs.check_length(tmp_path, step, old, new)
     with pytest.raises(InputError, match=f"step {step} of {old[0]}, and for {new[0]} .* from step 14 on"):
         workdirs.check_length(tmp_path, step, old, new)
+
+
+def csv_of(path, rows):
+    for i in range(64):
+        path.parent.mkdir(exist_ok=True, parents=True)
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(path.parent / f"{i}.png")
+    path.write_text("image,caption\n" + "".join(f"{i % 64}.png,caption {i}\n" for i in rows))
+    return f"data.train={str(path)!r}"
+
+
+def test_data_may_move_and_must_not_change(tmp_path):
+    run, common = tmp_path / "run", ["data.format='csv'", "epochs=1", "optim.warmup_steps=1"]
+    loop.train(quick(*common, csv_of(tmp_path / "here" / "a.csv", range(64))), run)
+    moved = csv_of(tmp_path / "there" / "b.csv", range(64))
+    loop.train(quick(*common, moved), run)
+    assert json.loads((run / "config.json").read_text())["data"]["train"].endswith("there/b.csv")
+    csv_of(tmp_path / "there" / "b.csv", range(82))
+    with pytest.raises(InputError, match=r"config.data.train has other data .*: 82 samples, and 64 samples then"):
+        loop.train(quick(*common, moved), run)
+    csv_of(tmp_path / "there" / "b.csv", [*range(63), 99])  # one caption
+    with pytest.raises(InputError, match=r"config.data.train has other data .*: 64 samples, and the same number then"):
+        loop.train(quick(*common, moved), run)
+    (run / "data.json").unlink()  # of a run that is older than this file: the path alone tells
+    with pytest.raises(InputError, match=r"config.data.train: .*there/b.csv' -> .*here/a.csv'"):
+        loop.train(quick(*common, f"data.train={str(tmp_path / 'here' / 'a.csv')!r}"), run)
