@@ -46,17 +46,16 @@ def main() -> None:
     cluster.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
     cluster.add_argument("--num_processes", type=int)
     cluster.add_argument("--process_id", type=int, help="from 0")
-    flags, rest = parser.parse_known_args()
-    for flag in rest:
-        if not flag.startswith("--config."):
-            parser.error(f"unknown flag {flag}")
+    # Keys apart: argparse takes one whose value has a space for WHAT.
+    keys = [word for word in sys.argv[1:] if word.startswith("--config.")]
+    flags = parser.parse_args([word for word in sys.argv[1:] if not word.startswith("--config.")])
     if not (flags.what or flags.config or flags.workdir):
         if flags.mode != "eval":  # which can do with config.eval.model alone
             parser.error("give an experiment (shapes), data of your own (mine.csv), or the --workdir of a run")
     _keep_freed_memory()
     commands.quiet_tensorflow()
     with commands.exit_codes("stopped; the same command resumes from the last checkpoint"):
-        _run(flags, arguments.read(flags, [flag.removeprefix("--config.") for flag in rest]))
+        _run(flags, arguments.read(flags, [key.removeprefix("--config.") for key in keys]))
 
 
 def _run(flags: argparse.Namespace, given: arguments.Given) -> None:

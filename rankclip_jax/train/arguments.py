@@ -63,9 +63,9 @@ def read(flags: argparse.Namespace, keys: Sequence[str]) -> Given:
     config, workdir, what = flags.config, flags.workdir, flags.what
     overrides = []
     if flags.mode == "eval":
-        if what and _is_run(Path(what)):
-            workdir = workdir or what
-        elif what:
+        if what and not workdir and _is_run(Path(what)):
+            workdir = what
+        elif what:  # any model; the workdir takes its results
             overrides.append(f"eval.model={what!r}")
         if flags.labels or flags.retrieval or flags.imagenet:  # these alone
             overrides += ["eval.suite=None", *(f"eval.{kind}={{}}" for kind in _KINDS)]

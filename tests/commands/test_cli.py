@@ -44,7 +44,7 @@ def started(folder, monkeypatch):
     monkeypatch.setattr(train.compilation_cache, "enable", lambda: None)
 
     def run(words):
-        monkeypatch.setattr("sys.argv", ["rankclip", *words.split()])
+        monkeypatch.setattr("sys.argv", ["rankclip", *(word.replace("␣", " ") for word in words.split())])
         cli.main()
         return seen.pop()
 
@@ -96,6 +96,12 @@ def test_files_to_validate_and_evaluate_on(started):
     assert config.data.val == 3 and not len(configs.load("own").eval.retrieval)
 
 
+def test_a_key_with_spaces_is_a_key_wherever_it_stands(started):
+    mode, config, workdir = started("train --config.mesh={'data':1,␣'fsdp':␣-1} shapes --config.optim.lr=0.5")
+    assert (mode, config.mesh.to_dict(), config.optim.lr) == ("train", {"data": 1, "fsdp": -1}, 0.5)
+    assert workdir == Path("runs/shapes")
+
+
 def test_a_run_is_resumed_and_evaluated_by_its_folder(started, folder):
     stored = configs.to_json(configs.load("shapes"))
     (folder / "runs/mine/config.json").write_text(stored)
@@ -113,6 +119,8 @@ def test_weights_from_elsewhere_are_evaluated(started):
     mode, config, workdir, out = started("eval ViT-B-32.pt --imagenet val --tokenizer t.json --out r.json")
     assert (config.eval.model, config.eval.suite, config.eval.data_dir) == ("ViT-B-32.pt", ("imagenet",), "val")
     assert (mode, workdir, out, config.tokenizer.path) == ("eval", None, Path("r.json"), "t.json")
+    _, config, workdir, _ = started("eval runs/mine --workdir results")
+    assert (config.eval.model, workdir) == ("runs/mine", Path("results"))
 
 
 @pytest.mark.parametrize("words, message", [

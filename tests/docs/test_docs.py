@@ -16,14 +16,15 @@ import pytest
 from ml_collections import ConfigDict
 from packaging.requirements import Requirement
 
-from rankclip_jax import doctor
+from rankclip_jax import cli, doctor
 from rankclip_jax.config import keys as config_keys
-from tests.support.docs_world import REPO, SMALL, STAND_INS, make_world
+from tests.support.docs_world import REPO, STAND_INS, make_world
 
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
 PAGES = [page for page in PAGES if page.exists()]
 ROOTS = "configs|rankclip_jax|input_pipeline|benchmarks|docs|tests|notebooks"
 OURS = r"(?:rankclip_jax|input_pipeline|benchmarks)[\w.]*"
+RANKCLIP = "|".join(cli.COMMANDS)
 RUN = ("tutorials.md",)  # parts of it, see test_commands
 # Not ours to test: what installs, fetches, and speaks to a cluster.
 FOREIGN = ("pip", "python3", "git", "cd", "hf", "ruff", "pre-commit", "sbatch", "export", "#SBATCH", "kubectl", ".")
@@ -42,7 +43,8 @@ def commands(page: Path) -> list[list[str]]:
     text = page.read_text()
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
-    lines = [code for code in inline if re.match(rf"python -m {OURS}|--config\.[\w.]+=", code) and "..." not in code]
+    ours = rf"python -m {OURS}|rankclip ({RANKCLIP}) |--config\.[\w.]+="
+    lines = [code for code in inline if re.match(ours, code) and "..." not in code]
     for block in blocks(page, "bash"):
         lines += re.sub(r"\\\n|,\n", lambda m: " " if m[0][0] == "\\" else ", ", block).splitlines()
     found = []
@@ -91,7 +93,7 @@ def test_the_index_lists_every_page():
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("docs")
     make_world(root)
-    (root / "runs" / "mine").symlink_to(root / "runs" / "shapes")
+    (root / "runs" / "mine").symlink_to(root / "own_model")
     return root
 
 
@@ -119,7 +121,7 @@ def check_training(words: list[str], monkeypatch) -> None:
     seen = []
     monkeypatch.setattr(train.plan, "plan", seen.append)
     monkeypatch.setattr(train.loop, "train", lambda config, workdir: seen.append(config))
-    monkeypatch.setattr(train.evaluate, "evaluate", lambda config, workdir: seen.append(config))
+    monkeypatch.setattr(train.evaluate, "evaluate", lambda config, workdir, out: seen.append(config))
     call("rankclip_jax.train", words, monkeypatch)
     (config,) = seen
     if not any(word.startswith("--mode") for word in words) and config.data.format != "tfds":
@@ -159,10 +161,16 @@ def run(words: list[str], monkeypatch, training=check_training) -> None:
         words = ["python", "-m", "rankclip_jax.train", "--config", "configs/shapes.py", *words]
         if any(word.startswith("--config.data.") for word in words):  # of data that are not here
             words.append("--mode=plan")
+    if words[0] == "rankclip" and words[1] in cli.COMMANDS:  # what it stands for
+        module, flags, first, _ = cli.COMMANDS[words[1]]
+        words = [*flags, *([first] if first and words[2:] and words[2][0] != "-" else []), *words[2:]]
+        words = ["python", "-m", module.removesuffix(".__main__"), *words]
     if words[:2] == ["python", "-m"] and re.fullmatch(OURS, words[2]):
         module, words = words[2], words[3:]
         if not words and module != "rankclip_jax.doctor":
             assert importlib.util.find_spec(module), module  # named, not run
+        elif words == ["--help"]:
+            call(module, words, monkeypatch)
         elif module == "rankclip_jax.train":
             with monkeypatch.context() as patch:
                 patch.setattr("rankclip_jax.parallel.processes.start", lambda *flags: None)  # for fresh processes
@@ -213,10 +221,9 @@ def check_download(words: list[str], monkeypatch) -> None:
     assert Path(seen[0]).exists()
 
 
-def small_training(words: list[str], monkeypatch) -> None:
-    # cc3m.py names a tokenizer of the hub.
-    given = ["--config.tokenizer.path=tokenizer.json"] if words[1].startswith("configs/cc3m.py") else []
-    call("rankclip_jax.train", [*words, *SMALL, *given], monkeypatch)
+def short_training(words: list[str], monkeypatch) -> None:
+    """The documented model on the documented data, for two steps."""
+    call("rankclip_jax.train", [*words, "--config.steps=2"], monkeypatch)
 
 
 @pytest.mark.slow
@@ -224,12 +231,11 @@ def test_the_tutorials(tmp_path, monkeypatch, capsys):
     """In order: what one command leaves is the next one's input. Own data is trained for real, and what follows it."""
     make_world(tmp_path)
     monkeypatch.chdir(tmp_path)
-    Path("vit-b-32").symlink_to("runs/shapes")
-    trained = {"runs/mine", "runs/tuned", "runs/original"}
-    for words in commands(REPO / "docs" / "tutorials.md"):
-        workdir = words[words.index("--workdir") + 1] if "--workdir" in words else None
-        if workdir in trained and "rankclip_jax.train" in words:
-            run(words, monkeypatch, small_training)
+    Path("vit-b-32").symlink_to("own_model")
+    page = REPO / "docs" / "tutorials.md"
+    for words in commands(page):
+        if words[0] == "rankclip" and words[1] in ("train", "resume", "eval"):
+            run(words, monkeypatch, short_training)
             continue
         if "runs/cc3m" in words and "rankclip_jax.train" not in words:  # its own training is not run
             instead = {"runs/cc3m": "runs/mine", "runs/cc3m-clip": "runs/tuned", "exported": "again"}
@@ -237,9 +243,13 @@ def test_the_tutorials(tmp_path, monkeypatch, capsys):
         run(words, monkeypatch)
     for made in "report.html", "photos.npz", "matches.png", "exported/config.json", "look/contact_sheet.png":
         assert Path(made).exists(), made
+    pytest.importorskip("transformers")
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), {})
+    assert "tensor([[" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in RUN and blocks(page, "python")], ids=name)
 def test_python_blocks(page, world, monkeypatch):
     monkeypatch.chdir(world)
     z_img, z_txt = np.random.default_rng(0).normal(size=(2, 8, 16)).astype(np.float32)

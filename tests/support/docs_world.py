@@ -1,4 +1,5 @@
-"""A folder in which the commands of the README and docs find what they name: data, models, runs, all tiny."""
+"""A folder in which the commands of the README and docs find what they name: tiny data, runs of the documented models.
+"""
 
 import csv
 import json
@@ -11,11 +12,12 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from rankclip_jax import config as configs
+from rankclip_jax.train import resolve
 from rankclip_jax.weights import formats, pretrained
-from tests.support.made_models import VIT, make_workdir
+from tests.support.made_models import make_workdir
 
 REPO = Path(__file__).parents[2]
-MODEL = VIT | {tower: VIT[tower] | {"layers": 1} for tower in ("vision", "text")}
 # What the pages write for the reader's own things, or fetch from the network -> its stand-in here.
 STAND_INS = {
     "PATH_TO_THE_FOLDER": "data/cifar10",
@@ -25,22 +27,6 @@ STAND_INS = {
     "gs://BUCKET/": "",
     "openai/clip-vit-base-patch32": "tokenizer.json",
 }
-# Appended to a training command that is run: the same run, small.
-SMALL = [
-    "--config.steps=2",
-    "--config.batch_size=8",
-    "--config.optim.warmup_steps=1",
-    "--config.model.name=ViT-tiny",
-    f"--config.model.image_size={MODEL['image_size']}",
-    f"--config.model.context_length={MODEL['context_length']}",
-    f"--config.model.vision={MODEL['vision']}",
-    f"--config.model.text={MODEL['text']}",
-    "--config.model.scan_layers=False",
-    "--config.model.dtype=float32",
-    "--config.model.activation=None",
-    "--config.mesh={'data': -1}",
-    "--config.checkpoint.every_steps=None",
-]
 
 
 def make_world(root: Path) -> None:
@@ -52,8 +38,10 @@ def make_world(root: Path) -> None:
         (root / "photos" / f"{i}.txt").write_text(f"a photo of the {_name(i)} thing number {i}\n")
     for name in "a.png", "b.jpg":
         Image.open(root / "photos" / "0.png").save(root / name)
+    Image.open(root / "photos" / "7.png").save(root / "like_this.jpg")
     for table in "mine.csv", "held_out.csv":
-        _table(root / table, [(f"photos/{i}.png", f"{_name(i)} number {i}") for i in range(16)])
+        rows = [(f"photos/{i}.png", f"{_name(i)} number {i}", _name(i)) for i in range(16)]
+        _table(root / table, rows, "caption", "group")
     for i in range(8):
         (root / "classes" / _name(i)).mkdir(parents=True, exist_ok=True)
         shutil.copy(root / "photos" / f"{i}.png", root / "classes" / _name(i) / f"{i}.png")
@@ -74,9 +62,12 @@ def make_world(root: Path) -> None:
     (cifar10 / "classes.json").write_text(json.dumps([_name(i) for i in range(4)]))
     (cifar10 / "templates.json").write_text(json.dumps(["a photo of {}"]))
     (root / "Train_GCC-training.tsv").write_text("a caption\thttp://127.0.0.1:9/a.jpg\n" * 3)
-    make_workdir(root / "runs" / "shapes", MODEL)
-    shutil.copy(root / "runs" / "shapes" / "tokenizer.json", root / "tokenizer.json")
-    _openai_file(root / "ViT-B-32.pt", root / "runs" / "shapes")
+    # The documented models: the demo's ResNet, and the ViT that data of one's own gets.
+    own = resolve.resolve(configs.load("own", ["data.train=mine.csv"]), pairs=16)
+    make_workdir(root / "runs" / "shapes", configs.load("shapes").model.to_dict())
+    make_workdir(root / "own_model", own.model.to_dict(), data=dict(format="csv", train="mine.csv"))
+    shutil.copy(root / "own_model" / "tokenizer.json", root / "tokenizer.json")
+    _openai_file(root / "ViT-B-32.pt", root / "own_model")
 
 
 def _openai_file(path: Path, workdir: Path) -> None:
@@ -97,6 +88,6 @@ def _pictures(folder: Path, count: int) -> None:
         Image.fromarray(rng.integers(0, 256, (40, 48, 3)).astype(np.uint8)).save(folder / f"{i}.png")
 
 
-def _table(path: Path, rows, column="caption") -> None:
+def _table(path: Path, rows, *columns) -> None:
     with path.open("w", newline="") as out:
-        csv.writer(out).writerows([("image", column), *rows])
+        csv.writer(out).writerows([("image", *(columns or ("caption",))), *rows])
