@@ -13,6 +13,7 @@ import pytest
 
 from rankclip_jax.weights.formats import read
 from rankclip_jax.weights.torch_file import read_torch_file
+from tests.support import torch_archive
 
 torch = pytest.importorskip("torch")
 
@@ -39,6 +40,16 @@ def test_every_dtype_stride_and_view(tmp_path):
     assert list(ours) == list(state)
     for name, tensor in state.items():
         _same(ours[name], tensor)
+
+
+def test_the_tests_own_archive_is_torchs(tmp_path):
+    state = {"scale": np.float32(3), "w": np.arange(6, dtype=np.float32).reshape(2, 3), "none": np.zeros((0, 4), "f4")}
+    torch_archive.write(tmp_path / "a.pt", state)
+    theirs = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert list(theirs) == list(state)
+    for name, array in read_torch_file(tmp_path / "a.pt").items():
+        _same(array, theirs[name])
+        np.testing.assert_array_equal(array, state[name])
 
 
 def test_parameters_in_a_training_checkpoint(tmp_path):
