@@ -59,6 +59,12 @@ def test_a_jax_too_old(tmp_path, monkeypatch):
     assert [finding.what for finding in found if finding.remedy] == ["jax"]
 
 
+def test_a_release_candidate_is_a_version_like_any_other(monkeypatch):
+    monkeypatch.setattr(doctor.jax_install, "version", lambda name: "2.22.0rc0")
+    (finding,) = doctor.packages(["tensorflow-cpu>=2.21"])
+    assert finding == ("tensorflow-cpu", "2.22.0rc0", None)
+
+
 def test_a_jax_that_cannot_do_the_step_is_a_finding(monkeypatch):
     monkeypatch.delattr(jax, "typeof")  # as old ones lack
     monkeypatch.delattr(jax, "make_mesh")
