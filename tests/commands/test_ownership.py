@@ -23,7 +23,7 @@ from rankclip_jax.report import __main__ as report_main
 from rankclip_jax.study import __main__ as study_main
 from rankclip_jax.study import report as study_report
 from rankclip_jax.train import __main__ as train
-from rankclip_jax.train import loop
+from rankclip_jax.train import loop, workdir
 from rankclip_jax.weights import checkpoint, export, pretrained
 from rankclip_jax.weights.saving import Checkpoints
 from tests.commands.test_train import SMALL
@@ -141,7 +141,7 @@ def test_a_folder_of_others_is_refused_in_one_line_and_stays_as_it_is(command, r
 
 
 OWN = {
-    "train": lambda config: [*loop._names(config), "config.json/x", "metrics.jsonl/x"],
+    "train": lambda config: [*workdir._names(config), "config.json/x", "metrics.jsonl/x"],
     "eval": lambda config: ["eval.json", "eval/geometry_scenes.npz", "eval/retrieval_scenes.json"],
     "study": lambda config: study_report.FILES,
     "inspect": lambda config: ["contact_sheet.png"],

@@ -100,6 +100,15 @@ def test_the_weights_are_found_under_the_names_that_trainers_give_them(tmp_path,
         _same(ours[name], tensor)
 
 
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+@pytest.mark.parametrize("name", ["PosixPath", "WindowsPath"])
+def test_a_path_beside_the_weights_of_any_python_and_system(tmp_path, module, name):
+    weights = _tensor_pickle()[:-1]  # {"w": tensor}, without the end
+    path = f"X\x01\x00\x00\x00pc{module}\n{name}\n(X\x01\x00\x00\x00atRs.".encode()
+    _archive(tmp_path / "a.pt", weights + path, **{"data/0": np.float32([1, 2]).tobytes(), "byteorder": "little"})
+    np.testing.assert_array_equal(read_torch_file(tmp_path / "a.pt")["w"], np.float32([1, 2]))
+
+
 def test_several_state_dicts_are_not_guessed_among(tmp_path):
     torch.save({"student": STATE, "teacher": STATE}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"a\.pt: several state dicts: student, teacher; save the one that you mean"):
