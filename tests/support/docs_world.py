@@ -7,11 +7,11 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
-import torch
 from PIL import Image
+from safetensors.numpy import load_file
 
 from rankclip_jax.weights import formats, pretrained
+from tests.support import torch_archive
 from tests.support.made_models import VIT, make_workdir
 
 REPO = Path(__file__).parents[2]
@@ -83,7 +83,7 @@ def _openai_file(path: Path, workdir: Path) -> None:
     """The model of a workdir as OpenAI's state dict."""
     model = pretrained.read(workdir)
     formats.write_openai(path.parent / "openai", model.config, model.variables)
-    torch.save(safetensors.torch.load_file(path.parent / "openai" / "open_clip_model.safetensors"), path)
+    torch_archive.write(path, load_file(path.parent / "openai" / "open_clip_model.safetensors"))
 
 
 def _name(i: int) -> str:
