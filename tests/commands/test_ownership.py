@@ -23,7 +23,7 @@ from rankclip_jax.report import __main__ as report_main
 from rankclip_jax.study import __main__ as study_main
 from rankclip_jax.study import report as study_report
 from rankclip_jax.train import __main__ as train
-from rankclip_jax.train import loop, workdir
+from rankclip_jax.train import workdir
 from rankclip_jax.weights import checkpoint, export, pretrained
 from rankclip_jax.weights.saving import Checkpoints
 from tests.commands.test_train import SMALL
