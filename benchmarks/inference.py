@@ -5,7 +5,7 @@
 Both sides hold the same random weights in float32 and get the same inputs, in turns within one process, one warm-up
 first. `images` starts from PIL images of 400 x 300 pixels and includes resizing; `pixels` gives both what the view has
 made, so only the model is timed; `texts` starts from strings and includes tokenising. Printed are the medians over the
-rounds, and the median and range of the rounds' ratios. Needs torch and transformers (requirements-dev.txt).
+rounds, and the median and range of the rounds' ratios. Needs torch and transformers (requirements-parity.txt).
 """
 
 import argparse

@@ -31,7 +31,7 @@ class Finding(NamedTuple):
 
 
 def packages(requirements: list[str]) -> Iterator[Finding]:
-    """Compares what is installed with requirements as pip writes them ("jax>=0.10.2")."""
+    """Compares what is installed with requirements as pip writes them ("jax>=0.10.0")."""
     for requirement in map(Requirement, requirements):
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -164,7 +164,8 @@ def pipeline(pictures: int = 400) -> Iterator[Finding]:
     try:
         from clu import metric_writers  # noqa: F401 -- what the trainer imports
     except Exception as error:  # tensorboard absent, or one of its own packages is
-        remedy = "pip install --force-reinstall 'tensorboard>=2.21' 'clu>=0.0.12'"
+        asked = [f"'{line}'" for line in _requirements() if Requirement(line).name in ("clu", "tensorboard")]
+        remedy = f"pip install --force-reinstall {' '.join(asked)}"
         yield Finding("TensorBoard events", f"cannot be written: {one_line(error, kind=True)}", remedy)
 
 
@@ -195,8 +196,7 @@ def places(workdir: str, tokenizer: str | None) -> Iterator[Finding]:
 def findings(workdir: str, tokenizer: str | None) -> Iterator[Finding]:
     """All of them, as they are found."""
     version = ".".join(map(str, sys.version_info[:3]))
-    supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
-    yield Finding("Python", version, None if supported else "use Python 3.11, 3.12 or 3.13")
+    yield Finding("Python", version, None if sys.version_info >= (3, 11) else "use Python 3.11 or newer")
     yield from packages(_requirements())
     yield from jax_plugins()
     yield from places(workdir, tokenizer)

@@ -165,6 +165,7 @@ def _of_before(folder: Path) -> dict[str, list[str]]:
         elsewhere = isinstance(config["checkpoint"], dict) and config["checkpoint"].get("folder")
         if elsewhere or (folder / "checkpoints").is_dir():
             add("train", r"(config|tokenizer)\.json", r"metrics\.jsonl", r"checkpoints", r"curves\.png")
+            add("train", r"data\.json", r"\.lock")
             add("train", r"bad_samples(\.process\d+)?\.jsonl")
             add("eval", r"eval\.json")
             add("eval", r"(zero_shot|geometry)_.*\.npz", r"retrieval_.*\.json", below="eval")

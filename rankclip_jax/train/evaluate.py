@@ -24,7 +24,7 @@ def evaluate(config: ConfigDict, workdir: str | Path | None, out: Path | None = 
     """Evaluates the workdir's best (or newest) checkpoint, or config.eval.model.
 
     Prints tables. Adds the results to WORKDIR/eval.json (evaluation/results_file.py), and writes WORKDIR/eval/ for the
-    report: of the workdir's own run, or, where it holds none, of the other model.
+    report: of the workdir's own run, or, while that was not evaluated, of the other model.
 
     Args:
       config: of a workdir's run, its own (`settings`).
@@ -43,12 +43,14 @@ def evaluate(config: ConfigDict, workdir: str | Path | None, out: Path | None = 
     own = config.eval.model is None
     if jax.process_index() == 0:
         file = out or (Path(workdir) / "eval.json" if workdir else None)
-        if file:
-            Owned(file.parent, "eval").claim([file.name])
-            results_file.read(file)  # now, not after hours
-        if workdir and (own or workdirs.stored_config(Path(workdir)) is None):
-            Owned(workdir, "eval").claim([f"eval/{name}" for name in artifacts.names(config.eval)])
+        before = results_file.read(file) if file else {}  # now, not after hours
+        if workdir and (own or results_file.RUN not in before):
             folder = Path(workdir) / "eval"
+        claims = {Path(workdir): [f"eval/{name}" for name in artifacts.names(config.eval)]} if workdir and folder else {}
+        if file:
+            claims.setdefault(file.parent, []).append(file.name)
+        for place, names in claims.items():
+            Owned(place, "eval").claim(names)
     sets = evaluation.open_sets(config.eval, session.side)
     results = evaluation.evaluate(config.eval, session.encoder(state), sets, folder=folder)
     if not any(results[kind] for kind in evaluation.KINDS):

@@ -150,7 +150,7 @@ def train_step_function(
             grads = jax.lax.with_sharding_constraint(grads, where)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = clamp_logit_scale(optax.apply_updates(state.params, updates))
-        metrics = {"loss": loss, **parts, "grad_norm": optax.global_norm(grads), "logit_scale": _scale(state.params)}
+        metrics = {"loss": loss, **parts, "grad_norm": optax.tree.norm(grads), "logit_scale": _scale(state.params)}
         if "logit_bias" in state.params:
             metrics["logit_bias"] = state.params["logit_bias"]
         if spec.objective in RANKING:

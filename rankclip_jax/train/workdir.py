@@ -35,6 +35,8 @@ def stored_config(workdir: Path) -> ConfigDict | None:
       InputError: it is damaged, or was not written by this project.
     """
     path = workdir / "config.json"
+    if path.exists():
+        Owned(workdir, "train").check(["config.json"])
     try:
         return configs.completed(json.loads(path.read_text())) if path.is_file() else None
     except (ValueError, OSError) as error:

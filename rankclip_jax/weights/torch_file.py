@@ -148,7 +148,8 @@ _ALLOWED = {
     **{("torch", name): name for name in _DTYPES},
     # What training scripts keep in the same file: {"model": ..., "args": Namespace, "best": numpy's number}.
     ("argparse", "Namespace"): _Unused,
-    ("pathlib", "PosixPath"): _Unused,
+    # Python 3.13 names the module pathlib._local.
+    **{(module, f"{kind}Path"): _Unused for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")},
     ("torch", "Size"): _Unused,
     ("torch", "device"): _Unused,
     **{("torch", name): _Unused for name in ("float16", "bfloat16", "float32", "float64")},

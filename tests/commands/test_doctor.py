@@ -34,8 +34,18 @@ def without_tensorboard(tmp_path, monkeypatch):
 def test_no_tensorboard(without_tensorboard):
     found = list(doctor.packages(doctor._requirements()))
     ill = [finding for finding in found if finding.remedy]
-    assert ill == [("tensorboard", "not installed", "pip install 'tensorboard>=2.21'")]
+    (asked,) = (line for line in doctor._requirements() if line.startswith("tensorboard"))
+    assert ill == [("tensorboard", "not installed", f"pip install '{asked}'")]
     assert only(found, "jax").remedy is None and len(found) > 15
+
+
+@pytest.mark.parametrize(
+    ("version", "ill"), [((3, 10, 14), True), ((3, 11, 0), False), ((3, 14, 0, "candidate", 2), False)]
+)
+def test_python(version, ill, monkeypatch):
+    monkeypatch.setattr(sys, "version_info", version)
+    finding = only(doctor.findings("runs", None), "Python")
+    assert finding.found == ".".join(map(str, version[:3])) and (finding.remedy is not None) is ill
 
 
 def test_a_jax_too_old(tmp_path, monkeypatch):
@@ -47,6 +57,12 @@ def test_a_jax_too_old(tmp_path, monkeypatch):
     asked = next(line for line in doctor._requirements() if line.startswith("jax"))
     assert only(found, "jax") == ("jax", "0.4.30", f"pip install '{asked}'")
     assert [finding.what for finding in found if finding.remedy] == ["jax"]
+
+
+def test_a_release_candidate_is_a_version_like_any_other(monkeypatch):
+    monkeypatch.setattr(doctor.jax_install, "version", lambda name: "2.22.0rc0")
+    (finding,) = doctor.packages(["tensorflow-cpu>=2.21"])
+    assert finding == ("tensorflow-cpu", "2.22.0rc0", None)
 
 
 def test_a_jax_that_cannot_do_the_step_is_a_finding(monkeypatch):

@@ -23,7 +23,7 @@ from rankclip_jax.report import __main__ as report_main
 from rankclip_jax.study import __main__ as study_main
 from rankclip_jax.study import report as study_report
 from rankclip_jax.train import __main__ as train
-from rankclip_jax.train import loop
+from rankclip_jax.train import workdir as workdirs
 from rankclip_jax.weights import checkpoint, export, pretrained
 from rankclip_jax.weights.saving import Checkpoints
 from tests.commands.test_train import SMALL
@@ -141,10 +141,10 @@ def test_a_folder_of_others_is_refused_in_one_line_and_stays_as_it_is(command, r
 
 
 OWN = {
-    "train": lambda config: [*loop._names(config), "config.json/x", "metrics.jsonl/x"],
+    "train": lambda config: [*workdirs._names(config), "config.json/x", "metrics.jsonl/x"],
     "eval": lambda config: ["eval.json", "eval/geometry_scenes.npz", "eval/retrieval_scenes.json"],
     "study": lambda config: study_report.FILES,
-    "inspect": lambda config: ["contact_sheet.png"],
+    "inspect": lambda config: ["contact_sheet.png", "bad_samples.jsonl"],
     "hf": lambda config: export._names("hf", True),
     "openai": lambda config: export._names("openai", True),
     "orbax": lambda config: [*export._names("orbax", True), "variables/x", "variables.orbax-checkpoint-tmp/x"],
@@ -175,7 +175,7 @@ BESIDE += ["my.orbax-checkpoint-tmp", "config.json.part", "metrics.part", "profi
     [
         pytest.param("eval", BESIDE, marks=pytest.mark.slow),
         pytest.param("study", BESIDE, marks=pytest.mark.slow),
-        ("inspect", [*BESIDE, "manifest.json", "bad_samples.jsonl"]),
+        ("inspect", [*BESIDE, "manifest.json"]),
         ("hf", [*BESIDE, "metrics.jsonl", "variables/x"]),
         ("orbax", [*BESIDE, "metrics.jsonl", "model.safetensors"]),
         ("embed", [*BESIDE, "photos.npz.unfinished", "about.json", "bad_samples.jsonl"]),

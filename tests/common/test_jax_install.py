@@ -29,7 +29,7 @@ def planted(tmp_path, monkeypatch):
     """A function of a driver's major version, or None, and of {package: version}; returns the driver's file."""
 
     def plant(driver=None, packages=(), text=PROPRIETARY):
-        monkeypatch.setattr(jax_install, "requirements", lambda: ["jaxtyping>=1", "jax>=0.10.2"])
+        monkeypatch.setattr(jax_install, "requirements", lambda: ["jaxtyping>=1", "jax>=0.10.0"])
         monkeypatch.setattr(jax_install.Path, "exists", lambda path: False)  # no device of the machine that tests
         monkeypatch.setattr(jax_install.Path, "glob", lambda path, pattern: [])
         real, given = jax_install.version, dict(packages)
@@ -78,16 +78,16 @@ OLD12 = {"jax-cuda12-plugin": "0.7.2", "jax-cuda12-pjrt": "0.7.2"}
         (550, OLD12, ("0.12.0.1", "gpu"), ""),  # what fits and sees the GPU is kept,
         (580, OLD12, ("0.10.2", "gpu"), ""),  # whichever CUDA it has
         (None, {}, ("0.12.0.1", "cpu"), ""),
-        (550, OLD12, ("0.7.2", "gpu"), "pip install 'jax[cuda12]>=0.10.2'"),
-        (550, {}, ("0.12.0.1", "cpu"), "pip install 'jax[cuda12]>=0.10.2'"),
-        (580, {}, ("0", "none"), "pip install 'jax[cuda13]>=0.10.2'"),
+        (550, OLD12, ("0.7.2", "gpu"), "pip install 'jax[cuda12]>=0.10.0'"),
+        (550, {}, ("0.12.0.1", "cpu"), "pip install 'jax[cuda12]>=0.10.0'"),
+        (580, {}, ("0", "none"), "pip install 'jax[cuda13]>=0.10.0'"),
         (
             580,
             OLD12,
             ("0.7.2", "gpu"),
-            "pip uninstall -y jax-cuda12-plugin jax-cuda12-pjrt && pip install 'jax[cuda13]>=0.10.2'",
+            "pip uninstall -y jax-cuda12-plugin jax-cuda12-pjrt && pip install 'jax[cuda13]>=0.10.0'",
         ),
-        (None, {}, ("0.7.2", "cpu"), "pip install 'jax>=0.10.2'"),
+        (None, {}, ("0.7.2", "cpu"), "pip install 'jax>=0.10.0'"),
     ],
 )
 def test_what_is_missing(driver, packages, found, command, planted):
@@ -99,14 +99,14 @@ def test_a_tpu_host(planted, monkeypatch):
     path = planted()
     monkeypatch.setattr(Path, "glob", lambda path, pattern: [path / "accel0"] if str(path) == "/dev" else [])
     assert jax_install.missing(path, ("0.12.0.1", "tpu")) == ""
-    assert jax_install.missing(path, ("0.12.0.1", "cpu")) == "pip install 'jax[tpu]>=0.10.2'"
+    assert jax_install.missing(path, ("0.12.0.1", "cpu")) == "pip install 'jax[tpu]>=0.10.0'"
 
 
 def test_jax_is_asked_in_a_process_of_its_own(planted, monkeypatch):
     path = planted()
     assert jax.default_backend() == "cpu" and jax_install.missing(path) == ""
     monkeypatch.setenv("JAX_PLATFORMS", "nonsense")  # a JAX that cannot start
-    assert jax_install.missing(path) == "pip install 'jax>=0.10.2'"
+    assert jax_install.missing(path) == "pip install 'jax>=0.10.0'"
 
 
 @pytest.mark.parametrize(("driver", "extra"), [(580, "cuda13"), (550, "cuda12")])

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import Image
-from transformers import CLIPImageProcessor
 
 from input_pipeline import transforms
 from rankclip_jax.models import images
@@ -159,6 +158,7 @@ def test_what_lies_beyond_the_picture_is_never_seen():
 
 
 def test_evaluation_sees_what_clips_image_processor_sees():
+    CLIPImageProcessor = pytest.importorskip("transformers").CLIPImageProcessor
     side = 48
     processor = CLIPImageProcessor(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_normalize=False, do_rescale=False

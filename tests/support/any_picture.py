@@ -5,8 +5,11 @@ import struct
 import zlib
 
 import numpy as np
+import PIL
+from packaging.version import Version
 from PIL import Image
 
+READS_YCBCR = Version(PIL.__version__) >= Version("13")  # older Pillow calls its own uncompressed TIFF truncated
 SIDE = 16
 GREY = np.arange(256).reshape(SIDE, SIDE)  # every level once
 RGB = np.stack([GREY, GREY.T, 255 - GREY], -1)
@@ -151,10 +154,11 @@ def kinds() -> dict[str, tuple[bytes, np.ndarray]]:
         ((255 - RGB) * (255 - GREY[..., None]) / 255),
     )
     ycc = np.stack([flat, np.full_like(flat, 100), np.full_like(flat, 150)], -1).astype(np.uint8)
-    made["TIFF YCbCr"] = (
-        saved(Image.frombytes("YCbCr", (SIDE, SIDE), ycc.tobytes()), "TIFF"),
-        np.broadcast_to([200 + 1.402 * 22, 200 + 0.344136 * 28 - 0.714136 * 22, 200 - 1.772 * 28], (SIDE, SIDE, 3)),
-    )
+    if READS_YCBCR:
+        made["TIFF YCbCr"] = (
+            saved(Image.frombytes("YCbCr", (SIDE, SIDE), ycc.tobytes()), "TIFF"),
+            np.broadcast_to([200 + 1.402 * 22, 200 + 0.344136 * 28 - 0.714136 * 22, 200 - 1.772 * 28], (SIDE, SIDE, 3)),
+        )
     lab = np.stack([np.full_like(flat, round(53.585 * 2.55)), flat * 0, flat * 0], -1).astype(np.uint8)
     made["TIFF LAB"] = saved(Image.frombytes("LAB", (SIDE, SIDE), lab.tobytes()), "TIFF"), np.full(RGB.shape, 128)
     made["WEBP several, the first"] = several("WEBP"), RGB

@@ -8,13 +8,13 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
-import torch
 from PIL import Image
+from safetensors.numpy import load_file
 
 from rankclip_jax import config as configs
 from rankclip_jax.train import resolve
 from rankclip_jax.weights import formats, pretrained
+from tests.support import torch_archive
 from tests.support.made_models import make_workdir
 
 REPO = Path(__file__).parents[2]
@@ -74,7 +74,7 @@ def _openai_file(path: Path, workdir: Path) -> None:
     """The model of a workdir as OpenAI's state dict."""
     model = pretrained.read(workdir)
     formats.write_openai(path.parent / "openai", model.config, model.variables)
-    torch.save(safetensors.torch.load_file(path.parent / "openai" / "open_clip_model.safetensors"), path)
+    torch_archive.write(path, load_file(path.parent / "openai" / "open_clip_model.safetensors"))
 
 
 def _name(i: int) -> str:

@@ -61,18 +61,20 @@ def test_parts_give_the_gradient_of_the_whole(devices, options):
     def constrain(tree):
         return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, where), tree)
 
-    assert_parts_are_the_whole(embed, loss, params, batch, constrain)
+    # How many parts there are matters to no objective: the first goes in all of them.
+    every = options == OPTIONS[0]
+    assert_parts_are_the_whole(embed, loss, params, batch, constrain, (2, 4, 8) if every else (4,))
 
 
-def assert_parts_are_the_whole(embed, loss, params, batch, constrain=lambda tree: tree):
-    """Loss, its terms and gradients of 2, 4 and 8 parts, to 1e-5 of each array's norm."""
+def assert_parts_are_the_whole(embed, loss, params, batch, constrain=lambda tree: tree, counts=(4,)):
+    """Loss, its terms and gradients in `counts` parts, to 1e-5 of each array's norm."""
 
     def grads(parts):
         return jax.jit(lambda p, b: loss_and_grads(embed, loss, p, b, parts, constrain))(params, batch)
 
     whole = grads(1)
     assert all(np.linalg.norm(g) > 0 for g in jax.tree.leaves(whole[1]))
-    for parts in (2, 4, 8):
+    for parts in counts:
         for a, b in zip(jax.tree.leaves(grads(parts)), jax.tree.leaves(whole), strict=True):
             # Only the order of the sums over rows differs.
             assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b) + 1e-7

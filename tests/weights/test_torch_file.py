@@ -13,6 +13,7 @@ import pytest
 
 from rankclip_jax.weights.formats import read
 from rankclip_jax.weights.torch_file import read_torch_file
+from tests.support import torch_archive
 
 torch = pytest.importorskip("torch")
 
@@ -39,6 +40,16 @@ def test_every_dtype_stride_and_view(tmp_path):
     assert list(ours) == list(state)
     for name, tensor in state.items():
         _same(ours[name], tensor)
+
+
+def test_the_tests_own_archive_is_torchs(tmp_path):
+    state = {"scale": np.float32(3), "w": np.arange(6, dtype=np.float32).reshape(2, 3), "none": np.zeros((0, 4), "f4")}
+    torch_archive.write(tmp_path / "a.pt", state)
+    theirs = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert list(theirs) == list(state)
+    for name, array in read_torch_file(tmp_path / "a.pt").items():
+        _same(array, theirs[name])
+        np.testing.assert_array_equal(array, state[name])
 
 
 def test_parameters_in_a_training_checkpoint(tmp_path):
@@ -87,6 +98,15 @@ def test_the_weights_are_found_under_the_names_that_trainers_give_them(tmp_path,
     assert list(ours) == list(STATE)
     for name, tensor in STATE.items():
         _same(ours[name], tensor)
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+@pytest.mark.parametrize("name", ["PosixPath", "WindowsPath"])
+def test_a_path_beside_the_weights_of_any_python_and_system(tmp_path, module, name):
+    weights = _tensor_pickle()[:-1]  # {"w": tensor}, without the end
+    path = f"X\x01\x00\x00\x00pc{module}\n{name}\n(X\x01\x00\x00\x00atRs.".encode()
+    _archive(tmp_path / "a.pt", weights + path, **{"data/0": np.float32([1, 2]).tobytes(), "byteorder": "little"})
+    np.testing.assert_array_equal(read_torch_file(tmp_path / "a.pt")["w"], np.float32([1, 2]))
 
 
 def test_several_state_dicts_are_not_guessed_among(tmp_path):
