@@ -43,12 +43,13 @@ def evaluate(config: ConfigDict, workdir: str | Path | None, out: Path | None = 
     own = config.eval.model is None
     if jax.process_index() == 0:
         file = out or (Path(workdir) / "eval.json" if workdir else None)
-        before = results_file.read(file) if file else {}  # now, not after hours
+        before, claims = {}, {}
+        if file:
+            Owned(file.parent, "eval").check([file.name])
+            before, claims[file.parent] = results_file.read(file), [file.name]
         if workdir and (own or results_file.RUN not in before):
             folder = Path(workdir) / "eval"
-        claims = {Path(workdir): [f"eval/{name}" for name in artifacts.names(config.eval)]} if workdir and folder else {}
-        if file:
-            claims.setdefault(file.parent, []).append(file.name)
+            claims.setdefault(Path(workdir), []).extend(f"eval/{name}" for name in artifacts.names(config.eval))
         for place, names in claims.items():
             Owned(place, "eval").claim(names)
     sets = evaluation.open_sets(config.eval, session.side)

@@ -81,16 +81,16 @@ def test_what_is_given_stays(capsys):
     assert (named.name, named.image_size, dict(named.vision)) == ("ViT-B/32", None, {})
 
 
-def test_a_resumed_run_has_the_stored_values_whatever_the_data_are(capsys):
+def test_a_resumed_run_has_the_stored_values_whatever_the_data_are(tmp_path, capsys):
     first = resolve.resolve(own(), 1_448)
     stored = configs.completed(json.loads(configs.to_json(first)))
     capsys.readouterr()
     again = resolve.resolve(own(), 40, stored)
     assert again.to_dict() == stored.to_dict() and not capsys.readouterr().out
-    workdirs.check_same_config("run", stored, own())
+    workdirs.check_same_config(tmp_path, stored, own())
     for change in ("batch_size=8", "optim.lr=0.5", "model.vision={'layers':6}", "model.name=ViT-B/32"):
         with pytest.raises(InputError, match=f"another configuration .*config.{change.partition('=')[0]}"):
-            workdirs.check_same_config("run", stored, own(change))
+            workdirs.check_same_config(tmp_path, stored, own(change))
 
 
 def test_plans_and_studies_say_what_they_need():
