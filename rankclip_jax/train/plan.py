@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.parallel.mesh import batch_sharding
-from rankclip_jax.train import resolve, targets
+from rankclip_jax.train import targets
 from rankclip_jax.train.flops import ACCELERATORS, step_flops
 from rankclip_jax.train.hlo import collectives, unpriced
 from rankclip_jax.train.targets import Target, parse_target
@@ -29,6 +29,8 @@ def plan(config: ConfigDict) -> dict:
     Raises:
       InputError: an unknown target, libtpu missing, or a configuration that does not fit the devices.
     """
+    from rankclip_jax.train import resolve  # brings tokenizers, which benchmarks.gpu can do without
+
     resolve.require(config, "a plan")
     target = parse_target(config.plan.target)
     print(f"compiling the step of {config.model.name} for {config.plan.target}; minutes for a large model", flush=True)

@@ -81,6 +81,7 @@ def test_what_its_install_cell_does_on_a_machine_without_the_project(there, driv
     monkeypatch.setattr(sys, "path", sys.path.copy())
     monkeypatch.setattr(jax_install, "extra", lambda file: {None: "", 550: "cuda12", 580: "cuda13"}[driver])
     monkeypatch.setattr(jax_install, "requirements", lambda: ["jax>=0.10.2"])
+    monkeypatch.setattr(jax_install, "plugins", lambda: {})  # whatever the environment that tests has
     monkeypatch.setattr(jax_install.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=there))
     ran, names = [], {"REPO": "https://example.org/it"}
     names["get_ipython"] = lambda: SimpleNamespace(system=lambda line: ran.append(line.format_map(names)))
