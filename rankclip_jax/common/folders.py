@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 from rankclip_jax.common.pictures import ENDINGS
 
-# What systems leave behind, besides everything whose name begins with a dot.
+# What systems leave behind, in addition to everything whose name begins with a dot.
 _LEFTOVERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 
 

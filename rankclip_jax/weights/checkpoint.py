@@ -161,6 +161,7 @@ def _difference(tree, saved: dict[str, int]) -> str | None:
 
 
 def folder_of(workdir, config) -> epath.Path:
+    """Where the checkpoints are: config.folder (config.checkpoint's), or WORKDIR/checkpoints."""
     if config.folder:
         return epath.Path(config.folder)
     return epath.Path(workdir).resolve() / "checkpoints"
@@ -198,4 +199,5 @@ def _by_worth(folder, metric) -> tuple[epath.Path, list[int]]:
 
 
 def crc32(data: dict) -> int:
+    """The checksum that is stored beside a checkpoint's positions and fingerprints."""
     return zlib.crc32(json.dumps([data["positions"], data["fingerprints"]], sort_keys=True).encode())

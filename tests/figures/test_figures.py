@@ -1,4 +1,4 @@
-"""Figures show what they are given, and a model from chance is that of step 0."""
+"""Figures show what they are given, and an untrained model is that of step 0."""
 
 import base64
 import io

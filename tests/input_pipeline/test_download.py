@@ -39,7 +39,7 @@ ASKED = Counter()
 
 
 class Web(BaseHTTPRequestHandler):
-    """Good images, and what the web has besides."""
+    """Good images, and what else the web has."""
 
     def do_GET(self):
         ASKED[self.path] += 1

@@ -108,7 +108,7 @@ def test_bad_samples_are_passed_over_named_and_counted(captioned, tokenizer, tmp
     assert "images/7.png" in next(line["where"] for line in lines if line["row"] == 7)
     assert iterator.bad.count in (8, 7)  # twice an epoch; the second epoch's last batch may not be complete
     assert "bad sample skipped" in capsys.readouterr().err
-    # A run that stopped goes on behind the bad samples too.
+    # A run that stopped resumes behind the bad samples too.
     resumed = batches(captioned, tokenizer, start=iterator.position)
     whole = batches(captioned, tokenizer)
     assert same(take(resumed, 2), take(whole, 20)[18:])

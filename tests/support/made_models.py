@@ -1,4 +1,4 @@
-"""Workdirs as training leaves them, made without training: parameters from chance, checkpoints, tokenizer, metrics."""
+"""Workdirs as training leaves them, made without training: random parameters, checkpoints, tokenizer, metrics."""
 
 import json
 from pathlib import Path

@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capf
     step, variables = checkpoint.read_variables(tmp_path, config())
     assert step == 2
     np.testing.assert_array_equal(variables["params"]["w"], state_of(2)["params"]["w"])
-    # The run that goes on writes its own step 3; what was there keeps another name.
+    # The run that resumes writes its own step 3; what was there keeps another name.
     checkpoints = Checkpoints(tmp_path, config(keep=9), start=2)
     checkpoints.save(3, state_of(3), 30)
     checkpoints.close()
