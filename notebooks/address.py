@@ -22,8 +22,9 @@ def write(address: str, folder: Path = REPO) -> None:
     """
     if address and not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+", address):
         raise ValueError(f"{address!r}. Expected https://github.com/USER/REPO")
-    page = address.replace("https://github.com", "https://colab.research.google.com/github") + f"/blob/main/{NOTEBOOK}"
-    badge = f"\n\n[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({page})" if address else ""
+    colab = "https://colab.research.google.com"
+    page = f"{address.replace('https://github.com', f'{colab}/github')}/blob/main/{NOTEBOOK}"
+    badge = f"\n\n[![Open in Colab]({colab}/assets/colab-badge.svg)]({page})" if address else ""
 
     def badged(text):
         title, rest = _BADGE.sub("", text).split("\n", 1)
