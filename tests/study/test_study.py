@@ -260,7 +260,7 @@ def test_a_scheduled_term_ramps_in(study):
 
 
 @pytest.mark.slow
-def test_a_study_goes_on_where_it_stopped_and_reports(study, monkeypatch, capsys):
+def test_a_study_resumes_where_it_stopped_and_reports(study, monkeypatch, capsys):
     class StoppedError(Exception):
         pass
 
