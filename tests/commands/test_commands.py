@@ -1,4 +1,4 @@
-"""Every command ends the same way: one line and 1 for wrong input, 130 for Ctrl-C, and an unexpected error keeps its traceback."""
+"""Every command ends the same way: wrong input one line and 1, Ctrl-C 130; other errors keep their traceback."""
 
 import ast
 import importlib
