@@ -17,7 +17,7 @@ def percent(share: float) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """A table that scrolls by itself where it is too wide.
+    """A table that scrolls on its own where it is too wide.
 
     Args:
       head: HTML of each column's title; rows: HTML of each cell.

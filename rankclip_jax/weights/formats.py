@@ -151,7 +151,7 @@ _WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_chec
 
 def _without_wrappers(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A CLIP's own names: without wrappers, without the attribute that holds it ("model." in Lightning's modules; what
-    lies beside it is left out), and without "text." of open_clip's separate text tower."""
+    is next to it is left out), and without "text." of open_clip's separate text tower."""
     state = {_WRAPPERS.sub("", name): value for name, value in state.items()}
     with_scale = [name.removesuffix("logit_scale") for name in state if re.fullmatch(r"(.*\.)?logit_scale", name)]
     # A loss in the same module may have a scale too.

@@ -80,6 +80,7 @@ def test_a_run_leaves_what_the_contract_names(trained):
     assert re.search(r"step 18/18 .* images/s .* left", output)
 
 
+@pytest.mark.slow
 def test_evaluation_says_digit_for_digit_what_training_said(trained):
     workdir, _ = trained
     code, output = finish(workdir, "--mode=eval")

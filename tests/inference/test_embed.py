@@ -90,7 +90,7 @@ def test_a_csv_with_bad_rows(run, model, folder, tmp_path, capsys):
     assert "3 images were left out" in capsys.readouterr().out
 
 
-def test_a_run_that_stops_goes_on(run, model, folder, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_resumes(run, model, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(collection, "PART", 4)
     out, encode, calls = tmp_path / "e.npz", model.encode_views, []
 
