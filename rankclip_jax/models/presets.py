@@ -26,7 +26,8 @@ def _check_sizes(config: Any) -> None:
     """Every size is a whole number from 1 on, whatever file it came from."""
     for field in dataclasses.fields(config):
         value, most = getattr(config, field.name), _MOST_LAYERS if field.name == "layers" else _MOST
-        if field.name in ("stem", "eot_id", "vision", "text", "activation") or (field.name, value) == ("mlp_width", None):
+        no_size = field.name in ("stem", "eot_id", "vision", "text", "activation")
+        if no_size or (field.name == "mlp_width" and value is None):
             continue
         sizes = value if isinstance(value, tuple) else (value,)
         if not all(type(size) is int and 1 <= size <= most for size in sizes) or not 1 <= len(sizes) <= 8:

@@ -212,7 +212,8 @@ def _check_total(tensors: dict[str, _Tensor], file_bytes: int) -> None:
 
 
 _MOST_IN_A_TUPLE = 10_000  # values, those of tuples in it included
-_KEEPS = {"FROZENSET", "REDUCE", "BUILD", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}  # what they make may hold what they take
+# What these make may hold what they take.
+_KEEPS = {"FROZENSET", "REDUCE", "BUILD", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
 
 
 def _check_pickle(data: bytes) -> None:

@@ -32,7 +32,8 @@ def places(value, path=()):
 def test_any_field_may_hold_anything(folder, monkeypatch):
     folder, name = folder
     # What fits is compared with the tensors; their shapes are known here, and each trace would take its time.
-    monkeypatch.setattr(formats.layouts, "template", lambda config, right=formats.layouts.template(CONFIG): right)
+    right = formats.layouts.template(CONFIG)
+    monkeypatch.setattr(formats.layouts, "template", lambda config: right)
     whole = json.loads((folder / name).read_text())
     whole.pop("rankclip_jax", None)  # so that open_clip's part is read
     refused = 0
