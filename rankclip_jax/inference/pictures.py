@@ -112,5 +112,5 @@ def _shards(pattern: str, kind: str, image_key: str | None) -> Pictures:
     read = encoded_images.reader(source)
 
     lost = tuple((one.where, one.reason) for one in source.lost)
-    name, captions = lambda i: _readable(source.where(i)), encoded_images.captions(source)  # noqa: E731
+    name, captions = lambda i: _readable(source.where(i)), encoded_images.captions(source)
     return Pictures(source.size, name, lambda i: opened(read(i)), lost, captions)
