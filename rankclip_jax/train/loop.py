@@ -91,11 +91,11 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
             return
         with Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None) as checkpoints:
             batches = open_batches(session, workdir, data, start.position)
-            parameters = sum(p.size for p in jax.tree.leaves(start.state.params))
             processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""
             print(
-                f"training {config.model.name} ({parameters:,} parameters) with {config.loss.objective} on "
-                f"{data.source.size:,} samples: {data.total_steps} steps of {config.batch_size} on "
+                f"training {config.model.name} ({_parameters(start.state):,} parameters) with "
+                f"{config.loss.objective} on {data.source.size:,} samples: "
+                f"{data.total_steps} steps of {config.batch_size} on "
                 f"{session.devices.count} {session.devices.platform} device(s){processes_said}"
             )
             run_steps(session, workdir, data, tx, start, batches, checkpoints)
@@ -203,9 +203,10 @@ def run_steps(
     length = dict(total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch)
     train_step = steps.make_train_step(session.model, tx, config, session.mesh, **length)
     rate, wait = learning_rate(config.optim, **length), InputWait(batches)
+    began = dict(start=start.step, total_steps=data.total_steps, parameters=_parameters(state))
     cadence = [n for n in (config.checkpoint.every_steps, config.checkpoint.keep_every) if n]
     with (
-        Recorder(session, workdir, rate, wait.take, start=start.step, total_steps=data.total_steps) as recorder,
+        Recorder(session, workdir, rate, wait.take, **began) as recorder,
         Trace(config.profile, workdir) as trace,
         Notice() as notice,
     ):
@@ -228,6 +229,10 @@ def run_steps(
                 raise Preempted(f"saved step {step} in {workdir}; to resume: {resume}")
             if epoch_ends:
                 _evaluate(session, state, data, step, recorder, checkpoints)
+
+
+def _parameters(state: steps.TrainState) -> int:
+    return sum(p.size for p in jax.tree.leaves(state.params))
 
 
 def finish(session: Session, workdir: Path, batches: Any) -> None:
@@ -321,7 +326,7 @@ def _evaluate(
                 numbers |= session.validation(state, data.val)
     print(f"after epoch {step // data.steps_per_epoch}, step {step}:")
     print(evaluation.lines(results | {"missing": failed}, numbers), end="", flush=True)
-    recorder.write(step, numbers, failed)
+    recorder.write(step, numbers, counts=evaluation.counts(results), failed=failed)
     checkpoints.score(step, numbers)
 
 

@@ -32,11 +32,12 @@ class Recorder:
         *,
         start: int,
         total_steps: int,
+        parameters: int,
     ):
-        """`waited`: as InputWait.take; `start`: steps done before."""
+        """`waited`: as InputWait.take; `start`: steps done before; `parameters`: of the model, for the report."""
         self._config, self._devices, self._workdir = session.config, session.devices, workdir
         self._rate, self._waited, self._advised = rate, waited, False
-        self._start, self._total = start, total_steps
+        self._start, self._total, self._parameters = start, total_steps, parameters
         self._pace = Pace(start, total_steps, self._config.batch_size)
         views = 1 + self._config.data.two_views
         self._tflop = flops.step_flops(session.model.config, self._config.batch_size, views) / 1e12
@@ -47,7 +48,8 @@ class Recorder:
         if processes.is_first():
             from clu import metric_writers  # imports TensorFlow, as the pipeline does
 
-            metrics = MetricsFile(self._workdir, self._start)  # first: of a full disk it says so in one line
+            about = dict(device=str(self._devices), parameters=self._parameters, steps=self._total)
+            metrics = MetricsFile(self._workdir, self._start, about)  # first: of a full disk it says so in one line
             events = metric_writers.SummaryWriter(str(self._workdir))
             self._opened.callback(events.close)
             self._writers = [metrics.write, events.write_scalars]
@@ -85,12 +87,20 @@ class Recorder:
             self._advised = True
             print(input_wait.advice(speed["data_wait"], speed["images_read_per_second"], self._config.data.resize))
 
-    def write(self, step: int, numbers: dict[str, float], failed: Mapping[str, str] | None = None) -> None:
-        """Writes numbers down at once, and in metrics.jsonl what could not be evaluated: set -> reason."""
-        for write in self._writers if numbers else ():
+    def write(self, step: int, numbers: dict[str, float], **of_evaluation: Mapping) -> None:
+        """Writes numbers down at once, and in metrics.jsonl alone what is given of an evaluation and not empty.
+
+        Args:
+          of_evaluation: `counts`, as evaluation.counts gives them; `failed`: set -> why it could not be evaluated.
+        """
+        if not self._writers:
+            return
+        metrics, *others = self._writers
+        lines = numbers | {name: dict(found) for name, found in of_evaluation.items() if found}
+        if lines:
+            metrics(step, lines)
+        for write in others if numbers else ():
             write(step, numbers)
-        if failed and self._writers:
-            self._writers[0](step, {"failed": dict(failed)})
 
     def paused(self) -> contextlib.AbstractContextManager:
         """What happens inside, an evaluation or a compilation, does not count in the rate."""
