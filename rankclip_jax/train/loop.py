@@ -28,7 +28,7 @@ from rankclip_jax.models import ResNetConfig
 from rankclip_jax.parallel import processes
 from rankclip_jax.parallel.mesh import to_devices
 from rankclip_jax.parallel.preemption import Notice, Preempted
-from rankclip_jax.train import init_from, optim, resolve
+from rankclip_jax.train import init_from, loggers, optim, resolve
 from rankclip_jax.train import step as steps
 from rankclip_jax.train import workdir as workdirs
 from rankclip_jax.train.input_wait import InputWait
@@ -71,6 +71,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
       Preempted: SIGTERM or Ctrl-C came, to any of the processes, and the state is saved.
     """
     workdir = Path(workdir)
+    loggers.check(config.log)
     old = workdirs.check_same_run(workdir, config)
     origin = None if old else init_from.read(config)
     config, data = open_data(config, old, origin)
@@ -317,13 +318,16 @@ def _evaluate(
     kinds = _kinds_due(session, data, step)
     if not kinds:
         return
+    shown: dict[str, dict] | None = {} if recorder.shows else None
     with recorder.paused():
-        results = evaluation.evaluate(session.config.eval, session.encoder(state), data.sets, kinds=kinds)
+        encoder = session.encoder(state)
+        results = evaluation.evaluate(session.config.eval, encoder, data.sets, kinds=kinds, shown=shown)
         failed = {name: why for name, why in results["missing"].items() if name not in data.sets.missing}
         numbers = evaluation.flat(results)
         if data.val and "zero_shot" in kinds:
             with evaluation.one_set("config.data.val", failed):
                 numbers |= session.validation(state, data.val)
+        recorder.show(step, shown or {})
     print(f"after epoch {step // data.steps_per_epoch}, step {step}:")
     print(evaluation.lines(results | {"missing": failed}, numbers), end="", flush=True)
     recorder.write(step, numbers, counts=evaluation.counts(results), failed=failed)
