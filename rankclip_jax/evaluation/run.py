@@ -36,12 +36,14 @@ class Encoder:
       batches: source -> the batches of input_pipeline's eval_batches: "mask", "row" and "label" (b,), and the inputs
         of `images`.
       image_side: side of the model's input images, pixels.
+      device: of the mesh and this process; a linear probe is fitted on it.
     """
 
     images: Callable[[dict], np.ndarray]
     texts: Callable[[list[str]], np.ndarray]
     batches: Callable[[Any], Iterator[dict]]
     image_side: int
+    device: jax.Device
 
 
 def due(config: ConfigDict, epoch: int, last: bool) -> tuple[str, ...]:
@@ -298,10 +300,8 @@ def _linear_probe(encoder: Encoder, name: str, spec: ConfigDict, pair: tuple) ->
     train, test = (_all_encoded(encoder, found.source, name)[:2] for found in pair)
     report = lambda line: print(f"{name}: {line}", flush=True)  # noqa: E731
     classes = len(pair[0].names)
-    found = _checked(
-        lambda: linear_probe.linear_probe(train, test, classes=classes, metric=spec.metric, report=report)
-    )
-    return found | {"classes": classes}
+    arguments = {"classes": classes, "metric": spec.metric, "device": encoder.device, "report": report}
+    return _checked(lambda: linear_probe.linear_probe(train, test, **arguments)) | {"classes": classes}
 
 
 def _geometry(encoder: Encoder, artifacts: Artifacts, name: str, spec: ConfigDict, found: Any) -> dict:

@@ -147,6 +147,7 @@ class Session:
             texts=lambda texts: self.encode_texts(state, texts),
             batches=lambda source: pipeline.eval_batches(source, **self.view(self.eval_batch)),
             image_side=self.side,
+            device=self.mesh.local_devices[0],
         )
 
 

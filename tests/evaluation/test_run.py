@@ -3,6 +3,7 @@
 import base64
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -35,7 +36,7 @@ class KnownModel:
 
     def encoder(self):
         batches = lambda source: pipeline.eval_batches(source, batch_size=4, image_side=8)  # noqa: E731
-        return evaluation.Encoder(self.images, self.texts, batches, 8)
+        return evaluation.Encoder(self.images, self.texts, batches, 8, jax.devices()[1])
 
 
 def write_set(folder, greys_and_names):

@@ -140,12 +140,11 @@ def test_operations_are_those_that_xla_counts(name):
 
 def test_the_compilation_cache_keeps_out_of_cpus(monkeypatch):
     before = jax.config.jax_compilation_cache_dir
-    compilation_cache.enable()
+    compilation_cache.enable("cpu")
     assert jax.config.jax_compilation_cache_dir == before
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     try:
-        compilation_cache.enable()
+        compilation_cache.enable("tpu")
         assert jax.config.jax_compilation_cache_dir.endswith("rankclip_jax/xla")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
