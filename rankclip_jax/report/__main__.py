@@ -6,6 +6,7 @@ from pathlib import Path
 from rankclip_jax.common import commands
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import cannot_write, write_whole
+from rankclip_jax.figures.words import printable
 from rankclip_jax.report import page, runs
 
 
@@ -33,7 +34,8 @@ def main() -> None:
         write_whole(out, text)
     for workdir, run in zip(flags.workdirs, found, strict=True):
         for file, why in run.unreadable.items():
-            print(f"left out: {workdir}/{file}: {why[0]}{f' (and {len(why) - 1:,} more)' if len(why) > 1 else ''}")
+            more = f" (and {len(why) - 1:,} more)" if len(why) > 1 else ""
+            print(f"left out: {printable(workdir)}/{file}: {why[0]}{more}")
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
 
 

@@ -19,11 +19,14 @@ from rankclip_jax.common import pictures
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.evaluation import results_file
 from rankclip_jax.figures import names
+from rankclip_jax.figures.words import printable
 
 _MOST_BYTES = 1 << 28  # of a file, and of what it unpacks to
 _DEEPEST = 20  # lists and dicts in each other
 _LONGEST = 1000  # letters of a caption or name
 _MOST_STEPS, _LARGEST = 10**12, 1e30  # beyond them, no chart has ticks
+_MOST_KEYS = 1000  # numbers of a run, each with a chart
+_MOST_SIDE = 1024  # pixels of a picture, which evaluations leave with 112
 _COUNTS = ("n", "images", "texts", "classes")
 
 
@@ -43,7 +46,7 @@ class Files:
 
     def metrics(self) -> list[dict]:
         """metrics.jsonl: rows with "step" and numbers; and, as dicts, "start" and "counts"."""
-        rows = []
+        rows, known = [], set()
         for line, row in self._rows("metrics.jsonl"):
             step = row.pop("step", None)
             if not (isinstance(step, int) and number(step) and 0 <= step <= _MOST_STEPS):
@@ -55,6 +58,10 @@ class Files:
                     kept[key] = value
                 elif key != "failed":  # the log has it
                     self._wrong("metrics.jsonl", f"line {line}: {key[:80]} is {_said(value)}")
+            known |= kept.keys()
+            if len(known) > _MOST_KEYS:
+                self._wrong("metrics.jsonl", f"line {line}: more than {_MOST_KEYS:,} different numbers")
+                break
             rows.append(kept)
         return rows
 
@@ -177,7 +184,7 @@ class Files:
 
     def _wrong(self, file: str, why: str) -> Any:
         """Names it; gives None, which the caller gives on."""
-        self.unreadable[file].append(why)
+        self.unreadable[printable(file)].append(printable(why))
         return None
 
     def _bytes(self, file: str) -> bytes | None:
@@ -255,10 +262,13 @@ class Files:
 
     def _by_set(self, prefix: str, suffix: str, read: Callable[[str], Any]) -> dict:
         """Set -> what `read` makes of its file in eval/, where that is something."""
-        folder = self._folder / "eval"
-        if folder.exists() and not folder.is_dir():
-            self.unreadable["eval"] = ["is no folder"]
-        entries = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        try:
+            entries = sorted(os.listdir(self._folder / "eval"))
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            self.unreadable["eval"] = [error.strerror or one_line(error)]
+            return {}
         found = {
             file.removeprefix(prefix).removesuffix(suffix): read(f"eval/{file}")
             for file in entries
@@ -276,7 +286,7 @@ def _said(value: Any) -> str:
 def _fits(key: str, value: Any) -> bool:
     """Whether a number of eval.json is in its range."""
     if key in _COUNTS:
-        return isinstance(value, int) and number(value) and value > 0
+        return isinstance(value, int) and number(value) and 0 < value <= 10**9
     if not number(value) or not math.isfinite(value):
         return False
     return (-1 if key in ("drop", "effective") else 0) <= value <= 1 if names.result(key).share else True
@@ -319,10 +329,13 @@ def _right(one: dict) -> dict:
 def _shown(one: dict) -> dict:
     """The picture as a JPEG in base64, whatever it was."""
     try:
-        image = pictures.read(base64.b64decode(one["picture"], validate=True))
+        image = pictures.opened(base64.b64decode(one["picture"], validate=True))
     except binascii.Error:
         raise ValueError("a picture that is not base64") from None
+    if max(image.size) > _MOST_SIDE:
+        raise ValueError("a picture of {} x {} pixels".format(*image.size))
     out = io.BytesIO()
+    image = pictures.rgb(image)
     image.thumbnail((224, 224))
     image.save(out, "JPEG", quality=85)
     return {"picture": base64.b64encode(out.getvalue()).decode()}

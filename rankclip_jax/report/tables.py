@@ -93,7 +93,9 @@ def _evaluated(run: Run) -> str:
         return ""
     step, model, of = run.results["step"], run.results["model"], run.results.get("evaluated", {})
     what = f"step {step:,}" if model in (None, "run") else model
-    return _words(what, "during training" if model is None else of.get("date"), of.get("device"))
+    return _words(
+        what, "during training (--mode=eval shows more)" if model is None else of.get("date"), of.get("device")
+    )
 
 
 def _words(*parts: Any) -> str:

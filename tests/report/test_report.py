@@ -264,6 +264,25 @@ def test_what_is_no_file_is_named_and_not_opened(tmp_path, whole_run, file):
         assert runs.read_run(run).unreadable == {file: ["is no file"]}
 
 
+def test_what_would_take_the_machine_is_refused(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1} | {f"key {i}": 1.0 for i in range(5_000)}) + "\n")
+    found = {"step": 1, "zero_shot": {"toys": {"top1": 0.5, "n": 10**30, "\ud800\n": "\x1b[2J"}}}
+    (run / "eval.json").write_text(json.dumps(found))
+    out = io.BytesIO()
+    Image.new("1", (9_000, 9_000)).save(out, "PNG")
+    shown = {"picture": base64.b64encode(out.getvalue()).decode(), "label": "a", "predicted": "b"}
+    (run / "eval" / "examples_toys.json").write_text(json.dumps({"right": [shown], "wrong": []}))
+    np.savez_compressed(run / "eval" / "zero_shot_toys.npz", classes=["a"], confusion=np.zeros((6_000, 6_000), int))
+    read = runs.read_run(run)
+    assert read.results["zero_shot"] == {"toys": {"top1": 0.5}}
+    said = {file: " ".join(why) for file, why in read.unreadable.items()}
+    assert "more than 1,000 different numbers" in said["metrics.jsonl"]
+    assert "n is 10" in said["eval.json"] and said["eval.json"].isprintable()
+    assert said["eval/examples_toys.json"] == "right 1: a picture of 9000 x 9000 pixels"
+    assert said["eval/zero_shot_toys.npz"] == "unpacks to more than 256 MB"
+
+
 def test_damaged_files_are_named_on_the_page_and_the_rest_is_drawn(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "eval.json").write_text("{")
