@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from rankclip_jax.losses.plackett_luce import first_order_only
 from rankclip_jax.losses.sorting import by_platform
 from rankclip_jax.losses.spec import MATRICES, LossSpec
-from rankclip_jax.losses.terms import row_term
+from rankclip_jax.losses.terms import row_terms
 
 # Scores err by scale * eps, so at logit scale 100 anything below full float32 products (TF32, one or three
 # bfloat16 passes) would break the 1e-5 that the loss promises. bfloat16 embeddings multiply exactly as is.
@@ -51,9 +51,10 @@ def _chunk_terms(img_RxD, txt_RxD, img_BxD, txt_BxD, scale, bias, weights, label
     used = sorted({matrix for term in weights for matrix in MATRICES[term]})
     scores = {matrix: scale * _scores(rows[matrix[0]], columns[matrix[1]]) for matrix in used}
     sums, grads, d_bias = {}, {}, jnp.zeros((), jnp.float32)
+    pairs = {term: tuple(scores[matrix] for matrix in MATRICES[term]) for term in weights}
+    results = row_terms(pairs, bias, labels_R, spec, platform, with_grad)
     for term in weights:
-        pair = MATRICES[term]
-        result = row_term(term, *(scores[matrix] for matrix in pair), bias, labels_R, spec, platform, with_grad)
+        pair, result = MATRICES[term], results[term]
         sums[term] = result.loss
         d_bias += weights[term] * result.grad_bias
         for matrix, grad in zip(pair, (result.grad_a, result.grad_b), strict=True):

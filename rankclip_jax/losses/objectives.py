@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rankclip_jax.losses.chunked import Placement, weighted_terms
-from rankclip_jax.losses.spec import LossSpec
+from rankclip_jax.losses.spec import RANK_TERMS, LossSpec
 
 
 class RankTerms(NamedTuple):
@@ -194,4 +194,4 @@ def _placement(
 
 
 def _metric(term: str) -> str:
-    return f"rank_{term}" if term in ("in_modal", "cross_modal") else term
+    return f"rank_{term}" if term in RANK_TERMS else term

@@ -15,6 +15,7 @@ MATRICES = {
     "cyclic_cross_modal": ("it", "ti"),
     "cyclic_in_modal": ("ii", "tt"),
 }
+RANK_TERMS = ("in_modal", "cross_modal")
 # The terms of each objective beside the ranking terms, with their weights: CLIP (Radford et al., 2021), SigLIP
 # (Zhai et al., 2023) and CyCLIP (Goel et al., 2022). RANKING are the objectives that have the ranking terms too.
 OBJECTIVES = {
