@@ -32,21 +32,25 @@ def position_weights(n: int, decay: str | None) -> jax.Array:
     raise ValueError(f'decay={decay!r}. Expected None or "log"')
 
 
+# Items of a block of a cumulative sum by a triangular matmul. In milliseconds for a million on 2 CPU cores: 0.7, lax.cumsum
+# 3.2. On TPU a block is as wide as its matrix unit.
+_BLOCK = {"cpu": 32, "tpu": 128}
+
+
 def _cumsum(x_RxN: jax.Array, platform: str, reverse: bool = False) -> jax.Array:
     """Cumulative sums of non-negative rows."""
-    if platform != "cpu":
+    if platform not in _BLOCK:
         return lax.cumsum(x_RxN, axis=1, reverse=reverse)
-    # In blocks of 32 by a triangular matmul, then over the blocks: 0.7 ms for a million on 2 cores against
-    # the 3.2 ms of lax.cumsum, and no less exact, since nothing here is negative.
-    rows, n = x_RxN.shape
-    blocks = -(-n // 32)
-    padded = jnp.pad(x_RxN, ((0, 0), (0, blocks * 32 - n))).reshape(rows * blocks, 32)
-    triangle = jnp.triu(jnp.ones((32, 32), jnp.float32))
+    # In blocks, then over the blocks: no less exact than one by one, since nothing here is negative.
+    (rows, n), block = x_RxN.shape, _BLOCK[platform]
+    blocks = -(-n // block)
+    padded = jnp.pad(x_RxN, ((0, 0), (0, blocks * block - n))).reshape(rows * blocks, block)
+    triangle = jnp.triu(jnp.ones((block, block), jnp.float32))
     within = jnp.matmul(padded, triangle.T if reverse else triangle, precision=lax.Precision.HIGHEST)
-    within = within.reshape(rows, blocks, 32)
+    within = within.reshape(rows, blocks, block)
     total = within[:, :, 0 if reverse else -1]
     before = _shift(lax.cumsum(total, axis=1, reverse=reverse), left=reverse)
-    return (within + before[:, :, None]).reshape(rows, blocks * 32)[:, :n]
+    return (within + before[:, :, None]).reshape(rows, blocks * block)[:, :n]
 
 
 def _shift(x_RxN: jax.Array, left: bool) -> jax.Array:
