@@ -8,6 +8,7 @@ a process of its own: the device count is fixed when JAX starts, and libtpu lock
 """
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -55,24 +56,22 @@ def describe(devices, batch: int, options: dict) -> dict:
     }
 
 
-def _child(target: str, batch: int, list_size: int | None = None) -> dict:
+def _child(target: str, batch: int, options: dict) -> dict:
     environment = targets.environment("tpu")
     if target.isdigit():
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={target}"
-    command = [sys.executable, "-m", "benchmarks.loss_scaling", "--child", target, "--batches", str(batch)]
-    command += ["--list_sizes", *([str(list_size)] if list_size else [])]
+    command = [sys.executable, "-m", "benchmarks.loss_scaling", "--child", target, str(batch), json.dumps(options)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         return {"error": done.stderr.strip().splitlines()[-1][:200]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _run_child(target: str, batch: int, list_size: int | None = None):
+def _run_child(target: str, batch: str, options: str):
     import jax
 
     devices = jax.devices() if target.isdigit() else targets.devices(parse_target(target))
-    options = {"list_size": list_size} if list_size else {}
-    print(json.dumps(describe(list(devices), batch, options) | {"count": len(devices)}))
+    print(json.dumps(describe(list(devices), int(batch), json.loads(options)) | {"count": len(devices)}))
 
 
 # Pairs a second of CLIP's step of ViT-B/32 at 32,768 pairs, texts padded, by the compiler without collectives
@@ -80,28 +79,36 @@ def _run_child(target: str, batch: int, list_size: int | None = None):
 CLIP_RATES = {"v5e:16x16": 269_033, "v5p:4x4x8": 380_991, "v6e:16x16": 645_999}
 
 
-def cycles_row(topology: str, batch: int, list_size: int | None, got: dict) -> str:
-    """Cycles of the loss, its time, and its share of CLIP's step."""
-    name = f"| {topology} | {batch:,} | {f'{list_size:,}' if list_size else 'whole'} |"
+def cycles_row(topology: str, batch: int, name: str, got: dict, clip: float | None) -> str:
+    """Cycles of a loss, its time, and what it takes beyond CLIP's `clip` seconds, as a share of CLIP's step."""
+    start = f"| {topology} | {batch:,} | {name} |"
     if "error" in got:
-        return f"{name} {got['error']} | | | | | |"
+        return f"{start} {got['error']} | | | | | |"
     found = Cycles(**got["cycles"])
-    seconds = sum(found) / (CLOCKS[parse_target(topology).kind] * 1e9)
     millions = " | ".join(f"{x / 1e6:.2f}" for x in (found.compiler, found.sort, found.gather + found.scatter))
-    share = f"{100 * seconds * CLIP_RATES[topology] / batch:.1f} %" if topology in CLIP_RATES else ""
-    return f"{name} {millions} | {1e3 * seconds:.2f} | {share} | {got['temporary'] / 2**20:,.0f} |"
+    more = "" if clip is None else f"{100 * (seconds(topology, got) - clip) * CLIP_RATES[topology] / batch:.1f} %"
+    return f"{start} {millions} | {1e3 * seconds(topology, got):.2f} | {more} | {got['temporary'] / 2**20:,.0f} |"
+
+
+def seconds(topology: str, got: dict) -> float:
+    """Of a core at its clock."""
+    return sum(got["cycles"].values()) / (CLOCKS[parse_target(topology).kind] * 1e9)
 
 
 def print_cycles(topologies: list[str], batches: list[int], list_sizes: list[int]) -> None:
     """The TPU table."""
     print("Million cycles of the loss on a core: the compiler's estimate; sorts, gathers and scatters by train/hlo.py.")
     print("Not in it: collectives, and a second pass over lists whose scores spread over more than 130.\n")
-    print("| topology | B | list | compiler | sorts | gathers, scatters | ms | share of CLIP's step | temporary MB |")
+    print("| topology | B | loss | compiler | sorts | gathers, scatters | ms | more than CLIP's step | temporary MB |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for topology in topologies:
-        for batch in batches:
-            for list_size in (None, *list_sizes):
-                print(cycles_row(topology, batch, list_size, _child(topology, batch, list_size)), flush=True)
+    losses = {"RankCLIP, whole lists": {}}
+    losses |= {f"RankCLIP, lists of {size:,}": {"list_size": size} for size in list_sizes}
+    for topology, batch in itertools.product(topologies, batches):
+        alone = _child(topology, batch, {"objective": "clip"})
+        print(cycles_row(topology, batch, "CLIP", alone, None), flush=True)
+        clip = seconds(topology, alone) if topology in CLIP_RATES and "error" not in alone else None
+        for name, options in losses.items():
+            print(cycles_row(topology, batch, name, _child(topology, batch, options), clip), flush=True)
 
 
 def print_moved(names: list[str], batch: int) -> None:
@@ -110,7 +117,7 @@ def print_moved(names: list[str], batch: int) -> None:
     print("| target | devices | temporary MB a device | collectives a step |")
     print("|---|---|---|---|")
     for target in names:
-        got = _child(target, batch)
+        got = _child(target, batch, {})
         if "error" in got:
             print(f"| {target} | | {got['error']} | |")
             continue
@@ -134,10 +141,10 @@ def main():
     parser.add_argument("--list_sizes", type=int, nargs="*", default=[2048], help="rows of it beside whole lists")
     parser.add_argument("--topologies", nargs="*", default=["v5e:16x16", "v5p:4x4x8", "v6e:16x16"])
     parser.add_argument("--devices", nargs="*", default=["1", "8", "64", "256"])
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return _run_child(args.child, args.batches[0], *args.list_sizes)
+        return _run_child(*args.child)
     print_cycles(args.topologies, args.batches, args.list_sizes)
     if args.devices:
         print_moved([*args.devices, *args.topologies], max(args.batches))
