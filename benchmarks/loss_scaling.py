@@ -1,6 +1,6 @@
 """What the RankCLIP objective holds and moves at a large batch, read from compiled programs.
 
-    python -m benchmarks.loss_scaling [--batches 4096 ...] [--list_sizes 2048] [--topologies v5e:16x16 ...] [--devices 1]
+    python -m benchmarks.loss_scaling [--batches 4096 ...] [--list_sizes 2048] [--topologies v5e:4x4] [--devices 1]
 
 --topologies compiles for real TPUs ahead of time, which needs libtpu (`pip install "jax[tpu]"`) but no TPU, and prints
 the cycles of the loss; --devices compiles the largest batch for that many fake CPU devices. Each program is compiled in

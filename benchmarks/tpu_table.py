@@ -40,7 +40,7 @@ def compile_cell(batch: int, sharding: str, objective: str, model: str, topology
     begin, target = time.monotonic(), plan.parse_target(topology)
     found = plan.compile_step(configs.load(spec, changes), target)
     if "error" not in found:
-        found["step_seconds"] = step_seconds(spec, changes, target) + sort_seconds(target, found)
+        found["step_seconds"] = step_seconds(spec, changes, target) + plan.sort_seconds(target, found)
     return found | {"seconds": round(time.monotonic() - begin, 1)}
 
 

@@ -32,8 +32,8 @@ def position_weights(n: int, decay: str | None) -> jax.Array:
     raise ValueError(f'decay={decay!r}. Expected None or "log"')
 
 
-# Items of a block of a cumulative sum by a triangular matmul. In milliseconds for a million on 2 CPU cores: 0.7, lax.cumsum
-# 3.2. On TPU a block is as wide as its matrix unit.
+# Items of a block of a cumulative sum by a triangular matmul. For a million on 2 CPU cores it takes 0.7 ms, lax.cumsum
+# 3.2 ms. On TPU, 128 lists of 32,768: 0.14 million cycles of the compiler's against 2.0 million.
 _BLOCK = {"cpu": 32, "tpu": 128}
 
 
@@ -127,7 +127,7 @@ def _no_second_order(primals, tangents):
 
 
 def _released_nll(scores_RxN: jax.Array, weights_N: jax.Array, platform: str, with_grad: bool) -> tuple:
-    """As _sorted_nlls, of one, but as the authors' code has it: float32 log(sum + 1e-10), right up to a spread of 20 or so.
+    """As one of _sorted_nlls, but as the authors' code has it: float32 log(sum + 1e-10), right up to a spread of 20.
 
     Its gradient is what autograd makes of that code, the maximum that it subtracts included.
     """
@@ -163,7 +163,7 @@ def lists_nll(
     opened = [_open_list(*pair, decay, top_k, platform) for pair in lists]
     in_order = [one.in_order for one in opened]
     if released:
-        found = [_released_nll(*one, platform, with_grad) for one in in_order]
+        found = [_released_nll(scores, weights, platform, with_grad) for scores, weights in in_order]
     elif platform == "gpu" and lists:  # where the host waits for each loop that a value ends: one for all
         found = _sorted_nlls(in_order, platform, with_grad)
     else:

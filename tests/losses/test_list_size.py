@@ -11,16 +11,19 @@ from rankclip_jax.losses import LossSpec, clip_loss, objective_loss, rank_consis
 from tests.losses.test_chunked import collectives, embeddings
 
 
+def both(terms):
+    return terms.in_modal + 2 * terms.cross_modal
+
+
 @functools.partial(jax.jit, static_argnames=("size", "options"))
 def by_the_group(img, txt, scale, size, options):
-    """Mean of the terms of each group alone: values and gradients."""
+    """Mean over the groups of in-modal + 2 cross-modal of each alone: value and gradients."""
 
     def alone(img, txt, scale):
         groups = [z.reshape(-1, size, z.shape[1]) for z in (img, txt)]
-        terms = jax.lax.map(lambda group: jax.numpy.stack(rank_consistency(*group, scale, **dict(options))), groups)
-        return terms.mean(0)
+        return jax.lax.map(lambda group: both(rank_consistency(*group, scale, **dict(options))), groups).mean()
 
-    return [jax.value_and_grad(lambda *z, i=i: alone(*z)[i], (0, 1, 2))(img, txt, scale) for i in range(2)]
+    return jax.value_and_grad(alone, (0, 1, 2))(img, txt, scale)
 
 
 def close(got, want):
@@ -40,9 +43,9 @@ def on_mesh(shape, batch):
     ("batch", "size", "shape", "chunk"),
     [
         (24, 4, None, None),
-        (24, 4, None, 3),
+        pytest.param(24, 4, None, 3, marks=pytest.mark.slow),
         (64, 4, (2, 4), None),
-        (64, 16, (8,), 3),
+        pytest.param(64, 16, (8,), 3, marks=pytest.mark.slow),
         (24, 4, (4,), None),
     ],
 )
@@ -53,17 +56,14 @@ def test_equals_the_loss_of_each_group(batch, size, shape, chunk):
     mesh = None
     if shape:
         mesh, (img, txt) = on_mesh(shape, batch)
-    ranks = functools.partial(rank_consistency, list_size=size, mesh=mesh, chunk=chunk, **dict(options))
 
-    @jax.jit
     def found(*z):
-        return [jax.value_and_grad(lambda *z, i=i: ranks(*z)[i], (0, 1, 2))(*z) for i in range(2)], ranks(*z)
+        return both(rank_consistency(*z, list_size=size, mesh=mesh, chunk=chunk, **dict(options)))
 
-    got, values = found(img, txt, 30.0)
-    close(got, want)
-    np.testing.assert_allclose(values, [value for value, _ in want], rtol=2e-5)
+    close(jax.jit(jax.value_and_grad(found, (0, 1, 2)))(img, txt, 30.0), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "shape"), [((("top_k", 3),), None), ((("form", "released"),), (8,))])
 def test_every_form(options, shape):
     img, txt = embeddings(32)
@@ -72,15 +72,14 @@ def test_every_form(options, shape):
     if shape:
         mesh, (img, txt) = on_mesh(shape, 32)
     got = jax.jit(lambda *z: rank_consistency(*z, list_size=8, mesh=mesh, **dict(options)))(img, txt, 14.0)
-    np.testing.assert_allclose(got, [value for value, _ in want], rtol=2e-5)
+    np.testing.assert_allclose(both(got), want[0], rtol=2e-5)
 
 
-@pytest.mark.parametrize(("size", "shape"), [(4, None), (4, (8,)), (16, (8,))])
+@pytest.mark.parametrize(("size", "shape"), [pytest.param(4, None, marks=pytest.mark.slow), (4, (8,)), (16, (8,))])
 def test_the_contrastive_term_sees_the_whole_batch(size, shape):
     img, txt = embeddings(64)
     clip = jax.jit(jax.value_and_grad(clip_loss, (0, 1, 2)))(img, txt, 20.0)
-    ranking = by_the_group(img, txt, 20.0, size, ())
-    want = jax.tree.map(lambda c, i, x: c + 1.5 * (0.25 * i + 0.5 * x), clip, *ranking)
+    want = jax.tree.map(lambda c, r: c + 1.5 * 0.25 * r, clip, by_the_group(img, txt, 20.0, size, ()))
     mesh = None
     if shape:
         mesh, (img, txt) = on_mesh(shape, 64)
