@@ -5,7 +5,7 @@
     python -m benchmarks.train_step --scaling          # memory and traffic of 1 to 256 devices, compiled only
 
 Each contender lives in a process of its own and does one step when it is its turn, so that a machine whose speed drifts
-slows all alike and each one's memory is its own. A step is forward, backward and AdamW on made pictures and texts:
+slows all of them and each one's memory is its own. A step is forward, backward and AdamW on made pictures and texts:
 float32 on a CPU; bfloat16 (in PyTorch: autocast) on a GPU. PyTorch runs its model as it is and, where torch.compile
 works, compiled; transformers has no counterpart to RN50. Both have one device. Needs no TensorFlow.
 """

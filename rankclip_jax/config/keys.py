@@ -9,6 +9,7 @@ from rankclip_jax.config.key import (
     boolean,
     character,
     choice,
+    choices,
     encoding,
     integer,
     pair,
@@ -26,10 +27,11 @@ from rankclip_jax.config.key import (
 # model.attention change trained numbers only by rounding; epochs and steps where the schedule allows it
 # (train/workdir.py); the others not at all.
 MAY_CHANGE = ("log_every", "eval", "checkpoint", "plan", "profile", "study", "mesh", "sharding", "model.attention")
-MAY_CHANGE += ("epochs", "steps")
+MAY_CHANGE += ("epochs", "steps", "log")
 
 # What --help of training lists.
-USUAL = ("batch_size", "accumulate", "epochs", "steps", "seed", "log_every", "init_from", "init_towers", "sharding")
+USUAL = ("batch_size", "accumulate", "epochs", "steps", "seed", "log_every", "log", "init_from", "init_towers")
+USUAL += ("sharding",)
 USUAL += ("loss.objective", "loss.lambda_in", "loss.lambda_cross", "loss.schedule", "loss.decay")
 USUAL += ("model.name", "model.image_size", "model.context_length", "model.dtype", "model.remat", "model.scan_layers")
 USUAL += ("optim.lr", "optim.warmup_steps", "optim.weight_decay", "optim.grad_clip_norm", "optim.schedule")
@@ -127,6 +129,9 @@ KEYS = dict(
     init_towers=choice("both", "vision", "text"),  # both | vision | text: the towers to take from `init_from`
     init_skip=strings(()),  # regexes over parameters (visual/proj ...) that are initialised fresh
     log_every=integer(50, 1, optional=True),  # steps between log lines; None: about 50 lines
+    # where numbers and pictures also go, beside metrics.jsonl: tensorboard (files in WORKDIR), wandb (pip install it:
+    # numbers, configuration and pictures of the evaluation sets are sent to its server)
+    log=choices(("tensorboard",), "tensorboard", "wandb"),
     # (first, last) steps to trace into WORKDIR/profile
     profile=whole_pair(None, "(first, last), steps counted from 1", lambda first, last: 1 <= first <= last),
     loss=dict(

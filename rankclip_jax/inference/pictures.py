@@ -70,7 +70,12 @@ def _folder(path: Path) -> Pictures:
         beside = (path / files[row]).with_suffix(".txt")
         return beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else ""
 
-    return Pictures(len(files), lambda i: files[i], lambda i: path / files[i], caption=caption)
+    return Pictures(len(files), lambda i: _readable(files[i]), lambda i: path / files[i], caption=caption)
+
+
+def _readable(name: str) -> str:
+    """A file's name as text; bytes that are not UTF-8 are escaped, as Parquet and consoles take only text."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _table(file: str, image_key: str | None, delimiter: str, encoding: str | None) -> Pictures:
@@ -107,4 +112,5 @@ def _shards(pattern: str, kind: str, image_key: str | None) -> Pictures:
     read = encoded_images.reader(source)
 
     lost = tuple((one.where, one.reason) for one in source.lost)
-    return Pictures(source.size, source.where, lambda i: opened(read(i)), lost, encoded_images.captions(source))
+    name, captions = lambda i: _readable(source.where(i)), encoded_images.captions(source)
+    return Pictures(source.size, name, lambda i: opened(read(i)), lost, captions)

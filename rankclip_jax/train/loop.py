@@ -28,7 +28,7 @@ from rankclip_jax.models import ResNetConfig
 from rankclip_jax.parallel import processes
 from rankclip_jax.parallel.mesh import to_devices
 from rankclip_jax.parallel.preemption import Notice, Preempted
-from rankclip_jax.train import init_from, optim, resolve
+from rankclip_jax.train import init_from, loggers, optim, resolve
 from rankclip_jax.train import step as steps
 from rankclip_jax.train import workdir as workdirs
 from rankclip_jax.train.input_wait import InputWait
@@ -71,6 +71,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
       Preempted: SIGTERM or Ctrl-C came, to any of the processes, and the state is saved.
     """
     workdir = Path(workdir)
+    loggers.check(config.log)
     old = workdirs.check_same_run(workdir, config)
     origin = None if old else init_from.read(config)
     config, data = open_data(config, old, origin)
@@ -91,11 +92,11 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
             return
         with Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None) as checkpoints:
             batches = open_batches(session, workdir, data, start.position)
-            parameters = sum(p.size for p in jax.tree.leaves(start.state.params))
             processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""
             print(
-                f"training {config.model.name} ({parameters:,} parameters) with {config.loss.objective} on "
-                f"{data.source.size:,} samples: {data.total_steps} steps of {config.batch_size} on "
+                f"training {config.model.name} ({_parameters(start.state):,} parameters) with "
+                f"{config.loss.objective} on {data.source.size:,} samples: "
+                f"{data.total_steps} steps of {config.batch_size} on "
                 f"{session.devices.count} {session.devices.platform} device(s){processes_said}"
             )
             run_steps(session, workdir, data, tx, start, batches, checkpoints)
@@ -203,9 +204,10 @@ def run_steps(
     length = dict(total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch)
     train_step = steps.make_train_step(session.model, tx, config, session.mesh, **length)
     rate, wait = learning_rate(config.optim, **length), InputWait(batches)
+    began = dict(start=start.step, total_steps=data.total_steps, parameters=_parameters(state))
     cadence = [n for n in (config.checkpoint.every_steps, config.checkpoint.keep_every) if n]
     with (
-        Recorder(session, workdir, rate, wait.take, start=start.step, total_steps=data.total_steps) as recorder,
+        Recorder(session, workdir, rate, wait.take, **began) as recorder,
         Trace(config.profile, workdir) as trace,
         Notice() as notice,
     ):
@@ -228,6 +230,10 @@ def run_steps(
                 raise Preempted(f"saved step {step} in {workdir}; to resume: {resume}")
             if epoch_ends:
                 _evaluate(session, state, data, step, recorder, checkpoints)
+
+
+def _parameters(state: steps.TrainState) -> int:
+    return sum(p.size for p in jax.tree.leaves(state.params))
 
 
 def finish(session: Session, workdir: Path, batches: Any) -> None:
@@ -312,16 +318,19 @@ def _evaluate(
     kinds = _kinds_due(session, data, step)
     if not kinds:
         return
+    shown: dict[str, dict] | None = {} if recorder.shows else None
     with recorder.paused():
-        results = evaluation.evaluate(session.config.eval, session.encoder(state), data.sets, kinds=kinds)
+        encoder = session.encoder(state)
+        results = evaluation.evaluate(session.config.eval, encoder, data.sets, kinds=kinds, shown=shown)
         failed = {name: why for name, why in results["missing"].items() if name not in data.sets.missing}
         numbers = evaluation.flat(results)
         if data.val and "zero_shot" in kinds:
             with evaluation.one_set("config.data.val", failed):
                 numbers |= session.validation(state, data.val)
+        recorder.show(step, shown or {})
     print(f"after epoch {step // data.steps_per_epoch}, step {step}:")
     print(evaluation.lines(results | {"missing": failed}, numbers), end="", flush=True)
-    recorder.write(step, numbers, failed)
+    recorder.write(step, numbers, counts=evaluation.counts(results), failed=failed)
     checkpoints.score(step, numbers)
 
 

@@ -80,7 +80,7 @@ class Session:
         self._loss_of = jax.jit(steps.objective_of(config))
 
     def view(self, batch_size: int) -> dict:
-        """How the pipeline makes batches of so many rows in this process, for training and evaluation alike."""
+        """How the pipeline makes batches of so many rows in this process, in training and in evaluation."""
         return dict(batch_size=batch_size, image_side=self.side, process=self.process, canvas=self.canvas)
 
     def encode_images(self, state: steps.TrainState, batch: dict) -> np.ndarray:
@@ -147,6 +147,7 @@ class Session:
             texts=lambda texts: self.encode_texts(state, texts),
             batches=lambda source: pipeline.eval_batches(source, **self.view(self.eval_batch)),
             image_side=self.side,
+            device=self.mesh.local_devices[0],
         )
 
 

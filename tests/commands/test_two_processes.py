@@ -27,7 +27,7 @@ def test_two_processes_train_evaluate_and_save_as_one_does(tmp_path, capsys, mon
     assert "is trained to its last step, 6" in capsys.readouterr().out
 
 
-def test_where_another_number_of_processes_goes_on():
+def test_where_another_number_of_processes_resumes():
     # Of batches of 8: two processes have read 12 samples each, three whole batches of 4.
     assert pipeline.resume_at([12, 12], 8, (1, 2)) == (12, 0)
     assert [pipeline.resume_at([12, 12], 8, (i, 4)) for i in range(4)] == [(6, 0)] * 4

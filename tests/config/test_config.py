@@ -31,6 +31,8 @@ def test_a_mistyped_key_names_the_nearest_valid_one():
         ({"batch_size": 2.5}, "config.batch_size=2.5. Expected an integer"),
         ({"batch_size": True}, "config.batch_size=True. Expected an integer"),
         ({"batch_size": 1}, "config.batch_size=1. A contrastive or ranking loss needs at least 2 pairs"),
+        ({"log": "mlflow"}, "config.log='mlflow'. Expected a tuple of tensorboard and wandb"),
+        ({"log": ["wandb", "wandb"]}, r"config.log=\['wandb', 'wandb'\]. Expected a tuple of"),
         ({"steps": "abc"}, "config.steps='abc'. Expected an integer of at least 1 or None"),
         ({"model": 3}, "config.model=3. Expected a group of keys"),
         ({"loss": {"objective": "siglip2"}}, "config.loss.objective='siglip2'. Expected one of rankclip, clip"),
