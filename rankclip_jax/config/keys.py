@@ -148,6 +148,9 @@ KEYS = dict(
         # None | "log": list position k has weight 1 / log(k + 1). [c]; [p] v2 "log"
         decay=choice(None, "log"),
         top_k=integer(None, 1),  # count only the first k positions of every list
+        # items of a list, a divisor of the batch: the ranking terms are computed within groups of so many consecutive
+        # rows; another hyper-parameter (docs/ranking_loss.md). None: the whole batch
+        list_size=integer(None, 2),
         keep_self=boolean(True),  # keep an item in its own in-modal lists. [c]
         # exact | released: ranking terms with the authors' 1e-10 inside the logarithm
         form=choice("exact", "released"),

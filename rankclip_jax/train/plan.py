@@ -19,7 +19,7 @@ from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.parallel.mesh import batch_sharding
 from rankclip_jax.train import targets
 from rankclip_jax.train.flops import ACCELERATORS, step_flops
-from rankclip_jax.train.hlo import collectives, unpriced
+from rankclip_jax.train.hlo import CLOCKS, collectives, cycles, unpriced
 from rankclip_jax.train.targets import Target, parse_target
 
 
@@ -82,6 +82,9 @@ def summary(config: ConfigDict, target: Target, whole: dict, half: dict) -> dict
         "limit_gib": memory,
         "seconds_per_step": flops / (target.count * tflops * 1e12 * config.plan.utilisation),
     }
+    if whole.get("cycles"):
+        numbers["sort_seconds"] = sort_seconds(target, whole)
+        numbers["seconds_per_step"] += numbers["sort_seconds"]
     numbers["images_per_second"] = config.batch_size / numbers["seconds_per_step"]
     if steps := _total_steps(config):
         numbers["days"] = steps * numbers["seconds_per_step"] / 86400
@@ -96,6 +99,11 @@ def summary(config: ConfigDict, target: Target, whole: dict, half: dict) -> dict
         unit = target.count * config.accumulate
         numbers["largest_batch"] = max(0, int((memory - fixed) / a_row) // unit * unit)
     return numbers
+
+
+def sort_seconds(target: Target, found: dict) -> float:
+    """What sorts, gathers and scatters of a TPU's program take, which neither its operations nor its compiler count."""
+    return sum(found["cycles"][kind] for kind in ("sort", "gather", "scatter")) / (CLOCKS[target.kind] * 1e9)
 
 
 def lines(config: ConfigDict, target: Target, numbers: dict) -> list[str]:
@@ -125,6 +133,9 @@ def lines(config: ConfigDict, target: Target, numbers: dict) -> list[str]:
     used = f"at {100 * config.plan.utilisation:.0f} % of {ACCELERATORS[target.kind][1]} TFLOP/s a device"
     rate = f"{numbers['images_per_second']:,.0f} images/s"
     rows.append(("time a step", f"{numbers['seconds_per_step']:.3g} s {used}: {rate}"))
+    if "sort_seconds" in numbers:
+        rows.append(("  sorts, gathers, scatters", f"{numbers['sort_seconds']:.3g} s of it, by a table (train/hlo.py)"))
+    rows.append(("  not priced", "collectives" if "sort_seconds" in numbers else "sorts and collectives"))
     if "days" in numbers:
         rows.append(("the whole schedule", f"{numbers['days']:.2f} days"))
     else:
@@ -196,6 +207,7 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
         raise InputError("the compiler of these devices does not say what memory the step needs")
     return found | {
         "cost": {key: cost[key] for key in ("flops", "bytes accessed", "optimal_seconds") if cost.get(key, 0) > 0},
+        "cycles": cycles(text)._asdict() if target and target.platform == "tpu" else None,
         "unpriced": sorted(unpriced(text)),
         "states": memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,

@@ -162,6 +162,11 @@ def _check_batch(config: ConfigDict, mesh: jax.sharding.Mesh, model: models.CLIP
         raise InputError(
             f"config.batch_size={batch} does not divide into config.accumulate={parts} parts over {shards} devices"
         )
+    if config.loss.list_size and batch % config.loss.list_size:
+        raise InputError(
+            f"config.loss.list_size={config.loss.list_size} does not divide config.batch_size={batch}. Expected a "
+            "divisor, or None for lists of the whole batch"
+        )
     if shards % jax.process_count():
         raise InputError(
             f"config.mesh splits a batch in {shards}, over {jax.process_count()} processes. Each needs rows of its "

@@ -1,5 +1,6 @@
 """The training step: a pure function of a state and a batch, jitted over a mesh of all devices."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import flax.struct
@@ -205,10 +206,18 @@ def make_val_step(model: CLIP, config: ConfigDict, mesh: jax.sharding.Mesh) -> j
 
 
 def objective_of(config: ConfigDict) -> Callable:
-    """Returns loss_of(params, z_img (B, D), z_txt (B, D)) -> the objective's parts, on one device, for any B."""
-    spec = LossSpec(**config.loss.to_dict())
+    """Returns loss_of(params, z_img (B, D), z_txt (B, D)) -> the objective's parts, on one device, for any B.
+
+    Rows beyond the last whole list of config.loss.list_size are left out; fewer rows than a list are one list.
+    """
+    whole = LossSpec(**config.loss.to_dict())
 
     def loss_of(params: dict, z_img_BxD: jax.Array, z_txt_BxD: jax.Array) -> dict:
+        spec = whole
+        if size := whole.list_size:
+            rows = len(z_img_BxD) // size * size
+            spec = whole if rows else dataclasses.replace(whole, list_size=None)
+            z_img_BxD, z_txt_BxD = (z[: rows or None] for z in (z_img_BxD, z_txt_BxD))
         return _objective(z_img_BxD[:, None], z_txt_BxD[:, None], params, spec, 1.0, None)[1]
 
     return loss_of

@@ -177,13 +177,13 @@ def test_differences_name_what_changed_and_allow_what_may():
 
 def test_a_stored_configuration_without_newer_keys_means_what_it_meant():
     old = json.loads(configs.to_json(configs.complete({"optim": {"lr": 0.25}})))
-    newer = {"optim": ("recipe", "schedule", "decay_steps"), "loss": ("ramp_epochs",)}
+    newer = {"optim": ("recipe", "schedule", "decay_steps"), "loss": ("ramp_epochs", "list_size")}
     for group, keys in newer.items():
         for key in keys:
             del old[group][key]
     config = configs.completed(old)
     assert (config.optim.lr, config.optim.recipe, config.optim.schedule) == (0.25, "standard", "cosine")
-    assert config.optim.decay_steps is config.loss.ramp_epochs is None
+    assert config.optim.decay_steps is config.loss.ramp_epochs is config.loss.list_size is None
     assert configs.differences(config.to_dict(), configs.complete({"optim": {"lr": 0.25}}).to_dict()) == []
 
 
