@@ -35,10 +35,9 @@ def lengths(tokens: np.ndarray, eot_id: int) -> np.ndarray:
     return np.argmax(tokens == eot_id, axis=-1) + 1
 
 
-def pack(tokens_UxcxL: np.ndarray, eot_id: int, rows: int) -> Packed | None:
-    """Packs each unit's captions in `rows` rows; None where those of a unit do not fit."""
-    units, captions, length = tokens_UxcxL.shape
-    n_Uxc = lengths(tokens_UxcxL, eot_id)
+def pack(tokens_UxcxL: np.ndarray, n_Uxc: np.ndarray, rows: int) -> Packed | None:
+    """Packs each unit's captions, of n tokens, in `rows` rows; None where those of a unit do not fit."""
+    units, _, length = tokens_UxcxL.shape
     fitted = _first_fit(n_Uxc, rows, length)
     if fitted is None:
         return None
@@ -47,7 +46,8 @@ def pack(tokens_UxcxL: np.ndarray, eot_id: int, rows: int) -> Packed | None:
     within_T = np.arange(n_N.sum()) - np.repeat(np.cumsum(n_N) - n_N, n_N)
     from_T = np.repeat(np.arange(n_N.size) * length, n_N) + within_T
     to_T = np.repeat((starts_Uxc + np.arange(units)[:, None] * rows * length).ravel(), n_N) + within_T
-    packed = Packed(*np.zeros((2, units, rows, length), np.int32), (starts_Uxc + n_Uxc - 1).astype(np.int32))
+    ends_Uxc = np.maximum(starts_Uxc + n_Uxc - 1, 0).astype(np.int32)
+    packed = Packed(*np.zeros((2, units, rows, length), np.int32), ends_Uxc)
     packed.tokens.reshape(-1)[to_T] = tokens_UxcxL.reshape(-1)[from_T]
     packed.positions.reshape(-1)[to_T] = within_T
     return packed
@@ -65,6 +65,8 @@ def _first_fit(n_Uxc: np.ndarray, rows: int, length: int) -> tuple[np.ndarray, n
     order_N = np.argsort(-n_Uxc.ravel(), kind="stable")  # by length, then unit, then caption
     sizes, firsts = np.unique(-n_Uxc.ravel()[order_N], return_index=True)
     for size, first, after in zip(-sizes, firsts, [*firsts[1:], len(order_N)], strict=True):
+        if not size:
+            break  # what fills up a unit
         some = order_N[first:after]
         count_U = np.bincount(some // captions, minlength=units)
         room_UxR = (length - used_UxR) // size
@@ -78,6 +80,24 @@ def _first_fit(n_Uxc: np.ndarray, rows: int, length: int) -> tuple[np.ndarray, n
         start_N[some] = np.repeat(row_start, here) + nth * size
         used_UxR += here_UxR * size
     return start_N.reshape(n_Uxc.shape), (used_UxR > 0).sum(axis=1)
+
+
+def fill(
+    tokens_NxL: np.ndarray, n_N: np.ndarray, units: int, captions: int, rows: int
+) -> tuple[Packed, tuple[np.ndarray, np.ndarray]]:
+    """Packs as many of the first captions as fit, at most `captions` a unit -> (Packed, (unit, caption) of each)."""
+    length = tokens_NxL.shape[1]
+    count = min(len(n_N), units * captions, int(np.searchsorted(np.cumsum(n_N), units * rows * length, "right")))
+    while True:
+        share = -(-count // units)
+        where = np.divmod(np.arange(count), share)
+        tokens_UxcxL = np.zeros((units, captions, length), np.int32)
+        n_Uxc = np.zeros((units, captions), np.int64)
+        tokens_UxcxL[where], n_Uxc[where] = tokens_NxL[:count], n_N[:count]
+        packed = pack(tokens_UxcxL, n_Uxc, rows)
+        if packed is not None:
+            return packed, where
+        count = max(count * 9 // 10, min(count - 1, units * rows))  # a row for each always fits
 
 
 def rows_for(lengths_N: np.ndarray, captions: int, units: int, length: int) -> int:
