@@ -99,12 +99,17 @@ class Session:
         """Captions of a unit (common/packing.py) of a training batch."""
         return self.local_batch // (self.shards * self.config.accumulate) * (1 + self.config.data.two_views)
 
+    @property
+    def unit_rows(self) -> int:
+        """Rows of a unit of a packed training batch."""
+        return packing.scaled(self.config.model.pack_rows, self.unit_captions)
+
     def step_tflop(self, packs: bool) -> float:
         """Operations of a training step in TFLOP, of a batch whose captions are packed or padded."""
         rows = None
         if packs:
             units = batch_shards(self.mesh) * self.config.accumulate
-            rows = units * packing.scaled(self.config.model.pack_rows, self.unit_captions)
+            rows = units * self.unit_rows
         views = 1 + self.config.data.two_views
         return flops.step_flops(self.model.config, self.config.batch_size, views, rows) / 1e12
 
