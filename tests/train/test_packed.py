@@ -1,6 +1,7 @@
 """A step on packed captions is the step on padded ones: for every form of the step, and whatever the lengths are."""
 
 import functools
+import json
 import re
 
 import jax
@@ -11,9 +12,9 @@ import pytest
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.packing import Packed
 from rankclip_jax.common.tokenizer import Tokenizer
-from rankclip_jax.config import complete
+from rankclip_jax.config import complete, load
 from rankclip_jax.parallel.mesh import to_devices
-from rankclip_jax.train import flops, optim
+from rankclip_jax.train import flops, loop, optim
 from rankclip_jax.train import step as steps
 from rankclip_jax.train.hlo import collectives
 from rankclip_jax.train.packed_batches import PackedBatches
@@ -228,3 +229,27 @@ def test_texts_of_any_lengths_encode_as_padded():
     expected = padded.encode_texts(state, texts)
     np.testing.assert_allclose(packed.encode_texts(state, texts), expected, atol=1e-6)
     assert packed.encode_texts(state, []).shape == (0, 128)
+
+
+SMALL = ["steps=2", "batch_size=16", "data.train=64", "data.val=32", "eval.zero_shot={}", "log_every=1"]
+SMALL += ["model.name=ViT-tiny", "model.image_size=16", "model.vision={'layers':1,'width':64,'heads':1,'patch_size':8}"]
+SMALL += ["model.text={'layers':1,'width':64,'heads':1}", "optim.warmup_steps=1", "optim.schedule=constant"]
+SMALL += ["eval.every={'retrieval':None,'geometry':None}"]
+
+
+@pytest.mark.slow
+def test_a_run_packs_by_itself_and_resumes_to_the_bit(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    loop.train(load("configs/shapes.py", [*SMALL, "steps=4"]), whole)
+    for steps_to in (2, 4):
+        loop.train(load("configs/shapes.py", [*SMALL, f"steps={steps_to}"]), parts)
+    model = json.loads((whole / "config.json").read_text())["model"]
+    assert model["pack_text"] == "on" and model["pack_rows"][1] == 2 and model["pack_rows"][0] <= 2
+    of = {}
+    for run in (whole, parts):
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        of[run] = {row["step"]: (row["loss"], row["grad_norm"]) for row in rows if "loss" in row}
+        assert all(row["padded_steps"] in (0, 1) for row in rows if "loss" in row)
+        assert any("val/clip" in row for row in rows)
+    assert of[whole] == of[parts] and len(of[whole]) == 4
+    assert json.loads((parts / "config.json").read_text())["model"] == model
