@@ -1,10 +1,10 @@
-"""A step on captions as long as CC3M's, packed and padded, beside transformers.CLIPModel: python -m benchmarks.packed_text.
+"""A step on captions as long as CC3M's, packed and padded, beside transformers.CLIPModel.
 
     python -m benchmarks.packed_text [--model ViT-B/32] [--batches 8 32] [--rounds 5]
 
-All take turns, each in a process of its own, as benchmarks/train_step.py has it: forward, backward and AdamW with CLIP's
-loss. transformers is compiled, its texts padded to 77 tokens and to the longest of the batch. The lengths and their
-source: benchmarks/train_contenders.py. Ours include the host's packing.
+All take turns, each in a process of its own, as in benchmarks/train_step.py: forward, backward and AdamW, CLIP's loss.
+transformers is compiled, its texts padded to 77 tokens and to the longest of the batch. The lengths and their source:
+benchmarks/train_contenders.py. Ours include the host's packing.
 """
 
 import argparse
@@ -19,7 +19,8 @@ CONTENDERS = (PACKED, "clip | padded", f"{PYTORCH[1]} | padded", f"{PYTORCH[1]} 
 
 def table(batch: int, rows: int, found: dict) -> list[str]:
     """The medians as lines of Markdown."""
-    lines = [f"| batch {batch}, {rows} packed rows | images/s | seconds (range) | packed is faster by |", "|---|---|---|---|"]
+    lines = [f"| batch {batch}, packed in {rows} rows | images/s | seconds (range) | time, packed = 1 |"]
+    lines.append("|---|---|---|---|")
     base = statistics.median(found[PACKED]["seconds"])
     for contender, result in found.items():
         if "error" in result:

@@ -7,7 +7,7 @@ A unit is what one device packs on its own: its share of a batch, or of a part o
 
 import math
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,7 @@ _WORTH = 0.9  # config.model.pack_text=auto packs where this share of the tokens
 
 
 class Packed(NamedTuple):
-    """c captions in each of U units, in R rows of L tokens; int32.
+    """c captions in each of U units, in R rows of L tokens; int32 of NumPy or JAX.
 
     Attributes:
       tokens: (U, R, L), 0 where there is no caption.
@@ -24,9 +24,9 @@ class Packed(NamedTuple):
       ends: (U, c), where each caption's end of text lies in its unit's R * L tokens.
     """
 
-    tokens: np.ndarray
-    positions: np.ndarray
-    ends: np.ndarray
+    tokens: Any
+    positions: Any
+    ends: Any
 
 
 def lengths(tokens: np.ndarray, eot_id: int) -> np.ndarray:
@@ -47,7 +47,8 @@ def pack(tokens_UxcxL: np.ndarray, n_Uxc: np.ndarray, rows: int) -> Packed | Non
     from_T = np.repeat(np.arange(n_N.size) * length, n_N) + within_T
     to_T = np.repeat((starts_Uxc + np.arange(units)[:, None] * rows * length).ravel(), n_N) + within_T
     ends_Uxc = np.maximum(starts_Uxc + n_Uxc - 1, 0).astype(np.int32)
-    packed = Packed(*np.zeros((2, units, rows, length), np.int32), ends_Uxc)
+    tokens, positions = np.zeros((2, units, rows, length), np.int32)
+    packed = Packed(tokens, positions, ends_Uxc)
     packed.tokens.reshape(-1)[to_T] = tokens_UxcxL.reshape(-1)[from_T]
     packed.positions.reshape(-1)[to_T] = within_T
     return packed

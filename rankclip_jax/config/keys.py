@@ -42,7 +42,8 @@ USUAL += ("eval.data_dir", "checkpoint.every_steps", "checkpoint.keep", "checkpo
 # today's default does. So that old workdirs resume as they began.
 BEFORE: dict[str, Any] = {"model.pack_text": "off"}
 
-# What may be None (pack_text: auto) until a run starts, and is settled there by the data and the devices (train/resolve.py).
+# What may be None (pack_text: auto) until a run starts, and is settled there by the data and the devices
+# (train/resolve.py).
 RESOLVED = ("batch_size", "epochs", "log_every", "optim.lr", "optim.warmup_steps", "loss.ramp_epochs")
 RESOLVED += ("data.mean", "data.std", "eval.every_epochs", "model.pack_text", "model.pack_rows")
 # Of config.model, where its name is None.

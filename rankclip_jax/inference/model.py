@@ -123,7 +123,7 @@ class Model:
         if isinstance(texts, str):
             texts = [texts]
 
-        def prepare(some: Sequence) -> np.ndarray:
+        def prepare(some: Sequence) -> np.ndarray | Packed:
             odd = next((text for text in some if not isinstance(text, str)), None)
             if odd is not None:
                 raise InputError(f"a text must be a str; got {type(odd).__name__}")

@@ -65,7 +65,7 @@ class CLIP(nn.Module):
         Raises ValueError for longer rows. Ids are not checked: inside jit they are not known.
         """
         limit, packed = self.config.text.context_length, isinstance(tokens, Packed)
-        shape = (tokens.tokens if packed else tokens).shape
+        shape = tokens.tokens.shape if isinstance(tokens, Packed) else tokens.shape
         if len(shape) != 2 + packed or not 0 < shape[-1] <= limit:
             raise ValueError(f"tokens {shape} given to a model of (batch, 1..{limit})")
         return l2_normalize(self.text(tokens))

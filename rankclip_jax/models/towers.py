@@ -87,10 +87,11 @@ class TextTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array | Packed) -> jax.Array:
-        cfg, packed = self.config, isinstance(tokens, Packed)
-        tokens_BxL, places_BxL = tokens, None
-        if packed:
+        cfg = self.config
+        if isinstance(tokens, Packed):
             tokens_BxL, places_BxL = (x.reshape(-1, x.shape[-1]) for x in (tokens.tokens, tokens.positions))
+        else:
+            tokens_BxL, places_BxL = tokens, None
         length = tokens_BxL.shape[1]
         embedding = nn.Embed(
             cfg.vocab_size,
@@ -102,7 +103,7 @@ class TextTransformer(nn.Module):
         positions = self.param(
             "positional_embedding", nn.initializers.normal(0.01), (cfg.context_length, cfg.width)
         )
-        positions = positions[places_BxL] if packed else positions[:length]
+        positions = positions[:length] if places_BxL is None else positions[places_BxL]
         x = embedding(tokens_BxL) + positions.astype(self.dtype)
         x = Transformer(
             cfg.layers,
@@ -117,7 +118,7 @@ class TextTransformer(nn.Module):
             attention=self.attention,
             name="transformer",
         )(x, places_BxL)
-        if packed:  # each unit's ends are its own, so no row leaves its device
+        if isinstance(tokens, Packed):  # each unit's ends are its own, so no row leaves its device
             x_UxTxD = x.reshape(tokens.tokens.shape[0], -1, cfg.width)
             x_BxD = jnp.take_along_axis(x_UxTxD, tokens.ends[..., None], axis=1).reshape(-1, cfg.width)
         else:

@@ -44,8 +44,8 @@ def step_flops(config: ClipConfig, batch: int, views: int = 1, text_rows: int | 
     """Floating-point operations of a training step: matrix products and convolutions of the towers, and of the loss.
 
     Forward and backward. Recomputation under remat or accumulation is not counted, as is the custom; nor are norms,
-    activations and softmax, which are 0.2 to 1.5 % of what XLA counts. Of the text tower all rows count that it computes:
-    `text_rows` of them where captions are packed, None: a row for each caption, padding included.
+    activations and softmax, which are 0.2 to 1.5 % of what XLA counts. All rows count that the text tower computes:
+    `text_rows` where captions are packed; None: a row for each caption, padding included.
     """
     vision, text, d = config.vision, config.text, config.embed_dim
     picture = _vit(vision, d) if isinstance(vision, VitConfig) else _resnet(vision, d)

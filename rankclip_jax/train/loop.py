@@ -43,7 +43,6 @@ from rankclip_jax.train.session import Session, image_side
 from rankclip_jax.weights import checkpoint, pretrained
 from rankclip_jax.weights.saving import Checkpoints
 
-
 _MEASURED = 4096  # rows of the training data, evenly spaced, on whose captions the packing is settled
 
 

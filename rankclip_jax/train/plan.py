@@ -143,12 +143,12 @@ def _total_steps(config: ConfigDict) -> int | None:
 
 
 def _with_packing(config: ConfigDict) -> ConfigDict:
-    """With model.pack_text settled by model.pack_rows, as a run settles both by captions, which a plan does not read."""
+    """With model.pack_text settled by model.pack_rows, as a run settles both by captions, which no plan reads."""
     settled, rows = configs.complete(config.to_dict()), config.model.pack_rows
     if config.model.pack_text == "on" and rows is None:
         raise InputError(
-            f"config.model.pack_rows=None. Expected (rows, captions), since config.model.pack_text=on and a plan reads no "
-            f"captions; {_ROWS}"
+            "config.model.pack_rows=None. Expected (rows, captions), since config.model.pack_text=on and a plan reads "
+            f"no captions; {_ROWS}"
         )
     if config.model.pack_text == "auto":
         settled.model.pack_text = "on" if rows and packing.worthwhile(*rows) else "off"

@@ -83,10 +83,10 @@ def make_train_step(
     """Returns jitted train_step(state, batch) -> (state, metrics); the state given is donated.
 
     `batch`: pictures as input_pipeline's TrainBatches gives them (images.views) and "tokens" int32 (B, L) or (B, V,
-    L), split over batch_axes; B is global, and so are the batch statistics and the negatives. Or "tokens" are Packed
-    (common/packing.py), a unit for each device and part, device by device: another program, the same numbers.
-    `metrics`: float32 scalars. With config.accumulate > 1 (no batch norm) the activations of that part of the batch are held
-    at a time, for the same gradient.
+    L), split over batch_axes; B is global, and so are the batch statistics and the negatives. Or "tokens" are Packed, a
+    unit for each device and part, device by device: another program, the same numbers. `metrics`: float32 scalars.
+    With config.accumulate > 1 (no batch norm) the activations of that part of the batch are held at a time, for the
+    same gradient.
     """
     seed_key = jax.random.key(config.seed)
     update = train_step_function(model, tx, config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch)

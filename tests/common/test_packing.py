@@ -1,4 +1,4 @@
-"""Captions in rows: every token is there once, in its caption's order; first fit by falling length, as the book has it."""
+"""Captions in rows: every token is there once, in its caption's order; first fit by falling length, as in books."""
 
 import numpy as np
 import pytest

@@ -46,34 +46,6 @@ def some_lengths(seed=0):
     return np.random.default_rng(seed).integers(2, 45, BATCH)
 
 
-def made(run):
-    tx = optim.make_optimizer(run.config.optim, 10)
-    state = steps.init_state(run.model, tx, 0, run.mesh, run.config.sharding)
-    return steps.make_train_step(run.model, tx, run.config, run.mesh, total_steps=10, steps_per_epoch=2), state
-
-
-def gradients(run, batch):
-    """One step -> its metrics and each parameter's gradient, which Adam's first moment is 0.1 times."""
-    step, state = made(run)
-    state, metrics = step(state, to_devices(batch, run.mesh))
-    moments = next(x for x in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu"))
-    found = {jax.tree_util.keystr(path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(moments.mu)}
-    return {key: float(value) for key, value in metrics.items()}, found
-
-
-def assert_equal(run, batch, packed, limit=1e-6):
-    """Each gradient to `limit` of its largest entry. A key's bias shifts all logits of a softmax alike, and so has none:
-    what rounding leaves there is measured against the query's."""
-    assert isinstance(packed["tokens"], Packed)
-    (metrics, grads), (metrics_packed, grads_packed) = gradients(run, batch), gradients(run, packed)
-    for key, value in metrics.items():
-        assert metrics_packed[key] == pytest.approx(value, rel=1e-6), key
-    for name, grad in grads.items():
-        largest = np.abs(grads[re.sub(r"k_proj'\]\['bias", "q_proj']['bias", name)]).max()
-        assert largest > 0 or not grads_packed[name].any(), name
-        assert np.abs(grads_packed[name] - grad).max() <= limit * largest, name
-
-
 # All with the same rows, so that one program serves; there is one for packed and one for padded captions.
 CASES = {
     "random": some_lengths(),
@@ -151,7 +123,7 @@ FORMS = {
 QUICK = ("accumulated, two views",)
 
 
-@pytest.mark.parametrize("form", [form if form in QUICK else pytest.param(form, marks=pytest.mark.slow) for form in FORMS])
+@pytest.mark.parametrize("form", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FORMS])
 def test_every_form_of_the_step(form):
     run = session(8, (3, 4), **FORMS[form])
     batch = batch_of(some_lengths(), views=1 + run.config.data.two_views)
