@@ -18,7 +18,8 @@ def histogram(counts: Mapping[int, int], unit: str) -> list[str]:
         bars[length // step] += count
     mean = sum(length * count for length, count in counts.items()) / max(total, 1)
     lines = [f"caption lengths in {unit}, {mean:.3g} on average"]
-    for number, count in enumerate(bars):
+    for number in range(min(counts, default=0) // step, len(bars)):
+        count = bars[number]
         first, last = number * step, number * step + step - 1
         span = f"{first}" if step == 1 else f"{first} to {last}"
         lines.append(f"{span:>14}  {count / total:>6.1%}  {'#' * round(_WIDTH * count / max(bars))}".rstrip())
