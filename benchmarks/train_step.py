@@ -88,7 +88,8 @@ def measure(
         first = child.run(steps)  # compiles
         print(f"{name}, {contender}: {first.get('error', 'ready')}", file=sys.stderr, flush=True)
         found[contender] = first if "error" in first else {"seconds": [], "memory": 0}
-        facts = facts or ({key: first[key] for key in ("batch", "device", "flops", "peak")} if "flops" in first else {})
+        if "flops" in first:
+            facts = facts or {key: value for key, value in first.items() if key not in ("seconds", "loss", "memory")}
     left = [contender for contender in contenders if "error" not in found[contender]]
     for _ in range(rounds):
         for contender in list(left):

@@ -42,11 +42,12 @@ USUAL += ("eval.data_dir", "checkpoint.every_steps", "checkpoint.keep", "checkpo
 
 # Values of keys that a stored configuration lacks, because it is older than they are, where its run did not behave as
 # today's default does. So that old workdirs resume as they began.
-BEFORE: dict[str, Any] = {}
+BEFORE: dict[str, Any] = {"model.pack_text": "off"}
 
-# What may be None until a run starts, and is settled there by the data and the devices (train/resolve.py).
+# What may be None (pack_text: auto) until a run starts, and is settled there by the data and the devices
+# (train/resolve.py).
 RESOLVED = ("batch_size", "epochs", "log_every", "optim.lr", "optim.warmup_steps", "loss.ramp_epochs")
-RESOLVED += ("data.mean", "data.std", "eval.every_epochs")
+RESOLVED += ("data.mean", "data.std", "eval.every_epochs", "model.pack_text", "model.pack_rows")
 # Of config.model, where its name is None.
 ARCHITECTURE = ("name", "image_size", "context_length", "embed_dim", "activation", "vision", "text")
 
@@ -167,6 +168,12 @@ KEYS = dict(
         activation=choice(None, "quick_gelu", "gelu"),  # quick_gelu | gelu; None: the preset's
         # auto | xla | cudnn: self-attention kernel; auto: cuDNN if possible, else XLA
         attention=choice("auto", "xla", "cudnn"),
+        # auto | on | off: captions one behind the other in rows of the text tower, which then computes no padding; the
+        # same numbers but for rounding. auto: where that saves a tenth of the tokens or more (docs/scaling.md)
+        pack_text=choice("auto", "on", "off"),
+        # (rows, captions): so many rows for so many captions, a device's share of a part of a batch; a batch that needs
+        # more is padded. None: measured on the captions, and measured again for another share
+        pack_rows=whole_pair(None, "(rows, captions) with 1 <= rows <= captions", lambda rows, n: 1 <= rows <= n),
         scan_layers=boolean(False),  # compile one layer for all of a tower: faster compilation, same numbers
         # initial logarithm of the logit scale; None: ln(1 / 0.07), siglip: ln 10. [o] [s]
         logit_scale=real(None),

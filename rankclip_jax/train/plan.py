@@ -15,12 +15,15 @@ import sys
 from ml_collections import ConfigDict
 
 from rankclip_jax import config as configs
+from rankclip_jax.common import packing
 from rankclip_jax.common.errors import InputError, one_line
-from rankclip_jax.parallel.mesh import batch_sharding
+from rankclip_jax.parallel.mesh import batch_sharding, batch_shards
 from rankclip_jax.train import targets
-from rankclip_jax.train.flops import ACCELERATORS, step_flops
+from rankclip_jax.train.flops import ACCELERATORS
 from rankclip_jax.train.hlo import CLOCKS, collectives, cycles, unpriced
 from rankclip_jax.train.targets import Target, parse_target
+
+_ROWS = "a run's config.json has config.model.pack_rows, and input_pipeline.prepare --inspect --tokenizer prints it"
 
 
 def plan(config: ConfigDict) -> dict:
@@ -32,6 +35,7 @@ def plan(config: ConfigDict) -> dict:
     from rankclip_jax.train import resolve  # brings tokenizers, which benchmarks.gpu can do without
 
     resolve.require(config, "a plan")
+    config = _with_packing(config)
     target = parse_target(config.plan.target)
     print(f"compiling the step of {config.model.name} for {config.plan.target}; minutes for a large model", flush=True)
     if not targets.has_compiler(target.platform):
@@ -77,6 +81,7 @@ def summary(config: ConfigDict, target: Target, whole: dict, half: dict) -> dict
     memory, tflops = ACCELERATORS[target.kind]
     flops = whole["flops"]
     numbers = {key: whole[key] for key in ("real", "attention", "sort", "bfloat16")} | {
+        "text": _text(config, whole["text_rows"]),
         "parameters": whole["parameters"],
         "tflop_per_step": flops / 1e12,
         "limit_gib": memory,
@@ -112,6 +117,7 @@ def lines(config: ConfigDict, target: Target, numbers: dict) -> list[str]:
         ("compiler", target.kind if numbers["real"] else f"the CPU's: what {target.kind} needs is estimated"),
         ("parameters", f"{numbers['parameters']:,}"),
         ("batch", f"{config.batch_size:,}, {config.batch_size // target.count:,} a device"),
+        ("text tower", numbers["text"]),
         ("floating-point operations", f"{numbers['tflop_per_step']:.3g} TFLOP a step"),
     ]
     if numbers["real"]:
@@ -145,6 +151,26 @@ def lines(config: ConfigDict, target: Target, numbers: dict) -> list[str]:
 
 def _total_steps(config: ConfigDict) -> int | None:
     return config.steps or (config.plan.samples and config.plan.samples // config.batch_size * config.epochs)
+
+
+def _with_packing(config: ConfigDict) -> ConfigDict:
+    """With model.pack_text settled by model.pack_rows, as a run settles both by captions, which no plan reads."""
+    settled, rows = configs.complete(config.to_dict()), config.model.pack_rows
+    if config.model.pack_text == "on" and rows is None:
+        raise InputError(
+            "config.model.pack_rows=None. Expected (rows, captions), since config.model.pack_text=on and a plan reads "
+            f"no captions; {_ROWS}"
+        )
+    if config.model.pack_text == "auto":
+        settled.model.pack_text = "on" if rows and packing.worthwhile(*rows) else "off"
+    return settled
+
+
+def _text(config: ConfigDict, rows: int) -> str:
+    """What the text tower computes, in words."""
+    if config.model.pack_text == "on":
+        return f"{rows:,} rows of captions a device and part, packed"
+    return f"{rows:,} rows a device and part, padded; to plan with packed ones: {_ROWS}"
 
 
 def _with_batch(config: ConfigDict, batch_size: int) -> ConfigDict:
@@ -183,6 +209,10 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
 
     canvas, views = session.canvas, 1 + config.data.two_views
     batch = {"tokens": array(np.int32, views, length)}
+    if session.packs:
+        shape = batch_shards(mesh) * config.accumulate, session.unit_captions
+        packed = packing.pack(np.zeros((*shape, length), np.int32), np.ones(shape, int), session.unit_rows)
+        batch["tokens"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), packed)
     if canvas:
         batch["image"] = array(np.uint8, canvas, canvas, 3)
         batch |= {"size": array(np.int32, 2), "windows": array(np.float32, views, 4)}
@@ -190,7 +220,8 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
         batch["image"] = array(np.uint8, views, side, side, 3)
     found = {
         "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
-        "flops": step_flops(model.config, b, views),
+        "flops": session.step_tflop(session.packs) * 1e12,
+        "text_rows": session.unit_rows if session.packs else session.unit_captions,
         "attention": model.attention,
         "sort": SORTS[session.devices.platform],
         "bfloat16": session.devices.has_bfloat16,

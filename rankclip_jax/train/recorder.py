@@ -42,8 +42,8 @@ class Recorder:
         self._rate, self._waited, self._advised = rate, waited, False
         self._start, self._total, self._parameters = start, total_steps, parameters
         self._pace = Pace(start, total_steps, self._config.batch_size)
-        views = 1 + self._config.data.two_views
-        self._tflop = flops.step_flops(session.model.config, self._config.batch_size, views) / 1e12
+        self._tflop = {packs: session.step_tflop(packs) for packs in {False, session.packs}}
+        self._packs, self._steps, self._padded = session.packs, 0, 0  # since the last line
         self._metrics: MetricsFile | None = None
         self._loggers: list[loggers.Logger] = []
         self._opened = contextlib.ExitStack()
@@ -73,10 +73,14 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._opened.close()
 
-    def take(self, step: int, numbers: dict) -> None:
-        """Holds the numbers of `step` and records those of the step before. Raises as `flush`."""
+    def take(self, step: int, numbers: dict, packed: bool = False) -> None:
+        """Holds the numbers of `step` and records those of the step before. Raises as `flush`.
+
+        `packed`: whether its captions were.
+        """
         self.flush()
         self._pending = step, numbers
+        self._steps, self._padded = self._steps + 1, self._padded + (not packed)
 
     def flush(self) -> None:
         """Records what is held. Raises InputError when a number is not finite."""
@@ -96,7 +100,14 @@ class Recorder:
         line, speed = self._pace.line(step, shown, *self._waited())
         print(line, flush=True)
         steps_per_second = speed["images_per_second"] / self._config.batch_size
-        speed |= flops.utilisation(self._tflop * steps_per_second, self._devices)
+        # Of the operations that were done: of packed captions the tower computes fewer.
+        padded = self._padded / max(self._steps, 1)
+        tflop = self._tflop[self._packs]
+        if self._packs:
+            speed["padded_steps"] = round(padded, 4)
+            tflop += padded * (self._tflop[False] - tflop)
+        self._steps = self._padded = 0
+        speed |= flops.utilisation(tflop * steps_per_second, self._devices)
         self.write(step, numbers | speed)
         if step > 1 and not self._advised and speed["data_wait"] > input_wait.WORTH_SAYING:
             self._advised = True

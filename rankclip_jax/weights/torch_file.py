@@ -235,7 +235,7 @@ def _check_pickle(data: bytes) -> None:
                 raise _RefusedError(f"refused: its pickle names place {place:,} after {count:,} operations")
             memo[place] = stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
+            stack.append(memo[int(argument or 0)])
         elif name == "DUP":
             stack.append(stack[-1])
         else:
