@@ -14,7 +14,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline.sources.fingerprint import fingerprint
-from input_pipeline.sources.source import Source
+from input_pipeline.sources.source import Ahead, Source, all_ahead
 from rankclip_jax.common.errors import InputError
 
 
@@ -56,6 +56,16 @@ def open_mixture(spec: ConfigDict, parts: Mapping[str, Mapping], open_one: Calla
         lost=tuple(one for source in sources for one in source.lost),
         index=lambda: [fingerprint(source) for source in sources],
         shares=tuple(zip(sizes.tolist(), _shares(given, sizes.sum()), strict=True)) if given else None,
+        ahead=_ahead(sources, starts),
+    )
+
+
+def _ahead(sources, starts):
+    def of_part(ahead, start, size):
+        return Ahead(lambda rows: ahead.start(rows[(rows >= start) & (rows < start + size)] - start), ahead.check)
+
+    return all_ahead(
+        [one.ahead and of_part(one.ahead, start, one.size) for one, start in zip(sources, starts, strict=True)]
     )
 
 

@@ -90,7 +90,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
             print(f"{workdir} is trained to its last step, {start.step}")
             return
         with Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None) as checkpoints:
-            batches = open_batches(session, workdir, data, start.position)
+            batches = open_batches(session, workdir, data, start.position, data.total_steps - start.step)
             parameters = sum(p.size for p in jax.tree.leaves(start.state.params))
             processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""
             print(
@@ -168,8 +168,8 @@ def open_state(
     return Start(state, 0, 0, False)
 
 
-def open_batches(session: Session, workdir: Path, data: Data, position: int) -> Any:
-    """The stream of batches from `position` on (input_pipeline.pipeline.TrainBatches)."""
+def open_batches(session: Session, workdir: Path, data: Data, position: int, steps: int | None = None) -> Any:
+    """The stream of batches from `position` on (input_pipeline.pipeline.TrainBatches), of which `steps` are wanted."""
     from input_pipeline import pipeline
 
     given = session.config.data
@@ -186,6 +186,7 @@ def open_batches(session: Session, workdir: Path, data: Data, position: int) -> 
         recover_truncated=given.recover_truncated,
         two_views=given.two_views,
         synonyms=data.synonyms,
+        batches=steps,
     )
 
 
