@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from optax import GradientTransformation
 
 from rankclip_jax import evaluation, figures
+from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.metrics_file import read_metrics
@@ -36,7 +37,7 @@ from rankclip_jax.train.profile import Trace
 from rankclip_jax.train.recorder import Recorder
 from rankclip_jax.train.schedule import free_until, learning_rate
 from rankclip_jax.train.session import Session, image_side
-from rankclip_jax.weights import checkpoint, pretrained
+from rankclip_jax.weights import checkpoint, pretrained, saving
 from rankclip_jax.weights.saving import Checkpoints
 
 
@@ -71,6 +72,8 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
       Preempted: SIGTERM or Ctrl-C came, to any of the processes, and the state is saved.
     """
     workdir = Path(workdir)
+    if storage.is_remote(folder := checkpoint.folder_of(workdir, config.checkpoint)) and processes.is_first():
+        saving.probe(folder)
     old = workdirs.check_same_run(workdir, config)
     origin = None if old else init_from.read(config)
     config, data = open_data(config, old, origin)
@@ -87,7 +90,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         if processes.is_first():
             workdirs.begin(workdir, config, session.tokenizer, held)
         if start.step >= data.total_steps and not _owes_evaluation(session, workdir, data, start):
-            print(f"{workdir} is trained to its last step, {start.step}")
+            print(f"{storage.shown(workdir)} is trained to its last step, {start.step}")
             return
         with Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None) as checkpoints:
             batches = open_batches(session, workdir, data, start.position, data.total_steps - start.step)
@@ -142,8 +145,8 @@ def open_session(
     """The session of a run. `origin`: what config.init_from names, where it starts."""
 
     def tokenizer() -> str:
-        stored = workdir / "tokenizer.json"
-        return (Tokenizer.load(str(stored)) if resumes else _new_tokenizer(config, data.source, origin)).to_json()
+        stored = workdirs.tokenizer_file(workdir, config)
+        return (Tokenizer.load(stored) if resumes else _new_tokenizer(config, data.source, origin)).to_json()
 
     return Session(config, Tokenizer.from_json(processes.from_first(tokenizer)))
 
@@ -160,7 +163,7 @@ def open_state(
     config = session.config
     restored = checkpoint.restore(workdir, config.checkpoint, abstract)
     if restored:
-        print(f"resuming from step {restored.step} of {data.total_steps} in {workdir}")
+        print(f"resuming from step {restored.step} of {data.total_steps} in {storage.shown(workdir)}")
         return Start(restored.state, restored.step, _place(restored, session), True)
     state = steps.init_state(session.model, tx, config.seed, session.mesh, config.sharding)
     if origin:
@@ -224,9 +227,11 @@ def run_steps(
             if epoch_ends or terminated or any(step % n == 0 for n in cadence):
                 recorder.flush()  # raises on a loss that is not finite, before a bad state is saved
                 checkpoints.save(step, state, batches.position)
+                storage.push(workdir)
             if terminated and not last:
-                resume = f"python -m rankclip_jax.train --workdir {shlex.quote(str(workdir))}"
-                raise Preempted(f"saved step {step} in {workdir}; to resume: {resume}")
+                name = storage.shown(workdir)
+                resume = f"python -m rankclip_jax.train --workdir {shlex.quote(name)}"
+                raise Preempted(f"saved step {step} in {name}; to resume: {resume}")
             if epoch_ends:
                 _evaluate(session, state, data, step, recorder, checkpoints)
 
@@ -236,13 +241,13 @@ def finish(session: Session, workdir: Path, batches: Any) -> None:
     index, count = session.process
     if batches.bad.reasons:
         who = f"process {index} of {count}: " if count > 1 else ""
-        said = f"{who}{batches.bad.summary()}; {workdir / workdirs.bad_samples(index)} names them"
+        said = f"{who}{batches.bad.summary()}; {storage.shown(workdir)}/{workdirs.bad_samples(index)} names them"
         print(said, file=sys.stderr if index else sys.stdout)
     if processes.is_first():
         with whole(workdir / "curves.png") as part:
             figures.curves({"": workdir}).savefig(part, format="png")
-        print(f"curves: {workdir / 'curves.png'}")
-        of = shlex.quote(str(workdir))
+        print(f"curves: {storage.shown(workdir)}/curves.png")
+        of = shlex.quote(storage.shown(workdir))
         layout = "openai" if isinstance(session.model.config.vision, ResNetConfig) else "hf"
         print(
             f"next:\n  python -m rankclip_jax.train --workdir {of} --mode=eval\n"
