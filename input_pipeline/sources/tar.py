@@ -139,6 +139,7 @@ def open_members(
 
     def alone(names):
         columns = [list(wanted).index(name) for name in names]
+        may_lack_all = len(columns) < len(wanted) and all(name in optional for name in names)
 
         def read(row):
             begin_M, length_M = begin_NxM[row], tf.cast(length_NxM[row], tf.int64)
@@ -151,9 +152,10 @@ def open_members(
                 begin_M, length_M = tf.gather(begin_M, columns), tf.gather(length_M, columns)
             # Members of a sample are adjacent, so one range contains all of them.
             first = tf.reduce_min(tf.where(begin_M < 0, far, begin_M))
-            # Without any of them nothing is read.
-            length = tf.maximum(tf.reduce_max(begin_M + length_M) - first, 0)
-            span = fetch(index.file_in_graph(row), tf.where(length > 0, first, 0), length)
+            length = tf.reduce_max(begin_M + length_M) - first
+            if may_lack_all:
+                first, length = tf.where(length > 0, first, 0), tf.maximum(length, 0)
+            span = fetch(index.file_in_graph(row), first, length)
             begin_M, length_M = tf.maximum(begin_M - first, 0), tf.maximum(length_M, 0)
             return {name: tf.strings.substr(span, begin_M[i], length_M[i]) for i, name in enumerate(names)}
 

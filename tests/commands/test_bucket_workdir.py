@@ -1,8 +1,8 @@
 """A workdir in a bucket: trained, cut off, resumed, evaluated and reported there, with the numbers of a local one."""
 
 import json
-import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +13,7 @@ import pytest
 
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
-from tests.commands.test_train import SMALL, numbers
+from tests.commands.test_train import SMALL, finish, numbers
 from tests.support.bucket import Bucket
 from tests.support.real_clients import real_clients
 from tests.support.source_files import samples, write_tar
@@ -97,7 +97,7 @@ def test_a_run_in_a_bucket_loses_its_machine_and_has_the_numbers_of_a_local_one(
     folder = tmp_path / "bucket"
     (folder / "tars").mkdir(parents=True)
     write_tar(folder / "tars", samples(96))
-    with real_clients(folder, tmp_path) as (bucket, enter, env):
+    with real_clients(folder, tmp_path) as (_, enter, env):
         env["XDG_CACHE_HOME"] = str(tmp_path / "cache")
 
         def command(module, *flags):
@@ -140,3 +140,19 @@ def test_a_run_in_a_bucket_loses_its_machine_and_has_the_numbers_of_a_local_one(
         assert code == 0 and (tmp_path / "report.html").stat().st_size > 10_000, said
         code, said = run("convert", "gs://mine/run", str(tmp_path / "exported"), "--to", "openai")
         assert code == 0 and list((tmp_path / "exported").glob("*.safetensors")), said
+
+
+@pytest.mark.slow
+def test_checkpoints_elsewhere_tell_whose_they_are_when_the_workdir_is_lost(tmp_path):
+    kept = f"--config.checkpoint.folder={tmp_path / 'kept'}"
+    code, said = finish(tmp_path / "whole")
+    assert code == 0, said
+    code, said = finish(tmp_path / "lost", kept)
+    assert code == 0, said
+    assert {"config.json", "tokenizer.json", "18"} <= {path.name for path in (tmp_path / "kept").iterdir()}
+    shutil.rmtree(tmp_path / "kept" / "18")
+    code, said = finish(tmp_path / "other", kept, "--config.seed=7")
+    assert code == 1 and "holds a run with another configuration (config.seed: 0 -> 7)" in said, said
+    code, said = finish(tmp_path / "again", kept)
+    assert code == 0 and "resuming from step 16" in said, said
+    assert numbers(tmp_path / "again")[-1] == numbers(tmp_path / "whole")[-1]

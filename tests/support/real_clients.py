@@ -1,7 +1,7 @@
 """Google's real clients (TensorFlow's, Orbax's, google-cloud-storage) against a bucket on the loopback.
 
-They know no other host than Google's own: here its names lead to this machine, in a mount namespace with an /etc/hosts of
-its own, and a certificate made for the test is trusted. Needs root, unshare, and port 443.
+They know no other host than Google's own: here its names lead to this machine, in a mount namespace with an /etc/hosts
+of its own, and a certificate made for the test is trusted. Needs root, unshare, and port 443.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ _HOSTS = ("storage.googleapis.com", "www.googleapis.com", "oauth2.googleapis.com
 
 @contextlib.contextmanager
 def real_clients(folder, scratch):
-    """Yields (Bucket, the beginning of a command that sees it, its environment); skips the test where that cannot be."""
+    """Yields (Bucket, the beginning of a command that sees it, its environment); skips the test if that cannot be."""
     pytest.importorskip("google.cloud.storage")
     pytest.importorskip("cryptography")
     if os.geteuid() or not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"]).returncode:
