@@ -94,12 +94,14 @@ def main():
         for kind, write in FORMATS.items():
             folder = Path(scratch) / kind
             folder.mkdir()
-            path, cache = write(folder, made), Path(scratch) / f"{kind}.cache"
+            path = write(folder, made)
             wanted = sum(len(image) + len(caption) for image, caption in made[: batches * BATCH])
+            cache = Path(scratch) / f"{kind}.cache"
             measure(kind, path, cache, 2)  # indexes
             rate, first = measure(kind, path, cache, batches)
             print(f"| {kind} | disk | {rate:.0f} | {first:.1f} | | |", flush=True)
             for latency in flags.latency:
+                cache = Path(scratch) / f"{kind}.{latency}.cache"
                 server = Server(Path(scratch), latency)
                 remote = path.replace(scratch, "gs://bucket")
                 measure(kind, remote, cache, 2)  # indexes
