@@ -52,7 +52,7 @@ class Campaign:
         assert code == 0, start.text()[-3000:]
         return outcome_of(workdir)
 
-    def goes_on(self, workdir: Path) -> str:
+    def resumes(self, workdir: Path) -> str:
         """Starts again, and compares with the uninterrupted run."""
         assert self._finished(workdir) == self.expected, f"{workdir}: other numbers than the uninterrupted run's"
         return "same numbers"
@@ -94,7 +94,7 @@ class Campaign:
             assert code == 0, start.text()[-3000:]
             assert outcome_of(workdir) == self.expected, f"{workdir}: other numbers after {phases}"
             runs, workdir = runs + 1, self.workdir()
-        self.goes_on(workdir)
+        self.resumes(workdir)
         found = ", ".join(f"{phases.count(phase)} {phase}" for phase in sorted(set(phases)))
         return f"{killed} kills ({found}) over {runs + 1} runs: all resumed with the same numbers"
 
@@ -103,7 +103,7 @@ class Campaign:
         for step in sorted(self.random.sample(range(1, STEPS - 3), max(1, self.kills // 16))):
             workdir = self.workdir()
             saved.append(self.terminate(workdir, step))
-            self.goes_on(workdir)
+            self.resumes(workdir)
         return f"exit 75 with step {', '.join(map(str, saved))} saved; resumed with the same numbers"
 
     def limited_file_size(self) -> str:
@@ -113,7 +113,7 @@ class Campaign:
             resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
 
         workdir = self.copy()
-        return f"{self._stops(workdir, before=limit)}; then {self.goes_on(workdir)}"
+        return f"{self._stops(workdir, before=limit)}; then {self.resumes(workdir)}"
 
     def _stops(self, workdir, **options) -> str:
         start = self.start(workdir, **options)
@@ -134,7 +134,7 @@ class Campaign:
             said = self._stops(workdir)
             assert before <= set((workdir / "checkpoints").iterdir())
             filler.unlink()
-            return f"{said}; then {self.goes_on(workdir)}"
+            return f"{said}; then {self.resumes(workdir)}"
 
     def read_only(self) -> str:
         with damage.small_disk(self.folder, "8m") as mounted:
@@ -144,7 +144,7 @@ class Campaign:
             subprocess.run(["mount", "-o", "remount,ro", mounted], check=True)
             said = self._stops(workdir)
             subprocess.run(["mount", "-o", "remount,rw", mounted], check=True)
-            return f"{said}; then {self.goes_on(workdir)}"
+            return f"{said}; then {self.resumes(workdir)}"
 
     def workdir_below_a_file(self) -> str:
         (self.folder / "file").write_text("")
@@ -181,12 +181,12 @@ class Campaign:
             return f"resumed with the same state; the {len(expected) - len(numbers)} lines that were cut off stay lost"
         said = short(start.error())
         (workdir / name).write_text(whole)
-        return f"`{said}`; then {self.goes_on(workdir)}"
+        return f"`{said}`; then {self.resumes(workdir)}"
 
     def nan_gradient(self) -> str:
         workdir = self.workdir()
         said = self._stops(workdir, before=lambda: damage.nan_in_step(self.random.randrange(3, STEPS)))
-        return f"{said}; then {self.goes_on(workdir)}"
+        return f"{said}; then {self.resumes(workdir)}"
 
     def data_vanishes(self) -> str:
         workdir = self.workdir()
@@ -198,7 +198,7 @@ class Campaign:
             assert start.wait() == 1, start.text()[-3000:]
         finally:
             (self.folder / "gone").rename(images)
-        return f"`{short(start.error())}`; then {self.goes_on(workdir)}"
+        return f"`{short(start.error())}`; then {self.resumes(workdir)}"
 
 
     def pair(self, workdir: Path) -> list[Start]:

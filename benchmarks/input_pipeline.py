@@ -5,7 +5,7 @@ python -m benchmarks.input_pipeline [--size 400x300] [--rounds 5] ...
 The pictures are made here, so that anyone gets the same: "dead leaves" (discs of random colour that hide one another,
 with radii from a power law; their edges and spectra are close to photographs', see Lee, Mumford and Huang, IJCV 2001)
 with a texture of amplitude 1/frequency, as JPEGs of quality 90 with halved chroma. The contenders take turns in one
-process, round by round, so that a machine whose speed drifts slows all alike. PyTorch's loader has its own processes.
+process, round by round, so that a machine whose speed drifts slows all of them. PyTorch's loader has its own processes.
 """
 
 import argparse

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rankclip_jax.common.metrics_file import OF_THE_MACHINE
+
 # Gloo adds up the processes' gradients in another order than XLA those of its own devices.
 RTOL_NUMBERS, ATOL_STATE = 1e-5, 1e-6
 SMALL = [
@@ -75,12 +77,11 @@ def differences(one: Path, other: Path) -> dict[str, float]:
         [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()] for workdir in (one, other)
     )
     assert [row.keys() for row in rows] == [row.keys() for row in others]
-    speed = ("images_per_second", "images_read_per_second", "data_wait", "tflops_per_device", "mfu")
     numbers = [
         abs(row[key] - theirs[key]) / max(abs(row[key]), 1e-2)
         for row, theirs in zip(rows, others, strict=True)
         for key in row
-        if key not in speed
+        if key not in (*OF_THE_MACHINE, "counts")
     ]
     (step, state), (their_step, their_state) = (_last_state(workdir) for workdir in (one, other))
     assert step == their_step and state.keys() == their_state.keys()

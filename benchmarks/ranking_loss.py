@@ -4,7 +4,7 @@
 
 Each contender computes the four lists of RankCLIP from embeddings (D = 512), forward and backward to the
 embeddings. Times: every contender lives in its own process and takes its turn, round after round, so that
-whatever else the machine does falls on all alike; medians are printed, from embeddings that are on the device to
+whatever else the machine does slows all of them; medians are printed, from embeddings that are on the device to
 gradients that are. Memory: how far the peak of that process rises above its size before the call, the largest of all
 calls, compilation included; on a GPU, the peak of what its allocator holds there. Error: against float64, at three
 logit scales. A contender that is not installed, or that would need more memory than --limit_gb, is named and left out.

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from rankclip_jax.common.metrics_file import OF_THE_MACHINE
+
 STEPS = 24
 # As in the tests: compiling takes far longer than computing here.
 XLA_FLAGS = "--xla_backend_optimization_level=0"
@@ -139,8 +141,7 @@ def _run(arguments, before) -> int:
 def outcome_of(workdir: Path) -> tuple:
     """What must be equal: every line of numbers, and the last checkpoint's positions and fingerprints."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    speed = ("images_per_second", "images_read_per_second", "data_wait", "tflops_per_device", "mfu")
-    numbers = [{key: value for key, value in row.items() if key not in speed} for row in rows]
+    numbers = [{key: value for key, value in row.items() if key not in OF_THE_MACHINE} for row in rows]
     return numbers, json.loads((workdir / "checkpoints" / str(STEPS) / "data" / "metadata").read_text())
 
 

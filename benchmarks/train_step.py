@@ -5,7 +5,7 @@
     python -m benchmarks.train_step --scaling          # memory and traffic of 1 to 256 devices, compiled only
 
 Each contender lives in a process of its own and does one step when it is its turn, so that a machine whose speed drifts
-slows all alike and each one's memory is its own. A step is forward, backward and AdamW on made pictures and texts:
+slows all of them and each one's memory is its own. A step is forward, backward and AdamW on made pictures and texts:
 float32 on a CPU; bfloat16 (in PyTorch: autocast) on a GPU. PyTorch runs its model as it is and, where torch.compile
 works, compiled; transformers has no counterpart to RN50. Both have one device. Needs no TensorFlow.
 """
@@ -88,7 +88,8 @@ def measure(
         first = child.run(steps)  # compiles
         print(f"{name}, {contender}: {first.get('error', 'ready')}", file=sys.stderr, flush=True)
         found[contender] = first if "error" in first else {"seconds": [], "memory": 0}
-        facts = facts or ({key: first[key] for key in ("batch", "device", "flops", "peak")} if "flops" in first else {})
+        if "flops" in first:
+            facts = facts or {key: value for key, value in first.items() if key not in ("seconds", "loss", "memory")}
     left = [contender for contender in contenders if "error" not in found[contender]]
     for _ in range(rounds):
         for contender in list(left):

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from input_pipeline import caption_lengths
 from input_pipeline.rows import Row, in_order, read_rows
 from input_pipeline.sources import Source
 from rankclip_jax.common.pictures import BadImageError, loaded, opened
@@ -140,8 +141,8 @@ def _frequent(hashes, rows):
     return [(int(hashes[first[i]]), int(rows[first[i]]), int(counts[i])) for i in order]
 
 
-def text(overview: Overview, captions_of: Callable[[int], tuple[str, ...]]) -> str:
-    """The tables for a terminal; captions_of(row) returns the captions of a row."""
+def text(overview: Overview, captions_of: Callable[[int], tuple[str, ...]], context_length: int = 77) -> str:
+    """The tables for a terminal; captions_of(row) returns the captions of a row. context_length: of packed rows."""
     looked_at, good = overview.looked_at, len(overview.good_rows)
     part = "" if looked_at == overview.rows else f", {looked_at:,} of them inspected, evenly spaced"
     looked_at, of = looked_at + overview.lost, overview.rows + overview.lost
@@ -169,6 +170,11 @@ def text(overview: Overview, captions_of: Callable[[int], tuple[str, ...]]) -> s
     for hashed, row, count in overview.frequent:
         caption = next(" ".join(caption.split()) for caption in captions_of(row) if _hash(caption.encode()) == hashed)
         lines.append(_count(count, captions, f'"{caption[:60]}{"..." if len(caption) > 60 else ""}"'))
+    unit = "words" if tokens is None else "tokens"
+    counts = Counter(overview.measures[unit].astype(int).tolist())
+    lines += ["", *caption_lengths.histogram(counts, unit)]
+    if tokens is not None:
+        lines.append(caption_lengths.packed(counts, context_length))
     return "\n".join(lines)
 
 

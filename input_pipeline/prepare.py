@@ -8,11 +8,12 @@ import json
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rankclip_jax.common import commands, files, pictures
+from rankclip_jax.common import commands, files, packing, pictures
 
 if __name__ == "__main__":
     commands.quiet_tensorflow()  # before its import
@@ -22,7 +23,7 @@ import tensorflow as tf
 from PIL import Image, ImageFile
 from tqdm import tqdm
 
-from input_pipeline import contact_sheet, overview, shards, sources
+from input_pipeline import caption_lengths, contact_sheet, overview, shards, sources
 from input_pipeline.encode import encode
 from input_pipeline.manifest import Manifest
 from input_pipeline.rows import captions_of, in_order, read_rows
@@ -95,7 +96,8 @@ def prepare(source: sources.Source, out_dir: Path, options: Options, described: 
                 if name not in finished:
                     rows = range(begin, min(begin + options.shard_size, source.size))
                     written = shards.write_shard(out_dir / name, job.records(number, rows))
-                    manifest.add({"name": name, "rows": [rows.start, rows.stop], **written}, job.bad_samples)
+                    shard = {"name": name, "rows": [rows.start, rows.stop], **written, "lengths": job.lengths}
+                    manifest.add(shard, job.bad_samples)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -120,9 +122,10 @@ class _Job:
         self._source, self._options, self._pool, self._workers = source, options, pool, workers
         self._bar, self._rows, self._bad = bar, rows, bad
         self.bad_samples: list[dict] = []  # of the shard last written
+        self.lengths: Counter = Counter()  # of its captions: tokens, at most the context; without a tokenizer, words
 
     def records(self, shard: int, numbers: range) -> Iterator[bytes]:
-        self.bad_samples = []
+        self.bad_samples, self.lengths = [], Counter()
         digits = len(str(self._options.shard_size - 1))
         rows = read_rows(self._source, numbers)
         chunks = iter(lambda: list(itertools.islice(rows, _CHUNK)), [])
@@ -143,13 +146,17 @@ class _Job:
         return chunk
 
     def _tokens(self, rows):
-        if not self._options.tokenizer:
+        tokenizer = self._options.tokenizer
+        if not tokenizer:
+            self.lengths.update(len(caption.split()) for row in rows for caption in row.captions)
             return [None] * len(rows)
         for row in rows:
             if len(row.captions) > 1:
                 where = self._source.where(row.number)
                 raise InputError(f"{where} has several captions, but tokens are stored for only one; omit --tokenizer")
-        return self._options.tokenizer([row.captions[0] for row in rows], self._options.context_length).tolist()
+        tokens = tokenizer([row.captions[0] for row in rows], self._options.context_length)
+        self.lengths.update(packing.lengths(tokens, tokenizer.eot_id).tolist())
+        return tokens.tolist()
 
     def _count(self, rows, bad):
         for row in bad:
@@ -196,6 +203,14 @@ def summary(manifest: Manifest, out_dir: Path) -> str:
     if manifest.bad:
         lines.append(f"{manifest.bad.total():,} rows left out, listed in {out_dir / 'bad_samples.jsonl'}:")
         lines += [f"{count:>10,}  {reason}" for reason, count in manifest.bad.most_common()]
+    lengths: Counter = Counter()
+    for shard in manifest.shards:  # read again from JSON, whose keys are strings; older manifests have none
+        lengths.update({int(length): count for length, count in shard.get("lengths", {}).items()})
+    if lengths:
+        unit = "tokens" if "tokenizer" in manifest.settings else "words"
+        lines += caption_lengths.histogram(lengths, unit)
+        if unit == "tokens":
+            lines.append(caption_lengths.packed(lengths, manifest.settings["context_length"]))
     train = f"--config.data.format=tfrecord '--config.data.train={out_dir}/*.tfrecord'"
     if "tokenizer" in manifest.settings:
         train += f" --config.tokenizer.path={out_dir / 'tokenizer.json'}"
@@ -204,7 +219,13 @@ def summary(manifest: Manifest, out_dir: Path) -> str:
 
 
 def inspect(
-    source: sources.Source, name: str, out_dir: Path, tokenizer: Tokenizer | None, sample: int | None, workers: int
+    source: sources.Source,
+    name: str,
+    out_dir: Path,
+    tokenizer: Tokenizer | None,
+    sample: int | None,
+    workers: int,
+    context_length: int = 77,
 ) -> None:
     """Prints statistics of `source`; writes contact_sheet.png of evenly spaced good rows, and bad_samples.jsonl."""
 
@@ -214,7 +235,7 @@ def inspect(
     owned = Owned(out_dir, "prepare --inspect")
     owned.check([_SHEET, _BAD])
     seen = overview.survey(source, tokenizer=tokenizer, sample=sample, workers=workers)
-    print(f"{name}\n" + overview.text(seen, lambda row: captions_of(read(row))))
+    print(f"{name}\n" + overview.text(seen, lambda row: captions_of(read(row)), context_length))
     bad = [{"row": None, "detail": "", **dataclasses.asdict(one)} for one in source.lost]
     for row, reason, detail in seen.bad_rows:
         bad.append({"row": row, "where": source.where(row), "reason": reason, "detail": detail})
@@ -257,7 +278,7 @@ def _flags():
     parser.add_argument("--quality", type=int, default=95, help="of written JPEGs (95)")
     parser.add_argument("--shard-size", type=int, default=10_000, help="rows per shard (10000)")
     parser.add_argument("--tokenizer", help="also store the captions' ids: tokenizer.json or hub id")
-    parser.add_argument("--context-length", type=int, default=77, help="ids per caption, with --tokenizer (77)")
+    parser.add_argument("--context-length", type=int, default=77, help="ids per caption (77)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads (one per core)")
     return parser
 
@@ -293,7 +314,7 @@ def main() -> None:
         source = sources.open_source(data, data.train, image_side=flags.short_side or 64)
         tokenizer = Tokenizer.load(flags.tokenizer) if flags.tokenizer else None
         if flags.inspect:
-            inspect(source, flags.source, out_dir, tokenizer, flags.sample, flags.workers)
+            inspect(source, flags.source, out_dir, tokenizer, flags.sample, flags.workers, flags.context_length)
             return
         options = Options(
             flags.shard_size, flags.short_side, flags.quality, tokenizer, flags.context_length, data.max_bad_fraction

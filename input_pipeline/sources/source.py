@@ -115,15 +115,15 @@ class Source:
     text: Reading | None = None
 
 
-def read_captions(source: Source) -> Iterator[str]:
-    """Captions of all rows, or of evenly spaced blocks of neighbouring rows, without unreadable ones.
+def read_captions(source: Source, block_rows: int = _BLOCK_ROWS) -> Iterator[str]:
+    """Captions of all rows, or of 256 evenly spaced blocks of neighbouring rows, without unreadable ones.
 
     Raises InputError where the store stopped answering.
     """
-    count, size = min(source.size, _BLOCKS * _BLOCK_ROWS), source.size
+    count, size = min(source.size, _BLOCKS * block_rows), source.size
     rows = tf.data.Dataset.range(count)
     if size > count:
-        rows = rows.map(lambda i: i // _BLOCK_ROWS * size // _BLOCKS + i % _BLOCK_ROWS)
+        rows = rows.map(lambda i: i // block_rows * size // _BLOCKS + i % block_rows)
     read, ahead = source.text or Reading(source.read, source.ahead)
     data = started_ahead(rows, ahead).map(
         lambda row: tf.reshape(read(row)["caption"], [-1]), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from input_pipeline.sources.byte_ranges import Files
 from input_pipeline.sources.packed_strings import PackedLists, PackedStrings
 from input_pipeline.sources.paths import expand
-from input_pipeline.sources.source import Lost, Source, keys
+from input_pipeline.sources.source import Lost, Reading, Source, keys
 from rankclip_jax.common import storage, tables
 
 
@@ -62,7 +62,9 @@ def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
         return {"image": images.read(row), "caption": texts.at(row)}
 
     index = lambda: [*rows.images.buffers(), *texts.buffers()]  # noqa: E731
-    return Source(len(texts), read, rows.where, lambda: texts, lost=rows.lost, index=index, ahead=images.ahead)
+    more = dict(lost=rows.lost, index=index, ahead=images.ahead)
+    text = Reading(lambda row: {"caption": texts.at(row)})
+    return Source(len(texts), read, rows.where, lambda: texts, text=text, **more)
 
 
 def open_rows(spec: ConfigDict, path: str | Sequence[str], text_keys: tuple[str, ...], hint: str | None = None) -> Rows:

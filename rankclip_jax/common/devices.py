@@ -1,6 +1,7 @@
 """What a program may know of the devices that it is for. It is read off the mesh, never off the local machine."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 import jax
@@ -26,6 +27,10 @@ class Devices:
     def has_bfloat16(self) -> bool:
         """Whether it multiplies bfloat16 in hardware: not a GPU before Ampere, such as Colab's T4."""
         return self.capability is None or self.capability >= 8.0
+
+    def __str__(self) -> str:
+        cores = f" ({os.cpu_count()} cores)" if self.platform == "cpu" else ""
+        return f"{self.count} x {self.kind}{cores}"
 
 
 def devices_of(devices: jax.sharding.Mesh | Sequence[jax.Device]) -> Devices:

@@ -42,7 +42,7 @@ def read_json(path: Path) -> dict:
     refuse_stand_in(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of too many digits, too deep
         raise InputError(f"{path} is not valid JSON ({one_line(error)}){beginning(path)}{_AGAIN}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path} holds a {type(found).__name__} as JSON; expected an object, {{...}}")

@@ -2,7 +2,7 @@
 
 A command removes and replaces nothing else. It claims its names before it writes them; a name that is taken by a file
 of somebody else is refused. Folders older than the markers are recognised by what is in them. Names that were
-read from a file are taken for an enemy's: none may lead out of its folder, by itself or by a link.
+read from a file are not trusted: none may lead out of its folder, directly or by a link.
 """
 
 import json

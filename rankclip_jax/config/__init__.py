@@ -6,9 +6,10 @@ from rankclip_jax.config.load import (
     differences,
     eval_set,
     load,
+    network,
     override,
     to_json,
     with_stored,
 )
 
-__all__ = ["complete", "completed", "differences", "eval_set", "load", "override", "to_json", "with_stored"]
+__all__ = ["complete", "completed", "differences", "eval_set", "load", "network", "override", "to_json", "with_stored"]

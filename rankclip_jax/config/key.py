@@ -147,6 +147,17 @@ def choice(default: Any, *choices: Any) -> Key:
     return Key(default, convert, "one of " + ", ".join(str(one) for one in named if one is not None), None in named)
 
 
+def choices(default: tuple, *choices: str) -> Key:
+    """Any number of `choices`, each once; one alone is a tuple of it."""
+
+    def convert(value):
+        found = (value,) if isinstance(value, str) else tuple(value)
+        _require(isinstance(value, list | tuple | str) and len(set(found)) == len(found) and set(found) <= set(choices))
+        return found
+
+    return _key(default, convert, f"a tuple of {' and '.join(choices)}, or of one of them, or ()")
+
+
 def strings(default: tuple | None) -> Key:
     """Any number of strings; one alone is a tuple of it."""
 

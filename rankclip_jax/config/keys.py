@@ -9,6 +9,7 @@ from rankclip_jax.config.key import (
     boolean,
     character,
     choice,
+    choices,
     encoding,
     integer,
     pair,
@@ -26,10 +27,11 @@ from rankclip_jax.config.key import (
 # model.attention change trained numbers only by rounding; epochs and steps where the schedule allows it
 # (train/workdir.py); the others not at all.
 MAY_CHANGE = ("log_every", "eval", "checkpoint", "plan", "profile", "study", "mesh", "sharding", "model.attention")
-MAY_CHANGE += ("epochs", "steps")
+MAY_CHANGE += ("epochs", "steps", "log")
 
 # What --help of training lists.
-USUAL = ("batch_size", "accumulate", "epochs", "steps", "seed", "log_every", "init_from", "init_towers", "sharding")
+USUAL = ("batch_size", "accumulate", "epochs", "steps", "seed", "log_every", "log", "init_from", "init_towers")
+USUAL += ("sharding",)
 USUAL += ("loss.objective", "loss.lambda_in", "loss.lambda_cross", "loss.schedule", "loss.decay")
 USUAL += ("model.name", "model.image_size", "model.context_length", "model.dtype", "model.remat", "model.scan_layers")
 USUAL += ("optim.lr", "optim.warmup_steps", "optim.weight_decay", "optim.grad_clip_norm", "optim.schedule")
@@ -40,11 +42,12 @@ USUAL += ("eval.data_dir", "checkpoint.every_steps", "checkpoint.keep", "checkpo
 
 # Values of keys that a stored configuration lacks, because it is older than they are, where its run did not behave as
 # today's default does. So that old workdirs resume as they began.
-BEFORE: dict[str, Any] = {}
+BEFORE: dict[str, Any] = {"model.pack_text": "off"}
 
-# What may be None until a run starts, and is settled there by the data and the devices (train/resolve.py).
+# What may be None (pack_text: auto) until a run starts, and is settled there by the data and the devices
+# (train/resolve.py).
 RESOLVED = ("batch_size", "epochs", "log_every", "optim.lr", "optim.warmup_steps", "loss.ramp_epochs")
-RESOLVED += ("data.mean", "data.std", "eval.every_epochs")
+RESOLVED += ("data.mean", "data.std", "eval.every_epochs", "model.pack_text", "model.pack_rows")
 # Of config.model, where its name is None.
 ARCHITECTURE = ("name", "image_size", "context_length", "embed_dim", "activation", "vision", "text")
 
@@ -127,6 +130,9 @@ KEYS = dict(
     init_towers=choice("both", "vision", "text"),  # both | vision | text: the towers to take from `init_from`
     init_skip=strings(()),  # regexes over parameters (visual/proj ...) that are initialised fresh
     log_every=integer(50, 1, optional=True),  # steps between log lines; None: about 50 lines
+    # where numbers and pictures also go, beside metrics.jsonl: tensorboard (files in WORKDIR), wandb (pip install it:
+    # numbers, configuration and pictures of the evaluation sets are sent to its server)
+    log=choices(("tensorboard",), "tensorboard", "wandb"),
     # (first, last) steps to trace into WORKDIR/profile
     profile=whole_pair(None, "(first, last), steps counted from 1", lambda first, last: 1 <= first <= last),
     loss=dict(
@@ -143,6 +149,9 @@ KEYS = dict(
         # None | "log": list position k has weight 1 / log(k + 1). [c]; [p] v2 "log"
         decay=choice(None, "log"),
         top_k=integer(None, 1),  # count only the first k positions of every list
+        # items of a list, a divisor of the batch: the ranking terms are computed within groups of so many consecutive
+        # rows; another hyper-parameter (docs/ranking_loss.md). None: the whole batch
+        list_size=integer(None, 2),
         keep_self=boolean(True),  # keep an item in its own in-modal lists. [c]
         # exact | released: ranking terms with the authors' 1e-10 inside the logarithm
         form=choice("exact", "released"),
@@ -159,6 +168,12 @@ KEYS = dict(
         activation=choice(None, "quick_gelu", "gelu"),  # quick_gelu | gelu; None: the preset's
         # auto | xla | cudnn: self-attention kernel; auto: cuDNN if possible, else XLA
         attention=choice("auto", "xla", "cudnn"),
+        # auto | on | off: captions one behind the other in rows of the text tower, which then computes no padding; the
+        # same numbers but for rounding. auto: where that saves a tenth of the tokens or more (docs/scaling.md)
+        pack_text=choice("auto", "on", "off"),
+        # (rows, captions): so many rows for so many captions, a device's share of a part of a batch; a batch that needs
+        # more is padded. None: measured on the captions, and measured again for another share
+        pack_rows=whole_pair(None, "(rows, captions) with 1 <= rows <= captions", lambda rows, n: 1 <= rows <= n),
         scan_layers=boolean(False),  # compile one layer for all of a tower: faster compilation, same numbers
         # initial logarithm of the logit scale; None: ln(1 / 0.07), siglip: ln 10. [o] [s]
         logit_scale=real(None),

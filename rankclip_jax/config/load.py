@@ -79,7 +79,7 @@ def completed(stored: Mapping) -> ConfigDict:
 
 
 def with_stored(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
-    """`config`, with what it leaves open (None) as the run of `stored` settled it."""
+    """`config`, with what it leaves open (None, auto) as the run of `stored` settled it."""
     filled, old = complete(config.to_dict()), stored.to_dict()
     with filled.ignore_type():
         for key in RESOLVED:
@@ -87,7 +87,7 @@ def with_stored(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
             group, theirs = filled, old
             for parent in parents:
                 group, theirs = group[parent], theirs[parent]
-            if group[last] is None:
+            if group[last] in (None, "auto"):
                 group[last] = theirs[last]
         if filled.model.name is None:
             for key in ARCHITECTURE:
@@ -97,6 +97,11 @@ def with_stored(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
                 elif given is None:
                     filled.model[key] = theirs
     return filled
+
+
+def network(model: ConfigDict) -> dict[str, Any]:
+    """The keys of config.model that make the network, which packed batches are none of."""
+    return {key: value for key, value in model.to_dict().items() if key not in ("pack_text", "pack_rows")}
 
 
 def override(config: dict, overrides: Sequence[str]) -> dict:

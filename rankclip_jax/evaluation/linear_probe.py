@@ -26,23 +26,25 @@ _VALIDATION_SHARE = 0.1
 _BLOCK = 2**20  # values of a block of rows in float64, 8 MiB
 
 
-def fit(features_NxD: np.ndarray, labels_N: np.ndarray, classes: int, l2: float) -> tuple[np.ndarray, np.ndarray]:
+def fit(
+    features_NxD: np.ndarray, labels_N: np.ndarray, classes: int, l2: float, device: jax.Device | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Weights (D, C) and bias (C,), float32, that minimise sum of cross-entropies + l2 / 2 |weights|^2.
 
     This is the objective of scikit-learn's LogisticRegression with C = 1 / l2, also in float64. The bias is not
-    penalised.
+    penalised. `device`: where it runs, JAX's default if None; for a TPU, which has no float64 units, this host.
     """
-    return _Rows(features_NxD, labels_N, classes).fit(l2)
+    return _Rows(features_NxD, labels_N, classes, device).fit(l2)
 
 
 class _Rows:
     """Training rows in blocks on the device, and their moments, shared by the fits at all strengths."""
 
-    def __init__(self, features_NxD: np.ndarray, labels_N: np.ndarray, classes: int):
+    def __init__(self, features_NxD: np.ndarray, labels_N: np.ndarray, classes: int, device: jax.Device | None):
         (self._n, dim), self._classes = features_NxD.shape, classes
         size = max(1, _BLOCK // max(dim, classes))
-        # A TPU has no float64 units.
-        self._device = jax.local_devices(backend="cpu" if jax.default_backend() == "tpu" else None)[0]
+        device = device or jax.local_devices()[0]
+        self._device = jax.local_devices(backend="cpu")[0] if device.platform == "tpu" else device
         rows = np.asarray(features_NxD, np.float32), np.asarray(labels_N, np.int32)
         self._blocks = [
             jax.device_put([each[start : start + size] for each in rows], self._device)
@@ -144,6 +146,7 @@ def linear_probe(
     *,
     classes: int,
     metric: str = "top1",
+    device: jax.Device | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
     """Accuracy of the probe on the test images.
@@ -152,6 +155,7 @@ def linear_probe(
       train, test: (features float32 (N, D), labels int (N,)).
       classes: number of classes.
       metric: maximised by the sweep, one of METRICS.
+      device: as in `fit`.
       report: called with one line after each strength.
 
     Returns:
@@ -166,7 +170,7 @@ def linear_probe(
     order = np.random.default_rng(0).permutation(len(labels_N))
     held_out = max(1, int(_VALIDATION_SHARE * len(labels_N)))
     val, rest = order[:held_out], order[held_out:]
-    rows = _Rows(features_NxD[rest], labels_N[rest], classes)
+    rows = _Rows(features_NxD[rest], labels_N[rest], classes, device)
 
     def score(l2):
         value = _accuracy(rows.fit(l2), features_NxD[val], labels_N[val])[metric]
@@ -174,7 +178,7 @@ def linear_probe(
         return value
 
     l2, _ = sweep(score)
-    return _accuracy(fit(features_NxD, labels_N, classes, l2), *test) | {"l2": l2, "n": len(test[1])}
+    return _accuracy(fit(features_NxD, labels_N, classes, l2, device), *test) | {"l2": l2, "n": len(test[1])}
 
 
 def _accuracy(params: Any, features_NxD: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:

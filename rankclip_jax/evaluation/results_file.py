@@ -1,12 +1,14 @@
 """eval.json: the results of evaluations by model, step, kind and set. A new evaluation adds to it.
 
-{"run": {"800": {"zero_shot": {"seen": {"top1": 0.98, ...}}, "missing": {"retrieval/x": reason}}},
+{"run": {"800": {"zero_shot": {"seen": {"top1": 0.98, ...}}, "missing": {"retrieval/x": reason},
+                 "evaluated": {"date": "2026-11-26 10:33 UTC", "device": "1 x NVIDIA H100 80GB HBM3"}}},
  "ViT-B-32.pt": {"0": ...}}
 
 "run" is the workdir's own. What was evaluated last stands last, among models and among steps.
 """
 
 import json
+import re
 from pathlib import Path
 
 from rankclip_jax.common.errors import InputError
@@ -19,14 +21,20 @@ def read(path: Path) -> dict[str, dict[str, dict]]:
     """Model -> step -> results; empty where there is no file. Raises InputError for a file of another kind."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{path} is not JSON; move it away, and evaluate again with --mode=eval") from None
     if isinstance(found, dict) and isinstance(found.get("step"), int):  # one evaluation, as files were at first
         found = {RUN: {str(found.pop("step")): found}}
-    by_step = list(found.values()) if isinstance(found, dict) else [None]
-    if not all(isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()) for rows in by_step):
+    if not (isinstance(found, dict) and all(map(_by_step, found.values()))):
         raise InputError(f"{path} holds no results of evaluations; move it away, and evaluate again with --mode=eval")
     return found
+
+
+def _by_step(rows: object) -> bool:
+    """Whether this is {step: results}; a step is written in digits."""
+    return isinstance(rows, dict) and all(
+        re.fullmatch("[0-9]{1,15}", step) and isinstance(row, dict) for step, row in rows.items()
+    )
 
 
 def add(path: Path, model: str, step: int, results: dict) -> None:

@@ -36,12 +36,14 @@ class Encoder:
       batches: source -> the batches of input_pipeline's eval_batches: "mask", "row" and "label" (b,), and the inputs
         of `images`.
       image_side: side of the model's input images, pixels.
+      device: of the mesh and this process; a linear probe is fitted on it.
     """
 
     images: Callable[[dict], np.ndarray]
     texts: Callable[[list[str]], np.ndarray]
     batches: Callable[[Any], Iterator[dict]]
     image_side: int
+    device: jax.Device
 
 
 def due(config: ConfigDict, epoch: int, last: bool) -> tuple[str, ...]:
@@ -87,7 +89,13 @@ def open_sets(config: ConfigDict, image_side: int, kinds: Sequence[str] = KINDS)
 
 
 def evaluate(
-    config: ConfigDict, encoder: Encoder, sets: Sets, *, kinds: Sequence[str] = KINDS, folder: Path | None = None
+    config: ConfigDict,
+    encoder: Encoder,
+    sets: Sets,
+    *,
+    kinds: Sequence[str] = KINDS,
+    folder: Path | None = None,
+    shown: dict[str, dict] | None = None,
 ) -> dict:
     """Results by kind and set: {"zero_shot": {name: numbers}, "retrieval": ..., "missing": {"kind/name": reason}}.
 
@@ -98,8 +106,9 @@ def evaluate(
       sets: as `open_sets` gives them, for at least these kinds.
       kinds: which of KINDS to run; robustness comes with zero_shot.
       folder: for the report's files (evaluation/artifacts.py); None: writes none.
+      shown: filled with examples and galleries, as Artifacts does it.
     """
-    artifacts, results, missing = Artifacts(folder), {}, {}
+    artifacts, results, missing = Artifacts(folder, shown), {}, {}
     missing |= {name: why for name, why in sets.missing.items() if name.split("/")[0] in kinds}
 
     def each(kind, compute):
@@ -232,16 +241,19 @@ def _zero_shot(config: ConfigDict, encoder: Encoder, sets: dict, artifacts: Arti
             z_CxD = zero_shot.class_embeddings(encoder.texts, classes.names, classes.templates, known)
             counter = zero_shot.ZeroShot(z_CxD)
             subsets = _shared(classes, z_CxD, shifted) if name == config.reference else {}
-            for z, labels, _ in _encoded(encoder, found.source, name):
+            seen = []
+            for z, labels, rows in _encoded(encoder, found.source, name):
                 labels = classes.class_of_label[labels]
                 kept = labels >= 0  # a protocol may exclude classes
-                counter.add(z[kept], labels[kept])
+                seen.append((rows[kept], labels[kept], counter.add(z[kept], labels[kept])))
                 for place, sub in subsets.values():
                     inside = kept & (place[labels] >= 0)
                     sub.add(z[inside], place[labels[inside]])
             results[name] = _checked(counter.results)
             on_shared |= {other: _checked(sub.results)["top1"] for other, (_, sub) in subsets.items()}
             artifacts.confusion(name, classes.names, counter.confusion_CxC)
+            rows_N, labels_N, predicted_N = (np.concatenate(part) for part in zip(*seen, strict=True))
+            artifacts.examples(name, found.source, rows_N, labels_N, predicted_N, classes.names)
     baselines = robustness.read_baselines(config.baselines) if config.baselines else {}
     results = _without(missing, "zero_shot", results)
     rows = {
@@ -280,16 +292,16 @@ def _retrieval(encoder: Encoder, artifacts: Artifacts, name: str, spec: ConfigDi
     image_of_text = np.searchsorted(rows, found.image_of_text[usable])
     z_txt = encoder.texts(captions)
     ranks = retrieval.retrieval_ranks(z_img, z_txt, image_of_text)
-    artifacts.gallery(name, found.source, rows, captions, image_of_text, z_img, z_txt)
+    artifacts.gallery(name, found.source, rows, captions, image_of_text, z_img, z_txt, ranks)
     return retrieval.recalls(*ranks)
 
 
 def _linear_probe(encoder: Encoder, name: str, spec: ConfigDict, pair: tuple) -> dict:
     train, test = (_all_encoded(encoder, found.source, name)[:2] for found in pair)
     report = lambda line: print(f"{name}: {line}", flush=True)  # noqa: E731
-    return _checked(
-        lambda: linear_probe.linear_probe(train, test, classes=len(pair[0].names), metric=spec.metric, report=report)
-    )
+    classes = len(pair[0].names)
+    arguments = {"classes": classes, "metric": spec.metric, "device": encoder.device, "report": report}
+    return _checked(lambda: linear_probe.linear_probe(train, test, **arguments)) | {"classes": classes}
 
 
 def _geometry(encoder: Encoder, artifacts: Artifacts, name: str, spec: ConfigDict, found: Any) -> dict:

@@ -15,7 +15,7 @@ _SHOWN = {
     "linear_probe": ("top1",),
     "geometry": ("spearman_cross_modal", "modality_gap"),
 }
-_COUNTS = ("n", "images", "texts")
+_COUNTS = ("n", "images", "texts", "classes")
 
 
 def text(results: dict) -> str:
@@ -69,9 +69,19 @@ def flat(results: dict) -> dict[str, float]:
     }
 
 
+def counts(results: dict) -> dict[str, dict[str, int]]:
+    """{"zero_shot/cifar10": {"n": 10000, "classes": 10}}: how much each set's numbers rest on."""
+    found = {
+        f"{kind}/{name}": {key: row[key] for key in _COUNTS if key in row}
+        for kind in _TITLES
+        for name, row in results.get(kind, {}).items()
+    }
+    return {name: row for name, row in found.items() if row}
+
+
 def table(results: dict[str, dict[str, float]], title: str = "zero-shot", percent: bool = True) -> str:
     """One row per set. Counts (int) stay as they are; other values are in per cent, or have four significant digits."""
-    columns = list(dict.fromkeys(key for row in results.values() for key in row))
+    columns = list(dict.fromkeys(key for row in results.values() for key in row if key != "classes"))
     first = max(12, len(title) + 2, *(len(name) + 2 for name in results))
     widths = [max(11, len(column) + 2) for column in columns]
     lines = [title.ljust(first) + "".join(c.rjust(w) for c, w in zip(columns, widths, strict=True))]

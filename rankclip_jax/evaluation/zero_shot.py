@@ -52,8 +52,12 @@ class ZeroShot:
         self._rank_counts_CxC = np.zeros((classes, classes), np.int64)  # [label, rank of the right class]
         self.confusion_CxC = np.zeros((classes, classes), np.int64)
 
-    def add(self, z_img_NxD: np.ndarray, labels_N: np.ndarray) -> None:
-        """Adds images (N, D) with their labels (N,). Ties go to the lower class number."""
+    def add(self, z_img_NxD: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
+        """Adds images (N, D) with their labels (N,). Ties go to the lower class number.
+
+        Returns:
+          the predicted classes, int64 (N,).
+        """
         scores_NxC = z_img_NxD @ self._z_classes_CxD.T
         own_N = np.take_along_axis(scores_NxC, labels_N[:, None], axis=1)
         earlier_NxC = np.arange(scores_NxC.shape[1]) < labels_N[:, None]
@@ -61,10 +65,13 @@ class ZeroShot:
         rank_N = (~(scores_NxC <= own_N) | ((scores_NxC == own_N) & earlier_NxC)).sum(axis=1)
         rank_N = np.minimum(rank_N, scores_NxC.shape[1] - 1)
         np.add.at(self._rank_counts_CxC, (labels_N, rank_N), 1)
-        np.add.at(self.confusion_CxC, (labels_N, scores_NxC.argmax(axis=1)), 1)
+        predicted_N = scores_NxC.argmax(axis=1)
+        np.add.at(self.confusion_CxC, (labels_N, predicted_N), 1)
+        return predicted_N
 
     def results(self) -> dict[str, float]:
-        """top1, top3, top5, top10 (no k above the number of classes), mean_per_class (over classes that occur), n.
+        """top1, top3, top5, top10 (no k above the number of classes), mean_per_class (over classes that occur); n, the
+        images, and classes, as counts.
 
         Raises:
           ValueError: no image was added.
@@ -76,4 +83,4 @@ class ZeroShot:
         present = per_class > 0
         result = {f"top{k}": float(counts[:, :k].sum() / total) for k in TOP_K if k <= len(counts)}
         result["mean_per_class"] = float((counts[present, 0] / per_class[present]).mean())
-        return result | {"n": int(total)}
+        return result | {"n": int(total), "classes": len(counts)}

@@ -3,10 +3,10 @@
 Every function gives a matplotlib.figure.Figure of its own: nothing has to be closed, no backend is chosen.
 """
 
-from rankclip_jax.figures.confusion import confusion
+from rankclip_jax.figures.confusion import confusion, shown_classes
 from rankclip_jax.figures.curves import Line, bands, chart, colour, curves
 from rankclip_jax.figures.embeddings import cosines, projection, similarities
-from rankclip_jax.figures.gallery import choices, gallery, matches, query
+from rankclip_jax.figures.gallery import choices, examples, gallery, matches, query
 from rankclip_jax.figures.inline_svg import svg
 
 __all__ = [
@@ -18,10 +18,12 @@ __all__ = [
     "confusion",
     "cosines",
     "curves",
+    "examples",
     "gallery",
     "matches",
     "projection",
     "query",
+    "shown_classes",
     "similarities",
     "svg",
 ]

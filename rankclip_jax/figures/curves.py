@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from rankclip_jax.common.metrics_file import read_metrics
+from rankclip_jax.figures.names import metric, split
 from rankclip_jax.figures.words import literal, printable
 
 MOST_POINTS = 400  # of a line
@@ -30,46 +31,76 @@ def colour(number: int) -> str:
 
 
 def curves(workdirs: Mapping[str, str | Path]) -> Figure:
-    """Loss, zero-shot accuracy and, where it was measured, rank agreement over the steps.
+    """The loss and what was measured over the steps: accuracy, retrieval, rank agreement; a panel each.
 
     Args:
       workdirs: name -> workdir. What is not there yet is not drawn, so that a run can be watched.
     """
     runs = {name: read_metrics(workdir) for name, workdir in workdirs.items()}
-    keys = list(dict.fromkeys(key for rows in runs.values() for row in rows for key in row))
-    tops = [key for key in keys if key.startswith("zero_shot/") and key.endswith("/top1")]
-    ranks = [key for key in keys if key.startswith(("geometry/", "val/")) and key.endswith("spearman_in_modal")]
-    figure = Figure(figsize=(15 if ranks else 11, 4), dpi=120, layout="constrained")
-    loss, top, *rank = figure.subplots(1, 3 if ranks else 2)
-    for number, (name, rows) in enumerate(runs.items()):
-        own = dict(color=colour(number)) if len(runs) > 1 else {}
-
-        def line(axes, key, label, factor=1.0, rows=rows, name=name, own=own, **style):
-            points = [(row["step"], factor * row[key]) for row in rows if key in row]
-            if points:
-                label = f"{name}, {label}" if len(runs) > 1 else label
-                axes.plot(*zip(*_thinned(points), strict=True), label=printable(label), **own, **style)
-
-        if len(runs) == 1:  # beside each other, two totals of different terms would be compared in vain
-            line(loss, "loss", "total", alpha=0.5)
-        line(loss, "clip", "CLIP term" if len(runs) == 1 else "training")
-        line(loss, "val/clip", "CLIP term, validation" if len(runs) == 1 else "validation", marker="o", linestyle="--")
-        for place, key in enumerate(tops):
-            line(top, key, key.split("/")[1], 100, marker="os^Dv"[place % 5], linestyle=("-", "--", ":")[place % 3])
-        for key in ranks:
-            line(rank[0], key, key.split("/")[1] if key.startswith("geometry/") else "validation", marker="o")
-    loss.set(xlabel="step", ylabel="loss (nats)", title="Loss" if len(runs) == 1 else "CLIP term")
-    top.set(xlabel="step", ylabel="top-1 (%)", title="Zero-shot accuracy", ylim=(0, 102))
-    for axes in rank:
-        axes.set(xlabel="step", ylabel="Spearman", title="Do image-image and text-text rankings agree?")
-    for axes in (loss, top, *rank):
+    panels = _panels(runs)
+    figure = Figure(figsize=(max(5.5, 5 * len(panels)), 4), dpi=120, layout="constrained")
+    axes_C = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+    for axes, (title, ylabel, keys) in zip(axes_C, panels, strict=False):
+        for number, (name, rows) in enumerate(runs.items()):
+            own = dict(color=colour(number)) if len(runs) > 1 else {}
+            for place, (key, label) in enumerate(keys.items()):
+                factor = 100 if metric(key).share else 1
+                points = [(row["step"], factor * row[key]) for row in rows if key in row]
+                if points:
+                    label = f"{name}, {label}" if len(runs) > 1 else label
+                    style = _style(key, place)
+                    axes.plot(*zip(*_thinned(points), strict=True), label=printable(label), **own, **style)
+        axes.set(xlabel="step", ylabel=ylabel, title=title)
+        if ylabel.endswith("(%)"):
+            axes.set_ylim(0, 102)
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(handles=list(axes.lines), fontsize=9)
+        axes.legend(handles=list(axes.lines), fontsize=9)
+    if not panels:
+        axes_C[0].set_axis_off()
+        figure.text(0.5, 0.5, "no numbers yet", ha="center", color="0.5")
     return literal(figure)
 
 
-def chart(lines: Sequence[Line], percent: bool = False) -> Figure:
+def _panels(runs: Mapping[str, list[dict]]) -> list[tuple[str, str, dict[str, str]]]:
+    """(title, label of the y axis, metric -> its label) of each panel with a line in it."""
+    keys = list(dict.fromkeys(key for rows in runs.values() for row in rows for key in row))
+    if len(runs) == 1:
+        loss = {key: metric(key).title for key in ("loss", "clip", "val/clip", "val/siglip") if key in keys}
+        title = "Loss"
+    else:  # beside each other, two totals of different terms would be compared in vain
+        shown = "clip" if all(any("clip" in row for row in rows) for rows in runs.values() if rows) else "loss"
+        loss = {key: word for key, word in ((shown, "training"), (f"val/{shown}", "validation")) if key in keys}
+        title = metric(shown).title
+    of = {key: parts for key in keys if (parts := split(key))}
+    accuracy = {
+        key: name if kind == "zero_shot" else f"{name}, linear probe"
+        for key, (kind, name, number) in of.items()
+        if number == "top1"
+    }
+    ways = {"image_to_text_r1": "image to text", "text_to_image_r1": "text to image"}
+    retrieval = {key: f"{name}, {ways[number]}" for key, (_, name, number) in of.items() if number in ways}
+    ranks = {key: name for key, (_, name, number) in of.items() if number == "spearman_in_modal"}
+    ranks |= {key: "validation" for key in keys if key == "val/spearman_in_modal"}
+    linear = [kind for kind, _, number in of.values() if number == "top1" and kind == "linear_probe"]
+    found = [
+        (title, "loss (nats)", loss),
+        ("Accuracy" if linear else "Zero-shot accuracy", "top-1 (%)", accuracy),
+        ("Retrieval", "R@1 (%)", retrieval),
+        ("Do image-image and text-text rankings agree?", "Spearman", ranks),
+    ]
+    return [panel for panel in found if panel[2]]
+
+
+def _style(key: str, place: int) -> dict[str, Any]:
+    """Of a line: measured now and then with a marker, every few steps without."""
+    if key == "loss":
+        return dict(alpha=0.5)
+    if key.startswith("val/"):
+        return dict(marker="o", linestyle="--")
+    return dict(marker="os^Dv"[place % 5], linestyle=("-", "--", ":")[place % 3]) if "/" in key else {}
+
+
+def chart(lines: Sequence[Line], percent: bool = False, ylabel: str = "") -> Figure:
     """One metric, small, without a title: each line in its run's colour. percent: the values are shares."""
     figure = Figure(figsize=(3.8, 2.2), layout="constrained")
     axes = figure.subplots()
@@ -79,6 +110,7 @@ def chart(lines: Sequence[Line], percent: bool = False) -> Figure:
         axes.plot(*zip(*_thinned(line.points), strict=True), **style, **alone)
     axes.set_xlim(0, 1.02 * max(1, *(step for line in lines for step, _ in line.points)))
     axes.set_xlabel("step", fontsize=8)
+    axes.set_ylabel(ylabel, fontsize=8)
     plain(axes, percent)
     axes.locator_params(axis="x", integer=True)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

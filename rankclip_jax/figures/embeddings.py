@@ -10,9 +10,13 @@ from rankclip_jax.figures.curves import colour, plain
 from rankclip_jax.figures.words import literal, printable
 
 
-def projection(image_Nx2: np.ndarray, text_Nx2: np.ndarray) -> Figure:
+def projection(image_Nx2: np.ndarray, text_Nx2: np.ndarray, explained_2: np.ndarray) -> Figure:
     """Pairs on two axes with one scale, so that distances mean the same in all directions; a line from each image to
-    its text. The markers have the gids "images" and "texts", by which `svg` labels them."""
+    its text. The markers have the gids "images" and "texts", by which `svg` labels them.
+
+    Args:
+      explained_2: share of the variance along each axis.
+    """
     figure = Figure(figsize=(3.8, 3.9), layout="constrained")
     axes = figure.subplots()
     pairs_3Nx2 = np.stack([image_Nx2, text_Nx2, np.full_like(image_Nx2, np.nan)], axis=1).reshape(-1, 2)
@@ -21,6 +25,9 @@ def projection(image_Nx2: np.ndarray, text_Nx2: np.ndarray) -> Figure:
         style: dict[str, Any] = dict(color=colour(number), alpha=0.75, markersize=3.5, markeredgewidth=0)
         axes.plot(*points_Nx2.T, marker, label=name, gid=name, **style)
     axes.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
+    labels = [f"principal axis {axis}: {share:.0%} of variance" for axis, share in enumerate(explained_2, 1)]
+    axes.set_xlabel(labels[0], fontsize=8)
+    axes.set_ylabel(labels[1], fontsize=8)
     axes.spines[:].set_visible(False)
     figure.legend(loc="outside upper left", ncols=2, fontsize=8, frameon=False)
     return literal(figure)
@@ -42,6 +49,8 @@ def cosines(edges: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> Fi
         axes.stairs(share, edges[low : high + 1], label=label, fill=True, **style)
     axes.set(xlim=(edges[low], edges[high]), ylim=(0, None))
     plain(axes, percent=True)
+    axes.set_xlabel("cosine", fontsize=8)
+    axes.set_ylabel("share", fontsize=8)
     figure.legend(loc="outside upper left", ncols=2, fontsize=8, frameon=False)
     return literal(figure)
 

@@ -133,6 +133,30 @@ def matches(texts: Sequence[str], pictures: Sequence[Sequence[np.ndarray]], note
     return literal(figure)
 
 
+def examples(found: Mapping[str, Sequence[Mapping]]) -> Figure:
+    """Pictures with the class that each is and the one that it was taken for: right ones above, wrong ones below.
+
+    Args:
+      found: what WORKDIR/eval/examples_NAME.json holds.
+    """
+    halves = {title: found[title] for title in ("right", "wrong") if found[title]}
+    columns = max((len(some) for some in halves.values()), default=1)
+    figure = Figure(figsize=(1.15 * columns + 0.2, 1.75 * max(1, len(halves))), dpi=110, layout="constrained")
+    axes_RxC = figure.subplots(max(1, len(halves)), columns, squeeze=False)
+    for axes in axes_RxC.flat:
+        axes.axis("off")
+    for axes_C, (title, some) in zip(axes_RxC, halves.items(), strict=False):
+        for axes, example in zip(axes_C, some, strict=False):
+            axes.axis("on")
+            pixels = np.asarray(read(base64.b64decode(example["picture"])))
+            _picture(axes, pixels, frame=_RIGHT if title == "right" else _PLAIN)
+            said = lines(f"is {example['label']}", 17, 2)
+            if title == "wrong":
+                said += lines(f"taken for {example['predicted']}", 17, 2)
+            axes.set_xlabel("\n".join(said), fontsize=8)
+    return literal(figure)
+
+
 def choices(image: Image.Image, classnames: Sequence[str], probabilities: np.ndarray, most: int = 5) -> Figure:
     """A picture and the classes that came first. probabilities: (classes,), as a row of Model.zero_shot."""
     order = np.argsort(-probabilities)[:most]

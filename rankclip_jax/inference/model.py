@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rankclip_jax import models
+from rankclip_jax.common import packing
 from rankclip_jax.common.devices import devices_of
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.packing import Packed
 from rankclip_jax.common.progress import progress
 from rankclip_jax.evaluation import zero_shot
 from rankclip_jax.models.presets import Activation
@@ -63,7 +65,7 @@ class Model:
         mean, std = (jnp.array(values, jnp.float32) for values in (source.view.mean, source.view.std))
 
         def embed(variables, batch):
-            if batch.dtype == jnp.uint8:
+            if not isinstance(batch, Packed) and batch.dtype == jnp.uint8:
                 pixels = (batch.astype(jnp.float32) / 255 - mean) / std
                 return network.apply(variables, pixels, method="encode_image")
             return network.apply(variables, batch, method="encode_text")
@@ -111,7 +113,7 @@ class Model:
         if isinstance(texts, np.ndarray | jax.Array):
             ids_NxL = _check_ids(np.asarray(texts), config)
             with progress("encode texts", len(ids_NxL), unit="texts") as bar:
-                return self._encode(ids_NxL, lambda rows: self._shorten(np.stack(rows)), bar.update)
+                return self._encode(ids_NxL, lambda rows: self._packed(np.stack(rows)), bar.update)
         tokenizer = self.source.tokenizer
         if tokenizer is None:
             raise InputError(
@@ -121,11 +123,11 @@ class Model:
         if isinstance(texts, str):
             texts = [texts]
 
-        def prepare(some: Sequence) -> np.ndarray:
+        def prepare(some: Sequence) -> np.ndarray | Packed:
             odd = next((text for text in some if not isinstance(text, str)), None)
             if odd is not None:
                 raise InputError(f"a text must be a str; got {type(odd).__name__}")
-            return self._shorten(tokenizer(list(some), config.context_length))
+            return self._packed(tokenizer(list(some), config.context_length))
 
         with progress("encode texts", _length(texts), unit="texts") as bar:
             return self._encode(texts, prepare, bar.update)
@@ -147,7 +149,8 @@ class Model:
         return weights_NxC / weights_NxC.sum(axis=1, keepdims=True)
 
     def _encode(self, items: Iterable, prepare: Callable, done: Callable[[int], None]) -> np.ndarray:
-        """prepare: at most batch_size items -> (b, ...); done(b) is called after each batch. Returns float32 (n, D)."""
+        """prepare: at most batch_size items -> (b, ...), or Packed; done(b) is called after each batch. Returns float32
+        (n, D)."""
         parts, running = [np.zeros((0, self.source.config.embed_dim), np.float32)], deque()
 
         def collect():
@@ -158,20 +161,40 @@ class Model:
         items = iter(items)
         while some := tuple(itertools.islice(items, self.batch_size)):
             batch = prepare(some)
-            running.append((len(batch), self._embed(self._variables, self._pad(batch))))
+            running.append((len(some), self._embed(self._variables, self._pad(batch))))
             if len(running) > 1:  # the host prepares a batch while the devices process the one before
                 collect()
         while running:
             collect()
         return np.concatenate(parts)
 
-    def _pad(self, batch: np.ndarray) -> jax.Array:
-        """Pads with rows of zeros to a power of two, and to at least one row per device."""
-        rows = max(_power_of_two(len(batch)), self._mesh.size)
-        rows = -(-rows // self._mesh.size) * self._mesh.size
+    def _pad(self, batch: np.ndarray | Packed) -> Any:
+        """Pads with rows of zeros to a power of two, and to at least one row per device; Packed has its size."""
+        if isinstance(batch, Packed):
+            return jax.device_put(batch, batch_sharding(self._mesh))
+        rows = self._padded(len(batch))
         padded = np.zeros((rows, *batch.shape[1:]), batch.dtype)
         padded[: len(batch)] = batch
         return jax.device_put(padded, batch_sharding(self._mesh))
+
+    def _padded(self, count: int) -> int:
+        rows = max(_power_of_two(count), self._mesh.size)
+        return -(-rows // self._mesh.size) * self._mesh.size
+
+    def _packed(self, ids_BxL: np.ndarray) -> np.ndarray | Packed:
+        """The ids shortened, or packed in a power of two of rows a device, whichever are fewer tokens."""
+        short_BxL, units, (count, length) = self._shorten(ids_BxL), self._mesh.size, ids_BxL.shape
+        missing = self._padded(count) - count
+        ids_UxcxL = np.pad(ids_BxL, ((0, missing), (0, 0))).reshape(units, -1, length)
+        lengths_B = packing.lengths(ids_BxL, self.source.config.text.eot_id)
+        lengths_Uxc = np.pad(lengths_B, (0, missing)).reshape(units, -1)
+        rows = 1
+        while rows * length < lengths_Uxc.shape[1] * short_BxL.shape[1]:
+            packed = packing.pack(ids_UxcxL, lengths_Uxc, rows)
+            if packed is not None:
+                return packed
+            rows *= 2
+        return short_BxL
 
     def _shorten(self, ids_BxL: np.ndarray) -> np.ndarray:
         """Cuts after the last end-of-text, at 16, 32, 64 ...: attention is causal, so later tokens have no effect."""

@@ -70,7 +70,15 @@ def _folder(path: str) -> Pictures:
         beside = storage.join(path, f"{os.path.splitext(files[row])[0]}.txt")
         return storage.read(beside).decode(errors="replace").strip() if storage.exists(beside) else ""
 
-    return Pictures(len(files), lambda i: files[i], lambda i: _file(storage.join(path, files[i])), caption=caption)
+    def image(row):
+        return _file(storage.join(path, files[row]))
+
+    return Pictures(len(files), lambda row: _readable(files[row]), image, caption=caption)
+
+
+def _readable(name: str) -> str:
+    """A file's name as text; bytes that are not UTF-8 are escaped, as Parquet and consoles take only text."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _file(path: str) -> object:
@@ -122,4 +130,5 @@ def _shards(pattern: str, kind: str, image_key: str | None) -> Pictures:
     read = encoded_images.reader(source)
 
     lost = tuple((one.where, one.reason) for one in source.lost)
-    return Pictures(source.size, source.where, lambda i: opened(read(i)), lost, encoded_images.captions(source))
+    name, captions = lambda i: _readable(source.where(i)), encoded_images.captions(source)
+    return Pictures(source.size, name, lambda i: opened(read(i)), lost, captions)

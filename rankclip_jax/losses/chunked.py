@@ -8,6 +8,7 @@ reduce-scatters back, and one all-reduce of a few scalars.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -18,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 from rankclip_jax.losses.plackett_luce import first_order_only
 from rankclip_jax.losses.sorting import by_platform
-from rankclip_jax.losses.spec import MATRICES, LossSpec
-from rankclip_jax.losses.terms import row_term
+from rankclip_jax.losses.spec import MATRICES, RANK_TERMS, LossSpec
+from rankclip_jax.losses.terms import row_terms
 
 # Scores err by scale * eps, so at logit scale 100 anything below full float32 products (TF32, one or three
 # bfloat16 passes) would break the 1e-5 that the loss promises. bfloat16 embeddings multiply exactly as is.
@@ -35,7 +36,7 @@ class Placement(NamedTuple):
 
 
 def _scores(rows_RxD, all_BxD):
-    return jnp.matmul(rows_RxD, all_BxD.T, precision=_PRECISION, preferred_element_type=jnp.float32)
+    return jnp.matmul(rows_RxD, all_BxD.mT, precision=_PRECISION, preferred_element_type=jnp.float32)
 
 
 def _mix(grad_RxB, all_BxD, platform):
@@ -45,73 +46,169 @@ def _mix(grad_RxB, all_BxD, platform):
     return jnp.matmul(grad_RxB, all_BxD.astype(jnp.float32), precision=precision)
 
 
-def _chunk_terms(img_RxD, txt_RxD, img_BxD, txt_BxD, scale, bias, weights, labels_R, spec, platform, with_grad):
-    """Sums over one chunk of rows {term: scalar}; weighted gradients of the score matrices and of the bias."""
-    rows, columns = {"i": img_RxD, "t": txt_RxD}, {"i": img_BxD, "t": txt_BxD}
-    used = sorted({matrix for term in weights for matrix in MATRICES[term]})
-    scores = {matrix: scale * _scores(rows[matrix[0]], columns[matrix[1]]) for matrix in used}
-    sums, grads, d_bias = {}, {}, jnp.zeros((), jnp.float32)
-    for term in weights:
-        pair = MATRICES[term]
-        result = row_term(term, *(scores[matrix] for matrix in pair), bias, labels_R, spec, platform, with_grad)
-        sums[term] = result.loss
-        d_bias += weights[term] * result.grad_bias
-        for matrix, grad in zip(pair, (result.grad_a, result.grad_b), strict=True):
-            if grad is not None:
-                grads[matrix] = grads.get(matrix, 0.0) + weights[term] * grad
-    return sums, grads, d_bias
+class _Sums(NamedTuple):
+    """What rows add up to: the terms' sums {term: scalar}, and gradients of their weighted sum.
 
-
-def _chunk_size(rows: int, batch: int, platform: str) -> int:
-    """Rows at a time: half a million scores a matrix on CPU, near the cache; eight million elsewhere.
-
-    At least 64 rows, below which adding up the (B, D) gradients of the chunks costs more than they do.
+    d_all: of all embeddings, images and texts, (B, D) each; scalars of 0 where no gradient is asked for.
     """
-    return min(rows, max(64, (1 << (19 if platform == "cpu" else 23)) // batch))
+
+    terms: dict[str, jax.Array]
+    d_all: tuple[jax.Array, jax.Array]
+    d_scale: jax.Array
+    d_bias: jax.Array
+
+    @classmethod
+    def zero(cls, terms, shape):
+        zero, zeros = jnp.zeros((), jnp.float32), jnp.zeros(shape, jnp.float32)
+        return cls({term: zero for term in terms}, (zeros, zeros), zero, zero)
 
 
-def _local_terms(
-    img_RxD, txt_RxD, img_BxD, txt_BxD, scale, bias, weights, first_row, spec, chunk, platform, with_grad
-):
-    """Sums of the terms over this device's rows; gradients of its rows, all embeddings, the scale and the bias."""
-    rows, batch = img_RxD.shape[0], img_BxD.shape[0]
-    chunk = min(rows, chunk or _chunk_size(rows, batch, platform))
+class _Job(NamedTuple):
+    """What is the same for all rows; `weights` are those of the terms that are computed."""
 
-    def one_chunk(carry, first, img_CxD, txt_CxD):
-        sums, d_img_all, d_txt_all, d_scale, d_bias = carry
-        labels = first_row + first + jnp.arange(img_CxD.shape[0], dtype=jnp.int32)
-        new, grads, new_d_bias = _chunk_terms(
-            img_CxD, txt_CxD, img_BxD, txt_BxD, scale, bias, weights, labels, spec, platform, with_grad
-        )
-        sums = {name: sums[name] + new[name] for name in sums}
-        if not with_grad:
-            return (sums, d_img_all, d_txt_all, d_scale, d_bias), None
-        d_rows = {"i": jnp.zeros(img_CxD.shape, jnp.float32), "t": jnp.zeros(txt_CxD.shape, jnp.float32)}
-        d_all = {"i": d_img_all, "t": d_txt_all}
-        row, col = {"i": img_CxD, "t": txt_CxD}, {"i": img_BxD, "t": txt_BxD}
-        for (a, b), grad in grads.items():
-            d_rows[a] += _mix(grad, col[b], platform)
-            d_all[b] += scale * _mix(grad.T, row[a], platform)
-        # <row, d score / d row> summed is the gradient of the scale; it saves a pass over the scores.
-        d_scale += jnp.sum(d_rows["i"] * img_CxD) + jnp.sum(d_rows["t"] * txt_CxD)
-        return (sums, d_all["i"], d_all["t"], d_scale, d_bias + new_d_bias), (scale * d_rows["i"], scale * d_rows["t"])
+    scale: jax.Array
+    bias: jax.Array
+    weights: dict[str, jax.Array]
+    spec: LossSpec
+    platform: str
+    with_grad: bool
+    chunk: int | None
 
-    zero = jnp.zeros((), jnp.float32)
-    zeros_BxD = jnp.zeros(img_BxD.shape if with_grad else (), jnp.float32)
-    carry = ({name: zero for name in weights}, zeros_BxD, zeros_BxD, zero, zero)
-    full = rows // chunk
+
+def _chunk_terms(rows, columns, labels_R, job):
+    """Sums over one chunk of rows {term: scalar}; weighted gradients of the score matrices and of the bias."""
+    rows, columns = dict(zip("it", rows, strict=True)), dict(zip("it", columns, strict=True))
+    used = sorted({matrix for term in job.weights for matrix in MATRICES[term]})
+    scores = {matrix: job.scale * _scores(rows[matrix[0]], columns[matrix[1]]) for matrix in used}
+    shape = scores[used[0]].shape
+    flat = {matrix: x.reshape(-1, shape[-1]) for matrix, x in scores.items()}
+    sums, grads, d_bias = {}, {}, jnp.zeros((), jnp.float32)
+    pairs = {term: tuple(flat[matrix] for matrix in MATRICES[term]) for term in job.weights}
+    results = row_terms(pairs, job.bias, labels_R, job.spec, job.platform, job.with_grad)
+    for term, weight in job.weights.items():
+        result = results[term]
+        sums[term] = result.loss
+        d_bias += weight * result.grad_bias
+        for matrix, grad in zip(MATRICES[term], (result.grad_a, result.grad_b), strict=True):
+            if grad is not None:
+                grads[matrix] = grads.get(matrix, 0.0) + weight * grad
+    return sums, {matrix: grad.reshape(shape) for matrix, grad in grads.items()}, d_bias
+
+
+def _add_chunk(before, rows, columns, labels_R, job):
+    """-> (`before` with a chunk of rows added, gradients of the rows), (C, D) against (B, D) columns.
+
+    With an axis of lists before these, (m, C, D) against (m, B, D), a list's rows have its own columns.
+    """
+    new, grads, new_d_bias = _chunk_terms(rows, columns, labels_R, job)
+    sums = {name: before.terms[name] + new[name] for name in new}
+    if not job.with_grad:
+        return before._replace(terms=sums), None
+    row, col = dict(zip("it", rows, strict=True)), dict(zip("it", columns, strict=True))
+    d_rows = {a: jnp.zeros(x.shape, jnp.float32) for a, x in row.items()}
+    d_all = dict(zip("it", before.d_all, strict=True))
+    for (a, b), grad in grads.items():
+        d_rows[a] += _mix(grad, col[b], job.platform)
+        d_all[b] += job.scale * _mix(grad.mT, row[a], job.platform)
+    # <row, d score / d row> summed is the gradient of the scale; it saves a pass over the scores.
+    d_scale = before.d_scale + (jnp.sum(d_rows["i"] * row["i"]) + jnp.sum(d_rows["t"] * row["t"]))
+    after = _Sums(sums, (d_all["i"], d_all["t"]), d_scale, before.d_bias + new_d_bias)
+    return after, (job.scale * d_rows["i"], job.scale * d_rows["t"])
+
+
+def _chunk_size(rows: int, length: int, platform: str) -> int:
+    """Rows at a time: half a million scores a matrix on CPU, near the cache; eight million on TPU, four on GPU, where
+    all four lists are held at once.
+
+    At least 64 rows, below which adding up the (B, D) gradients of the chunks costs more than they do; 128 on TPU,
+    where the rows of a sort lie on the lanes.
+    """
+    scores = {"cpu": 1 << 19, "gpu": 1 << 22, "tpu": 1 << 23}[platform]
+    return min(rows, max(128 if platform == "tpu" else 64, scores // length))
+
+
+def _local_terms(rows, columns, first_row, job):
+    """-> (_Sums over rows (R, D) against columns (B, D), gradients of the rows); row 0's own item is first_row."""
+    count, batch = rows[0].shape[0], columns[0].shape[0]
+    chunk = min(count, job.chunk or _chunk_size(count, batch, job.platform))
+
+    def one_chunk(before, first, *some):
+        labels = first_row + first + jnp.arange(some[0].shape[0], dtype=jnp.int32)
+        return _add_chunk(before, some, columns, labels, job)
+
+    sums = _Sums.zero(job.weights, columns[0].shape if job.with_grad else ())
+    full = count // chunk
     split = full * chunk
-    shaped = [x[:split].reshape(full, chunk, -1) for x in (img_RxD, txt_RxD)]
-    carry, d_rows = lax.scan(
-        lambda c, xs: one_chunk(c, *xs), carry, (jnp.arange(full, dtype=jnp.int32) * chunk, *shaped)
+    shaped = [x[:split].reshape(full, chunk, -1) for x in rows]
+    sums, d_rows = lax.scan(
+        lambda before, xs: one_chunk(before, *xs), sums, (jnp.arange(full, dtype=jnp.int32) * chunk, *shaped)
     )
-    if with_grad:
+    if job.with_grad:
         d_rows = tuple(d.reshape(split, -1) for d in d_rows)
-    if split < rows:
-        carry, last = one_chunk(carry, split, img_RxD[split:], txt_RxD[split:])
-        if with_grad:
+    if split < count:
+        sums, last = one_chunk(sums, split, *(x[split:] for x in rows))
+        if job.with_grad:
             d_rows = tuple(jnp.concatenate(pair) for pair in zip(d_rows, last, strict=True))
-    return carry, d_rows
+    return sums, d_rows
+
+
+def _list_terms(rows, columns, first_row, job):
+    """As _local_terms, where a row's list is the `spec.list_size` columns of its own group.
+
+    `columns` None: the rows are whole groups, their own columns, and their gradients are complete (d_all is empty). The
+    rows are cut into blocks, each of one group; short groups make a chunk together.
+    """
+    (count, width), length = rows[0].shape, job.spec.list_size
+    chunk = job.chunk or _chunk_size(count, length, job.platform)
+    if columns is None and 2 * length <= min(chunk, count):
+        return _short_lists(rows, length, chunk // length, job)
+    all_columns, offset_of_rows = (rows, 0) if columns is None else (columns, first_row)
+    block = math.gcd(count, length)
+
+    def one_block(before, xs):
+        first, *some = xs
+        at = offset_of_rows + first
+        start = at // length * length
+        new, d_rows = _local_terms(
+            tuple(some),
+            tuple(lax.dynamic_slice_in_dim(x, start, length) for x in all_columns),
+            at - start,
+            job,
+        )
+        d_all = tuple(
+            lax.dynamic_update_slice_in_dim(d, lax.dynamic_slice_in_dim(d, start, length) + x, start, 0)
+            if job.with_grad
+            else d
+            for d, x in zip(before.d_all, new.d_all, strict=True)
+        )
+        return jax.tree.map(jnp.add, before, new._replace(d_all=(0.0, 0.0)))._replace(d_all=d_all), d_rows
+
+    sums = _Sums.zero(job.weights, all_columns[0].shape if job.with_grad else ())
+    firsts = jnp.arange(0, count, block, dtype=jnp.int32)
+    sums, d_rows = lax.scan(one_block, sums, (firsts, *(x.reshape(-1, block, width) for x in rows)))
+    if not job.with_grad:
+        return sums, None
+    d_rows = tuple(d.reshape(count, width) for d in d_rows)
+    if columns is None:
+        return sums._replace(d_all=()), tuple(map(jnp.add, sums.d_all, d_rows))
+    return sums, d_rows
+
+
+def _short_lists(rows, length, most, job):
+    """_list_terms of whole groups, at most `most` at a time."""
+    count, width = rows[0].shape
+    groups = count // length
+    together = max(m for m in range(1, most + 1) if groups % m == 0)
+    labels = jnp.tile(jnp.arange(length, dtype=jnp.int32), together)
+
+    def some_groups(before, some):
+        zeros = jnp.zeros(some[0].shape if job.with_grad else (), jnp.float32)
+        after, d_rows = _add_chunk(before._replace(d_all=(zeros, zeros)), some, some, labels, job)
+        return after._replace(d_all=()), tuple(map(jnp.add, after.d_all, d_rows)) if job.with_grad else None
+
+    sums = _Sums.zero(job.weights, ())._replace(d_all=())
+    sums, d_rows = lax.scan(some_groups, sums, tuple(x.reshape(-1, together, length, width) for x in rows))
+    return sums, tuple(d.reshape(count, width) for d in d_rows) if job.with_grad else None
 
 
 def _batch_terms(img_BxD, txt_BxD, scale, bias, weights, spec, place, with_grad):
@@ -126,27 +223,43 @@ def _batch_terms(img_BxD, txt_BxD, scale, bias, weights, spec, place, with_grad)
 def _on_platform(platform, img_BxD, txt_BxD, scale, bias, weights, spec, place, with_grad):
     batch, terms = img_BxD.shape[0], sorted(weights)
 
+    listed = [term for term in terms if term in RANK_TERMS] if spec.list_size else []
+    whole = [term for term in terms if term not in listed]
+
     def body(img_RxD, txt_RxD, scale, bias, weights):
-        if place.mesh is None:
-            gather = reduce_sum = scatter = lambda x: x
-            first_row = 0
-        else:
-            gather = functools.partial(lax.all_gather, axis_name=place.axes, tiled=True)
-            scatter = functools.partial(lax.psum_scatter, axis_name=place.axes, tiled=True)
+        rows = columns = (img_RxD, txt_RxD)
+        count, first_row = img_RxD.shape[0], 0
+        reduce_sum = scatter = lambda x: x
+        # Lists that lie within a device's rows need no others.
+        apart = bool(listed) and count % spec.list_size == 0
+        if place.mesh is not None:
             reduce_sum = functools.partial(lax.psum, axis_name=place.axes)
-            first_row = lax.axis_index(place.axes) * img_RxD.shape[0]
-        rows, columns = (img_RxD, txt_RxD), (gather(img_RxD), gather(txt_RxD))
-        (sums, d_img_all, d_txt_all, d_scale, d_bias), d_rows = _local_terms(
-            *rows, *columns, scale, bias, weights, first_row, spec, place.chunk, platform, with_grad
-        )
+        if place.mesh is not None and (whole or not apart):
+            columns = tuple(lax.all_gather(x, axis_name=place.axes, tiled=True) for x in rows)
+            scatter = functools.partial(lax.psum_scatter, axis_name=place.axes, tiled=True)
+            first_row = lax.axis_index(place.axes) * count
+
+        def job(some):
+            return _Job(scale, bias, {term: weights[term] for term in some}, spec, platform, with_grad, place.chunk)
+
+        found = [_local_terms(rows, columns, first_row, job(whole))] if whole else []
+        if listed:
+            found.append(_list_terms(rows, None if apart else columns, first_row, job(listed)))
+        sums = {term: value for part, _ in found for term, value in part.terms.items()}
         # One all-reduce for all scalars.
+        d_scale, d_bias = (_total([getattr(part, name) for part, _ in found]) for name in ("d_scale", "d_bias"))
         scalars = jnp.stack([*(sums[name] for name in terms), d_scale, d_bias])
         *totals, d_scale, d_bias = reduce_sum(scalars) / batch
         means = dict(zip(terms, totals, strict=True))
         if not with_grad:
             return means
-        d_img, d_txt = ((scatter(a) + r) / batch for a, r in zip((d_img_all, d_txt_all), d_rows, strict=True))
-        return means, d_img, d_txt, d_scale, d_bias
+
+        def of_rows(i):
+            of_all = [part.d_all[i] for part, _ in found if part.d_all]
+            scattered = [scatter(_total(of_all))] if of_all else []
+            return _total(scattered + [d_rows[i] for _, d_rows in found]) / batch
+
+        return means, of_rows(0), of_rows(1), d_scale, d_bias
 
     if place.mesh is None:
         return body(img_BxD, txt_BxD, scale, bias, weights)
@@ -159,7 +272,11 @@ def _on_platform(platform, img_BxD, txt_BxD, scale, bias, weights, spec, place, 
     )(img_BxD, txt_BxD, scale, bias, weights)
 
 
-def _total(means, weights):
+def _total(arrays):
+    return functools.reduce(jnp.add, arrays)
+
+
+def _weighted(means, weights):
     return sum(weights[name] * means[name] for name in means)
 
 
@@ -175,7 +292,7 @@ def weighted_terms(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """-> (sum of weights[name] * means[name], means). Only the sum carries gradient."""
     means = _batch_terms(img_BxD, txt_BxD, scale, bias, weights, spec, place, with_grad=False)
-    return _total(means, weights), means
+    return _weighted(means, weights), means
 
 
 def _forward(img_BxD, txt_BxD, scale, bias, weights, spec, place):
@@ -183,7 +300,7 @@ def _forward(img_BxD, txt_BxD, scale, bias, weights, spec, place):
     means, *grads = _batch_terms(img_BxD, txt_BxD, scale, bias, weights, spec, place, with_grad=True)
     d_img, d_txt, d_scale, d_bias = grads
     d_img, d_txt = d_img.astype(img_BxD.dtype), d_txt.astype(txt_BxD.dtype)
-    return (_total(means, weights), means), (d_img, d_txt, d_scale, d_bias, means)
+    return (_weighted(means, weights), means), (d_img, d_txt, d_scale, d_bias, means)
 
 
 def _backward(spec, place, kept, cotangents):

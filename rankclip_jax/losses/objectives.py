@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rankclip_jax.losses.chunked import Placement, weighted_terms
-from rankclip_jax.losses.spec import LossSpec
+from rankclip_jax.losses.spec import RANK_TERMS, LossSpec
 
 
 class RankTerms(NamedTuple):
@@ -54,6 +54,7 @@ def rank_consistency(
     mesh: jax.sharding.Mesh | None = None,
     axes: Sequence[str] | None = None,
     chunk: int | None = None,
+    list_size: int | None = None,
     **lists: Any,
 ) -> RankTerms:
     """The two ranking terms of RankCLIP (arXiv 2404.09387), each differentiable on its own.
@@ -68,15 +69,16 @@ def rank_consistency(
       mesh: None for one device; otherwise each device computes its own rows under shard_map.
       axes: the mesh axes over which rows are sharded; None means all axes of the mesh.
       chunk: rows of B x B matrices held at a time; None chooses it from B and the platform.
+      list_size: rank within groups of so many consecutive rows, the mean over all groups; None: the whole batch.
       lists: decay, top_k, keep_self and form of LossSpec.
 
     Returns:
       RankTerms of float32 scalars, in nats.
 
     Raises:
-      ValueError: shapes, options, or a batch that the devices do not divide.
+      ValueError: shapes, options, or a batch that the devices or list_size do not divide.
     """
-    spec = LossSpec("rank", **lists)
+    spec = LossSpec("rank", list_size=list_size, **lists)
 
     def alone(term):
         embeds, where = (image_embeds, text_embeds), dict(mesh=mesh, axes=axes, chunk=chunk)
@@ -156,9 +158,11 @@ def weighted_loss(
       carry none: "clip", "rank_in_modal", "rank_cross_modal", "siglip" ..., those that were computed.
 
     Raises:
-      ValueError: shapes, options, or a batch that the devices do not divide.
+      ValueError: shapes, options, or a batch that the devices or list_size do not divide.
     """
     place = _placement(image_embeds, text_embeds, mesh, axes, chunk)
+    if spec.list_size and image_embeds.shape[0] % spec.list_size:
+        raise ValueError(f"list_size={spec.list_size} does not divide the batch of {image_embeds.shape[0]}")
     scale, bias = jnp.asarray(logit_scale, jnp.float32), jnp.asarray(logit_bias, jnp.float32)
     # The cyclic terms are of cosines, the matrices hold scale times those.
     units = {t: 1 / jnp.square(scale) if t.startswith("cyclic") else jnp.float32(1) for t in weights}
@@ -194,4 +198,4 @@ def _placement(
 
 
 def _metric(term: str) -> str:
-    return f"rank_{term}" if term in ("in_modal", "cross_modal") else term
+    return f"rank_{term}" if term in RANK_TERMS else term

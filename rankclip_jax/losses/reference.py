@@ -22,7 +22,7 @@ def plackett_luce_nll(scores: jax.Array, reference: jax.Array) -> jax.Array:
 
 
 def consistency(a_BxN: jax.Array, b_BxN: jax.Array) -> jax.Array:
-    """How far the rows of a and b are from ranking alike: each ranked by the other, per row and list position."""
+    """How far the rows of a and b are from the same ranking: each ranked by the other, per row and list position."""
     nll_B = plackett_luce_nll(a_BxN, b_BxN) + plackett_luce_nll(b_BxN, a_BxN)
     return jnp.mean(nll_B) / (2 * a_BxN.shape[1])
 

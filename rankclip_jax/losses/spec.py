@@ -15,6 +15,7 @@ MATRICES = {
     "cyclic_cross_modal": ("it", "ti"),
     "cyclic_in_modal": ("ii", "tt"),
 }
+RANK_TERMS = ("in_modal", "cross_modal")
 # The terms of each objective beside the ranking terms, with their weights: CLIP (Radford et al., 2021), SigLIP
 # (Zhai et al., 2023) and CyCLIP (Goel et al., 2022). RANKING are the objectives that have the ranking terms too.
 OBJECTIVES = {
@@ -39,6 +40,8 @@ class LossSpec:
       schedule: "ramp" or "constant", of the weight that both ranking terms share (`objectives.rank_weight`).
       ramp_epochs: epochs of that ramp; None: those of the run.
       decay, top_k: as in `plackett_luce_nll`; with top_k the mean is over the k positions kept.
+      list_size: items of a list of the ranking terms, which are computed within groups of so many consecutive rows of
+        the batch, which it must divide; None: the whole batch. The other terms see the whole batch.
       keep_self: keep item i in its own in-modal lists, as the authors do, or leave it out.
       form: "exact", or "released": float32 log(sum of exponentials + 1e-10) with its gradient, as the authors'
         code has it, to compare what that does to training.
@@ -52,6 +55,7 @@ class LossSpec:
     ramp_epochs: int | None = None
     decay: str | None = None
     top_k: int | None = None
+    list_size: int | None = None
     keep_self: bool = True
     form: str = "exact"
 
@@ -65,6 +69,8 @@ class LossSpec:
             raise ValueError(f"ramp_epochs={self.ramp_epochs}. Expected at least 1, or None for those of the run")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k}. Expected at least 1, or None for whole lists")
+        if self.list_size is not None and self.list_size < 2:
+            raise ValueError(f"list_size={self.list_size}. Expected at least 2, or None for the whole batch")
         object.__setattr__(self, "terms", _listed(self.terms))
         for term, _, schedule in self.terms:
             if term not in MATRICES:

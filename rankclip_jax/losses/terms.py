@@ -3,14 +3,15 @@
 A term looks at one pair of matrices: (image-image, text-text) or (image-text, text-image), R rows of B scores each.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rankclip_jax.losses.plackett_luce import list_nll, position_weights
-from rankclip_jax.losses.spec import LossSpec
+from rankclip_jax.losses.plackett_luce import lists_nll
+from rankclip_jax.losses.spec import RANK_TERMS, LossSpec
 
 
 class Rows(NamedTuple):
@@ -28,30 +29,55 @@ class Rows(NamedTuple):
     grad_bias: jax.Array | float = 0.0
 
 
-def row_term(
-    name: str,
-    a_RxB: jax.Array,
-    b_RxB: jax.Array,
+def row_terms(
+    pairs: Mapping[str, tuple[jax.Array, jax.Array]],
     bias: jax.Array,
     labels_R: jax.Array,
     spec: LossSpec,
     platform: str,
     with_grad: bool,
-) -> Rows:
-    """The term `name` of spec.MATRICES; labels_R are the columns of the rows' own items."""
+) -> dict[str, Rows]:
+    """The terms {name of spec.MATRICES: its two matrices, (R, B)}; labels_R are the columns of the rows' own items."""
+    ranking = {name: pair for name, pair in pairs.items() if name in RANK_TERMS}
+    others = {name: pair for name, pair in pairs.items() if name not in RANK_TERMS}
+    found = {name: _row_term(name, *pair, bias, labels_R, with_grad) for name, pair in others.items()}
+    return found | (_rank_terms(ranking, labels_R, spec, platform, with_grad) if ranking else {})
+
+
+def _row_term(name, a_RxB, b_RxB, bias, labels_R, with_grad):
     if name == "clip":
         (loss_a, grad_a), (loss_b, grad_b) = (_cross_entropy(x, labels_R, with_grad) for x in (a_RxB, b_RxB))
         return Rows((loss_a + loss_b) / 2, *((grad_a / 2, grad_b / 2) if with_grad else ()))
     if name == "siglip":
         return _siglip(a_RxB, bias, labels_R, with_grad)
-    if name.startswith("cyclic"):
-        difference = a_RxB - b_RxB
-        return Rows(jnp.sum(jnp.square(difference)), *((2 * difference, -2 * difference) if with_grad else ()))
-    if name == "in_modal" and not spec.keep_self:
-        loss, grads = _rank_pair(_drop_self(a_RxB, labels_R), _drop_self(b_RxB, labels_R), spec, platform, with_grad)
-        return Rows(loss, *(_restore_self(grad, labels_R) for grad in grads))
-    loss, grads = _rank_pair(a_RxB, b_RxB, spec, platform, with_grad)
-    return Rows(loss, *grads)
+    difference = a_RxB - b_RxB  # cyclic
+    return Rows(jnp.sum(jnp.square(difference)), *((2 * difference, -2 * difference) if with_grad else ()))
+
+
+def _rank_terms(pairs, labels_R, spec, platform, with_grad):
+    """Both directions of each ranking term: the rows' mean nll, summed (scalar), and the gradients of a and b."""
+    without_self = {name for name in pairs if name == "in_modal" and not spec.keep_self}
+    lists = []
+    for name, pair in pairs.items():
+        a, b = (_drop_self(x, labels_R) for x in pair) if name in without_self else pair
+        if a.shape[1]:
+            lists += [(a, b), (b, a)]
+    results = iter(lists_nll(lists, spec.decay, spec.top_k, platform, with_grad, spec.form == "released"))
+    found = {}
+    for name, (a_RxB, _) in pairs.items():
+        n = a_RxB.shape[1] - (name in without_self)
+        if n == 0:
+            found[name] = Rows(jnp.zeros((), jnp.float32), *([jnp.zeros_like(a_RxB)] * 2 if with_grad else []))
+            continue
+        kept = n if spec.top_k is None else min(spec.top_k, n)
+        loss, grads = 0.0, []
+        for nll, grad in (next(results), next(results)):
+            loss += jnp.sum(nll) / (2 * kept)
+            if with_grad:
+                grad /= 2 * kept
+                grads.append(_restore_self(grad, labels_R) if name in without_self else grad)
+        found[name] = Rows(loss, *grads)
+    return found
 
 
 def _is_pair(x_RxB, labels_R):
@@ -96,17 +122,3 @@ def _restore_self(grad_RxM, labels_R):
     column = lax.broadcasted_iota(jnp.int32, before.shape, 1)
     label = labels_R[:, None]
     return jnp.where(column < label, before, jnp.where(column > label, after, 0.0))
-
-
-def _rank_pair(a_RxN, b_RxN, spec, platform, with_grad):
-    """Both directions of a ranking term: the rows' mean nll, summed (scalar), and the gradients of a and b."""
-    n = a_RxN.shape[1]
-    weights = position_weights(n, spec.decay)
-    kept = max(1, n if spec.top_k is None else min(spec.top_k, n))
-    loss, grads = 0.0, []
-    for scores, reference in ((a_RxN, b_RxN), (b_RxN, a_RxN)):
-        nll, grad = list_nll(scores, reference, weights, spec.top_k, platform, with_grad, spec.form == "released")
-        loss += jnp.sum(nll) / (2 * kept)
-        if with_grad:
-            grads.append(grad / (2 * kept))
-    return loss, grads

@@ -39,8 +39,18 @@ def choose_attention(choice: str, config: ClipConfig, dtype: str, devices: Devic
     return "xla"
 
 
-def attend(q_BxLxD: jax.Array, k_BxSxD: jax.Array, v_BxSxD: jax.Array, heads: int, causal: bool = False) -> jax.Array:
+def attend(
+    q_BxLxD: jax.Array,
+    k_BxSxD: jax.Array,
+    v_BxSxD: jax.Array,
+    heads: int,
+    causal: bool = False,
+    positions_BxL: jax.Array | None = None,
+) -> jax.Array:
     """Multi-head softmax attention, (B, L, D), (B, S, D), (B, S, D) -> (B, L, D).
+
+    With `positions_BxL` it is causal within each of the texts that a row holds: a token at position p of its text
+    attends to itself and the p tokens before it (common/packing.py).
 
     Operands are transposed to (B, H, L, Dh) first: on CPU XLA then runs batched matrix products, three times
     as fast as the contraction over (B, L, H, Dh). The softmax is in float32.
@@ -52,7 +62,11 @@ def attend(q_BxLxD: jax.Array, k_BxSxD: jax.Array, v_BxSxD: jax.Array, heads: in
 
     q, k, v = split(q_BxLxD * (d // heads) ** -0.5), split(k_BxSxD), split(v_BxSxD)
     logits_BxHxLxS = jnp.matmul(q, k.swapaxes(-1, -2)).astype(jnp.float32)
-    if causal:
+    if positions_BxL is not None:
+        back_LxL = jnp.arange(length)[:, None] - jnp.arange(length)
+        mask_BxLxL = (back_LxL >= 0) & (back_LxL <= positions_BxL[:, :, None])
+        logits_BxHxLxS = jnp.where(mask_BxLxL[:, None], logits_BxHxLxS, -jnp.inf)
+    elif causal:
         mask_LxL = jnp.tril(jnp.ones((length, length), bool))
         logits_BxHxLxS = jnp.where(mask_LxL, logits_BxHxLxS, -jnp.inf)
     weights = jax.nn.softmax(logits_BxHxLxS, axis=-1).astype(v.dtype)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from rankclip_jax.common.devices import Devices
+from rankclip_jax.common.packing import Packed
 from rankclip_jax.models.attention import choose_attention
 from rankclip_jax.models.layers import l2_normalize
 from rankclip_jax.models.presets import ClipConfig, VitConfig, configure
@@ -57,22 +58,24 @@ class CLIP(nn.Module):
             raise ValueError(f"images {images_BxHxWx3.shape} given to a model of (batch, {size}, {size}, 3)")
         return l2_normalize(self.visual(images_BxHxWx3, train))
 
-    def encode_text(self, tokens_BxL: jax.Array) -> jax.Array:
+    def encode_text(self, tokens: jax.Array | Packed) -> jax.Array:
         """Token ids (B, L) int32 -> (B, D) float32 of unit length. L may be below the context length.
 
+        Packed captions (common/packing.py), c in each of U units -> (U * c, D).
         Raises ValueError for longer rows. Ids are not checked: inside jit they are not known.
         """
-        limit = self.config.text.context_length
-        if tokens_BxL.ndim != 2 or not 0 < tokens_BxL.shape[1] <= limit:
-            raise ValueError(f"tokens {tokens_BxL.shape} given to a model of (batch, 1..{limit})")
-        return l2_normalize(self.text(tokens_BxL))
+        limit, packed = self.config.text.context_length, isinstance(tokens, Packed)
+        shape = tokens.tokens.shape if isinstance(tokens, Packed) else tokens.shape
+        if len(shape) != 2 + packed or not 0 < shape[-1] <= limit:
+            raise ValueError(f"tokens {shape} given to a model of (batch, 1..{limit})")
+        return l2_normalize(self.text(tokens))
 
     def __call__(
-        self, images_BxHxWx3: jax.Array, tokens_BxL: jax.Array, train: bool = False
+        self, images_BxHxWx3: jax.Array, tokens: jax.Array | Packed, train: bool = False
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns z_img_BxD, z_txt_BxD and the logit multiplier exp(logit_scale), a float32 scalar."""
         z_img_BxD = self.encode_image(images_BxHxWx3, train)
-        return z_img_BxD, self.encode_text(tokens_BxL), jnp.exp(self.logit_scale)
+        return z_img_BxD, self.encode_text(tokens), jnp.exp(self.logit_scale)
 
     def example_inputs(self, batch: int = 1) -> tuple[jax.Array, jax.Array]:
         """Zero images and tokens of the right shapes, for init and eval_shape."""

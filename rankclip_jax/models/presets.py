@@ -18,6 +18,22 @@ def _check_heads(tower: str, width: int, heads: int) -> None:
     if width % heads:
         raise ValueError(f"{tower} width {width} is not a multiple of its {heads} heads")
 
+
+_MOST_LAYERS, _MOST = 512, 2**24  # far above any model: a damaged file may say more, and layers are named one by one
+
+
+def _check_sizes(config: Any) -> None:
+    """Every size is a whole number from 1 on, whatever file it came from."""
+    for field in dataclasses.fields(config):
+        value, most = getattr(config, field.name), _MOST_LAYERS if field.name == "layers" else _MOST
+        no_size = field.name in ("stem", "eot_id", "vision", "text", "activation")
+        if no_size or (field.name == "mlp_width" and value is None):
+            continue
+        sizes = value if isinstance(value, tuple) else (value,)
+        if not all(type(size) is int and 1 <= size <= most for size in sizes) or not 1 <= len(sizes) <= 8:
+            raise ValueError(f"{field.name} {value!r}. Expected whole numbers from 1 to {most:,}")
+
+
 Activation = Literal["quick_gelu", "gelu"]
 
 
@@ -33,6 +49,7 @@ class VitConfig:
     mlp_width: int | None = None
 
     def __post_init__(self) -> None:
+        _check_sizes(self)
         _check_multiple(self.image_size, self.patch_size, "patch size")
         _check_heads("vision", self.width, self.heads)
 
@@ -56,7 +73,9 @@ class ResNetConfig:
     stem: Literal["imagenet", "small"] = "imagenet"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        _check_sizes(self)
         if self.stem not in ("imagenet", "small"):
             raise ValueError(f"stem {self.stem!r} is neither 'imagenet' nor 'small'")
         _check_multiple(self.image_size, self.stride, "stride")
@@ -95,7 +114,8 @@ class TextConfig:
     mlp_width: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eot_id < self.vocab_size:
+        _check_sizes(self)
+        if type(self.eot_id) is not int or not 0 <= self.eot_id < self.vocab_size:
             # Otherwise no row would ever contain it, and every text would get the same embedding.
             raise ValueError(
                 f"end-of-text id {self.eot_id} is not in a vocabulary of {self.vocab_size}; "
@@ -114,6 +134,7 @@ class ClipConfig:
     activation: Activation = "quick_gelu"
 
     def __post_init__(self) -> None:
+        _check_sizes(self)
         if self.activation not in ("quick_gelu", "gelu"):
             raise ValueError(f"activation {self.activation!r} is neither 'quick_gelu' nor 'gelu'")
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from rankclip_jax.common.packing import Packed
 from rankclip_jax.models.layers import LayerNorm, symmetric_uniform
 from rankclip_jax.models.presets import TextConfig, VitConfig
 from rankclip_jax.models.transformer import Transformer
@@ -72,6 +73,8 @@ class TextTransformer(nn.Module):
     Pools the first token equal to `eot_id`. OpenAI's code takes the argmax of the ids, which is the same for
     its own tokenizer (end-of-text has the highest id) and wrong for others. A row without the token pools its
     first position, as `transformers` does; tokenizers must keep the token when they truncate.
+
+    Or captions laid one behind the other (common/packing.py), (U, R, L) -> (U * c, embed_dim): the same embeddings.
     """
 
     config: TextConfig
@@ -83,8 +86,13 @@ class TextTransformer(nn.Module):
     attention: str = "xla"
 
     @nn.compact
-    def __call__(self, tokens_BxL: jax.Array) -> jax.Array:
-        cfg, length = self.config, tokens_BxL.shape[1]
+    def __call__(self, tokens: jax.Array | Packed) -> jax.Array:
+        cfg = self.config
+        if isinstance(tokens, Packed):
+            tokens_BxL, places_BxL = (x.reshape(-1, x.shape[-1]) for x in (tokens.tokens, tokens.positions))
+        else:
+            tokens_BxL, places_BxL = tokens, None
+        length = tokens_BxL.shape[1]
         embedding = nn.Embed(
             cfg.vocab_size,
             cfg.width,
@@ -95,7 +103,8 @@ class TextTransformer(nn.Module):
         positions = self.param(
             "positional_embedding", nn.initializers.normal(0.01), (cfg.context_length, cfg.width)
         )
-        x = embedding(tokens_BxL) + positions[:length].astype(self.dtype)
+        positions = positions[:length] if places_BxL is None else positions[places_BxL]
+        x = embedding(tokens_BxL) + positions.astype(self.dtype)
         x = Transformer(
             cfg.layers,
             cfg.heads,
@@ -108,9 +117,13 @@ class TextTransformer(nn.Module):
             remat=self.remat,
             attention=self.attention,
             name="transformer",
-        )(x)
-        eot_B = jnp.argmax(tokens_BxL == cfg.eot_id, axis=1)
-        x_BxD = jnp.take_along_axis(x, eot_B[:, None, None], axis=1)[:, 0]
+        )(x, places_BxL)
+        if isinstance(tokens, Packed):  # each unit's ends are its own, so no row leaves its device
+            x_UxTxD = x.reshape(tokens.tokens.shape[0], -1, cfg.width)
+            x_BxD = jnp.take_along_axis(x_UxTxD, tokens.ends[..., None], axis=1).reshape(-1, cfg.width)
+        else:
+            eot_B = jnp.argmax(tokens_BxL == cfg.eot_id, axis=1)
+            x_BxD = jnp.take_along_axis(x, eot_B[:, None, None], axis=1)[:, 0]
         # The norm acts on each token alone, so only the pooled one needs it.
         x_BxD = LayerNorm(self.dtype, name="ln_final")(x_BxD)
         projection = self.param(

@@ -23,7 +23,7 @@ class Attention(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+    def __call__(self, x_BxLxD: jax.Array, positions_BxL: jax.Array | None) -> jax.Array:
         b, length, d = x_BxLxD.shape
         if self.layers is None:
             # nn.MultiheadAttention's: Xavier uniform over the fused (3D, D) weight; the output uniform.
@@ -35,8 +35,12 @@ class Attention(nn.Module):
             Linear(d, **qkv, zero_bias=True, dtype=self.dtype, name=f"{n}_proj")(x_NxD).reshape(b, length, d)
             for n in "qkv"
         )
-        attention = attend_fused if self.attention == "cudnn" else attend
-        y_NxD = attention(q, k, v, self.heads, self.causal).reshape(b * length, d)
+        if positions_BxL is not None:
+            y_BxLxD = attend(q, k, v, self.heads, positions_BxL=positions_BxL)
+        else:
+            attention = attend_fused if self.attention == "cudnn" else attend
+            y_BxLxD = attention(q, k, v, self.heads, self.causal)
+        y_NxD = y_BxLxD.reshape(b * length, d)
         return Linear(d, **out, zero_bias=True, dtype=self.dtype, name="out_proj")(y_NxD).reshape(
             b, length, d
         )
@@ -81,9 +85,9 @@ class ResidualAttentionBlock(nn.Module):
     attention: str
 
     @nn.compact
-    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+    def __call__(self, x_BxLxD: jax.Array, positions_BxL: jax.Array | None) -> jax.Array:
         attn = Attention(self.heads, self.causal, self.layers, self.dtype, self.attention, name="attn")
-        x = x_BxLxD + attn(LayerNorm(self.dtype, name="ln_1")(x_BxLxD))
+        x = x_BxLxD + attn(LayerNorm(self.dtype, name="ln_1")(x_BxLxD), positions_BxL)
         mlp = Mlp(self.mlp_width, self.activation, self.layers, self.dtype, name="mlp")
         h_NxD = LayerNorm(self.dtype, name="ln_2")(x).reshape(-1, x.shape[-1])
         return x + mlp(h_NxD).reshape(x.shape)
@@ -91,6 +95,8 @@ class ResidualAttentionBlock(nn.Module):
 
 class Transformer(nn.Module):
     """`layers` blocks on (B, L, D). scan and remat change memory and compile time, never the numbers.
+
+    positions_BxL: of packed texts, as `attend` takes them; None: a row is one text or picture.
 
     scaled_init: OpenAI initialises the text tower's blocks by width and depth, and leaves the visual
     tower's at PyTorch's defaults (its `initialize_parameters` touches `transformer`, not `visual`).
@@ -108,7 +114,7 @@ class Transformer(nn.Module):
     attention: str = "xla"
 
     @nn.compact
-    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+    def __call__(self, x_BxLxD: jax.Array, positions_BxL: jax.Array | None = None) -> jax.Array:
         kind = ResidualAttentionBlock
         if self.remat:
             kind = nn.remat(kind, prevent_cse=not self.scan_layers, policy=remat_policy(self.remat))
@@ -127,15 +133,16 @@ class Transformer(nn.Module):
 
         if self.scan_layers:
             scan = nn.scan(
-                lambda block, x, _: (block(x), None),
+                lambda block, x, positions: (block(x, positions), None),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
+                in_axes=nn.broadcast,
                 length=self.layers,
             )
-            return scan(block("resblocks"), x_BxLxD, None)[0]
+            return scan(block("resblocks"), x_BxLxD, positions_BxL)[0]
         x = x_BxLxD
         for i in range(self.layers):
-            x = block(f"resblocks_{i}")(x)
+            x = block(f"resblocks_{i}")(x, positions_BxL)
         return x
 
 

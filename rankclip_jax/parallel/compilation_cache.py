@@ -6,13 +6,12 @@ from pathlib import Path
 import jax
 
 
-def enable() -> None:
-    """Turns JAX's persistent cache on for accelerators, in ~/.cache/rankclip_jax/xla or JAX_COMPILATION_CACHE_DIR.
+def enable(platform: str) -> None:
+    """Turns JAX's persistent cache on, in ~/.cache/rankclip_jax/xla or JAX_COMPILATION_CACHE_DIR.
 
-    For the whole process: a command's call, or a notebook's.
-
-    CPU programs stay out of it unless that variable is set: they hold what this machine's processor can, and a home
-    folder may be shared by several; and those with a ranking loss sort in a callback, which cannot be stored.
+    For the whole process: a command's call, or a notebook's. `platform` is the mesh's: CPU programs stay out of it
+    unless that variable is set. They hold what this machine's processor can, and a home folder may be shared by
+    several; and those with a ranking loss sort in a callback, which cannot be stored.
     """
-    if jax.default_backend() != "cpu" and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    if platform != "cpu" and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "rankclip_jax" / "xla"))

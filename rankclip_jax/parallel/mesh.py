@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,10 +46,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
 
 
-def to_devices(batch: dict, mesh: Mesh) -> dict:
-    """This process's share of a batch (numpy) -> global arrays, split over the mesh."""
+def to_devices(batch: Any, mesh: Mesh) -> Any:
+    """This process's share of a batch (a tree of numpy) -> global arrays, split over the mesh."""
     sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    return jax.tree.map(lambda v: jax.make_array_from_process_local_data(sharding, v), batch)
 
 
 def to_host(array: jax.Array, mesh: Mesh) -> np.ndarray:

@@ -6,6 +6,7 @@ from pathlib import Path
 from rankclip_jax.common import commands, storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import cannot_write, write_whole
+from rankclip_jax.figures.words import printable
 from rankclip_jax.report import page, runs
 
 
@@ -25,12 +26,17 @@ def main() -> None:
         if out.is_dir():
             raise InputError(f"--out {out} is a folder; give the name of a file, for example {out / 'report.html'}")
         folders = [storage.fetched(one) if storage.is_remote(one) else one for one in flags.workdirs]
-        text = page.render([runs.read_run(folder) for folder in folders])
+        found = [runs.read_run(folder) for folder in folders]
+        text = page.render(found)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise cannot_write(out, error) from None
         write_whole(out, text)
+    for workdir, run in zip(flags.workdirs, found, strict=True):
+        for file, why in run.unreadable.items():
+            more = f" (and {len(why) - 1:,} more)" if len(why) > 1 else ""
+            print(f"left out: {printable(workdir)}/{file}: {why[0]}{more}")
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
 
 

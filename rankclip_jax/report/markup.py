@@ -3,6 +3,7 @@
 import html
 from collections.abc import Iterable, Sequence
 
+from rankclip_jax.figures import colour
 from rankclip_jax.report.runs import Run
 
 
@@ -17,11 +18,11 @@ def percent(share: float) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    """A table that scrolls by itself where it is too wide.
+    """A table that scrolls on its own where it is too wide.
 
     Args:
       head: HTML of each column's title; rows: HTML of each cell.
-      kind: class of style.css: "words", "runs" or "numbers".
+      kind: class of style.css: "words", "runs" or "facts".
     """
     titles = "".join(f"<th>{title}</th>" for title in head)
     lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
@@ -38,12 +39,22 @@ def grid(figures: Sequence[str]) -> str:
     return f'<div class="grid">{"".join(figures)}</div>' if figures else ""
 
 
-def fold(run: Run, runs: list[Run], title: str, body: str) -> str:
-    """A part of a section that can be folded; open for the first run only, so that a page of many runs stays short."""
-    opened = " open" if run is runs[0] else ""
-    return f'<details class="plain"{opened}><summary>{title}</summary>{body}</details>'
+def named(number: int, run: Run) -> str:
+    """The run's name with the dot of its colour."""
+    return f'<i class="dot" style="background:{colour(number)}"></i>{escaped(run.name)}'
 
 
-def of(run: Run, runs: list[Run]) -> str:
-    """The run's name in small, where there are several."""
-    return f" <small>{escaped(run.name)}</small>" if len(runs) > 1 else ""
+def side_by_side(runs: list[Run], cells: Sequence[str]) -> str:
+    """One cell a run, "" where it has none; beside each other, or below each other where there is no room."""
+    if len(runs) == 1:
+        return cells[0]
+    parts = [
+        f"<div><h4>{named(number, run)}</h4>{cell or '<p>nothing here</p>'}</div>"
+        for number, (run, cell) in enumerate(zip(runs, cells, strict=True))
+    ]
+    return f'<div class="side" style="--runs:{len(runs)}">{"".join(parts)}</div>'
+
+
+def fold(title: str, body: str) -> str:
+    """A part of a section that can be folded."""
+    return f'<details class="plain" open><summary>{title}</summary>{body}</details>'

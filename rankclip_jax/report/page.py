@@ -3,24 +3,26 @@
 from pathlib import Path
 
 from rankclip_jax.figures import colour
-from rankclip_jax.report import sections, tables
+from rankclip_jax.report import results, sections, tables
 from rankclip_jax.report.markup import escaped
 from rankclip_jax.report.runs import Run
 
 # Title, anchor, section, and a word on how to read it.
 _SECTIONS = (
-    ("Training", "training", sections.training, "A dashed line is the validation set."),
-    ("Zero-shot classification", "zero-shot", tables.zero_shot, ""),
-    ("Robustness", "robustness", tables.robustness,
+    ("Damaged files", "damaged", tables.unreadable, "What is wrong in these files is left out of this page."),
+    ("Zero-shot classification", "zero-shot", sections.zero_shot, results.HOW),
+    ("Retrieval", "retrieval", sections.retrieval,
+     f"Among equal scores the right answer counts as last. {results.HOW}"),
+    ("Linear probe", "linear-probe", lambda runs: results.results(runs, "linear_probe"),
+     f"Logistic regression on the frozen image embeddings. {results.HOW}"),
+    ("Robustness", "robustness", lambda runs: results.results(runs, "robustness"),
      "Top-1 on the reference set, over the classes of the shifted set, against the shifted set."),
-    ("Retrieval", "retrieval", sections.retrieval, "Among equal scores the right answer counts as last."),
-    ("Linear probe", "linear-probe", tables.linear_probe, "Logistic regression on the frozen image embeddings."),
+    ("Not evaluated", "missing", tables.missing, ""),
+    ("Training", "training", sections.training, "A dashed line is the validation set."),
     ("Rank agreement over time", "agreement", sections.agreement,
      "Spearman's correlation of the rankings that the ranking terms compare; what two rankings share of their best."),
     ("Geometry of the embeddings", "geometry", sections.geometry, ""),
-    ("Confusions", "confusions", sections.confusion, ""),
     ("Bad samples", "bad-samples", tables.bad_samples, "What training passed over."),
-    ("Not evaluated", "missing", tables.missing, ""),
     ("Configuration", "configuration", tables.configuration, ""),
 )  # fmt: skip
 
@@ -47,8 +49,8 @@ def render(runs: list[Run]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{names}</title><style>{_STYLE}</style></head><body>"
-        f"<header><h1>{'Run' if len(runs) == 1 else 'Runs'}: {names}</h1>{tables.tiles(runs)}"
-        f'{f"""<div class="legend">{legend}</div>""" if len(runs) > 1 else ""}</header>'
-        f"<nav><div>{''.join(links)}</div></nav><main>{''.join(parts)}"
+        f"<header><h1>{'Run' if len(runs) == 1 else 'Runs'}: {names}</h1>{tables.cards(runs)}{tables.facts(runs)}"
+        f"</header><nav><div>{''.join(links)}</div>"
+        f'{f"""<div class="legend">{legend}</div>""" if len(runs) > 1 else ""}</nav><main>{"".join(parts)}'
         f"<footer>{MADE} from the files of the runs' workdirs.</footer></main></body></html>\n"
     )

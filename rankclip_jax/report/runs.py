@@ -1,69 +1,84 @@
 """What a workdir holds for a report."""
 
-import collections
 import dataclasses
-import json
-from collections.abc import Callable
+import math
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from rankclip_jax.common.errors import InputError, one_line
-from rankclip_jax.common.metrics_file import read_metrics
+from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.trees import flatten
-from rankclip_jax.evaluation import results_file
+from rankclip_jax.figures import names
+from rankclip_jax.report.files import Files
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run.
+    """One run. All that is in it has the types that are said here, whatever the files hold (files.py).
 
     Attributes:
-      name: the workdir's last part, or more of it where runs share that.
+      name: the workdir's last part.
       rows: metrics.jsonl, a dict a line.
       config: config.json; empty without one.
-      results: of eval.json, what was evaluated last (results_file.latest).
+      samples: number of training samples; None: not known.
+      results: {"model", "step", "zero_shot": {set: numbers}, ...}, of eval.json what was evaluated last; without
+        one, of metrics.jsonl, and then "model" is None.
       confusion: set -> {"classes", "confusion"}; geometry: set -> arrays (evaluation/artifacts.py).
-      retrieval: set -> queries and answers.
+      examples, retrieval: set -> pictures that were classified; queries and answers.
       bad: reason -> (count, first places).
+      unreadable: file -> what was left out of it.
     """
 
     name: str
     rows: list[dict]
     config: dict
+    samples: int | None
     results: dict
     confusion: dict[str, dict]
+    examples: dict[str, dict]
     geometry: dict[str, dict]
     retrieval: dict[str, dict]
     bad: dict[str, tuple[int, list[str]]]
+    unreadable: dict[str, list[str]]
 
     def points(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of a metric, finite ones."""
-        found = [(row["step"], row.get(key)) for row in self.rows]
-        return [(step, value) for step, value in found if isinstance(value, int | float) and np.isfinite(value)]
+        return [(row["step"], row[key]) for row in self.rows if key in row and math.isfinite(row[key])]
+
+    def setting(self, key: str) -> Any:
+        """Of config.json: "model.name". None where there is no such key."""
+        found: Any = self.config
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        return found
 
 
 def read_run(workdir: str | Path) -> Run:
-    """Reads a workdir.
+    """Reads a workdir. What cannot be read is left out, and named in `unreadable`.
 
     Raises:
-      InputError: it is no folder, holds neither metrics.jsonl nor eval.json, or a file in it is damaged.
+      InputError: it is no folder, or nothing of a run can be read there.
     """
     folder = Path(workdir)
     if not folder.is_dir():
-        raise InputError(f"no folder {folder}; give the workdir of a run")
+        what = f"{folder} is no folder" if folder.exists() else f"no folder {folder}"
+        raise InputError(f"{what}; give the workdir of a run")
+    files = Files(folder)
+    rows = files.metrics()
     run = Run(
         name=folder.resolve().name,
-        rows=read_metrics(folder),
-        config=_json(folder / "config.json"),
-        results=results_file.latest(folder / "eval.json"),
-        confusion=_by_set(folder, "zero_shot_", ".npz", _arrays),
-        geometry=_by_set(folder, "geometry_", ".npz", _arrays),
-        retrieval=_by_set(folder, "retrieval_", ".json", _json),
-        bad=_bad(folder / "bad_samples.jsonl"),
+        rows=rows,
+        config=files.config(),
+        samples=files.samples(),
+        results=files.evaluations() or _while_training(files, rows),
+        confusion=files.confusion(),
+        examples=files.examples(),
+        geometry=files.geometry(),
+        retrieval=files.retrieval(),
+        bad=files.bad(),
+        unreadable=files.unreadable,
     )
     if not run.rows and not run.results:
-        raise InputError(f"{folder} holds neither metrics.jsonl nor eval.json; give the workdir of a run")
+        raise InputError(_no_run(folder, files.unreadable))
     return run
 
 
@@ -75,35 +90,30 @@ def differences(runs: list[Run]) -> list[tuple[str, list]]:
     return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
 
 
-def _by_set(folder: Path, prefix: str, suffix: str, read: Callable) -> dict:
-    files = sorted((folder / "eval").glob(f"{prefix}*{suffix}"))
-    return {file.name.removeprefix(prefix).removesuffix(suffix): read(file) for file in files}
+def _while_training(files: Files, rows: list[dict]) -> dict:
+    """What training evaluated last, as eval.json would have it."""
+    found: dict[str, dict] = {}
+    step = None
+    for row in rows:
+        for key, value in row.items():
+            if parts := names.split(key):
+                kind, name, number = parts
+                found.setdefault(kind, {}).setdefault(name, {})[number] = value
+                step = row["step"]
+        for key, counts in row.get("counts", {}).items():
+            kind, _, name = key.partition("/")
+            if isinstance(counts, dict) and name in found.get(kind, {}):
+                found[kind][name] |= counts
+    results = files.checked("metrics.jsonl", found)
+    return results | {"model": None, "step": step} if results else {}
 
 
-def _json(path: Path) -> dict:
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise InputError(f"{path} is not JSON; delete it, or evaluate again with --mode=eval") from None
-
-
-def _arrays(path: Path) -> dict:
-    try:
-        with np.load(path) as arrays:  # allow_pickle stays off: a file may come from anywhere
-            return dict(arrays)
-    except Exception as error:  # whatever NumPy and zipfile raise on a torn file
-        raise InputError(f"{path} cannot be read ({one_line(error)}); evaluate again with --mode=eval") from None
-
-
-def _bad(path: Path) -> dict:
-    places = collections.defaultdict(list)
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            sample = json.loads(line)
-        except ValueError:
-            continue  # a line that a crash cut off
-        places[str(sample.get("reason", "?"))].append(str(sample.get("where", "?")))
-    ordered = sorted(places.items(), key=lambda item: -len(item[1]))
-    return {reason: (len(found), found[:5]) for reason, found in ordered}
+def _no_run(folder: Path, unreadable: dict[str, list[str]]) -> str:
+    if unreadable:
+        said = "; ".join(f"{file} {why[0]}" for file, why in list(unreadable.items())[:3])
+        return f"nothing of a run can be read in {folder}: {said}"
+    inside = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))[:3]
+    if inside:
+        return f"{folder} holds workdirs of runs but is not one itself; give them: {' '.join(map(str, inside))}"
+    empty = "is empty" if not any(folder.iterdir()) else "holds neither metrics.jsonl nor eval.json"
+    return f"{folder} {empty}; give the workdir of a run"

@@ -1,49 +1,30 @@
 """The sections that draw. Each takes the runs and gives HTML, or nothing where no run has what it shows."""
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
 
 from rankclip_jax import figures
-from rankclip_jax.common.errors import InputError
-from rankclip_jax.report.markup import escaped, figure, fold, grid, of, percent, table
+from rankclip_jax.figures import names
+from rankclip_jax.report.markup import escaped, figure, fold, grid, percent, side_by_side, table
+from rankclip_jax.report.results import results
 from rankclip_jax.report.runs import Run
-from rankclip_jax.report.tables import geometry_numbers, recalls
+from rankclip_jax.report.tables import geometry_numbers
 
-_CURVES = {
-    "loss": "Loss",
-    "clip": "CLIP term (nats)",
-    "siglip": "SigLIP term",
-    "rank_in_modal": "Ranking term, in-modal (nats)",
-    "rank_cross_modal": "Ranking term, cross-modal (nats)",
-    "cyclic_in_modal": "CyCLIP's term, in-modal",
-    "cyclic_cross_modal": "CyCLIP's term, cross-modal",
-    "rank_weight": "Weight of the ranking terms",
-    "logit_scale": "Logit scale",
-    "logit_bias": "Logit bias",
-    "learning_rate": "Learning rate",
-    "grad_norm": "Gradient norm",
-    "images_per_second": "Images per second",
-    "images_read_per_second": "Images read per second, a process",
-    "data_wait": "Share of time without data",
-    "tflops_per_device": "TFLOP/s a device",
-    "mfu": "Model FLOPs utilisation",
-}
-_SHARES = ("data_wait", "mfu")
 _AGREEMENT = ("spearman", "overlap", "gradient_cosine")
+_ONCE = ("step", "seconds", "start", "counts")  # not drawn over the steps
 _MOST_PAIRS = 400  # of a projection; more are thinned evenly
 
 
 def training(runs: list[Run]) -> str:
-    """Everything of metrics.jsonl over the steps; the validation set's line is dashed."""
-    keys: list[str] = list(dict.fromkeys(key for run in runs for row in run.rows for key in row if key != "step"))
+    """What was measured over the steps, results first; the validation set's line is dashed."""
+    keys = list(dict.fromkeys(key for run in runs for row in run.rows for key in row if key not in _ONCE))
+    measured = [key for key in keys if key.endswith(("/top1", "_to_text_r1", "_to_image_r1")) and names.split(key)]
     plain = [key for key in keys if "/" not in key]
-    shown = [key for key in _CURVES if key in plain] + [key for key in plain if key not in _CURVES]
-    charts = [_chart(_CURVES.get(key, key), "training", runs, key, f"val/{key}", key in _SHARES) for key in shown]
-    tops = [key for key in keys if key.startswith("zero_shot/") and key.endswith("/top1")]
-    charts += [_chart(f"Zero-shot top-1, {key.split('/')[1]}", "training", runs, key, share=True) for key in tops]
-    found = [key for key in keys if key.startswith("retrieval/") and key.endswith("_r1")]
-    charts += [_chart(_retrieval_title(key), "training", runs, key, share=True) for key in found]
+    ordered = [key for key in names.TRAINING if key in plain] + [key for key in plain if key not in names.TRAINING]
+    charts = [_chart("training", runs, key) for key in measured]
+    charts += [_chart("training", runs, key, f"val/{key}") for key in ordered]
     return grid(list(filter(None, charts)))
 
 
@@ -51,38 +32,60 @@ def agreement(runs: list[Run]) -> str:
     """Rank agreement, overlap and gradient cosine over the steps."""
     keys = dict.fromkeys(key for run in runs for row in run.rows for key in row)
     wanted = [key for key in keys if any(word in key for word in _AGREEMENT)]
-    titles = {key: key.removeprefix("val/").removeprefix("geometry/").replace("_", " ") for key in wanted}
-    charts = [_chart(titles[key].capitalize(), "agreement", runs, key) for key in wanted]
-    return grid(list(filter(None, charts)))
+    return grid(list(filter(None, (_chart("agreement", runs, key) for key in wanted))))
 
 
-def _chart(
-    title: str, section: str, runs: list[Run], key: str, validation: str | None = None, share: bool = False
-) -> str:
+def _chart(section: str, runs: list[Run], key: str, validation: str | None = None) -> str:
     lines = [figures.Line(run.points(key), number) for number, run in enumerate(runs)]
     if validation:
         lines += [figures.Line(run.points(validation), number, dashed=True) for number, run in enumerate(runs)]
     lines = [line for line in lines if line.points]
-    return figure(title, figures.svg(figures.chart(lines, share), f"{section}/{key}")) if lines else ""
+    title, axis, share = names.metric(key)
+    drawing = figures.svg(figures.chart(lines, share, axis), f"{section}/{key}") if lines else ""
+    return figure(title, drawing) if lines else ""
 
 
-def _retrieval_title(key):
-    _, name, way = key.split("/")
-    return f"Retrieval R@1, {name}, {'image to text' if way.startswith('image') else 'text to image'}"
-
-
-def confusion(runs: list[Run]) -> str:
-    """The matrix and the most frequent confusions of every set."""
-    parts = []
-    for number, run in enumerate(runs):
-        for name, arrays in run.confusion.items():
-            drawing = figures.svg(figures.confusion({"": arrays}), f"confusion/{number}/{name}")
-            words = "Rows: the class it is. Columns: the class it was taken for. In the set's order; of "
-            words += f"{len(arrays['classes'])} classes, those that have an image or were said."
-            matrix = f'<div class="matrix">{drawing}<p>{words}</p></div>'
-            body = f'<div class="pair">{matrix}{_most_confused(arrays)}</div>'
-            parts.append(fold(run, runs, escaped(name) + of(run, runs), body))
+def zero_shot(runs: list[Run]) -> str:
+    """The table; then, for each set, pictures that were classified, and what was confused."""
+    parts = [results(runs, "zero_shot")]
+    sets = dict.fromkeys(name for run in runs for name in (*run.examples, *run.confusion))
+    for name in sets:
+        pictured = [_examples(run.examples.get(name, {})) for run in runs]
+        if any(pictured):
+            parts.append(fold(f"{escaped(name)}: right and wrong examples", side_by_side(runs, pictured)))
+        confused = [_confusion(number, name, run.confusion.get(name)) for number, run in enumerate(runs)]
+        if any(confused):
+            parts.append(fold(f"{escaped(name)}: what was taken for what", side_by_side(runs, confused)))
     return "".join(parts)
+
+
+def _examples(found: Mapping[str, list]) -> str:
+    def shown(which, example):
+        said = f"is {escaped(example['label'])}"
+        said += f"<br>taken for {escaped(example['predicted'])}" if which == "wrong" else ""
+        source = f"data:image/jpeg;base64,{example['picture']}"
+        return f'<figure class="example {which}"><img src="{source}" alt=""><figcaption>{said}</figcaption></figure>'
+
+    parts = []
+    for which in ("right", "wrong"):
+        if some := found.get(which):
+            cards = "".join(shown(which, example) for example in some)
+            parts.append(f'<h5>{which.capitalize()}</h5><div class="examples">{cards}</div>')
+    return "".join(parts)
+
+
+def _confusion(number: int, name: str, arrays: Mapping[str, np.ndarray] | None) -> str:
+    if not arrays:
+        return ""
+    _, columns = figures.shown_classes(arrays["confusion"])
+    drawing = figures.svg(figures.confusion({"": arrays}), f"confusion/{number}/{name}")
+    total = len(arrays["classes"])
+    occur = np.count_nonzero(arrays["confusion"].sum(axis=0) + arrays["confusion"].sum(axis=1))
+    which = "have an image or were said" if len(columns) == occur else "are confused most"
+    of = f" Of {total:,} classes, the {len(columns)} that {which}." if len(columns) < total else ""
+    words = f"In per cent of the images of each class.{of}"
+    matrix = f'<div class="matrix scroll">{drawing}</div><p class="note">{words}</p>'
+    return f'<div class="pair"><div>{matrix}</div>{_most_confused(arrays)}</div>'
 
 
 def _most_confused(arrays: Mapping[str, np.ndarray]) -> str:
@@ -100,40 +103,47 @@ def _most_confused(arrays: Mapping[str, np.ndarray]) -> str:
 
 def retrieval(runs: list[Run]) -> str:
     """Recalls, then queries with their five nearest; the right ones are marked."""
-    parts = [recalls(runs)]
-    for number, run in enumerate(runs):
-        for name, found in run.retrieval.items():
-            cards = []
-            for place, asked in enumerate(found["image_to_text"] + found["text_to_image"]):
-                try:
-                    drawing = figures.svg(figures.query(asked), f"retrieval/{number}/{name}/{place}")
-                except (OSError, ValueError) as error:
-                    message = f"{run.name}: a picture in eval/retrieval_{name}.json cannot be read ({error})"
-                    raise InputError(f"{message}; evaluate again with --mode=eval") from None
-                cards.append(f'<div class="query">{drawing}</div>')
-            title = f"{escaped(name)}{of(run, runs)}: queries evenly spaced over the set, and their five nearest"
-            key = '<p class="note"><i class="right-key"></i> the right one</p>'
-            parts.append(fold(run, runs, title, f'{key}<div class="queries">{"".join(cards)}</div>'))
+    parts = [results(runs, "retrieval")]
+    titles = {
+        "image_to_text": "pictures and their nearest captions, evenly spaced over the set",
+        "image_to_text_wrong": "pictures whose nearest caption is wrong",
+        "text_to_image": "captions and their nearest pictures, evenly spaced over the set",
+        "text_to_image_wrong": "captions whose nearest picture is wrong",
+    }
+    for name in dict.fromkeys(name for run in runs for name in run.retrieval):
+        for way, title in titles.items():
+            columns = []
+            for number, run in enumerate(runs):
+                queries = enumerate(run.retrieval.get(name, {}).get(way, []))
+                drawn = [figures.svg(figures.query(asked), f"{way}/{number}/{name}/{i}") for i, asked in queries]
+                columns.append([f'<div class="query">{drawing}</div>' for drawing in drawn])
+            if any(columns):
+                rows = [side_by_side(runs, cells) for cells in itertools.zip_longest(*columns, fillvalue="")]
+                key = '<p class="note"><i class="right-key"></i> the right one</p>'
+                queries = f'<div class="{"queries" if len(runs) == 1 else "rows"}">{"".join(rows)}</div>'
+                parts.append(fold(f"{escaped(name)}: {title}", key + queries))
     return "".join(parts)
 
 
 def geometry(runs: list[Run]) -> str:
-    """Projection, histograms of cosines, and the numbers."""
-    projections, histograms = [], []
-    for number, run in enumerate(runs):
-        for name, arrays in run.geometry.items():
-            title = f"{name}, {run.name}" if len(runs) > 1 else name
-            few = slice(None, None, max(1, -(-len(arrays["image"]) // _MOST_PAIRS)))
-            labels = {group: [f"{kind}: {caption}" for caption in arrays["captions"][few]]
-                      for group, kind in (("images", "image"), ("texts", "text"))}  # fmt: skip
-            points = figures.projection(arrays["image"][few], arrays["text"][few])
-            share = 100 * arrays["explained"]
-            projections.append(
-                figure(
-                    f"{title}: two principal axes, {share[0]:.0f} % and {share[1]:.0f} % of variance",
-                    figures.svg(points, f"projection/{number}/{name}", labels),
-                )
-            )
-            counts = figures.cosines(arrays["edges"], arrays["positive"], arrays["negative"])
-            histograms.append(figure(f"{title}: cosines", figures.svg(counts, f"cosines/{number}/{name}")))
-    return grid(projections + histograms) + geometry_numbers(runs)
+    """The numbers, projections and histograms of cosines."""
+    parts = [geometry_numbers(runs)]
+    for name in dict.fromkeys(name for run in runs for name in run.geometry):
+        cells = [_geometry(number, name, run.geometry.get(name)) for number, run in enumerate(runs)]
+        parts.append(fold(f"{escaped(name)}: where its embeddings lie", side_by_side(runs, cells)))
+    return "".join(parts)
+
+
+def _geometry(number: int, name: str, arrays: Mapping[str, np.ndarray] | None) -> str:
+    if not arrays:
+        return ""
+    few = slice(None, None, max(1, -(-len(arrays["image"]) // _MOST_PAIRS)))
+    labels = {group: [f"{kind}: {caption}" for caption in arrays["captions"][few]]
+              for group, kind in (("images", "image"), ("texts", "text"))}  # fmt: skip
+    points = figures.projection(arrays["image"][few], arrays["text"][few], arrays["explained"])
+    counts = figures.cosines(arrays["edges"], arrays["positive"], arrays["negative"])
+    drawn = [
+        figure("Embeddings on two principal axes", figures.svg(points, f"projection/{number}/{name}", labels)),
+        figure("Cosines of image and text", figures.svg(counts, f"cosines/{number}/{name}")),
+    ]
+    return grid(drawn)

@@ -1,96 +1,163 @@
 """The sections of tables and words. Each takes the runs and gives HTML, or nothing where no run has what it shows."""
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
 from typing import Any
 
-from rankclip_jax.figures import colour
-from rankclip_jax.report.markup import escaped, of, percent, table
+from rankclip_jax.figures import colour, names
+from rankclip_jax.report import results
+from rankclip_jax.report.markup import escaped, named, table
 from rankclip_jax.report.runs import Run, differences
 
-_GEOMETRY = {
-    "spearman_in_modal": "Spearman, image-image with text-text rankings",
-    "spearman_cross_modal": "Spearman, image-text with text-image rankings",
-    "overlap_in_modal": "shared among the 10 nearest, in-modal",
-    "overlap_cross_modal": "shared among the 10 nearest, cross-modal",
-    "similarity_positive": "mean cosine of pairs",
-    "similarity_negative": "mean cosine of all others",
-    "modality_gap": "modality gap",
-    "alignment": "alignment (lower: pairs nearer)",
-    "uniformity_image": "uniformity, images (lower: more even)",
-    "uniformity_text": "uniformity, texts",
+_LONGEST = 120  # letters of a fact
+
+
+def cards(runs: list[Run]) -> str:
+    """What each run reached, at a glance."""
+    parts = []
+    for number, run in enumerate(runs):
+        cells = "".join(
+            f"<div><b>{share}</b><small>{within}</small><span>{escaped(name)}</span></div>"
+            for name, share, within in results.headline(run)
+        )
+        parts.append(
+            f'<div class="card" style="border-top-color:{colour(number)}"><h3>{escaped(run.name)}</h3>'
+            f'<div class="numbers">{cells or "<p>nothing evaluated yet</p>"}</div></div>'
+        )
+    return f'<div class="cards" style="--runs:{len(runs)}">{"".join(parts)}</div>'
+
+
+def facts(runs: list[Run]) -> str:
+    """What was trained, on what, for how long, where and when; a column a run."""
+    rows = []
+    for title, fact in _FACTS.items():
+        said = [fact(run) for run in runs]
+        if any(said):
+            rows.append([title, *(escaped(_short(each)) if each else "not recorded" for each in said)])
+    head = ["", *(named(number, run) for number, run in enumerate(runs))] if len(runs) > 1 else []
+    return table(head, rows, "facts") if rows else ""
+
+
+def _starts(run: Run, key: str) -> list:
+    return [row["start"][key] for row in run.rows if key in row.get("start", {})]
+
+
+def _model(run: Run) -> str:
+    side = run.setting("model.image_size")
+    return _words(run.setting("model.name"), side and f"{side} px")
+
+
+def _parameters(run: Run) -> str:
+    found = _starts(run, "parameters")
+    return f"{found[-1]:,}" if found and isinstance(found[-1], int) else ""
+
+
+def _data(run: Run) -> str:
+    count = f"{run.samples:,} pairs" if run.samples else ""
+    path = run.setting("data.train")
+    return _words(count, run.setting("data.format"), path if isinstance(path, str | list) else "")
+
+
+def _batch(run: Run) -> str:
+    parts = run.setting("accumulate")
+    return _words(run.setting("batch_size"), f"in {parts} parts" if parts not in (None, 1) else "")
+
+
+def _steps(run: Run) -> str:
+    planned = _starts(run, "steps")
+    done = f"{max(row['step'] for row in run.rows):,}" if run.rows else ""
+    of = f" of {planned[-1]:,}" if planned and isinstance(planned[-1], int) else ""
+    epochs = run.setting("epochs")
+    return _words(done and done + of, f"{epochs} epochs" if epochs and run.setting("steps") is None else "")
+
+
+def _time(run: Run) -> str:
+    """The sum over the starts, each until its last line."""
+    spent: list[float] = []
+    for row in run.rows:
+        if "start" in row or not spent:
+            spent.append(0.0)
+        spent[-1] = max(spent[-1], row.get("seconds", 0.0))
+    seconds = sum(spent)
+    if not 0 < seconds < 1e9:  # also where one is not finite
+        return ""
+    starts = len(_starts(run, "date"))
+    days, rest = divmod(round(seconds), 86_400)
+    clock = (f"{days} d " if days else "") + time.strftime("%H:%M:%S", time.gmtime(rest))
+    return _words(clock, f"in {starts} starts" if starts > 1 else "")
+
+
+def _evaluated(run: Run) -> str:
+    if not run.results:
+        return ""
+    step, model, of = run.results["step"], run.results["model"], run.results.get("evaluated", {})
+    what = f"step {step:,}" if model in (None, "run") else model
+    return _words(
+        what, "during training (--mode=eval shows more)" if model is None else of.get("date"), of.get("device")
+    )
+
+
+def _words(*parts: Any) -> str:
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _short(words: str) -> str:
+    return words if len(words) <= _LONGEST else words[: _LONGEST - 1] + "…"
+
+
+_FACTS: dict[str, Callable[[Run], str]] = {
+    "Model": _model,
+    "Parameters": _parameters,
+    "Objective": lambda run: _words(run.setting("loss.objective")),
+    "Training data": _data,
+    "Batch": _batch,
+    "Steps": _steps,
+    "Time": _time,
+    "Device": lambda run: _words(*_starts(run, "device")[-1:]),
+    "Started": lambda run: _words(*_starts(run, "date")[:1]),
+    "Evaluated": _evaluated,
 }
 
 
-def tiles(runs: list[Run]) -> str:
-    """What each run reached, at a glance."""
-    cards = []
-    for number, run in enumerate(runs):
-        facts = []
-        if run.rows:
-            facts.append(("steps", f"{max(row['step'] for row in run.rows):,}"))
-        for name, row in list(run.results.get("zero_shot", {}).items())[:3]:
-            facts.append((f"{name}, top-1", percent(row["top1"])))
-        if not run.results:
-            last = {k: v for row in run.rows for k, v in row.items() if k.endswith("/top1")}
-            facts += [(f"{key.split('/')[1]}, top-1", percent(value)) for key, value in list(last.items())[:3]]
-        if run.bad:
-            facts.append(("bad samples", f"{sum(count for count, _ in run.bad.values()):,}"))
-        cells = "".join(f"<div><b>{escaped(value)}</b><span>{escaped(name)}</span></div>" for name, value in facts)
-        model = run.config.get("model", {}).get("name", "")
-        objective = run.config.get("loss", {}).get("objective", "")
-        cards.append(
-            f'<div class="card" style="border-top-color:{colour(number)}"><h3>{escaped(run.name)}</h3>'
-            f"<p>{escaped(' · '.join(part for part in (model, objective) if part))}</p>"
-            f'<div class="facts">{cells}</div></div>'
-        )
-    return f'<div class="cards">{"".join(cards)}</div>'
-
-
-def zero_shot(runs: list[Run]) -> str:
-    """A row a set, the columns of all runs beside each other."""
-    columns = {f"top{k}": f"top-{k}" for k in (1, 3, 5, 10)} | {"mean_per_class": "per class"}
-    return _results(runs, "zero_shot", columns)
-
-
-def linear_probe(runs: list[Run]) -> str:
-    """Likewise."""
-    return _results(runs, "linear_probe", {"top1": "top-1", "mean_per_class": "per class", "l2": "L2"}, plain=("l2",))
-
-
-def robustness(runs: list[Run]) -> str:
-    """Likewise, with the differences."""
-    columns = {"reference": "reference", "shifted": "shifted", "drop": "drop", "effective": "effective"}
-    return _results(runs, "robustness", columns)
-
-
-def recalls(runs: list[Run]) -> str:
-    """Likewise, of retrieval."""
-    ways = (("image_to_text", "img→txt"), ("text_to_image", "txt→img"))
-    return _results(runs, "retrieval", {f"{way}_r{k}": f"{short} R@{k}" for way, short in ways for k in (1, 5, 10)})
-
-
 def geometry_numbers(runs: list[Run]) -> str:
-    """A row a number, a column a set and run."""
-    columns = [(run, name, row) for run in runs for name, row in run.results.get("geometry", {}).items()]
-    if not columns:
-        return ""
-    head = ["", *(escaped(name) + of(run, runs) for run, name, _ in columns)]
-    rows = [
-        [escaped(label), *(f"{row[key]:.3f}" if key in row else "" for _, _, row in columns)]
-        for key, label in _GEOMETRY.items()
-    ]
-    return table(head, rows, "numbers")
+    """A row a number and set, a column a run."""
+    sets = dict.fromkeys(name for run in runs for name in run.results.get("geometry", {}))
+    rows = []
+    for name in sets:
+        found = [run.results.get("geometry", {}).get(name, {}) for run in runs]
+        for key, (title, *_) in names.GEOMETRY.items():
+            if any(key in row for row in found):
+                shown = [f"{row[key]:.3f}" if key in row else "" for row in found]
+                rows.append([escaped(name), escaped(title), *shown])
+        if any("n" in row for row in found):
+            rows.append([escaped(name), "Number of pairs", *(f"{row['n']:,}" if "n" in row else "" for row in found)])
+    head = ["set", "", *(named(number, run) if len(runs) > 1 else "" for number, run in enumerate(runs))]
+    return table(head, rows, "runs") if rows else ""
 
 
 def missing(runs: list[Run]) -> str:
     """Sets that could not be evaluated, and why."""
-    items = [
-        f"<li><b>{escaped(name)}</b>{of(run, runs)}: {escaped(reason)}</li>"
+    rows = [
+        [escaped(run.name), escaped(name), escaped(reason)]
         for run in runs
         for name, reason in run.results.get("missing", {}).items()
     ]
-    return f"<ul>{''.join(items)}</ul>" if items else ""
+    return table(("run", "set", "reason"), rows, "words") if rows else ""
+
+
+def unreadable(runs: list[Run]) -> str:
+    """Files of the workdirs that are damaged."""
+    rows = [
+        [escaped(run.name), escaped(file), "<br>".join(map(escaped, why[:5])) + _more(why)]
+        for run in runs
+        for file, why in run.unreadable.items()
+    ]
+    return table(("run", "file", "what is wrong"), rows, "words") if rows else ""
+
+
+def _more(why: list[str]) -> str:
+    return f"<br>and {len(why) - 5:,} more" if len(why) > 5 else ""
 
 
 def bad_samples(runs: list[Run]) -> str:
@@ -108,7 +175,7 @@ def configuration(runs: list[Run]) -> str:
     parts = []
     different = differences(runs) if len(runs) > 1 else []
     if different:
-        head = ["differs", *(escaped(run.name) for run in runs)]
+        head = ["differs", *(named(number, run) for number, run in enumerate(runs))]
         rows = [[f"<code>{escaped(cell)}</code>" for cell in (key, *map(_value, values))] for key, values in different]
         parts.append(table(head, rows, "words"))
     elif len(runs) > 1:
@@ -120,33 +187,6 @@ def configuration(runs: list[Run]) -> str:
         if run.config
     ]
     return "".join(parts)
-
-
-def _results(runs: Sequence[Run], kind: str, columns: dict[str, str], plain: tuple = ()) -> str:
-    """A row a set and run, the best run of a column in bold where there are several."""
-    names = dict.fromkeys(name for run in runs for name in run.results.get(kind, {}))
-    if not names:
-        return ""
-    found = [row for run in runs for row in run.results.get(kind, {}).values()]
-    columns = {key: label for key, label in columns.items() if any(key in row for row in found)}
-    counts = [key for key in ("n", "images", "texts") if any(key in row for row in found)]
-    lines = []
-    for name in names:
-        rows = [(number, run.results.get(kind, {}).get(name)) for number, run in enumerate(runs)]
-        rows = [(number, row) for number, row in rows if row]
-        for place, (number, row) in enumerate(rows):
-            cells = [escaped(name) if place == 0 else ""]
-            if len(runs) > 1:
-                cells.append(f'<i class="dot" style="background:{colour(number)}"></i>{escaped(runs[number].name)}')
-            for key in columns:
-                values = [other[key] for _, other in rows if key in other]
-                best = len(values) > 1 and row.get(key) == max(values) > min(values) and key not in ("drop", *plain)
-                shown = "" if key not in row else f"{row[key]:.3g}" if key in plain else percent(row[key])
-                cells.append(f"<b>{shown}</b>" if best else shown)
-            lines.append([*cells, *(f"{row[key]:,}" if key in row else "" for key in counts)])
-    several = len(runs) > 1
-    head = map(escaped, ["set", *(["run"] if several else []), *columns.values(), *counts])
-    return table(head, lines, "runs" if several else "")
 
 
 def _value(value: Any) -> str:

@@ -43,6 +43,8 @@ class Study:
         if unknown := sorted(set(study.more_seeds) - set(study.objectives)):
             known = ", ".join(study.objectives)
             raise InputError(f"config.study.more_seeds.{unknown[0]} is not an objective. Expected one of {known}")
+        if config.model.pack_text == "on":
+            raise InputError("config.model.pack_text=on. Expected auto or off: a study pads, on the device")
         canvas = canvas_side(config, side) or side
         train = read_pairs(config.data, config.data.train, side=side, canvas=canvas, split="train", limit=study.limit)
         if len(train.captions) < config.batch_size:

@@ -12,8 +12,10 @@ from pathlib import Path
 import jax
 
 from rankclip_jax.common import commands, storage
+from rankclip_jax.common.devices import devices_of
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.parallel import compilation_cache, preemption, processes
+from rankclip_jax.parallel.mesh import make_mesh
 from rankclip_jax.train import arguments, evaluate, loop, plan
 from rankclip_jax.train import workdir as workdirs
 
@@ -77,7 +79,7 @@ def _run(flags: argparse.Namespace, given: arguments.Given, workdir: Path | None
             plan.plan(settings)
         elif flags.mode == "train":
             assert workdir is not None  # main asked for one, or for what names it
-            compilation_cache.enable()
+            compilation_cache.enable(devices_of(make_mesh(settings.mesh)).platform)
             loop.train(settings, workdir)
         else:
             evaluate.evaluate(settings, workdir, flags.out)

@@ -27,7 +27,7 @@ def loss_and_grads(
     """
     if parts == 1:
         return jax.value_and_grad(lambda p: loss(p, embed(p, batch)), has_aux=True)(params)
-    # Every parts-th row goes into a part: each device's rows are then cut alike, and none moves.
+    # Every parts-th row goes into a part: each device's rows are then cut in the same way, and none moves.
     cut = constrain(jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch))
 
     def join(x):

@@ -11,6 +11,7 @@ from rankclip_jax import config as configs
 from rankclip_jax import evaluation
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.metrics_file import now
 from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.evaluation import artifacts, results_file
@@ -58,6 +59,7 @@ def evaluate(config: ConfigDict, workdir: str | Path | None, out: Path | None = 
     if not any(results[kind] for kind in evaluation.KINDS):
         raise InputError("; ".join(results["missing"].values()) or "config.eval names no set to evaluate on")
     if file:
+        results |= {"evaluated": {"date": now(), "device": str(session.devices)}}
         results_file.add(file, results_file.RUN if own else config.eval.model, step, results)
     of = config.eval.model or f"step {step} of {workdir and storage.shown(workdir)}"
     print(f"{of}\n{evaluation.text(results)}", end="")

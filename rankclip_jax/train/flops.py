@@ -40,17 +40,19 @@ def peak_tflops(device_kind: str) -> float | None:
     return next((ACCELERATORS[name][1] for kind, name in _KINDS if re.search(kind, device_kind)), None)
 
 
-def step_flops(config: ClipConfig, batch: int, views: int = 1) -> float:
+def step_flops(config: ClipConfig, batch: int, views: int = 1, text_rows: int | None = None) -> float:
     """Floating-point operations of a training step: matrix products and convolutions of the towers, and of the loss.
 
     Forward and backward. Recomputation under remat or accumulation is not counted, as is the custom; nor are norms,
-    activations and softmax, which are 0.2 to 1.5 % of what XLA counts.
+    activations and softmax, which are 0.2 to 1.5 % of what XLA counts. All rows count that the text tower computes:
+    `text_rows` where captions are packed; None: a row for each caption, padding included.
     """
     vision, text, d = config.vision, config.text, config.embed_dim
     picture = _vit(vision, d) if isinstance(vision, VitConfig) else _resnet(vision, d)
-    tower = _transformer(text.layers, text.width, text.mlp_width, text.context_length) + text.width * config.embed_dim
-    pair = picture + 3 * tower
-    return 2.0 * batch * views * pair + 24.0 * batch**2 * config.embed_dim
+    row = 3 * _transformer(text.layers, text.width, text.mlp_width, text.context_length)
+    pairs = batch * views
+    towers = pairs * (picture + 3 * text.width * d) + (pairs if text_rows is None else text_rows) * row
+    return 2.0 * towers + 24.0 * batch**2 * config.embed_dim
 
 
 # Multiply-adds a picture or text. A layer costs its forward pass three times, once more for the gradient of its input

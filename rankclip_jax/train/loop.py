@@ -16,29 +16,34 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 from optax import GradientTransformation
 
 from rankclip_jax import evaluation, figures
-from rankclip_jax.common import storage
+from rankclip_jax.common import packing, storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.metrics_file import read_metrics
+from rankclip_jax.common.packing import Packed
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.models import ResNetConfig
 from rankclip_jax.parallel import processes
 from rankclip_jax.parallel.mesh import to_devices
 from rankclip_jax.parallel.preemption import Notice, Preempted
-from rankclip_jax.train import init_from, optim, resolve
+from rankclip_jax.train import init_from, loggers, optim, resolve
 from rankclip_jax.train import step as steps
 from rankclip_jax.train import workdir as workdirs
 from rankclip_jax.train.input_wait import InputWait
+from rankclip_jax.train.packed_batches import PackedBatches
 from rankclip_jax.train.profile import Trace
 from rankclip_jax.train.recorder import Recorder
 from rankclip_jax.train.schedule import free_until, learning_rate
 from rankclip_jax.train.session import Session, image_side
 from rankclip_jax.weights import checkpoint, pretrained, saving
 from rankclip_jax.weights.saving import Checkpoints
+
+_MEASURED = 16  # rows of each of 256 blocks of the training data, on whose captions the packing is settled
 
 
 class Data(NamedTuple):
@@ -72,6 +77,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
       Preempted: SIGTERM or Ctrl-C came, to any of the processes, and the state is saved.
     """
     workdir = Path(workdir)
+    loggers.check(config.log)
     if storage.is_remote(folder := checkpoint.folder_of(workdir, config.checkpoint)) and processes.is_first():
         saving.probe(folder)
     old = workdirs.check_same_run(workdir, config)
@@ -82,6 +88,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         workdirs.check_same_data(workdir, held)
     tx = optim.make_optimizer(config.optim, data.total_steps, data.steps_per_epoch)
     session = open_session(config, workdir, data, origin, resumes=old is not None)
+    config = session.config
     abstract = steps.abstract_state(session.model, tx, session.mesh, config.sharding)
     with workdirs.claimed(workdir, config):  # only now, when all that was given proved right
         start = open_state(session, workdir, data, tx, abstract, origin)
@@ -94,11 +101,11 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
             return
         with Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None) as checkpoints:
             batches = open_batches(session, workdir, data, start.position, data.total_steps - start.step)
-            parameters = sum(p.size for p in jax.tree.leaves(start.state.params))
             processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""
             print(
-                f"training {config.model.name} ({parameters:,} parameters) with {config.loss.objective} on "
-                f"{data.source.size:,} samples: {data.total_steps} steps of {config.batch_size} on "
+                f"training {config.model.name} ({_parameters(start.state):,} parameters) with "
+                f"{config.loss.objective} on {data.source.size:,} samples: "
+                f"{data.total_steps} steps of {config.batch_size} on "
                 f"{session.devices.count} {session.devices.platform} device(s){processes_said}"
             )
             run_steps(session, workdir, data, tx, start, batches, checkpoints)
@@ -142,13 +149,16 @@ def open_data(
 def open_session(
     config: ConfigDict, workdir: Path, data: Data, origin: pretrained.Pretrained | None, resumes: bool
 ) -> Session:
-    """The session of a run. `origin`: what config.init_from names, where it starts."""
+    """The session of a run, its packing settled. `origin`: what config.init_from names, where it starts."""
 
     def tokenizer() -> str:
         stored = workdirs.tokenizer_file(workdir, config)
         return (Tokenizer.load(stored) if resumes else _new_tokenizer(config, data.source, origin)).to_json()
 
-    return Session(config, Tokenizer.from_json(processes.from_first(tokenizer)))
+    session = Session(config, Tokenizer.from_json(processes.from_first(tokenizer)))
+    unit = session.unit_captions, session.context_length
+    session.config = resolve.packing(config, *unit, lambda: _caption_lengths(session, data.source), resumes)
+    return session
 
 
 def open_state(
@@ -204,12 +214,15 @@ def run_steps(
 ) -> None:
     """Step, record, evaluate, save, until the last step or until somebody asks to stop."""
     config, state = session.config, start.state
+    batches = PackedBatches(session, batches, data.total_steps - start.step)
     length = dict(total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch)
     train_step = steps.make_train_step(session.model, tx, config, session.mesh, **length)
     rate, wait = learning_rate(config.optim, **length), InputWait(batches)
+    began = dict(start=start.step, total_steps=data.total_steps, parameters=_parameters(state))
+    compiled: set[bool] = set()  # the steps of packed batches, and of those that did not fit
     cadence = [n for n in (config.checkpoint.every_steps, config.checkpoint.keep_every) if n]
     with (
-        Recorder(session, workdir, rate, wait.take, start=start.step, total_steps=data.total_steps) as recorder,
+        Recorder(session, workdir, rate, wait.take, **began) as recorder,
         Trace(config.profile, workdir) as trace,
         Notice() as notice,
     ):
@@ -217,10 +230,12 @@ def run_steps(
             _evaluate(session, state, data, start.step, recorder, checkpoints)
         for step, batch in zip(range(start.step + 1, data.total_steps + 1), wait, strict=False):
             trace.before(step)
-            with _compiling(recorder) if step == start.step + 1 else contextlib.nullcontext():
+            packed = isinstance(batch["tokens"], Packed)
+            new, compiled = packed not in compiled, compiled | {packed}
+            with _compiling(recorder) if new else contextlib.nullcontext():
                 state, numbers = train_step(state, to_devices(batch, session.mesh))
             wait.step_started(numbers["loss"])
-            recorder.take(step, numbers)
+            recorder.take(step, numbers, packed)
             trace.after(step, numbers)
             last, terminated = step == data.total_steps, notice.reached(step)
             epoch_ends = last or step % data.steps_per_epoch == 0
@@ -234,6 +249,10 @@ def run_steps(
                 raise Preempted(f"saved step {step} in {name}; to resume: {resume}")
             if epoch_ends:
                 _evaluate(session, state, data, step, recorder, checkpoints)
+
+
+def _parameters(state: steps.TrainState) -> int:
+    return sum(p.size for p in jax.tree.leaves(state.params))
 
 
 def finish(session: Session, workdir: Path, batches: Any) -> None:
@@ -277,7 +296,7 @@ def _length(config: ConfigDict, steps_per_epoch: int) -> tuple[int, float]:
 
 @contextlib.contextmanager
 def _compiling(recorder: Recorder) -> Iterator[None]:
-    """Around the first step, whose call returns when it is compiled: says how long that took."""
+    """Around a program's first step, whose call returns when it is compiled: says how long that took."""
     print("compiling the step ...", flush=True)
     begin = time.monotonic()
     with recorder.paused():
@@ -318,16 +337,19 @@ def _evaluate(
     kinds = _kinds_due(session, data, step)
     if not kinds:
         return
+    shown: dict[str, dict] | None = {} if recorder.shows else None
     with recorder.paused():
-        results = evaluation.evaluate(session.config.eval, session.encoder(state), data.sets, kinds=kinds)
+        encoder = session.encoder(state)
+        results = evaluation.evaluate(session.config.eval, encoder, data.sets, kinds=kinds, shown=shown)
         failed = {name: why for name, why in results["missing"].items() if name not in data.sets.missing}
         numbers = evaluation.flat(results)
         if data.val and "zero_shot" in kinds:
             with evaluation.one_set("config.data.val", failed):
                 numbers |= session.validation(state, data.val)
+        recorder.show(step, shown or {})
     print(f"after epoch {step // data.steps_per_epoch}, step {step}:")
     print(evaluation.lines(results | {"missing": failed}, numbers), end="", flush=True)
-    recorder.write(step, numbers, failed)
+    recorder.write(step, numbers, counts=evaluation.counts(results), failed=failed)
     checkpoints.score(step, numbers)
 
 
@@ -339,6 +361,14 @@ def _place(restored: checkpoint.Restored, session: Session) -> int:
         before, now = len(restored.positions), session.process[1]
         print(f"{before} processes saved it, {now} resume: {passed_over} samples are not seen this epoch")
     return position
+
+
+def _caption_lengths(session: Session, source: Any) -> np.ndarray:
+    from input_pipeline.sources.source import read_captions
+
+    captions = list(read_captions(source, _MEASURED))
+    tokens = session.tokenizer(captions or [""], session.context_length)
+    return packing.lengths(tokens, session.tokenizer.eot_id)
 
 
 def _new_tokenizer(config: ConfigDict, source: Any, origin: Any) -> Tokenizer:

@@ -15,12 +15,15 @@ import sys
 from ml_collections import ConfigDict
 
 from rankclip_jax import config as configs
+from rankclip_jax.common import packing
 from rankclip_jax.common.errors import InputError, one_line
-from rankclip_jax.parallel.mesh import batch_sharding
+from rankclip_jax.parallel.mesh import batch_sharding, batch_shards
 from rankclip_jax.train import targets
-from rankclip_jax.train.flops import ACCELERATORS, step_flops
-from rankclip_jax.train.hlo import collectives, unpriced
+from rankclip_jax.train.flops import ACCELERATORS
+from rankclip_jax.train.hlo import CLOCKS, collectives, cycles, unpriced
 from rankclip_jax.train.targets import Target, parse_target
+
+_ROWS = "a run's config.json has config.model.pack_rows, and input_pipeline.prepare --inspect --tokenizer prints it"
 
 
 def plan(config: ConfigDict) -> dict:
@@ -32,6 +35,7 @@ def plan(config: ConfigDict) -> dict:
     from rankclip_jax.train import resolve  # brings tokenizers, which benchmarks.gpu can do without
 
     resolve.require(config, "a plan")
+    config = _with_packing(config)
     target = parse_target(config.plan.target)
     print(f"compiling the step of {config.model.name} for {config.plan.target}; minutes for a large model", flush=True)
     if not targets.has_compiler(target.platform):
@@ -77,11 +81,15 @@ def summary(config: ConfigDict, target: Target, whole: dict, half: dict) -> dict
     memory, tflops = ACCELERATORS[target.kind]
     flops = whole["flops"]
     numbers = {key: whole[key] for key in ("real", "attention", "sort", "bfloat16")} | {
+        "text": _text(config, whole["text_rows"]),
         "parameters": whole["parameters"],
         "tflop_per_step": flops / 1e12,
         "limit_gib": memory,
         "seconds_per_step": flops / (target.count * tflops * 1e12 * config.plan.utilisation),
     }
+    if whole.get("cycles"):
+        numbers["sort_seconds"] = sort_seconds(target, whole)
+        numbers["seconds_per_step"] += numbers["sort_seconds"]
     numbers["images_per_second"] = config.batch_size / numbers["seconds_per_step"]
     if steps := _total_steps(config):
         numbers["days"] = steps * numbers["seconds_per_step"] / 86400
@@ -98,12 +106,18 @@ def summary(config: ConfigDict, target: Target, whole: dict, half: dict) -> dict
     return numbers
 
 
+def sort_seconds(target: Target, found: dict) -> float:
+    """What sorts, gathers and scatters of a TPU's program take, which neither its operations nor its compiler count."""
+    return sum(found["cycles"][kind] for kind in ("sort", "gather", "scatter")) / (CLOCKS[target.kind] * 1e9)
+
+
 def lines(config: ConfigDict, target: Target, numbers: dict) -> list[str]:
     """The plan as text."""
     rows = [
         ("compiler", target.kind if numbers["real"] else f"the CPU's: what {target.kind} needs is estimated"),
         ("parameters", f"{numbers['parameters']:,}"),
         ("batch", f"{config.batch_size:,}, {config.batch_size // target.count:,} a device"),
+        ("text tower", numbers["text"]),
         ("floating-point operations", f"{numbers['tflop_per_step']:.3g} TFLOP a step"),
     ]
     if numbers["real"]:
@@ -125,6 +139,9 @@ def lines(config: ConfigDict, target: Target, numbers: dict) -> list[str]:
     used = f"at {100 * config.plan.utilisation:.0f} % of {ACCELERATORS[target.kind][1]} TFLOP/s a device"
     rate = f"{numbers['images_per_second']:,.0f} images/s"
     rows.append(("time a step", f"{numbers['seconds_per_step']:.3g} s {used}: {rate}"))
+    if "sort_seconds" in numbers:
+        rows.append(("  sorts, gathers, scatters", f"{numbers['sort_seconds']:.3g} s of it, by a table (train/hlo.py)"))
+    rows.append(("  not priced", "collectives" if "sort_seconds" in numbers else "sorts and collectives"))
     if "days" in numbers:
         rows.append(("the whole schedule", f"{numbers['days']:.2f} days"))
     else:
@@ -134,6 +151,26 @@ def lines(config: ConfigDict, target: Target, numbers: dict) -> list[str]:
 
 def _total_steps(config: ConfigDict) -> int | None:
     return config.steps or (config.plan.samples and config.plan.samples // config.batch_size * config.epochs)
+
+
+def _with_packing(config: ConfigDict) -> ConfigDict:
+    """With model.pack_text settled by model.pack_rows, as a run settles both by captions, which no plan reads."""
+    settled, rows = configs.complete(config.to_dict()), config.model.pack_rows
+    if config.model.pack_text == "on" and rows is None:
+        raise InputError(
+            "config.model.pack_rows=None. Expected (rows, captions), since config.model.pack_text=on and a plan reads "
+            f"no captions; {_ROWS}"
+        )
+    if config.model.pack_text == "auto":
+        settled.model.pack_text = "on" if rows and packing.worthwhile(*rows) else "off"
+    return settled
+
+
+def _text(config: ConfigDict, rows: int) -> str:
+    """What the text tower computes, in words."""
+    if config.model.pack_text == "on":
+        return f"{rows:,} rows of captions a device and part, packed"
+    return f"{rows:,} rows a device and part, padded; to plan with packed ones: {_ROWS}"
 
 
 def _with_batch(config: ConfigDict, batch_size: int) -> ConfigDict:
@@ -172,6 +209,10 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
 
     canvas, views = session.canvas, 1 + config.data.two_views
     batch = {"tokens": array(np.int32, views, length)}
+    if session.packs:
+        shape = batch_shards(mesh) * config.accumulate, session.unit_captions
+        packed = packing.pack(np.zeros((*shape, length), np.int32), np.ones(shape, int), session.unit_rows)
+        batch["tokens"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), packed)
     if canvas:
         batch["image"] = array(np.uint8, canvas, canvas, 3)
         batch |= {"size": array(np.int32, 2), "windows": array(np.float32, views, 4)}
@@ -179,7 +220,8 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
         batch["image"] = array(np.uint8, views, side, side, 3)
     found = {
         "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
-        "flops": step_flops(model.config, b, views),
+        "flops": session.step_tflop(session.packs) * 1e12,
+        "text_rows": session.unit_rows if session.packs else session.unit_captions,
         "attention": model.attention,
         "sort": SORTS[session.devices.platform],
         "bfloat16": session.devices.has_bfloat16,
@@ -196,6 +238,7 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
         raise InputError("the compiler of these devices does not say what memory the step needs")
     return found | {
         "cost": {key: cost[key] for key in ("flops", "bytes accessed", "optimal_seconds") if cost.get(key, 0) > 0},
+        "cycles": cycles(text)._asdict() if target and target.platform == "tpu" else None,
         "unpriced": sorted(unpriced(text)),
         "states": memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,

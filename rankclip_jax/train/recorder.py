@@ -2,25 +2,28 @@
 
 import contextlib
 import math
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import optax
 
+from rankclip_jax import figures
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.metrics_file import MetricsFile
+from rankclip_jax.common.metrics_file import MetricsFile, read_metrics
+from rankclip_jax.common.trees import flatten
 from rankclip_jax.parallel import processes
-from rankclip_jax.train import flops, input_wait
+from rankclip_jax.train import flops, input_wait, loggers
 from rankclip_jax.train.session import Session
 
-_ON_CONSOLE = ("loss", "clip")  # a line has 80 columns; metrics.jsonl and TensorBoard have all numbers
+_ON_CONSOLE = ("loss", "clip")  # a line has 80 columns; metrics.jsonl and the loggers have all numbers
 
 
 class Recorder:
     """Holds the numbers of each step until the next, so that the accelerator never waits for the host.
 
-    Used as a context: it opens metrics.jsonl and TensorBoard's events in the first process, and closes them.
+    Used as a context: it opens metrics.jsonl and what config.log names in the first process, and closes them.
     """
 
     def __init__(
@@ -32,34 +35,52 @@ class Recorder:
         *,
         start: int,
         total_steps: int,
+        parameters: int,
     ):
-        """`waited`: as InputWait.take; `start`: steps done before."""
+        """`waited`: as InputWait.take; `start`: steps done before; `parameters`: of the model, for the report."""
         self._config, self._devices, self._workdir = session.config, session.devices, workdir
         self._rate, self._waited, self._advised = rate, waited, False
-        self._start, self._total = start, total_steps
+        self._start, self._total, self._parameters = start, total_steps, parameters
         self._pace = Pace(start, total_steps, self._config.batch_size)
-        views = 1 + self._config.data.two_views
-        self._tflop = flops.step_flops(session.model.config, self._config.batch_size, views) / 1e12
-        self._writers, self._opened = [], contextlib.ExitStack()
+        self._tflop = {packs: session.step_tflop(packs) for packs in {False, session.packs}}
+        self._packs, self._steps, self._padded = session.packs, 0, 0  # since the last line
+        self._metrics: MetricsFile | None = None
+        self._loggers: list[loggers.Logger] = []
+        self._opened = contextlib.ExitStack()
         self._pending: tuple[int, dict] | None = None
 
     def __enter__(self) -> "Recorder":
         if processes.is_first():
-            from clu import metric_writers  # imports TensorFlow, as the pipeline does
-
-            metrics = MetricsFile(self._workdir, self._start)  # first: of a full disk it says so in one line
-            events = metric_writers.SummaryWriter(str(self._workdir))
-            self._opened.callback(events.close)
-            self._writers = [metrics.write, events.write_scalars]
+            about = dict(device=str(self._devices), parameters=self._parameters, steps=self._total)
+            wandb = {"wandb": self._wandb_id()} if "wandb" in self._config.log else {}
+            # Before the loggers: of a full disk it says so in one line.
+            self._metrics = MetricsFile(self._workdir, self._start, about | wandb)
+            settings = flatten(self._config.to_dict())
+            for name in self._config.log:
+                if name == "tensorboard":
+                    self._loggers.append(loggers.TensorBoard(self._workdir, settings))
+                else:
+                    self._loggers.append(loggers.WeightsAndBiases(self._workdir, settings, wandb["wandb"]))
+                self._opened.callback(self._loggers[-1].close)
         return self
+
+    def _wandb_id(self) -> str:
+        """That of the starts before, as their first lines have it; or a new one."""
+        starts = [row.get("start", {}) for row in read_metrics(self._workdir) if row["step"] <= self._start]
+        found = [start["wandb"] for start in starts if "wandb" in start]
+        return found[-1] if found else secrets.token_hex(4)
 
     def __exit__(self, *_: object) -> None:
         self._opened.close()
 
-    def take(self, step: int, numbers: dict) -> None:
-        """Holds the numbers of `step` and records those of the step before. Raises as `flush`."""
+    def take(self, step: int, numbers: dict, packed: bool = False) -> None:
+        """Holds the numbers of `step` and records those of the step before. Raises as `flush`.
+
+        `packed`: whether its captions were.
+        """
         self.flush()
         self._pending = step, numbers
+        self._steps, self._padded = self._steps + 1, self._padded + (not packed)
 
     def flush(self) -> None:
         """Records what is held. Raises InputError when a number is not finite."""
@@ -79,18 +100,45 @@ class Recorder:
         line, speed = self._pace.line(step, shown, *self._waited())
         print(line, flush=True)
         steps_per_second = speed["images_per_second"] / self._config.batch_size
-        speed |= flops.utilisation(self._tflop * steps_per_second, self._devices)
+        # Of the operations that were done: of packed captions the tower computes fewer.
+        padded = self._padded / max(self._steps, 1)
+        tflop = self._tflop[self._packs]
+        if self._packs:
+            speed["padded_steps"] = round(padded, 4)
+            tflop += padded * (self._tflop[False] - tflop)
+        self._steps = self._padded = 0
+        speed |= flops.utilisation(tflop * steps_per_second, self._devices)
         self.write(step, numbers | speed)
         if step > 1 and not self._advised and speed["data_wait"] > input_wait.WORTH_SAYING:
             self._advised = True
             print(input_wait.advice(speed["data_wait"], speed["images_read_per_second"], self._config.data.resize))
 
-    def write(self, step: int, numbers: dict[str, float], failed: Mapping[str, str] | None = None) -> None:
-        """Writes numbers down at once, and in metrics.jsonl what could not be evaluated: set -> reason."""
-        for write in self._writers if numbers else ():
-            write(step, numbers)
-        if failed and self._writers:
-            self._writers[0](step, {"failed": dict(failed)})
+    def write(self, step: int, numbers: dict[str, float], **of_evaluation: Mapping) -> None:
+        """Writes numbers down at once, and in metrics.jsonl alone what is given of an evaluation and not empty.
+
+        Args:
+          of_evaluation: `counts`, as evaluation.counts gives them; `failed`: set -> why it could not be evaluated.
+        """
+        line = numbers | {name: dict(found) for name, found in of_evaluation.items() if found}
+        if self._metrics and line:
+            self._metrics.write(step, line)
+        for logger in self._loggers if numbers else ():
+            logger.numbers(step, numbers)
+
+    @property
+    def shows(self) -> bool:
+        """Whether somebody takes pictures, in this process."""
+        return bool(self._loggers)
+
+    def show(self, step: int, found: Mapping[str, Mapping]) -> None:
+        """Draws examples and galleries, by set, as evaluation.evaluate gives them in `shown`."""
+        images = {}
+        for name, content in found.items():
+            kind, _, of = name.partition("/")
+            drawing = figures.gallery(content) if kind == "retrieval" else figures.examples(content)
+            images[f"{'gallery' if kind == 'retrieval' else 'examples'}/{of}"] = loggers.pixels(drawing)
+        for logger in self._loggers if images else ():
+            logger.images(step, images)
 
     def paused(self) -> contextlib.AbstractContextManager:
         """What happens inside, an evaluation or a compilation, does not count in the rate."""

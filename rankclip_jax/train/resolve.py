@@ -3,13 +3,15 @@
 import dataclasses
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from rankclip_jax import config as configs
 from rankclip_jax import models
+from rankclip_jax.common import packing as packed
 from rankclip_jax.common.devices import devices_of
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.trees import flatten
@@ -89,6 +91,31 @@ def _settle(config: ConfigDict, pairs: int, old: ConfigDict | None, origin: Pret
     if config.loss.ramp_epochs is None:  # so that a run that is made longer keeps the ramp of its first plan
         of = old or config
         config.loss.ramp_epochs = math.ceil(total_steps(of, per_epoch) / per_epoch)
+
+
+def packing(
+    config: ConfigDict, captions: int, length: int, lengths_of: Callable[[], np.ndarray], resumes: bool
+) -> ConfigDict:
+    """The configuration with model.pack_text on or off, and for on model.pack_rows for a unit of so many captions.
+
+    A run keeps what it has; only for units of another size, as on other devices, the rows are measured again.
+
+    Args:
+      length: tokens of a row.
+      lengths_of: -> those of some captions, int (n,). Called in the first process alone.
+    """
+    settled, model = configs.complete(config.to_dict()), config.model
+    if model.pack_text == "off" or (model.pack_text == "on" and model.pack_rows and model.pack_rows[1] == captions):
+        return settled
+    units = batch_shards(make_mesh(config.mesh)) * config.accumulate
+    rows = int(processes.from_first(lambda: str(packed.rows_for(lengths_of(), captions, units, length))))
+    on = model.pack_text == "on" or packed.worthwhile(rows, captions)
+    with settled.ignore_type():
+        settled.model.pack_text = "on" if on else "off"
+        settled.model.pack_rows = (rows, captions) if on else None
+    if processes.is_first() and (on or not resumes):
+        _tell(config, settled, ["model.pack_text", "model.pack_rows"])
+    return settled
 
 
 def require(config: ConfigDict, who: str) -> None:

@@ -12,12 +12,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from rankclip_jax import config as configs
 from rankclip_jax import evaluation, losses, models
+from rankclip_jax.common import packing
 from rankclip_jax.common.devices import Devices, devices_of
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.packing import Packed
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.parallel import processes, sharding
 from rankclip_jax.parallel.mesh import batch_shards, make_mesh, to_devices, to_host
+from rankclip_jax.train import flops
 from rankclip_jax.train import step as steps
 
 _EVAL_ROWS = 256  # a device
@@ -37,6 +41,7 @@ class Session:
       devices: what the mesh consists of (common/devices.py).
       process: (index of this process, how many there are).
       local_batch, eval_batch: rows of a training and of an evaluation batch that this process reads.
+      shards: into how many parts its devices split these.
       side, context_length: of the model, in pixels and tokens.
       canvas: side of the square on which the host sends pictures; None: it resizes them itself.
     """
@@ -71,6 +76,7 @@ class Session:
             _check_batch(config, self.mesh, self.model)
         self.local_batch = (config.batch_size or 0) // jax.process_count()  # None: another's weights are evaluated
         self.eval_batch = _eval_batch(config, self.mesh) // jax.process_count()
+        self.shards = batch_shards(self.mesh) // jax.process_count()
         self.side = self.model.config.vision.image_size
         self.context_length = self.model.config.text.context_length
         self.canvas = canvas_side(config, self.side)
@@ -80,8 +86,44 @@ class Session:
         self._loss_of = jax.jit(steps.objective_of(config))
 
     def view(self, batch_size: int) -> dict:
-        """How the pipeline makes batches of so many rows in this process, for training and evaluation alike."""
+        """How the pipeline makes batches of so many rows in this process, in training and in evaluation."""
         return dict(batch_size=batch_size, image_side=self.side, process=self.process, canvas=self.canvas)
+
+    @property
+    def packs(self) -> bool:
+        """Whether training packs its captions: config.model.pack_text, once settled (resolve.packing)."""
+        return self.config.model.pack_text == "on" and self.config.model.pack_rows is not None
+
+    @property
+    def unit_captions(self) -> int:
+        """Captions of a unit (common/packing.py) of a training batch."""
+        return self.local_batch // (self.shards * self.config.accumulate) * (1 + self.config.data.two_views)
+
+    @property
+    def unit_rows(self) -> int:
+        """Rows of a unit of a packed training batch."""
+        return packing.scaled(self.config.model.pack_rows, self.unit_captions)
+
+    def step_tflop(self, packs: bool) -> float:
+        """Operations of a training step in TFLOP, of a batch whose captions are packed or padded."""
+        rows = None
+        if packs:
+            units = batch_shards(self.mesh) * self.config.accumulate
+            rows = units * self.unit_rows
+        views = 1 + self.config.data.two_views
+        return flops.step_flops(self.model.config, self.config.batch_size, views, rows) / 1e12
+
+    def pack(self, tokens: np.ndarray, parts: int = 1) -> Packed | None:
+        """This process's tokens (b, L) or (b, V, L), packed for its devices and for `parts` parts of the batch, as
+        train/accumulation.py cuts it; None: training does not pack, or they do not fit."""
+        if not self.packs:
+            return None
+        length = tokens.shape[-1]
+        cut = tokens.reshape(self.shards, -1, parts, tokens.size // (len(tokens) * length), length).swapaxes(1, 2)
+        tokens_UxcxL = cut.reshape(self.shards * parts, -1, length)
+        n_Uxc = packing.lengths(tokens_UxcxL, self.tokenizer.eot_id)
+        rows = packing.scaled(self.config.model.pack_rows, tokens_UxcxL.shape[1])
+        return packing.pack(tokens_UxcxL, n_Uxc, rows)
 
     def encode_images(self, state: steps.TrainState, batch: dict) -> np.ndarray:
         """One batch of this process's share -> float32 (b, D) on the host."""
@@ -89,6 +131,8 @@ class Session:
 
     def encode_texts(self, state: steps.TrainState, texts: list[str]) -> np.ndarray:
         """Any number of texts -> float32 (n, D) on the host, in batches of one shape."""
+        if self.config.model.pack_text != "off":
+            return self._encode_packed(state, texts)
         parts = []
         for start in range(0, len(texts), self.eval_batch):
             some = texts[start : start + self.eval_batch]
@@ -96,6 +140,19 @@ class Session:
             tokens = self.tokenizer(padded, self.context_length)
             z = self._embed(state, to_devices({"tokens": tokens}, self.mesh))
             parts.append(to_host(z, self.mesh)[: len(some)])
+        return np.concatenate(parts)
+
+    def _encode_packed(self, state: steps.TrainState, texts: list[str]) -> np.ndarray:
+        """The same in a quarter of the rows: no slower than padded, whatever the lengths."""
+        rows = -(-self.eval_batch // (4 * self.shards))
+        captions, parts, begin = 8 * rows, [np.zeros((0, self.model.config.embed_dim), np.float32)], 0
+        while begin < len(texts):
+            tokens = self.tokenizer(texts[begin : begin + self.shards * captions], self.context_length)
+            n = packing.lengths(tokens, self.tokenizer.eot_id)
+            packed, where = packing.fill(tokens, n, self.shards, captions, rows)
+            z = to_host(self._embed(state, to_devices({"tokens": packed}, self.mesh)), self.mesh)
+            parts.append(z.reshape(self.shards, captions, -1)[where])
+            begin += len(parts[-1])
         return np.concatenate(parts)
 
     def validation(self, state: steps.TrainState, source: Any) -> dict[str, float]:
@@ -113,8 +170,10 @@ class Session:
         parts, numbers = [], {}
         for batch in itertools.islice(batches, max(1, source.size // self.config.batch_size)):
             tokens = self.tokenizer(batch["caption"], self.context_length)
-            rows = to_devices(_pictures(batch) | {"tokens": tokens}, self.mesh)
-            whole = min(processes.of_all(int(batch["mask"].all())))
+            packed = self.pack(tokens)
+            states = processes.of_all(2 * int(batch["mask"].all()) + (packed is not None))
+            whole, fits = min(states) >= 2, all(state % 2 for state in states)
+            rows = to_devices(_pictures(batch) | {"tokens": packed if fits else tokens}, self.mesh)
             if not whole or (self.config.eval.diagnostics and not parts):
                 z = self._embed_pairs(state, rows, batch["mask"])
                 if len(z[0]) < 2:
@@ -147,6 +206,7 @@ class Session:
             texts=lambda texts: self.encode_texts(state, texts),
             batches=lambda source: pipeline.eval_batches(source, **self.view(self.eval_batch)),
             image_side=self.side,
+            device=self.mesh.local_devices[0],
         )
 
 
@@ -160,6 +220,11 @@ def _check_batch(config: ConfigDict, mesh: jax.sharding.Mesh, model: models.CLIP
     if batch % (shards * parts):
         raise InputError(
             f"config.batch_size={batch} does not divide into config.accumulate={parts} parts over {shards} devices"
+        )
+    if config.loss.list_size and batch % config.loss.list_size:
+        raise InputError(
+            f"config.loss.list_size={config.loss.list_size} does not divide config.batch_size={batch}. Expected a "
+            "divisor, or None for lists of the whole batch"
         )
     if shards % jax.process_count():
         raise InputError(
@@ -218,7 +283,7 @@ def build_model(
 
     Its attention is chosen for `devices`; None: XLA's, which any device has. `architecture`: in place of the preset's.
     """
-    fields = config.model.to_dict()
+    fields = configs.network(config.model)
     if config.loss.objective == "siglip" or "siglip" in config.loss.terms:  # starts as Zhai et al. have it
         fields["logit_scale"] = math.log(10) if fields["logit_scale"] is None else fields["logit_scale"]
         fields["logit_bias"] = -10.0 if fields["logit_bias"] is None else fields["logit_bias"]

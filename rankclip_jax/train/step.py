@@ -1,5 +1,6 @@
 """The training step: a pure function of a state and a batch, jitted over a mesh of all devices."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import flax.struct
@@ -10,6 +11,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from rankclip_jax.common.packing import Packed
 from rankclip_jax.losses import RANKING, LossSpec, clip_loss, rank_weight, weighted_loss
 from rankclip_jax.models import CLIP, images
 from rankclip_jax.parallel.mesh import batch_axes
@@ -82,9 +84,10 @@ def make_train_step(
     """Returns jitted train_step(state, batch) -> (state, metrics); the state given is donated.
 
     `batch`: pictures as input_pipeline's TrainBatches gives them (images.views) and "tokens" int32 (B, L) or (B, V,
-    L), split over batch_axes; B is global, and so are the batch statistics and the negatives. `metrics`:
-    float32 scalars. With config.accumulate > 1 (no batch norm) the activations of that part of the batch are held
-    at a time, for the same gradient.
+    L), split over batch_axes; B is global, and so are the batch statistics and the negatives. Or "tokens" are Packed, a
+    unit for each device and part, device by device: another program, the same numbers. `metrics`: float32 scalars.
+    With config.accumulate > 1 (no batch norm) the activations of that part of the batch are held at a time, for the
+    same gradient.
     """
     seed_key = jax.random.key(config.seed)
     update = train_step_function(model, tx, config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
@@ -120,17 +123,18 @@ def train_step_function(
         return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, parts_sharding), tree)
 
     def train_step(state: TrainState, batch: dict, seed_key: jax.Array) -> tuple[TrainState, dict]:
-        views_BxVxSxSx3, tokens_BxVxL = images.views(batch, side), batch["tokens"]
+        views_BxVxSxSx3 = images.views(batch, side)
         flat = views_BxVxSxSx3.reshape(-1, side, side, 3)
         key = jax.random.fold_in(seed_key, state.step)
         pixels = images.augment(key, flat, flip=config.data.flip, jitter=config.data.color_jitter)
         ramp = rank_weight(state.step // steps_per_epoch + 1, ramp_epochs)
 
         def embed(params, rows):
+            tokens = rows["tokens"]
             (z_img_nxD, z_txt_nxD, _), updated = model.apply(
                 {"params": hold(params, config.optim.freeze), "batch_stats": state.batch_stats},
                 images.normalize(rows["image"].reshape(-1, side, side, 3), config.data.mean, config.data.std),
-                rows["tokens"].reshape(-1, rows["tokens"].shape[-1]),
+                tokens if isinstance(tokens, Packed) else tokens.reshape(-1, tokens.shape[-1]),
                 train=config.optim.freeze != "vision",  # batch norm's statistics stay too
                 mutable=["batch_stats"],
             )
@@ -142,7 +146,7 @@ def train_step_function(
             loss, parts = _objective(z_img_BxVxD, z_txt_BxVxD, params, spec, ramp, mesh)
             return loss, (parts, batch_stats)
 
-        rows = {"image": pixels.reshape(views_BxVxSxSx3.shape), "tokens": tokens_BxVxL}
+        rows = {"image": pixels.reshape(views_BxVxSxSx3.shape), "tokens": batch["tokens"]}
         used = state.params if mesh is None else gather(state.params, mesh, config.sharding)
         (loss, (parts, batch_stats)), grads = loss_and_grads(embed, loss_of, used, rows, config.accumulate, constrain)
         if mesh is not None:  # each device updates its own part
@@ -205,10 +209,18 @@ def make_val_step(model: CLIP, config: ConfigDict, mesh: jax.sharding.Mesh) -> j
 
 
 def objective_of(config: ConfigDict) -> Callable:
-    """Returns loss_of(params, z_img (B, D), z_txt (B, D)) -> the objective's parts, on one device, for any B."""
-    spec = LossSpec(**config.loss.to_dict())
+    """Returns loss_of(params, z_img (B, D), z_txt (B, D)) -> the objective's parts, on one device, for any B.
+
+    Rows beyond the last whole list of config.loss.list_size are left out; fewer rows than a list are one list.
+    """
+    whole = LossSpec(**config.loss.to_dict())
 
     def loss_of(params: dict, z_img_BxD: jax.Array, z_txt_BxD: jax.Array) -> dict:
+        spec = whole
+        if size := whole.list_size:
+            rows = len(z_img_BxD) // size * size
+            spec = whole if rows else dataclasses.replace(whole, list_size=None)
+            z_img_BxD, z_txt_BxD = (z[: rows or None] for z in (z_img_BxD, z_txt_BxD))
         return _objective(z_img_BxD[:, None], z_txt_BxD[:, None], params, spec, 1.0, None)[1]
 
     return loss_of

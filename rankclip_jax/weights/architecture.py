@@ -31,46 +31,48 @@ def from_weights(
     the given activation. Raises ValueError if the state dict is not a CLIP.
     """
 
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in state:
-            raise ValueError(f"{name} is missing; these are not the weights of a CLIP")
-        return state[name].shape
+    def shape(name: str, ndim: int) -> tuple[int, ...]:
+        found = state[name].shape if name in state else None
+        if found is None or len(found) != ndim:
+            what = "is missing" if found is None else f"has shape {found}, expected {ndim} sizes"
+            raise ValueError(f"{name} {what}; these are not the weights of a CLIP")
+        return found
 
     def count(pattern: str) -> int:
         return len({m[1] for k in state if (m := re.match(pattern, k))})
 
     if "visual.proj" in state:
-        width, _, _, patch = shape("visual.conv1.weight")
-        grid = math.isqrt(shape("visual.positional_embedding")[0] - 1)
+        width, _, _, patch = shape("visual.conv1.weight", 4)
+        grid = math.isqrt(shape("visual.positional_embedding", 2)[0] - 1)
         vision = VitConfig(
             image_size=grid * patch,
             patch_size=patch,
             width=width,
             layers=count(r"visual\.transformer\.resblocks\.(\d+)\."),
             heads=_heads("visual.conv1.weight", width),
-            mlp_width=_mlp(width, shape("visual.transformer.resblocks.0.mlp.c_fc.weight")[0]),
+            mlp_width=_mlp(width, shape("visual.transformer.resblocks.0.mlp.c_fc.weight", 2)[0]),
         )
     else:
         stem: Literal["imagenet", "small"] = "imagenet" if "visual.conv2.weight" in state else "small"
         stages = count(r"visual\.layer(\d+)\.")
-        cells = math.isqrt(shape("visual.attnpool.positional_embedding")[0] - 1)
+        cells = math.isqrt(shape("visual.attnpool.positional_embedding", 2)[0] - 1)
         vision = ResNetConfig(
             image_size=cells * (4 if stem == "imagenet" else 1) * 2 ** (stages - 1),
             layers=tuple(count(rf"visual\.layer{s + 1}\.(\d+)\.") for s in range(stages)),
-            width=shape("visual.layer1.0.conv1.weight")[0],
+            width=shape("visual.layer1.0.conv1.weight", 4)[0],
             stem=stem,
         )
-    vocab_size, width = shape("token_embedding.weight")
+    vocab_size, width = shape("token_embedding.weight", 2)
     text = TextConfig(
         width=width,
         heads=_heads("token_embedding.weight", width),
         layers=count(r"transformer\.resblocks\.(\d+)\."),
-        context_length=shape("positional_embedding")[0],
+        context_length=shape("positional_embedding", 2)[0],
         vocab_size=vocab_size,
         eot_id=vocab_size - 1 if highest_id is None else highest_id,
-        mlp_width=_mlp(width, shape("transformer.resblocks.0.mlp.c_fc.weight")[0]),
+        mlp_width=_mlp(width, shape("transformer.resblocks.0.mlp.c_fc.weight", 2)[0]),
     )
-    return ClipConfig(shape("text_projection")[1], vision, text, activation)
+    return ClipConfig(shape("text_projection", 2)[1], vision, text, activation)
 
 
 def _heads(name: str, width: int) -> int:

@@ -119,9 +119,11 @@ def _weights_in(folder: Path) -> Path:
 def _read_state(path: Path) -> dict[str, np.ndarray]:
     if path.name.endswith(".index.json"):
         parts = read_json(path).get("weight_map")
-        if not isinstance(parts, dict):
-            raise ValueError(f"{path.name} has no weight_map; download it again")
+        if not isinstance(parts, dict) or not all(isinstance(shard, str) for shard in parts.values()):
+            raise ValueError(f"{path.name} has no weight_map of names; download it again")
         shards = sorted(set(parts.values()))
+        if any(shard.endswith(".index.json") for shard in shards):
+            raise ValueError(f"{path.name} names another index as a shard; download it again")
         if any("/" in shard for shard in shards):
             raise ValueError(f"{path.name} names a shard in another folder; shards must be next to it")
         absent = [shard for shard in shards if not (path.parent / shard).exists()]
@@ -151,7 +153,7 @@ _WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_chec
 
 def _without_wrappers(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A CLIP's own names: without wrappers, without the attribute that holds it ("model." in Lightning's modules; what
-    lies beside it is left out), and without "text." of open_clip's separate text tower."""
+    is next to it is left out), and without "text." of open_clip's separate text tower."""
     state = {_WRAPPERS.sub("", name): value for name, value in state.items()}
     with_scale = [name.removesuffix("logit_scale") for name in state if re.fullmatch(r"(.*\.)?logit_scale", name)]
     # A loss in the same module may have a scale too.
@@ -176,7 +178,7 @@ def config_in(folder: Path, hugging_face: bool, highest_id: int | None = None) -
         if "rankclip_jax" in described:
             return architecture.from_ours(described["rankclip_jax"])
         return architecture.from_open_clip(described["model_cfg"], highest_id)
-    except (KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError, OverflowError) as e:
         raise ValueError(f"{folder / name} does not describe a CLIP ({one_line(e, kind=True)})") from e
 
 

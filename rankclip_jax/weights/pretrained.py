@@ -109,7 +109,7 @@ def _workdir(path: Path, tokenizer: Tokenizer | None) -> Pretrained:
     if found is None:
         raise InputError(f"{path} has no complete checkpoint; train it first")
     step, variables = found
-    config = models.build(**run.model.to_dict(), vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id).config
+    config = models.build(**configs.network(run.model), vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id).config
     variables = {name: models.unstack_layers(tree) for name, tree in variables.items()}
     variables["params"].pop("logit_bias", None)  # of SigLIP's loss; affects neither embeddings nor a softmax
     side = config.vision.image_size

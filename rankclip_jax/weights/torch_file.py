@@ -12,6 +12,7 @@ import dataclasses
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,7 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
             tensors = _state_dict(_unpickle(archive))
+            _check_total(tensors, path.stat().st_size)
             return {name: tensor.array(archive) for name, tensor in tensors.items()}
     except _RefusedError as e:
         raise ValueError(f"{path}: {e}") from None
@@ -58,6 +60,10 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
             f"{path}: {e}: truncated, or not a PyTorch archive; if the file is older than PyTorch 1.6, load and save "
             "it with a newer PyTorch"
         ) from None
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as e:  # zipfile and what follows a damaged description may raise nearly anything
+        raise ValueError(f"{path}: damaged ({one_line(e, kind=True)}); download it again") from e
 
 
 class _RefusedError(Exception):
@@ -81,9 +87,7 @@ class _Tensor:
     strides: tuple[int, ...]
 
     def array(self, archive: zipfile.ZipFile) -> np.ndarray:
-        if self.storage.entry not in archive.namelist():
-            raise _RefusedError(f"truncated: {self.storage.entry} is missing; download the file again")
-        flat = np.frombuffer(archive.read(self.storage.entry), np.uint8)
+        flat = np.frombuffer(_read(archive, self.storage.entry), np.uint8)
         # Strides come from the file: never read outside its bytes.
         last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         if flat.size != self.storage.size * self.storage.dtype.itemsize:
@@ -179,9 +183,72 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, size = pid
-        if kind != "storage" or dtype not in _DTYPES or type(size) is not int:
+        if not all(isinstance(word, str) for word in (kind, dtype, key)) or type(size) is not int:
+            raise _RefusedError("refused: a storage with an invalid description")
+        if kind != "storage" or dtype not in _DTYPES:
             raise _RefusedError(f"refused: unknown storage {dtype}")
         return _Storage(_DTYPES[dtype], f"{self.root}data/{key}", size)
+
+
+def _read(archive: zipfile.ZipFile, entry: str) -> bytes:
+    """An entry of the archive; no larger than the file, as PyTorch stores it as it is."""
+    try:
+        info = archive.getinfo(entry)
+    except KeyError:
+        raise _RefusedError(f"truncated: {entry} is missing; download the file again") from None
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise _RefusedError(f"refused: {entry} is compressed, as PyTorch never does; load and save it with PyTorch")
+    return archive.read(info)
+
+
+_MOST_SHARED = 16  # times the size of the file: tied weights are few
+
+
+def _check_total(tensors: dict[str, _Tensor], file_bytes: int) -> None:
+    """Views may repeat a storage's bytes without end."""
+    total = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in tensors.values())
+    if total > _MOST_SHARED * file_bytes:
+        raise _RefusedError(f"refused: its tensors take {total:,} bytes, and the file has {file_bytes:,}")
+
+
+_MOST_IN_A_TUPLE = 10_000  # values, those of tuples in it included
+# What these make may hold what they take.
+_KEEPS = {"FROZENSET", "REDUCE", "BUILD", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
+
+
+def _check_pickle(data: bytes) -> None:
+    """Follows the pickle's operations before any is carried out, and knows of each value how much hashing it takes.
+
+    Only tuples matter (and frozensets, which no tensor needs): Python hashes a key's tuples without limits of depth
+    or time, and its C unpickler reserves memory for the highest place in the memo that is named.
+
+    Raises:
+      _RefusedError: a tuple too deep or too large to be hashed, or a place in the memo beyond the number of operations.
+    """
+    stack: list[int] = []  # of each value the number of values that a hash of it visits; -1: a mark
+    memo: dict[int, int] = {}
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        name = opcode.name
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            place = len(memo) if argument is None else argument
+            if place > count:
+                raise _RefusedError(f"refused: its pickle names place {place:,} after {count:,} operations")
+            memo[place] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[int(argument or 0)])
+        elif name == "DUP":
+            stack.append(stack[-1])
+        else:
+            taken, before = [], opcode.stack_before
+            if pickletools.stackslice in before or pickletools.markobject in before:
+                while (top := stack.pop()) != -1:
+                    taken.append(top)
+                before = before[: before.index(pickletools.markobject)]
+            taken += [stack.pop() for _ in before]
+            hashed = 1 + (sum(taken) if "TUPLE" in name or name in _KEEPS else 0)
+            if hashed > _MOST_IN_A_TUPLE:
+                raise _RefusedError("refused: its pickle nests tuples too deeply")
+            stack += [-1 if kind is pickletools.markobject else hashed for kind in opcode.stack_after]
 
 
 def _unpickle(archive: zipfile.ZipFile) -> Any:
@@ -190,10 +257,12 @@ def _unpickle(archive: zipfile.ZipFile) -> Any:
         raise _RefusedError("a zip without data.pkl, so not a PyTorch archive")
     (root,) = roots
     order = f"{root}byteorder"
-    if order in archive.namelist() and archive.read(order) != b"little":
+    if order in archive.namelist() and _read(archive, order) != b"little":
         raise _RefusedError("saved on a big-endian machine, which is not supported; save it on a little-endian one")
     try:
-        return _Unpickler(archive.read(f"{root}data.pkl"), root).load()
+        data = _read(archive, f"{root}data.pkl")
+        _check_pickle(data)
+        return _Unpickler(data, root).load()
     except (_RefusedError, zipfile.BadZipFile):
         raise
     except Exception as e:  # a damaged pickle may raise nearly anything

@@ -151,6 +151,7 @@ def test_arrays_are_compared_by_their_bits():
     assert not gpu_checks.same(zero, jax.device_put(zero, jax.devices()[1]))
 
 
+@pytest.mark.slow
 def test_a_wrong_attention_is_beyond_the_tolerance(monkeypatch):
     """A row too many, or no mask: what cuDNN would do if it left out the lengths or the mask that it is given."""
     cpu, right = jax.devices()[0], attention.attend_fused

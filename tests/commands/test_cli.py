@@ -41,7 +41,7 @@ def started(folder, monkeypatch):
     monkeypatch.setattr(plan, "plan", lambda *given: seen.append(("plan", *given)))
     monkeypatch.setattr(train.processes, "start", lambda *_: None)
     monkeypatch.setattr(train, "_keep_freed_memory", lambda: None)
-    monkeypatch.setattr(train.compilation_cache, "enable", lambda: None)
+    monkeypatch.setattr(train.compilation_cache, "enable", lambda platform: None)
 
     def run(words):
         monkeypatch.setattr("sys.argv", ["rankclip", *(word.replace("␣", " ") for word in words.split())])

@@ -1,4 +1,4 @@
-"""Every command ends alike: one line and 1 for wrong input, 130 for Ctrl-C, and what nobody expected is not hidden."""
+"""Every command ends the same way: wrong input one line and 1, Ctrl-C 130; other errors keep their traceback."""
 
 import ast
 import importlib
@@ -86,7 +86,7 @@ def test_a_code_of_its_own_stays(code):
     assert stop.value.code == code and str(code) in commands.__doc__
 
 
-def test_a_command_that_is_done_goes_on(capsys):
+def test_a_command_that_is_done_returns(capsys):
     with commands.exit_codes("never said"):
         pass
     assert capsys.readouterr() == ("", "")

@@ -121,7 +121,7 @@ def test_tensorflow_at_work_before_us(monkeypatch):
 
     import input_pipeline
 
-    for name in ("pipeline", "health"):  # imported anew, and put back afterwards
+    for name in ("pipeline", "health"):  # imported again, and put back afterwards
         monkeypatch.delitem(sys.modules, f"input_pipeline.{name}", raising=False)
         monkeypatch.delattr(input_pipeline, name, raising=False)
     monkeypatch.setattr(tf.config, "set_visible_devices", too_late)

@@ -314,7 +314,7 @@ def test_links_are_not_followed(run, world, tmp_path):
         refused(name, tmp_path / "tars", *COMMANDS["download"](world, out), "--shard-size=3")
 
 
-# Downloads: what img2dataset does is told from outside here, and done by itself in the slow test at the end.
+# Downloads: what img2dataset does is simulated here, and real in the slow test at the end.
 
 
 def downloaded(world, out, finished=(0, 1, 2)):
@@ -339,7 +339,7 @@ def downloaded(world, out, finished=(0, 1, 2)):
 
 
 @pytest.mark.parametrize("marker", [True, False], ids=["marked", "of before"])
-def test_a_download_goes_on_beside_files_of_others(marker, run, world, tmp_path):
+def test_a_download_resumes_next_to_files_of_others(marker, run, world, tmp_path):
     out = tmp_path / "out"
     downloaded(world, out, finished=(0,))
     assert not (out / "00001.tar").exists() and not (out / "_tmp").exists()  # the beginning of a shard

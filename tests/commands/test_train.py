@@ -13,6 +13,7 @@ import pytest
 from rankclip_jax import config as configs
 from rankclip_jax import evaluation
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.metrics_file import OF_THE_MACHINE
 from rankclip_jax.evaluation import results_file
 from rankclip_jax.train import evaluate, loop
 
@@ -52,8 +53,7 @@ def finish(workdir, *flags, env=ENV):
 
 def numbers(workdir):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    speed = ("images_per_second", "images_read_per_second", "data_wait", "tflops_per_device", "mfu")
-    return [{k: v for k, v in row.items() if k not in speed} for row in rows]
+    return [{k: v for k, v in row.items() if k not in OF_THE_MACHINE} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,7 @@ def test_a_run_leaves_what_the_contract_names(trained):
     assert re.search(r"step 18/18 .* images/s .* left", output)
 
 
+@pytest.mark.slow
 def test_evaluation_says_digit_for_digit_what_training_said(trained):
     workdir, _ = trained
     code, output = finish(workdir, "--mode=eval")

@@ -1,5 +1,6 @@
 """Real processes on this machine, with CPU devices and Gloo: they train, evaluate and save as one process does."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,20 @@ def test_two_processes_train_evaluate_and_save_as_one_does(tmp_path, capsys, mon
     assert "is trained to its last step, 6" in capsys.readouterr().out
 
 
-def test_where_another_number_of_processes_goes_on():
+@pytest.mark.slow
+def test_two_processes_agree_on_what_does_not_fit(tmp_path):
+    # Eight rows of 24 tokens for a device's 16 captions: some batches need more, of one device or both.
+    flags = ["--config.model.pack_text=on", "--config.model.pack_rows=(8,16)", "--config.eval.every_epochs=2"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    trainings.train(one, 1, 2, *flags)
+    trainings.train(two, 2, 2, *flags)
+    found = trainings.differences(one, two)  # of positions, too
+    assert found["numbers"] < trainings.RTOL_NUMBERS and found["state"] < trainings.ATOL_STATE
+    padded = [row["padded_steps"] for row in map(json.loads, open(two / "metrics.jsonl")) if "padded_steps" in row]
+    assert set(padded) == {0, 1}
+
+
+def test_where_another_number_of_processes_resumes():
     # Of batches of 8: two processes have read 12 samples each, three whole batches of 4.
     assert pipeline.resume_at([12, 12], 8, (1, 2)) == (12, 0)
     assert [pipeline.resume_at([12, 12], 8, (i, 4)) for i in range(4)] == [(6, 0)] * 4

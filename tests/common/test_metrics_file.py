@@ -34,3 +34,13 @@ def test_curves_are_drawn_of_what_is_there(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     loss, top = figures.curves({"": tmp_path}).axes
     assert [len(axes.lines) for axes in (loss, top)] == [3, 1]
+
+
+def test_the_first_line_of_each_start_says_when_and_on_what_it_was(tmp_path):
+    for step in (1, 3):
+        lines = metrics.MetricsFile(tmp_path, step - 1, {"device": "2 x TPU v4"})
+        lines.write(step, {"loss": 1.0})
+        lines.write(step + 1, {"loss": 0.5})
+    rows = metrics.read_metrics(tmp_path)
+    assert [row.get("start", {}).get("device") for row in rows] == ["2 x TPU v4", None] * 2
+    assert all(row["seconds"] >= 0 for row in rows) and {"seconds", "start"} <= set(metrics.OF_THE_MACHINE)

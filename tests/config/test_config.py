@@ -31,6 +31,8 @@ def test_a_mistyped_key_names_the_nearest_valid_one():
         ({"batch_size": 2.5}, "config.batch_size=2.5. Expected an integer"),
         ({"batch_size": True}, "config.batch_size=True. Expected an integer"),
         ({"batch_size": 1}, "config.batch_size=1. A contrastive or ranking loss needs at least 2 pairs"),
+        ({"log": "mlflow"}, "config.log='mlflow'. Expected a tuple of tensorboard and wandb"),
+        ({"log": ["wandb", "wandb"]}, r"config.log=\['wandb', 'wandb'\]. Expected a tuple of"),
         ({"steps": "abc"}, "config.steps='abc'. Expected an integer of at least 1 or None"),
         ({"model": 3}, "config.model=3. Expected a group of keys"),
         ({"loss": {"objective": "siglip2"}}, "config.loss.objective='siglip2'. Expected one of rankclip, clip"),
@@ -175,13 +177,13 @@ def test_differences_name_what_changed_and_allow_what_may():
 
 def test_a_stored_configuration_without_newer_keys_means_what_it_meant():
     old = json.loads(configs.to_json(configs.complete({"optim": {"lr": 0.25}})))
-    newer = {"optim": ("recipe", "schedule", "decay_steps"), "loss": ("ramp_epochs",)}
+    newer = {"optim": ("recipe", "schedule", "decay_steps"), "loss": ("ramp_epochs", "list_size")}
     for group, keys in newer.items():
         for key in keys:
             del old[group][key]
     config = configs.completed(old)
     assert (config.optim.lr, config.optim.recipe, config.optim.schedule) == (0.25, "standard", "cosine")
-    assert config.optim.decay_steps is config.loss.ramp_epochs is None
+    assert config.optim.decay_steps is config.loss.ramp_epochs is config.loss.list_size is None
     assert configs.differences(config.to_dict(), configs.complete({"optim": {"lr": 0.25}}).to_dict()) == []
 
 

@@ -47,6 +47,12 @@ def check_against_scikit_learn(x, y, l2):
     assert weights.dtype == bias.dtype == np.float32 and not jax.config.jax_enable_x64
 
 
+def test_it_runs_on_the_device_it_is_given():
+    rows = linear_probe._Rows(*blobs(40, 0), CLASSES, jax.devices()[3])
+    assert {block.device for pair in rows._blocks for block in pair} == {jax.devices()[3]}
+    assert rows._covariance_DxD.device == jax.devices()[3]
+
+
 def test_the_sweep_finds_the_peak_to_an_eighth_of_a_decade_in_few_tries():
     peak = 10 ** (-6 + 37 / 8)
     best, tried = linear_probe.sweep(lambda l2: -abs(np.log10(l2) - np.log10(peak)))

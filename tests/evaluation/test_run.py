@@ -1,7 +1,9 @@
 """All evaluations together, with a model of known embeddings: exact numbers, missing sets, what is left behind."""
 
+import base64
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,6 +11,7 @@ from PIL import Image
 from input_pipeline import pipeline
 from rankclip_jax import config as configs
 from rankclip_jax import evaluation
+from rankclip_jax.common import pictures
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.evaluation import tables
 
@@ -33,7 +36,7 @@ class KnownModel:
 
     def encoder(self):
         batches = lambda source: pipeline.eval_batches(source, batch_size=4, image_side=8)  # noqa: E731
-        return evaluation.Encoder(self.images, self.texts, batches, 8)
+        return evaluation.Encoder(self.images, self.texts, batches, 8, jax.devices()[1])
 
 
 def write_set(folder, greys_and_names):
@@ -56,7 +59,8 @@ def test_zero_shot_with_mistakes_a_batch_that_is_not_full_and_fewer_classes_than
     results = evaluated(config_of(zero_shot={"x": dict(format="folder", path=path)}), KnownModel())
     per_class = (1 / 2 + 1 / 2 + 1) / 3
     # Ranks of the right class: ash 0, 1; bone 0, 1; clay 0, 0.
-    assert results["zero_shot"] == {"x": {"top1": 4 / 6, "top3": 1.0, "mean_per_class": per_class, "n": 6}}
+    counts = {"n": 6, "classes": 3}
+    assert results["zero_shot"] == {"x": {"top1": 4 / 6, "top3": 1.0, "mean_per_class": per_class, **counts}}
     assert results["missing"] == {} and results["robustness"] == {}
 
 
@@ -192,11 +196,18 @@ def test_what_the_report_needs_is_left_in_the_folder(tmp_path):
     path = write_set(tmp_path / "x", [(10, "ash"), (40, "bone"), (30, "clay")])
     captions = write_captions(tmp_path, [(10, "some ash"), (20, "a bone"), (30, "dry clay")])
     sets = dict(zero_shot={"x": dict(format="folder", path=path)}, retrieval={"r": captions}, geometry={"g": captions})
-    evaluated(config_of(**sets), KnownModel(), folder=tmp_path / "eval")
+    shown = {}
+    evaluated(config_of(**sets), KnownModel(), folder=tmp_path / "eval", shown=shown)
     stored = np.load(tmp_path / "eval" / "zero_shot_x.npz")
     assert stored["classes"].tolist() == NAMES
     np.testing.assert_array_equal(stored["confusion"], [[1, 0, 0], [0, 0, 1], [0, 0, 1]])
+    examples = json.loads((tmp_path / "eval" / "examples_x.json").read_text())
+    said = {which: [(each["label"], each["predicted"]) for each in some] for which, some in examples.items()}
+    assert said == {"right": [("ash", "ash"), ("clay", "clay")], "wrong": [("bone", "clay")]}
+    assert pictures.read(base64.b64decode(examples["wrong"][0]["picture"])).size == (8, 8)
     gallery = json.loads((tmp_path / "eval" / "retrieval_r.json").read_text())
+    assert shown == {"zero_shot/x": examples, "retrieval/r": gallery}
+    assert gallery["image_to_text_wrong"] == gallery["text_to_image_wrong"] == []
     assert gallery["image_to_text"][1]["answers"][0] == {"caption": "a bone", "right": True}
     assert [a["right"] for a in gallery["text_to_image"][2]["answers"]] == [True, False, False]
     geometry = np.load(tmp_path / "eval" / "geometry_g.npz")
@@ -215,6 +226,7 @@ def test_flat_names_every_number_but_counts():
     results = {"zero_shot": {"x": {"top1": 0.5, "n": 4}}, "geometry": {"g": {"alignment": 1.0}}, "missing": {"a": "b"}}
     assert evaluation.flat(results) == {"zero_shot/x/top1": 0.5, "geometry/g/alignment": 1.0}
     assert evaluation.text({"missing": {}}) == ""
+    assert evaluation.counts(results) == {"zero_shot/x": {"n": 4}}
 
 
 def test_a_table_of_plain_numbers_has_no_per_cent():

@@ -60,7 +60,8 @@ def test_results_of_known_embeddings():
     counter.add(scores[3:], np.array([3, 0]))
     results = counter.results()
     # Ranks of the right class: 0, 1, 3, 0, 0.
-    assert results == {"top1": 3 / 5, "top3": 4 / 5, "mean_per_class": pytest.approx((1 + 0 + 1 / 2) / 3), "n": 5}
+    per_class = pytest.approx((1 + 0 + 1 / 2) / 3)
+    assert results == {"top1": 3 / 5, "top3": 4 / 5, "mean_per_class": per_class, "n": 5, "classes": 4}
     np.testing.assert_array_equal(counter.confusion_CxC, [[2, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 1]])
 
 
@@ -77,7 +78,7 @@ def test_top_ten_of_twelve_classes_by_an_independent_sort():
 def test_no_k_above_the_number_of_classes_and_ties_go_to_the_lower_class():
     counter = ZeroShot(np.ones((2, 3), np.float32))
     counter.add(np.ones((4, 3), np.float32), np.array([0, 0, 1, 1]))
-    assert counter.results() == {"top1": 0.5, "mean_per_class": 0.5, "n": 4}
+    assert counter.results() == {"top1": 0.5, "mean_per_class": 0.5, "n": 4, "classes": 2}
 
 
 def test_embeddings_that_are_not_numbers_are_never_right():

@@ -12,6 +12,7 @@ from PIL import Image
 
 from rankclip_jax import figures
 from rankclip_jax.evaluation.geometry import geometry
+from rankclip_jax.figures import names
 from rankclip_jax.inference import model as inference
 from rankclip_jax.parallel.mesh import make_mesh
 from rankclip_jax.train import optim
@@ -101,7 +102,7 @@ def test_choices_come_in_order():
     assert [text.get_text() for text in figure.axes[1].texts] == ["70.0 %", "20.0 %"]
 
 
-def test_a_model_from_chance_is_what_training_starts_from(tmp_path):
+def test_an_untrained_model_is_what_training_starts_from(tmp_path):
     trained = pretrained.read(make_workdir(tmp_path / "run", VIT))
     fresh = pretrained.untrained(trained)
     tx = optim.make_optimizer(trained.run.optim, 10)
@@ -109,3 +110,60 @@ def test_a_model_from_chance_is_what_training_starts_from(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, fresh.variables["params"], jax.device_get(state.params))
     z = inference.Model(fresh).encode_text(["a cat", "a dog"])
     assert not np.allclose(z, inference.Model(trained).encode_text(["a cat", "a dog"]))
+
+
+def test_curves_have_a_panel_for_what_was_measured_and_no_empty_one(tmp_path):
+    rows = [{"step": 1, "loss": 2.0, "clip": 2.0}, {"step": 1, "retrieval/coco/2017/image_to_text_r1": 0.25}]
+    _, recall = figures.curves({"": write_metrics(tmp_path / "a", *rows)}).axes
+    assert (recall.get_title(), recall.get_ylabel()) == ("Retrieval", "R@1 (%)")
+    (line,) = recall.lines
+    assert (line.get_label(), list(line.get_ydata())) == ("coco/2017, image to text", [25.0])
+    (rank,) = figures.curves({"": write_metrics(tmp_path / "b", {"step": 3, "loss": 1.0})}).axes
+    assert [line.get_label() for line in rank.lines] == ["Loss, all terms"]
+    (none,) = figures.curves({"": tmp_path / "none"}).axes
+    assert not none.axison
+
+
+def test_runs_without_a_common_clip_term_show_their_losses(tmp_path):
+    rows = {"a": {"step": 1, "loss": 2.0, "clip": 2.0}, "b": {"step": 1, "loss": 3.0, "siglip": 3.0}}
+    (loss,) = figures.curves({name: write_metrics(tmp_path / name, row) for name, row in rows.items()}).axes
+    assert [list(line.get_ydata()) for line in loss.lines] == [[2.0], [3.0]]
+
+
+def test_of_many_classes_the_confused_ones_are_drawn_with_their_names():
+    counts = 10 * np.eye(100, dtype=int)
+    counts[70, 90], counts[95, 3] = 4, 2
+    axes = figures.confusion({"": {"classes": np.array([f"c{i}" for i in range(100)]), "confusion": counts}}).axes[0]
+    for labels in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert {"c3", "c70", "c90", "c95"} <= {label.get_text() for label in labels} and len(labels) == 40
+
+
+def test_examples_say_what_a_picture_is_and_was_taken_for():
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "JPEG")
+    one = {"picture": base64.b64encode(out.getvalue()).decode(), "label": "ash", "predicted": "bone"}
+    figure = figures.examples({"right": [one], "wrong": [one, one]})
+    assert [axes.get_xlabel() for axes in figure.axes if axes.axison] == ["is ash", *["is ash\ntaken for bone"] * 2]
+
+
+@pytest.mark.parametrize(
+    "key, title, share",
+    [
+        ("clip", "CLIP term", False),
+        ("val/clip", "CLIP term, validation", False),
+        ("data_wait", "Time spent waiting for data", True),
+        ("zero_shot/coco/2017/top1", "Zero-shot top-1, coco/2017", True),
+        ("retrieval/scenes/text_to_image_r5", "Retrieval text to image, R@5, scenes", True),
+        ("geometry/scenes/spearman_in_modal", "Rank agreement, image-image with text-text, scenes", False),
+        ("something_of_mine", "Something of mine", False),
+    ],
+)
+def test_each_number_has_a_name_to_read(key, title, share):
+    assert names.metric(key)[::2] == (title, share)
+
+
+def test_every_number_of_a_training_line_has_a_name():
+    """Of what train/recorder.py and the objectives make."""
+    recorded = {"learning_rate", "images_per_second", "images_read_per_second", "data_wait", "tflops_per_device", "mfu"}
+    terms = {"clip", "siglip", "rank_in_modal", "rank_cross_modal", "cyclic_in_modal", "cyclic_cross_modal"}
+    assert recorded | terms | {"loss", "grad_norm", "logit_scale", "logit_bias", "rank_weight"} == names.TRAINING.keys()

@@ -31,7 +31,7 @@ def confusion(classes=("cat", "dog"), counts=((7, 3), (0, 10))):
 
 def projection():
     points = np.random.default_rng(0).normal(size=(2, 5, 2))
-    return figures.projection(*points)
+    return figures.projection(*points, np.array([0.5, 0.2]))
 
 
 DRAWINGS = {

@@ -92,7 +92,7 @@ def test_a_csv_with_bad_rows(run, model, folder, tmp_path, capsys):
     assert "3 images were left out" in capsys.readouterr().out
 
 
-def test_a_run_that_stops_goes_on(run, model, folder, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_resumes(run, model, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(collection, "PART", 4)
     out, encode, calls = tmp_path / "e.npz", model.encode_views, []
 
@@ -298,3 +298,15 @@ def test_pictures_in_a_bucket(tmp_path, monkeypatch):
         bucket.refused = 403  # which makes no picture a bad one
         with pytest.raises(ConnectionError, match="no permission in gs://mine"):
             table.image(0)
+
+
+@pytest.mark.parametrize("ending", [".npz", ".parquet"])
+def test_a_file_name_that_is_not_utf_8_is_escaped(run, folder, tmp_path, capsys, ending):
+    try:
+        os.rename(os.fsencode(folder / "00.png"), os.fsencode(folder) + b"/a\xff.png")
+    except OSError:
+        pytest.skip("this file system has UTF-8 names alone")
+    out = tmp_path / f"made{ending}"
+    run(folder, "--out", out, "--search", "a text", "--top", 11)
+    assert store.read(out).names.count("a\\xff.png") == 1
+    assert "a\\xff.png" in capsys.readouterr().out

@@ -162,7 +162,7 @@ def test_several_captions_of_an_image_are_kept_together(tmp_path):
         prepare.prepare(of_captions(captions), tmp_path / "tokens", tokenized, {}, 2)
 
 
-def test_a_stopped_run_goes_on_and_leaves_what_an_unbroken_one_leaves(mixed, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_and_leaves_what_an_unbroken_one_leaves(mixed, tmp_path, monkeypatch):
     arguments = ("--shard-size", 6, *ALL)
     run(monkeypatch, mixed, tmp_path / "whole", *arguments)
     write, calls = shards.write_shard, []
@@ -330,7 +330,7 @@ def test_manifest_checks_size_and_checksum(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_command_goes_on_where_it_was(tmp_path):
+def test_a_killed_command_resumes_where_it_was(tmp_path):
     with open(tmp_path / "many.csv", "w") as out:
         out.write("image,caption\n")
         for i in range(700):

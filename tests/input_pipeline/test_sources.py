@@ -82,7 +82,7 @@ def test_the_shared_sample_is_the_same_through_every_source(tmp_path):
 
 
 @pytest.mark.skipif(not (DATA / "cifar10" / "broken").is_dir(), reason="the project's sample data are not here")
-def test_the_broken_sample_goes_on_and_names_its_four_rows(tmp_path, capsys):
+def test_the_broken_sample_is_read_on_and_names_its_four_rows(tmp_path, capsys):
     source = opened("csv", str(DATA / "cifar10" / "broken" / "sample.csv"))
     tokenizer = Tokenizer.train(source.captions(), 400)
     options = dict(batch_size=15, image_side=32, context_length=16, crop_scale=(1.0, 1.0), seed=0)

@@ -151,7 +151,7 @@ def bad_images():
     }
 
 
-def test_training_goes_on_with_every_good_sample_and_names_every_bad_one(tmp_path):
+def test_training_continues_with_every_good_sample_and_names_every_bad_one(tmp_path):
     """All the captions above and all these images in one set."""
     good = [(image, caption) for (image, _), caption in zip(samples(len(CAPTIONS)), CAPTIONS.values(), strict=True)]
     bad = bad_images()
@@ -350,7 +350,7 @@ def test_data_that_vanishes_during_a_run_end_it_with_a_message(tmp_path, monkeyp
     options = dict(batch_size=4, image_side=8, context_length=8, crop_scale=(1.0, 1.0), seed=0)
     batches = pipeline.TrainBatches(opened("csv", path), TOKENIZER, **options)
     whole = pipeline.TrainBatches(opened("csv", path), TOKENIZER, **options)
-    for _ in range(50):  # over the ends of spans the stream goes on as if there were none
+    for _ in range(50):  # the stream continues across the ends of spans
         batch = next(batches)
     monkeypatch.setattr(pipeline, "_SPAN_BATCHES", 1000)
     whole = pipeline.TrainBatches(opened("csv", path), TOKENIZER, **options)

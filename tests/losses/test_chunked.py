@@ -73,7 +73,7 @@ def test_tiny_batches(batch, keep_self):
 
 
 def test_duplicated_captions():
-    """Exact ties: on a grid of 1/64 the products have no rounding, so that all equal captions score alike."""
+    """Exact ties: on a grid of 1/64 the products have no rounding, so that equal captions score the same."""
     rng = np.random.default_rng(1)
     img, txt = (np.round(64 * oracle.unit_rows(rng, 48, 16)) / 64 for _ in range(2))
     txt[1::2] = txt[::2]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rankclip_jax.losses import OBJECTIVES, objective_loss, plackett_luce_nll, rank_consistency
-from rankclip_jax.losses.plackett_luce import list_nll, position_weights
+from rankclip_jax.losses.plackett_luce import lists_nll
 from rankclip_jax.parallel.mesh import make_mesh
 from tests.support import oracle
 
@@ -77,8 +77,7 @@ def test_scores_as_far_apart_as_float32_has_them():
 def test_every_platforms_form(platform, released):
     scores = np.random.default_rng(0).normal(size=(4, 100)).astype(np.float32)
     scores[[0, 1, 2], [5, 50, 99]] = BAD
-    weights = position_weights(100, None)
-    nll, grad = list_nll(scores, jnp.zeros_like(scores), weights, None, platform, True, released)
+    nll, grad = lists_nll([(scores, jnp.zeros_like(scores))], None, None, platform, True, released)[0]
     assert np.isnan(nll[:3]).all() and np.isnan(grad[:3]).all()
     assert np.isfinite(nll[3]) and np.isfinite(grad[3]).all()
 

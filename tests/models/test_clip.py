@@ -278,7 +278,7 @@ def test_zero_features_have_a_zero_embedding_and_finite_gradients():
             {"image_size": 225},
             "image_size 225 is not a multiple of the vision tower's patch size 32; try 224",
         ),
-        ({"image_size": 0}, "image_size 0 is not a multiple"),
+        ({"image_size": 0}, "image_size 0. Expected whole numbers from 1 to 16,777,216"),
         ({"name": "RN50", "image_size": 240}, "image_size 240 is not a multiple .* stride 32; try 256"),
         ({"vocab_size": 1000}, "end-of-text id 49407 is not in a vocabulary of 1000"),
         ({"vision": {"heads": 7}}, "vision width 768 is not a multiple of its 7 heads"),

@@ -105,6 +105,7 @@ def _csv(folder, count=6):
     return configs.complete({"data": {"format": "csv", "train": str(folder / "all.csv")}}).data
 
 
+@pytest.mark.slow
 def test_batches_hold_the_pictures_that_pil_gives(tmp_path):
     data = _csv(tmp_path)
     pairs = read_pairs(data, data.train, side=16, canvas=32, split="train")
@@ -194,6 +195,7 @@ def test_labelled_sets_follow_the_rules_of_evaluations(tmp_path):
     assert found.labels.tolist() == [0, 1] and found.images[:, 0, 0].tolist() == [[0, 0, 0], [100, 0, 0]]
 
 
+@pytest.mark.slow
 def test_term_gradients_are_those_of_the_terms():
     keys = jax.random.split(jax.random.key(0))
     z = tuple(x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (jax.random.normal(k, (12, 8)) for k in keys))
@@ -258,7 +260,7 @@ def test_a_scheduled_term_ramps_in(study):
 
 
 @pytest.mark.slow
-def test_a_study_goes_on_where_it_stopped_and_reports(study, monkeypatch, capsys):
+def test_a_study_resumes_where_it_stopped_and_reports(study, monkeypatch, capsys):
     class StoppedError(Exception):
         pass
 

@@ -10,9 +10,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rankclip_jax import doctor, models
 from rankclip_jax.common.devices import Devices
+from rankclip_jax.common.packing import Packed
 from rankclip_jax.config import complete
 from rankclip_jax.losses import embedding_diagnostics, gradient_cosine, objective_loss, plackett_luce_nll
-from rankclip_jax.parallel.mesh import batch_sharding
+from rankclip_jax.parallel.mesh import batch_sharding, batch_shards
 from rankclip_jax.study.training import Programs
 from rankclip_jax.train import optim
 from rankclip_jax.train import step as steps
@@ -35,6 +36,7 @@ def abstract(mesh: Mesh, shape: tuple, dtype, split: bool = True) -> jax.ShapeDt
 def made(mesh: Mesh, devices: Devices, model: dict = VIT, **changes):
     """-> (config, model, optimiser, abstract state, abstract batch)."""
     changes = {"batch_size": BATCH, "optim": {"warmup_steps": 1}} | changes
+    rows = changes.pop("packed_rows", None)
     fields = {"dtype": "bfloat16"} | changes.pop("fields", {}) | model
     config = complete(changes)
     model = models.build(devices=devices, text=TEXT, **fields, **WORDS)
@@ -43,6 +45,10 @@ def made(mesh: Mesh, devices: Devices, model: dict = VIT, **changes):
     side, views = model.config.vision.image_size, 1 + config.data.two_views
     array = functools.partial(abstract, mesh)
     batch = {"tokens": array((BATCH, *[2] * (views - 1), WORDS["context_length"]), jnp.int32)}
+    if rows:
+        units = batch_shards(mesh) * config.accumulate
+        texts = array((units, rows, WORDS["context_length"]), jnp.int32)
+        batch["tokens"] = Packed(texts, texts, array((units, BATCH * views // units), jnp.int32))
     if config.data.resize == "device":
         batch["image"] = array((BATCH, 48, 48, 3), jnp.uint8)
         batch |= {"size": array((BATCH, 2), jnp.int32), "windows": array((BATCH, views, 4), jnp.float32)}
@@ -128,6 +134,8 @@ TRAIN = {
     "remat": dict(fields=dict(remat=True)),
     "frozen": dict(optim={"warmup_steps": 1, "freeze": "vision", "layer_lr_decay": 0.5}),
     "two views": dict(data={"two_views": True}),
+    "packed": dict(packed_rows=2),
+    "packed, in parts": dict(packed_rows=2, accumulate=2, data={"two_views": True}, fields=dict(scan_layers=True)),
     "host resize": dict(data={"resize": "host", "flip": True, "color_jitter": (0.1, 0.1, 0.1)}),
     **{name: dict(loss={"objective": name}) for name in ("clip", "rank", "cyclip")},
     "siglip": dict(loss={"objective": "siglip"}, fields=dict(logit_bias=-10.0)),

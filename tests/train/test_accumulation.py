@@ -36,6 +36,7 @@ OPTIONS = [
     dict(objective="rankclip", top_k=5),
     dict(objective="rankclip", keep_self=False),
     dict(objective="rankclip", form="released"),
+    dict(objective="rankclip", list_size=4),
     dict(objective="rankclip", lambda_in=0.0, terms={"siglip": 0.5}),
     dict(objective="rank"),
     dict(objective="clip"),

@@ -104,6 +104,53 @@ def test_a_program_with_sorts_has_no_time():
     assert hlo.unpriced(f"  {sort}\n  {moved}\n") == {"sort", "all-reduce"}
 
 
+def test_sorts_gathers_and_scatters_of_a_tpu_are_priced_as_often_as_they_run():
+    text = """HloModule jit_step
+
+%fused (p: f32[8,1024], i: s32[8192]) -> f32[8192] {
+  %i = s32[8,1024,2]{2,1,0:T(8,128)} custom-call(%p1), custom_call_target="GatherScatterIndicesBitpacked"
+  ROOT %g = f32[8,1024]{1,0} gather(%p, %i), offset_dims={}, collapsed_slice_dims={0,1}, index_vector_dim=2
+}
+
+%timed (p: f32[8,1024], i: s32[8192]) -> f32[8192] {
+  ROOT %g = f32[8,1024]{1,0} gather(%p, %i), offset_dims={}, index_vector_dim=1
+}
+
+%spread (p: f32[8192]) -> f32[8192] {
+  %t = s32[4096,1]{1,0} transpose(%i2), dimensions={0,1}
+  ROOT %s = f32[8192]{0} scatter(%p, %t, %u), update_window_dims={}, index_vector_dim=1, to_apply=%set
+}
+
+%body (p: f32[8]) -> f32[8] {
+  %s = (s32[8,1024]{0,1:T(8,128)}, s32[8,1024]{0,1}, f32[8,1024]{0,1}) sort(%k, %i, %x), dimensions={1}, to_apply=%less
+  ROOT %v = f32[8]{0} fusion(%q), kind=kLoop, calls=%other, backend_config={"estimated_cycles":"100"}
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = f32[8]{0} while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %a = f32[8192]{0} fusion(%p, %i), kind=kCustom, calls=%fused, backend_config={"integer_config":{"integer":"64"}}
+  %b = f32[8192]{0} fusion(%p, %i), kind=kCustom, calls=%timed, backend_config={"estimated_cycles":"50"}
+  ROOT %d = f32[8192]{0} fusion(%p), kind=kCustom, calls=%spread
+}
+"""
+    found = hlo.cycles(text)
+    assert found.compiler == 3 * 100 + 50
+    assert found.gather == 14 * 8 * 1024 and found.scatter == 7 * 4096
+    assert found.sort == pytest.approx(3 * 8 * 1024 * 0.57 * 55 / 120)  # 1,024 = 2^10: 55 stages of the 120 of 2^15
+    assert hlo.sort_cycles((128, 32768), 2) == pytest.approx(0.44 * 128 * 32768)
+
+
+def test_the_plan_of_a_tpu_counts_them():
+    facts = dict(real=True, attention="xla", sort="XLA's", bfloat16=True, parameters=1, flops=1e12)
+    facts |= dict(states=2**30, temporary=2**30, collectives={})
+    config, target = complete(SMALL), parse_target("v5e:4x4")
+    with_cycles = facts | {"cycles": dict(compiler=9e9, sort=1.5e9, gather=3e9, scatter=0.0)}
+    without, priced = (plan.summary(config, target, x, x) for x in (facts, with_cycles))
+    assert priced["seconds_per_step"] - without["seconds_per_step"] == pytest.approx(3.0)
+    said = "\n".join(plan.lines(config, target, priced))
+    assert re.search(r"sorts, gathers, scatters +3 s", said) and re.search(r"not priced +collectives", said)
+
+
 def test_the_counts_are_those_of_a_real_program():
     mesh = make_mesh({"data": 8})
     rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
@@ -235,6 +282,13 @@ def test_without_the_compiler_one_line_says_how_to_get_it(monkeypatch):
     for text, package in (("v5e:2x2", "libtpu"), ("8xH100", "jax-cuda13-plugin")):
         with pytest.raises(InputError, match=f"{text}: its compiler is not installed. Run: pip install .*{package}"):
             targets.devices(parse_target(text))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_lists_that_do_not_divide_the_batch_are_refused(accumulate):
+    config = complete(SMALL | {"loss": {"list_size": 24}, "accumulate": accumulate})
+    with pytest.raises(InputError, match="config.loss.list_size=24 does not divide config.batch_size=64. Expected a"):
+        plan._describe(config, None)
 
 
 def test_what_training_refuses_a_plan_refuses():

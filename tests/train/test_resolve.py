@@ -129,7 +129,7 @@ def test_the_model_is_the_one_it_starts_from(tmp_path, model, capsys):
     config = own(f"init_from={tmp_path / 'run'}", "data.train=x.csv")
     settled = resolve.resolve(config, 1_448, origin=source)
     words = dict(vocab_size=source.tokenizer.vocab_size, eot_id=source.tokenizer.eot_id)
-    assert models.build(**settled.model.to_dict(), **words).config == source.config
+    assert models.build(**configs.network(settled.model), **words).config == source.config
     assert (settled.optim.lr, settled.data.mean) == (1e-5, None)
     capsys.readouterr()
     larger = resolve.resolve(own("init_from=x", "model.image_size=64"), 1_448, origin=source)
@@ -170,3 +170,40 @@ def test_forty_pairs_train_resume_and_export(tmp_path, captioned):
     model = pretrained.read(tmp_path / "run")
     export.write(model, tmp_path / "hf", "hf")
     assert pretrained.read(tmp_path / "hf").config == model.config
+
+
+SHORT, LONG = np.full(100, 12), np.full(100, 75)
+
+
+def packing(config, lengths, captions=16, resumes=False):
+    return resolve.packing(config, captions, 77, lambda: lengths, resumes).model
+
+
+def test_captions_are_packed_where_a_tenth_is_saved_and_the_run_keeps_that(capsys):
+    config = configs.load("shapes", [])
+    short, long = packing(config, SHORT), packing(config, LONG)
+    # Six of twelve tokens lie in a row, which never differ.
+    assert (short.pack_text, short.pack_rows) == ("on", (3, 16)) and (long.pack_text, long.pack_rows) == ("off", None)
+    assert capsys.readouterr().out.count("chosen: ") == 2
+    forced, off = (packing(configs.load("shapes", [f"model.pack_text={how}"]), LONG) for how in ("on", "off"))
+    assert (forced.pack_rows, off.pack_text, off.pack_rows) == ((16, 16), "off", None)
+    for settled in (short, long, forced):
+        stored = configs.completed(json.loads(json.dumps(config.to_dict() | {"model": settled.to_dict()})))
+        resumed = configs.with_stored(config, stored)  # the file again, in which it is open
+        assert not configs.differences(stored.to_dict(), resumed.to_dict())
+        asked = lambda: pytest.fail("measured again")  # noqa: E731
+        assert resolve.packing(resumed, 16, 77, asked, resumes=True).model == settled
+        if settled.pack_text == "on":  # with more devices a share is smaller
+            fewer = packing(resumed, SHORT, captions=4, resumes=True)
+            assert (fewer.pack_text, fewer.pack_rows) == ("on", (1, 4))
+
+
+def test_a_run_of_before_is_not_packed():
+    fields = configs.load("shapes", []).to_dict()
+    del fields["model"]["pack_text"], fields["model"]["pack_rows"]
+    old = configs.completed(json.loads(json.dumps(fields)))
+    resumed = configs.with_stored(configs.load("shapes", []), old)
+    assert not configs.differences(old.to_dict(), resumed.to_dict()) and old.model.pack_text == "off"
+    assert packing(resumed, SHORT, resumes=True).pack_text == "off"
+    wanted = configs.with_stored(configs.load("shapes", ["model.pack_text=on"]), old)
+    assert configs.differences(old.to_dict(), wanted.to_dict()) == ["config.model.pack_text: 'off' -> 'on'"]

@@ -119,8 +119,8 @@ def test_utilisation_is_a_share_of_the_peak():
 
 @pytest.mark.parametrize(
     "name",
-    ["ViT-B/32", "RN50", "RN-tiny"]
-    + [pytest.param(n, marks=pytest.mark.slow) for n in models.PRESETS if n not in ("ViT-B/32", "RN50", "RN-tiny")],
+    ["ViT-B/32", "RN-tiny"]
+    + [pytest.param(n, marks=pytest.mark.slow) for n in models.PRESETS if n not in ("ViT-B/32", "RN-tiny")],
 )
 def test_operations_are_those_that_xla_counts(name):
     """By XLA's own count of the unrolled towers, forward and backward, which only a CPU's backend gives uncompiled."""
@@ -140,12 +140,11 @@ def test_operations_are_those_that_xla_counts(name):
 
 def test_the_compilation_cache_keeps_out_of_cpus(monkeypatch):
     before = jax.config.jax_compilation_cache_dir
-    compilation_cache.enable()
+    compilation_cache.enable("cpu")
     assert jax.config.jax_compilation_cache_dir == before
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     try:
-        compilation_cache.enable()
+        compilation_cache.enable("tpu")
         assert jax.config.jax_compilation_cache_dir.endswith("rankclip_jax/xla")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

@@ -43,6 +43,7 @@ def test_a_longer_run_is_the_one_it_would_have_been(two_epochs, tmp_path):
         loop.train(quick("optim.schedule='constant'", "epochs=4", "loss.ramp_epochs=4"), two_epochs)
 
 
+@pytest.mark.slow
 def test_a_finished_cosine_cannot_be_made_longer_and_says_what_can(tmp_path):
     loop.train(quick("epochs=2"), tmp_path)
     before = (tmp_path / "config.json").read_bytes()

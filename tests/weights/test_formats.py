@@ -133,7 +133,7 @@ def test_write_hugging_face(tmp_path, config):
     assert all(torch.equal(v, again[k]) for k, v in model.state_dict().items())
 
 
-def test_scanned_and_bfloat16_parameters_are_written_alike(tmp_path):
+def test_scanned_and_bfloat16_parameters_are_written_the_same(tmp_path):
     scanned = {"params": stack_layers(variables(VIT)["params"])}
     write_hf(tmp_path / "scanned", VIT, scanned)
     assert_same(read(tmp_path / "scanned")[1], variables(VIT))

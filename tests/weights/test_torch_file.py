@@ -214,6 +214,58 @@ def test_damaged_and_crafted_archives(tmp_path, pickled, entries, message):
     assert "\n" not in str(error.value) and "a.pt: " in str(error.value)
 
 
+EMPTY_DICT_WITH = b"\x80\x02}%sK\x01s."  # {key: 1}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (EMPTY_DICT_WITH % (b")" + 2_000_000 * b"\x85"), "nests tuples too deeply"),
+        (EMPTY_DICT_WITH % (b")" + 60 * b"2\x86"), "nests tuples too deeply"),  # ((x, x), (x, x)) ...: 2^60 to hash
+        (
+            EMPTY_DICT_WITH % (b")" + 60 * b"2\x86q\x000ctorch.jit._pickle\nbuild_intlist\nh\x00\x85R"),
+            "nests tuples too deeply",
+        ),  # the same through a function that gives back what it takes
+        (b"\x80\x02}r\xff\xff\xff\x3f.", r"names place 1,073,741,823 after 2 operations"),
+        (b"\x80\x02h\x05.", "pickle is damaged"),
+        (b"\x80\x02}]" + 60 * b"2\x86" + b".", "nests tuples too deeply"),
+        (b"\x80\x02(]" + 60 * b"q\x00]h\x00ah\x00a" + b"l.", "no state dict|damaged"),  # lists, which are not hashed
+    ],
+)
+def test_pickles_made_to_exhaust_the_machine(tmp_path, data, message):
+    _archive(tmp_path / "a.pt", data)
+    with pytest.raises(ValueError, match=message) as error:
+        read_torch_file(tmp_path / "a.pt")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_archives_made_to_exhaust_the_machine(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("a/data.pkl", _tensor_pickle())
+        z.writestr("a/data/0", bytes(8))
+    with pytest.raises(ValueError, match=r"refused: a/data.pkl is compressed"):
+        read_torch_file(tmp_path / "a.pt")
+    shape, stride = b"J\x00\x00\x00\x70", b"K\x00"  # 7.5 GB of the same number
+    _archive(tmp_path / "b.pt", _tensor_pickle(shape=shape, stride=stride), **{"data/0": bytes(8)})
+    with pytest.raises(ValueError, match=r"refused: its tensors take 7,516,192,768 bytes, and the file has \d+$"):
+        read_torch_file(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_mutated_archive_is_read_or_refused_in_one_line(tmp_path, seed):
+    torch.save({"state_dict": {f"w{i}": torch.randn(3, 4) for i in range(4)}, "epoch": 3}, tmp_path / "a.pt")
+    whole, rng = (tmp_path / "a.pt").read_bytes(), np.random.default_rng(seed)
+    for _ in range(100):
+        data = bytearray(whole)
+        for place in rng.integers(len(data), size=rng.integers(1, 4)):
+            data[place] = rng.integers(256)
+        (tmp_path / "b.pt").write_bytes(data)
+        try:
+            read_torch_file(tmp_path / "b.pt")
+        except ValueError as error:
+            assert "\n" not in str(error) and "b.pt: " in str(error)
+
+
 def test_the_crafted_pickle_is_otherwise_valid(tmp_path):
     _archive(tmp_path / "a.pt", _tensor_pickle(), **{"data/0": np.float32([1, 2]).tobytes(), "byteorder": "little"})
     np.testing.assert_array_equal(read_torch_file(tmp_path / "a.pt")["w"], np.float32([1, 2]))

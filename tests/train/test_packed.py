@@ -1,0 +1,227 @@
+"""A step on packed captions is the step on padded ones: for every form of the step, and whatever the lengths are."""
+
+import functools
+import json
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.packing import Packed
+from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.config import complete, load
+from rankclip_jax.parallel.mesh import to_devices
+from rankclip_jax.train import flops, loop, optim
+from rankclip_jax.train import step as steps
+from rankclip_jax.train.hlo import collectives
+from rankclip_jax.train.packed_batches import PackedBatches
+from rankclip_jax.train.session import Session, Vocabulary
+from tests.common.test_packing import EOT, captions
+
+BATCH, LENGTH = 32, 77
+MODEL = dict(name="ViT-tiny", image_size=16, context_length=LENGTH)
+MODEL |= dict(vision=dict(width=32, layers=1, heads=2), text=dict(width=32, heads=2, layers=2))
+
+
+def session(devices=1, rows=(14, 32), model=None, mesh=None, **fields):
+    """`rows`: config.model.pack_rows."""
+    model = MODEL | {"pack_text": "on", "pack_rows": rows} | (model or {})
+    optim = {"lr": 1e-3, "warmup_steps": 1}
+    config = complete({"batch_size": BATCH, "model": model, "mesh": mesh or {"data": -1}, "optim": optim} | fields)
+    return Session(config, Vocabulary(EOT + 1, EOT), devices=jax.devices()[:devices])
+
+
+def batch_of(lengths, views=1, seed=0):
+    """Pictures, and captions of these lengths (0: without an end of text)."""
+    rng = np.random.default_rng(seed)
+    shape = (BATCH, views) if views > 1 else (BATCH,)
+    pixels = rng.integers(0, 256, (*shape, 16, 16, 3)).astype(np.uint8)
+    return {"image": pixels, "tokens": captions(np.broadcast_to(lengths, shape[::-1]).T, LENGTH, rng)}
+
+
+def some_lengths(seed=0):
+    return np.random.default_rng(seed).integers(2, 45, BATCH)
+
+
+# All with the same rows, so that one program serves; there is one for packed and one for padded captions.
+CASES = {
+    "random": some_lengths(),
+    "random, other": some_lengths(1),
+    "all 77": 77,
+    "all 2": 2,
+    "all 77 but one": np.where(np.arange(BATCH) == 9, 2, 77),
+    "no end of text": 0,
+    "some without an end of text": some_lengths() * (np.arange(BATCH) % 5 > 0),
+}
+
+
+@functools.cache
+def text_tower(devices):
+    """-> (session, value and gradients of (parameters, tokens): a text tower over the devices, and its embeddings)."""
+    run = session(devices, rows=(32, 32))
+    weight_BxD = np.random.default_rng(3).normal(size=(BATCH, 128)).astype(np.float32)
+
+    def weighed(params, tokens):
+        z_BxD = run.model.apply({"params": params}, tokens, method="encode_text")
+        return (z_BxD * weight_BxD).sum(), z_BxD
+
+    params = jax.jit(run.model.init)(jax.random.key(0), *run.model.example_inputs())["params"]
+    return run, params, jax.jit(jax.value_and_grad(weighed, has_aux=True))
+
+
+def close(of, expected, name, scale=None):
+    assert np.abs(of - expected).max() <= 1e-6 * np.abs(expected if scale is None else scale).max(), name
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("case", CASES)
+def test_embeddings_and_gradients_of_any_lengths(case, devices):
+    run, params, value_and_grad = text_tower(devices)
+    tokens = batch_of(CASES[case])["tokens"]
+    packed = run.pack(tokens)
+    assert packed.tokens.shape == (devices, BATCH // devices, LENGTH)
+    ((_, z), grads), ((_, z_packed), grads_packed) = (
+        value_and_grad(params, to_devices({"tokens": x}, run.mesh)["tokens"]) for x in (tokens, packed)
+    )
+    close(z_packed, z, "embeddings")
+    found = zip(*map(jax.tree_util.tree_leaves_with_path, (grads, grads_packed)), strict=True)
+    for (path, grad), (_, grad_packed) in found:
+        scale, name = None, jax.tree_util.keystr(path)
+        if "attn" in name and re.search("[qk]_proj'\\]\\['bias", name):
+            # Sums that cancel: a key's bias shifts all logits alike, and so has no gradient; a query's has a small one.
+            scale = grads["text"]["transformer"][path[2].key]["attn"]["q_proj"]["kernel"]
+        close(grad_packed, grad, name, scale)
+
+
+def gradients(run, batch):
+    """One step -> its metrics and each parameter's gradient, of which Adam's first moment is a tenth."""
+    tx = optim.make_optimizer(run.config.optim, 10)
+    state = steps.init_state(run.model, tx, 0, run.mesh, run.config.sharding)
+    step = steps.make_train_step(run.model, tx, run.config, run.mesh, total_steps=10, steps_per_epoch=2)
+    state, metrics = step(state, to_devices(batch, run.mesh))
+    moments = next(x for x in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu"))
+    found = {jax.tree_util.keystr(path): np.asarray(g) for path, g in jax.tree_util.tree_leaves_with_path(moments.mu)}
+    return {key: float(value) for key, value in metrics.items()}, found
+
+
+FORMS = {
+    "base": {},
+    "accumulated, two views": dict(accumulate=2, data={"two_views": True}),
+    **{objective: dict(loss={"objective": objective}) for objective in ("clip", "rank", "siglip", "cyclip")},
+    "scanned": dict(model={"scan_layers": True}),
+    "rematerialised": dict(model={"remat": True}),
+    "scanned, rematerialised": dict(model={"scan_layers": True, "remat": "dots_saveable"}),
+    "fsdp": dict(mesh={"data": 2, "fsdp": 4}, sharding="fsdp"),
+    "tensor": dict(mesh={"data": 4, "model": 2}, sharding="tensor"),
+    "fsdp+tensor": dict(mesh={"data": 2, "fsdp": 2, "model": 2}, sharding="fsdp+tensor"),
+    "accumulated, fsdp": dict(accumulate=2, mesh={"data": 1, "fsdp": 8}, sharding="fsdp"),
+    "frozen": dict(optim={"warmup_steps": 1, "freeze": "text"}),
+}
+QUICK = ("accumulated, two views",)
+
+
+@pytest.mark.parametrize("form", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FORMS])
+def test_every_form_of_the_step(form):
+    run = session(8, (3, 4), **FORMS[form])
+    batch = batch_of(some_lengths(), views=1 + run.config.data.two_views)
+    packed = run.pack(batch["tokens"], run.config.accumulate)
+    assert packed.tokens.shape[1] < packed.ends.shape[1]  # fewer rows than captions
+    (metrics, grads), (metrics_packed, grads_packed) = gradients(run, batch), gradients(run, batch | {"tokens": packed})
+    for key, value in metrics.items():
+        assert metrics_packed[key] == pytest.approx(value, rel=1e-5), key
+    # Rounding of the embeddings comes through the loss to all gradients.
+    largest = max(np.abs(grad).max() for grad in grads.values())
+    for name, grad in grads.items():
+        assert np.abs(grads_packed[name] - grad).max() <= 2e-6 * largest, name
+
+
+def test_no_row_of_the_tower_leaves_its_device():
+    run = session(8, (3, 4), loss={"objective": "clip"})
+    batch = batch_of(some_lengths())
+    tx = optim.make_optimizer(run.config.optim, 10)
+    state = steps.abstract_state(run.model, tx, run.mesh, None)
+    step = steps.make_train_step(run.model, tx, run.config, run.mesh, total_steps=10, steps_per_epoch=2)
+    padded, packed = (
+        collectives(step.lower(state, to_devices(batch | {"tokens": tokens}, run.mesh)).compile().as_text())
+        for tokens in (batch["tokens"], run.pack(batch["tokens"]))
+    )
+    assert padded == packed and set(padded) == {"all-gather", "all-reduce", "reduce-scatter"}
+
+
+class Stream:
+    """TrainBatches, as far as PackedBatches knows them."""
+
+    def __init__(self, batches):
+        self.position, self._batches = 0, iter(batches)
+
+    def __next__(self):
+        batch = next(self._batches)
+        if isinstance(batch, Exception):
+            raise batch
+        self.position += BATCH
+        return batch
+
+
+def test_what_does_not_fit_one_device_is_padded_on_all():
+    run = session(8, (3, 4))
+    fits, overflows = batch_of(some_lengths()), batch_of(np.where(np.arange(BATCH) // 4 == 5, 77, 9))
+    stream = Stream([fits, overflows, fits, InputError("torn"), fits])
+    batches = PackedBatches(run, stream, 4)
+    assert isinstance(next(batches)["tokens"], Packed) and batches.position == BATCH
+    np.testing.assert_array_equal(next(batches)["tokens"], overflows["tokens"])
+    assert isinstance(next(batches)["tokens"], Packed) and batches.position == 3 * BATCH
+    with pytest.raises(InputError, match="torn"):
+        next(batches)
+    assert next(batches, None) is None  # the fifth was not asked for
+    assert next(PackedBatches(session(8, None, {"pack_text": "off"}), Stream([fits]), 1)) is fits
+
+
+def test_operations_are_those_of_the_rows():
+    run = session(8, (3, 4), accumulate=2)
+    config, text = run.model.config, run.model.config.text
+    # Two pairs a unit and ceil(3 * 2 / 4) rows: here, all; so of the base, with 3 rows for 4 pairs.
+    assert run.step_tflop(True) == run.step_tflop(False) == flops.step_flops(config, BATCH) / 1e12
+    run = session(8, (3, 4))
+    a_row = 2 * (12 * text.width**2 * LENGTH + 2 * LENGTH**2 * text.width) * text.layers
+    assert run.step_tflop(False) - run.step_tflop(True) == pytest.approx(3 * (BATCH / 4) * a_row / 1e12)
+
+
+def test_texts_of_any_lengths_encode_as_padded():
+    tokenizer = Tokenizer.train(["a red circle", "two blue squares and a green one"] * 9, 300)
+    rng = np.random.default_rng(0)
+    texts = ["red " * n for n in rng.integers(0, 90, 150)] + ["", "blue"] * 20
+    fields = {"batch_size": BATCH, "model": MODEL}
+    packed, padded = (
+        Session(complete(fields | {"model": MODEL | {"pack_text": how}}), tokenizer) for how in ("auto", "off")
+    )
+    state = steps.init_state(padded.model, optax.identity(), 0, padded.mesh, None)
+    expected = padded.encode_texts(state, texts)
+    np.testing.assert_allclose(packed.encode_texts(state, texts), expected, atol=1e-6)
+    assert packed.encode_texts(state, []).shape == (0, 128)
+
+
+SMALL = ["steps=2", "batch_size=16", "data.train=64", "data.val=32", "eval.zero_shot={}", "log_every=1"]
+SMALL += ["model.name=ViT-tiny", "model.image_size=16", "model.vision={'layers':1,'width':64,'heads':1,'patch_size':8}"]
+SMALL += ["model.text={'layers':1,'width':64,'heads':1}", "optim.warmup_steps=1", "optim.schedule=constant"]
+SMALL += ["eval.every={'retrieval':None,'geometry':None}"]
+
+
+@pytest.mark.slow
+def test_a_run_packs_by_itself_and_resumes_to_the_bit(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    loop.train(load("configs/shapes.py", [*SMALL, "steps=4"]), whole)
+    for steps_to in (2, 4):
+        loop.train(load("configs/shapes.py", [*SMALL, f"steps={steps_to}"]), parts)
+    model = json.loads((whole / "config.json").read_text())["model"]
+    assert model["pack_text"] == "on" and model["pack_rows"][1] == 2 and model["pack_rows"][0] <= 2
+    of = {}
+    for run in (whole, parts):
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        of[run] = {row["step"]: (row["loss"], row["grad_norm"]) for row in rows if "loss" in row}
+        assert all(row["padded_steps"] in (0, 1) for row in rows if "loss" in row)
+        assert any("val/clip" in row for row in rows)
+    assert of[whole] == of[parts] and len(of[whole]) == 4
+    assert json.loads((parts / "config.json").read_text())["model"] == model
