@@ -115,11 +115,13 @@ class Source:
     text: Reading | None = None
 
 
-def read_captions(source: Source, block_rows: int = _BLOCK_ROWS) -> Iterator[str]:
+def read_captions(source: Source, block_rows: int | None = None) -> Iterator[str]:
     """Captions of all rows, or of 256 evenly spaced blocks of neighbouring rows, without unreadable ones.
 
-    Raises InputError where the store stopped answering.
+    `block_rows`: of each block; None: as many as a tokenizer is trained on. Raises InputError where the store stopped
+    answering.
     """
+    block_rows = block_rows or _BLOCK_ROWS
     count, size = min(source.size, _BLOCKS * block_rows), source.size
     rows = tf.data.Dataset.range(count)
     if size > count:

@@ -62,9 +62,16 @@ def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
         return {"image": images.read(row), "caption": texts.at(row)}
 
     index = lambda: [*rows.images.buffers(), *texts.buffers()]  # noqa: E731
-    more = dict(lost=rows.lost, index=index, ahead=images.ahead)
-    text = Reading(lambda row: {"caption": texts.at(row)})
-    return Source(len(texts), read, rows.where, lambda: texts, text=text, **more)
+    return Source(
+        len(texts),
+        read,
+        rows.where,
+        captions=lambda: texts,
+        lost=rows.lost,
+        index=index,
+        ahead=images.ahead,
+        text=Reading(lambda row: {"caption": texts.at(row)}),
+    )
 
 
 def open_rows(spec: ConfigDict, path: str | Sequence[str], text_keys: tuple[str, ...], hint: str | None = None) -> Rows:
