@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from input_pipeline.sources import Source, told
+from input_pipeline.sources import Ahead, Source, told
 from rankclip_jax.common.errors import InputError
 
 
@@ -58,7 +58,9 @@ class BadSamples:
         self.count += len(dropped)
         for position in dropped:
             row = int(row_of(position))
-            message = reason_of_failure(sample, position) or "failed once, but could be read on retry"
+            message = (
+                reason_of_failure(sample, position, self._source.ahead) or "failed once, but could be read on retry"
+            )
             detail, _, reason = message.rpartition("; ")
             self._name(row, self._source.where(row), reason, detail)
         if dropped and self._seen >= 100 and self.count > self._max_fraction * self._seen:
@@ -99,8 +101,18 @@ class BadSamples:
                 out.write(json.dumps(entry) + "\n")
 
 
-def reason_of_failure(sample: Callable, position: int) -> str | None:
-    """Why `sample(position)` fails: "details; reason", where samples can share a reason. None: it works."""
+def reason_of_failure(sample: Callable, position: int, ahead: Ahead | None = None) -> str | None:
+    """Why `sample(position)` fails: "details; reason", where samples can share a reason. None: it works.
+
+    Raises InputError where that is no fault of the sample: the store stopped answering.
+    """
+    reason = _reason(sample, position)
+    if reason is not None and ahead:
+        ahead.check()
+    return reason
+
+
+def _reason(sample: Callable, position: int) -> str | None:
     try:
         sample(tf.constant(position, tf.int64))
     except tf.errors.NotFoundError as error:

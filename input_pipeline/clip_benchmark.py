@@ -2,12 +2,12 @@
 test/0.tar ... with an image and .cls (or .txt, one caption per line) per sample."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
-from input_pipeline.sources import Source, tar
+from input_pipeline.sources import Source, started_ahead, tar
+from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS
 
@@ -26,7 +26,9 @@ def labels(path: str, hint: str) -> tuple[Source, list[str] | None, list[str] | 
         number = tf.strings.to_number(tf.strings.strip(sample["cls"]), tf.int32)
         return {"image": sample["image"], "caption": "", "label": number}
 
-    names, templates = (_lines(root / f) for f in ("classnames.txt", "zeroshot_classification_templates.txt"))
+    names, templates = (
+        _lines(storage.join(root, f)) for f in ("classnames.txt", "zeroshot_classification_templates.txt")
+    )
     templates = templates and [template.replace("{c}", "{}") for template in templates]
     return _source(members, read, labels_N), names, templates
 
@@ -41,21 +43,21 @@ def captions(path: str, hint: str) -> tuple[Source, list[list[str]]]:
     return _source(members, read), [text.split("\n") for text in texts]
 
 
-def _shards(path: str, text_member: str, hint: str) -> tuple[Path, tar.Members, list[str]]:
+def _shards(path: str, text_member: str, hint: str) -> tuple[str, tar.Members, list[str]]:
     """(the set's folder, its images and text members, the texts)"""
-    root = Path(path)
-    split, root = (root, root.parent) if (root / "nshards.txt").is_file() else (root / "test", root)
-    counted = split / "nshards.txt"
-    if not counted.is_file():
+    root = path.rstrip("/")
+    one_split = storage.exists(storage.join(root, "nshards.txt"))
+    split, root = (root, storage.parent(root)) if one_split else (storage.join(root, "test"), root)
+    counted = storage.join(split, "nshards.txt")
+    if not storage.exists(counted):
         raise InputError(f"no such file: {counted}; CLIP_benchmark's layout needs it{hint}")
-    text = counted.read_text()
+    text = storage.read(counted).decode(errors="replace")
     if not text.strip().isdigit() or int(text) < 1:
         raise InputError(f"{counted}: expected the number of shards; got {text[:20]!r}")
-    shards = [split / f"{number}.tar" for number in range(int(text))]
-    lacking = [shard for shard in shards if not shard.is_file()]
+    shards = [storage.join(split, f"{number}.tar") for number in range(int(text))]
+    lacking = [shard for shard, found in zip(shards, storage.stat(shards), strict=True) if found is None]
     if lacking:
         raise InputError(f"no such file: {lacking[0]}, one of the {len(shards)} shards of {counted}")
-    shards = [str(shard) for shard in shards]
     endings = {"image": tuple(suffix[1:] for suffix in ENDINGS), text_member: (text_member,)}
     members = tar.open_members(shards, endings)
     whole = (members.index.columns["length"] >= 0).all(axis=1)
@@ -64,7 +66,8 @@ def _shards(path: str, text_member: str, hint: str) -> tuple[Path, tar.Members, 
         raise InputError(f"{where} has no image or no .{text_member}")
     # The texts are opened separately, so that reading them does not read the images between them.
     texts = tar.open_members(shards, {text_member: (text_member,)})
-    rows = tf.data.Dataset.range(texts.index.size).map(lambda row: texts.read(row)[text_member])
+    rows = started_ahead(tf.data.Dataset.range(texts.index.size), texts.ahead)
+    rows = rows.map(lambda row: texts.read(row)[text_member])
     found = []
     for text in rows.as_numpy_iterator():
         try:
@@ -77,7 +80,8 @@ def _shards(path: str, text_member: str, hint: str) -> tuple[Path, tar.Members, 
 
 def _source(members: tar.Members, read: Callable, labels_N: np.ndarray | None = None) -> Source:
     lost = tuple(members.index.lost)
-    return Source(members.index.size, read, members.where, captions=lambda: (), labels=labels_N, lost=lost)
+    size, ahead = members.index.size, members.ahead
+    return Source(size, read, members.where, captions=lambda: (), labels=labels_N, lost=lost, ahead=ahead)
 
 
 def _class_number(text: str, members: tar.Members, row: int) -> int:
@@ -87,5 +91,5 @@ def _class_number(text: str, members: tar.Members, row: int) -> int:
         raise InputError(f"{members.where(row)}: expected a class number in .cls; got {text[:20]!r}") from None
 
 
-def _lines(path: Path) -> list[str] | None:
-    return path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else None
+def _lines(path: str) -> list[str] | None:
+    return storage.read(path).decode("utf-8-sig").splitlines() if storage.exists(path) else None

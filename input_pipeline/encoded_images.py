@@ -12,7 +12,7 @@ from rankclip_jax.common.errors import InputError
 def reader(source: Source) -> Callable[[int], bytes]:
     """Returns read(row) -> the bytes of its image, which may be called from several threads.
 
-    read raises InputError with the reason for an unusable row.
+    read raises InputError with the reason for an unusable row, and ConnectionError where the store stopped answering.
     """
     read_image = tf.function(lambda row: source.read(row)["image"])
     graph = read_image.get_concrete_function(tf.TensorSpec((), tf.int64))  # traced once, before threads call it
@@ -21,6 +21,11 @@ def reader(source: Source) -> Callable[[int], bytes]:
         try:
             return graph(tf.constant(row, tf.int64)).numpy()
         except tf.errors.OpError as error:
+            try:
+                if source.ahead:
+                    source.ahead.check()
+            except InputError as refused:
+                raise ConnectionError(str(refused)) from None
             raise InputError(in_words(error)) from None
 
     return read

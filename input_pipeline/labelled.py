@@ -12,7 +12,6 @@ import dataclasses
 import io
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
@@ -22,9 +21,9 @@ from PIL import Image
 from input_pipeline import clip_benchmark, cpu_only, shapes, transforms
 from input_pipeline import labelled_tables as tables
 from input_pipeline.labelled_tables import numbered_names, of_files, read_list, tell_first
-from input_pipeline.sources import Source, open_source, tfds
+from input_pipeline.sources import Source, open_source, started_ahead, tfds
 from input_pipeline.sources.packed_strings import PackedStrings
-from rankclip_jax.common import folders
+from rankclip_jax.common import folders, storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS
 
@@ -139,14 +138,18 @@ def _open_labelled(spec: ConfigDict, path: str | None, image_side: int) -> Label
 
 
 def _folder(spec: ConfigDict, path: str) -> LabelledSet:
-    classes = folders.class_folders(path) if Path(path).is_dir() else []
+    classes = folders.class_folders(path) if storage.is_folder(path) else []
     if not classes:
         raise InputError(f"{path} is not a folder with one folder per class{_hint(spec)}")
     roots = [os.path.join(path, name) for name in classes]
     files = [[os.path.join(root, file) for file in folders.pictures_below(root)] for root in roots]
     if not any(files):
         raise InputError(f"{path}: no images in the class folders ({', '.join(ENDINGS)})")
-    beside = sum(folders.is_picture(item.name) and not folders.is_leftover(item.name) for item in os.scandir(path))
+    if storage.is_remote(path):
+        names = [storage.name_of(file.path) for file in storage.files_in(path)]
+    else:
+        names = os.listdir(path)
+    beside = sum(folders.is_picture(name) and not folders.is_leftover(name) for name in names)
     if beside:
         print(f"{path}: {beside:,} pictures beside the class folders have no class and are left out", file=sys.stderr)
     labels_N = np.repeat(np.arange(len(classes), dtype=np.int32), [len(some) for some in files])
@@ -180,12 +183,15 @@ def open_captioned(spec: ConfigDict, *, image_side: int) -> CaptionedSet:
 
 
 def _all_captions(source: Source) -> list[list[str]]:
-    rows = tf.data.Dataset.range(source.size).map(lambda row: tf.reshape(source.read(row)["caption"], [-1]))
+    rows = started_ahead(tf.data.Dataset.range(source.size), source.ahead)
+    rows = rows.map(lambda row: tf.reshape(source.read(row)["caption"], [-1]))
     captions: list[list[str]] = []
     try:
         for texts in rows.as_numpy_iterator():
             captions.append([text.decode() for text in texts])
     except tf.errors.OpError as error:
+        if source.ahead:
+            source.ahead.check()
         raise InputError(f"{source.where(len(captions))} cannot be read ({type(error).__name__})") from None
     return captions
 

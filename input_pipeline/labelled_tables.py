@@ -6,7 +6,6 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +14,9 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline.sources import Lost, Source, table
+from input_pipeline.sources.byte_ranges import Files
 from input_pipeline.sources.packed_strings import PackedStrings
-from rankclip_jax.common import folders
+from rankclip_jax.common import folders, storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tables import CAPTION_KEYS
 
@@ -56,12 +56,13 @@ def of_files(
 ) -> Source:
     """A source of image files with labels, int32 (N,)."""
     labels = tf.constant(labels_N)
+    images = Files(paths.at, remote=any(map(storage.is_remote, paths)))
 
     def read(row):
         row = tf.cast(row, tf.int64)
-        return {"image": tf.io.read_file(paths.at(row)), "caption": "", "label": labels[row]}
+        return {"image": images.read(row), "caption": "", "label": labels[row]}
 
-    return Source(len(paths), read, where, captions=lambda: (), labels=labels_N, lost=lost)
+    return Source(len(paths), read, where, captions=lambda: (), labels=labels_N, lost=lost, ahead=images.ahead)
 
 
 def _classes_of(
@@ -146,10 +147,10 @@ def numbered_names(count: int) -> list[str]:
 
 def read_list(path: str, key: str) -> list[str]:
     """A JSON list of strings; or "classes" of a classes.py as the authors' repository has it, which is not run."""
-    if not Path(path).is_file():
+    if not storage.exists(path):
         raise InputError(f"{key}={path}: expected an existing JSON file with a list of strings")
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = storage.read(path).decode("utf-8-sig")
         items = _classes_in_python(text) if path.endswith(".py") else json.loads(text)
     except (ValueError, SyntaxError, RecursionError) as error:
         raise InputError(f"{path} is not valid {'Python' if path.endswith('.py') else 'JSON'}: {error}") from None

@@ -24,7 +24,7 @@ import tensorflow as tf
 from input_pipeline import cpu_only, order, transforms
 from input_pipeline.bad_samples import BadSamples, reason_of_failure
 from input_pipeline.captions import augment
-from input_pipeline.sources import Source
+from input_pipeline.sources import Source, started_ahead
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
 
@@ -58,11 +58,13 @@ class TrainBatches:
         two_views: bool = False,
         synonyms: Mapping[str, Sequence[str]] | None = None,
         recover_truncated: bool = False,
+        batches: int | None = None,
     ):
         """`batch_size` b is this process's share; `process` is (its index, number of processes).
 
         With `two_views` each image has a second window and each caption an edited version (captions.py, with the table
-        `synonyms`). With `recover_truncated` the readable part of a truncated JPEG is used.
+        `synonyms`). With `recover_truncated` the readable part of a truncated JPEG is used. `batches`: how many are
+        wanted at most, so that none is read for nothing.
         """
         cpu_only()
         self.position = start
@@ -104,15 +106,17 @@ class TrainBatches:
             return batch | {"tokens": tf.ensure_shape(ids, shape)}
 
         shape = (batch_size, 2, context_length) if two_views else (batch_size, context_length)
-        self._row_of, self._sample = row_of, sample
+        self._source, self._row_of, self._sample = source, row_of, sample
         good = self._one_good(source, start)
         if "tokens" in good:
             _check_tokens(good, tokenizer, context_length)
         # If every sample is bad, `ignore_errors` searches for a good one forever. So it gets a span of positions; when
         # that yields no more batches, the next span begins where the last batch ended.
-        self._from = tf.Variable(start, dtype=tf.int64)
-        span = _SPAN_BATCHES * batch_size
-        data = tf.data.Dataset.from_tensors(0).flat_map(lambda _: tf.data.Dataset.range(self._from, self._from + span))
+        self._from, self._full = tf.Variable(start, dtype=tf.int64), _SPAN_BATCHES * batch_size
+        self._span = tf.Variable(min(self._full, (batches or _SPAN_BATCHES) * batch_size), dtype=tf.int64)
+        data = tf.data.Dataset.from_tensors(0)
+        data = data.flat_map(lambda _: tf.data.Dataset.range(self._from, self._from + self._span))
+        data = started_ahead(data, source.ahead, row_of)
         data = data.map(sample, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).ignore_errors()
         self._data = _padded_batches(data, batch_size, canvas, drop_remainder=True).map(tokenize).prefetch(2)
         self._iterator = self._data.as_numpy_iterator()
@@ -120,7 +124,7 @@ class TrainBatches:
     def _one_good(self, source, start):
         reasons = []
         for position in range(start, start + min(source.size, 100)):
-            reason = reason_of_failure(self._sample, position)
+            reason = reason_of_failure(self._sample, position, source.ahead)
             if reason is None:
                 return self._sample(tf.constant(position, tf.int64))
             reasons.append(f"{source.where(int(self._row_of(position)))}: {reason}")
@@ -133,12 +137,13 @@ class TrainBatches:
         batch = next(self._iterator, None)
         if batch is None:
             self._from.assign(self.position)
+            self._span.assign(self._full)
             self._iterator = self._data.as_numpy_iterator()
             batch = next(self._iterator, None)
         if batch is None:
             raise InputError(
                 f"not one batch of good samples in {_SPAN_BATCHES} batches; the next one fails with: "
-                f"{reason_of_failure(self._sample, self.position)}"
+                f"{reason_of_failure(self._sample, self.position, self._source.ahead)}"
             )
         came = batch.pop("position")
         end = int(came[-1]) + 1
@@ -175,7 +180,8 @@ def eval_batches(
 
     whole, rest = divmod(source.size, batch_size * count)
     mine = whole * batch_size + min(max(rest - index * batch_size, 0), batch_size)
-    data = tf.data.Dataset.range(mine).map(sample, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    data = started_ahead(tf.data.Dataset.range(mine), source.ahead, row_of)
+    data = data.map(sample, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     batches = _padded_batches(data.ignore_errors(), batch_size, canvas).prefetch(2).as_numpy_iterator()
     side = canvas or image_side
     blank: dict[str, Any] = {"image": np.zeros((side, side, 3), np.uint8)}
@@ -187,6 +193,8 @@ def eval_batches(
     for _ in range(-(-source.size // (batch_size * count))):
         batch = next(batches, {"position": [], "caption": []})
         good = len(batch["position"])
+        if source.ahead and good < batch_size:
+            source.ahead.check()
         came.extend(batch["position"])
         captions = [c.decode(errors="replace") for c in batch.pop("caption")] + [""] * (batch_size - good)
         if good < batch_size:

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from input_pipeline.bad_samples import reason_of_failure
-from input_pipeline.sources import Source
+from input_pipeline.sources import Source, started_ahead
 
 
 @dataclasses.dataclass
@@ -42,7 +42,11 @@ def read_rows(source: Source, numbers: range) -> Iterator[Row]:
         return {"row": number, "image": sample["image"], "caption": sample["caption"], "label": label}
 
     data = tf.data.Dataset.range(numbers.start, numbers.stop, numbers.step)
-    data = data.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).ignore_errors()
+    data = (
+        started_ahead(data, source.ahead)
+        .map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .ignore_errors()
+    )
     expected = iter(numbers)
     for sample in _samples(data):
         # A failed row leaves a gap and is read once more, alone, for its reason.
@@ -72,7 +76,7 @@ def captions_of(sample: dict) -> tuple[str, ...]:
 
 
 def _failed(source, number):
-    message = reason_of_failure(source.read, number) or "failed once, but could be read on retry"
+    message = reason_of_failure(source.read, number, source.ahead) or "failed once, but could be read on retry"
     detail, _, reason = message.rpartition("; ")
     return Row(number, reason=reason, detail=detail)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import rankclip_jax
-from rankclip_jax.common import commands
+from rankclip_jax.common import commands, storage
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.pictures import ENDINGS
 from rankclip_jax.config.key import character, encoding
@@ -68,7 +68,7 @@ def main() -> None:
 
 def _embed(model: Model, flags: argparse.Namespace) -> None:
     about = {
-        "data": str(Path(flags.data).expanduser().resolve()),
+        "data": flags.data if storage.is_remote(flags.data) else str(Path(flags.data).expanduser().resolve()),
         "image_key": flags.image_key,
         "delimiter": flags.delimiter,
         "encoding": flags.encoding,

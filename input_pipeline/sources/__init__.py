@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -11,10 +11,20 @@ from ml_collections import ConfigDict
 
 from input_pipeline import cpu_only
 from input_pipeline.sources import drawn, folder, mixture, parquet, table, tar, tfds, tfrecord
-from input_pipeline.sources.source import Lost, Source, decoded, read_captions, require, told
+from input_pipeline.sources.source import (
+    Ahead,
+    Lost,
+    Reading,
+    Source,
+    decoded,
+    read_captions,
+    require,
+    started_ahead,
+    told,
+)
 from rankclip_jax.common.errors import InputError
 
-__all__ = ["Lost", "Source", "open_source", "told"]
+__all__ = ["Ahead", "Lost", "Source", "open_source", "started_ahead", "told"]
 
 
 def open_source(
@@ -61,32 +71,45 @@ def open_source(
 def _with_text(source: Source, spec: ConfigDict, encoding: str | None = None) -> Source:
     """`_checked`, with captions decoded; those that are not of the encoding (None: UTF-8) are bad rows."""
 
-    def read(row):
-        sample = source.read(row)
-        caption = decoded(sample["caption"], encoding)
-        return sample | {"caption": tf.ensure_shape(caption, sample["caption"].shape)}
+    def with_text(read):
+        def decode(row):
+            sample = read(row)
+            caption = decoded(sample["caption"], encoding)
+            return sample | {"caption": tf.ensure_shape(caption, sample["caption"].shape)}
 
-    checked = _checked(dataclasses.replace(source, read=read), spec.get("captions_per_line"))
-    return dataclasses.replace(checked, captions=lambda: read_captions(checked.read, source.size))
+        return decode
+
+    checked = _checked(_changed(source, with_text), spec.get("captions_per_line"))
+    return dataclasses.replace(checked, captions=lambda: read_captions(checked))
+
+
+def _changed(source: Source, change: Callable) -> Source:
+    """The source with change(read) in place of `read`, also where captions are read alone."""
+    text = source.text and Reading(change(source.text.read), source.text.ahead)
+    return dataclasses.replace(source, read=change(source.read), text=text)
 
 
 def _checked(source: Source, lines: bool | None) -> Source:
     """The source, with rows without image or without caption as bad rows. `lines`: each line is a caption."""
 
-    def read(row):
-        sample = source.read(tf.cast(row, tf.int64))
-        require(tf.strings.length(sample["image"]) > 0, "empty image")
-        caption = sample["caption"]
-        if lines:
-            text = tf.strings.reduce_join(tf.reshape(caption, [-1]), separator="\n")
-            caption = tf.strings.strip(tf.strings.split(tf.strings.regex_replace(text, "\r\n?", "\n"), "\n"))
-        with_text = tf.strings.length(tf.strings.strip(caption)) > 0
-        if caption.shape.rank:  # several
-            caption = tf.boolean_mask(caption, with_text)
-        require(tf.reduce_any(with_text), "empty caption")
-        return sample | {"caption": caption}
+    def checked(read):
+        def check(row):
+            sample = read(tf.cast(row, tf.int64))
+            if "image" in sample:
+                require(tf.strings.length(sample["image"]) > 0, "empty image")
+            caption = sample["caption"]
+            if lines:
+                text = tf.strings.reduce_join(tf.reshape(caption, [-1]), separator="\n")
+                caption = tf.strings.strip(tf.strings.split(tf.strings.regex_replace(text, "\r\n?", "\n"), "\n"))
+            with_text = tf.strings.length(tf.strings.strip(caption)) > 0
+            if caption.shape.rank:  # several
+                caption = tf.boolean_mask(caption, with_text)
+            require(tf.reduce_any(with_text), "empty caption")
+            return sample | {"caption": caption}
+
+        return check
 
     def captions():
         return (line.strip() for text in source.captions() for line in re.split("\r\n?|\n", text) if line.strip())
 
-    return dataclasses.replace(source, read=read, captions=captions if lines else source.captions)
+    return dataclasses.replace(_changed(source, checked), captions=captions if lines else source.captions)

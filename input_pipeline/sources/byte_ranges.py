@@ -1,22 +1,63 @@
-"""Reads byte ranges of many files inside the graph.
+"""Reads byte ranges of many files, and whole files, inside the graph.
 
-TensorFlow has no op for it: tf.io.read_file reads whole files, and a FixedLengthRecordDataset reads everything before
-the range (measured: 9 ms for 40 MB). So local files are memory-mapped once as uint8 tensors in a TensorList. A range is
-a slice of one of them and takes 52 us of CPU for 20 kB, the same as tf.io.read_file for a file of that size. Files in a
-bucket are read by Python, whose microseconds are negligible compared with the network's milliseconds.
+TensorFlow has no op for ranges: tf.io.read_file reads whole files, and a FixedLengthRecordDataset reads everything
+before the range (measured: 9 ms for 40 MB). So local files are memory-mapped once as uint8 tensors in a TensorList. A
+range is a slice of one of them and takes 52 us of CPU for 20 kB, as tf.io.read_file does for a file of that size.
+
+What is not local is read by Python (common/storage), whose microseconds are negligible compared with the network's
+milliseconds. Reads are started ahead (`Ahead`), so that no thread waits for each.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
 
-from input_pipeline.sources.paths import is_remote
+from input_pipeline.sources.source import Ahead, require
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.storage import ReadAhead, is_remote
 
 
-def byte_ranges(paths: Sequence[str], sizes: Sequence[int]) -> Callable:
+def byte_ranges(paths: Sequence[str], sizes: Sequence[int], reads: ReadAhead) -> Callable:
     """Returns ops (file, int32; begin, int64; length, int64) -> string scalar. Files must not shrink afterwards."""
-    return _fetched(paths) if is_remote(paths[0]) else _mapped(paths, sizes)
+    return _fetched(paths, reads) if any(map(is_remote, paths)) else _mapped(paths, sizes)
+
+
+class Files:
+    """Whole files by row.
+
+    Attributes:
+      ahead: as a Source's.
+    """
+
+    def __init__(self, path_of: Callable, remote: bool):
+        """`path_of`: ops, row (int64 scalar) -> path (string scalar). `remote`: whether some are not local."""
+        self._path_of, self._remote, self._reads = path_of, remote, ReadAhead()
+        self._paths_of = tf.function(
+            lambda rows: tf.map_fn(path_of, rows, fn_output_signature=tf.string), [tf.TensorSpec([None], tf.int64)]
+        )
+        self.ahead = Ahead(self._start, self._reads.check) if remote else None
+
+    def read(self, row: tf.Tensor) -> tf.Tensor:
+        """Ops, row (int64 scalar) -> the bytes of its file."""
+        return self.at(self._path_of(row))
+
+    def at(self, path: tf.Tensor) -> tf.Tensor:
+        """Ops, path (string scalar) -> the bytes of the file."""
+        if not self._remote:
+            return tf.io.read_file(path)
+        fetched = functools.partial(from_python, lambda path: self._reads.take(path.decode()), path)
+        return tf.cond(tf.strings.regex_full_match(path, r"(?s)\w+://.*"), fetched, lambda: tf.io.read_file(path))
+
+    def _start(self, rows):
+        for path in self._paths_of(rows).numpy():
+            self._reads.start(path.decode())
+
+
+def ahead_of(paths: Sequence[str], reads: ReadAhead, start: Callable[[np.ndarray], None]) -> Ahead | None:
+    """The Ahead of files whose rows `start` begins to read; None where all are local."""
+    return Ahead(start, reads.check) if any(map(is_remote, paths)) else None
 
 
 def _mapped(paths, sizes):
@@ -37,19 +78,31 @@ def _mapped(paths, sizes):
     return read
 
 
-def _fetched(paths):
-    paths_F = tf.constant(paths)
+def _fetched(paths, reads):
+    def fetch(file, begin, length):
+        return reads.take(paths[file], int(begin), int(begin + length))
 
-    def fetch(path, begin, length):
-        with tf.io.gfile.GFile(path.decode(), "rb") as file:
-            file.seek(int(begin))
-            return np.asarray(file.read(int(length)), object)
+    return lambda file, begin, length: from_python(fetch, file, begin, length)
 
-    def read(file, begin, length):
-        span = tf.ensure_shape(tf.numpy_function(fetch, [paths_F[file], begin, length], tf.string), ())
-        tf.debugging.Assert(
-            tf.cast(tf.strings.length(span), tf.int64) == length, ["the shard is shorter than its index says"]
-        )
-        return span
 
-    return read
+def _taken(read: Callable[[], bytes]) -> tuple[np.ndarray, bytes]:
+    """(bytes, b""), or (none, why not): an exception in a graph would print its traceback for each row.
+
+    What is not the row's own fault makes `Ahead.check` raise, before anybody takes the row for a bad one.
+    """
+    try:
+        return np.asarray(read(), object), b""
+    except InputError as error:
+        return np.asarray(b"", object), str(error)[:300].encode()
+
+
+def from_python(fetch: Callable[..., bytes], *inputs: tf.Tensor) -> tf.Tensor:
+    """The bytes (string scalar) that `fetch` returns for the inputs' values; a bad row where it raises InputError."""
+
+    @tf.autograph.experimental.do_not_convert
+    def fetched(*values):
+        return _taken(lambda: fetch(*values))
+
+    span, reason = tf.numpy_function(fetched, inputs, (tf.string, tf.string))
+    require(tf.strings.length(reason) == 0, reason)
+    return tf.ensure_shape(span, ())

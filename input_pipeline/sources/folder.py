@@ -5,10 +5,10 @@ import os
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from input_pipeline.sources.byte_ranges import Files
 from input_pipeline.sources.packed_strings import PackedStrings
-from input_pipeline.sources.paths import is_remote
-from input_pipeline.sources.source import Lost, Source, read_captions, require
-from rankclip_jax.common import folders
+from input_pipeline.sources.source import Lost, Reading, Source, all_ahead, require
+from rankclip_jax.common import folders, storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS
 
@@ -22,9 +22,9 @@ def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
       InputError: no such folder, or no images.
     """
     root = os.fspath(path) if isinstance(path, str | os.PathLike) else repr(path)
-    if not tf.io.gfile.isdir(root):
+    if not storage.is_folder(root):
         raise InputError(f"{root} is not a folder" + (f"; {spec.hint}" if spec.get("hint") else ""))
-    names = sorted(folders.files_below(root, tf.io.gfile.walk if is_remote(root) else None))
+    names = sorted(folders.files_below(root))
     images = [name for name in names if folders.is_picture(name)]
     if not images:
         raise InputError(f"{root} has no images ({', '.join(ENDINGS)})")
@@ -35,14 +35,28 @@ def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
     size, images = len(images), PackedStrings([os.fsencode(name) for name in images])
     captions = PackedStrings([os.fsencode(texts.get(stem, "")) for stem in stems])
 
+    folder, remote = root.rstrip("/") + "/", storage.is_remote(root)
+    pictures, texts = (
+        Files(lambda row, names=names: tf.strings.join([folder, names.at(row)]), remote) for names in (images, captions)
+    )
+
+    def caption_of(row):
+        there = tf.strings.length(captions.at(row)) > 0
+        require(there, "no caption: there is no .txt of the image's name beside it")
+        return {"caption": texts.read(row)}
+
     def read(row):
-        caption, folder = captions.at(row), root.rstrip("/") + "/"
-        require(tf.strings.length(caption) > 0, "no caption: there is no .txt of the image's name beside it")
-        return {
-            "image": tf.io.read_file(tf.strings.join([folder, images.at(row)])),
-            "caption": tf.io.read_file(tf.strings.join([folder, caption])),
-        }
+        return caption_of(row) | {"image": pictures.read(row)}
 
     index = lambda: [*images.buffers(), *captions.buffers()]  # noqa: E731
     where = lambda row: os.path.join(root, images[row])  # noqa: E731
-    return Source(size, read, where, lambda: read_captions(read, size), lost=lost, index=index)
+    return Source(
+        size,
+        read,
+        where,
+        captions=lambda: (),
+        lost=lost,
+        index=index,
+        ahead=all_ahead([pictures.ahead, texts.ahead]),
+        text=Reading(caption_of, texts.ahead),
+    )

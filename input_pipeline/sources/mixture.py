@@ -14,7 +14,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline.sources.fingerprint import fingerprint
-from input_pipeline.sources.source import Source
+from input_pipeline.sources.source import Ahead, Reading, Source, all_ahead
 from rankclip_jax.common.errors import InputError
 
 
@@ -39,6 +39,7 @@ def open_mixture(spec: ConfigDict, parts: Mapping[str, Mapping], open_one: Calla
         sources.append(open_one(ConfigDict({**dict(spec.items()), "train": None, "val": None} | own), own.get("path")))
     sizes = np.array([source.size for source in sources])
     starts = np.cumsum(sizes) - sizes
+    texts = [source.text or Reading(source.read, source.ahead) for source in sources]
     names = list(parts)
 
     def part_of(row):
@@ -50,30 +51,40 @@ def open_mixture(spec: ConfigDict, parts: Mapping[str, Mapping], open_one: Calla
 
     return Source(
         size=int(sizes.sum()),
-        read=_read(sources, starts),
+        read=_read([source.read for source in sources], starts),
         where=where,
         captions=lambda: (caption for source in sources for caption in source.captions()),
         lost=tuple(one for source in sources for one in source.lost),
         index=lambda: [fingerprint(source) for source in sources],
         shares=tuple(zip(sizes.tolist(), _shares(given, sizes.sum()), strict=True)) if given else None,
+        ahead=_ahead([source.ahead for source in sources], starts, sizes),
+        text=Reading(_read([read for read, _ in texts], starts), _ahead([ahead for _, ahead in texts], starts, sizes)),
     )
 
 
-def _read(sources, starts):
-    specs = [tf.data.Dataset.range(1).map(source.read).element_spec for source in sources]
+def _ahead(aheads, starts, sizes):
+    def of_part(ahead, start, size):
+        return Ahead(lambda rows: ahead.start(rows[(rows >= start) & (rows < start + size)] - start), ahead.check)
+
+    parts = zip(aheads, starts, sizes, strict=True)
+    return all_ahead([ahead and of_part(ahead, start, size) for ahead, start, size in parts])
+
+
+def _read(reads, starts):
+    specs = [tf.data.Dataset.range(1).map(read).element_spec for read in reads]
     common = set.intersection(*map(set, specs))  # tokens are used only if all parts have them
     several = any(spec["caption"].shape.rank for spec in specs)
     starts = tf.constant(starts, tf.int64)
 
     def branch(number, row):
-        sample = {key: value for key, value in sources[number].read(row - starts[number]).items() if key in common}
+        sample = {key: value for key, value in reads[number](row - starts[number]).items() if key in common}
         if several:
             sample["caption"] = tf.reshape(sample["caption"], [-1])
         return sample
 
     def read(row):
         part = tf.searchsorted(starts, [row], side="right")[0] - 1
-        return tf.switch_case(part, [lambda i=i: branch(i, row) for i in range(len(sources))])
+        return tf.switch_case(part, [lambda i=i: branch(i, row) for i in range(len(reads))])
 
     return read
 

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from input_pipeline.sources.paths import is_remote, stamps
+from input_pipeline.sources.paths import stamps
 from input_pipeline.sources.source import Lost
+from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.progress import progress
@@ -111,8 +112,8 @@ def offset_index(kind: str, paths: Sequence[str], scan: Callable, cache_dir: str
 
 def open_slices(path: str, size: int) -> contextlib.AbstractContextManager:
     """A context manager whose value supports [begin:end] of a file's bytes."""
-    if is_remote(path):
-        return _Window(path)
+    if storage.is_remote(path):
+        return _Window(path, size)
     if not size:
         return memoryview(b"")
     with open(path, "rb") as file:
@@ -122,21 +123,21 @@ def open_slices(path: str, size: int) -> contextlib.AbstractContextManager:
 class _Window:
     """Slices of a file in a bucket, fetched in large requests."""
 
-    def __init__(self, path: str):
-        self._file, self._begin, self._bytes = tf.io.gfile.GFile(path, "rb"), 0, b""
+    def __init__(self, path: str, size: int):
+        self._path, self._size, self._begin, self._bytes = path, size, 0, b""
 
     def __getitem__(self, span: slice) -> bytes:
         inside = self._begin <= span.start and span.stop <= self._begin + len(self._bytes)
         if not inside:
-            self._file.seek(span.start)
-            self._begin, self._bytes = span.start, self._file.read(max(_REMOTE_WINDOW, span.stop - span.start))
+            end = min(max(span.start + _REMOTE_WINDOW, span.stop), self._size)
+            self._begin, self._bytes = span.start, storage.read(self._path, span.start, end)
         return self._bytes[span.start - self._begin : span.stop - self._begin]
 
     def __enter__(self) -> "_Window":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._bytes = b""
 
 
 def _rows(scan):
@@ -146,7 +147,7 @@ def _rows(scan):
 def cache_folders(paths: Sequence[str], cache_dir: str | None) -> list[Path]:
     """Folders for data derived from the shards, in order of preference."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankclip_jax"
-    beside = [] if is_remote(paths[0]) else [Path(paths[0]).parent / ".rankclip_index"]
+    beside = [] if storage.is_remote(paths[0]) else [Path(paths[0]).parent / ".rankclip_index"]
     return [Path(cache_dir)] if cache_dir else [*beside, home]
 
 

@@ -23,10 +23,12 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from input_pipeline.sources.byte_ranges import Files
 from input_pipeline.sources.offset_index import cache_folders
-from input_pipeline.sources.paths import expand, is_remote, stamps
-from input_pipeline.sources.source import Source, captions_in_json, keys, read_captions
+from input_pipeline.sources.paths import expand, stamps
+from input_pipeline.sources.source import Reading, Source, captions_in_json, keys
 from input_pipeline.sources.tar import open_members
+from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.progress import progress
@@ -72,30 +74,49 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str]) -> Source:
         raise InputError(f"{files[0]} has no rows")
     folders_F = tf.constant([f"{file.rpartition('/')[0]}/" if "/" in file else "" for file in files])
     several, inside = any(one.several for one in columns), columns[0].inside
+    texts = members.alone(["caption", "captions"])
+    paths = members.alone(["path"])
 
-    def at_path(row, path):
+    def path_of(row):
+        path = paths.read(row)["path"]
         absolute = tf.strings.regex_full_match(path, r"(?s)(/|\w+://).*")
-        folder = folders_F[members.index.file_in_graph(row)]
-        return tf.io.read_file(tf.where(absolute, path, tf.strings.join([folder, path])))
+        folder = tf.where(tf.strings.length(path) > 0, folders_F[members.index.file_in_graph(row)], "")
+        return tf.where(absolute, path, tf.strings.join([folder, path]))
 
-    def read(row):
-        sample = members.read(row)
-        image, path, caption, captions = (sample[kind] for kind in kinds)
-        image = tf.cond(tf.strings.length(path) > 0, lambda: at_path(row, path), lambda: image)
+    # The tars are local; pictures of which they have only the paths need not be.
+    has_paths = bool((members.index.columns["length"][:, kinds.index("path")] > 0).any())
+    pictures = Files(path_of, remote=has_paths)
+
+    def caption_of(sample):
+        caption, captions = sample["caption"], sample["captions"]
         if several:
             caption = tf.cond(
                 tf.strings.length(captions) > 0,
                 lambda: captions_in_json(captions, inside),
                 lambda: tf.reshape(caption, [1]),
             )
-        return {"image": image, "caption": caption}
+        return {"caption": caption}
+
+    def read(row):
+        sample = members.read(row)
+        image = sample["image"]
+        if has_paths:
+            image = tf.cond(tf.strings.length(sample["path"]) > 0, lambda: pictures.read(row), lambda: image)
+        return {"image": image} | caption_of(sample)
 
     def where(row):
         file = members.index.file_of(row)
         return f"{files[file]} row {row - members.index.starts[file]}"
 
-    size = members.index.size
-    return Source(size, read, where, lambda: read_captions(read, size), index=members.index.arrays)
+    return Source(
+        members.index.size,
+        read,
+        where,
+        captions=lambda: (),
+        index=members.index.arrays,
+        ahead=pictures.ahead,
+        text=Reading(lambda row: caption_of(texts.read(row))),
+    )
 
 
 def _columns(file: str, image_keys: tuple[str, ...], caption_keys: tuple[str, ...]) -> _Columns:
@@ -155,10 +176,14 @@ def _is_bytes(kind: pa.DataType | None) -> bool:
 @contextlib.contextmanager
 def _opened(file):
     try:
-        # A file in a bucket is fetched whole, because nearly all of it is needed.
-        where = pa.BufferReader(tf.io.gfile.GFile(file, "rb").read()) if is_remote(file) else file
-        with pq.ParquetFile(where) as opened:
-            yield opened
+        if storage.is_remote(file):
+            (size, _), *_ = stamps([file])
+            # Its footer, and then the columns of one row group after the other: never all of the file in memory.
+            with pq.ParquetFile(pa.PythonFile(storage.RemoteFile(file, size)), pre_buffer=True) as opened:
+                yield opened
+        else:
+            with pq.ParquetFile(file) as opened:
+                yield opened
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # from the system, not from Parquet's decoder
@@ -205,7 +230,8 @@ def _unpack(file: str, columns: _Columns, target: Path, bar: tqdm) -> None:
     names = [re.split("[.:]", columns.image)[0], columns.caption]
     with whole(target) as part, _opened(file) as parquet, tarfile.open(part, "w") as tar:
         row = 0
-        for batch in parquet.iter_batches(_ROWS, columns=names):
+        groups = range(parquet.num_row_groups)  # each alone, since what is fetched ahead is kept to the end
+        for batch in (one for group in groups for one in parquet.iter_batches(_ROWS, [group], names)):
             images, captions = (batch.column(name).to_pylist() for name in names)
             for image, caption in zip(images, captions, strict=True):
                 for ending, data in (_image(image), _caption(caption, columns)):

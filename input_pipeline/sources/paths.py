@@ -1,12 +1,13 @@
 """Expands paths of a configuration: brace ranges, globs, folders and lists, local or in a bucket."""
 
+import fnmatch
 import os
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import tensorflow as tf
 
+from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError, one_line
 
 _RANGE = re.compile(r"\{([^{}]*)\}")
@@ -17,12 +18,12 @@ def expand(pattern: str | Sequence[str], *, endings: tuple[str, ...], hint: str 
 
     Args:
       pattern: a path with ranges {00000..00331} (leading zeros are kept), choices {a,b} and wildcards *, ?, [...]; or a
-        folder, which means its files with one of the `endings`; or several patterns, whose files are concatenated. gs://
-        and other schemes of tf.io.gfile are supported.
+        folder, which means its files with one of the `endings`; or several patterns, whose files are concatenated.
+        Local, or gs://, s3://, http(s):// (where a folder or a wildcard cannot be listed).
       hint: message for users who do not have the data.
 
     Raises:
-      InputError: no match, or a scheme that TensorFlow does not support here.
+      InputError: no match, or what `storage.stat` raises.
     """
     if isinstance(pattern, os.PathLike):
         pattern = os.fspath(pattern)
@@ -33,12 +34,22 @@ def expand(pattern: str | Sequence[str], *, endings: tuple[str, ...], hint: str 
             raise InputError(f"config.data.train and .val must be a path or a list of paths; got {pattern!r}")
         return [path for one in pattern for path in expand(str(one), endings=endings, hint=hint)]
     paths = []
-    for path in braces(pattern):
-        found = _matches(path, endings)
+    choices = braces(pattern)
+    there = _remote_files(choices) if storage.is_remote(pattern) else {}
+    for path in choices:
+        found = [path] if path in there else _matches(path, endings)
         if not found:
+            if storage.is_remote(path):
+                storage.check_bucket(path)
             raise InputError(f"no such file: {path}" + (f"; {hint}" if hint else ""))
         paths += found
     return paths
+
+
+def _remote_files(choices):
+    """Those that are files under these names: many at once, because buckets answer slowly."""
+    plain = [path for path in choices if not _is_glob(path)]
+    return {path for path, found in zip(plain, storage.stat(plain), strict=True) if found}
 
 
 def braces(pattern: str) -> list[str]:
@@ -58,31 +69,23 @@ def braces(pattern: str) -> list[str]:
     return [path for choice in choices for path in braces(pattern[: match.start()] + choice + pattern[match.end() :])]
 
 
-def is_remote(path: str) -> bool:
-    """Whether the path has a scheme, such as gs://."""
-    return "://" in path
-
-
 def stamps(paths: Sequence[str]) -> list[tuple[int, int]]:
-    """(size in bytes, modification time in ns) of each file. Many at once, because buckets answer slowly."""
+    """(bytes, time in ns or generation) of each file. Raises InputError as `storage.stat`, or if one is not there."""
+    found = []
+    for path, file in zip(paths, storage.stat(paths), strict=True):
+        if file is None:
+            raise InputError(f"{path} cannot be read: No such file or directory")
+        found.append((file.size, file.time))
+    return found
 
-    def stamp(path):
-        if not is_remote(path):  # TensorFlow returns the time of local files only in seconds
-            stat = os.stat(path)
-            return stat.st_size, stat.st_mtime_ns
-        stat = tf.io.gfile.stat(path)
-        return stat.length, stat.mtime_nsec
 
-    try:
-        with ThreadPoolExecutor(32) as pool:
-            return list(pool.map(stamp, paths))
-    except tf.errors.OpError as error:
-        raise InputError(f"cannot be read: {one_line(error)}") from None
-    except OSError as error:
-        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from None
+def _is_glob(path):
+    return re.search(r"[*?\[]", path) is not None
 
 
 def _matches(path, endings):
+    if storage.is_remote(path):
+        return _matches_remote(path, endings)
     try:
         if tf.io.gfile.isdir(path):
             names = sorted(tf.io.gfile.listdir(path))
@@ -92,12 +95,25 @@ def _matches(path, endings):
             return found
         if tf.io.gfile.exists(path):
             return [path]
-        return sorted(tf.io.gfile.glob(path)) if re.search(r"[*?\[]", path) else []
-    except tf.errors.UnimplementedError:
-        scheme = path.split("://")[0]
-        raise InputError(
-            f"{path}: this TensorFlow does not support {scheme}://; copy or mount the data, or install a TensorFlow "
-            f"plug-in for it and import it first"
-        ) from None
+        return sorted(tf.io.gfile.glob(path)) if _is_glob(path) else []
     except tf.errors.OpError as error:
         raise InputError(f"{path} cannot be reached: {one_line(error)}") from None
+
+
+def _matches_remote(path, endings):
+    if _is_glob(path):
+        root = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
+        # As in a local folder, no wildcard stands for a slash.
+        levels = [fnmatch.translate(level) for level in path[len(root) + 1 :].split("/")]
+        return [file.path for file in storage.files_below(root) if _fits(file.path[len(root) + 1 :], levels)]
+    if not storage.is_folder(path):
+        return []
+    found = [file.path for file in storage.files_in(path) if file.path.endswith(endings)]
+    if not found:
+        raise InputError(f"{path} has no files that end in {' or '.join(endings)}")
+    return found
+
+
+def _fits(name, levels):
+    parts = name.split("/")
+    return len(parts) == len(levels) and all(map(re.match, levels, parts))

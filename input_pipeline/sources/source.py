@@ -4,11 +4,15 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from rankclip_jax.common.json_rows import find, strings
+
+_BLOCKS, _BLOCK_ROWS = 256, 256  # what a tokenizer is trained on
+_TOGETHER, _GROUPS = 32, 8  # rows whose reads are started at a time, and how many such groups may wait
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,41 @@ def told(lost: Iterable[Lost], reasons: int = 5) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ahead:
+    """How reads of what is not local are started before their rows are needed: many at once, without a thread each.
+
+    Attributes:
+      start: int64 rows (n,) -> None.
+      check: raises InputError if the store stopped answering, which is no fault of any row.
+    """
+
+    start: Callable[[np.ndarray], None]
+    check: Callable[[], None]
+
+
+def all_ahead(some: Sequence["Ahead | None"]) -> "Ahead | None":
+    """One for the rows of several, of which each has all rows."""
+    given = [one for one in some if one]
+
+    def start(rows):
+        for one in given:
+            one.start(rows)
+
+    def check():
+        for one in given:
+            one.check()
+
+    return Ahead(start, check) if given else None
+
+
+class Reading(NamedTuple):
+    """`read` as a Source's; `ahead`: None where all is local."""
+
+    read: Callable
+    ahead: Ahead | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
     """Rows of images and captions by number.
 
@@ -60,6 +99,8 @@ class Source:
       lost: unreachable samples, which have no row.
       shares: of a mixture, (rows, rows per epoch) for each part; None: every row once per epoch.
       index: what says which rows these are, wherever they lie (fingerprint.py): strings, and arrays with an axis.
+      ahead: None where all is local.
+      text: reads {"caption"} alone; None: there is no cheaper way than `read`.
     """
 
     size: int
@@ -70,18 +111,49 @@ class Source:
     lost: tuple[Lost, ...] = ()
     shares: tuple[tuple[int, int], ...] | None = None
     index: Callable[[], Iterable[str | np.ndarray]] = tuple
+    ahead: Ahead | None = None
+    text: Reading | None = None
 
 
-def read_captions(read: Callable, size: int, limit: int = 1_000_000) -> Iterator[str]:
-    """Captions of all rows, or of `limit` evenly spaced rows, without unreadable ones."""
-    count = min(size, limit)
-    data = tf.data.Dataset.range(count).map(
-        lambda i: tf.reshape(read(i * size // count)["caption"], [-1]),
-        num_parallel_calls=tf.data.AUTOTUNE,
-        deterministic=True,
+def read_captions(source: Source, block_rows: int | None = None) -> Iterator[str]:
+    """Captions of all rows, or of 256 evenly spaced blocks of neighbouring rows, without unreadable ones.
+
+    `block_rows`: of each block; None: as many as a tokenizer is trained on. Raises InputError where the store stopped
+    answering.
+    """
+    block_rows = block_rows or _BLOCK_ROWS
+    count, size = min(source.size, _BLOCKS * block_rows), source.size
+    rows = tf.data.Dataset.range(count)
+    if size > count:
+        rows = rows.map(lambda i: i // block_rows * size // _BLOCKS + i % block_rows)
+    read, ahead = source.text or Reading(source.read, source.ahead)
+    data = started_ahead(rows, ahead).map(
+        lambda row: tf.reshape(read(row)["caption"], [-1]), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
     )
     for captions in data.ignore_errors().as_numpy_iterator():
         yield from (caption.decode(errors="replace") for caption in captions)
+    if ahead:
+        ahead.check()
+
+
+def started_ahead(data: tf.data.Dataset, ahead: Ahead | None, row_of: Callable | None = None) -> tf.data.Dataset:
+    """A data set of int64 scalars, unchanged; the rows that they stand for are being read by the time they come.
+
+    `row_of`: ops, scalar -> row; None: they are rows.
+    """
+    if ahead is None:
+        return data
+
+    @tf.autograph.experimental.do_not_convert
+    def start(numbers, rows):
+        ahead.start(rows)
+        return numbers
+
+    pairs = data.map(lambda number: (number, tf.cast(row_of(number) if row_of else number, tf.int64)))
+    started = pairs.batch(_TOGETHER).map(
+        lambda *pair: tf.ensure_shape(tf.numpy_function(start, pair, tf.int64), [None])
+    )
+    return started.prefetch(_GROUPS).unbatch()
 
 
 def captions_in_json(text: tf.Tensor, path: str | None) -> tf.Tensor:

@@ -9,10 +9,11 @@ import pyarrow.compute as pc
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from input_pipeline.sources.byte_ranges import Files
 from input_pipeline.sources.packed_strings import PackedLists, PackedStrings
-from input_pipeline.sources.paths import expand, is_remote
-from input_pipeline.sources.source import Lost, Source, keys
-from rankclip_jax.common import tables
+from input_pipeline.sources.paths import expand
+from input_pipeline.sources.source import Lost, Reading, Source, keys
+from rankclip_jax.common import storage, tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Rows:
       where_of: row -> file and number alone.
       lost: the bad rows.
       images: the paths as written.
+      remote: whether some images are not local.
     """
 
     texts: pa.Array
@@ -36,6 +38,7 @@ class Rows:
     where_of: Callable[[int], str]
     lost: tuple[Lost, ...]
     images: PackedStrings
+    remote: bool
 
 
 def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
@@ -53,11 +56,22 @@ def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     several = pa.types.is_large_list(rows.texts.type)
     texts = PackedLists(rows.texts) if several else PackedStrings(rows.texts)
 
+    images = Files(rows.path, rows.remote)
+
     def read(row):
-        return {"image": tf.io.read_file(rows.path(row)), "caption": texts.at(row)}
+        return {"image": images.read(row), "caption": texts.at(row)}
 
     index = lambda: [*rows.images.buffers(), *texts.buffers()]  # noqa: E731
-    return Source(len(texts), read, rows.where, lambda: texts, lost=rows.lost, index=index)
+    return Source(
+        len(texts),
+        read,
+        rows.where,
+        captions=lambda: texts,
+        lost=rows.lost,
+        index=index,
+        ahead=images.ahead,
+        text=Reading(lambda row: {"caption": texts.at(row)}),
+    )
 
 
 def open_rows(spec: ConfigDict, path: str | Sequence[str], text_keys: tuple[str, ...], hint: str | None = None) -> Rows:
@@ -71,7 +85,7 @@ def open_rows(spec: ConfigDict, path: str | Sequence[str], text_keys: tuple[str,
             delimiter=spec.get("delimiter") or ",",
             encoding=spec.get("encoding"),
             image_folder=spec.get("image_folder"),
-            data=tf.io.gfile.GFile(file, "rb").read() if is_remote(file) else None,
+            data=storage.read(file) if storage.is_remote(file) else None,
         )
         for file in files
     ]
@@ -106,7 +120,10 @@ def open_rows(spec: ConfigDict, path: str | Sequence[str], text_keys: tuple[str,
         for file, table in zip(files, read, strict=True)
         for row, reason in table.bad
     ]
-    return Rows(_joined([table.texts for table in read]), path_of, paths, where, where_of, tuple(lost), images)
+    remote = any(map(storage.is_remote, folders)) or any(
+        pc.any(pc.match_substring_regex(table.images, r"^\w+://")).as_py() for table in read
+    )
+    return Rows(_joined([table.texts for table in read]), path_of, paths, where, where_of, tuple(lost), images, remote)
 
 
 def _joined(columns: list[pa.Array]) -> pa.Array:

@@ -7,6 +7,7 @@ graph (byte_ranges.py). tar_samples.py has the rules of pairing. `open_members` 
   members.read(row)     ops: {"image": bytes, "cls": bytes}; a row without one of them is a bad row
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -17,11 +18,12 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from input_pipeline.sources.byte_ranges import byte_ranges
+from input_pipeline.sources.byte_ranges import ahead_of, byte_ranges
 from input_pipeline.sources.offset_index import Bytes, OffsetIndex, Scan, offset_index, open_slices
 from input_pipeline.sources.paths import expand
-from input_pipeline.sources.source import Lost, Source, captions_in_json, decoded, keys, read_captions, require
+from input_pipeline.sources.source import Ahead, Lost, Reading, Source, captions_in_json, decoded, keys, require
 from input_pipeline.sources.tar_samples import Pairing
+from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS
 
@@ -37,18 +39,23 @@ class Members:
     Attributes:
       index: columns begin and length, (rows, kinds of members), -1 for a missing member.
       read: ops, row (int64 scalar) -> {name: bytes (string scalar)}.
-      read_one: ops, (row, name) -> bytes of one member alone.
+      ahead: as a Source's.
+      alone: names -> the same of some members alone, without reading what is between them and the others.
     """
 
     index: OffsetIndex
     read: Callable
-    read_one: Callable
+    ahead: Ahead | None
+    alone: Callable[[Sequence[str]], Reading]
 
     def where(self, row: int) -> str:
         """The location of a sample: file and key."""
         file = self.index.file_of(row)
         path, begins = self.index.paths[file], self.index.columns["begin"][row]
-        names = _names_by_begin(path, self.index.sizes[file])
+        if storage.is_remote(path):  # without reading all of the tar; a long name is cut off
+            names = _names_before(path, [int(begin) for begin in begins if begin >= _BLOCK])
+        else:
+            names = _names_by_begin(path, self.index.sizes[file])
         found = [names.get(begin, "unknown: the tar has changed") for begin in begins if begin >= 0]
         common = os.path.commonprefix(found)  # noqa: RUF071 (of letters)
         return f"{path} key {common.rpartition('.')[0] or found[0]}"
@@ -76,14 +83,26 @@ def open_webdataset(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     }
     members = open_members(expand(path, endings=(".tar",), hint=spec.get("hint")), wanted, spec.get("cache_dir"))
 
-    def read(row):
-        sample = members.read(row)
-        text = _gunzipped(sample["caption"])
-        caption = captions_in_json(text, fields[0]) if fields[0] else decoded(text, spec.get("encoding"))
-        return sample | {"caption": caption}
+    def with_caption(members_read):
+        def read(row):
+            sample = members_read(row)
+            text = _gunzipped(sample["caption"])
+            caption = captions_in_json(text, fields[0]) if fields[0] else decoded(text, spec.get("encoding"))
+            return sample | {"caption": caption}
 
-    index, captions = members.index, lambda: read_captions(read, members.index.size)
-    return Source(index.size, read, members.where, captions, lost=tuple(index.lost), index=index.arrays)
+        return read
+
+    index, text = members.index, members.alone(["caption"])
+    return Source(
+        index.size,
+        with_caption(members.read),
+        members.where,
+        captions=lambda: (),
+        lost=tuple(index.lost),
+        index=index.arrays,
+        ahead=members.ahead,
+        text=Reading(with_caption(text.read), text.ahead),
+    )
 
 
 def open_members(
@@ -113,28 +132,46 @@ def open_members(
     if not (index.columns["length"][:, required] >= 0).all(axis=1).any():
         kinds = " and ".join(f"{_named(name)} ({_dotted(wanted[name])})" for name in wanted if name not in optional)
         raise InputError(f"{paths[0]}: no sample has both {kinds} under one name")
-    fetch = byte_ranges(index.paths, index.sizes)
+    reads = storage.ReadAhead()
+    fetch = byte_ranges(index.paths, index.sizes, reads)
     begin_NxM, length_NxM = tf.constant(index.columns["begin"]), tf.constant(index.columns["length"])
     far = tf.constant(np.iinfo(np.int64).max)
 
-    def read(row):
-        begin_M, length_M = begin_NxM[row], tf.cast(length_NxM[row], tf.int64)
-        for i, name in enumerate(wanted):
-            if name not in optional:
-                require(length_M[i] >= 0, f"no {name}: no member ends in {_dotted(wanted[name])}")
-            require(length_M[i] < _LARGEST, f"the {name} has more than 2 GB")
-        length_M = tf.where(length_M < _LARGEST, length_M, 0)  # nothing of it is read, whatever is done first
-        # Members of a sample are adjacent, so one range contains all of them.
-        first = tf.reduce_min(tf.where(begin_M < 0, far, begin_M))
-        span = fetch(index.file_in_graph(row), first, tf.reduce_max(begin_M + length_M) - first)
-        begin_M, length_M = tf.maximum(begin_M - first, 0), tf.maximum(length_M, 0)
-        return {name: tf.strings.substr(span, begin_M[i], length_M[i]) for i, name in enumerate(wanted)}
+    def alone(names):
+        columns = [list(wanted).index(name) for name in names]
+        may_lack_all = len(columns) < len(wanted) and all(name in optional for name in names)
 
-    def read_one(row, name):
-        i = list(wanted).index(name)
-        return fetch(index.file_in_graph(row), begin_NxM[row, i], tf.cast(length_NxM[row, i], tf.int64))
+        def read(row):
+            begin_M, length_M = begin_NxM[row], tf.cast(length_NxM[row], tf.int64)
+            for i, name in enumerate(wanted):
+                if name not in optional:
+                    require(length_M[i] >= 0, f"no {name}: no member ends in {_dotted(wanted[name])}")
+                require(length_M[i] < _LARGEST, f"the {name} has more than 2 GB")
+            length_M = tf.where(length_M < _LARGEST, length_M, 0)  # nothing of it is read, whatever is done first
+            if len(columns) < len(wanted):
+                begin_M, length_M = tf.gather(begin_M, columns), tf.gather(length_M, columns)
+            # Members of a sample are adjacent, so one range contains all of them.
+            first = tf.reduce_min(tf.where(begin_M < 0, far, begin_M))
+            length = tf.reduce_max(begin_M + length_M) - first
+            if may_lack_all:
+                first, length = tf.where(length > 0, first, 0), tf.maximum(length, 0)
+            span = fetch(index.file_in_graph(row), first, length)
+            begin_M, length_M = tf.maximum(begin_M - first, 0), tf.maximum(length_M, 0)
+            return {name: tf.strings.substr(span, begin_M[i], length_M[i]) for i, name in enumerate(names)}
 
-    return Members(index, read, read_one)
+        def start(rows):
+            begin_RxM = index.columns["begin"][rows][:, columns]
+            length_RxM = index.columns["length"][rows][:, columns].astype(np.int64)
+            first_R = np.where(begin_RxM < 0, np.iinfo(np.int64).max, begin_RxM).min(axis=1)
+            end_R = (begin_RxM + np.where(length_RxM < _LARGEST, length_RxM, 0)).max(axis=1)
+            for row, first, end in zip(rows, first_R.tolist(), end_R.tolist(), strict=True):
+                if first < end:
+                    reads.start(index.paths[index.file_of(row)], first, end)
+
+        return Reading(read, ahead_of(index.paths, reads, start))
+
+    read, ahead = alone(list(wanted))
+    return Members(index, read, ahead, alone)
 
 
 def _named(kind):
@@ -255,6 +292,15 @@ def _pax_records(data):
         records[key.decode(errors="replace")] = value.decode(errors="replace")
         data = data[int(length) :]
     return records
+
+
+def _names_before(path, begins):
+    """First byte of a member -> the name in the header before it, of those that are still there."""
+    found = {}
+    for begin in begins:
+        with contextlib.suppress(storage.MissingError):
+            found[begin] = _name(storage.read(path, begin - _BLOCK, begin))
+    return found
 
 
 @functools.lru_cache(8)

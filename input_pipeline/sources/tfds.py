@@ -3,8 +3,11 @@
 ArrayRecord files, which TensorFlow cannot read inside a graph, go through their own reader in Python.
 """
 
+import contextlib
+import os
 import re
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from ml_collections import ConfigDict
 
 from input_pipeline.sources.source import Source, keys
 from input_pipeline.sources.tfrecord import Records, examples, open_records
+from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 
 _PATH = re.compile(r"(.+?(?::\d+\.\d+\.\d+)?):([A-Za-z_]\w*(?:\[.*\])?(?:\+.*)?)")
@@ -29,7 +33,7 @@ def open_tfds(spec: ConfigDict, path: str) -> Source:
     """
     import tensorflow_datasets  # slow to import, and only needed here
 
-    builder, split = _builder(path, spec.get("data_dir"))
+    builder, split, remote = _builder(path, spec.get("data_dir"))
     features = dict(_flat(builder.info.features.get_serialized_info()))
     images = [
         name for name, kind in builder.info.features.items() if isinstance(kind, tensorflow_datasets.features.Image)
@@ -42,19 +46,19 @@ def open_tfds(spec: ConfigDict, path: str) -> Source:
         if not found[-1]:
             raise _lacking(path, " or ".join(wanted), features, f"; set config.data.{option}")
     several = any(features[key].shape == (None,) for key in found[1])
-    return examples(_records(builder, split, spec.get("cache_dir")), found[0], found[1], several)
+    return examples(_records(builder, split, remote, spec.get("cache_dir")), found[0], found[1], several)
 
 
 def open_labels(path: str, data_dir: str | None) -> tuple[Source, list[str]]:
     """(source of images with "label", names of the labels); `path` as above. Raises as above."""
-    builder, split = _builder(path, data_dir)
+    builder, split, remote = _builder(path, data_dir)
     features = builder.info.features
     for key in ("image", "label"):
         if key not in features:
             raise _lacking(path, key, features)
     if not getattr(features["label"], "num_classes", None):
         raise InputError(f"tfds {path}: its feature label must be a ClassLabel; it is {features['label']}")
-    records = _records(builder, split, None)
+    records = _records(builder, split, remote, None)
     kinds = {"image": tf.io.FixedLenFeature((), tf.string), "label": tf.io.FixedLenFeature((), tf.int64)}
 
     def read(row):
@@ -62,7 +66,7 @@ def open_labels(path: str, data_dir: str | None) -> tuple[Source, list[str]]:
         return {"image": sample["image"], "caption": "", "label": tf.cast(sample["label"], tf.int32)}
 
     names = list(features["label"].names or map(str, range(features["label"].num_classes)))
-    return Source(records.size, read, records.where, captions=lambda: (), lost=records.lost), names
+    return Source(records.size, read, records.where, lambda: (), lost=records.lost, ahead=records.ahead), names
 
 
 def _lacking(path: str, key: str, features: Iterable[str], hint: str = "") -> InputError:
@@ -76,20 +80,27 @@ def _builder(path, data_dir):
     if not match:
         raise InputError(f"a tfds path is NAME:SPLIT, for example coco_captions:train; got {path!r}")
     name, split = match.groups()
+    remote = name if storage.is_remote(name) else None
     try:
-        if tf.io.gfile.exists(tf.io.gfile.join(name, "dataset_info.json")):
+        if remote:
+            with _described(remote) as folder:
+                builder = tensorflow_datasets.builder_from_directory(folder)
+                list(builder.info.features)  # names of classes are read from files of their own
+        elif storage.exists(storage.join(name, "dataset_info.json")):
             builder = tensorflow_datasets.builder_from_directory(name)
         else:
             builder = tensorflow_datasets.builder(name, data_dir=data_dir)
+    except InputError:
+        raise
     except Exception as error:  # not found, an unknown config or version, no network: each has its own class
         raise InputError(f"tfds {name!r} cannot be opened: {str(error).strip().splitlines()[0]}") from None
-    if not tf.io.gfile.exists(tf.io.gfile.join(builder.data_dir, "dataset_info.json")):
+    if not remote and not storage.exists(storage.join(str(builder.data_dir), "dataset_info.json")):
         raise InputError(
             f"tfds {name!r} is not prepared in {builder.data_dir}; `tfds build {name}` fetches and prepares it "
             "(--data_dir=DIR for another folder, then data_dir=DIR in the configuration)"
         )
     try:
-        return builder, builder.info.splits[split]
+        return builder, builder.info.splits[split], remote
     except (KeyError, ValueError) as error:
         splits = ", ".join(builder.info.splits)
         raise InputError(
@@ -97,13 +108,29 @@ def _builder(path, data_dir):
         ) from None
 
 
-def _records(builder: Any, split: Any, cache_dir: str | None) -> Records:
+@contextlib.contextmanager
+def _described(folder: str) -> Iterator[str]:
+    """A local folder with all of a prepared set in a bucket but its records."""
+    files = [file for file in storage.files_in(folder) if not re.search(r"\.(tfrecord|array_record)\b", file.path)]
+    if not any(file.path.endswith("/dataset_info.json") for file in files):
+        raise InputError(f"tfds {folder} has no dataset_info.json. Expected the folder of a prepared set")
+    with tempfile.TemporaryDirectory() as copy:
+        for file in files:
+            storage.write(os.path.join(copy, storage.name_of(file.path)), storage.read(file.path))
+        yield copy
+
+
+def _records(builder: Any, split: Any, remote: str | None, cache_dir: str | None) -> Records:
     instructions = [(one.filename, one.skip, one.take) for one in split.file_instructions]
+    if remote:
+        instructions = [(storage.join(remote, os.path.basename(name)), *span) for name, *span in instructions]
     files = list(dict.fromkeys(filename for filename, _, _ in instructions))
     if not files:
         raise InputError(f"tfds {builder.info.full_name}: the split holds no samples")
     kind = builder.info.file_format.value
     if kind == "array_record":
+        if remote:
+            raise InputError(f"tfds {remote} is prepared as array_record, which is read from local files only; copy it")
         return _array_records(files, instructions)
     if kind != "tfrecord":
         raise InputError(f"{builder.data_dir} is prepared as {kind}; tfrecord and array_record can be read")

@@ -1,22 +1,25 @@
 """TFRecord shards of tf.train.Example, as written by img2dataset and `input_pipeline.prepare`.
 
-TensorFlow's own reader reads a row from its byte offset: one ranged read, on local disk and in buckets, 97 us of CPU
-for 20 kB. The reader verifies the record's checksum. The checksum of its length is verified when the index is built,
-because nothing can be found after a wrong length.
+TensorFlow's own reader reads a row of a local file from its byte offset: 97 us of CPU for 20 kB. What is not local
+comes through byte_ranges.py. A record's checksum is verified either way. That of its length is verified when the index
+is built, because nothing can be found after a wrong length.
 """
 
 import dataclasses
 import struct
 from collections.abc import Callable, Sequence
 
+import google_crc32c
 import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from input_pipeline.sources.byte_ranges import ahead_of, from_python
 from input_pipeline.sources.offset_index import Bytes, Scan, offset_index
 from input_pipeline.sources.paths import expand
-from input_pipeline.sources.source import Lost, Source, keys, read_captions
+from input_pipeline.sources.source import Ahead, Lost, Source, keys
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.storage import ReadAhead
 
 _FRAME = 16  # bytes around a record: 8 of length and 4 of its checksum in front, 4 of checksum behind
 
@@ -30,7 +33,7 @@ class Records:
       read: ops, row (int64 scalar) -> the record (string scalar); a wrong checksum raises DataLossError.
       where: the location of a record: file, number in the file, byte.
       lost: unreachable records.
-      index: as a Source's.
+      index, ahead: as a Source's.
     """
 
     size: int
@@ -38,11 +41,15 @@ class Records:
     where: Callable[[int], str]
     lost: tuple[Lost, ...]
     index: Callable[[], list[np.ndarray]]
+    ahead: Ahead | None = None
 
     def first(self, count: int) -> list[bytes]:
         """The readable ones of the first `count` records."""
         data = tf.data.Dataset.range(min(count, self.size)).map(self.read).ignore_errors()
-        return list(data.as_numpy_iterator())
+        found = list(data.as_numpy_iterator())
+        if self.ahead:
+            self.ahead.check()
+        return found
 
 
 def open_tfrecord(spec: ConfigDict, path: str | Sequence[str]) -> Source:
@@ -92,8 +99,15 @@ def examples(
             sample["tokens"] = tf.cast(parsed["tokens"], tf.int32)
         return sample
 
-    captions = lambda: read_captions(read, records.size)  # noqa: E731
-    return Source(records.size, read, records.where, captions, lost=records.lost, index=records.index)
+    return Source(
+        records.size,
+        read,
+        records.where,
+        captions=lambda: (),
+        lost=records.lost,
+        index=records.index,
+        ahead=records.ahead,
+    )
 
 
 def open_records(paths: list[str], cache_dir: str | None = None, part: Callable | None = None) -> Records:
@@ -113,8 +127,12 @@ def open_records(paths: list[str], cache_dir: str | None = None, part: Callable 
     paths_F, wanted_N = tf.constant(paths), None if rows_N is None else tf.constant(rows_N)
     begin_N, length_N = (tf.constant(index.columns[key]) for key in ("begin", "length"))
 
+    reads = ReadAhead()
+
     def read(row):
         row = row if wanted_N is None else wanted_N[row]
+        if ahead:
+            return from_python(fetch, index.file_in_graph(row), begin_N[row], length_N[row])
         # One read of exactly this record: a larger buffer would also fetch its neighbours.
         dataset = tf.raw_ops.TFRecordDatasetV2(
             filenames=[paths_F[index.file_in_graph(row)]],
@@ -126,6 +144,19 @@ def open_records(paths: list[str], cache_dir: str | None = None, part: Callable 
         dataset = tf.raw_ops.TakeDataset(input_dataset=dataset, count=1, **only)
         return tf.raw_ops.DatasetToSingleElement(dataset=dataset, **only)[0]
 
+    def fetch(file, begin, length):
+        frame = reads.take(paths[file], int(begin), int(begin + length) + _FRAME)
+        if struct.unpack_from("<I", frame, len(frame) - 4)[0] != _masked(google_crc32c.value(frame[12:-4])):
+            raise InputError("the record does not match its checksum")
+        return frame[12:-4]
+
+    def start(rows):
+        for row in rows if rows_N is None else rows_N[rows]:
+            begin, length = (int(index.columns[key][row]) for key in ("begin", "length"))
+            reads.start(paths[index.file_of(row)], begin, begin + length + _FRAME)
+
+    ahead = ahead_of(paths, reads, start)
+
     def where(row):
         row = row if rows_N is None else rows_N[row]
         file = index.file_of(row)
@@ -134,7 +165,7 @@ def open_records(paths: list[str], cache_dir: str | None = None, part: Callable 
     def arrays():
         return index.arrays() + ([] if rows_N is None else [rows_N])
 
-    return Records(index.size if rows_N is None else len(rows_N), read, where, tuple(index.lost), arrays)
+    return Records(index.size if rows_N is None else len(rows_N), read, where, tuple(index.lost), arrays, ahead)
 
 
 def _first_with_bytes(candidates):
@@ -187,5 +218,8 @@ def _masked_crc32c(bytes_NxK: np.ndarray) -> np.ndarray:
     crc = np.full(len(bytes_NxK), 0xFFFFFFFF, np.uint32)
     for column in bytes_NxK.T:
         crc = _CRC_TABLE[(crc ^ column) & 0xFF] ^ (crc >> 8)
-    crc = ~crc
-    return ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
+    return _masked(~crc)
+
+
+def _masked(crc):
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF

@@ -1,8 +1,9 @@
 """Which files below a folder are pictures, and which folders are classes: the same for training, evaluation, embed."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+from rankclip_jax.common import storage
 from rankclip_jax.common.pictures import ENDINGS
 
 # What systems leave behind, in addition to everything whose name begins with a dot.
@@ -19,30 +20,33 @@ def is_picture(name: str) -> bool:
     return name.lower().endswith(ENDINGS)
 
 
-def files_below(root: str, walk: Callable | None = None) -> Iterator[str]:
-    """Paths of all files, relative to `root`, in any order, without leftovers. Links are followed, each folder once.
-
-    walk: as os.walk, for a folder that is not local; links are left to it.
-    """
+def files_below(root: str) -> Iterator[str]:
+    """Paths of all files, relative to `root`, in any order, without leftovers. Links are followed, each folder once."""
+    if storage.is_remote(root):
+        names = (file.path[len(root.rstrip("/")) + 1 :] for file in storage.files_below(root))
+        yield from (name for name in names if not any(map(is_leftover, name.split("/"))))
+        return
     seen = set()
-    for folder, folders, files in walk(root) if walk else os.walk(root, followlinks=True):
-        real = folder if walk else os.path.realpath(folder)
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not is_leftover(name.rstrip("/"))]
+        folders[:] = [name for name in folders if not is_leftover(name)]
         below = folder[len(root) :].strip("/")
         yield from (f"{below}/{name}" if below else name for name in files if not is_leftover(name))
 
 
 def pictures_below(root: str) -> list[str]:
-    """Paths of all pictures, relative to a local `root`, in order."""
+    """Paths of all pictures, relative to `root`, in order."""
     return sorted(name for name in files_below(root) if is_picture(name))
 
 
 def class_folders(root: str) -> list[str]:
-    """Names of the folders in a local folder, without leftovers: numbers in numeric order, other names by letters."""
+    """Names of the folders in a folder, without leftovers: numbers in numeric order, other names by letters."""
+    if storage.is_remote(root):
+        return in_order(list({name.partition("/")[0] for name in files_below(root) if "/" in name}))
     names = [item.name for item in os.scandir(root) if item.is_dir() and not is_leftover(item.name)]
     return in_order(names)
 

@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from rankclip_jax.common import hub
+from rankclip_jax.common import hub, storage
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.files import write_whole
 from rankclip_jax.common.foreign_files import beginning, read_json, refuse_stand_in
@@ -63,7 +63,7 @@ class Tokenizer:
         Raises:
           InputError: no such file or id, or not a tokenizer with start and end tokens.
         """
-        file = Path(path).expanduser()
+        file = storage.fetched(str(path)) if storage.is_remote(path) else Path(path).expanduser()
         if not file.exists():
             if not hub.is_id(str(path)):
                 raise InputError(f"tokenizer: no file {path}; give a tokenizer.json, its folder, or a hub id ORG/NAME")

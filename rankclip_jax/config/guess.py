@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from rankclip_jax.common import tables
+from rankclip_jax.common import storage, tables
 from rankclip_jax.common.errors import InputError
 
 _SHARDS = dict(tar="webdataset", tfrecord="tfrecord", tfrecords="tfrecord", parquet="parquet")
@@ -23,6 +23,9 @@ def guess_format(source: str) -> str:
     kind = _SHARDS.get(source.rpartition(".")[2].lower())
     if kind:
         return kind
+    if storage.is_remote(source) and storage.is_folder(source):
+        endings = {file.path.rpartition(".")[2] for file in storage.files_in(source)}
+        return next((kind for ending, kind in _SHARDS.items() if ending in endings), "folder")
     raise InputError(
         f"cannot infer the format of {source} from its name; add --format, in training --config.data.format "
         "(see docs/data.md)"

@@ -217,8 +217,8 @@ KEYS = dict(
         # csv (also tsv, .jsonl, COCO's captions) | tfrecord | webdataset | folder | parquet | tfds | shapes
         # None: by the path of `train`
         format=choice("shapes", None, *FORMATS),
-        # A path, {00000..00331} range, glob, folder or list of these, also gs://; tfds: NAME:SPLIT; shapes: the
-        # number of scenes per epoch. Or a mixture: name -> fields of MIXTURE_PART.
+        # A path, {00000..00331} range, glob, folder or list of these, also gs://, s3://, http(s)://; tfds:
+        # NAME:SPLIT; shapes: the number of scenes per epoch. Or a mixture: name -> fields of MIXTURE_PART.
         train=paths(None),
         val=paths(None),  # the same, for the validation loss; None: none. Every row of a mixture is used once
         hint=string(None),  # message for users who do not have the data

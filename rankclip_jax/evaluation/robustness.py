@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 
 
@@ -59,10 +60,10 @@ def read_baselines(path: str | Path) -> dict[str, tuple[float, float]]:
     Raises:
       InputError: no such file, invalid JSON, or too few models for a fit.
     """
-    if not Path(path).is_file():
+    if not storage.exists(str(path)):
         raise InputError(f"config.eval.robustness.baselines: no such file: {path}")
     try:
-        return {name: fit_baseline(points) for name, points in json.loads(Path(path).read_text()).items()}
+        return {name: fit_baseline(points) for name, points in json.loads(storage.read(str(path))).items()}
     except (ValueError, AttributeError) as error:
         raise InputError(f"config.eval.robustness.baselines: {path}: {error}") from None
 

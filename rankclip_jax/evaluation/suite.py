@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from rankclip_jax.common import folders
+from rankclip_jax.common import folders, storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.config import eval_set
 from rankclip_jax.evaluation import prompts
@@ -81,6 +81,11 @@ def zero_shot_sets(config: ConfigDict) -> dict[str, ConfigDict]:
         raise InputError(f"config.eval.suite: unknown set {unknown[0]!r}. Expected all, or some of {', '.join(SETS)}")
     if not config.data_dir:
         raise InputError("config.eval.suite is set but config.eval.data_dir is not; set it to the folder with the sets")
+    if storage.is_remote(config.data_dir):
+        raise InputError(
+            f"config.eval.data_dir={config.data_dir}: sets are looked for in local folders only; mount it, or name "
+            "each set with its path in config.eval.zero_shot, which may be in a bucket"
+        )
     root = Path(config.data_dir)
     return {name: _spec(name, root, alone=len(names) == 1) for name in names} | dict(config.zero_shot)
 

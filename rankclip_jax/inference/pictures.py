@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rankclip_jax import config as configs
-from rankclip_jax.common import folders, tables
+from rankclip_jax.common import folders, storage, tables
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.pictures import ENDINGS, opened
+from rankclip_jax.common.pictures import ENDINGS, BadImageError, opened
 
 _SHARDS = {".tar": "webdataset", ".tfrecord": "tfrecord", ".tfrecords": "tfrecord", ".parquet": "parquet"}
 
@@ -50,8 +50,8 @@ def open_pictures(
     """
     data = os.path.expanduser(data)
     path = Path(data)
-    if path.is_dir():
-        return _folder(path)
+    if path.is_dir() if not storage.is_remote(data) else storage.is_folder(data):
+        return _folder(data)
     if data.lower().endswith(tables.ENDINGS):
         return _table(data, image_key, delimiter, encoding)
     ending = path.suffix.lower()
@@ -61,16 +61,19 @@ def open_pictures(
     raise InputError(f"cannot open {data}. Expected {known}")
 
 
-def _folder(path: Path) -> Pictures:
-    files = folders.pictures_below(str(path))
+def _folder(path: str) -> Pictures:
+    files = folders.pictures_below(path)
     if not files:
         raise InputError(f"{path} has no images ({', '.join(ENDINGS)}); for shards give their pattern, {path}/*.tar")
 
     def caption(row):
-        beside = (path / files[row]).with_suffix(".txt")
-        return beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else ""
+        beside = storage.join(path, f"{os.path.splitext(files[row])[0]}.txt")
+        return storage.read(beside).decode(errors="replace").strip() if storage.exists(beside) else ""
 
-    return Pictures(len(files), lambda i: _readable(files[i]), lambda i: path / files[i], caption=caption)
+    def image(row):
+        return _file(storage.join(path, files[row]))
+
+    return Pictures(len(files), lambda row: _readable(files[row]), image, caption=caption)
 
 
 def _readable(name: str) -> str:
@@ -78,9 +81,24 @@ def _readable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def _file(path: str) -> object:
+    """A picture: the path of a local one."""
+    if not storage.is_remote(path):
+        return Path(path)
+    try:
+        return opened(storage.read(path))
+    except storage.MissingError as error:
+        raise BadImageError(str(error)) from None
+    except BadImageError:
+        raise
+    except InputError as error:  # no fault of the picture, which would be left out
+        raise ConnectionError(str(error)) from None
+
+
 def _table(file: str, image_key: str | None, delimiter: str, encoding: str | None) -> Pictures:
     keys = (image_key,) if image_key else tables.IMAGE_KEYS
-    table = tables.read_table(file, keys, None, delimiter=delimiter, encoding=encoding)
+    data = storage.read(file) if storage.is_remote(file) else None
+    table = tables.read_table(file, keys, None, delimiter=delimiter, encoding=encoding, data=data)
     names = table.images
 
     def name(row):
@@ -89,7 +107,7 @@ def _table(file: str, image_key: str | None, delimiter: str, encoding: str | Non
     @functools.cache
     def texts():
         try:
-            rows = tables.read_table(file, keys, delimiter=delimiter, encoding=encoding)
+            rows = tables.read_table(file, keys, delimiter=delimiter, encoding=encoding, data=data)
         except InputError:  # a table of images alone
             return {}
         assert rows.texts is not None
@@ -101,7 +119,7 @@ def _table(file: str, image_key: str | None, delimiter: str, encoding: str | Non
         return text if isinstance(text, str) else text[0]
 
     lost = tuple((f"{file} row {number}", reason) for number, reason in table.bad)
-    return Pictures(len(names), name, lambda row: Path(tables.image_path(table.folder, name(row))), lost, caption)
+    return Pictures(len(names), name, lambda row: _file(tables.image_path(table.folder, name(row))), lost, caption)
 
 
 def _shards(pattern: str, kind: str, image_key: str | None) -> Pictures:

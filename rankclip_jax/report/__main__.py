@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from rankclip_jax.common import commands
+from rankclip_jax.common import commands, storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import cannot_write, write_whole
 from rankclip_jax.figures.words import printable
@@ -25,7 +25,8 @@ def main() -> None:
             raise InputError(f"{out} is there already, and this command did not write it; give --out FILE")
         if out.is_dir():
             raise InputError(f"--out {out} is a folder; give the name of a file, for example {out / 'report.html'}")
-        found = [runs.read_run(workdir) for workdir in flags.workdirs]
+        folders = [storage.fetched(one) if storage.is_remote(one) else one for one in flags.workdirs]
+        found = [runs.read_run(folder) for folder in folders]
         text = page.render(found)
         try:
             out.parent.mkdir(parents=True, exist_ok=True)

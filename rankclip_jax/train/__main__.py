@@ -7,10 +7,11 @@ import argparse
 import ctypes
 import errno
 import sys
+from pathlib import Path
 
 import jax
 
-from rankclip_jax.common import commands
+from rankclip_jax.common import commands, storage
 from rankclip_jax.common.devices import devices_of
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.parallel import compilation_cache, preemption, processes
@@ -57,17 +58,17 @@ def main() -> None:
     _keep_freed_memory()
     commands.quiet_tensorflow()
     with commands.exit_codes("stopped; the same command resumes from the last checkpoint"):
-        _run(flags, arguments.read(flags, [key.removeprefix("--config.") for key in keys]))
+        given = arguments.read(flags, [key.removeprefix("--config.") for key in keys])
+        try:
+            with storage.workdir(given.workdir) as workdir:
+                _run(flags, given, workdir)
+        except preemption.Preempted as stop:
+            print(stop)
+            sys.exit(preemption.EXIT_CODE)
 
 
-def _run(flags: argparse.Namespace, given: arguments.Given) -> None:
-    workdir = given.workdir
+def _run(flags: argparse.Namespace, given: arguments.Given, workdir: Path | None) -> None:
     try:
-        if "://" in str(workdir):
-            raise InputError(
-                f"--workdir={workdir}: metrics and TensorBoard need a folder of this machine, or one that is mounted; "
-                "for checkpoints in a bucket set --config.checkpoint.folder=gs://BUCKET/RUN"
-            )
         if flags.mode == "eval":
             settings = evaluate.settings(given.config, workdir, given.overrides)
         else:
@@ -82,9 +83,8 @@ def _run(flags: argparse.Namespace, given: arguments.Given) -> None:
             loop.train(settings, workdir)
         else:
             evaluate.evaluate(settings, workdir, flags.out)
-    except preemption.Preempted as stop:
-        print(stop)
-        sys.exit(preemption.EXIT_CODE)
+    except preemption.Preempted:
+        raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
             error = InputError(f"cannot write: {error}; make room or make it writable, and start again to resume")

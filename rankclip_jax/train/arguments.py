@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rankclip_jax.common import tables
+from rankclip_jax.common import storage, tables
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.config import experiments
 from rankclip_jax.config.guess import guess_format
@@ -19,7 +19,7 @@ class Given:
     """`config`: an experiment; None: that of the workdir's run. `overrides`: "key.of.a.group=value", in order."""
 
     config: str | None
-    workdir: Path | None
+    workdir: str | Path | None  # a str: in a bucket
     overrides: list[str]
 
 
@@ -63,7 +63,7 @@ def read(flags: argparse.Namespace, keys: Sequence[str]) -> Given:
     config, workdir, what = flags.config, flags.workdir, flags.what
     overrides = []
     if flags.mode == "eval":
-        if what and not workdir and _is_run(Path(what)):
+        if what and not workdir and _is_run(what):
             workdir = what
         elif what:  # any model; the workdir takes its results
             overrides.append(f"eval.model={what!r}")
@@ -90,7 +90,9 @@ def read(flags: argparse.Namespace, keys: Sequence[str]) -> Given:
         overrides.append(f"tokenizer.path={flags.tokenizer!r}")
     if config and not workdir and flags.mode != "eval":
         workdir = Path("runs") / Path(config.partition(":")[0]).stem
-    return Given(config, Path(workdir) if workdir else None, [*overrides, *keys])
+    if workdir and not storage.is_remote(workdir):
+        workdir = Path(workdir)
+    return Given(config, workdir or None, [*overrides, *keys])
 
 
 def usual_keys() -> str:
@@ -118,8 +120,12 @@ def name_of(data: str) -> str:
     return name.removesuffix(".gz").rpartition(".")[0] or name
 
 
-def _is_run(folder: Path) -> bool:
-    return (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file()
+def _is_run(folder: str) -> bool:
+    return storage.is_folder(storage.join(folder, "checkpoints")) or _is_file(storage.join(folder, "metrics.jsonl"))
+
+
+def _is_file(path: str) -> bool:
+    return storage.exists(path) and not storage.is_folder(path)
 
 
 def _is_experiment(what: str) -> bool:
@@ -155,7 +161,7 @@ def _validation(val: str, train: str | None) -> str | dict:
 def _captioned(path: str) -> tuple[str, dict]:
     if _is_table(path):
         return name_of(path), {"path": path}
-    if (Path(path) / "nshards.txt").is_file() or (Path(path) / "test" / "nshards.txt").is_file():
+    if any(_is_file(storage.join(path, name)) for name in ("nshards.txt", "test/nshards.txt")):
         return name_of(path), {"path": path, "format": "clip_benchmark"}
     raise InputError(f"--retrieval {path}: expected a table of images and captions ({', '.join(tables.ENDINGS[::2])})")
 
@@ -164,6 +170,6 @@ def _labelled(text: str) -> tuple[str, dict]:
     path, colon, column = text.rpartition(":")
     if colon and column and _is_table(path):
         return name_of(path), {"path": path, "label_key": column}
-    if Path(text).is_dir():
+    if storage.is_folder(text):
         return name_of(text), {"path": text, "format": "folder"}
     raise InputError(f"--labels {text}: expected TABLE:COLUMN, for example heldout.csv:label, or a folder of folders")

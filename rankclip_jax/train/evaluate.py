@@ -9,6 +9,7 @@ from optax import identity
 
 from rankclip_jax import config as configs
 from rankclip_jax import evaluation
+from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.metrics_file import now
 from rankclip_jax.common.ownership import Owned
@@ -60,7 +61,8 @@ def evaluate(config: ConfigDict, workdir: str | Path | None, out: Path | None = 
     if file:
         results |= {"evaluated": {"date": now(), "device": str(session.devices)}}
         results_file.add(file, results_file.RUN if own else config.eval.model, step, results)
-    print(f"{config.eval.model or f'step {step} of {workdir}'}\n{evaluation.text(results)}", end="")
+    of = config.eval.model or f"step {step} of {workdir and storage.shown(workdir)}"
+    print(f"{of}\n{evaluation.text(results)}", end="")
     return results
 
 

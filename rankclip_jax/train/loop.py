@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from optax import GradientTransformation
 
 from rankclip_jax import evaluation, figures
-from rankclip_jax.common import packing
+from rankclip_jax.common import packing, storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.metrics_file import read_metrics
@@ -40,10 +40,10 @@ from rankclip_jax.train.profile import Trace
 from rankclip_jax.train.recorder import Recorder
 from rankclip_jax.train.schedule import free_until, learning_rate
 from rankclip_jax.train.session import Session, image_side
-from rankclip_jax.weights import checkpoint, pretrained
+from rankclip_jax.weights import checkpoint, pretrained, saving
 from rankclip_jax.weights.saving import Checkpoints
 
-_MEASURED = 4096  # rows of the training data, evenly spaced, on whose captions the packing is settled
+_MEASURED = 16  # rows of each of 256 blocks of the training data, on whose captions the packing is settled
 
 
 class Data(NamedTuple):
@@ -78,6 +78,8 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     """
     workdir = Path(workdir)
     loggers.check(config.log)
+    if storage.is_remote(folder := checkpoint.folder_of(workdir, config.checkpoint)) and processes.is_first():
+        saving.probe(folder)
     old = workdirs.check_same_run(workdir, config)
     origin = None if old else init_from.read(config)
     config, data = open_data(config, old, origin)
@@ -95,10 +97,10 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         if processes.is_first():
             workdirs.begin(workdir, config, session.tokenizer, held)
         if start.step >= data.total_steps and not _owes_evaluation(session, workdir, data, start):
-            print(f"{workdir} is trained to its last step, {start.step}")
+            print(f"{storage.shown(workdir)} is trained to its last step, {start.step}")
             return
         with Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None) as checkpoints:
-            batches = open_batches(session, workdir, data, start.position)
+            batches = open_batches(session, workdir, data, start.position, data.total_steps - start.step)
             processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""
             print(
                 f"training {config.model.name} ({_parameters(start.state):,} parameters) with "
@@ -150,8 +152,8 @@ def open_session(
     """The session of a run, its packing settled. `origin`: what config.init_from names, where it starts."""
 
     def tokenizer() -> str:
-        stored = workdir / "tokenizer.json"
-        return (Tokenizer.load(str(stored)) if resumes else _new_tokenizer(config, data.source, origin)).to_json()
+        stored = workdirs.tokenizer_file(workdir, config)
+        return (Tokenizer.load(stored) if resumes else _new_tokenizer(config, data.source, origin)).to_json()
 
     session = Session(config, Tokenizer.from_json(processes.from_first(tokenizer)))
     unit = session.unit_captions, session.context_length
@@ -171,7 +173,7 @@ def open_state(
     config = session.config
     restored = checkpoint.restore(workdir, config.checkpoint, abstract)
     if restored:
-        print(f"resuming from step {restored.step} of {data.total_steps} in {workdir}")
+        print(f"resuming from step {restored.step} of {data.total_steps} in {storage.shown(workdir)}")
         return Start(restored.state, restored.step, _place(restored, session), True)
     state = steps.init_state(session.model, tx, config.seed, session.mesh, config.sharding)
     if origin:
@@ -179,8 +181,8 @@ def open_state(
     return Start(state, 0, 0, False)
 
 
-def open_batches(session: Session, workdir: Path, data: Data, position: int) -> Any:
-    """The stream of batches from `position` on (input_pipeline.pipeline.TrainBatches)."""
+def open_batches(session: Session, workdir: Path, data: Data, position: int, steps: int | None = None) -> Any:
+    """The stream of batches from `position` on (input_pipeline.pipeline.TrainBatches), of which `steps` are wanted."""
     from input_pipeline import pipeline
 
     given = session.config.data
@@ -197,6 +199,7 @@ def open_batches(session: Session, workdir: Path, data: Data, position: int) -> 
         recover_truncated=given.recover_truncated,
         two_views=given.two_views,
         synonyms=data.synonyms,
+        batches=steps,
     )
 
 
@@ -239,9 +242,11 @@ def run_steps(
             if epoch_ends or terminated or any(step % n == 0 for n in cadence):
                 recorder.flush()  # raises on a loss that is not finite, before a bad state is saved
                 checkpoints.save(step, state, batches.position)
+                storage.push(workdir)
             if terminated and not last:
-                resume = f"python -m rankclip_jax.train --workdir {shlex.quote(str(workdir))}"
-                raise Preempted(f"saved step {step} in {workdir}; to resume: {resume}")
+                name = storage.shown(workdir)
+                resume = f"python -m rankclip_jax.train --workdir {shlex.quote(name)}"
+                raise Preempted(f"saved step {step} in {name}; to resume: {resume}")
             if epoch_ends:
                 _evaluate(session, state, data, step, recorder, checkpoints)
 
@@ -255,13 +260,13 @@ def finish(session: Session, workdir: Path, batches: Any) -> None:
     index, count = session.process
     if batches.bad.reasons:
         who = f"process {index} of {count}: " if count > 1 else ""
-        said = f"{who}{batches.bad.summary()}; {workdir / workdirs.bad_samples(index)} names them"
+        said = f"{who}{batches.bad.summary()}; {storage.shown(workdir)}/{workdirs.bad_samples(index)} names them"
         print(said, file=sys.stderr if index else sys.stdout)
     if processes.is_first():
         with whole(workdir / "curves.png") as part:
             figures.curves({"": workdir}).savefig(part, format="png")
-        print(f"curves: {workdir / 'curves.png'}")
-        of = shlex.quote(str(workdir))
+        print(f"curves: {storage.shown(workdir)}/curves.png")
+        of = shlex.quote(storage.shown(workdir))
         layout = "openai" if isinstance(session.model.config.vision, ResNetConfig) else "hf"
         print(
             f"next:\n  python -m rankclip_jax.train --workdir {of} --mode=eval\n"
@@ -361,7 +366,7 @@ def _place(restored: checkpoint.Restored, session: Session) -> int:
 def _caption_lengths(session: Session, source: Any) -> np.ndarray:
     from input_pipeline.sources.source import read_captions
 
-    captions = list(read_captions(source.read, source.size, limit=_MEASURED))
+    captions = list(read_captions(source, _MEASURED))
     tokens = session.tokenizer(captions or [""], session.context_length)
     return packing.lengths(tokens, session.tokenizer.eot_id)
 

@@ -11,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from rankclip_jax import config as configs
+from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
 from rankclip_jax.common.ownership import Owned
@@ -19,6 +20,7 @@ from rankclip_jax.parallel import processes
 from rankclip_jax.weights import checkpoint
 
 _LOCK, _DATA = ".lock", "data.json"
+_BESIDE = "tokenizer.json", "config.json"  # also beside checkpoints that lie elsewhere
 # Data may lie elsewhere when a run resumes, since _DATA says whether they are the same.
 _MOVED = re.compile(r"config\.data\.(train|val)(\.[^.]+\.path)?: (['\[].*) -> (['\[].*)")
 
@@ -74,7 +76,7 @@ def check_same_run(workdir: Path, config: ConfigDict) -> ConfigDict | None:
     if len(set(processes.of_all((workdir / "config.json").exists()))) > 1:
         raise InputError(f"only some processes find a run in {workdir}; it must be a folder that all of them share")
     Owned(workdir, "train").check(_names(config))
-    old = stored_config(workdir)
+    old = stored_config(workdir) or _beside_checkpoints(config)
     if old is None or not any(checkpoint.steps(checkpoint.folder_of(workdir, c.checkpoint)) for c in (old, config)):
         return None
     check_same_config(workdir, old, config)
@@ -132,6 +134,30 @@ def begin(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, data: Mapping
     tokenizer.save(workdir / "tokenizer.json")
     write_whole(workdir / _DATA, json.dumps(data) + "\n")
     write_whole(workdir / "config.json", configs.to_json(config) + "\n")
+    if folder := config.checkpoint.folder:  # for whoever finds the checkpoints without the workdir
+        if not storage.is_remote(folder):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        for name in _BESIDE:
+            storage.write(storage.join(folder, name), (workdir / name).read_bytes())
+    storage.push(workdir)
+
+
+def tokenizer_file(workdir: Path, config: ConfigDict) -> str:
+    """The tokenizer of the run that a workdir, or else config.checkpoint.folder, holds."""
+    own = workdir / "tokenizer.json"
+    folder = config.checkpoint.folder
+    return str(own) if own.exists() or not folder else storage.join(folder, "tokenizer.json")
+
+
+def _beside_checkpoints(config: ConfigDict) -> ConfigDict | None:
+    """The configuration beside checkpoints elsewhere, of a run whose workdir is lost; None: there is none."""
+    path = config.checkpoint.folder and storage.join(config.checkpoint.folder, "config.json")
+    if not path or not all(storage.exists(storage.join(config.checkpoint.folder, name)) for name in _BESIDE):
+        return None
+    try:
+        return configs.completed(json.loads(storage.read(path)))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); bring it back from a copy, or give another folder") from None
 
 
 @contextlib.contextmanager

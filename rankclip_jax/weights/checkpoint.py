@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from ml_collections import ConfigDict
 
+from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.trees import by_name
 from rankclip_jax.parallel import processes
@@ -161,10 +162,10 @@ def _difference(tree, saved: dict[str, int]) -> str | None:
 
 
 def folder_of(workdir, config) -> epath.Path:
-    """Where the checkpoints are: config.folder (config.checkpoint's), or WORKDIR/checkpoints."""
+    """Where the checkpoints are: config.folder (config.checkpoint's), or WORKDIR/checkpoints, also of a bucket."""
     if config.folder:
         return epath.Path(config.folder)
-    return epath.Path(workdir).resolve() / "checkpoints"
+    return epath.Path(storage.origin(workdir) or Path(workdir).resolve()) / storage.CHECKPOINTS
 
 
 def steps(folder: epath.Path) -> list[int]:

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from rankclip_jax import config as configs
 from rankclip_jax import models
+from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.foreign_files import read_json
 from rankclip_jax.common.tokenizer import Tokenizer, files_of_tokenizer
@@ -44,13 +45,20 @@ def read(path: str | Path, tokenizer: str | None = None, activation: Activation 
 
     Args:
       path: a workdir (its best checkpoint by `config.checkpoint.best`, else its newest), or any path for
-        `formats.read`, or a hub id (`hub.locate`). A tokenizer next to the weights is used.
+        `formats.read`, local, gs://, s3:// or http(s)://; or a hub id (`hub.locate`). A tokenizer next to the weights
+        is used.
       tokenizer: as `Tokenizer.load` takes it; needed for text if the path has none.
       activation: of weights without a config: "quick_gelu" (OpenAI, RankCLIP) or "gelu" (most of open_clip's).
 
     Raises:
       InputError: one line naming the path and what is wrong with it.
     """
+    if storage.is_remote(path):
+        copy = storage.fetched(str(path))
+        try:
+            return read(copy, tokenizer, activation)
+        except InputError as error:
+            raise InputError(str(error).replace(str(copy), str(path))) from None
     path, found = Path(path), hub.locate(path)
     folder = found if found.is_dir() else found.parent
     has_words = folder.is_dir() and files_of_tokenizer([file.name for file in folder.iterdir()])
@@ -60,7 +68,7 @@ def read(path: str | Path, tokenizer: str | None = None, activation: Activation 
         raise InputError(f"{path} has its own tokenizer, and {tokenizer} has other ids; do not give the latter")
     words = words or given
     # A workdir without checkpoints/ has them in config.checkpoint.folder.
-    if found.is_dir() and ((found / "checkpoints").is_dir() or (found / "metrics.jsonl").is_file()):
+    if found.is_dir() and ((found / storage.CHECKPOINTS).is_dir() or (found / "metrics.jsonl").is_file()):
         return _workdir(found, words)
     # What pools at a text's highest id pools at the end of text, where no id above it comes in texts.
     end = words.eot_id if words and words.highest_id() == words.eot_id else None

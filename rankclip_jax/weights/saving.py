@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.parallel import processes
 from rankclip_jax.parallel.preemption import Preempted
@@ -36,7 +38,11 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | Path, config: ConfigDict, start: int | None = None):
-        """`start`: the step that was restored. Newer ones proved damaged, and make way under another name."""
+        """`start`: the step that was restored. Newer ones proved damaged, and make way under another name.
+
+        Raises:
+          InputError: nothing can be saved there.
+        """
         folder = checkpoint.folder_of(workdir, config)
         self._folder, self._best, self._saved = folder, config.best, start
         self._latest, self._every, self._strangers = config.keep, config.keep_every, set()
@@ -44,6 +50,7 @@ class Checkpoints:
         self._scores = {step: score for step, score in known.items() if step <= (start or 0)}
         try:
             if processes.is_first():
+                probe(folder)
                 _make_way(folder, start)
             processes.of_all(0)  # the others look into the folder only now
             self._strangers = {step for step in checkpoint.steps(folder) if not _is_ours(folder / str(step))}
@@ -132,6 +139,34 @@ class _Kept(preservation_policy.PreservationPolicy):
         return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
+def probe(folder: epath.Path) -> None:
+    """Writes a file into the folder of the checkpoints and deletes it, as Orbax will.
+
+    Raises:
+      InputError: a package, a credential or a permission is missing.
+    """
+    if str(folder).startswith("gs://"):
+        try:
+            import google.cloud.storage  # noqa: F401 (Orbax imports it at the first save)
+        except ImportError:
+            raise InputError(
+                f"{folder}: checkpoints in a bucket need the package google-cloud-storage; pip install -e '.[gcs]' (or "
+                "pip install google-cloud-storage)"
+            ) from None
+        name = storage.join(str(folder), f".probe-{secrets.token_hex(8)}")
+        storage.write(name, b"can this be written?")  # says in one line what is wrong
+        storage.delete(name)
+    elif storage.is_remote(folder):
+        raise InputError(f"{folder}: Orbax saves no checkpoints there; give gs://BUCKET/FOLDER, or a local folder")
+    file = folder / f".probe-{secrets.token_hex(8)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text("can this be written?")
+        file.unlink()
+    except Exception as error:  # of the system, or of TensorFlow
+        raise _cannot_save(folder, error) from error
+
+
 def _is_ours(path: epath.Path) -> bool:
     """Whether there is nothing in a folder but what our saves put there; some or all of it may be lacking."""
     if os.path.islink(path) or not path.is_dir():
@@ -145,7 +180,6 @@ def _make_way(folder: epath.Path, start: int | None) -> None:
     Raises:
       InputError: something else has the name of a save to come, which Orbax would remove.
     """
-    folder.mkdir(parents=True, exist_ok=True)  # fails where it cannot be written
     for path in folder.iterdir():
         named = re.fullmatch(r"(\d+)(\.orbax-checkpoint-tmp)?", path.name)
         if not named:

@@ -16,8 +16,10 @@ from PIL import Image
 import rankclip_jax
 from rankclip_jax import embed
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.pictures import BadImageError
 from rankclip_jax.inference import collection, search, store
 from rankclip_jax.inference.pictures import open_pictures
+from tests.support.bucket import Bucket
 from tests.support.made_models import VIT, make_workdir
 
 REPO = Path(__file__).parents[2]
@@ -275,6 +277,27 @@ def test_captions_of_shards(tmp_path):
                 tar.addfile(info, io.BytesIO(data))
     pictures = open_pictures(str(tmp_path / "0.tar"))
     assert [pictures.caption(i) for i in range(2)] == ["first", ""]
+
+
+def test_pictures_in_a_bucket(tmp_path, monkeypatch):
+    images = tmp_path / "bucket" / "images"
+    images.mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (8, 8), (9 * i, 0, 0)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(f"picture {i}")
+    (images / "table.csv").write_text("image\n0.png\ngone.png\n")
+    with Bucket(tmp_path / "bucket") as bucket:
+        for name, value in bucket.environment.items():
+            monkeypatch.setenv(name, value)
+        folder = open_pictures("gs://mine/images")
+        assert [folder.name(i) for i in range(folder.size)] == ["0.png", "1.png", "2.png"]
+        assert np.asarray(folder.image(2))[0, 0].tolist() == [18, 0, 0] and folder.caption(1) == "picture 1"
+        table = open_pictures("gs://mine/images/table.csv")
+        with pytest.raises(BadImageError, match="no such file: gs://mine/images/gone.png"):
+            table.image(1)
+        bucket.refused = 403  # which makes no picture a bad one
+        with pytest.raises(ConnectionError, match="no permission in gs://mine"):
+            table.image(0)
 
 
 @pytest.mark.parametrize("ending", [".npz", ".parquet"])

@@ -124,23 +124,8 @@ def test_paths_by_brace_glob_folder_and_list(tmp_path):
         paths.expand(str(tmp_path), endings=(".parquet",))
     with pytest.raises(InputError, match="no path to the data is given; fetch it"):
         paths.expand(None, endings=(".tar",), hint="fetch it")
-    with pytest.raises(InputError, match="does not support nowhere://"):
+    with pytest.raises(InputError, match="nowhere:// is not supported"):
         expand("nowhere://bucket/{0..1}.tar")
-
-
-@pytest.mark.parametrize("layout", ["csv", "tfrecord", "webdataset", "folder", "parquet"])
-def test_buckets_are_read_through_tensorflows_file_systems(layout, tmp_path):
-    # TensorFlow's own file system in memory stands for a bucket: a scheme, no mmap, no local path.
-    made, bucket = samples(7), f"ram://bucket_{layout}"
-    path = WRITERS[layout](tmp_path, made)
-    for folder, _, names in os.walk(tmp_path):
-        below = folder.replace(str(tmp_path), bucket)
-        tf.io.gfile.makedirs(below)
-        for name in names:
-            with tf.io.gfile.GFile(os.path.join(below, name), "wb") as out:
-                out.write(Path(folder, name).read_bytes())
-    source = opened(layout, path.replace(str(tmp_path), bucket), cache_dir=str(tmp_path / "cache"))
-    assert read_all(source) == made and list(source.captions()) == [caption for _, caption in made]
 
 
 def test_offsets_are_kept_and_only_changed_shards_gone_through_again(tmp_path, monkeypatch):

@@ -1,0 +1,153 @@
+"""Local copies of what programs need as local files: weights, tokenizers, the small files of a workdir in a bucket.
+
+A workdir in a bucket is worked in as a local folder, which notes where it belongs (`origin`). Its checkpoints are
+written to and read from the bucket itself and are no part of the copy.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.files import write_whole
+from rankclip_jax.common.storage import listing, reading
+from rankclip_jax.common.storage.place import is_remote, join, name_of, parent, place_of
+
+CHECKPOINTS = "checkpoints"
+_ORIGIN = ".in_bucket.json"  # {"url": ..., "files": {name: [size, time] of what the bucket has}}
+_LEFT = (_ORIGIN, ".lock")  # what stays on this machine
+_CHUNK = 64 << 20
+_BESIDE = (".json", ".txt")  # what says what a file of weights is
+
+
+def fetched(path: str) -> Path:
+    """A local copy of a file, with the .json and .txt beside it; or of a folder, without its checkpoints/.
+
+    It lasts until the program ends. A workdir's copy knows its origin.
+
+    Raises:
+      InputError: there is neither, or as `listing.stat`.
+    """
+    path = path.rstrip("/")
+    single = listing.stat([path])[0]
+    if single:
+        local = _temporary(name_of(parent(path)) or "copy")
+        beside = [] if path.startswith("http") else listing.files_in(parent(path))
+        for file in [single, *(file for file in beside if file.path.endswith(_BESIDE))]:
+            _copy(file, local / name_of(file.path))
+        return local / name_of(path)
+    local = _temporary(name_of(path))
+    _fetch(path, local)
+    if not any(local.iterdir()):
+        listing.check_bucket(path)
+        raise InputError(f"no such file or folder: {path}")
+    write_whole(local / _ORIGIN, json.dumps({"url": path, "files": {}}))
+    return local
+
+
+@contextlib.contextmanager
+def workdir(path: str | Path | None) -> Iterator[Path | None]:
+    """The local folder for a workdir: itself, or a copy of one in a bucket, which gets what was written at the end.
+
+    Raises:
+      InputError: the workdir is where no checkpoints can be saved; or as `push`, with what was raised in the block.
+    """
+    if path is None or not is_remote(path):
+        yield None if path is None else Path(path)
+        return
+    url = str(path).rstrip("/")
+    if place_of(url).scheme != "gs":
+        raise InputError(
+            f"--workdir={url}: Orbax saves no checkpoints there; give gs://BUCKET/RUN, or a local folder (data may be "
+            "in s3://)"
+        )
+    folder = _temporary(name_of(url))
+    _fetch(url, folder)
+    known = {name: _stamp(folder / name) for name in _names(folder)}
+    write_whole(folder / _ORIGIN, json.dumps({"url": url, "files": known}))
+    try:
+        yield folder
+    except InputError as error:
+        _push_at_the_end(folder)
+        raise InputError(str(error).replace(str(folder), url)) from None
+    except BaseException:
+        _push_at_the_end(folder)
+        raise
+    push(folder)
+
+
+def origin(folder: str | Path) -> str | None:
+    """Where the local copy of a workdir belongs; None: the folder is no copy."""
+    note = Path(folder) / _ORIGIN
+    return json.loads(note.read_text())["url"] if note.is_file() else None
+
+
+def shown(folder: str | Path) -> str:
+    """How a workdir is called in messages: by its name in the bucket, if it is in one."""
+    return origin(folder) or str(folder)
+
+
+def push(folder: str | Path) -> None:
+    """Brings to the bucket what changed in the local copy of a workdir; does nothing for a local one.
+
+    Raises:
+      InputError: the bucket cannot be reached or written.
+    """
+    folder = Path(folder)
+    if origin(folder) is None:
+        return
+    note = json.loads((folder / _ORIGIN).read_text())
+    # The configuration last: it says that all is there.
+    for name in sorted(_names(folder), key=lambda name: (name == "config.json", name)):
+        stamp = _stamp(folder / name)
+        if note["files"].get(name) != stamp:
+            reading.write(join(note["url"], name), (folder / name).read_bytes())
+            note["files"][name] = stamp
+    write_whole(folder / _ORIGIN, json.dumps(note))
+
+
+def _push_at_the_end(folder):
+    """After an error, which is what the user shall read; what could not be brought away stays, and is named."""
+    try:
+        push(folder)
+    except InputError as error:
+        atexit.unregister(shutil.rmtree)
+        print(f"not all of {folder} could be brought to the bucket, so it stays: {error}")
+
+
+def _fetch(url, folder):
+    for file in listing.files_below(url):
+        name = file.path[len(url) + 1 :]
+        parts = name.split("/")
+        if parts[0] != CHECKPOINTS and name not in _LEFT and not any(part in ("", ".", "..") for part in parts):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _copy(file, folder / name)
+
+
+def _copy(file, local):
+    with open(local, "wb") as out:
+        for begin in range(0, file.size, _CHUNK):
+            out.write(reading.read(file.path, begin, min(begin + _CHUNK, file.size)))
+
+
+def _names(folder):
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return [name for name in found if name not in _LEFT and not name.endswith(".part")]
+
+
+def _stamp(path):
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _temporary(name):
+    """An empty folder of this name, which goes when the program ends."""
+    above = tempfile.mkdtemp(prefix="rankclip_jax.")
+    atexit.register(shutil.rmtree, above, ignore_errors=True)
+    os.mkdir(os.path.join(above, name))
+    return Path(above, name)

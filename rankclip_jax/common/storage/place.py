@@ -1,0 +1,125 @@
+"""What a path with a scheme names, which store answers for it, and what its errors mean.
+
+Environment: TENSORSTORE_GCS_HTTP_URL (another host for gs://), AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL (for s3://),
+AWS_REGION, and what Google's and Amazon's own tools read for credentials.
+"""
+
+import functools
+import os
+import re
+import urllib.parse
+from typing import Any, NamedTuple
+
+from rankclip_jax.common.errors import InputError, one_line
+
+_RETRIES = {"max_retries": 20, "initial_delay": "200ms", "max_delay": "16s"}  # five minutes in all
+_CONCURRENCY = {"limit": 256}  # requests at once; TensorStore's own 32 are 640 a second at 50 ms
+# By default a read waits for ever for an answer that never comes.
+_LOW_SPEED = {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "20", "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1"}
+_GOOGLE = "GOOGLE_APPLICATION_CREDENTIALS, gcloud's application_default_credentials.json, the machine's metadata server"
+_AMAZON = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws/credentials, the machine's metadata server"
+
+
+class Place(NamedTuple):
+    """scheme://root/key: `root` is a bucket, or a host; `query` of an http address."""
+
+    scheme: str
+    root: str
+    key: str
+    query: str = ""
+
+
+def is_remote(path: Any) -> bool:
+    """Whether the path has a scheme, such as gs://."""
+    return "://" in str(path)
+
+
+def place_of(path: str) -> Place:
+    """Raises InputError where the scheme is none that can be read, or no bucket is named."""
+    scheme, _, rest = path.partition("://")
+    if scheme in ("http", "https"):
+        parts = urllib.parse.urlsplit(path)
+        return Place(scheme, parts.netloc, urllib.parse.unquote(parts.path.lstrip("/")), parts.query)
+    if scheme not in ("gs", "s3"):
+        raise InputError(
+            f"{path}: {scheme}:// is not supported. Expected a local path, gs://, s3:// or http(s)://; copy or mount it"
+        )
+    bucket, _, key = rest.partition("/")
+    if not bucket:
+        raise InputError(f"{path} names no bucket. Expected {scheme}://BUCKET/NAME")
+    return Place(scheme, bucket, key)
+
+
+def join(folder: str, *names: str) -> str:
+    """A path below a folder, local or not."""
+    return "/".join([folder.rstrip("/"), *names]) if is_remote(folder) else os.path.join(folder, *names)
+
+
+def parent(path: str) -> str:
+    """The folder of a file."""
+    return path.rpartition("/")[0] if is_remote(path) else os.path.dirname(path)
+
+
+def name_of(path: str) -> str:
+    """The last part of a path."""
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def store_of(place: Place) -> tuple[Any, str]:
+    """(the open tensorstore.KvStore, the key in it)"""
+    return _opened(place.scheme, place.root, place.query, endpoint(place.scheme)), place.key
+
+
+def endpoint(scheme: str) -> str | None:
+    """The address of what answers in place of Google's or Amazon's own; None: theirs."""
+    names = {"gs": ["TENSORSTORE_GCS_HTTP_URL"], "s3": ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"]}.get(scheme, [])
+    return next((os.environ[name] for name in names if os.environ.get(name)), None)
+
+
+@functools.cache
+def _opened(scheme: str, root: str, query: str, address: str | None) -> Any:
+    for name, value in _LOW_SPEED.items():
+        os.environ.setdefault(name, value)
+    import tensorstore
+
+    kind = {"gs": "gcs", "s3": "s3"}.get(scheme, "http")
+    context = tensorstore.Context({f"{kind}_request_retries": _RETRIES, f"{kind}_request_concurrency": _CONCURRENCY})
+    if kind == "http":
+        spec = {"driver": "http", "base_url": f"{scheme}://{root}" + (f"?{query}" if query else "")}
+    else:
+        spec = {"driver": kind, "bucket": root} | (_amazon(address) if kind == "s3" else {})
+    try:
+        return tensorstore.KvStore.open(spec, context=context).result()
+    except ValueError as error:
+        raise explained(f"{scheme}://{root}", error) from None
+
+
+def _amazon(address: str | None) -> dict[str, Any]:
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    spec: dict[str, Any] = {"endpoint": address} if address else {}
+    if region or address:
+        spec["aws_region"] = region or "us-east-1"
+    if os.environ.get("AWS_ACCESS_KEY_ID"):  # else the usual places, of which Amazon's library logs every empty one
+        spec["aws_credentials"] = {"type": "environment"}
+    return spec
+
+
+def explained(path: str, error: Exception) -> InputError:
+    """The one line for what a store says."""
+    said, place = one_line(error), place_of(path)
+    google, where = place.scheme == "gs", f"{place.scheme}://{place.root}"
+    looked = _GOOGLE if google else _AMAZON
+    if re.search(r"NoSuchBucket|specified bucket|no such bucket|NO_SUCH_BUCKET|bucket does not exist", said, re.I):
+        return InputError(f"{path}: there is no bucket {place.root}")
+    if place.scheme in ("gs", "s3"):
+        if re.search(
+            r"access token|credential|UNAUTHENTICATED|\b401\b|anonymous|InvalidAccessKey|SignatureDoes", said, re.I
+        ):
+            then = "; run: gcloud auth application-default login" if google else ""
+            return InputError(f"{path}: no valid credentials (looked for: {looked}){then}")
+        if re.search(r"PERMISSION_DENIED|ACCESS_DENIED|AccessDenied|forbidden|\b403\b", said, re.I):
+            return InputError(
+                f"{path}: no permission in {where}: the account of this machine may not do that, or has no credentials "
+                f"(looked for: {looked})"
+            )
+    return InputError(f"{path} cannot be reached: {said}")

@@ -1,0 +1,158 @@
+"""A workdir in a bucket: trained, cut off, resumed, evaluated and reported there, with the numbers of a local one."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rankclip_jax.common import storage
+from rankclip_jax.common.errors import InputError
+from tests.commands.test_train import SMALL, finish, numbers
+from tests.support.bucket import Bucket
+from tests.support.real_clients import real_clients
+from tests.support.source_files import samples, write_tar
+
+REPO = Path(__file__).parents[2]
+OF_TARS = [flag for flag in SMALL if "data." not in flag and "eval." not in flag] + [
+    "--config.data.format=webdataset",
+    "--config.batch_size=16",
+    "--config.data.val=None",
+    "--config.eval.zero_shot={}",
+    "--config.eval.retrieval={}",
+    "--config.eval.geometry={}",
+    "--config.eval.suite=None",
+    "--config.checkpoint.keep=50",
+]
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    (tmp_path / "bucket").mkdir()
+    with Bucket(tmp_path / "bucket") as bucket:
+        for name, value in bucket.environment.items():
+            monkeypatch.setenv(name, value)
+        yield bucket
+
+
+def test_a_copy_of_a_workdir_goes_and_comes_back(bucket, capsys):
+    with storage.workdir("gs://mine/runs/a/") as folder:
+        assert folder.name == "a" and list(folder.glob("[!.]*")) == []
+        assert storage.origin(folder) == storage.shown(folder) == "gs://mine/runs/a"
+        (folder / "metrics.jsonl").write_text("1\n")
+        (folder / "eval").mkdir()
+        (folder / "eval" / "x.npz").write_bytes(b"x")
+        (folder / "config.json").write_text("{}")
+        (folder / ".lock").touch()
+        storage.push(folder)
+        writes = [name for kind, name, _ in bucket.requests if kind == "write"]
+        assert writes == ["runs/a/eval/x.npz", "runs/a/metrics.jsonl", "runs/a/config.json"]
+        (folder / "metrics.jsonl").write_text("1\n2\n")
+        bucket.requests.clear()
+    assert [name for kind, name, _ in bucket.requests if kind == "write"] == ["runs/a/metrics.jsonl"]
+    (bucket.folder / "runs/a/checkpoints/1").mkdir(parents=True)
+    (bucket.folder / "runs/a/checkpoints/1/large").write_bytes(b"x" * 1000)
+    bucket.requests.clear()
+    with pytest.raises(InputError, match=r"^gs://mine/runs/a/config.json is wrong$"):
+        with storage.workdir("gs://mine/runs/a") as again:
+            assert (again / "metrics.jsonl").read_text() == "1\n2\n" and (again / "eval" / "x.npz").exists()
+            assert not (again / "checkpoints").exists()
+            (again / "bad_samples.jsonl").write_text("what was found before the error")
+            raise InputError(f"{again}/config.json is wrong")
+    assert (bucket.folder / "runs/a/bad_samples.jsonl").exists()
+    assert not [name for kind, name, _ in bucket.requests if kind == "read" and "checkpoints" in name]
+
+
+def test_where_no_checkpoints_can_be_saved_is_said_first(tmp_path, bucket, monkeypatch):
+    from etils import epath
+
+    from rankclip_jax.weights import saving
+
+    with pytest.raises(InputError, match="--workdir=s3://mine/run: Orbax saves no checkpoints there; give gs://"):
+        with storage.workdir("s3://mine/run"):
+            pass
+    with pytest.raises(InputError, match="s3://mine/run: Orbax saves no checkpoints there"):
+        saving.probe(epath.Path("s3://mine/run"))
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
+    with pytest.raises(InputError, match=r"need the package google-cloud-storage; pip install -e '\.\[gcs\]'"):
+        saving.probe(epath.Path("gs://mine/run"))
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", object())
+    bucket.refused = 403
+    with pytest.raises(InputError, match="no permission in gs://mine"):
+        saving.probe(epath.Path("gs://mine/run"))
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot save in"):
+        saving.probe(epath.Path(tmp_path / "file" / "checkpoints"))
+    saving.probe(epath.Path(tmp_path / "checkpoints"))
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_loses_its_machine_and_has_the_numbers_of_a_local_one(tmp_path):
+    folder = tmp_path / "bucket"
+    (folder / "tars").mkdir(parents=True)
+    write_tar(folder / "tars", samples(96))
+    with real_clients(folder, tmp_path) as (_, enter, env):
+        env["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+
+        def command(module, *flags):
+            return [*enter, sys.executable, "-m", f"rankclip_jax.{module}", *flags]
+
+        def run(module, *flags):
+            done = subprocess.run(
+                command(module, *flags), cwd=REPO, env=env, capture_output=True, text=True, timeout=400
+            )
+            return done.returncode, done.stdout + done.stderr
+
+        local = tmp_path / "local"
+        code, said = run("train", *OF_TARS, f"--config.data.train={folder}/tars/*.tar", f"--workdir={local}")
+        assert code == 0, said
+        train = [*OF_TARS, "--config.data.train=gs://mine/tars/*.tar", "--workdir=gs://mine/run"]
+        first = subprocess.Popen(
+            command("train", *train), cwd=REPO, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for _ in range(1200):
+            if first.poll() is not None or list(folder.glob("run/checkpoints/[468]/commit_success.txt")):
+                break
+            time.sleep(0.1)
+        assert first.poll() is None, "it ended before it could be cut off"
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        code, said = run("train", *train)
+        assert code == 0, said
+        assert re.search(r"resuming from step ([4-9]|1\d) of 18 in gs://mine/run", said), said
+        assert "--workdir gs://mine/run --mode=eval" in said
+        assert numbers(folder / "run") == numbers(local)
+        stored = [json.loads((where / "config.json").read_text()) for where in (folder / "run", local)]
+        assert stored[0].pop("data") != stored[1].pop("data") and stored[0] == stored[1]
+        other = run("train", *train, "--config.seed=7")
+        assert other[0] == 1 and "gs://mine/run holds a run with another configuration" in other[1], other
+        own = "--config.eval.geometry={'own':{'format':'shapes','path':41}}"
+        code, said = run("train", "--workdir=gs://mine/run", "--mode=eval", own)
+        assert code == 0 and "step 18 of gs://mine/run" in said, said
+        assert json.loads((folder / "run/eval.json").read_text())
+        code, said = run("report", "gs://mine/run", "--out", str(tmp_path / "report.html"))
+        assert code == 0 and (tmp_path / "report.html").stat().st_size > 10_000, said
+        code, said = run("convert", "gs://mine/run", str(tmp_path / "exported"), "--to", "openai")
+        assert code == 0 and list((tmp_path / "exported").glob("*.safetensors")), said
+
+
+@pytest.mark.slow
+def test_checkpoints_elsewhere_tell_whose_they_are_when_the_workdir_is_lost(tmp_path):
+    kept = f"--config.checkpoint.folder={tmp_path / 'kept'}"
+    code, said = finish(tmp_path / "whole")
+    assert code == 0, said
+    code, said = finish(tmp_path / "lost", kept)
+    assert code == 0, said
+    assert {"config.json", "tokenizer.json", "18"} <= {path.name for path in (tmp_path / "kept").iterdir()}
+    shutil.rmtree(tmp_path / "kept" / "18")
+    code, said = finish(tmp_path / "other", kept, "--config.seed=7")
+    assert code == 1 and "holds a run with another configuration (config.seed: 0 -> 7)" in said, said
+    code, said = finish(tmp_path / "again", kept)
+    assert code == 0 and "resuming from step 16" in said, said
+    assert numbers(tmp_path / "again")[-1] == numbers(tmp_path / "whole")[-1]
