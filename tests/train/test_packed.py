@@ -206,7 +206,7 @@ def test_texts_of_any_lengths_encode_as_padded():
 SMALL = ["steps=2", "batch_size=64", "data.train=128", "data.val=64", "eval.zero_shot={}", "log_every=1"]
 SMALL += ["model.name=ViT-tiny", "model.image_size=16", "model.vision={'layers':1,'width':64,'heads':1,'patch_size':8}"]
 SMALL += ["model.text={'layers':1,'width':64,'heads':1}", "optim.warmup_steps=1", "optim.schedule=constant"]
-SMALL += ["eval.every={'retrieval':None,'geometry':None}"]
+SMALL += ["loss.schedule=constant", "eval.every={'retrieval':None,'geometry':None}"]
 
 
 @pytest.mark.slow
