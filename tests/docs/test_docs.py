@@ -9,6 +9,7 @@ import importlib
 import re
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -202,7 +203,9 @@ def check_pip(words: list[str]) -> None:
         if word == "-r":
             assert (REPO / next(arguments)).exists(), words
         elif word == "-e":
-            assert (REPO / next(arguments) / "pyproject.toml").exists(), words
+            folder, _, extra = next(arguments).partition("[")
+            about = tomllib.loads((REPO / folder / "pyproject.toml").read_text())["project"]
+            assert not extra or extra.removesuffix("]") in about["optional-dependencies"], words
         elif not word.startswith("-"):
             Requirement(word)
 
