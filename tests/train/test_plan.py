@@ -295,3 +295,25 @@ def test_what_training_refuses_a_plan_refuses():
     config = load("configs/cc3m.py:model=RN50", ["accumulate=2", "plan.target=8xH100"])
     with pytest.raises(InputError, match="config.accumulate=2: a ResNet's batch norm needs"):
         plan.plan(config)
+
+
+def test_a_plan_packs_by_the_rows_that_it_is_given():
+    def settled(**model):
+        return plan._with_packing(complete(SMALL | {"model": SMALL["model"] | model})).model.pack_text
+
+    assert settled() == settled(pack_text="off", pack_rows=(2, 8)) == settled(pack_rows=(8, 8)) == "off"
+    assert settled(pack_rows=(2, 8)) == settled(pack_text="on", pack_rows=(8, 8)) == "on"
+    with pytest.raises(InputError, match=r"config\.model\.pack_rows=None\. Expected \(rows, captions\)"):
+        settled(pack_text="on")
+
+
+@pytest.mark.slow
+def test_a_packed_plan_counts_its_rows():
+    config = complete(SMALL | {"model": SMALL["model"] | {"pack_rows": (2, 8)}})
+    target = parse_target("8xH100")
+    padded, packed = (plan.compile_step(c, target) for c in (config, plan._with_packing(config)))
+    assert (padded["text_rows"], packed["text_rows"]) == (8, 2)
+    text = models.configure("ViT-tiny").text
+    a_row = text.layers * (12 * text.width**2 * 16 + 2 * 16**2 * text.width)
+    assert padded["flops"] - packed["flops"] == pytest.approx(6 * 8 * 6 * a_row)
+    assert packed["temporary"] < padded["temporary"] and packed["collectives"] == padded["collectives"]
