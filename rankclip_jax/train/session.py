@@ -76,7 +76,7 @@ class Session:
             _check_batch(config, self.mesh, self.model)
         self.local_batch = (config.batch_size or 0) // jax.process_count()  # None: another's weights are evaluated
         self.eval_batch = _eval_batch(config, self.mesh) // jax.process_count()
-        self.shards = batch_shards(self.mesh) // jax.process_count()
+        self.shards = max(1, batch_shards(self.mesh) // jax.process_count())
         self.side = self.model.config.vision.image_size
         self.context_length = self.model.config.text.context_length
         self.canvas = canvas_side(config, self.side)
@@ -106,10 +106,8 @@ class Session:
 
     def step_tflop(self, packs: bool) -> float:
         """Operations of a training step in TFLOP, of a batch whose captions are packed or padded."""
-        rows = None
-        if packs:
-            units = batch_shards(self.mesh) * self.config.accumulate
-            rows = units * self.unit_rows
+        units = batch_shards(self.mesh) * self.config.accumulate
+        rows = units * self.unit_rows if packs else None
         views = 1 + self.config.data.two_views
         return flops.step_flops(self.model.config, self.config.batch_size, views, rows) / 1e12
 

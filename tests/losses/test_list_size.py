@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from rankclip_jax.config import complete
 from rankclip_jax.losses import LossSpec, clip_loss, objective_loss, rank_consistency
+from rankclip_jax.train import step as steps
 from tests.losses.test_chunked import collectives, embeddings
 
 
@@ -132,3 +134,15 @@ def test_errors():
         objective_loss(img, txt, 1.0, list_size=24)
     with pytest.raises(ValueError, match="list_size=1. Expected at least 2"):
         LossSpec(list_size=1)
+
+
+def test_a_validation_batch_that_lost_samples():
+    img, txt = embeddings(10)
+    parts = steps.objective_of(complete({"loss": {"list_size": 4}}))
+    params = {"logit_scale": np.float32(2.0)}
+    for rows, counted, size in ((10, 8, 4), (3, 3, None)):
+        want = objective_loss(img[:counted], txt[:counted], np.exp(np.float32(2.0)), list_size=size)[1]
+        got = jax.jit(parts)(params, img[:rows], txt[:rows])
+        assert {key: float(x) for key, x in got.items()} == pytest.approx(
+            {key: float(x) for key, x in want.items()}, rel=1e-5
+        )
