@@ -11,12 +11,12 @@ def get_config(objective: str = "rankclip") -> ConfigDict:
     return ConfigDict(
         dict(
             batch_size=128,
-            epochs=8,
+            epochs=10,
             log_every=20,
             loss=dict(objective=objective),
             model=dict(
                 name="RN-tiny",
-                image_size=48,
+                image_size=32,
                 context_length=24,
                 vision=dict(stem="imagenet", layers=(1, 1, 1), width=32),
                 text=dict(layers=2),

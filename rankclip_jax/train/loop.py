@@ -99,7 +99,9 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         if start.step >= data.total_steps and not _owes_evaluation(session, workdir, data, start):
             print(f"{storage.shown(workdir)} is trained to its last step, {start.step}")
             return
-        with Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None) as checkpoints:
+        length = data.total_steps, data.steps_per_epoch
+        free = int(free_until(config.optim, *length)) if config.optim.schedule == "wsd" else None
+        with Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None, free) as checkpoints:
             batches = open_batches(session, workdir, data, start.position, data.total_steps - start.step)
             processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""
             print(

@@ -33,19 +33,24 @@ _WRITTEN = {"state", "data", "metrics", "_CHECKPOINT_METADATA", "commit_success"
 class Checkpoints:
     """Writes the checkpoints of a run, in the background.
 
-    Keeps the latest `config.keep`, every multiple of `config.keep_every`, and the one whose metric `config.best` is
-    highest. As a context: a failed save is told once, by the exception, and at the end all is written.
+    Keeps the latest `config.keep`, every multiple of `config.keep_every`, the one whose metric `config.best` is
+    highest, and the last from which a run can be lengthened. As a context: a failed save is told once, by the
+    exception, and at the end all is written.
     """
 
-    def __init__(self, workdir: str | Path, config: ConfigDict, start: int | None = None):
-        """`start`: the step that was restored. Newer ones proved damaged, and make way under another name.
+    def __init__(self, workdir: str | Path, config: ConfigDict, start: int | None = None, free: int | None = None):
+        """Opens the folder of the checkpoints.
+
+        Args:
+          start: the step that was restored. Newer ones proved damaged, and make way under another name.
+          free: the last step that does not depend on the run's length (train/schedule.py); None: none is kept for it.
 
         Raises:
           InputError: nothing can be saved there.
         """
         folder = checkpoint.folder_of(workdir, config)
         self._folder, self._best, self._saved = folder, config.best, start
-        self._latest, self._every, self._strangers = config.keep, config.keep_every, set()
+        self._latest, self._every, self._free, self._strangers = config.keep, config.keep_every, free or 0, set()
         known = checkpoint.scores(folder, config.best)
         self._scores = {step: score for step, score in known.items() if step <= (start or 0)}
         try:
@@ -124,7 +129,8 @@ class Checkpoints:
     def _kept(self, steps: Sequence[int]) -> set[int]:
         """Those of the saved steps that stay; what is no checkpoint of ours is not ours to remove."""
         multiples = [step for step in steps if self._every and step % self._every == 0]
-        kept = {*sorted(steps)[-self._latest :], *multiples, *self._strangers}
+        free = [step for step in steps if step <= self._free]
+        kept = {*sorted(steps)[-self._latest :], *multiples, *sorted(free)[-1:], *self._strangers}
         return {step for step in steps if step in kept or step == self._best_step()}
 
 

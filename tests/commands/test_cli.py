@@ -132,7 +132,7 @@ def test_weights_from_elsewhere_are_evaluated(started):
     ("train mine.csv --config.lr=1", r"config\.lr does not exist; the nearest key is config\.optim\.lr"),
     ("train mine.csv --config.optm.lr=1", r"config\.optm does not exist; the nearest key is config\.optim"),
     ("train mine.csv --config.optim.lr.x=1", r"config\.optim\.lr={'x': 1}\. Expected a number above 0 or None"),
-    ("train shapes --config.epochs.x=1", r"config\.epochs\.x does not exist: config\.epochs=8 is no group of keys"),
+    ("train shapes --config.epochs.x=1", r"config\.epochs\.x does not exist: config\.epochs=10 is no group of keys"),
     ("resume runs/other", "runs/other holds no run"),
 ])  # fmt: skip
 def test_what_is_wrong_is_one_line(started, words, message):

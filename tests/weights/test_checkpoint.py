@@ -99,6 +99,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capf
     assert (tmp_path / "checkpoints" / "damaged-3").is_dir() and saved_steps(tmp_path) == [1, 2, 3]
 
 
+@pytest.mark.parametrize(("steps", "kept"), [((1, 3), [3]), ((1, 3, 5), [3, 5]), ((1, 3, 5, 6), [3, 6])])
+def test_the_last_one_from_which_a_run_can_be_lengthened_is_kept(tmp_path, steps, kept):
+    with Checkpoints(tmp_path, config(keep=1), free=4) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, state_of(step), step)
+    assert saved_steps(tmp_path) == kept
+
+
 def test_where_all_are_damaged_nothing_is_deleted(tmp_path):
     save(tmp_path, {step: state_of(step) for step in (1, 2)})
     damage.KINDS["one bit flipped in the largest file"](tmp_path / "checkpoints" / "1")
