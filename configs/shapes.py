@@ -24,16 +24,16 @@ def get_config(objective: str = "rankclip") -> ConfigDict:
             tokenizer=dict(vocab_size=512),
             optim=dict(lr=2e-3, weight_decay=0.05, warmup_steps=50, grad_clip_norm=1.0),
             # No flip: it would turn "left" into "right". Crops keep nearly all, for the same reason.
-            data=dict(format="shapes", train=12_800, val=1_280, crop_scale=(0.9, 1.0)),
+            data=dict(format="shapes", train=12_800, val=640, crop_scale=(0.9, 1.0)),
             eval=dict(
-                every_epochs=1,
+                every_epochs=2,
                 zero_shot=dict(
                     seen=dict(format="shapes", path="seen"),
                     held_out=dict(format="shapes", path="held_out"),
                 ),
                 retrieval=dict(scenes=dict(format="shapes", path=320)),
                 geometry=dict(scenes=dict(format="shapes", path=320)),
-                every=dict(retrieval=None, geometry=1),
+                every=dict(retrieval=None, geometry=2),
             ),
         )
     )
