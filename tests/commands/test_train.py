@@ -33,6 +33,7 @@ SMALL = [
     "--config.model.text={'layers':1,'width':32,'heads':2}",
     "--config.checkpoint.every_steps=2",
     "--config.eval.diagnostics=True",
+    "--config.eval.every_epochs=1",
     "--config.eval.retrieval={'scenes':{'format':'shapes','path':41}}",
     "--config.eval.geometry={'scenes':{'format':'shapes','path':41}}",
     "--config.eval.every.retrieval=3",
