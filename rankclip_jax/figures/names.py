@@ -28,6 +28,7 @@ TRAINING = {
     "images_per_second": Name("Training speed", "images/s"),
     "images_read_per_second": Name("Reading speed of one process", "images/s"),
     "data_wait": Name("Time spent waiting for data", "share of time", True),
+    "padded_steps": Name("Batches whose captions did not fit their rows", "share of steps", True),
     "tflops_per_device": Name("Computing speed of one device", "TFLOP/s"),
     "mfu": Name("Use of the device (MFU)", "share of its peak", True),
 }
