@@ -55,7 +55,7 @@ def test_a_training_leaves_the_process_as_it_was(tmp_path, monkeypatch):
     """Asked to stop, to its end, interrupted."""
     take, before = recorder.Recorder.take, state()
 
-    def stop(self, step, numbers):
+    def stop(self, *_):
         during = state()
         for name in ("signals", "unraisablehook", "log filters"):  # so that what is put back is seen
             assert during[name] != before[name]
@@ -69,7 +69,7 @@ def test_a_training_leaves_the_process_as_it_was(tmp_path, monkeypatch):
     loop.train(small(), tmp_path)
     assert state() == before
 
-    def interrupt(self, step, numbers):
+    def interrupt(self, *_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(recorder.Recorder, "take", interrupt)
