@@ -102,6 +102,7 @@ def test_choices_come_in_order():
     assert [text.get_text() for text in figure.axes[1].texts] == ["70.0 %", "20.0 %"]
 
 
+@pytest.mark.slow
 def test_an_untrained_model_is_what_training_starts_from(tmp_path):
     trained = pretrained.read(make_workdir(tmp_path / "run", VIT))
     fresh = pretrained.untrained(trained)

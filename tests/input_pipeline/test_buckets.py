@@ -150,6 +150,7 @@ def test_a_tenth_of_the_answers_fails_and_nothing_changes(bucket):
     assert_same(batches, batches_of(opened("webdataset", str(bucket.folder / "cc.tar")), 24)[0])
 
 
+@pytest.mark.slow
 def test_what_is_refused_is_no_bad_sample(bucket):
     large_tar(bucket.folder, 32)
     source = opened("webdataset", "gs://mine/cc.tar")

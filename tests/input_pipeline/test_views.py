@@ -89,7 +89,7 @@ def contrastive(a_BxD, b_BxD, scale):
 @pytest.mark.parametrize(
     "objective, devices, accumulate",
     [
-        ("clip", 1, 1),
+        pytest.param("clip", 1, 1, marks=pytest.mark.slow),
         pytest.param("rankclip", 8, 1, marks=pytest.mark.slow),
         pytest.param("rankclip", 1, 4, marks=pytest.mark.slow),
     ],

@@ -74,6 +74,7 @@ def test_scores_as_far_apart_as_float32_has_them():
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("released", [False, True])
+@pytest.mark.slow
 def test_every_platforms_form(platform, released):
     scores = np.random.default_rng(0).normal(size=(4, 100)).astype(np.float32)
     scores[[0, 1, 2], [5, 50, 99]] = BAD

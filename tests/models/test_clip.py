@@ -221,6 +221,7 @@ def test_images_of_a_batch_do_not_mix():
     np.testing.assert_allclose(encode(images)[1:2], encode(images[1:2]), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_initial_values():
     config = ClipConfig(256, VitConfig(64, 8, 256, 2, 4), TextConfig(192, 3, 3, 77, 5000, 4999))
     model = CLIP(config)

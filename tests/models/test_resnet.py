@@ -176,6 +176,7 @@ def test_block_starts_as_its_shortcut():
     np.testing.assert_array_equal(bottleneck.apply(variables, x), x)
 
 
+@pytest.mark.slow
 def test_one_value_a_channel_cannot_train():
     config = ResNetConfig(2, (1, 1), 16, "small")  # one image of 2 pixels: a 1x1 map after the stride
     model = ModifiedResNet(config, 8)

@@ -171,6 +171,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.slow
 def test_every_format_of_training_gives_the_same_arrays(layout, tmp_path):
     made = samples(5)
     kind = "tfds" if layout.startswith("tfds") else layout

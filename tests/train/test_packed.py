@@ -121,7 +121,7 @@ FORMS = {
     "accumulated, fsdp": dict(accumulate=2, mesh={"data": 1, "fsdp": 4}, sharding="fsdp"),
     "frozen": dict(optim={"warmup_steps": 1, "freeze": "text"}),
 }
-QUICK = ("accumulated, two views",)
+QUICK = ("clip",)
 
 
 @pytest.mark.parametrize("form", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FORMS])

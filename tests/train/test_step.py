@@ -145,6 +145,7 @@ def test_objectives_compute_only_their_terms(loss, parts):
     assert {key for key in metrics if key.startswith(("clip", "rank_")) and key != "rank_weight"} == parts
 
 
+@pytest.mark.slow
 def test_siglip_learns_its_bias():
     start = dict(logit_scale=np.log(10), logit_bias=-10.0)
     fields = {"loss": {"objective": "siglip", "terms": {"in_modal": 0.1}}, "optim": {"lr": 0.1, "warmup_steps": 0}}
