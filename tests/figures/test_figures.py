@@ -166,5 +166,6 @@ def test_each_number_has_a_name_to_read(key, title, share):
 def test_every_number_of_a_training_line_has_a_name():
     """Of what train/recorder.py and the objectives make."""
     recorded = {"learning_rate", "images_per_second", "images_read_per_second", "data_wait", "tflops_per_device", "mfu"}
+    recorded |= {"padded_steps"}
     terms = {"clip", "siglip", "rank_in_modal", "rank_cross_modal", "cyclic_in_modal", "cyclic_cross_modal"}
     assert recorded | terms | {"loss", "grad_norm", "logit_scale", "logit_bias", "rank_weight"} == names.TRAINING.keys()
