@@ -93,7 +93,7 @@ class Files:
         return results | {"step": found["step"], "model": found["model"]} if found else {}
 
     def checked(self, file: str, found: dict) -> dict:
-        """{kind: {set: numbers}}, without what is none of that."""
+        """{kind: {set: numbers}}, and nothing else that the file holds."""
         results: dict[str, dict] = {}
         for kind in names.KINDS:
             sets = found.get(kind, {})

@@ -116,7 +116,7 @@ def _push_at_the_end(folder):
     try:
         push(folder)
     except InputError as error:
-        atexit.unregister(shutil.rmtree)
+        atexit.unregister(_remove)  # ours alone: others in this process may clean up by rmtree too
         print(f"not all of {folder} could be brought to the bucket, so it stays: {error}")
 
 
@@ -148,6 +148,10 @@ def _stamp(path):
 def _temporary(name):
     """An empty folder of this name, which goes when the program ends."""
     above = tempfile.mkdtemp(prefix="rankclip_jax.")
-    atexit.register(shutil.rmtree, above, ignore_errors=True)
+    atexit.register(_remove, above)
     os.mkdir(os.path.join(above, name))
     return Path(above, name)
+
+
+def _remove(folder):
+    shutil.rmtree(folder, ignore_errors=True)
