@@ -154,11 +154,6 @@ def complete(config: Mapping) -> ConfigDict:
         integer(1, 1).check(count, f"config.study.more_seeds.{name}")
     if merged.batch_size == 1:
         raise InputError("config.batch_size=1. A contrastive or ranking loss needs at least 2 pairs")
-    if merged.data.two_views and merged.loss.objective in ("rank", "siglip") and not merged.loss.terms.get("clip"):
-        raise InputError(
-            f"config.data.two_views adds to the contrastive term, and config.loss.objective={merged.loss.objective} "
-            "has none. Use another objective, or add config.loss.terms.clip=1.0"
-        )
     _check_schedule(merged.optim)
     return merged
 
