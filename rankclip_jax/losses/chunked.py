@@ -39,7 +39,7 @@ class Sums(NamedTuple):
     """
 
     terms: dict[str, jax.Array]
-    d_all: tuple[jax.Array, jax.Array]
+    d_all: tuple[jax.Array, ...]
     d_scale: jax.Array
     d_bias: jax.Array
 
@@ -114,7 +114,7 @@ def _chunk_size(rows: int, length: int, platform: str) -> int:
     return min(rows, max(128 if platform == "tpu" else 64, scores // length))
 
 
-Pair = tuple[jax.Array, jax.Array]  # of images and texts
+Pair = tuple[jax.Array, ...]  # of images and texts
 
 
 def local_terms(rows: Pair, columns: Pair, first_row: jax.Array | int, job: Job) -> tuple[Sums, Pair | None]:
@@ -142,13 +142,15 @@ def local_terms(rows: Pair, columns: Pair, first_row: jax.Array | int, job: Job)
     return sums, d_rows
 
 
-def list_terms(rows: Pair, columns: Pair | None, first_row: jax.Array | int, job: Job) -> tuple[Sums, Pair | None]:
-    """As local_terms, where a row's list is the `spec.list_size` columns of its own group.
+def list_terms(
+    rows: Pair, columns: Pair | None, first_row: jax.Array | int, length: int, job: Job
+) -> tuple[Sums, Pair | None]:
+    """As local_terms, where a row's list is the `length` columns of its own group.
 
     `columns` None: the rows are whole groups, their own columns, and their gradients are complete (d_all is empty). The
     rows are cut into blocks, each of one group; short groups make a chunk together.
     """
-    (count, width), length = rows[0].shape, job.spec.list_size
+    count, width = rows[0].shape
     chunk = job.chunk or _chunk_size(count, length, job.platform)
     if columns is None and 2 * length <= min(chunk, count):
         return _short_lists(rows, length, chunk // length, job)

@@ -56,7 +56,7 @@ def _on_platform(platform, img_BxD, txt_BxD, scale, bias, weights, spec, place, 
 
         found = [local_terms(rows, columns, first_row, job(whole))] if whole else []
         if listed:
-            found.append(list_terms(rows, None if apart else columns, first_row, job(listed)))
+            found.append(list_terms(rows, None if apart else columns, first_row, spec.list_size, job(listed)))
         sums = {term: value for part, _ in found for term, value in part.terms.items()}
         # One all-reduce for all scalars.
         d_scale, d_bias = (_total([getattr(part, name) for part, _ in found]) for name in ("d_scale", "d_bias"))
