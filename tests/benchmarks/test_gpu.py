@@ -50,6 +50,7 @@ def test_rates_and_ratios_of_a_step():
     assert gpu_report.training_headline(row | {"numbers": [rankclip]}) is None
 
 
+@pytest.mark.slow
 def test_scaling_compiles_the_step_for_fake_devices(capsys):
     train_step.scaling("ViT-tiny", [2])
     replicated, fsdp = capsys.readouterr().out.splitlines()[-2:]
