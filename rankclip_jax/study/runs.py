@@ -45,6 +45,8 @@ class Study:
             raise InputError(f"config.study.more_seeds.{unknown[0]} is not an objective. Expected one of {known}")
         if config.model.pack_text == "on":
             raise InputError("config.model.pack_text=on. Expected auto or off: a study pads, on the device")
+        for name in study.objectives:  # a wrong one is found now, not after hours of the others
+            self.config_of(name)
         canvas = canvas_side(config, side) or side
         train = read_pairs(config.data, config.data.train, side=side, canvas=canvas, split="train", limit=study.limit)
         if len(train.captions) < config.batch_size:
@@ -90,7 +92,10 @@ class Study:
     def config_of(self, name: str) -> ConfigDict:
         """The training configuration of an objective."""
         fields = self.config.to_dict()
-        fields["loss"] = fields["loss"] | self.config.study.objectives[name].to_dict()
+        changed = fields["study"]["objectives"][name]
+        if not isinstance(changed, dict):
+            raise InputError(f"config.study.objectives.{name}={changed!r}. Expected changed keys of config.loss")
+        fields["loss"] |= changed
         return complete(fields)
 
     def _planned(self) -> int:
