@@ -5,7 +5,6 @@ python -m rankclip_jax.doctor [--workdir DIR] [--tokenizer PATH_OR_HUB_ID]
 
 import argparse
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -58,17 +57,6 @@ def jax_plugins(driver_file: str = jax_install.NVIDIA_DRIVER) -> Iterator[Findin
     yield Finding("JAX's CUDA", f"{', '.join(versions)}; jaxlib {jaxlib}", jax_install.shell(lines) or None)
 
 
-def has_bfloat16(platform: str, compute_capability: str | None) -> bool:
-    """Whether a device multiplies bfloat16 in hardware: not an NVIDIA GPU before Ampere (compute capability below 8.0).
-
-    Args:
-      platform: jax.Device.platform, such as "gpu".
-      compute_capability: "7.5" as jax.Device has it; None or "gfx90a" elsewhere.
-    """
-    number = re.match(r"\d+\.\d+", compute_capability or "")
-    return platform not in ("gpu", "cuda") or not number or float(number[0]) >= 8
-
-
 def devices(driver_file: str = jax_install.NVIDIA_DRIVER) -> Iterator[Finding]:
     """The devices that JAX has, and whether it overlooks a GPU; a small training step on each backend."""
     extra = jax_install.extra(driver_file)
@@ -86,11 +74,12 @@ def devices(driver_file: str = jax_install.NVIDIA_DRIVER) -> Iterator[Finding]:
     driver = jax_install.driver(driver_file) or "unknown"
     remedy = f"JAX does not use the NVIDIA GPU of this machine (driver {driver}): {install}" if idle_gpu else None
     yield Finding("devices", f"{jax.device_count()} {backend} ({', '.join(kinds)})", remedy)
-    device = jax.local_devices()[0]
-    capability = getattr(device, "compute_capability", None)
-    if not has_bfloat16(device.platform, capability):
-        said = f"not in hardware before Ampere (compute capability {capability}): leave config.model.dtype at float32"
-        yield Finding("bfloat16", said)
+    from rankclip_jax.common.devices import devices_of
+
+    local = devices_of(jax.local_devices())
+    if not local.has_bfloat16:
+        said = f"not in hardware before Ampere (compute capability {local.capability})"
+        yield Finding("bfloat16", f"{said}: leave config.model.dtype at float32")
     for name in dict.fromkeys((backend, "cpu")):
         try:
             loss, first, second = _small_step(jax.local_devices(backend=name)[:1])

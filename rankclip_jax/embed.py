@@ -6,6 +6,7 @@ rankclip search MODEL DATA "a dog on a beach"
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +48,8 @@ def main() -> None:
     queries = [*flags.search, *flags.queries]
     if not (flags.out or queries):
         parser.error("give --out FILE to embed DATA, --search QUERY to search it, or both")
+    if flags.top < 1:
+        parser.error(f"--top {flags.top}: expected at least 1")
     commands.quiet_tensorflow()  # for shards
     with commands.exit_codes("stopped; the same command resumes"):
         try:
@@ -68,7 +71,7 @@ def main() -> None:
 
 def _embed(model: Model, flags: argparse.Namespace) -> None:
     about = {
-        "data": flags.data if storage.is_remote(flags.data) else str(Path(flags.data).expanduser().resolve()),
+        "data": flags.data if storage.is_remote(flags.data) else os.path.realpath(os.path.expanduser(flags.data)),
         "image_key": flags.image_key,
         "delimiter": flags.delimiter,
         "encoding": flags.encoding,
@@ -105,7 +108,7 @@ def _search(
 
 def _encoded(model: Model, query: str) -> np.ndarray:
     """(1, D). A file of a picture's name that is there is a picture; anything else is a text."""
-    path = Path(query).expanduser()
+    path = Path(os.path.expanduser(query))
     is_picture = path.suffix.lower() in ENDINGS and path.is_file()
     return model.encode_image(path) if is_picture else model.encode_text(query)
 

@@ -28,7 +28,8 @@ def whole(path: str | Path, part: Path | None = None) -> Iterator[Path]:
       InputError: the disk is full or cannot be written, or `path` is a folder or a device.
     """
     path = Path(path)
-    made = part or path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.part")
+    # 50 letters of any script fit a file system's 255 bytes, with the rest of the name.
+    made = part or path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.part")
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"cannot write {path}: it is no file")

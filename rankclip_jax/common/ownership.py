@@ -171,9 +171,10 @@ def _of_before(folder: Path) -> dict[str, list[str]]:
             add("eval", r"(zero_shot|geometry)_.*\.npz", r"retrieval_.*\.json", below="eval")
             add("launch", r"train\.log")
     manifest = _json(folder / "manifest.json")
-    if isinstance(manifest.get("shards"), list) and {"rows", "shard_size"} <= set(manifest.get("settings") or ()):
+    settings = manifest.get("settings") if isinstance(manifest.get("settings"), dict) else {}
+    if isinstance(manifest.get("shards"), list) and {"rows", "shard_size"} <= settings.keys():
         add("prepare", r"manifest\.json", r"bad_samples\.jsonl", r"\d{5,}\.tfrecord(\.part)?")
-        if "tokenizer" in manifest["settings"]:
+        if "tokenizer" in settings:
             add("prepare", r"tokenizer\.json")
     if "URLS" in _json(folder / "_download" / "settings.json"):
         add("download", r"settings\.json", r"urls\.parquet", r"img2dataset\.log", below="_download")

@@ -67,10 +67,12 @@ def open_sets(config: ConfigDict, image_side: int, kinds: Sequence[str] = KINDS)
     """Opens every set that config.eval names for `kinds`. One that cannot be opened does not stop the others.
 
     Raises:
-      InputError: config.eval.suite is wrong.
+      InputError: config.eval.suite or config.eval.robustness.baselines is wrong.
     """
     from input_pipeline import labelled
 
+    if config.robustness.baselines:  # a wrong file is found now, not after hours of evaluation
+        robustness.read_baselines(config.robustness.baselines)
     openers = {
         "zero_shot": (suite.zero_shot_sets(config), labelled.open_labelled),
         "retrieval": (config.retrieval, labelled.open_captioned),
@@ -250,7 +252,8 @@ def _zero_shot(config: ConfigDict, encoder: Encoder, sets: dict, artifacts: Arti
                     inside = kept & (place[labels] >= 0)
                     sub.add(z[inside], place[labels[inside]])
             results[name] = _checked(counter.results)
-            on_shared |= {other: _checked(sub.results)["top1"] for other, (_, sub) in subsets.items()}
+            occurring = {other: sub for other, (_, sub) in subsets.items() if sub.confusion_CxC.any()}
+            on_shared |= {other: sub.results()["top1"] for other, sub in occurring.items()}
             artifacts.confusion(name, classes.names, counter.confusion_CxC)
             rows_N, labels_N, predicted_N = (np.concatenate(part) for part in zip(*seen, strict=True))
             artifacts.examples(name, found.source, rows_N, labels_N, predicted_N, classes.names)

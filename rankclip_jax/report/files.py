@@ -244,8 +244,11 @@ class Files:
                     return self._wrong(file, f"unpacks to more than {_MOST_BYTES >> 20} MB")
             with np.load(io.BytesIO(data)) as arrays:  # allow_pickle stays off
                 found = {key: arrays[key] for key in keys}
+            # Unsigned numbers could not be negated, small ones not multiplied.
+            whole = {key: array.astype(np.int64) for key, array in found.items() if array.dtype.kind in "iu"}
         except Exception as error:  # whatever zipfile and NumPy raise on a damaged file
             return self._wrong(file, f"cannot be read ({one_line(error, 100)})")
+        found |= whole
         return found if fits(found) else self._wrong(file, "holds other arrays than an evaluation leaves")
 
     def _each(self, file: str, found: dict, key: str, read: Callable[[Any], dict]) -> Iterator[dict]:
@@ -302,12 +305,12 @@ def _texts(array: np.ndarray) -> bool:
 
 
 def _counts(array: np.ndarray) -> bool:
-    return array.dtype.kind in "iu" and bool((array >= 0).all()) and bool((array <= _MOST_STEPS).all())
+    return array.dtype.kind == "i" and bool((array >= 0).all()) and bool((array <= _MOST_STEPS).all())
 
 
 def _small(array: np.ndarray) -> bool:
     """Finite, and no further from 0 than distances of unit vectors are."""
-    return array.dtype.kind in "fiu" and bool((np.abs(array) <= 10).all())
+    return array.dtype.kind in "fi" and bool((np.abs(array) <= 10).all())
 
 
 def _listed(value: Any) -> list:

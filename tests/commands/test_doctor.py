@@ -94,7 +94,6 @@ def test_a_step_that_computes_nonsense(monkeypatch):
     ],
 )
 def test_gpus_without_bfloat16(platform, capability, has, monkeypatch):
-    assert doctor.has_bfloat16(platform, capability) is has
     device = namedtuple("Device", "platform device_kind compute_capability")(platform, "it", capability)
     monkeypatch.setattr(jax, "local_devices", lambda backend=None: [device])
     monkeypatch.setattr(doctor, "_small_step", lambda where: (2.0, 1.0, 0.1))

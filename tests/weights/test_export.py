@@ -15,6 +15,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import END, START, Tokenizer
 from rankclip_jax.train import loop
 from rankclip_jax.weights import export, pretrained
+from rankclip_jax.weights import view as preprocess
 from tests.support.made_models import CAPTIONS, RESNET, VIT, make_workdir
 
 transformers = pytest.importorskip("transformers")
@@ -217,6 +218,21 @@ def test_other_preprocessing_is_refused_by_name(source, tmp_path, change, messag
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match=f"preprocessor_config.json: {message}"):
         pretrained.read(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"resample": "bicubic"}, "its preprocessing is damaged"),
+        ({"image_mean": 3}, "its preprocessing is damaged"),
+        ({"image_mean": [1]}, r"the preprocessing's mean is \(1,\); expected 3 numbers$"),
+        ({"image_std": [1, 0, 1]}, r"the preprocessing's std is \(1, 0, 1\); expected 3 numbers above 0"),
+    ],
+)
+def test_damaged_preprocessing_is_one_line(tmp_path, change, message):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(change))
+    with pytest.raises(ValueError, match=message):
+        preprocess.of_folder(tmp_path, 224)
 
 
 def test_mean_and_deviation_come_from_the_folder(source, png, tmp_path):

@@ -38,7 +38,10 @@ def place_of(path: str) -> Place:
     """Raises InputError where the scheme is none that can be read, or no bucket is named."""
     scheme, _, rest = path.partition("://")
     if scheme in ("http", "https"):
-        parts = urllib.parse.urlsplit(path)
+        try:
+            parts = urllib.parse.urlsplit(path)
+        except ValueError as error:
+            raise InputError(f"{path} is not a valid address: {error}") from None
         return Place(scheme, parts.netloc, urllib.parse.unquote(parts.path.lstrip("/")), parts.query)
     if scheme not in ("gs", "s3"):
         raise InputError(
