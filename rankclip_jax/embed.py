@@ -33,12 +33,12 @@ def main() -> None:
         "data", help="a folder of images, a table (.csv ...), shards (.tar, .tfrecord, .parquet); or a file of --out"
     )
     parser.add_argument("queries", nargs="*", metavar="QUERY", help="as --search")
-    parser.add_argument("--out", type=Path, help="the file to write: .npz or .parquet")
+    parser.add_argument("--out", help="the file to write: .npz or .parquet")
     parser.add_argument(
         "--search", nargs="+", metavar="QUERY", default=[], help="print the best matches of each text or image file"
     )
     parser.add_argument("--top", type=int, default=10, help="number of matches (default 10)")
-    parser.add_argument("--png", type=Path, help="also draw the matches into this file")
+    parser.add_argument("--png", help="also draw the matches into this file")
     parser.add_argument("--image-key", help="column, feature or member of the image; default: the format's default")
     parser.add_argument("--delimiter", default=",", help="separator of a csv (default ,; a tab is '\\t')")
     parser.add_argument("--encoding", help="of a table that is not UTF-8, for example latin-1")
@@ -53,6 +53,8 @@ def main() -> None:
     commands.quiet_tensorflow()  # for shards
     with commands.exit_codes("stopped; the same command resumes"):
         try:
+            flags.out = flags.out and storage.local(flags.out, "--out")
+            flags.png = flags.png and storage.local(flags.png, "--png")
             flags.delimiter = character(",").check(flags.delimiter, "--delimiter")
             flags.encoding = encoding(None).check(flags.encoding, "--encoding")
             model = rankclip_jax.load(flags.model, tokenizer=flags.tokenizer, activation=flags.activation)

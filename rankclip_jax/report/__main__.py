@@ -1,7 +1,6 @@
 """The command line: python -m rankclip_jax.report DIR [DIR ...] --out report.html."""
 
 import argparse
-from pathlib import Path
 
 from rankclip_jax.common import commands, storage
 from rankclip_jax.common.errors import InputError
@@ -20,7 +19,7 @@ def main() -> None:
     parser.add_argument("--out", help="the page to write (default: report.html)")
     flags = parser.parse_args()
     with commands.exit_codes():
-        out = Path(flags.out or "report.html")
+        out = storage.local(flags.out or "report.html", "--out")
         if not flags.out and out.is_file() and page.MADE not in out.read_text(encoding="utf-8", errors="replace"):
             raise InputError(f"{out} is there already, and this command did not write it; give --out FILE")
         if out.is_dir():

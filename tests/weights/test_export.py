@@ -1,5 +1,6 @@
 """Whole exports, as transformers and open_clip read them: from the same PNG and sentence the same embeddings."""
 
+import dataclasses
 import json
 import shutil
 
@@ -135,6 +136,24 @@ def test_the_card_says_how_it_was_trained_and_what_it_reached(source, workdir, t
         assert str(workdir.parent) not in text
         assert f"| parameters | {sum(x.size for x in jax.tree.leaves(source.variables['params'])):,} |" in text
         assert ("CLIPProcessor" in text, "local-dir" in text) == (layout == "hf", layout == "openai")
+
+
+@pytest.mark.parametrize(
+    "change, lines",
+    [
+        ({"loss": {"objective": "clip"}}, ["CLIP's contrastive loss", "| loss | CLIP |"]),
+        ({}, ["trained with RankCLIP", "| CLIP + w (0.0625 in-modal + 0.0625 cross-modal), schedule of w: ramp |"]),
+        ({"loss": {"objective": "siglip"}}, ["trained with SigLIP", "| loss | SigLIP |"]),
+        ({"loss": {"objective": "cyclip"}}, ["trained with CyCLIP", "| loss | CyCLIP |"]),
+        ({"loss": {"objective": "rank", "terms": {"clip": 0.5}}}, ["terms alone", "| loss | w (", ": clip 0.5 |"]),
+        ({"data": {"format": "csv", "train": ["/home/me/a.csv", "/home/me/b.csv"]}}, ["| data | csv: a.csv, b.csv |"]),
+        ({"data": {"format": "csv", "train": {"web": {"path": "/home/me/a.csv"}}}}, ["| data | csv: web |"]),
+    ],
+)
+def test_the_card_names_the_objective_and_no_path(source, change, lines):
+    run = configs.complete(change)
+    text = export.card(dataclasses.replace(source, run=run), "hf")
+    assert all(line in text for line in lines) and "/home/me" not in text
 
 
 @pytest.mark.parametrize("change", [{"scan_layers": True}, {"dtype": "bfloat16"}])

@@ -8,6 +8,7 @@ import functools
 import os
 import re
 import urllib.parse
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rankclip_jax.common.errors import InputError, one_line
@@ -32,6 +33,13 @@ class Place(NamedTuple):
 def is_remote(path: Any) -> bool:
     """Whether the path has a scheme, such as gs://."""
     return "://" in str(path)
+
+
+def local(path: str, what: str) -> Path:
+    """A path to write to. Raises InputError for gs:// and the like, of which a Path would make a folder `gs:`."""
+    if is_remote(path):
+        raise InputError(f"{what} must be a local path; copy it to {path} when it is complete")
+    return Path(path)
 
 
 def place_of(path: str) -> Place:
