@@ -18,7 +18,6 @@ from packaging.version import Version
 
 from rankclip_jax.common import commands, jax_install
 from rankclip_jax.common.errors import InputError, one_line
-from rankclip_jax.common.jax_install import requirements as _requirements
 
 
 class Finding(NamedTuple):
@@ -153,7 +152,7 @@ def pipeline(pictures: int = 400) -> Iterator[Finding]:
     try:
         from clu import metric_writers  # noqa: F401 -- what the trainer imports
     except Exception as error:  # tensorboard absent, or one of its own packages is
-        asked = [f"'{line}'" for line in _requirements() if Requirement(line).name in ("clu", "tensorboard")]
+        asked = [f"'{line}'" for line in jax_install.requirements() if Requirement(line).name in ("clu", "tensorboard")]
         remedy = f"pip install --force-reinstall {' '.join(asked)}"
         yield Finding("TensorBoard events", f"cannot be written: {one_line(error, kind=True)}", remedy)
 
@@ -186,7 +185,7 @@ def findings(workdir: str, tokenizer: str | None) -> Iterator[Finding]:
     """All of them, as they are found."""
     version = ".".join(map(str, sys.version_info[:3]))
     yield Finding("Python", version, None if sys.version_info >= (3, 11) else "use Python 3.11 or newer")
-    yield from packages(_requirements())
+    yield from packages(jax_install.requirements())
     yield from jax_plugins()
     yield from places(workdir, tokenizer)
     yield from devices()
@@ -200,15 +199,15 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="the tokenizer.json or hub id that config.tokenizer.path will name")
     flags = parser.parse_args()
     commands.quiet_tensorflow()
-    ill = 0
+    faults = 0
     with commands.exit_codes():
         for what, found, remedy in findings(flags.workdir, flags.tokenizer):
-            ill += remedy is not None
+            faults += remedy is not None
             print(f"{'ok ' if remedy is None else 'BAD'}  {what:26}{found}", flush=True)
             if remedy is not None:
                 print(f"     {'':26}-> {remedy}", flush=True)
-    print(f"\n{ill} thing(s) to fix" if ill else "\nall is well")
-    sys.exit(ill > 0)
+    print(f"\n{faults} thing(s) to fix" if faults else "\nall is well")
+    sys.exit(faults > 0)
 
 
 if __name__ == "__main__":

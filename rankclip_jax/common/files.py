@@ -63,6 +63,14 @@ def write_whole(path: str | Path, data: str | bytes) -> None:
         part.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, where they are not there. Raises InputError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from None
+
+
 def cannot_write(path: Path, error: OSError) -> InputError:
     """The line for a disk that is full or may not be written."""
     advice = _ADVICE.get(error.errno or 0)

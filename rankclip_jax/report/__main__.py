@@ -4,7 +4,7 @@ import argparse
 
 from rankclip_jax.common import commands, storage
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.files import cannot_write, write_whole
+from rankclip_jax.common.files import make_folder, write_whole
 from rankclip_jax.figures.words import printable
 from rankclip_jax.report import page, runs
 
@@ -27,10 +27,7 @@ def main() -> None:
         folders = [storage.fetched(one) if storage.is_remote(one) else one for one in flags.workdirs]
         found = [runs.read_run(folder) for folder in folders]
         text = page.render(found)
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(out, error) from None
+        make_folder(out.parent)
         write_whole(out, text)
     for workdir, run in zip(flags.workdirs, found, strict=True):
         for file, why in run.unreadable.items():

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.files import cannot_write, write_whole
+from rankclip_jax.common.files import make_folder, write_whole
 from rankclip_jax.common.ownership import Owned, inside
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.config import complete
@@ -132,7 +132,8 @@ class Study:
             seconds = (time.monotonic() - began) / len(some)
             for job in some:
                 result = {"objective": name, "lr": job.lr, "seed": job.seed, "seconds": seconds, **results[job]}
-                _write(_file(folder, name, job), result | {"config": wanted})
+                make_folder(folder)
+                write_whole(_file(folder, name, job), json.dumps(result | {"config": wanted}, indent=1))
                 known[job] = result
                 clock.did(f"{folder.name} {name} seed {job.seed} lr {job.lr:g}: {_summary(result)}")
         return [known[job] for job in jobs]
@@ -214,14 +215,6 @@ def _read(file: Path, wanted: dict) -> dict | None:
             f"{file} is of another configuration ({', '.join(differing)}); take another --workdir, or remove it"
         )
     return {key: value for key, value in found.items() if key != "config"}
-
-
-def _write(file: Path, result: dict) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(file, error) from None
-    write_whole(file, json.dumps(result, indent=1))
 
 
 def _summary(result: dict) -> str:
