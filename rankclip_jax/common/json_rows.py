@@ -120,7 +120,7 @@ def _coco(value: dict) -> Iterator[Any]:
             damaged.append(annotation)
     for image in value["images"]:
         key = image.get("id") if isinstance(image, dict) else None
-        found = captions.pop(key, None) if isinstance(key, str | int) else None
+        found = None if isinstance(key, list | dict) else captions.pop(key, None)
         yield image | {"caption": found} if found else image
     for annotation in damaged:
         yield ValueError(f"not an annotation: {json.dumps(annotation)[:60]}")
