@@ -20,6 +20,7 @@ import pyarrow.csv
 
 from rankclip_jax.common.encoded_text import HALF, EncodedText
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.quotation import is_quoted, quoted_fields
 
 DELIMITERS = (",", ";", "\t", "|")
 _BLOCK = 64 << 20  # bytes read at a time
@@ -85,7 +86,7 @@ def read_delimited(
             print(f"{file}: its columns are separated by {others[0]!r}, not by {delimiter!r}", file=sys.stderr)
             delimiter, header = others[0], _header(head, others[0])
             places = _places(header, wanted) or []
-        quoted = delimiter != "\t" or _is_quoted(text.data, head[: header.lines])
+        quoted = delimiter != "\t" or is_quoted(text.data, head[: header.lines])
         if text.decodable:
             body = _below(text.data, header.lines)
             found = _regular(body, header, places, delimiter, quoted, text.undecodable)
@@ -152,7 +153,7 @@ def _regular(
     if not len(data):
         return [pa.array([], pa.large_string()) for _ in places], np.zeros(0, np.int64), []
     if quoted:
-        fields = _quoted_fields(data, delimiter)
+        fields = quoted_fields(data, delimiter)
         if fields is None or (header.blanks and len(fields[0])):
             return None
     buffer = pa.py_buffer(data)
@@ -287,44 +288,3 @@ def _records(lines: Iterator[str], delimiter: str, quoted: bool, blanks: bool) -
             waiting.extendleft(reversed(taken[1:]))
             reader = csv.reader(feed(), **kind)
             yield None
-
-
-def _quoted_fields(data: Any, delimiter: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """(first mark, last mark, whether there are marks between) of each quoted field; None: RFC 4180 is not kept."""
-    array, ends = np.frombuffer(data, np.uint8), [*delimiter.encode(), *b"\r\n"]
-    marks = _positions(array, '"')
-    if not len(marks):
-        return marks, marks, marks
-    if len(marks) % 2:
-        return None
-    opens, closes = marks[0::2], marks[1::2]
-    # A mark that closes directly before one that opens is a doubled mark inside a field.
-    apart = closes[:-1] + 1 != opens[1:]
-    first, last = opens[np.r_[True, apart]], closes[np.r_[apart, True]]
-    before = np.where(first > 0, array[first - 1], ends[-1])
-    after = np.where(last + 1 < len(array), array[(last + 1) % len(array)], ends[-1])
-    if not (np.isin(before, ends).all() and np.isin(after, ends).all()):
-        return None
-    return first, last, np.diff(np.searchsorted(marks, np.r_[first, len(array)])) > 2
-
-
-def _positions(array: np.ndarray, characters: str) -> np.ndarray:
-    """Where any of the characters are, in order, int64."""
-    found = [np.zeros(0, np.int64)]
-    for at in range(0, len(array), 1 << 20):  # blocks that fit into the cache
-        block = array[at : at + (1 << 20)]
-        found.append(np.flatnonzero(np.logical_or.reduce([block == ord(c) for c in characters])) + at)
-    return np.concatenate(found)
-
-
-def _is_quoted(data: Any, header: list[str]) -> bool:
-    """Whether a tsv is quoted throughout, as programs write it: its header is quoted, or those fields that must be."""
-    names = "".join(header).strip()
-    if names.startswith('"') and names.endswith('"'):
-        return True
-    fields = _quoted_fields(data, "\t")
-    if fields is None or not len(fields[0]):
-        return False
-    first, last, doubled = fields
-    separators = _positions(np.frombuffer(data, np.uint8), "\t\r\n")
-    return bool((doubled | (np.searchsorted(separators, first) < np.searchsorted(separators, last))).all())

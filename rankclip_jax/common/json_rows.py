@@ -57,7 +57,7 @@ def json_rows(
         raise InputError(f"{file} is not valid JSON: {one_line(error)}") from None
     if isinstance(value, list):
         return (_row(item, wanted) for item in value), False
-    if not (isinstance(value, dict) and isinstance(value.get("images"), list) and "annotations" in value):
+    if not (isinstance(value, dict) and all(isinstance(value.get(key), list) for key in ("images", "annotations"))):
         raise InputError(f"{file}: expected COCO's captions (images, annotations), or a list of objects")
     coco = [(*wanted[0], "file_name"), *(("caption",) for _ in wanted[1:])]
     return (_row(item, coco) for item in _coco(value)), True
@@ -78,6 +78,8 @@ def _row(item: Any, wanted: Sequence[tuple[str, ...]]) -> list[list[str]] | Valu
                 continue
             except ValueError as error:
                 return ValueError(f"{path}: {error}")
+            except RecursionError:
+                return ValueError(f"{path}: lists nested too deeply")
         else:
             return ValueError(f"no {' or '.join(paths)}; its keys are: {', '.join(map(str, item))[:100]}")
     return row if len(row[0]) == 1 else ValueError(f"{len(row[0])} images")
@@ -107,15 +109,21 @@ def _value(text: EncodedText, number: int, line: str) -> Any:
         return ValueError(f"not valid JSON: {one_line(error, 80)}")
 
 
-def _coco(value: dict) -> Iterator[dict | ValueError]:
+def _coco(value: dict) -> Iterator[Any]:
     """COCO's images with their captions; then an error for each annotation of no image."""
-    captions = defaultdict(list)
+    captions, damaged = defaultdict(list), []
     for annotation in value["annotations"]:
-        if "caption" in annotation:
-            captions[annotation.get("image_id")].append(annotation["caption"])
+        try:
+            if "caption" in annotation:
+                captions[annotation.get("image_id")].append(annotation["caption"])
+        except (TypeError, AttributeError):  # not an object, or an id that is a list
+            damaged.append(annotation)
     for image in value["images"]:
-        found = captions.pop(image.get("id"), None)
+        key = image.get("id") if isinstance(image, dict) else None
+        found = None if isinstance(key, list | dict) else captions.pop(key, None)
         yield image | {"caption": found} if found else image
+    for annotation in damaged:
+        yield ValueError(f"not an annotation: {json.dumps(annotation)[:60]}")
     for image, lost in captions.items():
         for _ in lost:
             yield ValueError(f"a caption of image {image}, which is not listed")

@@ -29,7 +29,7 @@ class Key(NamedTuple):
             return None
         try:
             return self.convert(value)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             none = " or None" if self.optional else ""
             raise InputError(f"{where}={value!r}. Expected {self.expected}{none}") from None
 

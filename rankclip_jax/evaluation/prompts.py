@@ -8,13 +8,17 @@ is keyed by name, so it does not depend on how a source numbers its classes.
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.evaluation.zero_shot import DEFAULT_TEMPLATES
+from rankclip_jax.parallel import processes
 
 PROTOCOLS = ("openai", "simple")
 _FOLDER = Path(__file__).parent / "protocols"
@@ -35,6 +39,39 @@ class Prompts:
     templates: list[str]
     class_of_label: np.ndarray
     keys: list[str]
+
+
+def prompts_of(name: str, spec: ConfigDict, found: Any) -> Prompts:
+    """Class names and prompts of a set of config.eval.zero_shot; `found`: labelled.open_labelled's.
+
+    WordNet ids get ImageNet's names and prompts also without a protocol.
+    """
+    protocol, set_name = spec.protocol, spec.protocol_set or name
+    if spec.classes or found.from_file:
+        own = protocol and not found.templates and templates_of(protocol, set_name)
+        return plain(found.names, own or found.templates)
+    wordnet = all(re.fullmatch(r"n\d{8}", label) for label in found.names)
+    if wordnet and not protocol:
+        if knows("openai", "imagenet", found.names):
+            protocol, set_name = "openai", "imagenet"
+        elif processes.is_first():
+            print(f"{name}: the labels are WordNet ids, not all of ImageNet's 1,000; name them by classes", flush=True)
+    if not protocol:
+        return plain(found.names, found.templates)
+    given = from_protocol(protocol, set_name, found.names)
+    if wordnet:
+        _tell_classes(name, found, given)
+    return dataclasses.replace(given, templates=check_templates(found.templates)) if spec.templates else given
+
+
+def _tell_classes(name: str, found: Any, given: Prompts) -> None:
+    labels = found.source.labels
+    shown = len(given.names) if labels is None else len(np.unique(labels))
+    if shown < 1000 and processes.is_first():
+        print(
+            f"{name}: {shown:,} of ImageNet's 1,000 classes have pictures; ranked among {len(given.names):,}",
+            flush=True,
+        )
 
 
 def plain(names: list[str], templates: list[str] | None = None) -> Prompts:

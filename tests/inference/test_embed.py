@@ -170,6 +170,12 @@ def test_what_is_wrong_is_one_line(run, model, folder, tmp_path, monkeypatch):
     refused(r"^error: no such file: .*other\.npz$", tmp_path / "other.npz", "--search", "a")
     (tmp_path / "other.npz").write_bytes(b"PK\x03\x04")
     refused(r"other\.npz is not a file of embeddings", tmp_path / "other.npz", "--search", "a")
+    (tmp_path / "other.npz").write_bytes(b"")
+    refused(r"other\.npz is not a file of embeddings", tmp_path / "other.npz", "--search", "a")
+    right = dict(embedding=np.zeros((1, 2)), row=np.zeros(1, int), name=np.array(["a"]))
+    for change, message in (({"embedding": np.zeros(2)}, "do not fit together"), ({}, "of which collection")):
+        np.savez(tmp_path / "other.npz", about="{}", **right | change)
+        refused(message, tmp_path / "other.npz", "--search", "a")
     fine = tmp_path / "fine.npz"
     run(folder, "--out", fine)
     refused(r"fine\.npz already exists; search it with --search, delete it", folder, "--out", fine)
@@ -179,10 +185,33 @@ def test_what_is_wrong_is_one_line(run, model, folder, tmp_path, monkeypatch):
     refused(r"was embedded with another model than .*; embed the collection again", fine, "--search", "a")
 
 
-def test_flags_that_ask_for_nothing(run, folder):
+@pytest.mark.parametrize("flags", [(), ("--search", "a", "--top", "0"), ("--search", "a", "--top=-1")])
+def test_flags_that_ask_for_nothing(run, folder, flags):
     with pytest.raises(SystemExit) as stopped:
-        run(folder)
+        run(folder, *flags)
     assert stopped.value.code == 2
+
+
+def test_a_collection_that_has_changed_is_not_drawn_with_other_pictures(run, folder, tmp_path):
+    out = tmp_path / "e.npz"
+    run(folder, "--out", out)
+    (folder / "00.png").rename(folder / "zz.png")  # every other picture has another number now
+    with pytest.raises(SystemExit, match="the collection has changed since it was embedded"):
+        run(out, "--search", "a", "--png", tmp_path / "m.png")
+
+
+def test_a_damaged_part_is_named(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit):
+        run(folder, "--out", tmp_path / "e.npz")
+    (tmp_path / "e.npz.parts" / "0.npz").write_bytes(b"PK")
+    with pytest.raises(SystemExit, match=r"0\.npz is damaged .*; delete it, and run the same command again"):
+        run(folder, "--out", tmp_path / "e.npz")
+
+
+def test_a_query_may_begin_with_a_tilde(run, folder, capsys):
+    run(folder, "--search", "~nobody's dog")
+    assert "\"~nobody's dog\"" in capsys.readouterr().out
 
 
 @pytest.mark.slow

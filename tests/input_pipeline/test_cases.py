@@ -12,7 +12,7 @@ from input_pipeline.bad_samples import BadSamples
 from input_pipeline.rows import read_rows
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.config import complete, eval_set
-from rankclip_jax.evaluation.run import prompts_of
+from rankclip_jax.evaluation.prompts import prompts_of
 from rankclip_jax.inference.pictures import open_pictures
 from rankclip_jax.study.data import read_pairs
 from tests.support import cases
