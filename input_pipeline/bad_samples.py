@@ -34,12 +34,16 @@ class BadSamples:
         self.count, self._seen = 0, 0
         self._source, self._path, self._max_fraction = source, path, max_fraction
         self._named, self.reasons = set(), Counter()
-        if path and Path(path).exists():
-            for line in Path(path).read_text().splitlines():
+        if path and path.exists():
+            text = path.read_text()
+            if text and not text.endswith("\n"):  # the torn last line of a killed run
+                with open(path, "a") as out:
+                    out.write("\n")
+            for line in text.splitlines():
                 try:
                     entry = json.loads(line)
                     where, reason, samples = str(entry["where"]), str(entry["reason"]), int(entry.get("samples", 1))
-                except (ValueError, TypeError, KeyError, RecursionError):  # the torn last line of a killed run
+                except (ValueError, TypeError, KeyError, RecursionError):
                     continue
                 self._named.add(where)
                 self.reasons[reason] += samples

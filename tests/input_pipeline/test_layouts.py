@@ -134,6 +134,12 @@ def test_captions_in_parquet(caption, key, tmp_path):
     assert found == ([(image, (text,)) for image, text in zip(IMAGES, TEXTS, strict=True)], [])
 
 
+def test_columns_of_parquet_whose_names_have_a_dot(tmp_path):
+    pq.write_table(pa.table({"image.bytes": IMAGES, "meta.caption": TEXTS}), tmp_path / "a.parquet")
+    good, bad = read("parquet", tmp_path / "a.parquet", image_key="image.bytes", caption_key="meta.caption")
+    assert good == [(image, (text,)) for image, text in zip(IMAGES, TEXTS, strict=True)] and not bad
+
+
 def test_parquet_without_image_text_or_file_is_a_bad_row(tmp_path):
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     image = pa.array([{"bytes": None, "path": "gone.jpg"}, None, {"bytes": IMAGES[0], "path": None}], struct)
