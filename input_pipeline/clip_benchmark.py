@@ -35,7 +35,7 @@ def labels(path: str, hint: str) -> tuple[Source, list[str] | None, list[str] | 
 
 
 def captions(path: str, hint: str) -> tuple[Source, list[list[str]]]:
-    """(images, the captions of each). Raises as above."""
+    """(images, the captions of each image). Raises as above."""
     _, members, texts = _shards(path, "txt", hint)
 
     def read(row):

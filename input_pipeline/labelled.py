@@ -18,8 +18,9 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 from PIL import Image
 
-from input_pipeline import clip_benchmark, cpu_only, shapes, transforms
+from input_pipeline import clip_benchmark, cpu_only, shapes
 from input_pipeline import labelled_tables as tables
+from input_pipeline.decode import decode
 from input_pipeline.labelled_tables import numbered_names, of_files, read_list, tell_first
 from input_pipeline.sources import Source, open_source, started_ahead, tfds
 from input_pipeline.sources.packed_strings import PackedStrings
@@ -149,9 +150,9 @@ def _folder(spec: ConfigDict, path: str) -> LabelledSet:
         names = [storage.name_of(file.path) for file in storage.files_in(path)]
     else:
         names = os.listdir(path)
-    beside = sum(folders.is_picture(name) and not folders.is_leftover(name) for name in names)
-    if beside:
-        print(f"{path}: {beside:,} pictures beside the class folders have no class and are left out", file=sys.stderr)
+    without = sum(folders.is_picture(name) and not folders.is_leftover(name) for name in names)
+    if without:
+        print(f"{path}: {without:,} pictures next to the class folders have no class: left out", file=sys.stderr)
     labels_N = np.repeat(np.arange(len(classes), dtype=np.int32), [len(some) for some in files])
     paths = PackedStrings([os.fsencode(file) for some in files for file in some])
     return LabelledSet(of_files(paths, labels_N, paths.__getitem__), classes, None, False)
@@ -207,7 +208,7 @@ def _captioned(source: Source, captions: list[list[str]]) -> CaptionedSet:
 
 def thumbnail(source: Source, row: int, side: int = 112) -> bytes:
     """A sample's image as a JPEG of at most `side` pixels."""
-    pixels = np.asarray(transforms.decode(source.read(tf.constant(row, tf.int64))["image"]))
+    pixels = np.asarray(decode(source.read(tf.constant(row, tf.int64))["image"]))
     image = Image.fromarray(pixels)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     out = io.BytesIO()

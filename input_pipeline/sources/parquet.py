@@ -36,7 +36,7 @@ _ROWS = 256  # rows unpacked at a time
 
 
 class _Columns(NamedTuple):
-    """What of a file is unpacked.
+    """The columns of a file that are unpacked.
 
     Attributes:
       image: the column.
@@ -55,7 +55,7 @@ class _Columns(NamedTuple):
 
 def open_parquet(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     """Opens files. An image is bytes, a path (relative to the file), or a struct of both, as Hugging Face's datasets
-    write it. A caption is a string, a list of strings, or what is there at a path: meta:caption in a struct or in JSON.
+    write it. A caption is a string, a list of strings, or the value at a path: meta:caption in a struct or in JSON.
 
     `spec`: image_key, caption_key, hint, cache_dir of config.data.
 
@@ -84,7 +84,7 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str]) -> Source:
         folder = tf.where(tf.strings.length(path) > 0, folders_F[members.index.file_in_graph(row)], "")
         return tf.where(absolute, path, tf.strings.join([folder, path]))
 
-    # The tars are local; pictures of which they have only the paths need not be.
+    # The tars are local. Images that are given as paths may be remote.
     has_paths = bool((members.index.columns["length"][:, kinds.index("path")] > 0).any())
     pictures = Files(path_of, remote=has_paths)
 
@@ -180,7 +180,7 @@ def _opened(file):
     try:
         if storage.is_remote(file):
             (size, _), *_ = stamps([file])
-            # Its footer, and then the columns of one row group after the other: never all of the file in memory.
+            # Reads the footer, then one row group after the other; the whole file is never in memory.
             with pq.ParquetFile(pa.PythonFile(storage.RemoteFile(file, size)), pre_buffer=True) as opened:
                 yield opened
         else:
@@ -193,7 +193,7 @@ def _opened(file):
 
 
 def _cache_key(columns: _Columns) -> tuple:
-    """Unchanged since the first version, so that tars of before are found."""
+    """Never changes, so that existing tars are found."""
     key = (columns.image + columns.image_kind, columns.caption)
     return (*key, columns.inside, columns.several) if columns.several else key
 
@@ -234,7 +234,7 @@ def _unpack(file: str, columns: _Columns, target: Path, bar: tqdm) -> None:
     names = [columns.image, columns.caption]
     with whole(target) as part, _opened(file) as parquet, tarfile.open(part, "w") as tar:
         row = 0
-        groups = range(parquet.num_row_groups)  # each alone, since what is fetched ahead is kept to the end
+        groups = range(parquet.num_row_groups)  # one at a time, since prefetched groups stay in memory to the end
         for batch in (one for group in groups for one in parquet.iter_batches(_ROWS, [group], names)):
             images, captions = (batch.column(name).to_pylist() for name in names)
             for image, caption in zip(images, captions, strict=True):

@@ -392,4 +392,4 @@ def test_pictures_beside_class_folders_are_told(tmp_path, capsys):
     root = write_folder(tmp_path / "set")
     (root / "stray.png").write_bytes(image_bytes(1))
     assert labelled.open_labelled(spec(format="folder", path=str(root)), image_side=16).source.size == 7
-    assert "set: 1 pictures beside the class folders have no class and are left out" in capsys.readouterr().err
+    assert "set: 1 pictures next to the class folders have no class: left out" in capsys.readouterr().err

@@ -489,7 +489,7 @@ def test_stored_tokens_are_used_and_checked(tmp_path):
     (tmp_path / "plain").mkdir()
     plain = opened("tfrecord", write_tfrecord(tmp_path / "plain", made))
     assert np.array_equal(got[0], next(batches_of(plain, tokenizer))["tokens"])
-    assert len(asked) == 1 and len(asked[0]) == 1  # only one caption was tokenised, as a check
+    assert [len(texts) for texts in asked] == [1, 1]  # as a check: one caption at the start, and one of the batch
     with pytest.raises(
         InputError, match="the 16 tokens per caption in the data come from another tokenizer .* context length than 12"
     ):
@@ -497,6 +497,21 @@ def test_stored_tokens_are_used_and_checked(tmp_path):
     other = write(lambda i, caption: [(i + k) % 300 for k in range(16)])
     with pytest.raises(InputError, match="come from another tokenizer"):
         batches_of(other, tokenizer)
+
+
+def test_tokens_of_several_tokenizers_in_a_mixture_are_refused(tmp_path):
+    made = samples(8)
+    tokenizer = Tokenizer.train([caption for _, caption in made], 400)
+    with tf.io.TFRecordWriter(str(tmp_path / "0.tfrecord")) as out:
+        for i, (image, caption) in enumerate(made):
+            tokens = tokenizer([caption], 16)[0] + (i >= 4)
+            out.write(example(jpg=image, txt=caption, tokens=tokens.tolist()))
+    source = opened("tfrecord", str(tmp_path / "0.tfrecord"))
+    seed = next(seed for seed in range(9) if int(order.row_at(source, 0, seed)) < 4)
+    batches = batches_of(source, tokenizer, seed=seed, batch_size=1)  # the first sample has this run's tokens
+    with pytest.raises(InputError, match="come from another tokenizer"):
+        for _ in range(8):
+            next(batches)
 
 
 def test_tokens_of_several_lengths_in_a_mixture_are_not_used(tmp_path):
