@@ -62,10 +62,7 @@ class BadSamples:
         self.count += len(dropped)
         for position in dropped:
             row = int(row_of(position))
-            message = (
-                reason_of_failure(sample, position, self._source.ahead) or "failed once, but could be read on retry"
-            )
-            detail, _, reason = message.rpartition("; ")
+            detail, reason = why_dropped(sample, position, self._source.ahead)
             self._name(row, self._source.where(row), reason, detail)
         if dropped and self._seen >= 100 and self.count > self._max_fraction * self._seen:
             raise InputError(self._too_many(f"{self.count} of {self._seen} samples are unusable"))
@@ -114,6 +111,13 @@ def reason_of_failure(sample: Callable, position: int, ahead: Ahead | None = Non
     if reason is not None and ahead:
         ahead.check()
     return reason
+
+
+def why_dropped(sample: Callable, position: int, ahead: Ahead | None) -> tuple[str, str]:
+    """(detail, reason) of a sample that failed in the graph: it is read once more, alone. Raises as above."""
+    message = reason_of_failure(sample, position, ahead) or "failed once, but could be read on retry"
+    detail, _, reason = message.rpartition("; ")
+    return detail, reason
 
 
 def _reason(sample: Callable, position: int) -> str | None:

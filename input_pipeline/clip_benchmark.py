@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from input_pipeline.bad_samples import in_words
-from input_pipeline.sources import Source, started_ahead, tar
+from input_pipeline.rows import read_each
+from input_pipeline.sources import Source, tar
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS
@@ -66,19 +66,13 @@ def _shards(path: str, text_member: str, hint: str) -> tuple[str, tar.Members, l
         where = members.where(int(np.flatnonzero(~whole)[0]))
         raise InputError(f"{where} has no image or no .{text_member}")
     texts = members.alone([text_member])
-    rows = started_ahead(tf.data.Dataset.range(members.index.size), texts.ahead)
-    rows = rows.map(lambda row: texts.read(row)[text_member])
     found: list[str] = []
-    try:
-        for text in rows.as_numpy_iterator():
-            found.append(text.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        where = members.where(len(found))
-        raise InputError(f"{where}: .{text_member} is not UTF-8 at byte {error.start}; write it as UTF-8") from None
-    except tf.errors.OpError as error:
-        if texts.ahead:
-            texts.ahead.check()
-        raise InputError(f"{members.where(len(found))}: {in_words(error)}") from None
+    for sample in read_each(texts.read, members.index.size, members.where, texts.ahead):
+        try:
+            found.append(sample[text_member].decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            where = members.where(len(found))
+            raise InputError(f"{where}: .{text_member} is not UTF-8 at byte {error.start}; write it as UTF-8") from None
     return root, members, found
 
 

@@ -22,7 +22,8 @@ from input_pipeline import clip_benchmark, cpu_only, shapes
 from input_pipeline import labelled_tables as tables
 from input_pipeline.decode import decode
 from input_pipeline.labelled_tables import numbered_names, of_files, read_list, tell_first
-from input_pipeline.sources import Source, open_source, started_ahead, tfds
+from input_pipeline.rows import read_each
+from input_pipeline.sources import Source, open_source, tfds
 from input_pipeline.sources.packed_strings import PackedStrings
 from rankclip_jax.common import folders, storage
 from rankclip_jax.common.errors import InputError
@@ -184,17 +185,10 @@ def open_captioned(spec: ConfigDict, *, image_side: int) -> CaptionedSet:
 
 
 def _all_captions(source: Source) -> list[list[str]]:
-    rows = started_ahead(tf.data.Dataset.range(source.size), source.ahead)
-    rows = rows.map(lambda row: tf.reshape(source.read(row)["caption"], [-1]))
-    captions: list[list[str]] = []
-    try:
-        for texts in rows.as_numpy_iterator():
-            captions.append([text.decode() for text in texts])
-    except tf.errors.OpError as error:
-        if source.ahead:
-            source.ahead.check()
-        raise InputError(f"{source.where(len(captions))} cannot be read ({type(error).__name__})") from None
-    return captions
+    def read(row):
+        return tf.reshape(source.read(row)["caption"], [-1])
+
+    return [[text.decode() for text in texts] for texts in read_each(read, source.size, source.where, source.ahead)]
 
 
 def _captioned(source: Source, captions: list[list[str]]) -> CaptionedSet:

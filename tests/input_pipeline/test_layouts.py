@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from input_pipeline import sources
-from input_pipeline.rows import read_rows
+from input_pipeline.rows import read_each, read_rows
+from input_pipeline.sources.source import require
 from input_pipeline.sources.tar_samples import Pairing
 from rankclip_jax.common import folders
 from rankclip_jax.common.errors import InputError
@@ -195,3 +196,14 @@ def test_a_tar_of_halves_is_refused(tmp_path):
     cases.tar(tmp_path / "a.tar", [("a.jpg", b"x"), ("b.txt", "y")])
     with pytest.raises(InputError, match=r"no sample has both an image \(.*\) and a caption \(.*\) under one name"):
         read("webdataset", tmp_path / "a.tar")
+
+
+def test_reading_each_row_names_the_first_that_cannot_be_read():
+    def read(row):
+        require(row != 2, "two is refused")
+        return row * row
+
+    found = []
+    with pytest.raises(InputError, match="row 2 cannot be read: two is refused"):
+        found.extend(read_each(read, 5, "row {}".format, None))
+    assert found == [0, 1]
