@@ -307,7 +307,7 @@ def test_captions_by_tfds_are_all_of_each_image(tmp_path):
     data = bytearray(shard.read_bytes())
     data[-5] ^= 1  # in the last record
     shard.write_bytes(data)
-    with pytest.raises(InputError, match=r"record 4 \(byte \d+\) cannot be read: the record does not match its checksum"):
+    with pytest.raises(InputError, match=r"record 4 \(byte \d+\) cannot be read: .*its checksum"):
         open_captioned(format="tfds", path=path)
 
 
