@@ -10,6 +10,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -277,6 +279,40 @@ def test_captions_of_shards(tmp_path):
                 tar.addfile(info, io.BytesIO(data))
     pictures = open_pictures(str(tmp_path / "0.tar"))
     assert [pictures.caption(i) for i in range(2)] == ["first", ""]
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "tfrecord"])
+@pytest.mark.parametrize("text", ["none", "cls", "some", "bad"])
+def test_pictures_of_shards_need_no_captions(kind, text, tmp_path):
+    names, out, written = [".jfif", ".jpe", ".jpg"], tmp_path / f"0.{kind}", []
+    for i in range(3):
+        picture = io.BytesIO()
+        Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(picture, "JPEG")
+        written.append(picture.getvalue())
+    texts = {"none": [None] * 3, "cls": [b"1"] * 3, "some": [b"a", None, b""], "bad": [b"a", b"\xff", b"c"]}[text]
+    column = "cls" if text == "cls" else "txt"
+    if kind == "tar":
+        with tarfile.open(out, "w") as tar:
+            for i in range(3):
+                for ending, data in ((names[i], written[i]), (f".{column}", texts[i])):
+                    if data is not None:
+                        info = tarfile.TarInfo(f"v1.0 {i}{ending}" if text == "none" else f"{i}{ending}")
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+    elif kind == "parquet":
+        columns = {"image": written} | ({} if text == "none" else {column: texts})
+        pq.write_table(pa.table(columns), out)
+    else:
+        tf = pytest.importorskip("tensorflow")
+        bytes_of = lambda value: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))  # noqa: E731
+        with tf.io.TFRecordWriter(str(out)) as writer:
+            for image, caption in zip(written, texts, strict=True):
+                feature = {"jpg": bytes_of(image)} | ({} if caption is None else {column: bytes_of(caption)})
+                writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
+    pictures = open_pictures(str(out))
+    assert [np.asarray(pictures.image(i))[0, 0, 0] // 50 for i in range(pictures.size)] == [0, 1, 3]
+    expected = {"some": ["a", "", ""], "bad": ["a", "", "c"]}.get(text, [""] * 3)
+    assert [pictures.caption(i) for i in range(3)] == expected and pictures.lost == ()
 
 
 def test_pictures_in_a_bucket(tmp_path, monkeypatch):
