@@ -58,7 +58,7 @@ def from_protocol(protocol: str, set_name: str, label_names: list[str]) -> Promp
       protocol: one of PROTOCOLS.
       set_name: the set's name in the protocol's file, for example "imagenet_a".
       label_names: the source's label names in label order. If it has only numbers, "0", "1" ... (also "000", "001"),
-        they are assumed to be in the protocol's (TFDS's) order.
+        they are taken to be in the protocol's (TFDS's) order, see assumed_order.
 
     Raises:
       InputError: unknown protocol or set, or a label name that is not in its table.
@@ -86,6 +86,19 @@ def knows(protocol: str, set_name: str, label_names: list[str]) -> bool:
     """Whether these can be label names of a set: all are in the protocol's table, or they are its numbers."""
     table = _set_of(protocol, set_name)[0]
     return set(label_names) <= set(table) or (len(label_names) == len(table) and _numbered(label_names))
+
+
+def assumed_order(protocol: str, set_name: str, label_names: list[str]) -> str | None:
+    """What from_protocol assumes of labels that are only numbers, in one line; None: nothing."""
+    table = _set_of(protocol, set_name)[0]
+    if not _numbered(label_names) or _numbered(list(table)):
+        return None
+    names = list(table.values())
+    return (
+        f"the labels are numbers without names; 0 is taken for {names[0]!r} and {len(names) - 1} for {names[-1]!r}, "
+        f"the order of TFDS and of protocol {protocol!r}; if they are in another order, list the names in it: "
+        "classes=FILE.json"
+    )
 
 
 def templates_of(protocol: str, set_name: str) -> list[str] | None:

@@ -168,11 +168,16 @@ def prompts_of(name: str, spec: ConfigDict, found: Any) -> prompts.Prompts:
     if wordnet and not protocol:
         if prompts.knows("openai", "imagenet", found.names):
             protocol, set_name = "openai", "imagenet"
-        elif processes.is_first():
-            print(f"{name}: the labels are WordNet ids, not all of ImageNet's 1,000; name them by classes", flush=True)
+        else:
+            _say(f"{name}: the labels are WordNet ids, not all of ImageNet's 1,000; name them by classes")
     if not protocol:
+        if all(label.isdigit() for label in found.names):
+            _say(f"{name}: the classes are numbers, used in prompts as they are; name them in order: classes=FILE.json")
         return prompts.plain(found.names, found.templates)
     given = prompts.from_protocol(protocol, set_name, found.names)
+    assumed = spec.format != "tfds" and prompts.assumed_order(protocol, set_name, found.names)
+    if assumed:
+        _say(f"{name}: {assumed}")
     if wordnet:
         _tell_classes(name, found, given)
     return dataclasses.replace(given, templates=prompts.check_templates(found.templates)) if spec.templates else given
@@ -181,11 +186,13 @@ def prompts_of(name: str, spec: ConfigDict, found: Any) -> prompts.Prompts:
 def _tell_classes(name: str, found: Any, given: prompts.Prompts) -> None:
     labels = found.source.labels
     shown = len(given.names) if labels is None else len(np.unique(labels))
-    if shown < 1000 and processes.is_first():
-        print(
-            f"{name}: {shown:,} of ImageNet's 1,000 classes have pictures; ranked among {len(given.names):,}",
-            flush=True,
-        )
+    if shown < 1000:
+        _say(f"{name}: {shown:,} of ImageNet's 1,000 classes have pictures; ranked among {len(given.names):,}")
+
+
+def _say(line: str) -> None:
+    if processes.is_first():
+        print(line, flush=True)
 
 
 def _encoded(encoder: Encoder, source: Any, what: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -21,7 +21,6 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import BadImageError
 from rankclip_jax.inference import collection, search, store
 from rankclip_jax.inference.pictures import open_pictures
-from tests.support.bucket import Bucket
 from tests.support.made_models import VIT, make_workdir
 
 REPO = Path(__file__).parents[2]
@@ -315,25 +314,22 @@ def test_pictures_of_shards_need_no_captions(kind, text, tmp_path):
     assert [pictures.caption(i) for i in range(3)] == expected and pictures.lost == ()
 
 
-def test_pictures_in_a_bucket(tmp_path, monkeypatch):
-    images = tmp_path / "bucket" / "images"
-    images.mkdir(parents=True)
+def test_pictures_in_a_bucket(bucket):
+    images = bucket.folder / "images"
+    images.mkdir()
     for i in range(3):
         Image.new("RGB", (8, 8), (9 * i, 0, 0)).save(images / f"{i}.png")
         (images / f"{i}.txt").write_text(f"picture {i}")
     (images / "table.csv").write_text("image\n0.png\ngone.png\n")
-    with Bucket(tmp_path / "bucket") as bucket:
-        for name, value in bucket.environment.items():
-            monkeypatch.setenv(name, value)
-        folder = open_pictures("gs://mine/images")
-        assert [folder.name(i) for i in range(folder.size)] == ["0.png", "1.png", "2.png"]
-        assert np.asarray(folder.image(2))[0, 0].tolist() == [18, 0, 0] and folder.caption(1) == "picture 1"
-        table = open_pictures("gs://mine/images/table.csv")
-        with pytest.raises(BadImageError, match="no such file: gs://mine/images/gone.png"):
-            table.image(1)
-        bucket.refused = 403  # which makes no picture a bad one
-        with pytest.raises(ConnectionError, match="no permission in gs://mine"):
-            table.image(0)
+    folder = open_pictures("gs://mine/images")
+    assert [folder.name(i) for i in range(folder.size)] == ["0.png", "1.png", "2.png"]
+    assert np.asarray(folder.image(2))[0, 0].tolist() == [18, 0, 0] and folder.caption(1) == "picture 1"
+    table = open_pictures("gs://mine/images/table.csv")
+    with pytest.raises(BadImageError, match="no such file: gs://mine/images/gone.png"):
+        table.image(1)
+    bucket.refused = 403  # which makes no picture a bad one
+    with pytest.raises(ConnectionError, match="no permission in gs://mine"):
+        table.image(0)
 
 
 @pytest.mark.parametrize("ending", [".npz", ".parquet"])
