@@ -97,12 +97,14 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = T
             )
         return {"caption": caption}
 
+    unpacked = members.read if captions else members.alone(["image", "path"]).read
+
     def read(row):
-        sample = members.read(row)
+        sample = unpacked(row)
         image = sample["image"]
         if has_paths:
             image = tf.cond(tf.strings.length(sample["path"]) > 0, lambda: pictures.read(row), lambda: image)
-        return {"image": image} | caption_of(sample)
+        return {"image": image} | (caption_of(sample) if captions else {})
 
     def where(row):
         file = members.index.file_of(row)

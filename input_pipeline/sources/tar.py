@@ -134,7 +134,7 @@ def open_members(
             inside = "; a field of .json members is config.data.caption_key=json:FIELD" if name == "caption" else ""
             raise InputError(f"{paths[0]}: no sample has {_named(name)} that ends in {_dotted(wanted[name])}{inside}")
     required = [i for i, name in enumerate(wanted) if name not in lackable]
-    if not (index.columns["length"][:, required] >= 0).all(axis=1).any():
+    if index.size and not (index.columns["length"][:, required] >= 0).all(axis=1).any():
         kinds = " and ".join(f"{_named(name)} ({_dotted(wanted[name])})" for name in wanted if name not in lackable)
         raise InputError(f"{paths[0]}: no sample has both {kinds} under one name")
     reads = storage.ReadAhead()
@@ -144,7 +144,6 @@ def open_members(
 
     def alone(names):
         columns = [list(wanted).index(name) for name in names]
-        may_lack_all = len(columns) < len(wanted) and all(name in lackable for name in names)
 
         def read(row):
             begin_M, length_M = begin_NxM[row], tf.cast(length_NxM[row], tf.int64)
@@ -156,11 +155,9 @@ def open_members(
             if len(columns) < len(wanted):
                 begin_M, length_M = tf.gather(begin_M, columns), tf.gather(length_M, columns)
             # Members of a sample are adjacent, so one range contains all of them.
-            first = tf.reduce_min(tf.where(begin_M < 0, far, begin_M))
-            length = tf.reduce_max(begin_M + length_M) - first
-            if may_lack_all:
-                first, length = tf.where(length > 0, first, 0), tf.maximum(length, 0)
-            span = fetch(index.file_in_graph(row), first, length)
+            end = tf.maximum(tf.reduce_max(begin_M + length_M), 0)
+            first = tf.minimum(tf.reduce_min(tf.where(begin_M < 0, far, begin_M)), end)  # the end where there is none
+            span = fetch(index.file_in_graph(row), first, end - first)
             begin_M, length_M = tf.maximum(begin_M - first, 0), tf.maximum(length_M, 0)
             return {name: tf.strings.substr(span, begin_M[i], length_M[i]) for i, name in enumerate(names)}
 

@@ -28,8 +28,8 @@ def find(value: Any, path: str) -> Any:
 
 
 def strings(value: Any) -> list[str]:
-    """A text, or several, as a list. Raises ValueError for anything else."""
-    texts = value if isinstance(value, list) else [value]
+    """A text, or several without nulls, as a list. Raises ValueError for anything else."""
+    texts = [text for text in value if text is not None] if isinstance(value, list) else [value]
     if not all(isinstance(text, str | int | float) for text in texts):
         raise ValueError(f"not a text: {json.dumps(value, default=str)[:60]}")
     if any(HALF.search(str(text)) for text in texts):

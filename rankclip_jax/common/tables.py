@@ -84,7 +84,8 @@ def read_table(
     else:
         columns, numbers, bad = read_delimited(file, text, "\t" if name.endswith(".tsv") else delimiter, wanted, names)
     if not len(numbers):
-        why = f": row {bad[0][0]} and {len(bad) - 1:,} more: {bad[0][1]}" if bad else " below its header"
+        more = f" and {len(bad) - 1:,} more" if len(bad) > 1 else ""
+        why = f": row {bad[0][0]}{more}: {bad[0][1]}" if bad else " below its header"
         raise InputError(f"{file} has no {'good ' if bad else ''}rows{why}")
     images = pc.ascii_trim_whitespace(columns[0])
     return Table(folder, images, columns[1] if text_keys else None, numbers, bad)

@@ -299,7 +299,9 @@ def test_pictures_of_shards_need_no_captions(kind, text, tmp_path):
                         info.size = len(data)
                         tar.addfile(info, io.BytesIO(data))
     elif kind == "parquet":
-        columns = {"image": written} | ({} if text == "none" else {column: texts})
+        (tmp_path / "2.jpg").write_bytes(written[2])  # of which the column has the path alone
+        images = [{"bytes": data if i < 2 else None, "path": f"{i}.jpg"} for i, data in enumerate(written)]
+        columns = {"image": images} | ({} if text == "none" else {column: texts})
         pq.write_table(pa.table(columns), out)
     else:
         tf = pytest.importorskip("tensorflow")
