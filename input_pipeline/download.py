@@ -19,6 +19,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
 from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.progress import progress
+from rankclip_jax.config.key import encoding
 
 ENV = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankclip_jax" / "img2dataset"
 # img2dataset imports imghdr, which Python 3.13 removed.
@@ -63,12 +64,14 @@ def download(urls: Path, out_dir: Path, options: argparse.Namespace) -> tuple[Co
         _same_as_before(out_dir, own / "settings.json", settings)
         owned.claim(f"{own.name}/{name}" for name in ("settings.json", "urls.parquet", "img2dataset.log"))
         own.mkdir(exist_ok=True)
-        total, left_out = url_list.normalise(urls, own / "urls.parquet", options.url_column, options.caption_column)
+        total, left_out = url_list.normalise(
+            urls, own / "urls.parquet", options.url_column, options.caption_column, options.encoding
+        )
         write_whole(own / "settings.json", json.dumps(settings))
         shards = range(-(-total // options.shard_size))
         owned.claim(name for shard in shards for name in _names(shard))
         _remove_unfinished(owned, shards)
-        print(f"{total:,} URLs" + (f"; {left_out:,} lines without a URL or a caption left out" if left_out else ""))
+        print(f"{total:,} URLs" + (f"; {left_out:,} rows without a URL or a caption left out" if left_out else ""))
         if total:
             python = find_python(options.env)
             try:
@@ -84,7 +87,7 @@ def _settings(urls, options):
     """What determines the contents of the shards."""
     with open(urls, "rb") as file:
         settings = {"URLS": hashlib.file_digest(file, "sha256").hexdigest()}
-    names = ("url_column", "caption_column", "shard_size", "short_side", "quality")
+    names = ("url_column", "caption_column", "encoding", "shard_size", "short_side", "quality")
     return settings | {"--" + name.replace("_", "-"): getattr(options, name) for name in names}
 
 
@@ -179,10 +182,13 @@ def _flags():
         description="Downloads the images of a URL list to WebDataset shards. The same command resumes it.",
         allow_abbrev=False,
     )
-    parser.add_argument("urls", metavar="URLS", type=Path, help="tsv, csv (also .gz) or parquet of URLs and captions")
+    parser.add_argument(
+        "urls", metavar="URLS", type=Path, help="table (.csv, .tsv, .jsonl, also .gz) or .parquet of URLs"
+    )
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="folder of the shards")
     parser.add_argument("--url-column", help="its name in the header; default: found by what is in it")
     parser.add_argument("--caption-column", help="its name in the header; default: the only other, or caption, text")
+    parser.add_argument("--encoding", help="of a table that is not UTF-8, for example latin-1")
     parser.add_argument("--short-side", type=int, default=288, help="shrink larger images to this many pixels (288)")
     parser.add_argument("--quality", type=int, default=95, help="of written JPEGs (95)")
     parser.add_argument("--shard-size", type=int, default=10_000, help="URLs per shard (10000)")
@@ -205,6 +211,7 @@ def main() -> None:
         parser.error(f"--quality must be 1 to 100; got {flags.quality}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that img2dataset is ended too
     with commands.exit_codes("stopped; the same command resumes after the finished shards"):
+        flags.encoding = encoding(None).check(flags.encoding, "--encoding")
         counts, total = download(flags.urls, flags.out_dir, flags)
         print(download_stats.summary(counts, flags.out_dir, total))
 

@@ -40,7 +40,7 @@ class _Columns(NamedTuple):
 
     Attributes:
       image: the column.
-      caption: the column.
+      caption: the column; "": none.
       inside: path of the caption in the column's structs or JSON.
       several: whether captions are lists, or JSON with such.
       image_kind: .bytes or .path for a struct with only that field, :path for a column of paths; part of the cache key.
@@ -53,9 +53,10 @@ class _Columns(NamedTuple):
     image_kind: str = ""
 
 
-def open_parquet(spec: ConfigDict, path: str | Sequence[str]) -> Source:
+def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = True) -> Source:
     """Opens files. An image is bytes, a path (relative to the file), or a struct of both, as Hugging Face's datasets
     write it. A caption is a string, a list of strings, or the value at a path: meta:caption in a struct or in JSON.
+    captions=False: no file needs such a column.
 
     `spec`: image_key, caption_key, hint, cache_dir of config.data.
 
@@ -63,10 +64,9 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str]) -> Source:
       InputError: no such file or column, a column of another type, no rows, or not enough disk space to unpack.
     """
     files = expand(path, endings=(".parquet",), hint=spec.get("hint"))
-    columns = [
-        _columns(file, keys(spec.get("image_key"), ("image", "jpg")), keys(spec.get("caption_key"), ("caption", "txt")))
-        for file in files
-    ]
+    image_keys = keys(spec.get("image_key"), ("image", "jpg"))
+    caption_keys = keys(spec.get("caption_key"), ("caption", "txt"))
+    columns = [_columns(file, image_keys, caption_keys, captions) for file in files]
     cache_dir = spec.get("cache_dir")
     tars = _unpacked(files, columns, cache_dir)
     kinds = ("image", "path", "caption", "captions")
@@ -98,12 +98,14 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str]) -> Source:
             )
         return {"caption": caption}
 
+    unpacked = members.read if captions else members.alone(["image", "path"]).read
+
     def read(row):
-        sample = members.read(row)
+        sample = unpacked(row)
         image = sample["image"]
         if has_paths:
             image = tf.cond(tf.strings.length(sample["path"]) > 0, lambda: pictures.read(row), lambda: image)
-        return {"image": image} | caption_of(sample)
+        return {"image": image} | (caption_of(sample) if captions else {})
 
     def where(row):
         file = members.index.file_of(row)
@@ -120,7 +122,7 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     )
 
 
-def _columns(file: str, image_keys: tuple[str, ...], caption_keys: tuple[str, ...]) -> _Columns:
+def _columns(file: str, image_keys: tuple[str, ...], caption_keys: tuple[str, ...], captions: bool) -> _Columns:
     with _opened(file) as parquet:
         schema = parquet.schema_arrow
     image, kind = _column(file, schema, image_keys)
@@ -137,6 +139,8 @@ def _columns(file: str, image_keys: tuple[str, ...], caption_keys: tuple[str, ..
         image_kind = ":path"
     elif not _is_bytes(kind):
         raise _wrong_type(file, image, kind, "bytes, a path, or a struct of bytes and path")
+    if not captions and not any(key.partition(":")[0] in schema.names for key in caption_keys):
+        return _Columns(image, "", image_kind=image_kind)
     caption, kind = _column(file, schema, caption_keys)
     if caption not in schema.names:
         column, _, inside = caption.partition(":")
@@ -231,12 +235,13 @@ def _unpacked(files: list[str], columns: list[_Columns], cache_dir: str | None) 
 
 
 def _unpack(file: str, columns: _Columns, target: Path, bar: tqdm) -> None:
-    names = [columns.image, columns.caption]
+    names = [columns.image, *([columns.caption] if columns.caption else [])]
     with whole(target) as part, _opened(file) as parquet, tarfile.open(part, "w") as tar:
         row = 0
         groups = range(parquet.num_row_groups)  # one at a time, since prefetched groups stay in memory to the end
         for batch in (one for group in groups for one in parquet.iter_batches(_ROWS, [group], names)):
-            images, captions = (batch.column(name).to_pylist() for name in names)
+            images = batch.column(names[0]).to_pylist()
+            captions = batch.column(columns.caption).to_pylist() if columns.caption else [None] * len(images)
             for image, caption in zip(images, captions, strict=True):
                 for ending, data in (_image(image), _caption(caption, columns)):
                     member = tarfile.TarInfo(f"{row:09}.{ending}")

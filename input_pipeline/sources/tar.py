@@ -60,11 +60,11 @@ class Members:
         return f"{path} key {common.rpartition('.')[0] or found[0]}"
 
 
-def open_webdataset(spec: ConfigDict, path: str | Sequence[str]) -> Source:
+def open_webdataset(spec: ConfigDict, path: str | Sequence[str], captions: bool = True) -> Source:
     """Opens tars of images and captions. `spec`: image_key, caption_key, hint, cache_dir of config.data.
 
     A caption may be compressed (txt.gz). caption_key=json:caption is the field `caption` of the .json members, which
-    may hold several captions.
+    may hold several captions. captions=False: no sample needs one, and `read` gives the image alone.
 
     Raises:
       InputError: no tar, a compressed tar, or no sample with an image or a caption under these keys.
@@ -80,7 +80,8 @@ def open_webdataset(spec: ConfigDict, path: str | Sequence[str]) -> Source:
         "image": keys(spec.get("image_key"), tuple(ending[1:] for ending in ENDINGS)),
         "caption": (*endings, *(f"{ending}.gz" for ending in endings)),
     }
-    members = open_members(expand(path, endings=(".tar",), hint=spec.get("hint")), wanted, spec.get("cache_dir"))
+    paths = expand(path, endings=(".tar",), hint=spec.get("hint"))
+    members = open_members(paths, wanted, spec.get("cache_dir"), may_lack=() if captions else ("caption",))
 
     def with_caption(members_read):
         def read(row):
@@ -92,14 +93,15 @@ def open_webdataset(spec: ConfigDict, path: str | Sequence[str]) -> Source:
         return read
 
     index, text = members.index, members.alone(["caption"])
+    pictures = Reading(with_caption(members.read), members.ahead) if captions else members.alone(["image"])
     return Source(
         index.size,
-        with_caption(members.read),
+        pictures.read,
         members.where,
         captions=lambda: (),
         lost=tuple(index.lost),
         index=index.arrays,
-        ahead=members.ahead,
+        ahead=pictures.ahead,
         text=Reading(with_caption(text.read), text.ahead),
     )
 
@@ -109,12 +111,14 @@ def open_members(
     wanted: Mapping[str, tuple[str, ...]],
     cache_dir: str | None = None,
     optional: tuple[str, ...] = (),
+    may_lack: tuple[str, ...] = (),
 ) -> Members:
     """Opens tars by the numbers of their samples.
 
     Args:
       wanted: name -> lower-case extensions after the first dot of a member's name; the first that a sample has is used.
       optional: names that a sample may lack; it then has empty bytes.
+      may_lack: the same of names by which samples are paired all the same.
 
     Raises:
       InputError: a compressed tar, or no sample with a member of one of the extensions.
@@ -123,13 +127,14 @@ def open_members(
     index = offset_index(kind, paths, functools.partial(_scan, wanted, optional), cache_dir)
     if not index.size and index.lost:
         raise InputError(f"{index.lost[0].where} has no sample: {index.lost[0].reason}")
+    lackable = (*optional, *may_lack)
     for name, found_N in zip(wanted, index.columns["length"].T, strict=True):
-        if name not in optional and not (found_N >= 0).any():
+        if name not in lackable and not (found_N >= 0).any():
             inside = "; a field of .json members is config.data.caption_key=json:FIELD" if name == "caption" else ""
             raise InputError(f"{paths[0]}: no sample has {_named(name)} that ends in {_dotted(wanted[name])}{inside}")
-    required = [i for i, name in enumerate(wanted) if name not in optional]
-    if not (index.columns["length"][:, required] >= 0).all(axis=1).any():
-        kinds = " and ".join(f"{_named(name)} ({_dotted(wanted[name])})" for name in wanted if name not in optional)
+    required = [i for i, name in enumerate(wanted) if name not in lackable]
+    if index.size and not (index.columns["length"][:, required] >= 0).all(axis=1).any():
+        kinds = " and ".join(f"{_named(name)} ({_dotted(wanted[name])})" for name in wanted if name not in lackable)
         raise InputError(f"{paths[0]}: no sample has both {kinds} under one name")
     reads = storage.ReadAhead()
     fetch = byte_ranges(index.paths, index.sizes, reads)
@@ -138,23 +143,20 @@ def open_members(
 
     def alone(names):
         columns = [list(wanted).index(name) for name in names]
-        may_lack_all = len(columns) < len(wanted) and all(name in optional for name in names)
 
         def read(row):
             begin_M, length_M = begin_NxM[row], tf.cast(length_NxM[row], tf.int64)
             for i, name in enumerate(wanted):
-                if name not in optional:
+                if name not in lackable:
                     require(length_M[i] >= 0, f"no {name}: no member ends in {_dotted(wanted[name])}")
                 require(length_M[i] < _LARGEST, f"the {name} has more than 2 GB")
             length_M = tf.where(length_M < _LARGEST, length_M, 0)  # the read may come before the assertion
             if len(columns) < len(wanted):
                 begin_M, length_M = tf.gather(begin_M, columns), tf.gather(length_M, columns)
             # Members of a sample are adjacent, so one range contains all of them.
-            first = tf.reduce_min(tf.where(begin_M < 0, far, begin_M))
-            length = tf.reduce_max(begin_M + length_M) - first
-            if may_lack_all:
-                first, length = tf.where(length > 0, first, 0), tf.maximum(length, 0)
-            span = fetch(index.file_in_graph(row), first, length)
+            end = tf.maximum(tf.reduce_max(begin_M + length_M), 0)
+            first = tf.minimum(tf.reduce_min(tf.where(begin_M < 0, far, begin_M)), end)  # the end where there is none
+            span = fetch(index.file_in_graph(row), first, end - first)
             begin_M, length_M = tf.maximum(begin_M - first, 0), tf.maximum(length_M, 0)
             return {name: tf.strings.substr(span, begin_M[i], length_M[i]) for i, name in enumerate(names)}
 

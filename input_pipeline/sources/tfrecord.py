@@ -52,10 +52,11 @@ class Records:
         return found
 
 
-def open_tfrecord(spec: ConfigDict, path: str | Sequence[str]) -> Source:
+def open_tfrecord(spec: ConfigDict, path: str | Sequence[str], captions: bool = True) -> Source:
     """Opens shards. `spec`: image_key, caption_key, hint, cache_dir of config.data.
 
-    A record may have several captions, and `tokens`, int64 (L,): the token ids of its caption.
+    A record may have several captions, and `tokens`, int64 (L,): the token ids of its caption. captions=False: none of
+    the records needs one.
 
     Raises:
       InputError: no shard, no record, a compressed shard, or no image or caption under these keys.
@@ -63,19 +64,25 @@ def open_tfrecord(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     paths = expand(path, endings=(".tfrecord", ".tfrecords"), hint=spec.get("hint"))
     image_keys = keys(spec.get("image_key"), ("jpg", "jpeg", "png", "webp"))
     caption_keys = keys(spec.get("caption_key"), ("txt", "caption"))
-    return examples(open_records(paths, spec.get("cache_dir")), image_keys, caption_keys)
+    records = open_records(paths, spec.get("cache_dir"))
+    return examples(records, image_keys, caption_keys, needed=("image_key", "caption_key")[: 1 + captions])
 
 
 def examples(
-    records: Records, image_keys: tuple[str, ...], caption_keys: tuple[str, ...], several: bool | None = None
+    records: Records,
+    image_keys: tuple[str, ...],
+    caption_keys: tuple[str, ...],
+    several: bool | None = None,
+    needed: Sequence[str] = ("image_key", "caption_key"),
 ) -> Source:
     """A source of tf.train.Example records with one of the `image_keys` and one of the `caption_keys`.
 
-    `several`: whether records have several captions; None: as the first records.
+    `several`: whether records have several captions; None: as the first records. `needed`: the first records must have
+    one of these.
     """
     first = [tf.train.Example.FromString(record).features.feature for record in records.first(10)]
     for wanted, option in ((image_keys, "image_key"), (caption_keys, "caption_key")):
-        if first and not any(key in example for example in first for key in wanted):
+        if option in needed and first and not any(key in example for example in first for key in wanted):
             raise InputError(
                 f"{records.where(0)} and the next have no feature {' or '.join(wanted)}; the features are: "
                 f"{', '.join(sorted(first[0]))}; set config.data.{option}"

@@ -63,13 +63,18 @@ class _Header(NamedTuple):
 
 
 def read_delimited(
-    file: str, text: EncodedText, delimiter: str, wanted: Sequence[tuple[str, ...]]
+    file: str,
+    text: EncodedText,
+    delimiter: str,
+    wanted: Sequence[tuple[str, ...]],
+    names: Sequence[str] | None = None,
 ) -> tuple[list[pa.Array], np.ndarray, list[tuple[int, str]]]:
     """The wanted columns of the good rows, large_string; the numbers of these rows, int64; the bad rows and reasons.
 
     Args:
       delimiter: if only another of DELIMITERS gives the wanted columns, that one is taken, and the console says so.
       wanted: for each column its possible names; the first that the header has is used.
+      names: of the columns of a file without a header.
 
     Raises:
       InputError: no such column, or what EncodedText.undecodable raises.
@@ -77,7 +82,7 @@ def read_delimited(
     with _fields_of_any_size():
         with text.open() as lines:
             head = list(itertools.islice(lines, 100))
-        header = _header(head, delimiter)
+        header = _Header(0, list(names), False) if names else _header(head, delimiter)
         places = _places(header, wanted)
         if places is None:
             others = [one for one in DELIMITERS if _places(_header(head, one), wanted) is not None]
@@ -97,6 +102,15 @@ def read_delimited(
                 next(lines)
             rows = _row_by_row(lines, header, places, delimiter, quoted, text.undecodable)
     return rows.columns(), np.array(rows.numbers, np.int64), rows.bad
+
+
+def first_rows(text: EncodedText, delimiter: str, count: int) -> list[list[str]]:
+    """The first rows, a header among them if there is one; without empty lines, and what is not regular."""
+    with _fields_of_any_size(), text.open() as lines:
+        head = list(itertools.islice(lines, count))
+        quoted = delimiter != "\t" or is_quoted(text.data, head[: _header(head, delimiter).lines])
+        rows = [fields for fields in _records(iter(head), delimiter, quoted, False) if fields and any(fields)]
+    return rows[1:] if rows and rows[0][0].startswith("sep=") else rows
 
 
 @contextlib.contextmanager
@@ -137,6 +151,8 @@ def _no_column(file: str, header: _Header, wanted: Sequence[tuple[str, ...]], de
 
 def _below(data: Any, lines: int) -> memoryview:
     """The bytes after so many lines."""
+    if not lines:
+        return memoryview(data)
     end = deque(itertools.islice(_LINE_END.finditer(data), lines), maxlen=1)
     return memoryview(data)[end[0].end() if end else len(data) :]
 

@@ -125,7 +125,7 @@ def _shards(pattern: str, kind: str, image_key: str | None) -> Pictures:
     from input_pipeline import encoded_images, sources  # TensorFlow
 
     spec = configs.complete({"data": {"format": kind, "image_key": image_key}}).data
-    source = sources.open_source(spec, pattern, image_side=0)
+    source = sources.open_pictures(spec, pattern)
     read = encoded_images.reader(source)
 
     lost = tuple((one.where, one.reason) for one in source.lost)

@@ -84,6 +84,14 @@ GOOD = [("0.png", "first")]
             {1: "not valid JSON", 2: "no image"},
         ),
         ("a.json", '[{"image": "0.png", "caption": "first"}, 3]', [0], {1: "not an object"}),
+        (
+            "a.jsonl",
+            '{"image": "0.png", "caption": "first"}\r\n{"image": "1.png", "caption": null}',
+            [0],
+            {1: "caption: not"},
+        ),
+        ("a.csv", 'image,caption\n0.png,first\n1.png,"last\n\n"', [0, 1], {}),
+        ("a.csv", "\nimage,caption\r0.png,first\r1.png,x", [0, 1], {}),
     ],
 )
 def test_every_row_is_good_or_bad_by_its_number(name, text, rows, bad, tmp_path):
@@ -142,7 +150,7 @@ def test_lists_in_lists_are_one_bad_row(tmp_path):
         ("a.csv", b"\xff\xfei\0m\0a", "is not utf-16-le at byte"),
         ("a.csv", b"", "is empty"),
         ("a.csv", b"image,caption\n", "has no rows below its header"),
-        ("a.csv", b"image,caption\n0.png\n", "has no good rows: row 0 .*fields: 1"),
+        ("a.csv", b"image,caption\n0.png\n", "has no good rows: row 0: wrong number of fields: 1"),
         (
             "a.csv",
             b"picture,caption\n0.png,x\n",

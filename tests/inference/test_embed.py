@@ -10,6 +10,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -19,7 +21,6 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import BadImageError
 from rankclip_jax.inference import collection, search, store
 from rankclip_jax.inference.pictures import open_pictures
-from tests.support.bucket import Bucket
 from tests.support.made_models import VIT, make_workdir
 
 REPO = Path(__file__).parents[2]
@@ -308,25 +309,58 @@ def test_captions_of_shards(tmp_path):
     assert [pictures.caption(i) for i in range(2)] == ["first", ""]
 
 
-def test_pictures_in_a_bucket(tmp_path, monkeypatch):
-    images = tmp_path / "bucket" / "images"
-    images.mkdir(parents=True)
+@pytest.mark.parametrize("kind", ["tar", "parquet", "tfrecord"])
+@pytest.mark.parametrize("text", ["none", "cls", "some", "bad"])
+def test_pictures_of_shards_need_no_captions(kind, text, tmp_path):
+    names, out, written = [".jfif", ".jpe", ".jpg"], tmp_path / f"0.{kind}", []
+    for i in range(3):
+        picture = io.BytesIO()
+        Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(picture, "JPEG")
+        written.append(picture.getvalue())
+    texts = {"none": [None] * 3, "cls": [b"1"] * 3, "some": [b"a", None, b""], "bad": [b"a", b"\xff", b"c"]}[text]
+    column = "cls" if text == "cls" else "txt"
+    if kind == "tar":
+        with tarfile.open(out, "w") as tar:
+            for i in range(3):
+                for ending, data in ((names[i], written[i]), (f".{column}", texts[i])):
+                    if data is not None:
+                        info = tarfile.TarInfo(f"v1.0 {i}{ending}" if text == "none" else f"{i}{ending}")
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+    elif kind == "parquet":
+        (tmp_path / "2.jpg").write_bytes(written[2])  # of which the column has the path alone
+        images = [{"bytes": data if i < 2 else None, "path": f"{i}.jpg"} for i, data in enumerate(written)]
+        columns = {"image": images} | ({} if text == "none" else {column: texts})
+        pq.write_table(pa.table(columns), out)
+    else:
+        tf = pytest.importorskip("tensorflow")
+        bytes_of = lambda value: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))  # noqa: E731
+        with tf.io.TFRecordWriter(str(out)) as writer:
+            for image, caption in zip(written, texts, strict=True):
+                feature = {"jpg": bytes_of(image)} | ({} if caption is None else {column: bytes_of(caption)})
+                writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
+    pictures = open_pictures(str(out))
+    assert [np.asarray(pictures.image(i))[0, 0, 0] // 50 for i in range(pictures.size)] == [0, 1, 3]
+    expected = {"some": ["a", "", ""], "bad": ["a", "", "c"]}.get(text, [""] * 3)
+    assert [pictures.caption(i) for i in range(3)] == expected and pictures.lost == ()
+
+
+def test_pictures_in_a_bucket(bucket):
+    images = bucket.folder / "images"
+    images.mkdir()
     for i in range(3):
         Image.new("RGB", (8, 8), (9 * i, 0, 0)).save(images / f"{i}.png")
         (images / f"{i}.txt").write_text(f"picture {i}")
     (images / "table.csv").write_text("image\n0.png\ngone.png\n")
-    with Bucket(tmp_path / "bucket") as bucket:
-        for name, value in bucket.environment.items():
-            monkeypatch.setenv(name, value)
-        folder = open_pictures("gs://mine/images")
-        assert [folder.name(i) for i in range(folder.size)] == ["0.png", "1.png", "2.png"]
-        assert np.asarray(folder.image(2))[0, 0].tolist() == [18, 0, 0] and folder.caption(1) == "picture 1"
-        table = open_pictures("gs://mine/images/table.csv")
-        with pytest.raises(BadImageError, match="no such file: gs://mine/images/gone.png"):
-            table.image(1)
-        bucket.refused = 403  # which makes no picture a bad one
-        with pytest.raises(ConnectionError, match="no permission in gs://mine"):
-            table.image(0)
+    folder = open_pictures("gs://mine/images")
+    assert [folder.name(i) for i in range(folder.size)] == ["0.png", "1.png", "2.png"]
+    assert np.asarray(folder.image(2))[0, 0].tolist() == [18, 0, 0] and folder.caption(1) == "picture 1"
+    table = open_pictures("gs://mine/images/table.csv")
+    with pytest.raises(BadImageError, match="no such file: gs://mine/images/gone.png"):
+        table.image(1)
+    bucket.refused = 403  # which makes no picture a bad one
+    with pytest.raises(ConnectionError, match="no permission in gs://mine"):
+        table.image(0)
 
 
 @pytest.mark.parametrize("ending", [".npz", ".parquet"])

@@ -145,6 +145,18 @@ def test_numbered_folders_are_in_order_with_every_readable_ending(made):
     assert found.source.labels.tolist() == np.repeat(range(10), 3).tolist()
 
 
+def test_numbers_without_names_say_what_is_assumed(made, tmp_path, capsys):
+    prompts_of("mine", *zero_shot(format="folder", path=str(made / "numbered")))
+    assert "mine: the classes are numbers, used in prompts as they are; name them in" in capsys.readouterr().out
+    (tmp_path / "labels.csv").write_text("image,label\n" + "".join(f"{i}.png,{i}\n" for i in range(10)))
+    fields = {"path": str(tmp_path / "labels.csv"), "label_key": "label", "protocol": "openai"}
+    assert prompts_of("stl10", *zero_shot(**fields)).names[6] == "horse"
+    assert "stl10: the labels are numbers without names; 0 is taken for 'airplane'" in capsys.readouterr().out
+    fields["classes"] = str(made / "tables/ten_classes.json")
+    assert prompts_of("stl10", *zero_shot(**fields)).names == json.loads(Path(fields["classes"]).read_text())
+    assert capsys.readouterr().out == ""
+
+
 def test_a_validation_set_smaller_than_a_batch_is_padded(made):
     spec = data("csv", made / "tables/five.csv")
     source = sources.open_source(spec, spec.train, image_side=8)

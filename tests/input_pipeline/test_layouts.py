@@ -104,6 +104,7 @@ def parquet(folder, image, caption):
             [{"bytes": None, "path": f"{i}.jpg"} for i in range(3)],
             pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
         ),
+        pa.array([{"bytes": None if i else image, "path": f"{i}.jpg"} for i, image in enumerate(IMAGES)]),
         pa.array([{"path": f"{i}.jpg"} for i in range(3)]),
         pa.array([f"{i}.jpg" for i in range(3)]),
         pa.array([f"{i}.jpg" for i in range(3)]).dictionary_encode(),
@@ -125,6 +126,7 @@ def test_images_in_parquet_as_bytes_or_as_paths(image, tmp_path):
         (pa.array(TEXTS).dictionary_encode(), None),
         (pa.array([text.encode() for text in TEXTS]), None),
         (pa.array([[text] for text in TEXTS]), None),
+        (pa.array([[None, text, None] for text in TEXTS]), None),
         (pa.array([[text] for text in TEXTS], pa.large_list(pa.large_string())), None),
         (pa.array([{"en": text, "de": "x"} for text in TEXTS]), "caption:en"),
         (pa.array([json.dumps({"en": [text]}) for text in TEXTS]), "caption:en"),
@@ -148,6 +150,11 @@ def test_parquet_without_image_text_or_file_is_a_bad_row(tmp_path):
     assert good == [] and bad == ["no such file", "empty image", "empty caption"]
     good, _ = read("parquet", parquet(tmp_path, pa.array(IMAGES), [["one", "two"], ["three"], [""]]))
     assert [captions for _, captions in good] == [("one", "two"), ("three",)]
+    good, bad = read("parquet", parquet(tmp_path, pa.array(IMAGES), pa.array(["a", None, "a"]).dictionary_encode()))
+    assert [captions for _, captions in good] == [("a",), ("a",)] and bad == ["empty caption"]
+    none = pa.array([], pa.binary())
+    with pytest.raises(InputError, match=r"a\.parquet has no rows$"):
+        read("parquet", parquet(tmp_path, none, none))
 
 
 def test_a_folders_missing_caption_is_called_that(tmp_path):
