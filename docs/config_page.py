@@ -30,6 +30,10 @@ CC3M.
 """
 SETS = {  # constant -> (heading, what it is)
     "MIXTURE_PART": ("config.data.train.NAME", "One source of a mixture, also `config.data.val.NAME`."),
+    "PARAMETER_RULE": (
+        "config.optim.rules",
+        "What a rule says of parameters. It has at least one of these, and what it lacks is as for all.",
+    ),
     "ZERO_SHOT_SET": ("config.eval.zero_shot.NAME", "A labelled set for zero-shot classification."),
     "LINEAR_PROBE_SET": ("config.eval.linear_probe.NAME", "The keys of a zero-shot set, and:"),
     "CAPTIONED_SET": ("config.eval.retrieval.NAME", "A set of images with captions."),

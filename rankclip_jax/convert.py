@@ -31,6 +31,9 @@ def main() -> None:
         default="quick_gelu",
         help="of weights without a config: quick_gelu (OpenAI, RankCLIP; default) or gelu",
     )
+    parser.add_argument(
+        "--ema", action="store_true", help="the averaged weights of a run with config.optim.ema, instead of its last"
+    )
     flags = parser.parse_args()
     # Nothing is computed, so an accelerator need not be free. (JAX makes its options as it starts, unseen by mypy.)
     if not jax.config.jax_platforms:  # type: ignore[attr-defined]
@@ -38,7 +41,7 @@ def main() -> None:
     with commands.exit_codes():
         try:
             dst = storage.local(flags.dst, "DST")
-            model = pretrained.read(flags.src, flags.tokenizer, flags.activation)
+            model = pretrained.read(flags.src, flags.tokenizer, flags.activation, flags.ema)
             export.write(model, dst, flags.to)
         except OSError as error:
             raise InputError(f"cannot write {flags.dst}: {error.strerror or error}") from None

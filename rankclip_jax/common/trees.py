@@ -30,6 +30,11 @@ def nested(named: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def overlaid(tree: Mapping, others: Mapping) -> dict[str, Any]:
+    """Dicts in dicts like `tree`, with the leaves of `others` in place of its own of the same names."""
+    return nested(by_name(tree) | by_name(others))
+
+
 def flatten(groups: Mapping[str, Any]) -> dict[str, Any]:
     """{"optim": {"lr": 1.0}} -> {"optim.lr": 1.0}, for plain dicts of any values. Empty groups vanish."""
     flat = {}

@@ -187,6 +187,20 @@ def regexes(default: tuple) -> Key:
     return _key(default, convert, "a tuple of regular expressions")
 
 
+def regex_rules(default: tuple = ()) -> Key:
+    """Any number of (regex, {field: value}) pairs; load.py checks the fields."""
+
+    def convert(value):
+        _require(isinstance(value, list | tuple))
+        for rule in value:
+            pattern, fields = rule
+            _regex(pattern)
+            _require(isinstance(fields, Mapping) and bool(fields))
+        return tuple((pattern, dict(fields)) for pattern, fields in value)
+
+    return _key(default, convert, 'a list of (regex, {"lr": 0.1, "weight_decay": 0.0, "freeze": True}) rules')
+
+
 def reals(default: tuple | None, size: int | None, low: float = 0.0, high: float = math.inf) -> Key:
     """`size` numbers in [low, high], or any number of them; a tuple."""
 

@@ -17,6 +17,7 @@ from rankclip_jax.config.key import (
     paths,
     real,
     reals,
+    regex_rules,
     regexes,
     rules,
     string,
@@ -36,7 +37,7 @@ USUAL += ("sharding",)
 USUAL += ("loss.objective", "loss.lambda_in", "loss.lambda_cross", "loss.schedule", "loss.decay")
 USUAL += ("model.name", "model.image_size", "model.context_length", "model.dtype", "model.remat", "model.scan_layers")
 USUAL += ("optim.lr", "optim.warmup_steps", "optim.weight_decay", "optim.grad_clip_norm", "optim.schedule")
-USUAL += ("optim.freeze", "optim.layer_lr_decay")
+USUAL += ("optim.name", "optim.freeze", "optim.layer_lr_decay", "optim.rules", "optim.ema", "optim.lora")
 USUAL += ("data.train", "data.val", "data.format", "data.image_key", "data.caption_key", "data.crop_scale", "data.flip")
 USUAL += ("data.max_bad_fraction", "tokenizer.path", "tokenizer.vocab_size", "eval.every_epochs", "eval.suite")
 USUAL += ("eval.data_dir", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.best")
@@ -110,6 +111,13 @@ CAPTIONED_SET = dict(
 # The same for config.eval.geometry.NAME.
 GEOMETRY_SET = CAPTIONED_SET | dict(
     sample=integer(1000, 3),  # number of images, from the first, each with its first caption
+)
+# What a rule of config.optim.rules says of the parameters whose names its regex is found in.
+PARAMETER_RULE = dict(
+    lr=real(1.0, above=0),  # a factor on the learning rate
+    # also of biases, norms and embeddings; None: that of config.optim, on matrices
+    weight_decay=real(None, 0),
+    freeze=boolean(False),  # True: no gradient, no moments, no change
 )
 EVAL_SETS = dict(
     zero_shot=ZERO_SHOT_SET, linear_probe=LINEAR_PROBE_SET, retrieval=CAPTIONED_SET, geometry=GEOMETRY_SET
@@ -195,13 +203,18 @@ KEYS = dict(
         # standard | released: as in the authors' code, the rates of an epoch later, and decay also on class and
         # position embeddings and some gains (docs/ranking_loss.md). [c] released
         recipe=choice("standard", "released"),
-        # AdamW's learning rate after the warm-up; None: by the model, or for fine-tuning with init_from. [p] [c] [o]
+        # adamw | lion | adafactor | muon, for matrices, and AdamW for the rest (docs/finetuning.md). Each multiplies
+        # weight_decay by the rate. [p] [c] [o]
+        name=choice("adamw", "lion", "adafactor", "muon"),
+        # learning rate after the warm-up; None: by the model, or for fine-tuning with init_from. [p] [c] [o]
         lr=real(5e-4, above=0, optional=True),
         # cosine: to 0 over the rest of the steps | constant | wsd: constant, then linearly to 0. [p] [c] [o]
         schedule=choice("cosine", "constant", "wsd"),
         decay_steps=integer(None, 1),  # wsd: the last steps, in which the rate falls
         b1=real(0.9, 0, below=1),  # decay of the first moment. [p] [c] [o]
-        b2=real(0.999, 0, below=1),  # decay of the second moment. [p] [c]; [o] 0.98 for vision transformers
+        # decay of the second moment; lion: of its only moment, 0.99 by its authors. [p] [c]; [o] 0.98 for vision
+        # transformers
+        b2=real(0.999, 0, below=1),
         # added to the root of the second moment. [p] [c]; [o] 1e-6 for vision transformers
         eps=real(1e-8, above=0),
         # only on matrices, not on biases, norms and the logit scale. [p] [c]; [o] 0.2
@@ -213,6 +226,14 @@ KEYS = dict(
         freeze=choice(None, "vision", "text"),
         # a block's learning rate as a share of the next one's, for fine-tuning
         layer_lr_decay=real(None, above=0, high=1),
+        # (regex, fields of PARAMETER_RULE) pairs: of those whose regex is found in a parameter's name, such as
+        # visual/transformer/resblocks_0/mlp/c_fc/kernel, the first counts (docs/finetuning.md)
+        rules=regex_rules(),
+        # decay of an average of the weights over the steps, kept and evaluated beside them; None: none
+        ema=real(None, above=0, below=1),
+        # rank of adapters (LoRA) of the attention and MLP matrices, with init_from: they and the logit scale are
+        # trained, the towers are frozen; None: none
+        lora=integer(None, 1),
     ),
     data=dict(
         # csv (also tsv, .jsonl, COCO's captions) | tfrecord | webdataset | folder | parquet | tfds | shapes

@@ -26,6 +26,7 @@ from rankclip_jax.config.keys import (
     KEYS,
     MAY_CHANGE,
     MIXTURE_PART,
+    PARAMETER_RULE,
     RESOLVED,
     SCHEDULES,
     TERMS,
@@ -158,6 +159,9 @@ def complete(config: Mapping) -> ConfigDict:
     if merged.batch_size == 1:
         raise InputError("config.batch_size=1. A contrastive or ranking loss needs at least 2 pairs")
     _check_schedule(merged.optim)
+    with merged.ignore_type():
+        merged.optim.rules = tuple(_parameter_rule(number, *rule) for number, rule in enumerate(merged.optim.rules))
+    _check_lora(merged)
     return merged
 
 
@@ -185,6 +189,30 @@ def _check_schedule(optim: ConfigDict) -> None:
             f"config.optim.schedule={optim.schedule}. Expected cosine, since config.optim.recipe=released; or "
             "config.optim.recipe=standard"
         )
+
+
+def _parameter_rule(number: int, pattern: str, fields: Mapping) -> tuple[str, dict]:
+    where = f"config.optim.rules[{number}]"
+    checked = _merged(PARAMETER_RULE, fields, where)
+    if checked["freeze"] and len(fields) > 1:
+        others = " and ".join(name for name in fields if name != "freeze")
+        raise InputError(f"{where} of {pattern!r} freezes and gives {others}. Expected one or the other")
+    return pattern, {name: checked[name] for name in fields}
+
+
+def _check_lora(config: ConfigDict) -> None:
+    if config.optim.lora is None:
+        return
+    for key, wrong, expected in (
+        ("init_from", config.init_from is None, "a trained model"),
+        ("init_towers", config.init_towers != "both", "both"),
+        ("init_skip", bool(config.init_skip), "()"),
+    ):
+        if wrong:
+            raise InputError(
+                f"config.{key}={config[key]!r}. Expected {expected}, since config.optim.lora={config.optim.lora} "
+                "freezes the towers as they start and trains adapters"
+            )
 
 
 def eval_set(kind: str, given: Mapping, where: str | None = None) -> ConfigDict:

@@ -133,6 +133,16 @@ def evaluate(
     return results | {"missing": missing}
 
 
+def beside(results: dict, averaged: dict) -> dict:
+    """Results of weights, and of their averages (config.optim.ema) as of further sets, NAME/ema."""
+    both = {}
+    for kind, rows in results.items():
+        seen = kind == "missing"  # what could not be opened is missing once
+        theirs = {name: row for name, row in averaged[kind].items() if not (seen and name in rows)}
+        both[kind] = rows | {f"{name}/ema": row for name, row in theirs.items()}
+    return both
+
+
 @contextlib.contextmanager
 def one_set(name: str, missing: dict[str, str]) -> Iterator[None]:
     """What fails inside, of whatever kind, costs this set alone: hours of training hang on it.

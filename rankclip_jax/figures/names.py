@@ -85,7 +85,8 @@ def metric(key: str) -> Name:
         found = result(number)
         kind = "" if kind == "geometry" else f"{KINDS[kind]} "
         return found._replace(title=f"{kind}{found.title}, {name}")
-    plain = key.removeprefix("val/")
+    plain = key.removeprefix("val/").removesuffix("/ema")
     found = TRAINING.get(plain) or result(plain)
     title = found.title[:1].upper() + found.title[1:]
-    return found._replace(title=title if plain == key else f"{title}, validation")
+    said = (", validation" if key.startswith("val/") else "") + (", averaged weights" if key.endswith("/ema") else "")
+    return found._replace(title=title + said)

@@ -25,7 +25,12 @@ from rankclip_jax.weights import pretrained
 
 
 def load(
-    path: str | Path, *, tokenizer: str | None = None, activation: Activation = "quick_gelu", dtype: str = "float32"
+    path: str | Path,
+    *,
+    tokenizer: str | None = None,
+    activation: Activation = "quick_gelu",
+    dtype: str = "float32",
+    ema: bool = False,
 ) -> "Model":
     """Loads a model for inference on all local devices.
 
@@ -36,11 +41,12 @@ def load(
         `.pt`. CLIP's own is that of "openai/clip-vit-base-patch32".
       activation: of weights without a config: "quick_gelu" (OpenAI, RankCLIP) or "gelu" (most of open_clip's).
       dtype: of the towers' computation, "float32" or "bfloat16".
+      ema: of a workdir: the averages of a run with config.optim.ema, instead of its weights.
 
     Raises:
       InputError: one line: no such path, not a model, damaged, unsafe, or inconsistent.
     """
-    return Model(pretrained.read(path, tokenizer, activation), dtype)
+    return Model(pretrained.read(path, tokenizer, activation, ema), dtype)
 
 
 class Model:

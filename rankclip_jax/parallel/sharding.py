@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.trees import path_name
+from rankclip_jax.common.trees import by_name, path_name
 
 # Parameters this small stay whole on every device: gathering them would cost more time than they cost memory.
 _SMALL = 2**14
@@ -38,7 +38,9 @@ KINDS = {
 def state_shardings(abstract_state: Any, mesh: Mesh, rules: str | Sequence | None) -> Any:
     """Shardings for a state of ShapeDtypeStructs: the first rule whose regex is found in a leaf's path.
 
-    Optimiser moments carry their parameter's path within theirs, and so lie where it does. Scalars are replicated.
+    Optimiser moments carry their parameter's path within theirs, and so lie where it does. Of an optimiser's arrays of
+    other shapes (Adafactor's rows and columns), a rule with axes for dimensions leaves each whole. Scalars are
+    replicated.
 
     Args:
       rules: config.sharding: a key of KINDS, a sequence of rules as they stand there, or None for "replicated".
@@ -56,15 +58,22 @@ def state_shardings(abstract_state: Any, mesh: Mesh, rules: str | Sequence | Non
             )
     pairs: Sequence = KINDS[rules] if isinstance(rules, str) else rules
     used = set()
+    shapes = {name: leaf.shape for name, leaf in by_name(abstract_state).items() if name.startswith("params/")}
 
     def place(path, leaf):
+        whole = NamedSharding(mesh, PartitionSpec())
         if leaf.ndim == 0:
-            return NamedSharding(mesh, PartitionSpec())
+            return whole
         name = path_name(path)
+        other = name.startswith("opt_state/") and shapes.get(_parameter(name, shapes)) != leaf.shape
         for pattern, spec in pairs:
             if re.search(pattern, name):
                 used.add(pattern)
+                if other and not isinstance(spec, str):
+                    return whole
                 return NamedSharding(mesh, _spec(leaf.shape, spec, mesh, name))
+        if other:
+            return whole
         raise InputError(f"config.sharding has no rule for {name}; end the rules with ('.*', ())")
 
     shardings = jax.tree_util.tree_map_with_path(place, abstract_state)
@@ -72,6 +81,13 @@ def state_shardings(abstract_state: Any, mesh: Mesh, rules: str | Sequence | Non
     if unused:
         raise InputError(f"config.sharding: the rule {unused[0]!r} matches no parameter")
     return shardings
+
+
+def _parameter(name: str, shapes: Collection[str]) -> str | None:
+    """The parameter whose path ends the path of an optimiser's array."""
+    parts = name.split("/")
+    ends = ("/".join(["params", *parts[i:]]) for i in range(1, len(parts)))
+    return next((end for end in ends if end in shapes), None)
 
 
 def params_shardings(params: Any, mesh: Mesh, rules: str | Sequence | None) -> Any:

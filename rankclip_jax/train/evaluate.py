@@ -1,5 +1,6 @@
 """Mode eval: every evaluation that the configuration names, of a checkpoint or of weights from elsewhere."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ from rankclip_jax.weights import checkpoint, pretrained
 
 
 def evaluate(config: ConfigDict, workdir: str | Path | None, out: Path | None = None) -> dict:
-    """Evaluates the workdir's best (or newest) checkpoint, or config.eval.model.
+    """Evaluates the workdir's best (or newest) checkpoint, and its averages beside it, or config.eval.model.
 
     Prints tables. Adds the results to WORKDIR/eval.json (evaluation/results_file.py), and writes WORKDIR/eval/ for the
     report: of the workdir's own run, or, while that was not evaluated, of the other model.
@@ -56,6 +57,9 @@ def evaluate(config: ConfigDict, workdir: str | Path | None, out: Path | None = 
             Owned(place, "eval").claim(names)
     sets = evaluation.open_sets(config.eval, session.side)
     results = evaluation.evaluate(config.eval, session.encoder(state), sets, folder=folder)
+    if isinstance(state, steps.AveragedState):
+        averaged = evaluation.evaluate(config.eval, session.encoder(steps.averaged(state)), sets)
+        results = evaluation.beside(results, averaged)
     if not any(results[kind] for kind in evaluation.KINDS):
         raise InputError("; ".join(results["missing"].values()) or "config.eval names no set to evaluate on")
     if file:
@@ -87,12 +91,13 @@ def _workdir(config: ConfigDict, workdir: Path) -> tuple[Session, steps.TrainSta
     if not (workdir / "tokenizer.json").exists():
         raise InputError(f"{workdir} holds no trained run (no tokenizer.json); train there first with --mode=train")
     session = Session(config, Tokenizer.load(str(workdir / "tokenizer.json")), trains=False)
-    abstract = steps.abstract_state(session.model, identity(), session.mesh, config.sharding)
-    variables = {"params": abstract.params, "batch_stats": abstract.batch_stats}
+    abstract = steps.abstract_state(session.model, identity(), session.mesh, config.sharding, config.optim)
+    kept = [field.name for field in dataclasses.fields(abstract) if field.name not in ("step", "opt_state")]
+    variables = {name: getattr(abstract, name) for name in kept}
     restored = checkpoint.restore_variables(workdir, config.checkpoint, variables)
     if restored is None:
         raise InputError(f"{workdir} holds no complete checkpoint; train there first with --mode=train")
-    return session, steps.TrainState(jnp.int32(restored.step), **restored.state, opt_state=())
+    return session, type(abstract)(jnp.int32(restored.step), **restored.state, opt_state=())
 
 
 def _model(config: ConfigDict) -> tuple[Session, steps.TrainState]:

@@ -15,7 +15,8 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.common.trees import by_name, path_name
 from rankclip_jax.models import ClipConfig
-from rankclip_jax.train.step import TrainState
+from rankclip_jax.train import average
+from rankclip_jax.train.step import AveragedState, TrainState
 from rankclip_jax.weights import pretrained
 
 TOWERS = {"both": ("visual", "text", "logit_scale"), "vision": ("visual",), "text": ("text",)}
@@ -101,7 +102,9 @@ def apply(state: TrainState, start: pretrained.Pretrained, ours: ClipConfig, con
         raise InputError(f"config.init_skip: {sorted(unused)[0]!r} matches no parameter of the towers taken")
     step = "" if start.step is None else f", step {start.step}"
     print(f"starting from {start.path}{step} ({config.init_towers})" + "".join(f"; {note}" for note in notes))
-    return dataclasses.replace(state, **taken)  # AdamW's moments start at zero whatever the parameters
+    if isinstance(state, AveragedState):
+        taken["ema"] = average.begin(taken["params"], taken["batch_stats"], config.optim)
+    return dataclasses.replace(state, **taken)  # moments start at zero whatever the parameters
 
 
 def _unlike(ours: ClipConfig, theirs: ClipConfig, towers: Collection[str]) -> list[str]:

@@ -17,11 +17,12 @@ from rankclip_jax.common import storage
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.metrics_file import read_metrics
 from rankclip_jax.common.packing import Packed
+from rankclip_jax.common.trees import by_name
 from rankclip_jax.models import ResNetConfig
 from rankclip_jax.parallel import processes
 from rankclip_jax.parallel.mesh import to_devices
 from rankclip_jax.parallel.preemption import Notice, Preempted
-from rankclip_jax.train import init_from, loggers, opening, optim
+from rankclip_jax.train import init_from, loggers, opening, optim, rules
 from rankclip_jax.train import step as steps
 from rankclip_jax.train import workdir as workdirs
 from rankclip_jax.train.input_wait import InputWait
@@ -55,7 +56,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     tx = optim.make_optimizer(config.optim, data.total_steps, data.steps_per_epoch)
     session = opening.open_session(config, workdir, data, origin, resumes=old is not None)
     config = session.config
-    abstract = steps.abstract_state(session.model, tx, session.mesh, config.sharding)
+    abstract = steps.abstract_state(session.model, tx, session.mesh, config.sharding, config.optim)
     with workdirs.claimed(workdir, config):  # only now, when all that was given proved right
         start = opening.open_state(session, workdir, data, tx, abstract, origin)
         if old:
@@ -72,7 +73,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
             batches = opening.open_batches(session, workdir, data, start)
             processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""
             print(
-                f"training {config.model.name} ({_parameters(start.state):,} parameters) with "
+                f"training {config.model.name} ({_parameters(start.state):,} parameters{_trained(config, start)}) with "
                 f"{config.loss.objective} on {data.source.size:,} samples: "
                 f"{data.total_steps} steps of {config.batch_size} on "
                 f"{session.devices.count} {session.devices.platform} device(s){processes_said}"
@@ -131,6 +132,12 @@ def run_steps(
 
 def _parameters(state: steps.TrainState) -> int:
     return sum(p.size for p in jax.tree.leaves(state.params))
+
+
+def _trained(config: ConfigDict, start: Start) -> str:
+    treated, leaves = rules.treatments(config.optim, start.state.params), by_name(start.state.params)
+    count = sum(leaf.size for name, leaf in leaves.items() if not treated[name].frozen)
+    return f", {count:,} trained" if count < _parameters(start.state) else ""
 
 
 def finish(session: Session, workdir: Path, batches: Any) -> None:
@@ -200,11 +207,18 @@ def _evaluate(
     with recorder.paused():
         encoder = session.encoder(state)
         results = evaluation.evaluate(session.config.eval, encoder, data.sets, kinds=kinds, shown=shown)
+        average = steps.averaged(state) if isinstance(state, steps.AveragedState) else None
+        if average:
+            theirs = evaluation.evaluate(session.config.eval, session.encoder(average), data.sets, kinds=kinds)
+            results = evaluation.beside(results, theirs)
         failed = {name: why for name, why in results["missing"].items() if name not in data.sets.missing}
         numbers = evaluation.flat(results)
         if data.val and "zero_shot" in kinds:
             with evaluation.one_set("config.data.val", failed):
                 numbers |= session.validation(state, data.val)
+                if average:
+                    losses = session.validation(average, data.val)
+                    numbers |= {f"{key}/ema": value for key, value in losses.items()}
         recorder.show(step, shown or {})
     print(f"after epoch {step // data.steps_per_epoch}, step {step}:")
     print(evaluation.lines(results | {"missing": failed}, numbers), end="", flush=True)

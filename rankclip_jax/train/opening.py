@@ -116,7 +116,7 @@ def open_state(
     if restored:
         print(f"resuming from step {restored.step} of {data.total_steps} in {storage.shown(workdir)}")
         return Start(restored.state, restored.step, _place(restored, session), True)
-    state = steps.init_state(session.model, tx, config.seed, session.mesh, config.sharding)
+    state = steps.init_state(session.model, tx, config.seed, session.mesh, config.sharding, config.optim)
     if origin:
         state = init_from.apply(state, origin, session.model.config, config)
     return Start(state, 0, 0, False)

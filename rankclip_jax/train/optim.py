@@ -1,109 +1,125 @@
-"""AdamW: what is decayed, frozen or slowed, with the rates of schedule.py.
+"""The optimiser of config.optim: a direction (config.optim.name), weight decay, the rates of schedule.py, rules.
 
-config.optim.recipe says whose choice it is; docs/ranking_loss.md says what differs.
+Every one takes the step -rate factor (direction + decay weight). config.optim.recipe says whose choice of what is
+decayed it is; docs/ranking_loss.md says what differs.
 """
 
-import functools
-import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
+from optax import contrib
 
 from rankclip_jax.common.trees import path_name
+from rankclip_jax.train import rules
 from rankclip_jax.train.schedule import learning_rate
-
-# By name and not by rank: in scanned towers a norm's scale has two axes.
-_DECAYED = {
-    # Dense and convolution kernels, projections, the token table. Never: norms of any kind, biases, logit scale, class
-    # and position embeddings.
-    "standard": re.compile(r"(^|/)(kernel|proj|text_projection|token_embedding/embedding)$"),
-    # Also class and position embeddings, and the gain of the norm of a ResNet's shortcut.
-    "released": re.compile(
-        r"(^|/)(kernel|proj|text_projection|token_embedding/embedding|(class|positional)_embedding|downsample_1/scale)$"
-    ),
-}
-
-
-def decay_mask(params: Mapping, recipe: str = "standard") -> dict:
-    """A tree like `params`, True where weight decay applies."""
-    decayed = _DECAYED[recipe]
-    return jax.tree_util.tree_map_with_path(lambda p, _: bool(decayed.search(path_name(p))), params)
-
-
-# What follows the last block of a tower.
-_HEADS = ("ln_post", "proj", "attnpool", "ln_final", "text_projection")
-
-
-def layer_scales(params: Mapping, decay: float) -> dict:
-    """A tree like `params` of factors for the learning rate: decay^d, d blocks before the end of a tower.
-
-    Heads and the logit scale have 1, the last block `decay`, what comes before the first of n blocks decay^(n + 1).
-    Scanned blocks get an array over their leading axis.
-    """
-
-    def tower(tree):
-        blocks = tree.get("transformer") or {k: v for k, v in tree.items() if re.fullmatch(r"layer\d+_\d+", k)}
-        names = sorted(blocks, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
-        scanned = names == ["resblocks"]
-        count = len(jax.tree.leaves(blocks)[0]) if scanned else len(names)
-        if scanned:
-            factors = decay ** np.arange(count, 0, -1, dtype=np.float32)
-            scaled = jax.tree.map(lambda x: factors.reshape(-1, *[1] * (x.ndim - 1)), blocks)
-        else:
-            scaled = {name: _constant(blocks[name], decay ** (count - i)) for i, name in enumerate(names)}
-        rest = {k: _constant(v, 1.0 if k in _HEADS else decay ** (count + 1)) for k, v in tree.items()}
-        return rest | ({"transformer": scaled} if "transformer" in tree else scaled)
-
-    return {k: tower(v) if k in ("visual", "text") else _constant(v, 1.0) for k, v in params.items()}
-
-
-def _constant(tree: Any, value: float | str) -> Any:
-    return jax.tree.map(lambda _: value, tree)
-
-
-FROZEN = {"vision": "visual", "text": "text"}  # config.optim.freeze -> the subtree of the parameters
-
-
-def hold(params: Mapping, freeze: str | None) -> Mapping:
-    """Params through which no gradient flows to the frozen tower, so that none is computed."""
-    if freeze is None:
-        return params
-    return {**params, FROZEN[freeze]: jax.lax.stop_gradient(params[FROZEN[freeze]])}
+from rankclip_jax.weights import lora
 
 
 def make_optimizer(
     config: ConfigDict, total_steps: int, steps_per_epoch: int | None = None
 ) -> optax.GradientTransformation:
-    """Optimiser of `config.optim` for a run of `total_steps`. A frozen tower has no moments and is never changed.
+    """Optimiser of `config.optim` for a run of `total_steps`. What is frozen has no moments and is never changed.
 
-    Args, raises: as `schedule.learning_rate`.
+    Args, raises: as `schedule.learning_rate`; its functions also as `rules.treatments`.
     """
-    clip = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
-    adamw = optax.adamw(
-        learning_rate(config, total_steps, steps_per_epoch),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=functools.partial(decay_mask, recipe=config.recipe),
-    )
-    chain = optax.chain(*clip, adamw)
-    if config.layer_lr_decay is not None:
-        chain = optax.chain(chain, optax.stateless(lambda updates, _: _scaled(updates, config.layer_lr_decay)))
-    if config.freeze is None:
-        return chain
-    frozen = FROZEN[config.freeze]
-    return optax.partition(
-        {"train": chain, "freeze": optax.set_to_zero()},
-        lambda params: {k: _constant(v, "freeze" if k == frozen else "train") for k, v in params.items()},
+    rate = learning_rate(config, total_steps, steps_per_epoch)
+
+    def of(params: optax.Params) -> optax.GradientTransformation:
+        treated = rules.treatments(config, params)
+        clip = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
+        step = optax.chain(_DIRECTIONS[config.name](config), _decay(treated), optax.scale_by_learning_rate(rate))
+        chain: optax.GradientTransformation = optax.chain(*clip, step)
+        if config.layer_lr_decay is not None or any("lr" in fields for _, fields in config.rules):
+            chain = optax.chain(chain, optax.stateless(lambda updates, _: _scale(updates, treated)))
+        if not any(treatment.frozen for treatment in treated.values()):
+            return chain
+        labels = _by_name(lambda name, _: "freeze" if treated[name].frozen else "train", params)
+        return optax.partition({"train": chain, "freeze": optax.set_to_zero()}, labels)
+
+    def update(
+        grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return of(params).update(grads, state, params)
+
+    return optax.GradientTransformation(lambda params: of(params).init(params), update)
+
+
+def _by_name(function: Callable, *trees):
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), *trees)
+
+
+def _scale(updates: optax.Updates, treated: dict) -> optax.Updates:
+    return _by_name(lambda name, update: update * treated[name].lr, updates)
+
+
+def _decay(treated: dict) -> optax.GradientTransformation:
+    """Adds decay times weight. Its state is that of optax.adamw, so that older checkpoints fit."""
+
+    def add(name, update, weight):
+        decay = treated[name].weight_decay
+        return update if isinstance(decay, float) and decay == 0 else update + decay * weight
+
+    return optax.GradientTransformation(
+        lambda _: optax.MaskedState(optax.EmptyState()),
+        lambda updates, state, params=None: (_by_name(add, updates, params), state),
     )
 
 
-def _scaled(updates: dict, decay: float) -> dict:
-    # A frozen tower's place holds no arrays here, so it needs no factors.
-    here = {k: v for k, v in updates.items() if jax.tree.leaves(v)}
-    return updates | jax.tree.map(lambda update, factor: update * factor, here, layer_scales(here, decay))
+def _adam(config: ConfigDict) -> optax.GradientTransformation:
+    return optax.scale_by_adam(config.b1, config.b2, config.eps)
+
+
+def _lion(config: ConfigDict) -> optax.GradientTransformation:
+    """Chen et al., 2023, arXiv 2302.06675."""
+    return optax.scale_by_lion(config.b1, config.b2)
+
+
+def _adafactor(config: ConfigDict) -> optax.GradientTransformation:
+    """Shazeer and Stern, 2018, as Zhai et al., 2021 (arXiv 2106.04560) use it for vision transformers: first moments,
+    second moments that forget at most as b2 has it, no scaling by the parameter's size."""
+
+    def remembered(step, exponent):
+        return jnp.minimum(1 - jnp.asarray(step + 1, jnp.float32) ** -exponent, config.b2)
+
+    moments = [optax.ema(config.b1, debias=False)] if config.b1 else []
+    return optax.chain(
+        optax.scale_by_factored_rms(decay_rate_fn=remembered),
+        optax.stateless(lambda updates, _: _by_name(_clip_rms, updates)),
+        *moments,
+    )
+
+
+def _clip_rms(name: str, update: jax.Array) -> jax.Array:
+    """Root mean square at most 1, of each block where they are scanned."""
+    axes = tuple(range(rules.is_stack(name), update.ndim))
+    return update / jnp.maximum(1, jnp.sqrt(jnp.mean(update**2, axes, keepdims=True)))
+
+
+def _muon(config: ConfigDict) -> optax.GradientTransformation:
+    """Jordan et al., 2024, for the towers' matrices, of each block where they are scanned; Adam for the rest.
+
+    A matrix's update has root mean square 0.2, about that of Adam's, whatever its sides (Liu et al., 2025, arXiv
+    2502.16982), so that one learning rate and weight decay serve both.
+    """
+
+    def label(name, leaf):
+        matrix = lora.matrix(name).endswith("/kernel") and leaf.ndim == 2 + rules.is_stack(name)
+        return "muon" if matrix else "adam"
+
+    def dimensions(updates):
+        return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), updates)
+
+    def scale(update):
+        return 0.2 * max(update.shape[-2:]) ** 0.5 * update
+
+    muon = optax.chain(
+        contrib.scale_by_muon(weight_dimension_numbers=dimensions),
+        optax.stateless(lambda updates, _: jax.tree.map(scale, updates)),
+    )
+    return optax.partition({"muon": muon, "adam": _adam(config)}, lambda params: _by_name(label, params))
+
+
+_DIRECTIONS = {"adamw": _adam, "lion": _lion, "adafactor": _adafactor, "muon": _muon}

@@ -83,6 +83,10 @@ def _settle(config: ConfigDict, pairs: int, old: ConfigDict | None, origin: Pret
         config.optim.warmup_steps = min(steps // 10, 500)
     if config.optim.lr is None:
         config.optim.lr = 1e-5 if config.init_from else 1e-3 if config.model.name.endswith("tiny") else 5e-4
+        if config.optim.lora is not None:
+            config.optim.lr = 2e-4  # Hu et al., 2021
+        if config.optim.name == "lion":
+            config.optim.lr /= 10  # Chen et al., 2023: a third to a tenth of AdamW's
     if config.log_every is None:
         config.log_every = max(round(steps / 50), 1)
     epochs = math.ceil(steps / per_epoch)

@@ -23,6 +23,7 @@ from rankclip_jax.parallel import processes, sharding
 from rankclip_jax.parallel.mesh import batch_shards, make_mesh, to_devices, to_host
 from rankclip_jax.train import flops
 from rankclip_jax.train import step as steps
+from rankclip_jax.weights.lora import Adapted
 
 _EVAL_ROWS = 256  # a device
 
@@ -213,7 +214,7 @@ class Session:
         )
 
 
-def _check_batch(config: ConfigDict, mesh: jax.sharding.Mesh, model: models.CLIP) -> None:
+def _check_batch(config: ConfigDict, mesh: jax.sharding.Mesh, model: models.CLIP | Adapted) -> None:
     """Whether batches divide over devices, parts and lists."""
     shards, batch, parts = batch_shards(mesh), config.batch_size, config.accumulate
     if batch % shards:
@@ -276,10 +277,11 @@ def build_model(
     tokenizer: Tokenizer | Vocabulary,
     devices: Devices | None = None,
     architecture: models.ClipConfig | None = None,
-) -> models.CLIP:
+) -> models.CLIP | Adapted:
     """The model of config.model with the tokenizer's vocabulary and the objective's scale and bias.
 
-    Its attention is chosen for `devices`; None: XLA's, which any device has. `architecture`: in place of the preset's.
+    Its attention is chosen for `devices`; None: XLA's, which any device has. `architecture`: in place of the preset's,
+    and without adapters.
     """
     fields = configs.network(config.model)
     if config.loss.objective == "siglip" or "siglip" in config.loss.terms:  # starts as Zhai et al. have it
@@ -291,9 +293,10 @@ def build_model(
             attention = models.choose_attention(choice, architecture, dtype, devices) if devices else "xla"
             return models.CLIP(architecture, jax.numpy.dtype(dtype), attention=attention)
         words: dict[str, Any] = dict(vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id)
-        return models.build(fields.pop("name"), devices=devices, **words, **fields)
+        model = models.build(fields.pop("name"), devices=devices, **words, **fields)
     except ValueError as error:
         raise InputError(f"config.model: {error}") from None
+    return model if config.optim.lora is None else Adapted(model, config.optim.lora)
 
 
 def _pictures(batch: dict) -> dict:

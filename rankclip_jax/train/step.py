@@ -13,12 +13,14 @@ from ml_collections import ConfigDict
 
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.packing import Packed
+from rankclip_jax.common.trees import overlaid
 from rankclip_jax.losses import RANKING, LossSpec, clip_loss, rank_weight, weighted_loss
 from rankclip_jax.models import CLIP, images
 from rankclip_jax.parallel.mesh import batch_axes
 from rankclip_jax.parallel.sharding import gather, params_shardings, state_shardings
+from rankclip_jax.train import average, rules
 from rankclip_jax.train.accumulation import loss_and_grads
-from rankclip_jax.train.optim import hold
+from rankclip_jax.weights.lora import Adapted
 
 # OpenAI clamps the learned scale of the logits to at most 100; below 1 it would flatten them.
 MIN_LOG_SCALE, MAX_LOG_SCALE = 0.0, float(np.log(100))
@@ -41,36 +43,66 @@ class TrainState:
     opt_state: optax.OptState
 
 
+@flax.struct.dataclass
+class AveragedState(TrainState):
+    """The state of a run with config.optim.ema. `ema`: {"params", "batch_stats"}, as average.begin has them."""
+
+    ema: dict
+
+
+def averaged(state: AveragedState) -> AveragedState:
+    """With the averages as its weights."""
+    params, stats = overlaid(state.params, state.ema["params"]), state.ema.get("batch_stats", {})
+    return dataclasses.replace(state, params=params, batch_stats=stats)
+
+
 def init_state(
-    model: CLIP, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh, rules: str | Sequence | None
+    model: CLIP | Adapted,
+    tx: optax.GradientTransformation,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+    sharding: str | Sequence | None,
+    optim: ConfigDict | None = None,
 ) -> TrainState:
-    """A fresh state, born with the shardings that `rules` (config.sharding) give it."""
-    init, shardings = _init_and_shardings(model, tx, seed, mesh, rules)
+    """A fresh state, born with the shardings that `sharding` (config.sharding) gives it. `optim`: as fresh_state."""
+    init, shardings = _init_and_shardings(model, tx, seed, mesh, sharding, optim)
     return jax.jit(init, out_shardings=shardings)()
 
 
 def abstract_state(
-    model: CLIP, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh, rules: str | Sequence | None
+    model: CLIP | Adapted,
+    tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    sharding: str | Sequence | None,
+    optim: ConfigDict | None = None,
 ) -> TrainState:
     """The state's shapes, dtypes and shardings, without allocating it: what a checkpoint is restored into."""
-    init, shardings = _init_and_shardings(model, tx, 0, mesh, rules)
+    init, shardings = _init_and_shardings(model, tx, 0, mesh, sharding, optim)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init), shardings
     )
 
 
-def _init_and_shardings(model, tx, seed, mesh, rules):
+def _init_and_shardings(model, tx, seed, mesh, sharding, optim):
     def init():
-        return fresh_state(model, tx, seed)
+        return fresh_state(model, tx, seed, optim)
 
-    return init, state_shardings(jax.eval_shape(init), mesh, rules)
+    return init, state_shardings(jax.eval_shape(init), mesh, sharding)
 
 
-def fresh_state(model: CLIP, tx: optax.GradientTransformation, seed: int | jax.Array) -> TrainState:
-    """A state before its first step; `seed` may be traced, so that one program makes the states of many seeds."""
+def fresh_state(
+    model: CLIP | Adapted, tx: optax.GradientTransformation, seed: int | jax.Array, optim: ConfigDict | None = None
+) -> TrainState:
+    """A state before its first step; `seed` may be traced, so that one program makes the states of many seeds.
+
+    `optim`: config.optim; None, or without ema: no averages.
+    """
     variables = model.init(jax.random.key(seed), *model.example_inputs())
-    params = variables["params"]
-    return TrainState(jnp.int32(0), params, variables.get("batch_stats", {}), tx.init(params))
+    params, stats = variables["params"], variables.get("batch_stats", {})
+    state = jnp.int32(0), params, stats, tx.init(params)
+    if optim is None or optim.ema is None:
+        return TrainState(*state)
+    return AveragedState(*state, average.begin(params, stats, optim))
 
 
 def loss_spec(config: ConfigDict) -> LossSpec:
@@ -93,7 +125,7 @@ def loss_spec(config: ConfigDict) -> LossSpec:
 
 
 def make_train_step(
-    model: CLIP,
+    model: CLIP | Adapted,
     tx: optax.GradientTransformation,
     config: ConfigDict,
     mesh: jax.sharding.Mesh,
@@ -119,7 +151,7 @@ def make_train_step(
 
 
 def train_step_function(
-    model: CLIP,
+    model: CLIP | Adapted,
     tx: optax.GradientTransformation,
     config: ConfigDict,
     mesh: jax.sharding.Mesh | None,
@@ -149,26 +181,31 @@ def train_step_function(
         pixels = images.augment(key, flat, flip=config.data.flip, jitter=config.data.color_jitter)
         ramp = rank_weight(state.step // steps_per_epoch + 1, ramp_epochs)
 
-        def embed(params, rows):
+        used = state.params if mesh is None else gather(state.params, mesh, config.sharding)
+        trained, frozen = rules.split(used, config.optim)
+
+        def embed(trained, rows):
             tokens = rows["tokens"]
             (z_img_nxD, z_txt_nxD, _), updated = model.apply(
-                {"params": hold(params, config.optim.freeze), "batch_stats": state.batch_stats},
+                {"params": rules.join(trained, frozen), "batch_stats": state.batch_stats},
                 images.normalize(rows["image"].reshape(-1, side, side, 3), config.data.mean, config.data.std),
                 tokens if isinstance(tokens, Packed) else tokens.reshape(-1, tokens.shape[-1]),
-                train=config.optim.freeze != "vision",  # batch norm's statistics stay too
+                train=bool(jax.tree.leaves(trained["visual"])),  # of a frozen tower batch norm's statistics stay too
                 mutable=["batch_stats"],
             )
             z_img_bxVxD, z_txt_bxVxD = (z.reshape(len(rows["image"]), -1, z.shape[-1]) for z in (z_img_nxD, z_txt_nxD))
             return z_img_bxVxD, z_txt_bxVxD, updated.get("batch_stats", {})
 
-        def loss_of(params, embeds):
+        def loss_of(trained, embeds):
             z_img_BxVxD, z_txt_BxVxD, batch_stats = embeds
+            params = rules.join(trained, frozen)
             loss, parts = _objective(z_img_BxVxD, z_txt_BxVxD, params, spec, ramp, mesh)
             return loss, (parts, batch_stats)
 
         rows = {"image": pixels.reshape(views_BxVxSxSx3.shape), "tokens": batch["tokens"]}
-        used = state.params if mesh is None else gather(state.params, mesh, config.sharding)
-        (loss, (parts, batch_stats)), grads = loss_and_grads(embed, loss_of, used, rows, config.accumulate, constrain)
+        value, grads = loss_and_grads(embed, loss_of, trained, rows, config.accumulate, constrain)
+        loss, (parts, batch_stats) = value
+        grads = rules.join(grads, jax.tree.map(jnp.zeros_like, frozen))  # the optimiser leaves these out
         if mesh is not None:  # each device updates its own part
             where = params_shardings(grads, mesh, config.sharding)
             grads = jax.lax.with_sharding_constraint(grads, where)
@@ -179,7 +216,10 @@ def train_step_function(
             metrics["logit_bias"] = state.params["logit_bias"]
         if spec.objective in RANKING:
             metrics["rank_weight"] = ramp if spec.schedule == "ramp" else jnp.float32(1)
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        new = dict(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
+        if config.optim.ema is not None and isinstance(state, AveragedState):
+            new["ema"] = average.update(state.ema, params, batch_stats, state.step, config.optim.ema)
+        return dataclasses.replace(state, **new), metrics
 
     return train_step
 
@@ -214,7 +254,7 @@ def _objective(z_img_BxVxD, z_txt_BxVxD, params, spec, ramp, mesh):
     return loss, parts
 
 
-def make_val_step(model: CLIP, config: ConfigDict, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
+def make_val_step(model: CLIP | Adapted, config: ConfigDict, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
     """Returns jitted val_step(state, batch) -> the objective's parts (float32 scalars), as in evaluation."""
     spec = loss_spec(config)
 
@@ -247,7 +287,7 @@ def objective_of(config: ConfigDict) -> Callable:
 
 
 def make_embed_step(
-    model: CLIP, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    model: CLIP | Adapted, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> jax.stages.Wrapped:
     """Returns jitted embed(state, batch) -> float32 (B, D) of unit norm, of the pictures or of batch["tokens"].
 

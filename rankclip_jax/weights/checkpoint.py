@@ -7,10 +7,12 @@ over, never deleted. saving.py writes them.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +29,7 @@ from rankclip_jax.parallel import processes
 from rankclip_jax.weights.fingerprint import fingerprints
 
 SCORES = "scores.json"  # beside the checkpoints: {metric: {step: its value}}
-_VARIABLES = "params", "batch_stats"
+_VARIABLES = "params", "batch_stats", "ema"  # of a state; the last only with config.optim.ema
 
 
 class Restored(NamedTuple):
@@ -57,7 +59,7 @@ def restore(workdir: str | Path, config: ConfigDict, abstract_state: Any) -> Res
 
 
 def restore_variables(workdir: str | Path, config: ConfigDict, abstract: dict) -> Restored | None:
-    """As `restore`, of {"params", "batch_stats"} alone, and of the best checkpoint by config.best if there is one."""
+    """As `restore`, of {"params", "batch_stats"} (and "ema") alone, of the best checkpoint by config.best if any."""
 
     def read(folder, data):
         _check_model(folder, abstract)
@@ -70,12 +72,15 @@ def restore_variables(workdir: str | Path, config: ConfigDict, abstract: dict) -
     return _first_whole(*_by_worth(folder_of(workdir, config), config.best), read)
 
 
-def read_variables(workdir: str | Path, config: ConfigDict) -> tuple[int, dict] | None:
+def read_variables(
+    workdir: str | Path, config: ConfigDict, names: Sequence[str] = _VARIABLES[:2]
+) -> tuple[int, dict] | None:
     """(step, {"params", "batch_stats"} as NumPy arrays) of the best checkpoint (`restore`), without the optimiser.
 
     None without a complete checkpoint. Writes nothing, and takes no accelerator.
     """
-    found = _first_whole(*_by_worth(folder_of(workdir, config), config.best), _read_variables, alone=True)
+    read = functools.partial(_read_variables, names=names)
+    found = _first_whole(*_by_worth(folder_of(workdir, config), config.best), read, alone=True)
     return found and (found.step, found.state)
 
 
@@ -126,10 +131,10 @@ def _check_model(folder, abstract) -> None:
             raise InputError(f"{folder.parent} is of another model: {name} is {there} there, {leaf.shape} here")
 
 
-def _read_variables(folder, data):
+def _read_variables(folder, data, names):
     with _quiet(), ocp.PyTreeCheckpointer() as reader:
         tree = reader.metadata(folder).item_metadata.tree
-        wanted = {name: tree[name] for name in _VARIABLES if tree.get(name)}
+        wanted = {name: tree[name] for name in names if tree.get(name)}
         numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         variables = reader.restore(
             folder, args=ocp.args.PyTreeRestore(item=wanted, restore_args=numpy, partial_restore=True)

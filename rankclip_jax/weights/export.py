@@ -156,7 +156,7 @@ def card(model: Pretrained, layout: str) -> str:
         *_table(("model", ""), facts.items()),
     ]
     if model.run:
-        lines += ["## Training", "", *_table(("", ""), _training(model.run, model.step).items())]
+        lines += ["## Training", "", *_table(("", ""), _training(model.run, model.step, model.averaged).items())]
         results = _results(model)
         if results:
             lines += [f"## Results at step {model.step}", "", *_table(("metric", "value"), results)]
@@ -207,16 +207,22 @@ def _data(data: ConfigDict) -> str:
     return ", ".join(Path(str(file)).name for file in files)
 
 
-def _training(run: ConfigDict, step: int | None) -> dict:
+_OPTIMISERS = {"adamw": "AdamW", "lion": "Lion", "adafactor": "Adafactor", "muon": "Muon, AdamW for all but matrices"}
+
+
+def _training(run: ConfigDict, step: int | None, averaged: bool) -> dict:
+    weights = {"weights": f"averaged over the steps, config.optim.ema = {run.optim.ema:g}"} if averaged else {}
+    adapters = {"adapters": f"LoRA of rank {run.optim.lora}, merged"} if run.optim.lora else {}
     return {
         "loss": _loss(run.loss),
         "data": f"{run.data.format}: {_data(run.data)}",
         "steps": f"{step:,} of {run.batch_size:,} samples",
-        "optimiser": f"AdamW, learning rate {run.optim.lr:g}, weight decay {run.optim.weight_decay:g}, "
+        "optimiser": f"{_OPTIMISERS[run.optim.name]}, learning rate {run.optim.lr:g}, "
+        f"weight decay {run.optim.weight_decay:g}, "
         f"{run.optim.warmup_steps:,} steps of warm-up, schedule: {run.optim.schedule}, recipe: {run.optim.recipe}",
         "computed in": run.model.dtype,
         "seed": run.seed,
-    }
+    } | weights | adapters
 
 
 def _results(model: Pretrained) -> list[tuple[str, str]]:
@@ -224,7 +230,8 @@ def _results(model: Pretrained) -> list[tuple[str, str]]:
     found: dict = {}
     for row in read_metrics(model.path):
         if row["step"] == model.step:
-            found |= {k: v for k, v in row.items() if "/" in k and isinstance(v, int | float)}
+            numbers = {k: v for k, v in row.items() if "/" in k and isinstance(v, int | float)}
+            found |= {k: v for k, v in numbers.items() if ("/ema/" in f"{k}/") == model.averaged}
     return [(name, f"{value:.4f}") for name, value in sorted(found.items())]
 
 

@@ -12,8 +12,9 @@ from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.foreign_files import read_json
 from rankclip_jax.common.tokenizer import Tokenizer, files_of_tokenizer
+from rankclip_jax.common.trees import overlaid
 from rankclip_jax.models.presets import Activation
-from rankclip_jax.weights import checkpoint, formats, hub
+from rankclip_jax.weights import checkpoint, formats, hub, lora
 from rankclip_jax.weights import view as preprocess
 
 
@@ -29,6 +30,7 @@ class Pretrained:
       tokenizer: None if the path has none.
       run: the complete training configuration of a workdir, otherwise None.
       step: the step of a workdir's checkpoint, otherwise None.
+      averaged: whether these are a run's averages (config.optim.ema), not its last weights.
     """
 
     path: Path
@@ -38,9 +40,12 @@ class Pretrained:
     tokenizer: Tokenizer | None
     run: ConfigDict | None = None
     step: int | None = None
+    averaged: bool = False
 
 
-def read(path: str | Path, tokenizer: str | None = None, activation: Activation = "quick_gelu") -> Pretrained:
+def read(
+    path: str | Path, tokenizer: str | None = None, activation: Activation = "quick_gelu", ema: bool = False
+) -> Pretrained:
     """Reads a model.
 
     Args:
@@ -49,6 +54,7 @@ def read(path: str | Path, tokenizer: str | None = None, activation: Activation 
         is used.
       tokenizer: as `Tokenizer.load` takes it; needed for text if the path has none.
       activation: of weights without a config: "quick_gelu" (OpenAI, RankCLIP) or "gelu" (most of open_clip's).
+      ema: the averages of a workdir's run with config.optim.ema, instead of its weights.
 
     Raises:
       InputError: one line naming the path and what is wrong with it.
@@ -56,7 +62,7 @@ def read(path: str | Path, tokenizer: str | None = None, activation: Activation 
     if storage.is_remote(path):
         copy = storage.fetched(str(path))
         try:
-            return read(copy, tokenizer, activation)
+            return read(copy, tokenizer, activation, ema)
         except InputError as error:
             raise InputError(str(error).replace(str(copy), str(path))) from None
     path, found = Path(path), hub.locate(path)
@@ -69,7 +75,9 @@ def read(path: str | Path, tokenizer: str | None = None, activation: Activation 
     words = words or given
     # A workdir without checkpoints/ has them in config.checkpoint.folder.
     if found.is_dir() and ((found / storage.CHECKPOINTS).is_dir() or (found / "metrics.jsonl").is_file()):
-        return _workdir(found, words)
+        return _workdir(found, words, ema)
+    if ema:
+        raise InputError(f"{path} is no workdir; only a run with config.optim.ema has averaged weights")
     # What pools at a text's highest id pools at the end of text, where no id above it comes in texts.
     end = words.eot_id if words and words.highest_id() == words.eot_id else None
     try:
@@ -94,24 +102,29 @@ def untrained(model: Pretrained, seed: int = 0) -> Pretrained:
     (with config.model.scan_layers: other random values)."""
     network = models.CLIP(model.config)
     variables = jax.device_get(jax.jit(lambda: network.init(jax.random.key(seed), *network.example_inputs()))())
-    return dataclasses.replace(model, variables=variables, run=None, step=None)
+    return dataclasses.replace(model, variables=variables, run=None, step=None, averaged=False)
 
 
-def _workdir(path: Path, tokenizer: Tokenizer | None) -> Pretrained:
+def _workdir(path: Path, tokenizer: Tokenizer | None, ema: bool) -> Pretrained:
     try:
         stored = read_json(path / "config.json")
     except (OSError, InputError) as error:
         raise InputError(f"{path} is a workdir, but its config.json cannot be read ({error}); restore it") from None
     run = configs.complete(stored)
+    if ema and run.optim.ema is None:
+        raise InputError(f"{path} has no averaged weights: its run has config.optim.ema=None")
     if tokenizer is None:
         raise InputError(f"{path} is a workdir, but has no tokenizer.json; restore it")
-    found = checkpoint.read_variables(path, run.checkpoint)
+    found = checkpoint.read_variables(path, run.checkpoint, ("params", "batch_stats", *["ema"] * ema))
     if found is None:
         raise InputError(f"{path} has no complete checkpoint; train it first")
     step, variables = found
     config = models.build(**configs.network(run.model), vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id).config
+    if ema:
+        variables = overlaid(variables, variables.pop("ema"))
+    variables["params"] = lora.merged(variables["params"])
     variables = {name: models.unstack_layers(tree) for name, tree in variables.items()}
     variables["params"].pop("logit_bias", None)  # of SigLIP's loss; affects neither embeddings nor a softmax
     side = config.vision.image_size
     view = preprocess.View(side, side, run.data.mean or preprocess.MEAN, run.data.std or preprocess.STD)
-    return Pretrained(path, config, variables, view, tokenizer, run, step)
+    return Pretrained(path, config, variables, view, tokenizer, run, step, ema)

@@ -1,0 +1,155 @@
+"""How each parameter is trained: config.optim.rules, and the keys that are written with such rules.
+
+A rule is (regex, {"lr", "weight_decay", "freeze"}). Of those whose regex is found in a parameter's name, such as
+visual/transformer/resblocks_0/mlp/c_fc/kernel, the first counts. Scanned blocks have the names of unrolled ones, and
+an adapter (weights/lora.py) has that of its matrix. config.optim.freeze and layer_lr_decay are rules behind the others.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.trees import by_name, path_name
+from rankclip_jax.weights import lora
+
+# By name and not by rank: in scanned towers a norm's scale has two axes.
+_DECAYED = {
+    # Dense and convolution kernels, projections, the token table. Never: norms of any kind, biases, logit scale, class
+    # and position embeddings.
+    "standard": re.compile(r"(^|/)(kernel|proj|text_projection|token_embedding/embedding)$"),
+    # Also class and position embeddings, and the gain of the norm of a ResNet's shortcut.
+    "released": re.compile(
+        r"(^|/)(kernel|proj|text_projection|token_embedding/embedding|(class|positional)_embedding|downsample_1/scale)$"
+    ),
+}
+FROZEN = {"vision": "visual", "text": "text"}  # config.optim.freeze -> the subtree of the parameters
+_HEADS = "ln_post|proj|attnpool|ln_final|text_projection|head"  # what follows the last block of a tower
+_BLOCK = re.compile(r"(visual|text)/(transformer/resblocks|layer\d+)_\d+/")
+_STACK = "/resblocks/"  # of scanned blocks, with a leading axis over them
+
+
+class Treatment(NamedTuple):
+    """Of one leaf: the factor on the learning rate, the weight decay (0: none), and whether it stays as it is.
+
+    Where they differ among scanned blocks, `lr` and `weight_decay` are float32 arrays that broadcast over the leaf.
+    """
+
+    lr: float | np.ndarray
+    weight_decay: float | np.ndarray
+    frozen: bool
+
+
+def treatments(config: ConfigDict, params: Mapping) -> dict[str, Treatment]:
+    """Name of a leaf -> how it is trained. Looks at names and shapes alone.
+
+    Args:
+      config: config.optim.
+      params: all parameters of the model, arrays or their shapes.
+
+    Raises:
+      InputError: a rule that is no parameter's first, or that freezes some of the blocks that are scanned together.
+    """
+    leaves = by_name(params)
+    singles = {name: _singles(name, leaf) for name, leaf in leaves.items()}
+    rules: list[tuple[str, Mapping[str, Any]]] = list(config.rules)
+    if config.freeze is not None:
+        rules.append((f"^{FROZEN[config.freeze]}/", {"freeze": True}))
+    if config.layer_lr_decay is not None:
+        every = [name for names in singles.values() for name in names]
+        rules += _by_layer(every, config.layer_lr_decay, any(_STACK in name for name in leaves))
+    patterns = [re.compile(pattern) for pattern, _ in rules]
+    used: set[int | None] = set()
+
+    def fields_of(name: str) -> Mapping[str, Any]:
+        first = next((number for number, pattern in enumerate(patterns) if pattern.search(name)), None)
+        used.add(first)
+        return {} if first is None else rules[first][1]
+
+    def treat(name: str) -> Treatment:
+        each = [fields_of(single) for single in singles[name]]
+        frozen = {bool(fields.get("freeze")) for fields in each}
+        if len(frozen) > 1:
+            raise InputError(
+                f"config.optim.rules freezes some blocks of {name.partition(_STACK)[0]} and not others, which are "
+                "scanned together; give --config.model.scan_layers=False"
+            )
+        usual = config.weight_decay if _DECAYED[config.recipe].search(lora.matrix(name)) else 0.0
+        given = [fields.get("weight_decay") for fields in each]
+        decays = [usual if decay is None else decay for decay in given]
+        rates = [fields.get("lr", 1.0) for fields in each]
+        base = config.lora is not None and name.startswith(("visual/", "text/"))
+        axes = leaves[name].ndim
+        return Treatment(_joined(rates, axes), _joined(decays, axes), base or True in frozen)
+
+    found = {name: treat(name) for name in leaves}
+    for number, (pattern, _) in enumerate(config.rules):
+        if number not in used:
+            raise InputError(
+                f"config.optim.rules: {pattern!r} is found in no parameter's name, or a rule before it counts for all "
+                f"of them; names are such as {next(iter(singles[min(leaves, key=len)]))} and {max(leaves, key=len)}"
+            )
+    return found
+
+
+def decay_mask(params: Mapping, recipe: str = "standard") -> dict:
+    """A tree like `params`, True where weight decay applies without a rule."""
+    decayed = _DECAYED[recipe]
+    return jax.tree_util.tree_map_with_path(lambda p, _: bool(decayed.search(path_name(p))), params)
+
+
+def split(params: Mapping, config: ConfigDict) -> tuple[dict, dict]:
+    """(what is trained, what is frozen): two trees like `params`, each with None in the other's places."""
+    treated = treatments(config, params)
+
+    def part(frozen: bool) -> dict:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: x if treated[path_name(path)].frozen == frozen else None, params
+        )
+
+    return part(False), part(True)
+
+
+def join(trained: Mapping, frozen: Mapping) -> dict:
+    """The inverse of `split`."""
+    return jax.tree.map(lambda x, y: y if x is None else x, trained, frozen, is_leaf=lambda x: x is None)
+
+
+def is_stack(name: str) -> bool:
+    """Whether a leaf has a leading axis over scanned blocks."""
+    return _STACK in name
+
+
+def _singles(name: str, leaf: Any) -> list[str]:
+    """The names that a leaf has in rules: one for each of its blocks."""
+    name = lora.matrix(name)
+    return [name.replace(_STACK, f"/resblocks_{i}/") for i in range(leaf.shape[0])] if _STACK in name else [name]
+
+
+def _by_layer(names: Iterable[str], decay: float, scanned: bool) -> list[tuple[str, dict]]:
+    """layer_lr_decay as rules: decay^d, d blocks before the end of a tower.
+
+    Heads and what is in no tower have 1, the last block `decay`, what comes before the first of n blocks decay^(n + 1).
+    """
+    rules: list[tuple[str, dict]] = []
+    for tower in ("visual", "text"):
+        own = {match[0] for name in names if (match := _BLOCK.match(name)) and match[1] == tower}
+        blocks = sorted(own, key=lambda block: [int(n) for n in re.findall(r"\d+", block)])
+        powers = [decay**n for n in range(len(blocks), 0, -1)]
+        if scanned:  # in float32, as they always were there
+            powers = (decay ** np.arange(len(blocks), 0, -1, dtype=np.float32)).tolist()
+        rules.append((f"^{tower}/({_HEADS})(/|$)", {"lr": 1.0}))
+        rules += [(f"^{block}", {"lr": power}) for block, power in zip(blocks, powers, strict=True)]
+        rules.append((f"^{tower}/", {"lr": decay ** (len(blocks) + 1)}))
+    return rules
+
+
+def _joined(values: list[float], axes: int) -> float | np.ndarray:
+    """One number, or one for each block of a leaf with so many axes."""
+    if len(set(values)) == 1:
+        return values[0]
+    return np.array(values, np.float32).reshape(-1, *[1] * (axes - 1))
