@@ -14,6 +14,7 @@ import optax
 from ml_collections import ConfigDict
 
 from rankclip_jax import models
+from rankclip_jax.common.errors import InputError
 from rankclip_jax.study.batches import batch_of, epoch_order
 from rankclip_jax.train import optim
 from rankclip_jax.train import step as steps
@@ -29,8 +30,14 @@ class Job(NamedTuple):
 def with_rate(config: ConfigDict, total_steps: int, steps_per_epoch: int) -> optax.GradientTransformation:
     """The optimiser of config.optim whose peak rate is a number in its state ("lr"), not in its program.
 
-    AdamW's update is proportional to the rate, decay and schedule included.
+    Every optimiser's update is proportional to the rate, decay and schedule included.
+
+    Raises:
+      InputError: config.optim has what a study does not train: adapters, averages.
     """
+    for key in ("ema", "lora"):
+        if config[key] is not None:
+            raise InputError(f"config.optim.{key}={config[key]}. Expected None: a study compares whole models")
     unit = config.copy_and_resolve_references()
     unit.lr = 1.0
     inner = optim.make_optimizer(unit, total_steps, steps_per_epoch)

@@ -17,7 +17,6 @@ from rankclip_jax.common import storage
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.metrics_file import read_metrics
 from rankclip_jax.common.packing import Packed
-from rankclip_jax.common.trees import by_name
 from rankclip_jax.models import ResNetConfig
 from rankclip_jax.parallel import processes
 from rankclip_jax.parallel.mesh import to_devices
@@ -73,7 +72,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
             batches = opening.open_batches(session, workdir, data, start)
             processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""
             print(
-                f"training {config.model.name} ({_parameters(start.state):,} parameters{_trained(config, start)}) with "
+                f"training {config.model.name} ({_counted(config, start.state)}) with "
                 f"{config.loss.objective} on {data.source.size:,} samples: "
                 f"{data.total_steps} steps of {config.batch_size} on "
                 f"{session.devices.count} {session.devices.platform} device(s){processes_said}"
@@ -134,10 +133,9 @@ def _parameters(state: steps.TrainState) -> int:
     return sum(p.size for p in jax.tree.leaves(state.params))
 
 
-def _trained(config: ConfigDict, start: Start) -> str:
-    treated, leaves = rules.treatments(config.optim, start.state.params), by_name(start.state.params)
-    count = sum(leaf.size for name, leaf in leaves.items() if not treated[name].frozen)
-    return f", {count:,} trained" if count < _parameters(start.state) else ""
+def _counted(config: ConfigDict, state: steps.TrainState) -> str:
+    every, trained = _parameters(state), rules.count(config.optim, state.params)
+    return f"{every:,} parameters" + (f", {trained:,} of them trained" if trained < every else "")
 
 
 def finish(session: Session, workdir: Path, batches: Any) -> None:

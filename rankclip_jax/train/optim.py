@@ -47,7 +47,7 @@ def make_optimizer(
     return optax.GradientTransformation(lambda params: of(params).init(params), update)
 
 
-def _by_name(function: Callable, *trees):
+def _by_name(function: Callable, *trees: optax.Params) -> optax.Params:
     return jax.tree_util.tree_map_with_path(lambda path, *leaves: function(path_name(path), *leaves), *trees)
 
 

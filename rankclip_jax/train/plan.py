@@ -9,6 +9,7 @@ those of the GPU, the rest is an estimate, since XLA fuses and sums otherwise th
 import contextlib
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -80,7 +81,7 @@ def summary(config: ConfigDict, target: Target, whole: dict, half: dict) -> dict
     """The numbers of a plan, from what the compiler said of the batch and of half of it."""
     memory, tflops = ACCELERATORS[target.kind]
     flops = whole["flops"]
-    numbers = {key: whole[key] for key in ("real", "attention", "sort", "bfloat16")} | {
+    numbers = {key: whole[key] for key in ("real", "attention", "sort", "bfloat16", "trained")} | {
         "text": _text(config, whole["text_rows"]),
         "parameters": whole["parameters"],
         "tflop_per_step": flops / 1e12,
@@ -96,6 +97,7 @@ def summary(config: ConfigDict, target: Target, whole: dict, half: dict) -> dict
     if "error" in whole:
         return numbers | {"error": whole["error"]}
     numbers |= {f"{key}_gib": whole[key] / 2**30 for key in ("states", "temporary")}
+    numbers["of_states_gib"] = {name: size / 2**30 for name, size in whole["of_states"].items()}
     numbers["peak_gib"] = numbers["states_gib"] + numbers["temporary_gib"]
     numbers["collectives"] = whole["collectives"]
     a_row = (whole["temporary"] - half["temporary"]) / 2**30 / (config.batch_size - config.batch_size // 2)
@@ -115,7 +117,7 @@ def lines(config: ConfigDict, target: Target, numbers: dict) -> list[str]:
     """The plan as text."""
     rows = [
         ("compiler", target.kind if numbers["real"] else f"the CPU's: what {target.kind} needs is estimated"),
-        ("parameters", f"{numbers['parameters']:,}"),
+        ("parameters", f"{numbers['parameters']:,}, {numbers['trained']:,} trained"),
         ("batch", f"{config.batch_size:,}, {config.batch_size // target.count:,} a device"),
         ("text tower", numbers["text"]),
         ("floating-point operations", f"{numbers['tflop_per_step']:.3g} TFLOP a step"),
@@ -131,6 +133,7 @@ def lines(config: ConfigDict, target: Target, numbers: dict) -> list[str]:
         rows += [
             ("memory a device", f"{numbers['peak_gib']:.2f} of {numbers['limit_gib']} GiB"),
             ("  states and inputs", f"{numbers['states_gib']:.2f} GiB"),
+            *((f"    {name}", f"{size:.3g} GiB") for name, size in numbers["of_states_gib"].items()),
             ("  activations, gradients, loss", f"{numbers['temporary_gib']:.2f} GiB"),
             ("collectives a step", "; ".join(moved) or "none"),
         ]
@@ -188,7 +191,7 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
     import numpy as np
 
     from rankclip_jax.losses.sorting import SORTS
-    from rankclip_jax.train import optim
+    from rankclip_jax.train import optim, rules
     from rankclip_jax.train import step as steps
     from rankclip_jax.train.session import Session, Vocabulary
 
@@ -200,7 +203,7 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
     total = _total_steps(config) or config.optim.warmup_steps + (config.optim.decay_steps or 2)
     a_epoch = config.plan.samples // config.batch_size if config.plan.samples else 1
     tx = optim.make_optimizer(config.optim, total, a_epoch)
-    state = steps.abstract_state(model, tx, mesh, config.sharding)
+    state = steps.abstract_state(model, tx, mesh, config.sharding, config.optim)
     step = steps.make_train_step(model, tx, config, mesh, total_steps=2, steps_per_epoch=1)
     where, b = batch_sharding(mesh), config.batch_size
 
@@ -220,6 +223,15 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
         batch["image"] = array(np.uint8, views, side, side, 3)
     found = {
         "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
+        "trained": rules.count(config.optim, state.params),
+        "of_states": {
+            name: sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(part))
+            for name, part in (
+                ("weights", (state.params, state.batch_stats)),
+                ("moments", state.opt_state),
+                ("averages", getattr(state, "ema", {})),
+            )
+        },
         "flops": session.step_tflop(session.packs) * 1e12,
         "text_rows": session.unit_rows if session.packs else session.unit_captions,
         "attention": model.attention,

@@ -96,6 +96,12 @@ def treatments(config: ConfigDict, params: Mapping) -> dict[str, Treatment]:
     return found
 
 
+def count(config: ConfigDict, params: Mapping) -> int:
+    """The number of trained parameters."""
+    treated = treatments(config, params)
+    return sum(leaf.size for name, leaf in by_name(params).items() if not treated[name].frozen)
+
+
 def decay_mask(params: Mapping, recipe: str = "standard") -> dict:
     """A tree like `params`, True where weight decay applies without a rule."""
     decayed = _DECAYED[recipe]

@@ -10,7 +10,7 @@ from rankclip_jax.common.trees import path_name
 from rankclip_jax.config import complete
 from rankclip_jax.parallel import sharding
 from rankclip_jax.parallel.mesh import make_mesh
-from rankclip_jax.train import optim
+from rankclip_jax.train import optim, rules
 from rankclip_jax.weights.layouts import openai
 
 
@@ -25,7 +25,7 @@ def test_decay_is_on_matrices_only(name, scan):
     params = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
     decayed = {}
     jax.tree_util.tree_map_with_path(
-        lambda path, leaf, yes: decayed.update({path_name(path): yes}), params, optim.decay_mask(params)
+        lambda path, leaf, yes: decayed.update({path_name(path): yes}), params, rules.decay_mask(params)
     )
     never = ("bias", "scale", "logit_scale", "class_embedding", "positional_embedding")
     for path, yes in decayed.items():
@@ -38,11 +38,11 @@ def test_decay_is_on_matrices_only(name, scan):
 def test_the_released_recipe_decays_whatever_has_no_such_name_in_torch(name, scan):
     model = models.build(name, scan_layers=scan)
     params = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
-    leaves = jax.tree_util.tree_leaves_with_path(optim.decay_mask(params, "released"))
+    leaves = jax.tree_util.tree_leaves_with_path(rules.decay_mask(params, "released"))
     for path, decayed in leaves:
         theirs = openai(path_name(path).replace("resblocks/", "resblocks_0/"), 2).key
         assert decayed == (not any(part in theirs for part in ("bn", "ln", "bias", "logit_scale"))), theirs
-    more = sum(yes for _, yes in leaves) - sum(jax.tree.leaves(optim.decay_mask(params)))
+    more = sum(yes for _, yes in leaves) - sum(jax.tree.leaves(rules.decay_mask(params)))
     # Two towers' positions and the class; or the texts', the attention pool's, and a gain for each of four shortcuts.
     assert more == (3 if name == "ViT-tiny" else 6)
 

@@ -18,6 +18,7 @@ from rankclip_jax.study.training import Programs
 from rankclip_jax.train import optim
 from rankclip_jax.train import step as steps
 from rankclip_jax.weights import fingerprint
+from rankclip_jax.weights.lora import Adapted
 
 H100 = Devices("gpu", "NVIDIA H100 80GB HBM3", 9.0, 8)
 V5E = Devices("tpu", "TPU v5 lite", None, 8)
@@ -40,8 +41,9 @@ def made(mesh: Mesh, devices: Devices, model: dict = VIT, **changes):
     fields = {"dtype": "bfloat16"} | changes.pop("fields", {}) | model
     config = complete(changes)
     model = models.build(devices=devices, text=TEXT, **fields, **WORDS)
+    model = Adapted(model, config.optim.lora) if config.optim.lora else model
     tx = optim.make_optimizer(config.optim, 100)
-    state = steps.abstract_state(model, tx, mesh, config.sharding)
+    state = steps.abstract_state(model, tx, mesh, config.sharding, config.optim)
     side, views = model.config.vision.image_size, 1 + config.data.two_views
     array = functools.partial(abstract, mesh)
     batch = {"tokens": array((BATCH, *[2] * (views - 1), WORDS["context_length"]), jnp.int32)}
@@ -118,6 +120,7 @@ def doctors_step(mesh: Mesh, devices: Devices) -> tuple[Callable, tuple]:
 # The meshes of programs that need other axes than "data".
 AXES = {
     "step: fsdp": {"data": 1, "fsdp": -1},
+    "step: muon": {"data": 1, "fsdp": -1},
     "step: tensor": {"data": -1, "model": 2},
     "step: fsdp+tensor": {"data": 1, "fsdp": -1, "model": 2},
 }
@@ -133,6 +136,11 @@ TRAIN = {
     "scanned": dict(fields=dict(scan_layers=True)),
     "remat": dict(fields=dict(remat=True)),
     "frozen": dict(optim={"warmup_steps": 1, "freeze": "vision", "layer_lr_decay": 0.5}),
+    "rules": dict(optim={"warmup_steps": 1, "rules": [("^visual/.*ln", {"freeze": True}), ("^text/", {"lr": 0.1})]}),
+    "lion": dict(optim={"warmup_steps": 1, "name": "lion", "ema": 0.99}),
+    "adafactor": dict(optim={"warmup_steps": 1, "name": "adafactor"}, fields=dict(scan_layers=True)),
+    "muon": dict(optim={"warmup_steps": 1, "name": "muon"}, fields=dict(scan_layers=True), sharding="fsdp"),
+    "lora": dict(optim={"warmup_steps": 1, "lora": 4}, init_from="a model"),
     "two views": dict(data={"two_views": True}),
     "packed": dict(packed_rows=2),
     "packed, in parts": dict(packed_rows=2, accumulate=2, data={"two_views": True}, fields=dict(scan_layers=True)),

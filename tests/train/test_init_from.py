@@ -11,7 +11,7 @@ from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.common.trees import by_name
 from rankclip_jax.models import unstack_layers
 from rankclip_jax.parallel.mesh import make_mesh, to_devices
-from rankclip_jax.train import init_from, loop, optim
+from rankclip_jax.train import init_from, loop, optim, rules
 from rankclip_jax.train import step as steps
 from rankclip_jax.train.session import build_model
 from rankclip_jax.weights import export, pretrained
@@ -177,7 +177,7 @@ def test_a_frozen_tower_stays_to_the_bit(workdirs, freeze, model):
     batch["tokens"][:, -1] = tokenizer.eot_id
     for _ in range(2):
         state, metrics = step(state, to_devices(batch, mesh))
-    after, frozen = jax.device_get(state), optim.FROZEN[freeze]
+    after, frozen = jax.device_get(state), rules.FROZEN[freeze]
     assert_same(after.params[frozen], before.params[frozen])
     if freeze == "vision":
         assert_same(after.batch_stats, before.batch_stats)
@@ -193,8 +193,9 @@ def test_layer_wise_rates_are_powers_of_the_distance_to_the_end(scan):
     config = make_config(VIT | dict(scan_layers=scan, vision=VIT["vision"] | dict(layers=3)))
     model = build_model(config, Tokenizer.train(["a", "b"], 300))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))["params"]
-    factors = optim.layer_scales(shapes, 0.5)
-    scale = leaves(jax.tree.map(lambda factor, x: np.broadcast_to(factor, x.shape), factors, shapes))
+    config.optim.layer_lr_decay = 0.5
+    treated = rules.treatments(config.optim, shapes)
+    scale = {name: np.broadcast_to(treated[name].lr, x.shape) for name, x in by_name(shapes).items()}
     for name in ("conv1/kernel", "class_embedding", "positional_embedding", "ln_pre/scale"):
         assert (scale[f"visual/{name}"] == 0.5**4).all()
     for tower, layers in (("visual", 3), ("text", 2)):
@@ -211,9 +212,11 @@ def test_layer_wise_rates_of_a_resnet():
     config = make_config(RESNET | dict(vision=dict(layers=(1, 2, 1), width=16)))
     model = build_model(config, Tokenizer.train(["a", "b"], 300))
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))["params"]
-    scales = optim.layer_scales(shapes, 0.5)["visual"]
+    config.optim.layer_lr_decay, scales = 0.5, {}
+    for name, treatment in rules.treatments(config.optim, {"visual": shapes["visual"]}).items():
+        scales.setdefault(name.split("/")[1], set()).add(treatment.lr)
     expected = dict(conv1=5, bn1=5, layer1_0=4, layer2_0=3, layer2_1=2, layer3_0=1, attnpool=0)
-    assert {k: set(jax.tree.leaves(v)) for k, v in scales.items()} == {k: {0.5**d} for k, d in expected.items()}
+    assert scales == {k: {0.5**d} for k, d in expected.items()}
 
 
 def test_layer_wise_rates_beside_a_frozen_tower_and_weight_decay():

@@ -141,8 +141,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_the_plan_of_a_tpu_counts_them():
-    facts = dict(real=True, attention="xla", sort="XLA's", bfloat16=True, parameters=1, flops=1e12)
-    facts |= dict(states=2**30, temporary=2**30, collectives={}, text_rows=16)
+    facts = dict(real=True, attention="xla", sort="XLA's", bfloat16=True, parameters=1, trained=1, flops=1e12)
+    facts |= dict(states=2**30, of_states={}, temporary=2**30, collectives={}, text_rows=16)
     config, target = complete(SMALL), parse_target("v5e:4x4")
     with_cycles = facts | {"cycles": dict(compiler=9e9, sort=1.5e9, gather=3e9, scatter=0.0)}
     without, priced = (plan.summary(config, target, x, x) for x in (facts, with_cycles))
@@ -171,8 +171,8 @@ def test_the_counts_are_those_of_a_real_program():
 
 def test_a_line_through_two_batches_and_days():
     config = complete(SMALL | {"batch_size": 128})
-    facts = dict(real=True, attention="cudnn", sort="XLA's", bfloat16=True, text_rows=16)
-    half = facts | dict(parameters=1, flops=1e12, states=2**30, temporary=3 * 2**30, collectives={})
+    facts = dict(real=True, attention="cudnn", sort="XLA's", bfloat16=True, text_rows=16, of_states={})
+    half = facts | dict(parameters=1, trained=1, flops=1e12, states=2**30, temporary=3 * 2**30, collectives={})
     numbers = plan.summary(config, parse_target("8xH100"), half | dict(temporary=5 * 2**30), half)
     assert numbers["peak_gib"] == 6
     # Half of the batch took 2 GiB more, so a row takes 1/32 GiB, and what the batch does not change takes 2 GiB.
@@ -189,9 +189,12 @@ def test_the_plan_of_a_small_run(capsys):
     model = models.build("ViT-tiny", image_size=32, context_length=16, vocab_size=512, eot_id=511, scan_layers=True)
     params = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
     count = sum(p.size for p in jax.tree.leaves(params))
-    assert numbers["parameters"] == count and f"{count:,}" in said
+    assert numbers["parameters"] == count and f"{count:,}, {count:,} trained" in said
     # Parameters and two moments, nearly all split in four, and inputs: uint8 pictures and int32 tokens.
     states = 3 * 4 * count / 4 / 2**30
+    held = numbers["of_states_gib"]
+    assert held["moments"] == pytest.approx(2 * held["weights"], rel=1e-3) and held["averages"] == 0
+    assert sum(held.values()) == pytest.approx(states, rel=0.5) and re.search(r"moments +[0-9.e-]+ GiB", said)
     assert states < numbers["states_gib"] < 1.5 * states + 2**-10
     kinds = numbers["collectives"]
     assert "all-gather" in kinds and kinds["all-gather"][1] > 4 * count * 0.5  # parameters are gathered to be used
