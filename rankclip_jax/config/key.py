@@ -187,7 +187,7 @@ def regexes(default: tuple) -> Key:
     return _key(default, convert, "a tuple of regular expressions")
 
 
-def regex_rules(default: tuple = ()) -> Key:
+def regex_rules(default: tuple) -> Key:
     """Any number of (regex, {field: value}) pairs; load.py checks the fields."""
 
     def convert(value):

@@ -228,7 +228,7 @@ KEYS = dict(
         layer_lr_decay=real(None, above=0, high=1),
         # (regex, fields of PARAMETER_RULE) pairs: of those whose regex is found in a parameter's name, such as
         # visual/transformer/resblocks_0/mlp/c_fc/kernel, the first counts (docs/finetuning.md)
-        rules=regex_rules(),
+        rules=regex_rules(()),
         # decay of an average of the weights over the steps, kept and evaluated beside them; None: none
         ema=real(None, above=0, below=1),
         # rank of adapters (LoRA) of the attention and MLP matrices, with init_from: they and the logit scale are
