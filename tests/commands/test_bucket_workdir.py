@@ -75,13 +75,12 @@ def test_a_copy_that_stays_takes_only_its_own_clean_up_back(tmp_path, bucket):
         bucket.refused = None
         command = [sys.executable, "-c", script]
         env = os.environ | {"PYTHONPATH": str(REPO)}
-        child = subprocess.Popen(
-            command, cwd=tmp_path, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        child = subprocess.Popen(command, cwd=tmp_path, env=env, text=True, **pipes)
         copy = Path(child.stdout.readline().strip())
         assert (tmp_path / "of_others").exists() and copy.exists()
         bucket.refused = refused
-        said = child.communicate("\n", timeout=60)[0]
+        said = child.communicate("\n", timeout=60)[1]
         assert (f"not all of {copy} could be brought to the bucket, so it stays: " in said) == stays
         assert (copy / "metrics.jsonl").exists() == copy.parent.exists() == stays
         assert not (tmp_path / "of_others").exists()
