@@ -79,6 +79,7 @@ def trained(tmp_path_factory):
     return workdir, output
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_contract_names(trained):
     workdir, output = trained
     for name in ("metrics.jsonl", "config.json", "tokenizer.json", "checkpoints", "curves.png"):
