@@ -226,25 +226,25 @@ def study(tmp_path_factory):
     return Study(smoke(), tmp_path_factory.mktemp("study"))
 
 
-def _train(study, jobs, **loss):
+def _train(study, *together, **loss):
+    """`together`: the jobs of each call -> (state, metrics) of each job, a dict for each call."""
     config = configs.complete(study.config.to_dict() | {"loss": loss})
     programs = Programs(build_model(config, study.tokenizer), config, study._count)
-    found = {}
-    programs.train(jobs, study._data, 2, lambda job, state, metrics: found.update({job: (state, metrics)}))
-    return found
+    every = []
+    for jobs in together:
+        every.append(found := {})
+        programs.train(jobs, study._data, 2, lambda job, *result, found=found: found.update({job: result}))
+    return every
 
 
 @pytest.mark.slow
 def test_seeds_under_vmap_are_the_seeds_one_by_one(study):
     jobs = [Job(1e-3, 0), Job(1e-3, 1), Job(2e-3, 1)]
     loss = dict(objective="rankclip", schedule="constant", lambda_in=0.5, lambda_cross=0.5)
-    together = _train(study, jobs, **loss)
-    alone = {}
-    for job in jobs:
-        alone |= _train(study, [job], **loss)
+    together, *alone = _train(study, jobs, *([job] for job in jobs), **loss)
     flat = {}
-    for job in jobs:
-        (a, a_metrics), (b, b_metrics) = together[job], alone[job]
+    for job, one in zip(jobs, alone, strict=True):
+        (a, a_metrics), (b, b_metrics) = together[job], one[job]
         assert a_metrics["loss"] == pytest.approx(b_metrics["loss"], rel=1e-4)
         flat[job], other = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(s.params)]) for s in (a, b))
         # Sums are taken in another order, and Adam's first steps follow the sign of what may be rounding noise.
@@ -255,7 +255,7 @@ def test_seeds_under_vmap_are_the_seeds_one_by_one(study):
 @pytest.mark.slow
 def test_a_scheduled_term_ramps_in(study):
     """In the first of two epochs the ramp is 0, in the second 2: then the weight is that of a constant 2 x 0.5."""
-    found = _train(study, [Job(1e-3, 0)], objective="clip", terms={"in_modal": {"weight": 0.5, "schedule": "ramp"}})
+    (found,) = _train(study, [Job(1e-3, 0)], objective="clip", terms={"in_modal": {"weight": 0.5, "schedule": "ramp"}})
     metrics = found[Job(1e-3, 0)][1]
     assert metrics["loss"] == pytest.approx(metrics["clip"] + metrics["rank_in_modal"], rel=1e-5)
 
