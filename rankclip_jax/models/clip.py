@@ -103,8 +103,8 @@ def build(
     dtype: 'float32' or 'bfloat16', what the towers compute in. scan_layers: transformer blocks under one
     scan (smaller programs, stacked parameters). remat: recompute blocks in the backward pass, all of them (True) or
     what a policy of REMAT_POLICIES does not keep. logit_scale: what the learned logarithm of the multiplier starts at
-    (None: CLIP's ln(1 / 0.07)). logit_bias: what a learned bias, of SigLIP's loss, starts at (None: no such parameter; for
-    SigLIP's architecture: -10).
+    (None: CLIP's ln(1 / 0.07)). logit_bias: what a learned bias, of SigLIP's loss, starts at (None: -10 in SigLIP's
+    architecture, no such parameter in another).
     attention: 'auto', 'xla' or 'cudnn', as `choose_attention` has it for `devices` (None: 'xla').
     Raises ValueError as `configure` and `choose_attention` do, and for another dtype or remat.
     """

@@ -107,13 +107,12 @@ class AttentionPool(nn.Module):
 class TextTransformer(nn.Module):
     """(B, L) token ids, L at most the context length -> (B, embed_dim), not yet of unit length.
 
-    CLIP's is causal and pools the first token equal to `eot_id`. OpenAI's code takes the argmax of the ids, which is the same for
-    its own tokenizer (end-of-text has the highest id) and wrong for others. A row without the token pools its
-    first position, as `transformers` does; tokenizers must keep the token when they truncate.
-
     SigLIP's attends both ways and pools the last position, whatever token is there.
 
-    Or, for CLIP's, captions laid one behind the other (common/packing.py), (U, R, L) -> (U * c, embed_dim): the same embeddings.
+    CLIP's is causal and pools the first token equal to `eot_id`. OpenAI's code takes the argmax of the ids, which is
+    the same for its own tokenizer (end-of-text has the highest id) and wrong for others. A row without the token pools
+    its first position, as `transformers` does; tokenizers must keep the token when they truncate. It also takes
+    captions laid one behind the other (common/packing.py), (U, R, L) -> (U * c, embed_dim): the same embeddings.
     """
 
     config: TextConfig

@@ -239,8 +239,8 @@ def from_hugging_face(config: Mapping, highest_id: int | None = None) -> ClipCon
     kind = config.get("model_type")
     if kind == "siglip2":
         raise ValueError(
-            "a NaFlex checkpoint of SigLIP 2 (model_type 'siglip2') takes pictures of any ratio, which is not supported; "
-            "use one of fixed resolution, such as google/siglip2-base-patch16-256"
+            "a NaFlex checkpoint of SigLIP 2 (model_type 'siglip2') is not supported: its pictures have any ratio; use "
+            "one of fixed resolution, such as google/siglip2-base-patch16-256"
         )
     if kind not in ("clip", "siglip"):
         raise ValueError(f"unsupported model_type {kind!r}; expected 'clip' or 'siglip'")

@@ -41,12 +41,12 @@ def _flat(name: str, value: np.ndarray) -> np.ndarray:
     """(D, H, Dh) -> (D, D) of a head's kernels, and the like; position embeddings without their leading 1."""
     if name.endswith("pos_embedding"):
         return value[0]
-    if found := re.search(_HEADS, name):
-        which, leaf = found.groups()
-        return value.reshape((-1, value.shape[-1]) if which == "out" else (len(value), -1)) if leaf == "kernel" else (
-            value.reshape(-1)
-        )  # fmt: skip
-    return value
+    found = re.search(_HEADS, name)
+    if found is None:
+        return value
+    if found[2] == "bias":
+        return value.reshape(-1)
+    return value.reshape(-1, value.shape[-1]) if found[1] == "out" else value.reshape(len(value), -1)
 
 
 def _architecture(arrays: Mapping[str, np.ndarray]) -> ClipConfig:
@@ -64,7 +64,7 @@ def _architecture(arrays: Mapping[str, np.ndarray]) -> ClipConfig:
         layers = len({m[1] for name in arrays if (m := re.match(rf"{encoder}/encoderblock_(\d+)/", name))})
         return width, layers, heads, None if mlp == 4 * width else mlp
 
-    patch, _, _, width = shape("img/embedding/kernel", 4)
+    patch = shape("img/embedding/kernel", 4)[0]
     grid = math.isqrt(shape("img/pos_embedding", 3)[1])
     # So400m/14's larger resolution is 384, of which 6 pixels are beyond the last patch; no shape shows that.
     side = 384 if (patch, grid) == (14, 27) else grid * patch

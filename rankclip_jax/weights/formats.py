@@ -39,10 +39,10 @@ def read(
     """Reads a CLIP from a file or folder.
 
     Args:
-      path: a Hugging Face folder of a CLIP or SigLIP (config.json and model.safetensors or pytorch_model.bin, sharded or not), an open_clip
-        folder (open_clip_config.json), a folder of `write_orbax`, or a file: OpenAI's `.pt` (TorchScript or state
-        dict), a checkpoint of the RankCLIP code, open_clip or Lightning, a `.safetensors` of either layout, SigLIP's `.npz`
-        of big_vision. A config file next to a file is used.
+      path: a Hugging Face folder of a CLIP or SigLIP (config.json and model.safetensors or pytorch_model.bin, sharded
+        or not), an open_clip folder (open_clip_config.json), a folder of `write_orbax`, or a file: OpenAI's `.pt`
+        (TorchScript or state dict), a checkpoint of the RankCLIP code, open_clip or Lightning, a `.safetensors` of
+        either layout, SigLIP's `.npz` of big_vision. A config file next to a file is used.
       config: overrides config files and shapes.
       activation: of files without a config: 'quick_gelu' (OpenAI, RankCLIP) or 'gelu' (most of open_clip's models).
       highest_id: of the tokenizer, for what pools at a text's highest id (architecture.py); None: the vocabulary's.
