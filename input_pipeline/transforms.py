@@ -81,8 +81,8 @@ def view(
       side: pixels of the model's input.
       canvas: side C of the canvas, at least `side`; None: resize here.
       exact: evaluation's view (windows_of is `centre_window`, or `whole_window` for a `squash`). Where it does not fit
-        the canvas, it is made here from full resolution, which is slow. Otherwise the JPEG decoder scales it, to at least `side` per window, and what is
-        still too large is shrunk by area averaging, which is fast and approximate.
+        the canvas, it is made here from full resolution, which is slow. Otherwise the JPEG decoder scales it, to at
+        least `side` per window, and what is still too large is shrunk by area averaging, which is fast and approximate.
       recover: decode the readable part of a truncated JPEG.
       squash: config.data.squash, of evaluation's view. "bilinear" is always made here.
 

@@ -65,28 +65,33 @@ class Tokenizer:
         hf.no_truncation()
         hf.no_padding()
         self._hf = hf
-        self.vocab_size = max(hf.get_vocab().values(), default=-1) + 1
-        start, end = hf.token_to_id(START), hf.token_to_id(END)
-        self.end, self.pad_id = END, 0
-        self.start_id: int | None = start
-        if start is None or end is None:
-            self._of_siglip(hf)
-            return
-        self.eot_id: int = end
+        ids = hf.get_vocab()
+        self.vocab_size = max(ids.values(), default=-1) + 1
+        siglips = [end for end, pad in _SIGLIP.items() if {end, pad} <= ids.keys()]
+        if {START, END} <= ids.keys():
+            self.start_id: int | None = ids[START]
+            self.end, self.eot_id, self.pad_id = END, ids[END], 0
+            self._as_clip(ids[START])
+        elif siglips:
+            self.start_id, self.end = None, siglips[0]
+            self.eot_id, self.pad_id = ids[self.end], ids[_SIGLIP[self.end]]
+            self._as_siglip()
+        else:
+            raise InputError(
+                f"the tokenizer has no {START} or no {END} token; CLIP's text tower needs both (SigLIP's: "
+                f"{' or '.join(_SIGLIP)}, and its padding)"
+            )
+
+    def _as_clip(self, start: int) -> None:
+        hf, end = self._hf, self.eot_id
         if end not in hf.encode("").ids:  # the tower would pool every text at its first token
             hf.post_processor = _start_and_end(start, end)
         text = hf.encode("a", add_special_tokens=False).ids
         if hf.encode("a").ids.index(end) < len(text):
             raise InputError(f"the tokenizer puts {END} before a text's end, and CLIP's text tower pools at the first")
 
-    def _of_siglip(self, hf: tokenizers.Tokenizer) -> None:
-        self.end = next((end for end, pad in _SIGLIP.items() if None not in map(hf.token_to_id, (end, pad))), "")
-        if not self.end:
-            raise InputError(
-                f"the tokenizer has no {START} or no {END} token; CLIP's text tower needs both, and SigLIP's an end, "
-                f"{' or '.join(_SIGLIP)}, and its padding"
-            )
-        self.start_id, self.eot_id, self.pad_id = None, hf.token_to_id(self.end), hf.token_to_id(_SIGLIP[self.end])
+    def _as_siglip(self) -> None:
+        hf = self._hf
         first, own = _CANONICAL if self.end == "</s>" else _LOWER, hf.normalizer
         if _steps(own)[: len(first)] != _steps(normalizers.Sequence(first)):  # a stored one begins with it already
             hf.normalizer = normalizers.Sequence([*first, own] if own else first)

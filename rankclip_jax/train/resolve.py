@@ -68,8 +68,8 @@ def _settle(config: ConfigDict, pairs: int, old: ConfigDict | None, origin: Pret
     if origin and "visual" in TOWERS[config.init_towers]:
         seen = origin.view
     else:
-        own = {"image_size": config.model.image_size, "vision": config.model.vision.to_dict()}
-        seen = view.usual(models.configure(config.model.name, **own).vision)
+        own = {key: config.model[key] for key in ("name", "image_size", "embed_dim")}
+        seen = view.usual(models.configure(**own, vision=config.model.vision.to_dict()).vision)
     for key, of_clip in (("mean", view.MEAN), ("std", view.STD)):
         theirs = tuple(getattr(seen, key))
         config.data[key] = config.data[key] or (theirs if theirs != of_clip else None)

@@ -267,8 +267,8 @@ def image_side(config: ConfigDict) -> int:
     try:
         if config.model.name is None:
             return config.model.image_size or 0  # settled once the data are open; only drawn scenes depend on it
-        fields = {"image_size": config.model.image_size, "vision": config.model.vision.to_dict()}
-        return models.configure(config.model.name, **fields).vision.image_size
+        fields = {key: config.model[key] for key in ("name", "image_size", "embed_dim")}
+        return models.configure(**fields, vision=config.model.vision.to_dict()).vision.image_size
     except ValueError as error:
         raise InputError(f"config.model: {error}") from None
 

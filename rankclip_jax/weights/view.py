@@ -83,8 +83,9 @@ def of_folder(folder: Path, vision: VitConfig | ResNetConfig) -> View:
     for key, ours in (("interpolation", "bicubic"), ("resize_mode", "shortest"), ("mode", "RGB")):
         if described.get(key, ours) != ours:
             raise ValueError(f"open_clip_config.json: unsupported {key} = {described[key]!r}; expected {ours!r}")
-    own = {key: tuple(described[key]) for key in ("mean", "std") if described.get(key)}
-    return dataclasses.replace(usual(vision), **own)
+    own = usual(vision)
+    mean, std = (tuple(described.get(key) or getattr(own, key)) for key in ("mean", "std"))
+    return dataclasses.replace(own, mean=mean, std=std)
 
 
 def to_hugging_face(view: View) -> dict:
