@@ -175,6 +175,13 @@ def test_big_visions_files_in_half_precision_and_damaged_ones(tmp_path):
         formats.read(tmp_path / "gap.npz")
 
 
+# Width, layers, heads and MLP of the image towers: big_vision's decode_variant, and timm's vit_giantopt_patch16_siglip.
+VISION = {
+    "B": (768, 12, 12, 3072),
+    "L": (1024, 24, 16, 4096),
+    "So400m": (1152, 27, 16, 4304),
+    "g-opt": (1536, 40, 16, 6144),
+}
 # Our preset -> open_clip's names of the same architecture.
 OPEN_CLIP = {
     "SigLIP-B/32": ["ViT-B-32-SigLIP2-256"],
@@ -196,8 +203,7 @@ OPEN_CLIP = {
 
 
 @pytest.mark.parametrize("name", OPEN_CLIP)
-def test_presets_are_open_clips_and_have_the_shapes_of_transformers(name):
-    open_clip, timm = pytest.importorskip("open_clip"), pytest.importorskip("timm")
+def test_presets_are_open_clips(open_clip, name):
     config = PRESETS[name]
     text = config.text
     for other in OPEN_CLIP[name]:
@@ -212,13 +218,17 @@ def test_presets_are_open_clips_and_have_the_shapes_of_transformers(name):
         # One checkpoint of SigLIP has 16 tokens; SigLIP 2's vocabulary is given by its tokenizer.
         assert text.context_length == sizes["context_length"] or other == "ViT-SO400M-14-SigLIP"
         assert text.vocab_size == sizes["vocab_size"] or "SigLIP2" in other
-        with torch.device("meta"):
-            trunk = timm.create_model(described["vision_cfg"]["timm_model_name"])
-        block = trunk.blocks[0]
-        vision = (trunk.embed_dim, len(trunk.blocks), block.attn.num_heads, block.mlp.fc1.out_features)
-        assert vision == (
-            config.vision.width, config.vision.layers, config.vision.heads, config.vision.mlp_width or 4 * vision[0]
-        )  # fmt: skip
+    size, patch = name.removeprefix("SigLIP-").split("@")[0].split("/")
+    vision = config.vision
+    assert (vision.width, vision.layers, vision.heads, vision.mlp_width or 4 * vision.width) == VISION[size]
+    assert vision.patch_size == int(patch)
+    assert architecture.from_hugging_face(architecture.to_hugging_face(config)) == config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in OPEN_CLIP if "@" not in name])
+def test_presets_have_the_shapes_of_transformers(name):
+    config = PRESETS[name]
     with torch.device("meta"):
         hf = transformers.SiglipModel(transformers.SiglipConfig(**architecture.to_hugging_face(config)))
     expected = {k: tuple(v.shape) for k, v in hf.state_dict().items() if not k.startswith("logit_")}
@@ -228,7 +238,6 @@ def test_presets_are_open_clips_and_have_the_shapes_of_transformers(name):
         shape = tuple(shape[a] for a in place.axes) if place.axes else shape
         found[place.key] = (3 * shape[0], *shape[1:]) if place.part is not None else shape
     assert {k: v for k, v in found.items() if not k.startswith("logit_")} == expected
-    assert architecture.from_hugging_face(architecture.to_hugging_face(config)) == config
 
 
 @pytest.mark.parametrize(
@@ -369,6 +378,7 @@ def test_open_clips_layout_and_mixed_towers_are_refused(tmp_path):
     assert pretrained.read(tmp_path / "orbax").config == source.config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["rankclip", "siglip", "clip"])
 def test_trained_from_a_folder_and_back_to_transformers(objective, tmp_path, png, captioned):
     folder(tmp_path / "in")
