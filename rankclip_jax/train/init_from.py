@@ -75,7 +75,7 @@ def apply(state: TrainState, start: pretrained.Pretrained, ours: ClipConfig, con
         if value is None and name == "logit_bias":  # of SigLIP's loss, which the other was not trained with
             return fresh
         if value is not None and value.shape != fresh.shape:
-            resized = _resized(name, value, fresh.shape, ours)
+            resized = _resized(name, value, fresh.shape, ours, start.config)
             if resized is not None:
                 notes.append(f"{name} resized from {value.shape} to {fresh.shape}")
             else:
@@ -123,13 +123,17 @@ def _unlike(ours: ClipConfig, theirs: ClipConfig, towers: Collection[str]) -> li
     return list(dict.fromkeys(found))
 
 
-def _resized(name: str, value: np.ndarray, shape: tuple[int, ...], ours: ClipConfig) -> np.ndarray | None:
+def _resized(
+    name: str, value: np.ndarray, shape: tuple[int, ...], ours: ClipConfig, theirs: ClipConfig
+) -> np.ndarray | None:
     """Position embeddings `value` for another length; None if `name` is something else or cannot be resized."""
     if not name.endswith("positional_embedding") or value.shape[1:] != shape[1:]:
         return None
     if name == "text/positional_embedding":  # attention is causal: the first positions mean the same in a shorter text
         return value[: shape[0]] if ours.text.causal and shape[0] < value.shape[0] else None
-    tokens = int(getattr(ours.vision, "pool", None) != "map")
+    tokens, their_tokens = (int(getattr(of.vision, "pool", None) != "map") for of in (ours, theirs))
+    if tokens != their_tokens:
+        return None
     return resize_grid(value, math.isqrt(shape[0] - tokens), tokens)
 
 

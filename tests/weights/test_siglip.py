@@ -13,12 +13,16 @@ from PIL import Image
 
 import rankclip_jax
 from rankclip_jax import config as configs
+from rankclip_jax import models
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.packing import Packed
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.models import CLIP, PRESETS, ClipConfig, TextConfig, VitConfig, stack_layers
-from rankclip_jax.train import loop
+from rankclip_jax.train import loop, optim
+from rankclip_jax.train import step as steps
 from rankclip_jax.weights import architecture, export, formats, layouts, pretrained
 from rankclip_jax.weights import view as views
+from tests.support.made_models import SIGLIP, make_workdir
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -376,6 +380,33 @@ def test_open_clips_layout_and_mixed_towers_are_refused(tmp_path):
         architecture.to_hugging_face(mixed)
     export.write(source, tmp_path / "orbax", "orbax")
     assert pretrained.read(tmp_path / "orbax").config == source.config
+
+
+def test_a_run_from_scratch_with_a_tokenizer_of_its_own(tmp_path, png):
+    """Of CLIP's kind: start, text, end and padding, which this tower sees; exported, transformers gives the same."""
+    model = rankclip_jax.load(make_workdir(tmp_path / "run", SIGLIP, data=dict(mean=views.HALF, std=views.HALF)))
+    assert model.source.view == views.View(32, 32, views.HALF, views.HALF, "bicubic")
+    export.write(model.source, tmp_path / "out", "hf")
+    sentences = ["a photo of a cat", "two dogs on a beach", "a", ""]
+    z_img, z_txt, logits = by_transformers(tmp_path / "out", png, sentences)
+    np.testing.assert_allclose(model.encode_image(png), z_img, atol=1e-6)
+    np.testing.assert_allclose(model.encode_text(sentences), z_txt, atol=1e-6)
+    found = model.scale * z_img @ z_txt.T + model.bias
+    np.testing.assert_allclose(found, logits, rtol=1e-5)
+
+
+def test_a_step_leaves_a_scale_above_clips_limit():
+    """The published ones are, and a step would otherwise bring them to 100."""
+    config = configs.complete({"batch_size": 4, "optim": {"warmup_steps": 0, "lr": 1e-9}})
+    fields = dict(SIGLIP, vocab_size=50, eot_id=1, logit_scale=5.0)
+    model, tx = models.build(**fields), optim.make_optimizer(config.optim, 6)
+    update = jax.jit(steps.train_step_function(model, tx, config, None, total_steps=6, steps_per_epoch=2))
+    batch = {"image": np.zeros((4, 32, 32, 3), np.uint8), "tokens": np.ones((4, 16), np.int32)}
+    state, _ = update(steps.fresh_state(model, tx, 0), batch, jax.random.key(0))
+    assert float(state.params["logit_scale"]) == pytest.approx(5.0)
+    with pytest.raises(ValueError, match="captions cannot be packed"):
+        packed = Packed(np.ones((1, 2, 16), np.int32), np.ones((1, 2, 16), np.int32), np.ones((1, 4), np.int32))
+        model.apply({"params": state.params}, packed, method="encode_text")
 
 
 @pytest.mark.slow
