@@ -78,8 +78,8 @@ class Tokenizer:
             self._as_siglip()
         else:
             raise InputError(
-                f"the tokenizer has no {START} or no {END} token; CLIP's text tower needs both (SigLIP's: "
-                f"{' or '.join(_SIGLIP)}, and its padding)"
+                f"the tokenizer has no {START} or no {END} token (nor SigLIP's {' or '.join(_SIGLIP)}, with its "
+                "padding); CLIP's text tower needs both"
             )
 
     def _as_clip(self, start: int) -> None:

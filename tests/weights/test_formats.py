@@ -151,7 +151,7 @@ def test_hugging_face_has_no_resnet(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "siglip"}, "unsupported model_type 'siglip'; expected 'clip'"),
+        ({"model_type": "blip"}, "unsupported model_type 'blip'; expected 'clip' or 'siglip'"),
         ({"vision_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps 1e-06"),
         ({"vision_config": {"hidden_act": "gelu"}}, "different activations, 'gelu' and 'quick_gelu'"),
         ({"vision_config": {"num_channels": 1}}, "num_channels 1"),
