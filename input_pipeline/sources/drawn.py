@@ -30,5 +30,10 @@ def open_drawn(path: str | int, side: int, split: str) -> Source:
         known = {"image": (side, side, 3), "caption": (), "label": ()}
         return {key: tf.ensure_shape(value, known[key]) for key, value in sample.items()}
 
-    captions = lambda: (shapes.draw(split, row, 8)[1] for row in range(min(size, 10_000)))  # noqa: E731
-    return Source(size, read, lambda row: f"shapes {split} scene {row}", captions, index=lambda: [f"shapes {split}"])
+    return Source(
+        size,
+        read,
+        where=lambda row: f"shapes {split} scene {row}",
+        captions=lambda: (shapes.draw(split, row, 8)[1] for row in range(min(size, 10_000))),
+        index=lambda: [f"shapes {split}"],
+    )

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from rankclip_jax import config as configs
-from rankclip_jax.common import commands
+from rankclip_jax.common import commands, storage
 from rankclip_jax.study import report
 from rankclip_jax.study.runs import Study
 from rankclip_jax.train import resolve
@@ -24,9 +24,10 @@ def main() -> None:
     for flag in rest:
         if not flag.startswith("--config."):
             parser.error(f"unknown flag {flag}")
-    workdir = Path(flags.workdir or Path("runs") / Path(flags.config.partition(":")[0]).stem)
+    default = Path("runs") / Path(flags.config.partition(":")[0]).stem
     commands.quiet_tensorflow()
     with commands.exit_codes("stopped; the same command resumes"):
+        workdir = storage.local(flags.workdir or str(default), "--workdir")
         settings = configs.load(flags.config, [flag.removeprefix("--config.") for flag in rest])
         resolve.require(settings, "a study")
         print(report.write(workdir, settings, Study(settings, workdir).run()))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.progress import progress
-from rankclip_jax.evaluation.run import prompts_of
+from rankclip_jax.evaluation.prompts import prompts_of
 from rankclip_jax.weights.view import View
 
 

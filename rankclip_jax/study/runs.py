@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.files import cannot_write, write_whole
+from rankclip_jax.common.files import make_folder, write_whole
 from rankclip_jax.common.ownership import Owned, inside
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.config import complete
@@ -45,6 +45,8 @@ class Study:
             raise InputError(f"config.study.more_seeds.{unknown[0]} is not an objective. Expected one of {known}")
         if config.model.pack_text == "on":
             raise InputError("config.model.pack_text=on. Expected auto or off: a study pads, on the device")
+        for name in study.objectives:  # a wrong one is found now, not after hours of the others
+            self.config_of(name)
         canvas = canvas_side(config, side) or side
         train = read_pairs(config.data, config.data.train, side=side, canvas=canvas, split="train", limit=study.limit)
         if len(train.captions) < config.batch_size:
@@ -90,7 +92,10 @@ class Study:
     def config_of(self, name: str) -> ConfigDict:
         """The training configuration of an objective."""
         fields = self.config.to_dict()
-        fields["loss"] = fields["loss"] | self.config.study.objectives[name].to_dict()
+        changed = fields["study"]["objectives"][name]
+        if not isinstance(changed, dict):
+            raise InputError(f"config.study.objectives.{name}={changed!r}. Expected changed keys of config.loss")
+        fields["loss"] |= changed
         return complete(fields)
 
     def _planned(self) -> int:
@@ -127,7 +132,8 @@ class Study:
             seconds = (time.monotonic() - began) / len(some)
             for job in some:
                 result = {"objective": name, "lr": job.lr, "seed": job.seed, "seconds": seconds, **results[job]}
-                _write(_file(folder, name, job), result | {"config": wanted})
+                make_folder(folder)
+                write_whole(_file(folder, name, job), json.dumps(result | {"config": wanted}, indent=1))
                 known[job] = result
                 clock.did(f"{folder.name} {name} seed {job.seed} lr {job.lr:g}: {_summary(result)}")
         return [known[job] for job in jobs]
@@ -209,14 +215,6 @@ def _read(file: Path, wanted: dict) -> dict | None:
             f"{file} is of another configuration ({', '.join(differing)}); take another --workdir, or remove it"
         )
     return {key: value for key, value in found.items() if key != "config"}
-
-
-def _write(file: Path, result: dict) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(file, error) from None
-    write_whole(file, json.dumps(result, indent=1))
 
 
 def _summary(result: dict) -> str:

@@ -1,6 +1,7 @@
 """Image preprocessing for evaluation, on the host with PIL, as transformers' `CLIPImageProcessor` and SigLIP's."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,6 +75,18 @@ def of_folder(folder: Path, vision: VitConfig | ResNetConfig) -> View:
 
     Raises ValueError naming an unsupported field.
     """
+    try:
+        view = _of_folder(folder, vision)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: its preprocessing is damaged ({one_line(error)}); download it again") from None
+    for name, values, low in (("mean", view.mean, -math.inf), ("std", view.std, 0)):
+        if len(values) != 3 or not all(isinstance(each, int | float) and low < each < math.inf for each in values):
+            expected = "3 numbers" + (" above 0" if low == 0 else "")
+            raise ValueError(f"{folder}: the preprocessing's {name} is {values!r}; expected {expected}")
+    return view
+
+
+def _of_folder(folder: Path, vision: VitConfig | ResNetConfig) -> View:
     described = _read(folder / "preprocessor_config.json")
     described = described or _read(folder / "processor_config.json").get("image_processor", {})
     if described:
@@ -90,27 +103,18 @@ def of_folder(folder: Path, vision: VitConfig | ResNetConfig) -> View:
 
 def to_hugging_face(view: View) -> dict:
     """The contents of `preprocessor_config.json`."""
-    if view.squash != "no":
-        return {
-            "image_processor_type": "SiglipImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"height": view.crop, "width": view.crop},
-            "resample": int(Image.Resampling[view.squash.upper()]),
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(view.mean),
-            "image_std": list(view.std),
-        }
+    square = {"height": view.crop, "width": view.crop}
+    if view.squash == "no":
+        kind, how = "CLIPImageProcessor", Image.Resampling.BICUBIC
+        cut = {"size": {"shortest_edge": view.resize}, "do_center_crop": True, "crop_size": square}
+    else:
+        kind, how, cut = "SiglipImageProcessor", Image.Resampling[view.squash.upper()], {"size": square}
     return {
-        "image_processor_type": "CLIPImageProcessor",
+        "image_processor_type": kind,
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": view.resize},
-        "resample": int(Image.Resampling.BICUBIC),
-        "do_center_crop": True,
-        "crop_size": {"height": view.crop, "width": view.crop},
+        **cut,
+        "resample": int(how),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
