@@ -82,7 +82,7 @@ def test_a_copy_that_stays_takes_only_its_own_clean_up_back(tmp_path, bucket):
         assert (tmp_path / "of_others").exists() and copy.exists()
         bucket.refused = refused
         said = child.communicate("\n", timeout=60)[1]
-        assert (f"not all of {copy} could be brought to the bucket, so it stays: " in said) == stays
+        assert (f"not all of {copy} could be copied to the bucket, so it stays: " in said) == stays
         assert (copy / "metrics.jsonl").exists() == copy.parent.exists() == stays
         assert not (tmp_path / "of_others").exists()
         shutil.rmtree(copy.parent, ignore_errors=True)
