@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from benchmarks.train_contenders import OURS, PYTORCH
 from rankclip_jax import config as configs
 from rankclip_jax.train import plan
+from rankclip_jax.train.targets import Target
 
 # Freed memory is kept for the next step, as rankclip_jax.train does; JAX takes only the GPU memory that it needs.
 ENVIRONMENT = {
@@ -155,21 +156,24 @@ def compare(name: str, contenders: list[str], batch: int | None, rounds: int) ->
         print("\n".join(table(made)))
 
 
-def scaling(a_device: int = 16) -> None:
-    """Prints what ViT-B/32's RankCLIP step needs on 1 to 256 devices with `a_device` pairs each."""
-    print(f"ViT-B/32, rankclip, float32, {a_device} pairs a device\n")
+PAIRS = 16  # a device, in `scaling`
+
+
+def scaling(name: str = "ViT-B/32", counts: Sequence[int] = (1, 8, 64, 256)) -> None:
+    """Prints what a model's RankCLIP step needs on so many devices with PAIRS pairs each."""
+    print(f"{name}, rankclip, float32, {PAIRS} pairs a device\n")
     print("| devices | batch | sharding | states, MiB | activations, MiB | collectives a step, MiB of results |")
     print("|---|---|---|---|---|---|")
-    for count in (1, 8, 64, 256):
+    for count in counts:
         for sharding, mesh in (("replicated", {"data": -1}), ("fsdp", {"data": 1, "fsdp": -1})):
-            fields = {"batch_size": a_device * count, "mesh": mesh, "sharding": sharding}
-            config = configs.complete(fields | {"model": {"name": "ViT-B/32", "scan_layers": True}})
-            config.tokenizer.vocab_size = 49408
-            found = plan.compile_step(config, {"count": count, "topology": None})
+            fields = {"batch_size": PAIRS * count, "mesh": mesh, "sharding": sharding}
+            fields |= {"model": {"name": name, "scan_layers": True}, "tokenizer": {"vocab_size": 49408}}
+            config = configs.complete(fields | {"optim": {"lr": 5e-4, "warmup_steps": 1}})
+            found = plan.compile_step(config, Target("cpu", "cpu", count, None))
             kinds = sorted(found["collectives"].items())
             moved = ", ".join(f"{n} {kind} {size / 2**20:,.0f}" for kind, (n, size) in kinds)
             print(
-                f"| {count} | {a_device * count:,} | {sharding} | {found['states'] / 2**20:,.0f} | "
+                f"| {count} | {PAIRS * count:,} | {sharding} | {found['states'] / 2**20:,.0f} | "
                 f"{found['temporary'] / 2**20:,.0f} | {moved or 'none'} |",
                 flush=True,
             )

@@ -1,4 +1,4 @@
-"""When does ranking help? Five questions in a world whose truth is known: docs/study_plan.md says what is asked and why.
+"""When does ranking help? Five questions in a world whose truth is known (docs/study_plan.md).
 
 python -m rankclip_jax.study --config configs/study_ranking.py --config.study.processes=2
 

@@ -6,11 +6,11 @@ from rankclip_jax.common.errors import InputError
 def cpu_only() -> None:
     """Keeps TensorFlow, which only reads data here, off the GPUs of this process: it would take all their memory.
 
-    Whatever opens data calls it. Where TensorFlow does something else first, call it before that. It holds for the
-    whole process, and nothing takes it back once TensorFlow is at work.
+    Everything that opens data calls it. If TensorFlow does anything before that, call this first. It applies to the
+    whole process and cannot be undone.
 
     Raises:
-      InputError: TensorFlow is at work already, with GPUs.
+      InputError: TensorFlow has already started with GPUs.
     """
     import tensorflow as tf  # here, since shapes.py and download.py do without
 

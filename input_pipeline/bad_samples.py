@@ -34,12 +34,16 @@ class BadSamples:
         self.count, self._seen = 0, 0
         self._source, self._path, self._max_fraction = source, path, max_fraction
         self._named, self.reasons = set(), Counter()
-        if path and Path(path).exists():
-            for line in Path(path).read_text().splitlines():
+        if path and path.exists():
+            text = path.read_text()
+            if text and not text.endswith("\n"):  # the torn last line of a killed run
+                with open(path, "a") as out:
+                    out.write("\n")
+            for line in text.splitlines():
                 try:
                     entry = json.loads(line)
                     where, reason, samples = str(entry["where"]), str(entry["reason"]), int(entry.get("samples", 1))
-                except (ValueError, TypeError, KeyError, RecursionError):  # the torn last line of a killed run
+                except (ValueError, TypeError, KeyError, RecursionError):
                     continue
                 self._named.add(where)
                 self.reasons[reason] += samples
@@ -58,10 +62,7 @@ class BadSamples:
         self.count += len(dropped)
         for position in dropped:
             row = int(row_of(position))
-            message = (
-                reason_of_failure(sample, position, self._source.ahead) or "failed once, but could be read on retry"
-            )
-            detail, _, reason = message.rpartition("; ")
+            detail, reason = why_dropped(sample, position, self._source.ahead)
             self._name(row, self._source.where(row), reason, detail)
         if dropped and self._seen >= 100 and self.count > self._max_fraction * self._seen:
             raise InputError(self._too_many(f"{self.count} of {self._seen} samples are unusable"))
@@ -110,6 +111,13 @@ def reason_of_failure(sample: Callable, position: int, ahead: Ahead | None = Non
     if reason is not None and ahead:
         ahead.check()
     return reason
+
+
+def why_dropped(sample: Callable, position: int, ahead: Ahead | None) -> tuple[str, str]:
+    """(detail, reason) of a sample that failed in the graph: it is read once more, alone. Raises as above."""
+    message = reason_of_failure(sample, position, ahead) or "failed once, but could be read on retry"
+    detail, _, reason = message.rpartition("; ")
+    return detail, reason
 
 
 def _reason(sample: Callable, position: int) -> str | None:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from input_pipeline.sources import Source, started_ahead, tar
+from input_pipeline.rows import read_each
+from input_pipeline.sources import Source, tar
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS
@@ -34,7 +35,7 @@ def labels(path: str, hint: str) -> tuple[Source, list[str] | None, list[str] | 
 
 
 def captions(path: str, hint: str) -> tuple[Source, list[list[str]]]:
-    """(images, the captions of each). Raises as above."""
+    """(images, the captions of each image). Raises as above."""
     _, members, texts = _shards(path, "txt", hint)
 
     def read(row):
@@ -64,16 +65,13 @@ def _shards(path: str, text_member: str, hint: str) -> tuple[str, tar.Members, l
     if not whole.all():
         where = members.where(int(np.flatnonzero(~whole)[0]))
         raise InputError(f"{where} has no image or no .{text_member}")
-    # The texts are opened separately, so that reading them does not read the images between them.
-    texts = tar.open_members(shards, {text_member: (text_member,)})
-    rows = started_ahead(tf.data.Dataset.range(texts.index.size), texts.ahead)
-    rows = rows.map(lambda row: texts.read(row)[text_member])
-    found = []
-    for text in rows.as_numpy_iterator():
+    texts = members.alone([text_member])
+    found: list[str] = []
+    for sample in read_each(texts.read, members.index.size, members.where, texts.ahead):
         try:
-            found.append(text.decode("utf-8-sig"))
+            found.append(sample[text_member].decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            where = texts.where(len(found))
+            where = members.where(len(found))
             raise InputError(f"{where}: .{text_member} is not UTF-8 at byte {error.start}; write it as UTF-8") from None
     return root, members, found
 

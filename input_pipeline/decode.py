@@ -14,7 +14,7 @@ from rankclip_jax.common.pictures import MAX_PIXELS, WRONG_SIZE
 def is_jpeg(image: tf.Tensor) -> tf.Tensor:
     """Whether encoded bytes are a grey or colour JPEG, bool scalar. Raises InvalidArgumentError for a broken header.
 
-    Of CMYK, Pillow takes every file for inverted; TensorFlow only those that say so.
+    Pillow inverts every CMYK JPEG, TensorFlow only those marked as inverted.
     """
     jpeg = tf.strings.substr(image, 0, 3) == b"\xff\xd8\xff"
     return tf.cond(jpeg, lambda: tf.io.extract_jpeg_shape(image)[2] != 4, lambda: False)
@@ -54,7 +54,7 @@ def decode(image: tf.Tensor, recover: bool = False) -> tf.Tensor:
     if image.dtype == tf.uint8:
         return image
     head = _head(image)
-    # Of other depths than 8 bits, and of palettes, TensorFlow returns a wrong alpha.
+    # TensorFlow returns a wrong alpha for palettes and for depths other than 8 bits.
     png = tf.reduce_all(head[:8] == list(b"\x89PNG\r\n\x1a\n")) & (head[24] == 8) & (head[25] != 3)
     webp = tf.reduce_all(tf.gather(head, (0, 1, 2, 3, 8, 9, 10, 11)) == list(b"RIFFWEBP"))
     animated = (head[15] == ord("X")) & (head[20] // 2 % 2 == 1)

@@ -19,17 +19,18 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
 from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.progress import progress
+from rankclip_jax.config.key import encoding
 
 ENV = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankclip_jax" / "img2dataset"
-# With imghdr, which it imports, and which left Python with 3.13.
+# img2dataset imports imghdr, which Python 3.13 removed.
 INSTALL = "python3 -m venv {0} && {0}/bin/pip install 'img2dataset>=1.47,<2' standard-imghdr"
 
 
 def find_python(env: Path | None) -> Path:
     """A Python that has img2dataset: that of the environment `env`; None: this one, or that in ENV.
 
-    It brings a hundred packages (OpenCV, pandas, wandb), which have no business next to a training. Raises InputError
-    where it is not installed, saying how to.
+    It depends on a hundred packages that training does not need (OpenCV, pandas, wandb). Raises InputError with the
+    command that installs it.
     """
     if env is None and importlib.util.find_spec("img2dataset"):
         return Path(sys.executable)
@@ -45,7 +46,7 @@ def find_python(env: Path | None) -> Path:
 
 
 def download(urls: Path, out_dir: Path, options: argparse.Namespace) -> tuple[Counter, int]:
-    """Downloads what of `urls` is not yet in `out_dir`: 00000.tar and so on, each with its .parquet and _stats.json.
+    """Downloads the part of `urls` not yet in `out_dir`, as 00000.tar ..., each with its .parquet and _stats.json.
 
     Args:
       options: the flags of the command line.
@@ -56,19 +57,21 @@ def download(urls: Path, out_dir: Path, options: argparse.Namespace) -> tuple[Co
     Raises:
       InputError: a bad list, a folder of another list or other options or with files of others, or img2dataset failed.
     """
-    own = out_dir / "_download"  # a folder, because img2dataset takes every .json beside the shards for its own
+    own = out_dir / "_download"  # a folder, because img2dataset takes every .json next to the shards for its own
     try:
         settings = _settings(urls, options)
         owned = Owned(out_dir, "download", alone="give a new OUT_DIR")
         _same_as_before(out_dir, own / "settings.json", settings)
         owned.claim(f"{own.name}/{name}" for name in ("settings.json", "urls.parquet", "img2dataset.log"))
         own.mkdir(exist_ok=True)
-        total, left_out = url_list.normalise(urls, own / "urls.parquet", options.url_column, options.caption_column)
+        total, left_out = url_list.normalise(
+            urls, own / "urls.parquet", options.url_column, options.caption_column, options.encoding
+        )
         write_whole(own / "settings.json", json.dumps(settings))
         shards = range(-(-total // options.shard_size))
         owned.claim(name for shard in shards for name in _names(shard))
         _remove_unfinished(owned, shards)
-        print(f"{total:,} URLs" + (f"; {left_out:,} lines without a URL or a caption left out" if left_out else ""))
+        print(f"{total:,} URLs" + (f"; {left_out:,} rows without a URL or a caption left out" if left_out else ""))
         if total:
             python = find_python(options.env)
             try:
@@ -81,10 +84,10 @@ def download(urls: Path, out_dir: Path, options: argparse.Namespace) -> tuple[Co
 
 
 def _settings(urls, options):
-    """What decides which URL is in which shard, and what becomes of its image."""
+    """What determines the contents of the shards."""
     with open(urls, "rb") as file:
         settings = {"URLS": hashlib.file_digest(file, "sha256").hexdigest()}
-    names = ("url_column", "caption_column", "shard_size", "short_side", "quality")
+    names = ("url_column", "caption_column", "encoding", "shard_size", "short_side", "quality")
     return settings | {"--" + name.replace("_", "-"): getattr(options, name) for name in names}
 
 
@@ -96,7 +99,7 @@ def _arguments(out_dir, own, options):
         "url_col": "url",
         "caption_col": "caption",
         "output_folder": str(out_dir),
-        # Its TFRecord writer needs tensorflow_io, which today's TensorFlow has no more; `prepare` makes them of these.
+        # Its TFRecord writer needs tensorflow_io, which TensorFlow 2.21 no longer has; `prepare` converts the tars.
         "output_format": "webdataset",
         "image_size": options.short_side,
         "resize_mode": "keep_ratio",  # the shorter side, nothing cut off
@@ -120,19 +123,19 @@ def _same_as_before(out_dir, path, settings):
     except (FileNotFoundError, NotADirectoryError):
         return
     except (ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error}); bring it back from a copy, or give another folder") from None
+        raise InputError(f"{path} is damaged ({error}); restore it from a copy, or give another folder") from None
     if changed:
         raise InputError(f"{out_dir} was downloaded with another {changed}; give another folder")
 
 
 def _names(shard: int) -> tuple[str, ...]:
-    """What img2dataset writes of a shard, in this order, under the final names; the first only for itself."""
+    """The files that img2dataset writes for a shard, in this order; the first is temporary."""
     return f"_tmp/{shard}.feather", f"{shard:05d}.tar", f"{shard:05d}.parquet", f"{shard:05d}_stats.json"
 
 
 def _remove_unfinished(owned, shards):
-    """Removes what a stop left of shards: those whose _stats.json, which comes last, is not there or not whole."""
-    # img2dataset takes every .json here for one of its own, and removes all of _tmp.
+    """Removes the files of unfinished shards: _stats.json, which comes last, is missing or incomplete."""
+    # img2dataset takes every .json here for its own, and removes all of _tmp.
     for path in owned.folder.glob("*.json"):
         if not download_stats.NAME.fullmatch(path.name):
             raise InputError(f"{path} is in img2dataset's way, and download did not write it; move it away")
@@ -144,17 +147,17 @@ def _remove_unfinished(owned, shards):
 
 
 def _run(python, arguments, out_dir, log, total):
-    """Runs img2dataset, its own words in a log, and shows how far it is by the shards that it finishes."""
+    """Runs img2dataset with its output in `log`, and shows the progress by finished shards."""
     driver = Path(__file__).with_name("img2dataset_driver.py")
     done = sum(stats["count"] for stats in download_stats.finished(out_dir))
     with open(log, "w") as out, progress("download", total, unit="URLs", done=done) as bar:
-        # A session of its own, so that an interrupt reaches all of its processes at once, and none survives.
+        # A session of its own, so that all of its processes can be ended at once.
         child = subprocess.Popen(
             [python, driver, json.dumps(arguments)],
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1"},  # it would ask PyPI for news in every process
+            env=os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1"},  # otherwise every process asks PyPI for updates
         )
         try:
             while child.poll() is None:
@@ -179,14 +182,17 @@ def _flags():
         description="Downloads the images of a URL list to WebDataset shards. The same command resumes it.",
         allow_abbrev=False,
     )
-    parser.add_argument("urls", metavar="URLS", type=Path, help="tsv, csv (also .gz) or parquet of URLs and captions")
+    parser.add_argument(
+        "urls", metavar="URLS", type=Path, help="table (.csv, .tsv, .jsonl, also .gz) or .parquet of URLs"
+    )
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="folder of the shards")
     parser.add_argument("--url-column", help="its name in the header; default: found by what is in it")
     parser.add_argument("--caption-column", help="its name in the header; default: the only other, or caption, text")
-    parser.add_argument("--short-side", type=int, default=288, help="larger images are brought to so many pixels (288)")
-    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs written (95)")
-    parser.add_argument("--shard-size", type=int, default=10_000, help="URLs a shard (10000)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(one a core)")
+    parser.add_argument("--encoding", help="of a table that is not UTF-8, for example latin-1")
+    parser.add_argument("--short-side", type=int, default=288, help="shrink larger images to this many pixels (288)")
+    parser.add_argument("--quality", type=int, default=95, help="of written JPEGs (95)")
+    parser.add_argument("--shard-size", type=int, default=10_000, help="URLs per shard (10000)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="worker processes (one per core)")
     parser.add_argument("--threads", type=int, default=64, help="downloads at once in each process (64)")
     parser.add_argument("--timeout", type=int, default=10, help="seconds without an answer (10)")
     parser.add_argument("--retries", type=int, default=1, help="after a failed download (1)")
@@ -205,6 +211,7 @@ def main() -> None:
         parser.error(f"--quality must be 1 to 100; got {flags.quality}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that img2dataset is ended too
     with commands.exit_codes("stopped; the same command resumes after the finished shards"):
+        flags.encoding = encoding(None).check(flags.encoding, "--encoding")
         counts, total = download(flags.urls, flags.out_dir, flags)
         print(download_stats.summary(counts, flags.out_dir, total))
 

@@ -1,4 +1,4 @@
-"""What became of a list's URLs, by the _stats.json that img2dataset writes beside each shard when it is finished."""
+"""What became of a list's URLs, from the _stats.json that img2dataset writes next to each finished shard."""
 
 import json
 import re
@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 NAME = re.compile(r"\d{5,}_stats\.json")
-# What the messages of img2dataset mean, in words that many URLs share.
+# Patterns of img2dataset's messages, and a reason that many URLs share; None: the matched text.
 _REASONS = (
     (r"X-Robots-Tag", "the site asks not to use it (X-Robots-Tag)"),
-    (r"slower than \d+ s|larger than \d+ MB", None),  # of img2dataset_driver.py, as they are
+    (r"slower than \d+ s|larger than \d+ MB", None),  # of img2dataset_driver.py
     (r"timed out|timeout", "no answer in time"),
     (r"HTTP Error \d+", None),
     (r"Name or service not known|No address associated|name resolution|nodename", "no such host any more"),
@@ -22,13 +22,13 @@ _REASONS = (
 
 
 def finished(out_dir: Path) -> list[dict]:
-    """Those of all finished shards."""
+    """The contents of each finished shard's _stats.json."""
     paths = (path for path in out_dir.glob("*_stats.json") if NAME.fullmatch(path.name))
     return [stats for path in paths if (stats := read(path)) is not None]
 
 
 def read(path: Path) -> dict | None:
-    """One of them; None where it is not whole."""
+    """The contents of one _stats.json; None if it is incomplete."""
     try:
         stats = json.loads(path.read_text())
         return stats if {"count", "successes", "status_dict"} <= stats.keys() else None
@@ -37,11 +37,11 @@ def read(path: Path) -> dict | None:
 
 
 def count(out_dir: Path, total: int) -> Counter:
-    """What became of `total` URLs: "images", the reasons of those that are lost, and "shards not finished"."""
+    """Counts of `total` URLs: "images", each reason for a loss, and "shards not finished"."""
     counts = Counter()
     for stats in finished(out_dir):
         counts["images"] += stats["successes"]
-        # Before it counts a failure, img2dataset may stumble over a sample; such ones are only in its total.
+        # img2dataset may fail on a sample before it counts the failure: such samples are only in its total.
         named = sum(stats["status_dict"].values())
         counts["lost without a reason"] += stats["count"] - named
         for message, number in stats["status_dict"].items():
@@ -52,7 +52,7 @@ def count(out_dir: Path, total: int) -> Counter:
 
 
 def reason(message: str) -> str:
-    """An error message of img2dataset in words that many URLs share."""
+    """The reason, which many URLs share, for an error message of img2dataset."""
     for pattern, words in _REASONS:
         found = re.search(pattern, message, re.IGNORECASE)
         if found:
@@ -61,7 +61,7 @@ def reason(message: str) -> str:
 
 
 def summary(counts: Counter, out_dir: Path, total: int) -> str:
-    """The table of what came, what was lost and why, and how to resume."""
+    """A table of images and losses with their reasons, and the command that comes next."""
     size = sum(path.stat().st_size for path in out_dir.glob("*.tar") if path.stem.isdigit())
     images, share = counts["images"], counts["images"] / max(1, total)
     lines = [f"{images:,} of {total:,} URLs gave an image ({share:.1%}), {size / 1e6:,.1f} MB: {out_dir}"]

@@ -32,11 +32,12 @@ def reader(source: Source) -> Callable[[int], bytes]:
 
 
 def captions(source: Source) -> Callable[[int], str]:
-    """Returns caption(row) -> its caption, the first of several; "" for an unusable row."""
+    """Returns caption(row) -> its caption, the first of several; "" for a row without a good one."""
+    read = source.text.read if source.text else source.read
 
     def caption(row: int) -> str:
         try:
-            texts = tf.reshape(source.read(tf.constant(row, tf.int64))["caption"], [-1]).numpy()
+            texts = tf.reshape(read(tf.constant(row, tf.int64))["caption"], [-1]).numpy()
         except tf.errors.OpError:
             return ""
         return texts[0].decode(errors="replace").strip() if len(texts) else ""

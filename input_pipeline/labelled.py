@@ -18,10 +18,12 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 from PIL import Image
 
-from input_pipeline import clip_benchmark, cpu_only, shapes, transforms
+from input_pipeline import clip_benchmark, cpu_only, shapes
 from input_pipeline import labelled_tables as tables
+from input_pipeline.decode import decode
 from input_pipeline.labelled_tables import numbered_names, of_files, read_list, tell_first
-from input_pipeline.sources import Source, open_source, started_ahead, tfds
+from input_pipeline.rows import read_each
+from input_pipeline.sources import Source, open_source, tfds
 from input_pipeline.sources.packed_strings import PackedStrings
 from rankclip_jax.common import folders, storage
 from rankclip_jax.common.errors import InputError
@@ -149,9 +151,9 @@ def _folder(spec: ConfigDict, path: str) -> LabelledSet:
         names = [storage.name_of(file.path) for file in storage.files_in(path)]
     else:
         names = os.listdir(path)
-    beside = sum(folders.is_picture(name) and not folders.is_leftover(name) for name in names)
-    if beside:
-        print(f"{path}: {beside:,} pictures beside the class folders have no class and are left out", file=sys.stderr)
+    without = sum(folders.is_picture(name) and not folders.is_leftover(name) for name in names)
+    if without:
+        print(f"{path}: {without:,} pictures next to the class folders have no class: left out", file=sys.stderr)
     labels_N = np.repeat(np.arange(len(classes), dtype=np.int32), [len(some) for some in files])
     paths = PackedStrings([os.fsencode(file) for some in files for file in some])
     return LabelledSet(of_files(paths, labels_N, paths.__getitem__), classes, None, False)
@@ -183,17 +185,10 @@ def open_captioned(spec: ConfigDict, *, image_side: int) -> CaptionedSet:
 
 
 def _all_captions(source: Source) -> list[list[str]]:
-    rows = started_ahead(tf.data.Dataset.range(source.size), source.ahead)
-    rows = rows.map(lambda row: tf.reshape(source.read(row)["caption"], [-1]))
-    captions: list[list[str]] = []
-    try:
-        for texts in rows.as_numpy_iterator():
-            captions.append([text.decode() for text in texts])
-    except tf.errors.OpError as error:
-        if source.ahead:
-            source.ahead.check()
-        raise InputError(f"{source.where(len(captions))} cannot be read ({type(error).__name__})") from None
-    return captions
+    def read(row):
+        return tf.reshape(source.read(row)["caption"], [-1])
+
+    return [[text.decode() for text in texts] for texts in read_each(read, source.size, source.where, source.ahead)]
 
 
 def _captioned(source: Source, captions: list[list[str]]) -> CaptionedSet:
@@ -207,7 +202,7 @@ def _captioned(source: Source, captions: list[list[str]]) -> CaptionedSet:
 
 def thumbnail(source: Source, row: int, side: int = 112) -> bytes:
     """A sample's image as a JPEG of at most `side` pixels."""
-    pixels = np.asarray(transforms.decode(source.read(tf.constant(row, tf.int64))["image"]))
+    pixels = np.asarray(decode(source.read(tf.constant(row, tf.int64))["image"]))
     image = Image.fromarray(pixels)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     out = io.BytesIO()

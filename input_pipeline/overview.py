@@ -89,7 +89,7 @@ def survey(source: Source, *, tokenizer: Tokenizer | None, sample: int | None, w
         bad_rows,
         kinds,
         {name: np.array(values) for name, values in measures.items()},
-        {name: len(values) - len(set(values)) for name, values in hashes.items()},
+        {name: len(values) - len(np.unique(values)) for name, values in hashes.items()},
         _frequent(hashes["captions"], caption_rows),
         np.array(good_rows, np.int64),
     )

@@ -101,15 +101,16 @@ class TrainBatches:
 
         def tokenize(batch):
             if "tokens" in batch:
-                return {key: value for key, value in batch.items() if key != "caption"}
+                return batch | {"caption": batch["caption"][:1]}  # for _check_tokens
             ids = tf.numpy_function(tokens_of, [batch.pop("caption"), batch["position"]], tf.int32)
             return batch | {"tokens": tf.ensure_shape(ids, shape)}
 
         shape = (batch_size, 2, context_length) if two_views else (batch_size, context_length)
         self._source, self._row_of, self._sample = source, row_of, sample
+        self._tokenizer, self._context_length = tokenizer, context_length
         good = self._one_good(source, start)
         if "tokens" in good:
-            _check_tokens(good, tokenizer, context_length)
+            self._check_tokens(good["tokens"].numpy(), good["caption"].numpy())
         # If every sample is bad, `ignore_errors` searches for a good one forever. So it gets a span of positions; when
         # that yields no more batches, the next span begins where the last batch ended.
         self._from, self._full = tf.Variable(start, dtype=tf.int64), _SPAN_BATCHES * batch_size
@@ -130,6 +131,15 @@ class TrainBatches:
             reasons.append(f"{source.where(int(self._row_of(position)))}: {reason}")
         raise InputError(f"the first {len(reasons)} samples are all unusable; for example {reasons[0]}")
 
+    def _check_tokens(self, stored, caption):
+        caption, length = caption.decode(errors="replace"), self._context_length
+        if not np.array_equal(stored, self._tokenizer([caption], length)[0]):
+            raise InputError(
+                f"the {len(stored)} tokens per caption in the data come from another tokenizer than this run's, or "
+                f"from another context length than {length}: {caption[:40]!r} is {stored[:8].tolist()} ...; set "
+                "config.tokenizer.path and config.model.context_length to those of the data, or prepare it again"
+            )
+
     def __iter__(self) -> Iterator[dict]:
         return self
 
@@ -145,6 +155,8 @@ class TrainBatches:
                 f"not one batch of good samples in {_SPAN_BATCHES} batches; the next one fails with: "
                 f"{reason_of_failure(self._sample, self.position, self._source.ahead)}"
             )
+        if "caption" in batch:  # once a batch, since parts of the data may come from different tokenizers
+            self._check_tokens(batch["tokens"][0], batch.pop("caption")[0])
         came = batch.pop("position")
         end = int(came[-1]) + 1
         dropped = sorted(set(range(self.position, end)) - set(came.tolist()))
@@ -241,16 +253,6 @@ def _one_of(captions, key_2=None):
     # A different key than the window's, so that the two are independent.
     drawn = tf.random.stateless_uniform((), tf.add(key_2, [1 << 32, 0]), maxval=tf.size(captions), dtype=tf.int32)
     return captions[drawn]
-
-
-def _check_tokens(sample, tokenizer, context_length):
-    stored, caption = sample["tokens"].numpy(), sample["caption"].numpy().decode(errors="replace")
-    if len(stored) != context_length or not np.array_equal(stored, tokenizer([caption], context_length)[0]):
-        raise InputError(
-            f"the {len(stored)} tokens per caption in the data come from another tokenizer than this run's, or from "
-            f"another context length than {context_length}: {caption[:40]!r} is {stored[:8].tolist()} ...; set "
-            "config.tokenizer.path and config.model.context_length to those of the data, or prepare it again"
-        )
 
 
 def _padded_batches(data, batch_size, canvas, drop_remainder=False):

@@ -13,31 +13,27 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rankclip_jax.common import commands, files, packing, pictures
+from rankclip_jax.common import commands, packing
 
 if __name__ == "__main__":
     commands.quiet_tensorflow()  # before its import
 
-import numpy as np
-import tensorflow as tf
 from PIL import Image, ImageFile
 from tqdm import tqdm
 
-from input_pipeline import caption_lengths, contact_sheet, overview, shards, sources
+from input_pipeline import caption_lengths, shards, sources
 from input_pipeline.encode import encode
+from input_pipeline.inspection import inspect
 from input_pipeline.manifest import Manifest
-from input_pipeline.rows import captions_of, in_order, read_rows
+from input_pipeline.rows import in_order, read_rows
 from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.pictures import BadImageError
 from rankclip_jax.common.progress import progress
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.config.guess import guess_format
 
 _CHUNK = 32  # rows per task of a thread
-_SHEET, _BAD = "contact_sheet.png", "bad_samples.jsonl"
-_NAMED = 10  # bad rows that --inspect prints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,50 +212,6 @@ def summary(manifest: Manifest, out_dir: Path) -> str:
         train += f" --config.tokenizer.path={out_dir / 'tokenizer.json'}"
         train += f" --config.model.context_length={manifest.settings['context_length']}"
     return "\n".join([*lines, f"train with: {train}"])
-
-
-def inspect(
-    source: sources.Source,
-    name: str,
-    out_dir: Path,
-    tokenizer: Tokenizer | None,
-    sample: int | None,
-    workers: int,
-    context_length: int = 77,
-) -> None:
-    """Prints statistics of `source`; writes contact_sheet.png of evenly spaced good rows, and bad_samples.jsonl."""
-
-    def read(row):
-        return {key: value.numpy() for key, value in source.read(tf.constant(row, tf.int64)).items()}
-
-    owned = Owned(out_dir, "prepare --inspect")
-    owned.check([_SHEET, _BAD])
-    seen = overview.survey(source, tokenizer=tokenizer, sample=sample, workers=workers)
-    print(f"{name}\n" + overview.text(seen, lambda row: captions_of(read(row)), context_length))
-    bad = [{"row": None, "detail": "", **dataclasses.asdict(one)} for one in source.lost]
-    for row, reason, detail in seen.bad_rows:
-        bad.append({"row": row, "where": source.where(row), "reason": reason, "detail": detail})
-    if bad:
-        owned.claim([_BAD])
-        files.write_whole(out_dir / _BAD, "".join(json.dumps(one) + "\n" for one in bad))
-        print("\nbad rows")
-        for one in bad[:_NAMED]:
-            print(f"  {one['where']}: {one['detail'] and one['detail'] + '; '}{one['reason']}")
-        print(f"{f'  and {len(bad) - _NAMED:,} more' if len(bad) > _NAMED else ''}  all are in {out_dir / _BAD}")
-    count = min(len(seen.good_rows), contact_sheet.EXAMPLES)
-    if not count:
-        return
-    examples = []
-    for place in np.linspace(0, len(seen.good_rows) - 1, count).astype(int):
-        row = int(seen.good_rows[place])
-        sample = read(row)
-        image = pictures.read(sample["image"])
-        examples.append((image, captions_of(sample)[0], f"row {row:,} · {image.width} x {image.height}"))
-    owned.claim([_SHEET])
-    path = out_dir / _SHEET
-    with files.whole(path) as part:
-        contact_sheet.draw(part, f"{name}: {count} of {source.size:,} rows", examples)
-    print(f"\nexamples: {path}")
 
 
 def _flags():

@@ -1,4 +1,4 @@
-"""Reads the rows of a source once in order, each good or with a reason: for prepare and --inspect."""
+"""Reads the rows of a source once in order."""
 
 import dataclasses
 from collections import deque
@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import tensorflow as tf
 
-from input_pipeline.bad_samples import reason_of_failure
-from input_pipeline.sources import Source, started_ahead
+from input_pipeline.bad_samples import why_dropped
+from input_pipeline.sources import Ahead, Source, started_ahead
+from rankclip_jax.common.errors import InputError
 
 
 @dataclasses.dataclass
@@ -59,6 +60,18 @@ def read_rows(source: Source, numbers: range) -> Iterator[Row]:
         yield _failed(source, number)
 
 
+def read_each(read: Callable, size: int, where: Callable[[int], str], ahead: Ahead | None) -> Iterator:
+    """Yields read(row), as NumPy, of every row. Raises InputError for the first that cannot be read."""
+    data = started_ahead(tf.data.Dataset.range(size), ahead).map(read)
+    row = 0
+    try:
+        for value in data.as_numpy_iterator():
+            yield value
+            row += 1
+    except tf.errors.OpError:
+        raise InputError(f"{where(row)} cannot be read: {why_dropped(read, row, ahead)[1]}") from None
+
+
 def _samples(data):
     if any(spec.shape.rank != 0 for spec in data.element_spec.values()):
         yield from data.prefetch(64).as_numpy_iterator()
@@ -76,8 +89,7 @@ def captions_of(sample: dict) -> tuple[str, ...]:
 
 
 def _failed(source, number):
-    message = reason_of_failure(source.read, number, source.ahead) or "failed once, but could be read on retry"
-    detail, _, reason = message.rpartition("; ")
+    detail, reason = why_dropped(source.read, number, source.ahead)
     return Row(number, reason=reason, detail=detail)
 
 

@@ -1,15 +1,15 @@
 """Converts published lists of image URLs and captions to one Parquet file with columns url and caption."""
 
-import csv
-import gzip
-import io
 import itertools
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rankclip_jax.common import tables
+from rankclip_jax.common.delimited import DELIMITERS
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.files import whole
 
@@ -17,51 +17,71 @@ _CAPTIONS = ("caption", "text", "txt", "alt", "alt_text", "description", "title"
 _ROWS = 100_000  # rows in memory at a time
 
 
-def normalise(path: Path, out: Path, url_column: str | None, caption_column: str | None) -> tuple[int, int]:
-    """Writes `out` from a tsv, csv (both also .gz) or Parquet file.
+def normalise(
+    path: Path, out: Path, url_column: str | None, caption_column: str | None, encoding: str | None = None
+) -> tuple[int, int]:
+    """Writes `out` from a Parquet file or any table (common/tables.py).
 
     The URL column is recognised by its contents, the caption column by its name or as the only other column. A first
-    line with a URL is not a header: CC3M's list is caption, URL, and CC12M's is URL, caption, both without a header. A
-    tsv has no quoting, so a caption may contain quotation marks.
+    line with a URL is not a header: CC3M's list is caption, URL, and CC12M's is URL, caption, both without a header.
+    Several captions of a URL become lines of one.
 
     Args:
       url_column, caption_column: names in the header that override this; None: as above.
+      encoding: as tables.read_table.
 
     Returns:
-      The number of lines written, and of lines left out because they have no URL or no caption.
+      The number of rows written, and of rows left out because they are bad, or have no URL or no caption.
 
     Raises:
-      InputError: no such file, or ambiguous columns.
+      InputError: no such file, ambiguous columns, or as tables.read_table.
     """
     if not path.is_file():
         raise InputError(f"no such file: {path}; give a list of URLs and captions (see docs/data.md)")
+    if path.suffix != ".parquet":
+        return _write(*_of_table(path, url_column, caption_column, encoding), out)
     try:
-        rows = _parquet_rows(path) if path.suffix == ".parquet" else _text_rows(path)
-        first = list(itertools.islice(rows, 1000))
-        if not first:
-            raise InputError(f"{path} is empty")
-        columns, has_header = _columns(path, first, url_column, caption_column)
-        return _write(itertools.chain(first[has_header:], rows), columns, out)
-    except (UnicodeDecodeError, csv.Error, pa.ArrowException, gzip.BadGzipFile, EOFError) as error:
-        raise InputError(f"{path} cannot be read: {one_line(error)}") from None
+        with pq.ParquetFile(path) as file:
+            chunks = ([column.to_pylist() for column in batch.columns] for batch in file.iter_batches(_ROWS))
+            names, first = file.schema_arrow.names, next(chunks, [])
+            head = [names, *itertools.islice(zip(*first, strict=True), 1000)]
+            columns, _ = _columns(path, head, url_column, caption_column)
+            pairs = ([chunk[place] for place in columns] for chunk in itertools.chain([first] if first else [], chunks))
+            return _write(pairs, 0, out)
+    except pa.ArrowException as error:
+        raise InputError(f"{path} cannot be read as Parquet: {one_line(error)}") from None
 
 
-def _text_rows(path: Path) -> Iterator[list[str]]:
-    name = path.name.removesuffix(".gz")
-    opened = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
-    with io.TextIOWrapper(opened, encoding="utf-8-sig", newline="") as lines:
-        if name.endswith(".csv"):
-            yield from csv.reader(lines)
-        else:
-            # Only at line feeds: a caption may contain other characters that Python treats as line ends.
-            yield from (line.rstrip("\r\n").split("\t") for line in lines)
-
-
-def _parquet_rows(path: Path) -> Iterator[Sequence]:
-    with pq.ParquetFile(path) as file:
-        yield file.schema_arrow.names
-        for batch in file.iter_batches(_ROWS):
-            yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+def _of_table(
+    path: Path, url_column: str | None, caption_column: str | None, encoding: str | None
+) -> tuple[Iterator[list[list]], int]:
+    """(lists of URLs and of their captions, so many rows at a time; the number of bad rows)"""
+    usual = "," if path.name.removesuffix(".gz").endswith(".csv") else "\t"
+    failed: InputError | None = None
+    for delimiter in (usual, *(one for one in DELIMITERS if one != usual)):
+        first = tables.read_first(str(path), delimiter=delimiter, encoding=encoding)
+        try:
+            (url, caption), has_header = _columns(path, first, url_column, caption_column)
+            break
+        except InputError as error:
+            failed = failed or error
+    else:
+        raise failed or AssertionError
+    if failed:
+        print(f"{path}: its columns are separated by {delimiter!r}, not by {usual!r}", file=sys.stderr)
+    names = [name.strip() for name in first[0]] if has_header else [str(place) for place in range(len(first[0]))]
+    table = tables.read_table(
+        str(path),
+        (names[url],),
+        (names[caption],),
+        delimiter=delimiter,
+        encoding=encoding,
+        names=None if has_header else names,
+    )
+    assert table.texts is not None
+    columns, starts = (table.images, table.texts), range(0, len(table.images), _ROWS)
+    pairs = ([column.slice(start, _ROWS).to_pylist() for column in columns] for start in starts)
+    return pairs, len(table.bad)
 
 
 def _is_url(value):
@@ -70,8 +90,10 @@ def _is_url(value):
 
 def _columns(path, first, url_column, caption_column):
     """((index of the URL column, index of the caption column), whether the first row is a header)."""
+    if not first or not first[0]:
+        raise InputError(f"{path} is empty")
     has_header = not any(_is_url(value) for value in first[0])
-    names = [str(name) for name in first[0]] if has_header else []
+    names = [str(name).strip() for name in first[0]] if has_header else []
     width = len(first[0])
     shown = ", ".join(names) if has_header else f"{width} without names"
     for asked in (url_column, caption_column):
@@ -92,15 +114,21 @@ def _columns(path, first, url_column, caption_column):
     raise InputError(f"{path}: cannot tell which column has the captions; add --caption-column; its columns: {shown}")
 
 
-def _write(rows, columns, out):
+def _write(chunks, left_out, out):
     schema = pa.schema({"url": pa.string(), "caption": pa.string()})
-    written = left_out = 0
+    written = 0
     with whole(out) as part, pq.ParquetWriter(str(part), schema) as writer:
-        while chunk := list(itertools.islice(rows, _ROWS)):
-            pairs = [tuple(row[place] for place in columns) for row in chunk if len(row) > max(columns)]
-            good = [(u.strip(), c.strip()) for u, c in pairs if _is_url(u) and isinstance(c, str) and c.strip()]
-            urls, captions = zip(*good, strict=True) if good else ((), ())
-            writer.write_table(pa.table({"url": urls, "caption": captions}, schema))
+        for urls, captions in chunks:
+            pairs = [(url, _caption(text)) for url, text in zip(urls, captions, strict=True)]
+            good = [(url.strip(), text) for url, text in pairs if _is_url(url) and text]
+            columns = zip(*good, strict=True) if good else ((), ())
+            writer.write_table(pa.table(dict(zip(schema.names, columns, strict=True)), schema))
             written += len(good)
-            left_out += len(chunk) - len(good)
+            left_out += len(pairs) - len(good)
     return written, left_out
+
+
+def _caption(value):
+    """A text without blanks around it; several as lines, which config.data.captions_per_line reads; "": none."""
+    texts = value if isinstance(value, list) else [value]
+    return "\n".join(filter(None, (text.strip() for text in texts if isinstance(text, str))))

@@ -1,4 +1,4 @@
-"""Training runs as processes of their own, started and watched from a notebook or a script."""
+"""Starts trainings as separate processes and watches them, from a notebook or a script."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ _CLOSING = 60.0  # seconds that a stopped run may take to save
 
 
 def run(module: str, *arguments: object) -> str:
-    """Runs `python -m MODULE ARGUMENTS` to its end, and returns what it printed, its progress left out.
+    """Runs `python -m MODULE ARGUMENTS` and returns its stdout, which has no progress bars.
 
     Raises:
       InputError: it ended with an error; the message is the last line of it.
@@ -30,7 +30,7 @@ def run(module: str, *arguments: object) -> str:
 
 
 class Training:
-    """A running `python -m rankclip_jax.train`. What it prints goes to WORKDIR/train.log, after what is there.
+    """A running `python -m rankclip_jax.train`. Its output is appended to WORKDIR/train.log.
 
     Attributes:
       workdir: its folder.
@@ -42,7 +42,7 @@ class Training:
 
         Args:
           config: what --config takes.
-          workdir: what --workdir takes; made if need be.
+          workdir: what --workdir takes; created if missing.
           settings: "key=value" of the configuration, as config.load takes them: "optim.lr=1e-3".
 
         Raises:
@@ -55,7 +55,7 @@ class Training:
         self._before = self._last_step()
         command = [sys.executable, "-m", "rankclip_jax.train", "--config", config, "--workdir", str(workdir)]
         command += [f"--config.{setting}" for setting in settings]
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # so that a last line is there whatever ends the run
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # so that the log is complete, whatever ends the run
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
@@ -72,12 +72,12 @@ class Training:
         return self._log.read_bytes()[self._from :].decode(errors="replace")
 
     def stop(self) -> None:
-        """As a preempted machine does: SIGTERM, so that it saves, and waits for its end. Nothing where it has ended."""
+        """Sends SIGTERM, as on a preempted machine, and waits until the run has saved and ended."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
                 self.process.wait(_CLOSING)
-            except subprocess.TimeoutExpired:  # it hangs, and holds the memory that the next one needs
+            except subprocess.TimeoutExpired:  # it hangs, and holds memory that the next run needs
                 self.process.kill()
                 self.process.wait()
 

@@ -4,10 +4,9 @@ Each word is a module's own command line with its own --help, and ends with its 
 """
 
 import importlib
-import importlib.metadata
 import sys
 
-from rankclip_jax.common import commands
+from rankclip_jax.common import commands, jax_install
 
 # Word -> module, flags that stand for the word, what a first argument without a dash is given to, and what it does.
 COMMANDS = {
@@ -30,7 +29,7 @@ def main() -> None:
     """Exit codes: those of the command; 2 for an unknown word."""
     words = sys.argv[1:]
     if words == ["--version"]:
-        print(f"rankclip_jax {importlib.metadata.version('rankclip_jax')}")
+        print(f"rankclip_jax {jax_install.version('rankclip_jax') or '(a checkout that is not installed)'}")
         return
     if not words or words[0] in ("-h", "--help"):
         print("usage: rankclip COMMAND ...   (rankclip COMMAND --help; rankclip --version)\n")

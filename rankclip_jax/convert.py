@@ -5,7 +5,7 @@ import os
 
 import jax
 
-from rankclip_jax.common import commands
+from rankclip_jax.common import commands, storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.weights import export, pretrained
 
@@ -37,8 +37,9 @@ def main() -> None:
         jax.config.update("jax_platforms", "cpu")
     with commands.exit_codes():
         try:
+            dst = storage.local(flags.dst, "DST")
             model = pretrained.read(flags.src, flags.tokenizer, flags.activation)
-            export.write(model, flags.dst, flags.to)
+            export.write(model, dst, flags.to)
         except OSError as error:
             raise InputError(f"cannot write {flags.dst}: {error.strerror or error}") from None
     print(f"wrote {flags.dst}: " + ", ".join(sorted(name for name in os.listdir(flags.dst) if name[0] != ".")))

@@ -5,7 +5,6 @@ python -m rankclip_jax.doctor [--workdir DIR] [--tokenizer PATH_OR_HUB_ID]
 
 import argparse
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -19,7 +18,6 @@ from packaging.version import Version
 
 from rankclip_jax.common import commands, jax_install
 from rankclip_jax.common.errors import InputError, one_line
-from rankclip_jax.common.jax_install import requirements as _requirements
 
 
 class Finding(NamedTuple):
@@ -58,17 +56,6 @@ def jax_plugins(driver_file: str = jax_install.NVIDIA_DRIVER) -> Iterator[Findin
     yield Finding("JAX's CUDA", f"{', '.join(versions)}; jaxlib {jaxlib}", jax_install.shell(lines) or None)
 
 
-def has_bfloat16(platform: str, compute_capability: str | None) -> bool:
-    """Whether a device multiplies bfloat16 in hardware: not an NVIDIA GPU before Ampere (compute capability below 8.0).
-
-    Args:
-      platform: jax.Device.platform, such as "gpu".
-      compute_capability: "7.5" as jax.Device has it; None or "gfx90a" elsewhere.
-    """
-    number = re.match(r"\d+\.\d+", compute_capability or "")
-    return platform not in ("gpu", "cuda") or not number or float(number[0]) >= 8
-
-
 def devices(driver_file: str = jax_install.NVIDIA_DRIVER) -> Iterator[Finding]:
     """The devices that JAX has, and whether it overlooks a GPU; a small training step on each backend."""
     extra = jax_install.extra(driver_file)
@@ -86,11 +73,12 @@ def devices(driver_file: str = jax_install.NVIDIA_DRIVER) -> Iterator[Finding]:
     driver = jax_install.driver(driver_file) or "unknown"
     remedy = f"JAX does not use the NVIDIA GPU of this machine (driver {driver}): {install}" if idle_gpu else None
     yield Finding("devices", f"{jax.device_count()} {backend} ({', '.join(kinds)})", remedy)
-    device = jax.local_devices()[0]
-    capability = getattr(device, "compute_capability", None)
-    if not has_bfloat16(device.platform, capability):
-        said = f"not in hardware before Ampere (compute capability {capability}): leave config.model.dtype at float32"
-        yield Finding("bfloat16", said)
+    from rankclip_jax.common.devices import devices_of
+
+    local = devices_of(jax.local_devices())
+    if not local.has_bfloat16:
+        said = f"not in hardware before Ampere (compute capability {local.capability})"
+        yield Finding("bfloat16", f"{said}: leave config.model.dtype at float32")
     for name in dict.fromkeys((backend, "cpu")):
         try:
             loss, first, second = _small_step(jax.local_devices(backend=name)[:1])
@@ -164,7 +152,7 @@ def pipeline(pictures: int = 400) -> Iterator[Finding]:
     try:
         from clu import metric_writers  # noqa: F401 -- what the trainer imports
     except Exception as error:  # tensorboard absent, or one of its own packages is
-        asked = [f"'{line}'" for line in _requirements() if Requirement(line).name in ("clu", "tensorboard")]
+        asked = [f"'{line}'" for line in jax_install.requirements() if Requirement(line).name in ("clu", "tensorboard")]
         remedy = f"pip install --force-reinstall {' '.join(asked)}"
         yield Finding("TensorBoard events", f"cannot be written: {one_line(error, kind=True)}", remedy)
 
@@ -197,7 +185,7 @@ def findings(workdir: str, tokenizer: str | None) -> Iterator[Finding]:
     """All of them, as they are found."""
     version = ".".join(map(str, sys.version_info[:3]))
     yield Finding("Python", version, None if sys.version_info >= (3, 11) else "use Python 3.11 or newer")
-    yield from packages(_requirements())
+    yield from packages(jax_install.requirements())
     yield from jax_plugins()
     yield from places(workdir, tokenizer)
     yield from devices()
@@ -211,15 +199,15 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="the tokenizer.json or hub id that config.tokenizer.path will name")
     flags = parser.parse_args()
     commands.quiet_tensorflow()
-    ill = 0
+    faults = 0
     with commands.exit_codes():
         for what, found, remedy in findings(flags.workdir, flags.tokenizer):
-            ill += remedy is not None
+            faults += remedy is not None
             print(f"{'ok ' if remedy is None else 'BAD'}  {what:26}{found}", flush=True)
             if remedy is not None:
                 print(f"     {'':26}-> {remedy}", flush=True)
-    print(f"\n{ill} thing(s) to fix" if ill else "\nall is well")
-    sys.exit(ill > 0)
+    print(f"\n{faults} thing(s) to fix" if faults else "\nall is well")
+    sys.exit(faults > 0)
 
 
 if __name__ == "__main__":

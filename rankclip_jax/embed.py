@@ -6,6 +6,7 @@ rankclip search MODEL DATA "a dog on a beach"
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,12 +33,12 @@ def main() -> None:
         "data", help="a folder of images, a table (.csv ...), shards (.tar, .tfrecord, .parquet); or a file of --out"
     )
     parser.add_argument("queries", nargs="*", metavar="QUERY", help="as --search")
-    parser.add_argument("--out", type=Path, help="the file to write: .npz or .parquet")
+    parser.add_argument("--out", help="the file to write: .npz or .parquet")
     parser.add_argument(
         "--search", nargs="+", metavar="QUERY", default=[], help="print the best matches of each text or image file"
     )
     parser.add_argument("--top", type=int, default=10, help="number of matches (default 10)")
-    parser.add_argument("--png", type=Path, help="also draw the matches into this file")
+    parser.add_argument("--png", help="also draw the matches into this file")
     parser.add_argument("--image-key", help="column, feature or member of the image; default: the format's default")
     parser.add_argument("--delimiter", default=",", help="separator of a csv (default ,; a tab is '\\t')")
     parser.add_argument("--encoding", help="of a table that is not UTF-8, for example latin-1")
@@ -47,9 +48,13 @@ def main() -> None:
     queries = [*flags.search, *flags.queries]
     if not (flags.out or queries):
         parser.error("give --out FILE to embed DATA, --search QUERY to search it, or both")
+    if flags.top < 1:
+        parser.error(f"--top {flags.top}: expected at least 1")
     commands.quiet_tensorflow()  # for shards
     with commands.exit_codes("stopped; the same command resumes"):
         try:
+            flags.out = flags.out and storage.local(flags.out, "--out")
+            flags.png = flags.png and storage.local(flags.png, "--png")
             flags.delimiter = character(",").check(flags.delimiter, "--delimiter")
             flags.encoding = encoding(None).check(flags.encoding, "--encoding")
             model = rankclip_jax.load(flags.model, tokenizer=flags.tokenizer, activation=flags.activation)
@@ -68,7 +73,7 @@ def main() -> None:
 
 def _embed(model: Model, flags: argparse.Namespace) -> None:
     about = {
-        "data": flags.data if storage.is_remote(flags.data) else str(Path(flags.data).expanduser().resolve()),
+        "data": flags.data if storage.is_remote(flags.data) else os.path.realpath(os.path.expanduser(flags.data)),
         "image_key": flags.image_key,
         "delimiter": flags.delimiter,
         "encoding": flags.encoding,
@@ -105,7 +110,7 @@ def _search(
 
 def _encoded(model: Model, query: str) -> np.ndarray:
     """(1, D). A file of a picture's name that is there is a picture; anything else is a text."""
-    path = Path(query).expanduser()
+    path = Path(os.path.expanduser(query))
     is_picture = path.suffix.lower() in ENDINGS and path.is_file()
     return model.encode_image(path) if is_picture else model.encode_text(query)
 

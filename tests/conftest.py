@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.bucket import served
 from tests.support.open_clip_models import import_open_clip
 
 # Minutes long: they go first, so that no worker has one left when the others are done.
@@ -39,6 +40,12 @@ def captioned(tmp_path):
             Image.fromarray(np.full((12, 16, 3), 5 * i, np.uint8)).save(folder / f"{i}.png")
             writer.writerow([f"images/{i}.png", f"grey level {i}"])
     return tmp_path / "data.csv"
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    with served(tmp_path / "bucket", monkeypatch) as bucket:
+        yield bucket
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from input_pipeline.sources.source import (
 )
 from rankclip_jax.common.errors import InputError
 
-__all__ = ["Ahead", "Lost", "Source", "open_source", "started_ahead", "told"]
+__all__ = ["Ahead", "Lost", "Source", "open_pictures", "open_source", "started_ahead", "told"]
 
 
 def open_source(
@@ -66,6 +66,24 @@ def open_source(
             return drawn.open_drawn(path, image_side, split)
     known = "csv, tfrecord, webdataset, folder, parquet, tfds or shapes"
     raise InputError(f"unknown config.data.format={spec.format!r}. Expected {known}")
+
+
+def open_pictures(spec: ConfigDict, path: str) -> Source:
+    """Opens shards (tfrecord, webdataset, parquet) of pictures, with captions or without.
+
+    Rows are {"image"} alone, also where the caption is missing or bad; `text` reads {"caption"}. Raises as above.
+    """
+    cpu_only()
+    openers = {"tfrecord": tfrecord.open_tfrecord, "webdataset": tar.open_webdataset, "parquet": parquet.open_parquet}
+    source = openers[spec.format](spec, path, captions=False)
+    captioned = _with_text(source, spec)
+
+    def read(row):
+        image = source.read(tf.cast(row, tf.int64))["image"]
+        require(tf.strings.length(image) > 0, "empty image")
+        return {"image": image}
+
+    return dataclasses.replace(source, read=read, text=captioned.text or Reading(captioned.read, captioned.ahead))
 
 
 def _with_text(source: Source, spec: ConfigDict, encoding: str | None = None) -> Source:

@@ -41,10 +41,7 @@ class Files:
 
     def read(self, row: tf.Tensor) -> tf.Tensor:
         """Ops, row (int64 scalar) -> the bytes of its file."""
-        return self.at(self._path_of(row))
-
-    def at(self, path: tf.Tensor) -> tf.Tensor:
-        """Ops, path (string scalar) -> the bytes of the file."""
+        path = self._path_of(row)
         if not self._remote:
             return tf.io.read_file(path)
         fetched = functools.partial(from_python, lambda path: self._reads.take(path.decode()), path)
@@ -56,7 +53,7 @@ class Files:
 
 
 def ahead_of(paths: Sequence[str], reads: ReadAhead, start: Callable[[np.ndarray], None]) -> Ahead | None:
-    """The Ahead of files whose rows `start` begins to read; None where all are local."""
+    """An Ahead with `start`; None if all files are local."""
     return Ahead(start, reads.check) if any(map(is_remote, paths)) else None
 
 
@@ -85,23 +82,18 @@ def _fetched(paths, reads):
     return lambda file, begin, length: from_python(fetch, file, begin, length)
 
 
-def _taken(read: Callable[[], bytes]) -> tuple[np.ndarray, bytes]:
-    """(bytes, b""), or (none, why not): an exception in a graph would print its traceback for each row.
-
-    What is not the row's own fault makes `Ahead.check` raise, before anybody takes the row for a bad one.
-    """
-    try:
-        return np.asarray(read(), object), b""
-    except InputError as error:
-        return np.asarray(b"", object), str(error)[:300].encode()
-
-
 def from_python(fetch: Callable[..., bytes], *inputs: tf.Tensor) -> tf.Tensor:
-    """The bytes (string scalar) that `fetch` returns for the inputs' values; a bad row where it raises InputError."""
+    """The bytes (string scalar) that `fetch` returns for the inputs' values; a bad row where it raises InputError.
+
+    If the store is at fault and not the row, `Ahead.check` raises before the row counts as a bad one.
+    """
 
     @tf.autograph.experimental.do_not_convert
     def fetched(*values):
-        return _taken(lambda: fetch(*values))
+        try:
+            return np.asarray(fetch(*values), object), b""
+        except InputError as error:  # raised here, it would print its traceback for every bad row
+            return np.asarray(b"", object), str(error)[:300].encode()
 
     span, reason = tf.numpy_function(fetched, inputs, (tf.string, tf.string))
     require(tf.strings.length(reason) == 0, reason)

@@ -22,9 +22,8 @@ def open_drawn(path: str | int, side: int, split: str) -> Source:
     elif say is None:
         size = path if isinstance(path, int) else 0
     if size < 1:
-        raise InputError(
-            f"shapes: got {path!r}, expected a number of scenes, or graded:COUNT, stated:COUNT, seen, held_out, seen:COUNT"
-        )
+        known = "a number of scenes, graded:COUNT, stated:COUNT, seen, held_out or seen:COUNT"
+        raise InputError(f"shapes: got {path!r}, expected {known}")
 
     def read(row):
         def draw(row):
@@ -37,6 +36,10 @@ def open_drawn(path: str | int, side: int, split: str) -> Source:
         return {key: tf.ensure_shape(value, known[key]) for key, value in sample.items()}
 
     told = say or (lambda split, row: shapes.draw(split, row, 8)[1])
-    captions = lambda: (told(split, row) for row in range(min(size, 10_000)))  # noqa: E731
-    index = [f"shapes {split}", name] if say else [f"shapes {split}"]
-    return Source(size, read, lambda row: f"shapes {split} scene {row}", captions, index=lambda: index)
+    return Source(
+        size,
+        read,
+        where=lambda row: f"shapes {split} scene {row}",
+        captions=lambda: (told(split, row) for row in range(min(size, 10_000))),
+        index=lambda: [f"shapes {split}", name] if say else [f"shapes {split}"],
+    )

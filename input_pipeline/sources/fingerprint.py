@@ -1,4 +1,4 @@
-"""What a source holds, in 16 digits, so that a run that resumes notices other data, wherever they lie."""
+"""Identifies the data of a source in 16 digits, so that a resumed run notices other data."""
 
 import hashlib
 
@@ -8,9 +8,9 @@ from input_pipeline.sources.source import Source
 
 
 def fingerprint(source: Source) -> str:
-    """Of its size and index: of a table every path and text, of shards where each sample begins and ends.
+    """A hash of the size and the index: every path and text of a table, the offsets of the samples in shards.
 
-    Not of what the index leaves out: pixels, and the captions of shards and folders.
+    Pixels, and the captions of shards and folders, are not part of it. Nor is the location of the data.
     """
     digest = hashlib.blake2b(str(source.size).encode(), digest_size=8)
     for part in source.index():

@@ -48,15 +48,13 @@ def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
     def read(row):
         return caption_of(row) | {"image": pictures.read(row)}
 
-    index = lambda: [*images.buffers(), *captions.buffers()]  # noqa: E731
-    where = lambda row: os.path.join(root, images[row])  # noqa: E731
     return Source(
         size,
         read,
-        where,
+        lambda row: os.path.join(root, images[row]),
         captions=lambda: (),
         lost=lost,
-        index=index,
+        index=lambda: [*images.buffers(), *captions.buffers()],
         ahead=all_ahead([pictures.ahead, texts.ahead]),
         text=Reading(caption_of, texts.ahead),
     )

@@ -72,7 +72,9 @@ def _ahead(aheads, starts, sizes):
 
 def _read(reads, starts):
     specs = [tf.data.Dataset.range(1).map(read).element_spec for read in reads]
-    common = set.intersection(*map(set, specs))  # tokens are used only if all parts have them
+    common = set.intersection(*map(set, specs))
+    if len({spec.get("tokens") for spec in specs}) > 1:  # not in all parts, or of several lengths
+        common.discard("tokens")
     several = any(spec["caption"].shape.rank for spec in specs)
     starts = tf.constant(starts, tf.int64)
 

@@ -62,7 +62,7 @@ class OffsetIndex:
         return len(next(iter(self.columns.values())))
 
     def arrays(self) -> list[np.ndarray]:
-        """What is where, without the names of the shards."""
+        """The offsets, without the names of the shards."""
         return [self.starts, *self.columns.values()]
 
     def file_of(self, row: int) -> int:
@@ -89,12 +89,12 @@ def offset_index(kind: str, paths: Sequence[str], scan: Callable, cache_dir: str
     new = [i for i, one in enumerate(scans) if one is None]
     if new:
 
-        def go_through(i):
+        def scan_shard(i):
             with open_slices(paths[i], stamps_F[i][0]) as data:
                 return scan(data, stamps_F[i][0], paths[i])
 
         with progress("index", len(new), unit="files") as bar, ThreadPoolExecutor() as pool:
-            for i, result in zip(new, pool.map(go_through, new), strict=True):
+            for i, result in zip(new, pool.map(scan_shard, new), strict=True):
                 scans[i] = result
                 bar.update()
     index = OffsetIndex(

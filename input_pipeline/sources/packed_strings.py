@@ -31,7 +31,7 @@ class PackedStrings:
         return self.at(tf.constant(row, tf.int64)).numpy().decode(errors="replace")
 
     def buffers(self) -> list[np.ndarray]:
-        """[the ends of the strings, int64; their bytes, uint8]: equal where the strings are."""
+        """[offsets of the strings, int64; their bytes, uint8]: equal for equal strings."""
         bytes_ = np.frombuffer(self._blob.numpy(), np.uint8)
         return [self._offsets - self._offsets[0], bytes_[self._offsets[0] : self._offsets[-1]]]
 
@@ -59,7 +59,7 @@ class PackedLists:
         return tf.map_fn(self._strings.at, rows, fn_output_signature=tf.string)
 
     def buffers(self) -> list[np.ndarray]:
-        """As PackedStrings.buffers, after the ends of the lists."""
+        """The offsets of the lists, then as PackedStrings.buffers."""
         return [self._offsets.numpy(), *self._strings.buffers()]
 
     def __iter__(self) -> Iterator[str]:

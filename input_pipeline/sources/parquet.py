@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import tarfile
 from collections.abc import Sequence
@@ -37,24 +36,27 @@ _ROWS = 256  # rows unpacked at a time
 
 
 class _Columns(NamedTuple):
-    """What of a file is unpacked.
+    """The columns of a file that are unpacked.
 
     Attributes:
-      image: the column; with .bytes or .path if it has only these, :path if it is a path.
-      caption: the column.
+      image: the column.
+      caption: the column; "": none.
       inside: path of the caption in the column's structs or JSON.
       several: whether captions are lists, or JSON with such.
+      image_kind: .bytes or .path for a struct with only that field, :path for a column of paths; part of the cache key.
     """
 
     image: str
     caption: str
     inside: str | None = None
     several: bool = False
+    image_kind: str = ""
 
 
-def open_parquet(spec: ConfigDict, path: str | Sequence[str]) -> Source:
+def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = True) -> Source:
     """Opens files. An image is bytes, a path (relative to the file), or a struct of both, as Hugging Face's datasets
-    write it. A caption is a string, a list of strings, or what is there at a path: meta:caption in a struct or in JSON.
+    write it. A caption is a string, a list of strings, or the value at a path: meta:caption in a struct or in JSON.
+    captions=False: no file needs such a column.
 
     `spec`: image_key, caption_key, hint, cache_dir of config.data.
 
@@ -62,10 +64,9 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str]) -> Source:
       InputError: no such file or column, a column of another type, no rows, or not enough disk space to unpack.
     """
     files = expand(path, endings=(".parquet",), hint=spec.get("hint"))
-    columns = [
-        _columns(file, keys(spec.get("image_key"), ("image", "jpg")), keys(spec.get("caption_key"), ("caption", "txt")))
-        for file in files
-    ]
+    image_keys = keys(spec.get("image_key"), ("image", "jpg"))
+    caption_keys = keys(spec.get("caption_key"), ("caption", "txt"))
+    columns = [_columns(file, image_keys, caption_keys, captions) for file in files]
     cache_dir = spec.get("cache_dir")
     tars = _unpacked(files, columns, cache_dir)
     kinds = ("image", "path", "caption", "captions")
@@ -83,7 +84,7 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str]) -> Source:
         folder = tf.where(tf.strings.length(path) > 0, folders_F[members.index.file_in_graph(row)], "")
         return tf.where(absolute, path, tf.strings.join([folder, path]))
 
-    # The tars are local; pictures of which they have only the paths need not be.
+    # The tars are local. Images that are given as paths may be remote.
     has_paths = bool((members.index.columns["length"][:, kinds.index("path")] > 0).any())
     pictures = Files(path_of, remote=has_paths)
 
@@ -97,12 +98,14 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str]) -> Source:
             )
         return {"caption": caption}
 
+    unpacked = members.read if captions else members.alone(["image", "path"]).read
+
     def read(row):
-        sample = members.read(row)
+        sample = unpacked(row)
         image = sample["image"]
         if has_paths:
             image = tf.cond(tf.strings.length(sample["path"]) > 0, lambda: pictures.read(row), lambda: image)
-        return {"image": image} | caption_of(sample)
+        return {"image": image} | (caption_of(sample) if captions else {})
 
     def where(row):
         file = members.index.file_of(row)
@@ -119,32 +122,35 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     )
 
 
-def _columns(file: str, image_keys: tuple[str, ...], caption_keys: tuple[str, ...]) -> _Columns:
+def _columns(file: str, image_keys: tuple[str, ...], caption_keys: tuple[str, ...], captions: bool) -> _Columns:
     with _opened(file) as parquet:
         schema = parquet.schema_arrow
     image, kind = _column(file, schema, image_keys)
+    image, image_kind = image if image in schema.names else image.partition(":")[0], ""
     if pa.types.is_struct(kind):
         fields = {kind.field(i).name: _values_of(kind.field(i).type) for i in range(kind.num_fields)}
         if _is_bytes(fields.get("bytes")):
-            image = image if _is_string(fields.get("path")) else f"{image}.bytes"
+            image_kind = "" if _is_string(fields.get("path")) else ".bytes"
         elif _is_string(fields.get("path")):
-            image = f"{image}.path"
+            image_kind = ".path"
         else:
             raise _wrong_type(file, image, kind, "bytes, a path, or a struct of bytes and path")
     elif _is_string(kind):
-        image = f"{image}:path"
+        image_kind = ":path"
     elif not _is_bytes(kind):
         raise _wrong_type(file, image, kind, "bytes, a path, or a struct of bytes and path")
+    if not captions and not any(key.partition(":")[0] in schema.names for key in caption_keys):
+        return _Columns(image, "", image_kind=image_kind)
     caption, kind = _column(file, schema, caption_keys)
     if caption not in schema.names:
         column, _, inside = caption.partition(":")
-        return _Columns(image, column, inside, several=True)
+        return _Columns(image, column, inside, True, image_kind)
     lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
     several = any(is_list(kind) for is_list in lists)
     one = _values_of(kind.value_type) if several else kind
     if not (_is_string(one) or (_is_bytes(one) and not several)):
         raise _wrong_type(file, caption, kind, "strings or lists of strings; a field inside is COLUMN:FIELD")
-    return _Columns(image, caption, None, several)
+    return _Columns(image, caption, None, several, image_kind)
 
 
 def _column(file: str, schema: pa.Schema, wanted: tuple[str, ...]) -> tuple[str, pa.DataType]:
@@ -178,7 +184,7 @@ def _opened(file):
     try:
         if storage.is_remote(file):
             (size, _), *_ = stamps([file])
-            # Its footer, and then the columns of one row group after the other: never all of the file in memory.
+            # Reads the footer, then one row group after the other; the whole file is never in memory.
             with pq.ParquetFile(pa.PythonFile(storage.RemoteFile(file, size)), pre_buffer=True) as opened:
                 yield opened
         else:
@@ -190,15 +196,17 @@ def _opened(file):
         raise InputError(f"{file} cannot be read as Parquet: {one_line(error)}") from None
 
 
-def _without_defaults(columns: _Columns) -> tuple:
-    return tuple(columns) if columns.several else (columns.image, columns.caption)
+def _cache_key(columns: _Columns) -> tuple:
+    """Never changes, so that existing tars are found."""
+    key = (columns.image + columns.image_kind, columns.caption)
+    return (*key, columns.inside, columns.several) if columns.several else key
 
 
 def _unpacked(files: list[str], columns: list[_Columns], cache_dir: str | None) -> list[str]:
     """Paths of the tars; missing ones are written."""
     folders = cache_folders(files, cache_dir)
     names = [
-        hashlib.sha256(repr((file, stamp, _without_defaults(one))).encode()).hexdigest()[:20] + ".tar"
+        hashlib.sha256(repr((file, stamp, _cache_key(one))).encode()).hexdigest()[:20] + ".tar"
         for file, stamp, one in zip(files, stamps(files), columns, strict=True)
     ]
     for folder in folders:
@@ -227,12 +235,13 @@ def _unpacked(files: list[str], columns: list[_Columns], cache_dir: str | None) 
 
 
 def _unpack(file: str, columns: _Columns, target: Path, bar: tqdm) -> None:
-    names = [re.split("[.:]", columns.image)[0], columns.caption]
+    names = [columns.image, *([columns.caption] if columns.caption else [])]
     with whole(target) as part, _opened(file) as parquet, tarfile.open(part, "w") as tar:
         row = 0
-        groups = range(parquet.num_row_groups)  # each alone, since what is fetched ahead is kept to the end
+        groups = range(parquet.num_row_groups)  # one at a time, since prefetched groups stay in memory to the end
         for batch in (one for group in groups for one in parquet.iter_batches(_ROWS, [group], names)):
-            images, captions = (batch.column(name).to_pylist() for name in names)
+            images = batch.column(names[0]).to_pylist()
+            captions = batch.column(columns.caption).to_pylist() if columns.caption else [None] * len(images)
             for image, caption in zip(images, captions, strict=True):
                 for ending, data in (_image(image), _caption(caption, columns)):
                     member = tarfile.TarInfo(f"{row:09}.{ending}")

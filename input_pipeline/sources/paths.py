@@ -1,14 +1,14 @@
 """Expands paths of a configuration: brace ranges, globs, folders and lists, local or in a bucket."""
 
 import fnmatch
+import glob
 import os
 import re
 from collections.abc import Sequence
 
-import tensorflow as tf
-
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError, one_line
+from rankclip_jax.common.folders import is_leftover
 
 _RANGE = re.compile(r"\{([^{}]*)\}")
 
@@ -87,33 +87,37 @@ def _matches(path, endings):
     if storage.is_remote(path):
         return _matches_remote(path, endings)
     try:
-        if tf.io.gfile.isdir(path):
-            names = sorted(tf.io.gfile.listdir(path))
-            found = [tf.io.gfile.join(path, name) for name in names if name.endswith(endings)]
-            if not found:
-                raise InputError(f"{path} has no files that end in {' or '.join(endings)}")
-            return found
-        if tf.io.gfile.exists(path):
+        if os.path.isdir(path):
+            return _with_ending(path, [os.path.join(path, name) for name in sorted(os.listdir(path))], endings)
+        if os.path.exists(path):
             return [path]
-        return sorted(tf.io.gfile.glob(path)) if _is_glob(path) else []
-    except tf.errors.OpError as error:
+        # Neither folders nor hidden files: an earlier start may have left .rankclip_index next to the shards.
+        return [found for found in sorted(glob.glob(path)) if not os.path.isdir(found)] if _is_glob(path) else []
+    except OSError as error:
         raise InputError(f"{path} cannot be reached: {one_line(error)}") from None
 
 
 def _matches_remote(path, endings):
     if _is_glob(path):
         root = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
-        # As in a local folder, no wildcard stands for a slash.
-        levels = [fnmatch.translate(level) for level in path[len(root) + 1 :].split("/")]
+        levels = path[len(root) + 1 :].split("/")
         return [file.path for file in storage.files_below(root) if _fits(file.path[len(root) + 1 :], levels)]
     if not storage.is_folder(path):
         return []
-    found = [file.path for file in storage.files_in(path) if file.path.endswith(endings)]
+    return _with_ending(path, [file.path for file in storage.files_in(path)], endings)
+
+
+def _with_ending(folder, paths, endings):
+    found = [path for path in paths if path.endswith(endings) and not is_leftover(storage.name_of(path))]
     if not found:
-        raise InputError(f"{path} has no files that end in {' or '.join(endings)}")
+        raise InputError(f"{folder} has no files that end in {' or '.join(endings)}")
     return found
 
 
 def _fits(name, levels):
+    """As in a local folder: a wildcard matches neither a slash nor a leading dot."""
     parts = name.split("/")
-    return len(parts) == len(levels) and all(map(re.match, levels, parts))
+    return len(parts) == len(levels) and all(
+        fnmatch.fnmatchcase(part, level) and (level.startswith(".") or not part.startswith("."))
+        for part, level in zip(parts, levels, strict=True)
+    )

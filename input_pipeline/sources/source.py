@@ -51,7 +51,7 @@ def told(lost: Iterable[Lost], reasons: int = 5) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Ahead:
-    """How reads of what is not local are started before their rows are needed: many at once, without a thread each.
+    """Starts reads of remote rows before the rows are needed: many at once, without a thread for each.
 
     Attributes:
       start: int64 rows (n,) -> None.
@@ -63,7 +63,7 @@ class Ahead:
 
 
 def all_ahead(some: Sequence["Ahead | None"]) -> "Ahead | None":
-    """One for the rows of several, of which each has all rows."""
+    """An Ahead that starts the same rows in each of several; None if all of them are local."""
     given = [one for one in some if one]
 
     def start(rows):
@@ -98,7 +98,7 @@ class Source:
       labels: int32 (size,) of a labelled csv.
       lost: unreachable samples, which have no row.
       shares: of a mixture, (rows, rows per epoch) for each part; None: every row once per epoch.
-      index: what says which rows these are, wherever they lie (fingerprint.py): strings, and arrays with an axis.
+      index: identifies the rows, not their location (fingerprint.py): strings, and arrays with at least one axis.
       ahead: None where all is local.
       text: reads {"caption"} alone; None: there is no cheaper way than `read`.
     """
@@ -118,7 +118,7 @@ class Source:
 def read_captions(source: Source, block_rows: int | None = None) -> Iterator[str]:
     """Captions of all rows, or of 256 evenly spaced blocks of neighbouring rows, without unreadable ones.
 
-    `block_rows`: of each block; None: as many as a tokenizer is trained on. Raises InputError where the store stopped
+    `block_rows`: of each block; None: as many as a tokenizer is trained on. Raises InputError if the store stopped
     answering.
     """
     block_rows = block_rows or _BLOCK_ROWS
@@ -137,7 +137,7 @@ def read_captions(source: Source, block_rows: int | None = None) -> Iterator[str
 
 
 def started_ahead(data: tf.data.Dataset, ahead: Ahead | None, row_of: Callable | None = None) -> tf.data.Dataset:
-    """A data set of int64 scalars, unchanged; the rows that they stand for are being read by the time they come.
+    """The data set of int64 scalars, unchanged, with reads of their rows started ahead.
 
     `row_of`: ops, scalar -> row; None: they are rows.
     """
@@ -157,7 +157,7 @@ def started_ahead(data: tf.data.Dataset, ahead: Ahead | None, row_of: Callable |
 
 
 def captions_in_json(text: tf.Tensor, path: str | None) -> tf.Tensor:
-    """The captions, string (n,), at a path of a JSON text (json_rows.find); None: all of it. Else a bad row."""
+    """The captions, string (n,), at a path of a JSON text (json_rows.find; None: the whole text), or a bad row."""
 
     @tf.autograph.experimental.do_not_convert
     def parse(data):
@@ -206,7 +206,7 @@ def require(condition: tf.Tensor, message: str | tf.Tensor) -> None:
 
 
 def keys(given: str | Sequence[str] | None, usual: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of which the first that a sample has is used: config.data.image_key or .caption_key, or the defaults."""
+    """Names in order of preference: config.data.image_key or .caption_key, or the defaults."""
     if given is None:
         return usual
     return (given,) if isinstance(given, str) else tuple(given)

@@ -61,14 +61,13 @@ def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     def read(row):
         return {"image": images.read(row), "caption": texts.at(row)}
 
-    index = lambda: [*rows.images.buffers(), *texts.buffers()]  # noqa: E731
     return Source(
         len(texts),
         read,
         rows.where,
         captions=lambda: texts,
         lost=rows.lost,
-        index=index,
+        index=lambda: [*rows.images.buffers(), *texts.buffers()],
         ahead=images.ahead,
         text=Reading(lambda row: {"caption": texts.at(row)}),
     )
@@ -127,7 +126,7 @@ def open_rows(spec: ConfigDict, path: str | Sequence[str], text_keys: tuple[str,
 
 
 def _joined(columns: list[pa.Array]) -> pa.Array:
-    """The columns of several tables one below the other; lists if there is one of lists."""
+    """The columns of several tables, concatenated; as lists if any of them has lists."""
     lists = [pa.types.is_large_list(column.type) for column in columns]
     if any(lists):
         columns = [column if is_list else _each_alone(column) for column, is_list in zip(columns, lists, strict=True)]

@@ -1,7 +1,8 @@
 """WebDataset tars: members whose names are equal up to the first dot form a sample (00012.jpg, 00012.txt).
 
 The headers of the tars are scanned once (offset_index.py). After that a sample is one range of bytes, read inside the
-graph (byte_ranges.py). tar_samples.py has the rules of pairing. `open_members` opens samples with any members:
+graph (byte_ranges.py). tar_headers.py reads the headers, tar_samples.py pairs the members. `open_members` opens
+samples with any members:
 
   members = open_members(["test/0.tar"], {"image": ("jpg", "png", "webp"), "cls": ("cls",)})
   members.read(row)     ops: {"image": bytes, "cls": bytes}; a row without one of them is a bad row
@@ -11,13 +12,13 @@ import contextlib
 import dataclasses
 import functools
 import os
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from input_pipeline.sources import tar_headers as headers
 from input_pipeline.sources.byte_ranges import ahead_of, byte_ranges
 from input_pipeline.sources.offset_index import Bytes, OffsetIndex, Scan, offset_index, open_slices
 from input_pipeline.sources.paths import expand
@@ -27,9 +28,7 @@ from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS
 
-_BLOCK = 512
-_ADLER_PRIME = 65521
-_LARGEST = 2**31 - 1  # bytes of a member, as the index holds them; of larger ones too, which are bad samples
+_LARGEST = 2**31 - 1  # bytes of a member in the index; larger members have this length too, and are bad samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Members:
       index: columns begin and length, (rows, kinds of members), -1 for a missing member.
       read: ops, row (int64 scalar) -> {name: bytes (string scalar)}.
       ahead: as a Source's.
-      alone: names -> the same of some members alone, without reading what is between them and the others.
+      alone: names -> a Reading of these members only, without reading the others.
     """
 
     index: OffsetIndex
@@ -53,7 +52,7 @@ class Members:
         file = self.index.file_of(row)
         path, begins = self.index.paths[file], self.index.columns["begin"][row]
         if storage.is_remote(path):  # without reading all of the tar; a long name is cut off
-            names = _names_before(path, [int(begin) for begin in begins if begin >= _BLOCK])
+            names = _names_before(path, [int(begin) for begin in begins if begin >= headers.BLOCK])
         else:
             names = _names_by_begin(path, self.index.sizes[file])
         found = [names.get(begin, "unknown: the tar has changed") for begin in begins if begin >= 0]
@@ -61,11 +60,11 @@ class Members:
         return f"{path} key {common.rpartition('.')[0] or found[0]}"
 
 
-def open_webdataset(spec: ConfigDict, path: str | Sequence[str]) -> Source:
+def open_webdataset(spec: ConfigDict, path: str | Sequence[str], captions: bool = True) -> Source:
     """Opens tars of images and captions. `spec`: image_key, caption_key, hint, cache_dir of config.data.
 
     A caption may be compressed (txt.gz). caption_key=json:caption is the field `caption` of the .json members, which
-    may hold several captions.
+    may hold several captions. captions=False: no sample needs one, and `read` gives the image alone.
 
     Raises:
       InputError: no tar, a compressed tar, or no sample with an image or a caption under these keys.
@@ -81,7 +80,8 @@ def open_webdataset(spec: ConfigDict, path: str | Sequence[str]) -> Source:
         "image": keys(spec.get("image_key"), tuple(ending[1:] for ending in ENDINGS)),
         "caption": (*endings, *(f"{ending}.gz" for ending in endings)),
     }
-    members = open_members(expand(path, endings=(".tar",), hint=spec.get("hint")), wanted, spec.get("cache_dir"))
+    paths = expand(path, endings=(".tar",), hint=spec.get("hint"))
+    members = open_members(paths, wanted, spec.get("cache_dir"), may_lack=() if captions else ("caption",))
 
     def with_caption(members_read):
         def read(row):
@@ -93,14 +93,15 @@ def open_webdataset(spec: ConfigDict, path: str | Sequence[str]) -> Source:
         return read
 
     index, text = members.index, members.alone(["caption"])
+    pictures = Reading(with_caption(members.read), members.ahead) if captions else members.alone(["image"])
     return Source(
         index.size,
-        with_caption(members.read),
+        pictures.read,
         members.where,
         captions=lambda: (),
         lost=tuple(index.lost),
         index=index.arrays,
-        ahead=members.ahead,
+        ahead=pictures.ahead,
         text=Reading(with_caption(text.read), text.ahead),
     )
 
@@ -110,12 +111,14 @@ def open_members(
     wanted: Mapping[str, tuple[str, ...]],
     cache_dir: str | None = None,
     optional: tuple[str, ...] = (),
+    may_lack: tuple[str, ...] = (),
 ) -> Members:
     """Opens tars by the numbers of their samples.
 
     Args:
       wanted: name -> lower-case extensions after the first dot of a member's name; the first that a sample has is used.
       optional: names that a sample may lack; it then has empty bytes.
+      may_lack: the same of names by which samples are paired all the same.
 
     Raises:
       InputError: a compressed tar, or no sample with a member of one of the extensions.
@@ -124,13 +127,14 @@ def open_members(
     index = offset_index(kind, paths, functools.partial(_scan, wanted, optional), cache_dir)
     if not index.size and index.lost:
         raise InputError(f"{index.lost[0].where} has no sample: {index.lost[0].reason}")
+    lackable = (*optional, *may_lack)
     for name, found_N in zip(wanted, index.columns["length"].T, strict=True):
-        if name not in optional and not (found_N >= 0).any():
+        if name not in lackable and not (found_N >= 0).any():
             inside = "; a field of .json members is config.data.caption_key=json:FIELD" if name == "caption" else ""
             raise InputError(f"{paths[0]}: no sample has {_named(name)} that ends in {_dotted(wanted[name])}{inside}")
-    required = [i for i, name in enumerate(wanted) if name not in optional]
-    if not (index.columns["length"][:, required] >= 0).all(axis=1).any():
-        kinds = " and ".join(f"{_named(name)} ({_dotted(wanted[name])})" for name in wanted if name not in optional)
+    required = [i for i, name in enumerate(wanted) if name not in lackable]
+    if index.size and not (index.columns["length"][:, required] >= 0).all(axis=1).any():
+        kinds = " and ".join(f"{_named(name)} ({_dotted(wanted[name])})" for name in wanted if name not in lackable)
         raise InputError(f"{paths[0]}: no sample has both {kinds} under one name")
     reads = storage.ReadAhead()
     fetch = byte_ranges(index.paths, index.sizes, reads)
@@ -139,23 +143,20 @@ def open_members(
 
     def alone(names):
         columns = [list(wanted).index(name) for name in names]
-        may_lack_all = len(columns) < len(wanted) and all(name in optional for name in names)
 
         def read(row):
             begin_M, length_M = begin_NxM[row], tf.cast(length_NxM[row], tf.int64)
             for i, name in enumerate(wanted):
-                if name not in optional:
+                if name not in lackable:
                     require(length_M[i] >= 0, f"no {name}: no member ends in {_dotted(wanted[name])}")
                 require(length_M[i] < _LARGEST, f"the {name} has more than 2 GB")
-            length_M = tf.where(length_M < _LARGEST, length_M, 0)  # nothing of it is read, whatever is done first
+            length_M = tf.where(length_M < _LARGEST, length_M, 0)  # the read may come before the assertion
             if len(columns) < len(wanted):
                 begin_M, length_M = tf.gather(begin_M, columns), tf.gather(length_M, columns)
             # Members of a sample are adjacent, so one range contains all of them.
-            first = tf.reduce_min(tf.where(begin_M < 0, far, begin_M))
-            length = tf.reduce_max(begin_M + length_M) - first
-            if may_lack_all:
-                first, length = tf.where(length > 0, first, 0), tf.maximum(length, 0)
-            span = fetch(index.file_in_graph(row), first, length)
+            end = tf.maximum(tf.reduce_max(begin_M + length_M), 0)
+            first = tf.minimum(tf.reduce_min(tf.where(begin_M < 0, far, begin_M)), end)  # the end where there is none
+            span = fetch(index.file_in_graph(row), first, end - first)
             begin_M, length_M = tf.maximum(begin_M - first, 0), tf.maximum(length_M, 0)
             return {name: tf.strings.substr(span, begin_M[i], length_M[i]) for i, name in enumerate(names)}
 
@@ -193,9 +194,9 @@ def _gunzipped(text):
 def _scan(wanted: Mapping[str, tuple[str, ...]], optional: tuple[str, ...], data: Bytes, size: int, path: str) -> Scan:
     pairing, torn = Pairing(wanted, optional), None
     try:
-        for name, begin, length in _members(data, size, path):
+        for name, begin, length in headers.members(data, size, path):
             pairing.add(name, begin, min(length, _LARGEST))
-    except _TornError as error:
+    except headers.TornError as error:
         torn = error
     samples, apart = pairing.finish()
     shape = (-1, len(wanted))
@@ -216,90 +217,12 @@ def _scan(wanted: Mapping[str, tuple[str, ...]], optional: tuple[str, ...], data
     return Scan(found, tuple(lost))
 
 
-class _TornError(Exception):
-    """A tar that cannot be parsed from byte `at` on."""
-
-    def __init__(self, what: str, at: int, cut_off: bool = True):
-        super().__init__(f"{what} at byte {at}")
-        self.at, self.cut_off = at, cut_off
-
-
-def _members(data, size, path):
-    """Yields (name, begin, length) of the files in a tar (ustar, pax or GNU). Raises _TornError at a broken header."""
-    if data[0:2] == b"\x1f\x8b":
-        raise InputError(f"{path} is compressed, so its members cannot be read by number; run gunzip first")
-    at, ended, long_name, long_size = 0, False, None, None
-    while at + _BLOCK <= size:
-        head = bytes(data[at : at + _BLOCK])
-        if not head.strip(b"\0"):
-            # The end mark. Concatenated tars also have one in the middle.
-            at, ended = at + _BLOCK, True
-            continue
-        stored, length = _number(head[148:156]), _number(head[124:136])
-        # The sum of all bytes, with spaces in the checksum field. Adler-32 starts with this sum, and is computed in C.
-        if (
-            None in (stored, length)
-            or zlib.adler32(head) % 65536 != (1 + stored - 8 * ord(" ") + sum(head[148:156])) % _ADLER_PRIME
-        ):
-            raise _TornError("a broken header", at, cut_off=False)
-        kind, begin, ended = head[156:157], at + _BLOCK, False
-        if kind in (b"0", b"\0", b"7") and long_size is not None:
-            length = long_size
-        end = begin + -(-length // _BLOCK) * _BLOCK
-        if begin + length > size:
-            raise _TornError("truncated inside the member that starts", at)
-        if kind == b"x":  # pax: the next member's name or size, if they do not fit into its header
-            records = _pax_records(bytes(data[begin : begin + length]))
-            long_name = records.get("path", long_name)
-            if "size" in records:
-                long_size = _digits(records["size"].encode(), 10)
-                if long_size is None:
-                    raise _TornError("a size that is no number", at, cut_off=False)
-        elif kind == b"L":  # GNU: the same for its name
-            long_name = bytes(data[begin : begin + length]).rstrip(b"\0").decode(errors="replace")
-        else:
-            if kind in (b"0", b"\0", b"7"):  # a regular file; links and folders have no data
-                yield long_name or _name(head), begin, length
-            long_name = long_size = None
-        at = end
-    if not ended:
-        raise _TornError("no end mark, so it may be truncated", min(at, size))
-
-
-def _number(field):
-    if field[0] == 0x80:  # GNU: more than 8 GB. Negative numbers begin with 0xff
-        return int.from_bytes(field[1:], "big")
-    return _digits(field.split(b"\0")[0].strip() or b"0", 8)
-
-
-def _digits(text, base):
-    """A number of digits alone, since `int` also takes signs and underscores; None: it is none."""
-    return int(text, base) if text.isdigit() and len(text) < 30 and max(text) < ord("0") + base else None
-
-
-def _name(head):
-    name, prefix = (head[a:b].split(b"\0")[0].decode(errors="replace") for a, b in ((0, 100), (345, 500)))
-    return f"{prefix}/{name}" if prefix and head[257:263] == b"ustar\0" else name
-
-
-def _pax_records(data):
-    records = {}
-    while data:
-        length, space, _ = data.partition(b" ")
-        if not space or not length.isdigit() or not 0 < int(length) <= len(data):
-            break
-        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
-        records[key.decode(errors="replace")] = value.decode(errors="replace")
-        data = data[int(length) :]
-    return records
-
-
 def _names_before(path, begins):
     """First byte of a member -> the name in the header before it, of those that are still there."""
     found = {}
     for begin in begins:
         with contextlib.suppress(storage.MissingError):
-            found[begin] = _name(storage.read(path, begin - _BLOCK, begin))
+            found[begin] = headers.name_of(storage.read(path, begin - headers.BLOCK, begin))
     return found
 
 
@@ -309,8 +232,8 @@ def _names_by_begin(path, size):
     found = {}
     with open_slices(path, size) as data:
         try:
-            for name, begin, _ in _members(data, size, path):
+            for name, begin, _ in headers.members(data, size, path):
                 found[begin] = name
-        except _TornError:
+        except headers.TornError:
             pass
     return found

@@ -110,7 +110,7 @@ def _builder(path, data_dir):
 
 @contextlib.contextmanager
 def _described(folder: str) -> Iterator[str]:
-    """A local folder with all of a prepared set in a bucket but its records."""
+    """A local copy of a prepared set in a bucket, without its records."""
     files = [file for file in storage.files_in(folder) if not re.search(r"\.(tfrecord|array_record)\b", file.path)]
     if not any(file.path.endswith("/dataset_info.json") for file in files):
         raise InputError(f"tfds {folder} has no dataset_info.json. Expected the folder of a prepared set")
@@ -143,7 +143,7 @@ def _records(builder: Any, split: Any, remote: str | None, cache_dir: str | None
 
 
 def _rows(files, instructions, starts, ends):
-    """Numbers, over all files, of the records that the split's instructions name."""
+    """The records of the split's instructions, numbered over all files."""
     spans = []
     for filename, skip, take in instructions:
         file = files.index(filename)

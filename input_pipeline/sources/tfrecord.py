@@ -52,10 +52,11 @@ class Records:
         return found
 
 
-def open_tfrecord(spec: ConfigDict, path: str | Sequence[str]) -> Source:
+def open_tfrecord(spec: ConfigDict, path: str | Sequence[str], captions: bool = True) -> Source:
     """Opens shards. `spec`: image_key, caption_key, hint, cache_dir of config.data.
 
-    A record may have several captions, and `tokens`, int64 (L,): the token ids of its caption.
+    A record may have several captions, and `tokens`, int64 (L,): the token ids of its caption. captions=False: none of
+    the records needs one.
 
     Raises:
       InputError: no shard, no record, a compressed shard, or no image or caption under these keys.
@@ -63,19 +64,25 @@ def open_tfrecord(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     paths = expand(path, endings=(".tfrecord", ".tfrecords"), hint=spec.get("hint"))
     image_keys = keys(spec.get("image_key"), ("jpg", "jpeg", "png", "webp"))
     caption_keys = keys(spec.get("caption_key"), ("txt", "caption"))
-    return examples(open_records(paths, spec.get("cache_dir")), image_keys, caption_keys)
+    records = open_records(paths, spec.get("cache_dir"))
+    return examples(records, image_keys, caption_keys, needed=("image_key", "caption_key")[: 1 + captions])
 
 
 def examples(
-    records: Records, image_keys: tuple[str, ...], caption_keys: tuple[str, ...], several: bool | None = None
+    records: Records,
+    image_keys: tuple[str, ...],
+    caption_keys: tuple[str, ...],
+    several: bool | None = None,
+    needed: Sequence[str] = ("image_key", "caption_key"),
 ) -> Source:
     """A source of tf.train.Example records with one of the `image_keys` and one of the `caption_keys`.
 
-    `several`: whether records have several captions; None: as the first records.
+    `several`: whether records have several captions; None: as the first records. `needed`: the first records must have
+    one of these.
     """
     first = [tf.train.Example.FromString(record).features.feature for record in records.first(10)]
     for wanted, option in ((image_keys, "image_key"), (caption_keys, "caption_key")):
-        if first and not any(key in example for example in first for key in wanted):
+        if option in needed and first and not any(key in example for example in first for key in wanted):
             raise InputError(
                 f"{records.where(0)} and the next have no feature {' or '.join(wanted)}; the features are: "
                 f"{', '.join(sorted(first[0]))}; set config.data.{option}"
@@ -120,10 +127,11 @@ def open_records(paths: list[str], cache_dir: str | None = None, part: Callable 
       InputError: a compressed file, or no record in any file.
     """
     index = offset_index("tfrecord", paths, _scan, cache_dir)
-    if not index.size:
+    rows_N = part(index) if part else None
+    size = index.size if rows_N is None else len(rows_N)
+    if not size:
         more = f", nor have the other {len(paths) - 1} files" if len(paths) > 1 else ""
         raise InputError(f"{paths[0]} has no TFRecords{more}")
-    rows_N = part(index) if part else None
     paths_F, wanted_N = tf.constant(paths), None if rows_N is None else tf.constant(rows_N)
     begin_N, length_N = (tf.constant(index.columns[key]) for key in ("begin", "length"))
 
@@ -165,7 +173,7 @@ def open_records(paths: list[str], cache_dir: str | None = None, part: Callable 
     def arrays():
         return index.arrays() + ([] if rows_N is None else [rows_N])
 
-    return Records(index.size if rows_N is None else len(rows_N), read, where, tuple(index.lost), arrays, ahead)
+    return Records(size, read, where, tuple(index.lost), arrays, ahead)
 
 
 def _first_with_bytes(candidates):
@@ -181,13 +189,9 @@ def _scan(data: Bytes, size: int, path: str) -> Scan:
         raise InputError(f"{path} is compressed, so its records cannot be read by number; run gunzip first")
     begins, heads, at = [], [], 0
     while at + _FRAME <= size:
-        head = bytes(data[at : at + 12])
-        end = at + _FRAME + struct.unpack_from("<Q", head)[0]
-        if end > size:
-            break
         begins.append(at)
-        heads.append(head)
-        at = end
+        heads.append(bytes(data[at : at + 12]))
+        at += _FRAME + struct.unpack_from("<Q", heads[-1])[0]
     head_Nx12 = np.frombuffer(b"".join(heads), np.uint8).reshape(-1, 12)
     stored = head_Nx12[:, 8:].copy().view("<u4")[:, 0]
     wrong = np.flatnonzero(stored != _masked_crc32c(head_Nx12[:, :8]))
@@ -197,7 +201,9 @@ def _scan(data: Bytes, size: int, path: str) -> Scan:
         begins, head_Nx12 = begins[: wrong[0]], head_Nx12[: wrong[0]]
         reason = f"the checksum of a record's length is wrong at byte {at}; the {size - at:,} bytes from there are lost"
         lost = (Lost(path, reason, max(1, round((size - at) * len(begins) / at)) if at else 1),)
-    elif at < size:
+    elif at != size:
+        if at > size:  # the last record is longer than what is left
+            at, head_Nx12 = begins.pop(), head_Nx12[:-1]
         lost = (Lost(path, f"truncated inside the record at byte {at}; it and everything after it are lost", 1),)
     columns = dict(begin=np.array(begins, np.int64), length=head_Nx12[:, :8].copy().view("<i8").reshape(-1))
     return Scan(columns, lost)

@@ -20,6 +20,7 @@ import pyarrow.csv
 
 from rankclip_jax.common.encoded_text import HALF, EncodedText
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.quotation import is_quoted, quoted_fields
 
 DELIMITERS = (",", ";", "\t", "|")
 _BLOCK = 64 << 20  # bytes read at a time
@@ -62,13 +63,18 @@ class _Header(NamedTuple):
 
 
 def read_delimited(
-    file: str, text: EncodedText, delimiter: str, wanted: Sequence[tuple[str, ...]]
+    file: str,
+    text: EncodedText,
+    delimiter: str,
+    wanted: Sequence[tuple[str, ...]],
+    names: Sequence[str] | None = None,
 ) -> tuple[list[pa.Array], np.ndarray, list[tuple[int, str]]]:
     """The wanted columns of the good rows, large_string; the numbers of these rows, int64; the bad rows and reasons.
 
     Args:
       delimiter: if only another of DELIMITERS gives the wanted columns, that one is taken, and the console says so.
       wanted: for each column its possible names; the first that the header has is used.
+      names: of the columns of a file without a header.
 
     Raises:
       InputError: no such column, or what EncodedText.undecodable raises.
@@ -76,7 +82,7 @@ def read_delimited(
     with _fields_of_any_size():
         with text.open() as lines:
             head = list(itertools.islice(lines, 100))
-        header = _header(head, delimiter)
+        header = _Header(0, list(names), False) if names else _header(head, delimiter)
         places = _places(header, wanted)
         if places is None:
             others = [one for one in DELIMITERS if _places(_header(head, one), wanted) is not None]
@@ -85,7 +91,7 @@ def read_delimited(
             print(f"{file}: its columns are separated by {others[0]!r}, not by {delimiter!r}", file=sys.stderr)
             delimiter, header = others[0], _header(head, others[0])
             places = _places(header, wanted) or []
-        quoted = delimiter != "\t" or _is_quoted(text.data, head[: header.lines])
+        quoted = delimiter != "\t" or is_quoted(text.data, head[: header.lines])
         if text.decodable:
             body = _below(text.data, header.lines)
             found = _regular(body, header, places, delimiter, quoted, text.undecodable)
@@ -96,6 +102,15 @@ def read_delimited(
                 next(lines)
             rows = _row_by_row(lines, header, places, delimiter, quoted, text.undecodable)
     return rows.columns(), np.array(rows.numbers, np.int64), rows.bad
+
+
+def first_rows(text: EncodedText, delimiter: str, count: int) -> list[list[str]]:
+    """The first rows, a header among them if there is one; without empty lines, and what is not regular."""
+    with _fields_of_any_size(), text.open() as lines:
+        head = list(itertools.islice(lines, count))
+        quoted = delimiter != "\t" or is_quoted(text.data, head[: _header(head, delimiter).lines])
+        rows = [fields for fields in _records(iter(head), delimiter, quoted, False) if fields and any(fields)]
+    return rows[1:] if rows and rows[0][0].startswith("sep=") else rows
 
 
 @contextlib.contextmanager
@@ -136,6 +151,8 @@ def _no_column(file: str, header: _Header, wanted: Sequence[tuple[str, ...]], de
 
 def _below(data: Any, lines: int) -> memoryview:
     """The bytes after so many lines."""
+    if not lines:
+        return memoryview(data)
     end = deque(itertools.islice(_LINE_END.finditer(data), lines), maxlen=1)
     return memoryview(data)[end[0].end() if end else len(data) :]
 
@@ -152,7 +169,7 @@ def _regular(
     if not len(data):
         return [pa.array([], pa.large_string()) for _ in places], np.zeros(0, np.int64), []
     if quoted:
-        fields = _quoted_fields(data, delimiter)
+        fields = quoted_fields(data, delimiter)
         if fields is None or (header.blanks and len(fields[0])):
             return None
     buffer = pa.py_buffer(data)
@@ -287,44 +304,3 @@ def _records(lines: Iterator[str], delimiter: str, quoted: bool, blanks: bool) -
             waiting.extendleft(reversed(taken[1:]))
             reader = csv.reader(feed(), **kind)
             yield None
-
-
-def _quoted_fields(data: Any, delimiter: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """(first mark, last mark, whether there are marks between) of each quoted field; None: RFC 4180 is not kept."""
-    array, ends = np.frombuffer(data, np.uint8), [*delimiter.encode(), *b"\r\n"]
-    marks = _positions(array, '"')
-    if not len(marks):
-        return marks, marks, marks
-    if len(marks) % 2:
-        return None
-    opens, closes = marks[0::2], marks[1::2]
-    # A mark that closes directly before one that opens is a doubled mark inside a field.
-    apart = closes[:-1] + 1 != opens[1:]
-    first, last = opens[np.r_[True, apart]], closes[np.r_[apart, True]]
-    before = np.where(first > 0, array[first - 1], ends[-1])
-    after = np.where(last + 1 < len(array), array[(last + 1) % len(array)], ends[-1])
-    if not (np.isin(before, ends).all() and np.isin(after, ends).all()):
-        return None
-    return first, last, np.diff(np.searchsorted(marks, np.r_[first, len(array)])) > 2
-
-
-def _positions(array: np.ndarray, characters: str) -> np.ndarray:
-    """Where any of the characters are, in order, int64."""
-    found = [np.zeros(0, np.int64)]
-    for at in range(0, len(array), 1 << 20):  # blocks that fit into the cache
-        block = array[at : at + (1 << 20)]
-        found.append(np.flatnonzero(np.logical_or.reduce([block == ord(c) for c in characters])) + at)
-    return np.concatenate(found)
-
-
-def _is_quoted(data: Any, header: list[str]) -> bool:
-    """Whether a tsv is quoted throughout, as programs write it: its header is quoted, or those fields that must be."""
-    names = "".join(header).strip()
-    if names.startswith('"') and names.endswith('"'):
-        return True
-    fields = _quoted_fields(data, "\t")
-    if fields is None or not len(fields[0]):
-        return False
-    first, last, doubled = fields
-    separators = _positions(np.frombuffer(data, np.uint8), "\t\r\n")
-    return bool((doubled | (np.searchsorted(separators, first) < np.searchsorted(separators, last))).all())

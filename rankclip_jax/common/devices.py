@@ -38,6 +38,6 @@ def devices_of(devices: jax.sharding.Mesh | Sequence[jax.Device]) -> Devices:
     devices = list(devices.devices.flat if isinstance(devices, jax.sharding.Mesh) else devices)
     try:
         capability = float(devices[0].compute_capability)
-    except (AttributeError, ValueError):  # no GPU, or AMD's "gfx942"
+    except (AttributeError, TypeError, ValueError):  # no GPU, or AMD's "gfx942"
         capability = None
     return Devices(devices[0].platform, devices[0].device_kind, capability, len(devices))

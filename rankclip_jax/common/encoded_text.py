@@ -69,7 +69,7 @@ class EncodedText:
             shown = HALF.sub(lambda half: f"\\x{ord(half.group()) - 0xDC00:02x}", text)[:60]
             raise InputError(
                 f'{self._file} row {row}: {reason} (in "{shown}"); {_SET_ENCODING}, or to utf-8 to leave such rows out '
-                "(an evaluation set has its own key `encoding`, embed has --encoding)"
+                "(an evaluation set has its own key `encoding`, embed and download have --encoding)"
             )
         return reason
 

@@ -28,7 +28,8 @@ def whole(path: str | Path, part: Path | None = None) -> Iterator[Path]:
       InputError: the disk is full or cannot be written, or `path` is a folder or a device.
     """
     path = Path(path)
-    made = part or path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.part")
+    # 50 letters of any script fit a file system's 255 bytes, with the rest of the name.
+    made = part or path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.part")
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"cannot write {path}: it is no file")
@@ -60,6 +61,14 @@ def write_whole(path: str | Path, data: str | bytes) -> None:
     """Writes a file (a str as UTF-8) whole or not at all. Raises InputError as `whole` does."""
     with whole(path) as part:
         part.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, where they are not there. Raises InputError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from None
 
 
 def cannot_write(path: Path, error: OSError) -> InputError:

@@ -28,8 +28,8 @@ def find(value: Any, path: str) -> Any:
 
 
 def strings(value: Any) -> list[str]:
-    """A text, or several, as a list. Raises ValueError for anything else."""
-    texts = value if isinstance(value, list) else [value]
+    """A text, or several without nulls, as a list. Raises ValueError for anything else."""
+    texts = [text for text in value if text is not None] if isinstance(value, list) else [value]
     if not all(isinstance(text, str | int | float) for text in texts):
         raise ValueError(f"not a text: {json.dumps(value, default=str)[:60]}")
     if any(HALF.search(str(text)) for text in texts):
@@ -42,25 +42,35 @@ def json_rows(
 ) -> tuple[Iterator[list[list[str]] | ValueError], bool]:
     """(for each row, what is at the first of each column's paths that it has, or what is wrong; whether it is COCO's).
 
+    Raises as json_items.
+    """
+    items, coco = json_items(file, text)
+    if coco:
+        wanted = [(*wanted[0], "file_name"), *(("caption",) for _ in wanted[1:])]
+    return (_row(item, wanted) for item in items), coco
+
+
+def json_items(file: str, text: EncodedText) -> tuple[Iterator[Any], bool]:
+    """(the value of each row, or a ValueError that says what is wrong; whether the file is COCO's).
+
     Raises:
       InputError: the file is not valid JSON, or neither lines nor a list of objects nor COCO's.
     """
     if file.endswith(".jsonl"):
-        return (_row(item, wanted) for item in _lines(text)), False
+        return _lines(text), False
     try:
         value = json.loads(str(text.data, "utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8 at byte {error.start:,}; set config.data.encoding") from None
     except (ValueError, RecursionError) as error:
         if "Extra data" in str(error):
-            return (_row(item, wanted) for item in _lines(text)), False
+            return _lines(text), False
         raise InputError(f"{file} is not valid JSON: {one_line(error)}") from None
     if isinstance(value, list):
-        return (_row(item, wanted) for item in value), False
-    if not (isinstance(value, dict) and isinstance(value.get("images"), list) and "annotations" in value):
+        return iter(value), False
+    if not (isinstance(value, dict) and all(isinstance(value.get(key), list) for key in ("images", "annotations"))):
         raise InputError(f"{file}: expected COCO's captions (images, annotations), or a list of objects")
-    coco = [(*wanted[0], "file_name"), *(("caption",) for _ in wanted[1:])]
-    return (_row(item, coco) for item in _coco(value)), True
+    return _coco(value), True
 
 
 def _row(item: Any, wanted: Sequence[tuple[str, ...]]) -> list[list[str]] | ValueError:
@@ -78,6 +88,8 @@ def _row(item: Any, wanted: Sequence[tuple[str, ...]]) -> list[list[str]] | Valu
                 continue
             except ValueError as error:
                 return ValueError(f"{path}: {error}")
+            except RecursionError:
+                return ValueError(f"{path}: lists nested too deeply")
         else:
             return ValueError(f"no {' or '.join(paths)}; its keys are: {', '.join(map(str, item))[:100]}")
     return row if len(row[0]) == 1 else ValueError(f"{len(row[0])} images")
@@ -107,15 +119,21 @@ def _value(text: EncodedText, number: int, line: str) -> Any:
         return ValueError(f"not valid JSON: {one_line(error, 80)}")
 
 
-def _coco(value: dict) -> Iterator[dict | ValueError]:
+def _coco(value: dict) -> Iterator[Any]:
     """COCO's images with their captions; then an error for each annotation of no image."""
-    captions = defaultdict(list)
+    captions, damaged = defaultdict(list), []
     for annotation in value["annotations"]:
-        if "caption" in annotation:
-            captions[annotation.get("image_id")].append(annotation["caption"])
+        try:
+            if "caption" in annotation:
+                captions[annotation.get("image_id")].append(annotation["caption"])
+        except (TypeError, AttributeError):  # not an object, or an id that is a list
+            damaged.append(annotation)
     for image in value["images"]:
-        found = captions.pop(image.get("id"), None)
+        key = image.get("id") if isinstance(image, dict) else None
+        found = None if isinstance(key, list | dict) else captions.pop(key, None)
         yield image | {"caption": found} if found else image
+    for annotation in damaged:
+        yield ValueError(f"not an annotation: {json.dumps(annotation)[:60]}")
     for image, lost in captions.items():
         for _ in lost:
             yield ValueError(f"a caption of image {image}, which is not listed")

@@ -18,16 +18,24 @@ def now() -> str:
 
 
 def read_metrics(workdir: str | Path) -> list[dict]:
-    """The lines of WORKDIR/metrics.jsonl; a last line cut off by a crash is left out."""
+    """The lines of WORKDIR/metrics.jsonl; a last line cut off by a crash is left out.
+
+    Raises:
+      InputError: another line is not an object with a step.
+    """
     path = Path(workdir) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise InputError(f"{path} line {number} is not JSON; fix or delete it") from None
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                break
+            raise InputError(f"{path} line {number} is not JSON; fix or delete it") from None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise InputError(f"{path} line {number} is not an object with a step; fix or delete it")
+        rows.append(row)
     return rows
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.files import write_whole
+from rankclip_jax.common.files import make_folder, write_whole
 
 MARKER = ".rankclip_jax"  # JSON: command -> names, relative to the folder
 
@@ -80,10 +80,7 @@ class Owned:
 
     def wrote(self, names: Iterable[str]) -> None:
         """Lists names that the command has just written where nothing was."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write to {self.folder}: {error.strerror}") from None
+        make_folder(self.folder)
         listed = _read(self.folder)  # again: another command may have been here since
         self._own = {*listed.get(self._command, ()), *names}
         if self._own != set(listed.get(self._command, ())) or not (self.folder / MARKER).exists():
@@ -171,9 +168,10 @@ def _of_before(folder: Path) -> dict[str, list[str]]:
             add("eval", r"(zero_shot|geometry)_.*\.npz", r"retrieval_.*\.json", below="eval")
             add("launch", r"train\.log")
     manifest = _json(folder / "manifest.json")
-    if isinstance(manifest.get("shards"), list) and {"rows", "shard_size"} <= set(manifest.get("settings") or ()):
+    shards, settings = manifest.get("shards"), manifest.get("settings")
+    if isinstance(shards, list) and isinstance(settings, dict) and {"rows", "shard_size"} <= settings.keys():
         add("prepare", r"manifest\.json", r"bad_samples\.jsonl", r"\d{5,}\.tfrecord(\.part)?")
-        if "tokenizer" in manifest["settings"]:
+        if "tokenizer" in settings:
             add("prepare", r"tokenizer\.json")
     if "URLS" in _json(folder / "_download" / "settings.json"):
         add("download", r"settings\.json", r"urls\.parquet", r"img2dataset\.log", below="_download")

@@ -23,7 +23,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from rankclip_jax.common.errors import InputError, one_line
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # lower case
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # lower case
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's names
 # Larger ones are refused by their header: one of this size takes 256 MB. Pillow warns at the same number.
 MAX_PIXELS = 89_478_485

@@ -1,4 +1,4 @@
-"""A line about work that lasts, on stderr: how far, how fast, how long still. It is tqdm's."""
+"""A line about work that lasts, on stderr, by tqdm: how far, how fast, how long it will take."""
 
 import sys
 

@@ -5,6 +5,7 @@ A row is good, or it is bad and has a number and a reason. No row vanishes, and 
 
 import dataclasses
 import gzip
+import itertools
 import mmap
 import os
 import posixpath
@@ -17,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rankclip_jax.common.delimited import Rows, read_delimited
+from rankclip_jax.common.delimited import Rows, first_rows, read_delimited
 from rankclip_jax.common.encoded_text import EncodedText
 from rankclip_jax.common.errors import InputError, one_line
-from rankclip_jax.common.json_rows import json_rows
+from rankclip_jax.common.json_rows import json_items, json_rows
 
 ENDINGS = tuple(ending + gz for ending in (".csv", ".tsv", ".jsonl", ".json") for gz in ("", ".gz"))
 # Usual names of the columns; those of Hugging Face's metadata come second.
@@ -56,6 +57,7 @@ def read_table(
     encoding: str | None = None,
     image_folder: str | None = None,
     data: bytes | None = None,
+    names: Sequence[str] | None = None,
 ) -> Table:
     """Reads a table.
 
@@ -67,10 +69,48 @@ def read_table(
       image_folder: what the paths of images are relative to, itself relative to the file. None: the file's folder; for
         COCO's captions also the usual folders beside it.
       data: the bytes of a file that is not local.
+      names: of the columns of a csv or tsv without a header.
 
     Raises:
       InputError: no such file or column, no good row, or, without an encoding, a row that is not UTF-8.
     """
+    text, name = _text(file, encoding, data), file.removesuffix(".gz")
+    wanted = [tuple(image_keys), *([tuple(text_keys)] if text_keys else [])]
+    folder = posixpath.join(posixpath.dirname(file), image_folder or "")
+    if name.endswith((".json", ".jsonl")):
+        columns, numbers, bad, coco = _json_columns(name, text, wanted)
+        if coco and not image_folder and len(numbers):
+            folder = _coco_folder(file, columns[0][0].as_py())
+    else:
+        columns, numbers, bad = read_delimited(file, text, "\t" if name.endswith(".tsv") else delimiter, wanted, names)
+    if not len(numbers):
+        more = f" and {len(bad) - 1:,} more" if len(bad) > 1 else ""
+        why = f": row {bad[0][0]}{more}: {bad[0][1]}" if bad else " below its header"
+        raise InputError(f"{file} has no {'good ' if bad else ''}rows{why}")
+    images = pc.ascii_trim_whitespace(columns[0])
+    return Table(folder, images, columns[1] if text_keys else None, numbers, bad)
+
+
+def read_first(file: str, *, delimiter: str = ",", encoding: str | None = None, count: int = 1000) -> list[list]:
+    """The first rows of a table, to see what its columns are. Of JSON: the keys of the first, and the values there.
+
+    Raises:
+      InputError: no such file, or none that can be read.
+    """
+    text, name = _text(file, encoding), file.removesuffix(".gz")
+    if not name.endswith((".json", ".jsonl")):
+        return first_rows(text, "\t" if name.endswith(".tsv") else delimiter, count)
+    items = [item for item in itertools.islice(json_items(name, text)[0], count) if isinstance(item, dict)]
+    keys = list(dict.fromkeys(key for item in items for key in item))
+    return [keys, *([item.get(key) for key in keys] for item in items)] if items else []
+
+
+def image_path(folder: str, image: str) -> str:
+    """An image of a table: relative to the folder, absolute, or in a bucket."""
+    return image if re.match(ABSOLUTE, image) else posixpath.join(folder, image)
+
+
+def _text(file: str, encoding: str | None, data: bytes | None = None) -> EncodedText:
     try:
         raw = _bytes(file) if data is None else data
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
@@ -80,25 +120,7 @@ def read_table(
         raise InputError(f"{file} is not a complete .gz file ({one_line(error)})") from None
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None
-    text, name = EncodedText(file, raw, encoding), file.removesuffix(".gz")
-    wanted = [tuple(image_keys), *([tuple(text_keys)] if text_keys else [])]
-    folder = posixpath.join(posixpath.dirname(file), image_folder or "")
-    if name.endswith((".json", ".jsonl")):
-        columns, numbers, bad, coco = _json_columns(name, text, wanted)
-        if coco and not image_folder and len(numbers):
-            folder = _coco_folder(file, columns[0][0].as_py())
-    else:
-        columns, numbers, bad = read_delimited(file, text, "\t" if name.endswith(".tsv") else delimiter, wanted)
-    if not len(numbers):
-        why = f": row {bad[0][0]} and {len(bad) - 1:,} more: {bad[0][1]}" if bad else " below its header"
-        raise InputError(f"{file} has no {'good ' if bad else ''}rows{why}")
-    images = pc.ascii_trim_whitespace(columns[0])
-    return Table(folder, images, columns[1] if text_keys else None, numbers, bad)
-
-
-def image_path(folder: str, image: str) -> str:
-    """An image of a table: relative to the folder, absolute, or in a bucket."""
-    return image if re.match(ABSOLUTE, image) else posixpath.join(folder, image)
+    return EncodedText(file, raw, encoding)
 
 
 def _bytes(file: str) -> Any:

@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
@@ -63,7 +64,7 @@ class Tokenizer:
         Raises:
           InputError: no such file or id, or not a tokenizer with start and end tokens.
         """
-        file = storage.fetched(str(path)) if storage.is_remote(path) else Path(path).expanduser()
+        file = storage.fetched(str(path)) if storage.is_remote(path) else Path(os.path.expanduser(path))
         if not file.exists():
             if not hub.is_id(str(path)):
                 raise InputError(f"tokenizer: no file {path}; give a tokenizer.json, its folder, or a hub id ORG/NAME")

@@ -6,7 +6,7 @@ from pathlib import Path
 from rankclip_jax.common import storage, tables
 from rankclip_jax.common.errors import InputError
 
-_SHARDS = dict(tar="webdataset", tfrecord="tfrecord", tfrecords="tfrecord", parquet="parquet")
+SHARDS = dict(tar="webdataset", tfrecord="tfrecord", tfrecords="tfrecord", parquet="parquet")
 
 
 def guess_format(source: str) -> str:
@@ -19,13 +19,13 @@ def guess_format(source: str) -> str:
         return "csv"
     folder = Path(os.path.expanduser(source))
     if folder.is_dir():
-        return next((kind for ending, kind in _SHARDS.items() if any(folder.glob(f"*.{ending}"))), "folder")
-    kind = _SHARDS.get(source.rpartition(".")[2].lower())
+        return next((kind for ending, kind in SHARDS.items() if any(folder.glob(f"*.{ending}"))), "folder")
+    kind = SHARDS.get(source.rpartition(".")[2].lower())
     if kind:
         return kind
     if storage.is_remote(source) and storage.is_folder(source):
         endings = {file.path.rpartition(".")[2] for file in storage.files_in(source)}
-        return next((kind for ending, kind in _SHARDS.items() if ending in endings), "folder")
+        return next((kind for ending, kind in SHARDS.items() if ending in endings), "folder")
     raise InputError(
         f"cannot infer the format of {source} from its name; add --format, in training --config.data.format "
         "(see docs/data.md)"

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ class Key(NamedTuple):
             return None
         try:
             return self.convert(value)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             none = " or None" if self.optional else ""
             raise InputError(f"{where}={value!r}. Expected {self.expected}{none}") from None
 
@@ -54,6 +55,14 @@ def _real(value: Any) -> float:
 
 def _string(value: Any) -> str:
     _require(isinstance(value, str) and bool(value))
+    return value
+
+
+def _regex(value: Any) -> str:
+    try:
+        re.compile(_string(value))
+    except re.error:
+        raise ValueError from None
     return value
 
 
@@ -168,6 +177,16 @@ def strings(default: tuple | None) -> Key:
     return _key(default, convert, "a tuple of strings")
 
 
+def regexes(default: tuple) -> Key:
+    """Any number of regular expressions; one alone is a tuple of it."""
+
+    def convert(value):
+        _require(isinstance(value, list | tuple | str))
+        return tuple(_regex(each) for each in ([value] if isinstance(value, str) else value))
+
+    return _key(default, convert, "a tuple of regular expressions")
+
+
 def reals(default: tuple | None, size: int | None, low: float = 0.0, high: float = math.inf) -> Key:
     """`size` numbers in [low, high], or any number of them; a tuple."""
 
@@ -215,7 +234,7 @@ def whole_pair(default: tuple | None, expected: str, ok: Callable[[int, int], bo
 
 
 def rules(default: Any, *names: str) -> Key:
-    """One of `names`, or a list of (regex, mesh axes) rules."""
+    """One of `names`, or a list of (regex, mesh axes) rules: an axis, or an axis or None for each dimension."""
 
     def convert(value):
         if isinstance(value, str):
@@ -223,8 +242,11 @@ def rules(default: Any, *names: str) -> Key:
             return value  # parallel/sharding.py knows the names
         _require(isinstance(value, list | tuple) and bool(value))
         for rule in value:
-            pattern, _ = rule
-            _require(isinstance(pattern, str))
+            pattern, axes = rule
+            _regex(pattern)
+            _require(isinstance(axes, str | list | tuple))
+            named = [_string(axis) for axis in ([axes] if isinstance(axes, str) else axes) if axis is not None]
+            _require(len(set(named)) == len(named))
         return tuple(value)
 
     return _key(default, convert, f"one of {', '.join(names)}, or a list of (regex, axes) rules")

@@ -17,6 +17,7 @@ from rankclip_jax.config.key import (
     paths,
     real,
     reals,
+    regexes,
     rules,
     string,
     strings,
@@ -128,7 +129,7 @@ KEYS = dict(
     # start from a workdir, export, OpenAI or RankCLIP .pt, open_clip or Hugging Face model; or a hub id
     init_from=path(None),
     init_towers=choice("both", "vision", "text"),  # both | vision | text: the towers to take from `init_from`
-    init_skip=strings(()),  # regexes over parameters (visual/proj ...) that are initialised fresh
+    init_skip=regexes(()),  # regexes over parameters (visual/proj ...) that are initialised fresh
     log_every=integer(50, 1, optional=True),  # steps between log lines; None: about 50 lines
     # where numbers and pictures also go, beside metrics.jsonl: tensorboard (files in WORKDIR), wandb (pip install it:
     # numbers, configuration and pictures of the evaluation sets are sent to its server)

@@ -1,4 +1,4 @@
-"""The merge of an experiment's file and of the command line over the defaults of config_keys.py, with its checks.
+"""The merge of an experiment's file and of the command line over the defaults of keys.py, with its checks.
 
 An experiment in `configs/` says only what it changes. `complete` fills in the rest and refuses a key that does
 not exist, naming the nearest one that does, so a typing error cannot silently train something else.
@@ -52,6 +52,8 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         raise InputError(f"--config: {path} is no Python file; the experiments are in configs/ and end in .py")
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"--config: {path} has no get_config(); see those in configs/")
     known = list(inspect.signature(module.get_config).parameters)
     return complete(override(module.get_config(**_arguments(spec, arguments, known)).to_dict(), overrides))
 
@@ -121,7 +123,7 @@ def override(config: dict, overrides: Sequence[str]) -> dict:
                 raise InputError(f"config.{key} does not exist: config.{inner}={group!r} is no group of keys")
         try:
             group[last] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError, RecursionError):
             group[last] = value
     return config
 
@@ -133,6 +135,7 @@ def complete(config: Mapping) -> ConfigDict:
       InputError: a key that does not exist, a value of the wrong type or outside its range, or keys that contradict
         each other.
     """
+    _check_names(config, "config")
     merged = ConfigDict(_merged(KEYS, config, "config"))
     with merged.ignore_type():
         for kind in EVAL_SETS:
@@ -154,13 +157,16 @@ def complete(config: Mapping) -> ConfigDict:
         integer(1, 1).check(count, f"config.study.more_seeds.{name}")
     if merged.batch_size == 1:
         raise InputError("config.batch_size=1. A contrastive or ranking loss needs at least 2 pairs")
-    if merged.data.two_views and merged.loss.objective in ("rank", "siglip") and not merged.loss.terms.get("clip"):
-        raise InputError(
-            f"config.data.two_views adds to the contrastive term, and config.loss.objective={merged.loss.objective} "
-            "has none. Use another objective, or add config.loss.terms.clip=1.0"
-        )
     _check_schedule(merged.optim)
     return merged
+
+
+def _check_names(given: Mapping, where: str) -> None:
+    for name, value in given.items():
+        if not isinstance(name, str) or "." in name:  # dots separate groups
+            raise InputError(f"{where} has a key {name!r}. Expected a string without dots")
+        if isinstance(value, Mapping | ConfigDict):
+            _check_names(value, f"{where}.{name}")
 
 
 def _check_schedule(optim: ConfigDict) -> None:

@@ -8,13 +8,17 @@ is keyed by name, so it does not depend on how a source numbers its classes.
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.evaluation.zero_shot import DEFAULT_TEMPLATES
+from rankclip_jax.parallel import processes
 
 PROTOCOLS = ("openai", "simple")
 _FOLDER = Path(__file__).parent / "protocols"
@@ -35,6 +39,46 @@ class Prompts:
     templates: list[str]
     class_of_label: np.ndarray
     keys: list[str]
+
+
+def prompts_of(name: str, spec: ConfigDict, found: Any) -> Prompts:
+    """Class names and prompts of a set of config.eval.zero_shot; `found`: labelled.open_labelled's.
+
+    WordNet ids get ImageNet's names and prompts also without a protocol.
+    """
+    protocol, set_name = spec.protocol, spec.protocol_set or name
+    if spec.classes or found.from_file:
+        own = protocol and not found.templates and templates_of(protocol, set_name)
+        return plain(found.names, own or found.templates)
+    wordnet = all(re.fullmatch(r"n\d{8}", label) for label in found.names)
+    if wordnet and not protocol:
+        if knows("openai", "imagenet", found.names):
+            protocol, set_name = "openai", "imagenet"
+        else:
+            _say(f"{name}: the labels are WordNet ids, not all of ImageNet's 1,000; name them by classes")
+    if not protocol:
+        if all(label.isdigit() for label in found.names):
+            _say(f"{name}: the classes are numbers, used in prompts as they are; name them in order: classes=FILE.json")
+        return plain(found.names, found.templates)
+    given = from_protocol(protocol, set_name, found.names)
+    assumed = spec.format != "tfds" and assumed_order(protocol, set_name, found.names)
+    if assumed:
+        _say(f"{name}: {assumed}")
+    if wordnet:
+        _tell_classes(name, found, given)
+    return dataclasses.replace(given, templates=check_templates(found.templates)) if spec.templates else given
+
+
+def _tell_classes(name: str, found: Any, given: Prompts) -> None:
+    labels = found.source.labels
+    shown = len(given.names) if labels is None else len(np.unique(labels))
+    if shown < 1000:
+        _say(f"{name}: {shown:,} of ImageNet's 1,000 classes have pictures; ranked among {len(given.names):,}")
+
+
+def _say(line: str) -> None:
+    if processes.is_first():
+        print(line, flush=True)
 
 
 def plain(names: list[str], templates: list[str] | None = None) -> Prompts:
@@ -58,7 +102,7 @@ def from_protocol(protocol: str, set_name: str, label_names: list[str]) -> Promp
       protocol: one of PROTOCOLS.
       set_name: the set's name in the protocol's file, for example "imagenet_a".
       label_names: the source's label names in label order. If it has only numbers, "0", "1" ... (also "000", "001"),
-        they are assumed to be in the protocol's (TFDS's) order.
+        they are taken to be in the protocol's (TFDS's) order, see assumed_order.
 
     Raises:
       InputError: unknown protocol or set, or a label name that is not in its table.
@@ -86,6 +130,19 @@ def knows(protocol: str, set_name: str, label_names: list[str]) -> bool:
     """Whether these can be label names of a set: all are in the protocol's table, or they are its numbers."""
     table = _set_of(protocol, set_name)[0]
     return set(label_names) <= set(table) or (len(label_names) == len(table) and _numbered(label_names))
+
+
+def assumed_order(protocol: str, set_name: str, label_names: list[str]) -> str | None:
+    """What from_protocol assumes of labels that are only numbers, in one line; None: nothing."""
+    table = _set_of(protocol, set_name)[0]
+    if not _numbered(label_names) or _numbered(list(table)):
+        return None
+    names = list(table.values())
+    return (
+        f"the labels are numbers without names; 0 is taken for {names[0]!r} and {len(names) - 1} for {names[-1]!r}, "
+        f"the order of TFDS and of protocol {protocol!r}; if they are in another order, list the names in it: "
+        "classes=FILE.json"
+    )
 
 
 def templates_of(protocol: str, set_name: str) -> list[str] | None:

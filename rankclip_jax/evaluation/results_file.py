@@ -23,6 +23,8 @@ def read(path: Path) -> dict[str, dict[str, dict]]:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError):
         raise InputError(f"{path} is not JSON; move it away, and evaluate again with --mode=eval") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if isinstance(found, dict) and isinstance(found.get("step"), int):  # one evaluation, as files were at first
         found = {RUN: {str(found.pop("step")): found}}
     if not (isinstance(found, dict) and all(map(_by_step, found.values()))):
@@ -46,6 +48,7 @@ def add(path: Path, model: str, step: int, results: dict) -> None:
     found = read(path)
     by_step = found.pop(model, {})
     old = by_step.pop(str(step), {})
+    old = {kind: rows for kind, rows in old.items() if isinstance(rows, dict)}  # of a damaged file what can be used
     merged = {kind: old.get(kind, {}) | rows for kind, rows in results.items() if kind != "missing"}
     merged = {kind: rows for kind, rows in old.items() if kind not in results} | merged
     missing = old.get("missing", {}) | results.get("missing", {})
@@ -62,4 +65,4 @@ def latest(path: Path) -> dict:
         return {}
     model = RUN if found.get(RUN) else [name for name, by_step in found.items() if by_step][-1]
     step = list(found[model])[-1]
-    return {"model": model, "step": int(step), **found[model][step]}
+    return {**found[model][step], "model": model, "step": int(step)}

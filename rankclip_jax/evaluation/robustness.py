@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from rankclip_jax.common import storage
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 
 
 def shared_classes(reference_keys: list[str], shifted_keys: list[str]) -> np.ndarray | None:
@@ -64,8 +64,8 @@ def read_baselines(path: str | Path) -> dict[str, tuple[float, float]]:
         raise InputError(f"config.eval.robustness.baselines: no such file: {path}")
     try:
         return {name: fit_baseline(points) for name, points in json.loads(storage.read(str(path))).items()}
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"config.eval.robustness.baselines: {path}: {error}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"config.eval.robustness.baselines: {path}: {one_line(error)}") from None
 
 
 def _logit(x):

@@ -6,7 +6,6 @@ A set that cannot be opened does not stop the others: `missing` says which one, 
 import contextlib
 import dataclasses
 import functools
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -67,10 +66,12 @@ def open_sets(config: ConfigDict, image_side: int, kinds: Sequence[str] = KINDS)
     """Opens every set that config.eval names for `kinds`. One that cannot be opened does not stop the others.
 
     Raises:
-      InputError: config.eval.suite is wrong.
+      InputError: config.eval.suite or config.eval.robustness.baselines is wrong.
     """
     from input_pipeline import labelled
 
+    if config.robustness.baselines:  # a wrong file is found now, not after hours of evaluation
+        robustness.read_baselines(config.robustness.baselines)
     openers = {
         "zero_shot": (suite.zero_shot_sets(config), labelled.open_labelled),
         "retrieval": (config.retrieval, labelled.open_captioned),
@@ -83,7 +84,9 @@ def open_sets(config: ConfigDict, image_side: int, kinds: Sequence[str] = KINDS)
         for name, spec in specs.items():
             with one_set(f"{kind}/{name}", sets.missing):
                 found = open_set(spec, image_side=image_side)
-                sets.opened[kind][name] = spec, (found, prompts_of(name, spec, found)) if kind == "zero_shot" else found
+                if kind == "zero_shot":
+                    found = found, prompts.prompts_of(name, spec, found)
+                sets.opened[kind][name] = spec, found
         sets.opened[kind] = _without(sets.missing, kind, sets.opened[kind])
     return sets
 
@@ -155,39 +158,6 @@ def _without(missing: Mapping[str, str], kind: str, rows: dict) -> dict:
     return {name: row for name, row in rows.items() if f"{kind}/{name}" not in missing}
 
 
-def prompts_of(name: str, spec: ConfigDict, found: Any) -> prompts.Prompts:
-    """Class names and prompts of a set of config.eval.zero_shot; `found`: labelled.open_labelled's.
-
-    WordNet ids get ImageNet's names and prompts also without a protocol.
-    """
-    protocol, set_name = spec.protocol, spec.protocol_set or name
-    if spec.classes or found.from_file:
-        own = protocol and not found.templates and prompts.templates_of(protocol, set_name)
-        return prompts.plain(found.names, own or found.templates)
-    wordnet = all(re.fullmatch(r"n\d{8}", label) for label in found.names)
-    if wordnet and not protocol:
-        if prompts.knows("openai", "imagenet", found.names):
-            protocol, set_name = "openai", "imagenet"
-        elif processes.is_first():
-            print(f"{name}: the labels are WordNet ids, not all of ImageNet's 1,000; name them by classes", flush=True)
-    if not protocol:
-        return prompts.plain(found.names, found.templates)
-    given = prompts.from_protocol(protocol, set_name, found.names)
-    if wordnet:
-        _tell_classes(name, found, given)
-    return dataclasses.replace(given, templates=prompts.check_templates(found.templates)) if spec.templates else given
-
-
-def _tell_classes(name: str, found: Any, given: prompts.Prompts) -> None:
-    labels = found.source.labels
-    shown = len(given.names) if labels is None else len(np.unique(labels))
-    if shown < 1000 and processes.is_first():
-        print(
-            f"{name}: {shown:,} of ImageNet's 1,000 classes have pictures; ranked among {len(given.names):,}",
-            flush=True,
-        )
-
-
 def _encoded(encoder: Encoder, source: Any, what: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Batches (embeddings (n, D), labels (n,), rows (n,)) that contain every usable sample of all processes once."""
     with progress(what, source.size) as bar:
@@ -250,7 +220,8 @@ def _zero_shot(config: ConfigDict, encoder: Encoder, sets: dict, artifacts: Arti
                     inside = kept & (place[labels] >= 0)
                     sub.add(z[inside], place[labels[inside]])
             results[name] = _checked(counter.results)
-            on_shared |= {other: _checked(sub.results)["top1"] for other, (_, sub) in subsets.items()}
+            occurring = {other: sub for other, (_, sub) in subsets.items() if sub.confusion_CxC.any()}
+            on_shared |= {other: sub.results()["top1"] for other, sub in occurring.items()}
             artifacts.confusion(name, classes.names, counter.confusion_CxC)
             rows_N, labels_N, predicted_N = (np.concatenate(part) for part in zip(*seen, strict=True))
             artifacts.examples(name, found.source, rows_N, labels_N, predicted_N, classes.names)

@@ -11,7 +11,6 @@ A set's folder may have any of its usual names, in any spelling. If one set is a
 """
 
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from ml_collections import ConfigDict
 
 from rankclip_jax.common import folders, storage
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.foreign_files import read_json
 from rankclip_jax.config import eval_set
 from rankclip_jax.evaluation import prompts
 
@@ -154,6 +154,6 @@ def _prepared(published: Published, data_dir: Path, alone: bool) -> Iterator[dic
         yield {"format": "tfds", "path": published.tfds, "data_dir": str(data_dir)}
     own = [info for below in ("", "*/", "*/*/") for info in data_dir.glob(f"{below}dataset_info.json")] if alone else []
     for info in own:
-        about = json.loads(info.read_text(encoding="utf-8"))
+        about = read_json(info)
         if "/".join(filter(None, (about.get("name"), about.get("configName")))) == builder:
             yield {"format": "tfds", "path": f"{info.parent}:{split}"}

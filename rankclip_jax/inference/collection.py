@@ -5,11 +5,10 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.files import whole, write_whole
 from rankclip_jax.common.ownership import Owned, inside
 from rankclip_jax.common.progress import progress
@@ -58,16 +57,16 @@ def embed(model: Model, pictures: Pictures, out: Path, about: dict) -> None:
             bar.update(len(rows))
 
     lost = [json.dumps({"row": None, "where": where, "reason": reason}) for where, reason in pictures.lost]
-    bad = lost + [line for start in starts for line in _load(folder, start)["bad"].tolist()]
+    bad = lost + [line for start in starts for line in _part(folder, start)[1]]
     if len(bad) - len(lost) == pictures.size:
-        raise InputError(f"none of the {pictures.size} images could be used; for example {_told(bad[0])}")
+        raise InputError(f"none of the {pictures.size} images could be used; for example {_place_and_reason(bad[0])}")
     if bad:
         lines = "".join(line + "\n" for line in bad)
         if named.exists() and named.read_text(encoding="utf-8", errors="replace") != lines:  # else from before a kill
             raise InputError(f"{named} belongs to another run; move it away, and run the same command again")
         write_whole(named, lines)
-        print(f"{len(bad)} images were left out, for example {_told(bad[0])}; all are listed in {named}")
-    count = store.write(out, (_part(folder, start) for start in starts), about, folder / "unfinished")
+        print(f"{len(bad)} images were left out, for example {_place_and_reason(bad[0])}; all are listed in {named}")
+    count = store.write(out, (_part(folder, start)[0] for start in starts), about, folder / "unfinished")
     parts.dissolve()
     print(f"wrote {out}: {count:,} embeddings of {model.source.config.embed_dim} dimensions")
 
@@ -87,9 +86,9 @@ def encode(model: Model, pictures: Pictures) -> store.Embeddings:
             bad += reasons
             bar.update(len(rows))
     if len(bad) == pictures.size:
-        raise InputError(f"none of the {pictures.size} images could be used; for example {_told(bad[0])}")
+        raise InputError(f"none of the {pictures.size} images could be used; for example {_place_and_reason(bad[0])}")
     if bad:
-        print(f"{len(bad)} images were left out, for example {_told(bad[0])}", file=sys.stderr)
+        print(f"{len(bad)} images were left out, for example {_place_and_reason(bad[0])}", file=sys.stderr)
     z, rows, names = zip(*parts, strict=True)
     rows, names = (list(itertools.chain.from_iterable(some)) for some in (rows, names))
     return store.Embeddings(np.concatenate(z), np.array(rows, np.int64), names, {})
@@ -122,13 +121,15 @@ def _write_part(path: Path, z_NxD: np.ndarray, rows: list[int], names: list[str]
         np.savez(file, embedding=z_NxD, row=np.array(rows, np.int64), name=names, bad=bad)
 
 
-def _load(folder: Path, start: int) -> Any:
-    return np.load(folder / f"{start}.npz", allow_pickle=False)
-
-
-def _part(folder: Path, start: int) -> store.Embeddings:
-    with _load(folder, start) as arrays:
-        return store.Embeddings(arrays["embedding"], arrays["row"], arrays["name"].tolist(), {})
+def _part(folder: Path, start: int) -> tuple[store.Embeddings, list[str]]:
+    """A finished part, and the lines of its unusable images."""
+    file = folder / f"{start}.npz"
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            found = store.Embeddings(arrays["embedding"], arrays["row"], arrays["name"].tolist(), {})
+            return found, arrays["bad"].tolist()
+    except Exception as error:  # whatever NumPy raises on a damaged file
+        raise InputError(f"{file} is damaged ({one_line(error)}); delete it, and run the same command again") from None
 
 
 def _same_run(folder: Path, about: dict) -> None:
@@ -143,6 +144,6 @@ def _same_run(folder: Path, about: dict) -> None:
             raise InputError(f"{folder} belongs to another run ({'; '.join(changed)}); delete it, or change --out")
 
 
-def _told(line: str) -> str:
+def _place_and_reason(line: str) -> str:
     sample = json.loads(line)
     return f"{sample['where']}: {sample['reason']}"

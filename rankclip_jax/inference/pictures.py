@@ -10,8 +10,7 @@ from rankclip_jax import config as configs
 from rankclip_jax.common import folders, storage, tables
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS, BadImageError, opened
-
-_SHARDS = {".tar": "webdataset", ".tfrecord": "tfrecord", ".tfrecords": "tfrecord", ".parquet": "parquet"}
+from rankclip_jax.config.guess import SHARDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +53,10 @@ def open_pictures(
         return _folder(data)
     if data.lower().endswith(tables.ENDINGS):
         return _table(data, image_key, delimiter, encoding)
-    ending = path.suffix.lower()
-    if ending in _SHARDS:
-        return _shards(data, _SHARDS[ending], image_key)
-    known = f"a folder, a table ({', '.join(tables.ENDINGS)}), or shards ({', '.join(_SHARDS)})"
+    if kind := SHARDS.get(path.suffix[1:].lower()):
+        return _shards(data, kind, image_key)
+    shards = ", ".join(f".{ending}" for ending in SHARDS)
+    known = f"a folder, a table ({', '.join(tables.ENDINGS)}), or shards ({shards})"
     raise InputError(f"cannot open {data}. Expected {known}")
 
 
@@ -126,7 +125,7 @@ def _shards(pattern: str, kind: str, image_key: str | None) -> Pictures:
     from input_pipeline import encoded_images, sources  # TensorFlow
 
     spec = configs.complete({"data": {"format": kind, "image_key": image_key}}).data
-    source = sources.open_source(spec, pattern, image_side=0)
+    source = sources.open_pictures(spec, pattern)
     read = encoded_images.reader(source)
 
     lost = tuple((one.where, one.reason) for one in source.lost)

@@ -17,6 +17,7 @@ from rankclip_jax.inference.store import Embeddings
 
 _SIDE = 256  # pixels of a drawn picture, at most
 
+
 def best(embeddings: Embeddings, z_txt_TxD: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices and cosines, (T, k), of the k = min(top, n) nearest rows, nearest first; ties in file order."""
     scores_TxN = z_txt_TxD @ embeddings.z.T
@@ -67,11 +68,14 @@ def _note(cosine, name, caption):
 
 def _image(embeddings, pictures, found):
     """The picture as uint8 (H, W, 3), of at most _SIDE pixels."""
+    row, name = int(embeddings.rows[found]), embeddings.names[found]
+    if row >= pictures.size or pictures.name(row) != name:
+        raise InputError(f"cannot draw {name}: the collection has changed since it was embedded; embed it again")
     try:
-        image = pictures.image(int(embeddings.rows[found]))
+        image = pictures.image(row)
         image = rgb(image) if isinstance(image, Image.Image) else read(Path(image).read_bytes())
     except (InputError, OSError) as error:
         why = error if isinstance(error, InputError) else error.strerror
-        raise InputError(f"cannot draw {embeddings.names[found]}: {why}") from None
+        raise InputError(f"cannot draw {name}: {why}") from None
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     return np.asarray(image)

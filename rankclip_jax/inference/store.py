@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -46,17 +45,17 @@ def write(path: Path, parts: Iterable[Embeddings], about: dict, unfinished: Path
 def read(path: Path) -> Embeddings:
     """Reads a file written by `write`. Raises InputError for any other file."""
     try:
-        if path.suffix == ".parquet":
-            return _read_parquet(path)
-        with np.load(path, allow_pickle=False) as arrays:
-            names = arrays["name"].tolist()
-            return Embeddings(arrays["embedding"], arrays["row"], names, json.loads(str(arrays["about"])))
+        found = (_read_parquet if path.suffix == ".parquet" else _read_npz)(path)
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path} is not a file of embeddings written by rankclip_jax.embed ({one_line(error)})"
-        ) from None
+    except Exception as error:  # whatever NumPy and pyarrow raise on a damaged file
+        raise _foreign(path, one_line(error)) from None
+    n, about = len(found.names), found.about
+    if not (found.z.ndim == 2 and len(found.z) == n and found.rows.shape == (n,) and np.isfinite(found.z).all()):
+        raise _foreign(path, "its columns do not fit together")
+    if not (isinstance(about, dict) and {"data", "image_key", "delimiter", "model"} <= about.keys()):
+        raise _foreign(path, "it does not say of which collection and model it is")
+    return found
 
 
 def is_store(path: Path) -> bool:
@@ -104,6 +103,12 @@ def _write_parquet(path: Path, parts: Iterable[Embeddings], about: dict) -> int:
     return count
 
 
+def _read_npz(path: Path) -> Embeddings:
+    with np.load(path, allow_pickle=False) as arrays:
+        names, about = arrays["name"].tolist(), json.loads(str(arrays["about"]))
+        return Embeddings(arrays["embedding"], arrays["row"], names, about)
+
+
 def _read_parquet(path: Path) -> Embeddings:
     import pyarrow.parquet as pq
 
@@ -112,3 +117,7 @@ def _read_parquet(path: Path) -> Embeddings:
     column = table["embedding"].combine_chunks()
     z_NxD = column.values.to_numpy().reshape(len(column), column.type.list_size)
     return Embeddings(z_NxD, table["row"].to_numpy(), table["name"].to_pylist(), about)
+
+
+def _foreign(path: Path, why: str) -> InputError:
+    return InputError(f"{path} is not a file of embeddings written by rankclip_jax.embed ({why})")

@@ -1,38 +1,24 @@
-"""Every term of the objective over one batch, with its gradient, in row chunks and over a mesh.
+"""The terms of the objective on a device's own rows, with their gradients, a chunk of rows at a time.
 
 The similarities of a batch are four B x B matrices: image-image, text-text, image-text, text-image. None is
 ever held whole: a device takes its own rows, a chunk at a time, and has the loss and the gradient of a chunk
-before it starts the next (the gradients are in closed form, so the backward pass only scales what the forward
-pass kept: two (B, D) arrays). Only the embeddings travel: two all-gathers of (B, D) there, two
-reduce-scatters back, and one all-reduce of a few scalars.
+before it starts the next. sharded.py gathers the columns and hands the gradient to JAX.
 """
 
-import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
-from rankclip_jax.losses.plackett_luce import first_order_only
-from rankclip_jax.losses.sorting import by_platform
-from rankclip_jax.losses.spec import MATRICES, RANK_TERMS, LossSpec
+from rankclip_jax.losses.spec import MATRICES, LossSpec
 from rankclip_jax.losses.terms import row_terms
 
 # Scores err by scale * eps, so at logit scale 100 anything below full float32 products (TF32, one or three
 # bfloat16 passes) would break the 1e-5 that the loss promises. bfloat16 embeddings multiply exactly as is.
 _PRECISION = lax.Precision.HIGHEST
-
-
-class Placement(NamedTuple):
-    """Where the rows are and how many are taken at a time; hashable, as a static argument must be."""
-
-    mesh: jax.sharding.Mesh | None = None
-    axes: tuple[str, ...] = ()
-    chunk: int | None = None
 
 
 def _scores(rows_RxD, all_BxD):
@@ -46,24 +32,25 @@ def _mix(grad_RxB, all_BxD, platform):
     return jnp.matmul(grad_RxB, all_BxD.astype(jnp.float32), precision=precision)
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """What rows add up to: the terms' sums {term: scalar}, and gradients of their weighted sum.
 
     d_all: of all embeddings, images and texts, (B, D) each; scalars of 0 where no gradient is asked for.
     """
 
     terms: dict[str, jax.Array]
-    d_all: tuple[jax.Array, jax.Array]
+    d_all: tuple[jax.Array, ...]
     d_scale: jax.Array
     d_bias: jax.Array
 
     @classmethod
-    def zero(cls, terms, shape):
+    def zero(cls, terms: Iterable[str], shape: tuple[int, ...]) -> "Sums":
+        """Nothing yet; `shape` of each of d_all."""
         zero, zeros = jnp.zeros((), jnp.float32), jnp.zeros(shape, jnp.float32)
         return cls({term: zero for term in terms}, (zeros, zeros), zero, zero)
 
 
-class _Job(NamedTuple):
+class Job(NamedTuple):
     """What is the same for all rows; `weights` are those of the terms that are computed."""
 
     scale: jax.Array
@@ -112,7 +99,7 @@ def _add_chunk(before, rows, columns, labels_R, job):
         d_all[b] += job.scale * _mix(grad.mT, row[a], job.platform)
     # <row, d score / d row> summed is the gradient of the scale; it saves a pass over the scores.
     d_scale = before.d_scale + (jnp.sum(d_rows["i"] * row["i"]) + jnp.sum(d_rows["t"] * row["t"]))
-    after = _Sums(sums, (d_all["i"], d_all["t"]), d_scale, before.d_bias + new_d_bias)
+    after = Sums(sums, (d_all["i"], d_all["t"]), d_scale, before.d_bias + new_d_bias)
     return after, (job.scale * d_rows["i"], job.scale * d_rows["t"])
 
 
@@ -127,8 +114,11 @@ def _chunk_size(rows: int, length: int, platform: str) -> int:
     return min(rows, max(128 if platform == "tpu" else 64, scores // length))
 
 
-def _local_terms(rows, columns, first_row, job):
-    """-> (_Sums over rows (R, D) against columns (B, D), gradients of the rows); row 0's own item is first_row."""
+Pair = tuple[jax.Array, ...]  # of images and texts
+
+
+def local_terms(rows: Pair, columns: Pair, first_row: jax.Array | int, job: Job) -> tuple[Sums, Pair | None]:
+    """-> (Sums over rows (R, D) against columns (B, D), gradients of the rows); row 0's own item is first_row."""
     count, batch = rows[0].shape[0], columns[0].shape[0]
     chunk = min(count, job.chunk or _chunk_size(count, batch, job.platform))
 
@@ -136,7 +126,7 @@ def _local_terms(rows, columns, first_row, job):
         labels = first_row + first + jnp.arange(some[0].shape[0], dtype=jnp.int32)
         return _add_chunk(before, some, columns, labels, job)
 
-    sums = _Sums.zero(job.weights, columns[0].shape if job.with_grad else ())
+    sums = Sums.zero(job.weights, columns[0].shape if job.with_grad else ())
     full = count // chunk
     split = full * chunk
     shaped = [x[:split].reshape(full, chunk, -1) for x in rows]
@@ -152,13 +142,15 @@ def _local_terms(rows, columns, first_row, job):
     return sums, d_rows
 
 
-def _list_terms(rows, columns, first_row, job):
-    """As _local_terms, where a row's list is the `spec.list_size` columns of its own group.
+def list_terms(
+    rows: Pair, columns: Pair | None, first_row: jax.Array | int, length: int, job: Job
+) -> tuple[Sums, Pair | None]:
+    """As local_terms, where a row's list is the `length` columns of its own group.
 
     `columns` None: the rows are whole groups, their own columns, and their gradients are complete (d_all is empty). The
     rows are cut into blocks, each of one group; short groups make a chunk together.
     """
-    (count, width), length = rows[0].shape, job.spec.list_size
+    count, width = rows[0].shape
     chunk = job.chunk or _chunk_size(count, length, job.platform)
     if columns is None and 2 * length <= min(chunk, count):
         return _short_lists(rows, length, chunk // length, job)
@@ -169,7 +161,7 @@ def _list_terms(rows, columns, first_row, job):
         first, *some = xs
         at = offset_of_rows + first
         start = at // length * length
-        new, d_rows = _local_terms(
+        new, d_rows = local_terms(
             tuple(some),
             tuple(lax.dynamic_slice_in_dim(x, start, length) for x in all_columns),
             at - start,
@@ -183,7 +175,7 @@ def _list_terms(rows, columns, first_row, job):
         )
         return jax.tree.map(jnp.add, before, new._replace(d_all=(0.0, 0.0)))._replace(d_all=d_all), d_rows
 
-    sums = _Sums.zero(job.weights, all_columns[0].shape if job.with_grad else ())
+    sums = Sums.zero(job.weights, all_columns[0].shape if job.with_grad else ())
     firsts = jnp.arange(0, count, block, dtype=jnp.int32)
     sums, d_rows = lax.scan(one_block, sums, (firsts, *(x.reshape(-1, block, width) for x in rows)))
     if not job.with_grad:
@@ -195,7 +187,7 @@ def _list_terms(rows, columns, first_row, job):
 
 
 def _short_lists(rows, length, most, job):
-    """_list_terms of whole groups, at most `most` at a time."""
+    """list_terms of whole groups, at most `most` at a time."""
     count, width = rows[0].shape
     groups = count // length
     together = max(m for m in range(1, most + 1) if groups % m == 0)
@@ -206,109 +198,6 @@ def _short_lists(rows, length, most, job):
         after, d_rows = _add_chunk(before._replace(d_all=(zeros, zeros)), some, some, labels, job)
         return after._replace(d_all=()), tuple(map(jnp.add, after.d_all, d_rows)) if job.with_grad else None
 
-    sums = _Sums.zero(job.weights, ())._replace(d_all=())
+    sums = Sums.zero(job.weights, ())._replace(d_all=())
     sums, d_rows = lax.scan(some_groups, sums, tuple(x.reshape(-1, together, length, width) for x in rows))
     return sums, tuple(d.reshape(count, width) for d in d_rows) if job.with_grad else None
-
-
-def _batch_terms(img_BxD, txt_BxD, scale, bias, weights, spec, place, with_grad):
-    """Means of the terms over the batch; with_grad also the gradients of their weighted sum."""
-
-    def compute(platform, *args):
-        return _on_platform(platform, *args, spec, place, with_grad)
-
-    return by_platform(compute, img_BxD, txt_BxD, scale, bias, weights)
-
-
-def _on_platform(platform, img_BxD, txt_BxD, scale, bias, weights, spec, place, with_grad):
-    batch, terms = img_BxD.shape[0], sorted(weights)
-
-    listed = [term for term in terms if term in RANK_TERMS] if spec.list_size else []
-    whole = [term for term in terms if term not in listed]
-
-    def body(img_RxD, txt_RxD, scale, bias, weights):
-        rows = columns = (img_RxD, txt_RxD)
-        count, first_row = img_RxD.shape[0], 0
-        reduce_sum = scatter = lambda x: x
-        # Lists that lie within a device's rows need no others.
-        apart = bool(listed) and count % spec.list_size == 0
-        if place.mesh is not None:
-            reduce_sum = functools.partial(lax.psum, axis_name=place.axes)
-        if place.mesh is not None and (whole or not apart):
-            columns = tuple(lax.all_gather(x, axis_name=place.axes, tiled=True) for x in rows)
-            scatter = functools.partial(lax.psum_scatter, axis_name=place.axes, tiled=True)
-            first_row = lax.axis_index(place.axes) * count
-
-        def job(some):
-            return _Job(scale, bias, {term: weights[term] for term in some}, spec, platform, with_grad, place.chunk)
-
-        found = [_local_terms(rows, columns, first_row, job(whole))] if whole else []
-        if listed:
-            found.append(_list_terms(rows, None if apart else columns, first_row, job(listed)))
-        sums = {term: value for part, _ in found for term, value in part.terms.items()}
-        # One all-reduce for all scalars.
-        d_scale, d_bias = (_total([getattr(part, name) for part, _ in found]) for name in ("d_scale", "d_bias"))
-        scalars = jnp.stack([*(sums[name] for name in terms), d_scale, d_bias])
-        *totals, d_scale, d_bias = reduce_sum(scalars) / batch
-        means = dict(zip(terms, totals, strict=True))
-        if not with_grad:
-            return means
-
-        def of_rows(i):
-            of_all = [part.d_all[i] for part, _ in found if part.d_all]
-            scattered = [scatter(_total(of_all))] if of_all else []
-            return _total(scattered + [d_rows[i] for _, d_rows in found]) / batch
-
-        return means, of_rows(0), of_rows(1), d_scale, d_bias
-
-    if place.mesh is None:
-        return body(img_BxD, txt_BxD, scale, bias, weights)
-    by_row = P(place.axes)
-    out_specs = (P(), by_row, by_row, P(), P()) if with_grad else P()
-    # Gradients are made here by hand and never by differentiating through shard_map, so its replication check
-    # has nothing to add.
-    return jax.shard_map(
-        body, mesh=place.mesh, in_specs=(by_row, by_row, P(), P(), P()), out_specs=out_specs, check_vma=False
-    )(img_BxD, txt_BxD, scale, bias, weights)
-
-
-def _total(arrays):
-    return functools.reduce(jnp.add, arrays)
-
-
-def _weighted(means, weights):
-    return sum(weights[name] * means[name] for name in means)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def weighted_terms(
-    img_BxD: jax.Array,
-    txt_BxD: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    weights: Mapping[str, jax.Array],
-    spec: LossSpec,
-    place: Placement,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """-> (sum of weights[name] * means[name], means). Only the sum carries gradient."""
-    means = _batch_terms(img_BxD, txt_BxD, scale, bias, weights, spec, place, with_grad=False)
-    return _weighted(means, weights), means
-
-
-def _forward(img_BxD, txt_BxD, scale, bias, weights, spec, place):
-    img_BxD, txt_BxD, scale, bias = (first_order_only(x) for x in (img_BxD, txt_BxD, scale, bias))
-    means, *grads = _batch_terms(img_BxD, txt_BxD, scale, bias, weights, spec, place, with_grad=True)
-    d_img, d_txt, d_scale, d_bias = grads
-    d_img, d_txt = d_img.astype(img_BxD.dtype), d_txt.astype(txt_BxD.dtype)
-    return (_weighted(means, weights), means), (d_img, d_txt, d_scale, d_bias, means)
-
-
-def _backward(spec, place, kept, cotangents):
-    del spec, place
-    d_img, d_txt, d_scale, d_bias, means = kept
-    g, _ = cotangents
-    d_img, d_txt = ((g * d).astype(d.dtype) for d in (d_img, d_txt))
-    return d_img, d_txt, g * d_scale, g * d_bias, {name: g * mean for name, mean in means.items()}
-
-
-weighted_terms.defvjp(_forward, _backward)

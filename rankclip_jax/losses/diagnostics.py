@@ -8,8 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from rankclip_jax.losses.objectives import clip_loss, objective_loss, rank_consistency
+
+
+def _similarities(a_NxD, b_MxD):
+    # By default TPUs multiply in bfloat16 and GPUs in TF32: other rankings than those that the loss compares.
+    return jnp.matmul(a_NxD, b_MxD.T, precision=lax.Precision.HIGHEST)
 
 
 def _ranks(scores_NxM):
@@ -28,7 +34,7 @@ def _agreement(a_NxM, b_NxM, top_k):
 
 def _uniformity(z_NxD, others):
     """log E exp(-2 |x - x'|^2) over distinct pairs (Wang & Isola, 2020); lower is more uniform."""
-    squared_distance = jnp.maximum(2 - 2 * z_NxD @ z_NxD.T, 0)
+    squared_distance = jnp.maximum(2 - 2 * _similarities(z_NxD, z_NxD), 0)
     return jnp.log(jnp.sum(jnp.where(others, jnp.exp(-2 * squared_distance), 0)) / jnp.sum(others))
 
 
@@ -56,10 +62,10 @@ def embedding_diagnostics(
     n = min(sample, image_embeds.shape[0])
     if n < 3:
         raise ValueError(f"diagnostics need at least 3 pairs, not {n}")
-    z_img, z_txt = (jax.lax.stop_gradient(z[:n].astype(jnp.float32)) for z in (image_embeds, text_embeds))
+    z_img, z_txt = (lax.stop_gradient(z[:n].astype(jnp.float32)) for z in (image_embeds, text_embeds))
     others = ~jnp.eye(n, dtype=bool)
     column = jnp.arange(n - 1) + (jnp.arange(n - 1) >= jnp.arange(n)[:, None])  # every row without its own item
-    ii, tt, it = z_img @ z_img.T, z_txt @ z_txt.T, z_img @ z_txt.T
+    ii, tt, it = _similarities(z_img, z_img), _similarities(z_txt, z_txt), _similarities(z_img, z_txt)
     ii, tt = (jnp.take_along_axis(x, column, axis=1) for x in (ii, tt))
     spearman_in, overlap_in = _agreement(ii, tt, min(top_k, n - 1))
     spearman_cross, overlap_cross = _agreement(it, it.T, min(top_k, n))
@@ -100,9 +106,16 @@ def gradient_cosine(
     embeds = tuple(z[:sample].astype(jnp.float32) for z in (image_embeds, text_embeds))
     clip = jax.grad(lambda z: clip_loss(z[0], z[1], logit_scale))(embeds)
     rank = jax.grad(lambda z: sum(rank_consistency(z[0], z[1], logit_scale, **rank_options)))(embeds)
-    clip, rank = (jnp.concatenate([g.ravel() for g in grads]) for grads in (clip, rank))
-    norms = jnp.linalg.norm(clip) * jnp.linalg.norm(rank)
-    return jnp.where(norms > 0, jnp.vdot(clip, rank) / jnp.where(norms > 0, norms, 1), 0)
+    return _cosine(_flat(clip), _flat(rank))
+
+
+def _flat(grads):
+    return jnp.concatenate([g.ravel() for g in grads])
+
+
+def _cosine(a, b):
+    norms = jnp.linalg.norm(a) * jnp.linalg.norm(b)
+    return jnp.vdot(a, b, precision=lax.Precision.HIGHEST) / jnp.where(norms == 0, 1, norms)
 
 
 def term_gradients(
@@ -122,15 +135,10 @@ def term_gradients(
         def loss(z):
             return objective_loss(*z, logit_scale, objective="rank", lambda_in=0, lambda_cross=0, terms={term: 1.0})[0]
 
-        return jnp.concatenate([g.ravel() for g in jax.grad(loss)(embeds)])
+        return _flat(jax.grad(loss)(embeds))
 
     others = ("in_modal", "cross_modal", "cyclic_in_modal", "cyclic_cross_modal")
     grads = {term: gradient(term) for term in ("clip", *others)}
-    norms = {term: jnp.linalg.norm(grad) for term, grad in grads.items()}
-    result = {f"norm_{term}": norm for term, norm in norms.items()}
-    for a, b in [("clip", other) for other in others] + [("in_modal", "cross_modal")]:
-        product = norms[a] * norms[b]
-        result[f"cosine_{a}_{b}"] = jnp.where(
-            product > 0, jnp.vdot(grads[a], grads[b]) / jnp.where(product > 0, product, 1), 0
-        )
-    return result
+    pairs = [("clip", other) for other in others] + [("in_modal", "cross_modal")]
+    norms = {f"norm_{term}": jnp.linalg.norm(grad) for term, grad in grads.items()}
+    return norms | {f"cosine_{a}_{b}": _cosine(grads[a], grads[b]) for a, b in pairs}

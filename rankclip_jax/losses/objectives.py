@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rankclip_jax.losses.chunked import Placement, weighted_terms
+from rankclip_jax.losses.sharded import Placement, weighted_terms
 from rankclip_jax.losses.spec import RANK_TERMS, LossSpec
 
 

@@ -1,7 +1,7 @@
 """RankCLIP's loss as the paper writes it (arXiv 2404.09387), in plain differentiable jnp. Read this first.
 
-It holds whole B x B matrices and is exact in float32 as far as logsumexp is. chunked.py computes the same in row
-chunks, over meshes, with closed-form gradients; the tests compare the two.
+It holds whole B x B matrices and is exact in float32 as far as logsumexp is. sharded.py and chunked.py compute the
+same in row chunks, over meshes, with closed-form gradients; the tests compare the two.
 """
 
 import jax

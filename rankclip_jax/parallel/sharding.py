@@ -108,6 +108,8 @@ def _spec(shape: tuple[int, ...], spec: str | Sequence[str | None], mesh: Mesh, 
         return PartitionSpec(*[spec if i == largest else None for i in range(len(shape))])
     if not any(spec):
         return PartitionSpec()
+    if len(spec) > len(shape):
+        raise InputError(f"config.sharding: {name} {shape} has fewer dimensions than its rule's axes {tuple(spec)}")
     axes = [None] * (len(shape) - len(spec)) + list(spec)  # scanned layers have a dimension before the others
     for size, axis in zip(shape, axes, strict=True):
         if axis is not None and size % mesh.shape[axis]:

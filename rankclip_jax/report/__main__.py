@@ -1,11 +1,10 @@
 """The command line: python -m rankclip_jax.report DIR [DIR ...] --out report.html."""
 
 import argparse
-from pathlib import Path
 
 from rankclip_jax.common import commands, storage
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.files import cannot_write, write_whole
+from rankclip_jax.common.files import make_folder, write_whole
 from rankclip_jax.figures.words import printable
 from rankclip_jax.report import page, runs
 
@@ -20,7 +19,7 @@ def main() -> None:
     parser.add_argument("--out", help="the page to write (default: report.html)")
     flags = parser.parse_args()
     with commands.exit_codes():
-        out = Path(flags.out or "report.html")
+        out = storage.local(flags.out or "report.html", "--out")
         if not flags.out and out.is_file() and page.MADE not in out.read_text(encoding="utf-8", errors="replace"):
             raise InputError(f"{out} is there already, and this command did not write it; give --out FILE")
         if out.is_dir():
@@ -28,10 +27,7 @@ def main() -> None:
         folders = [storage.fetched(one) if storage.is_remote(one) else one for one in flags.workdirs]
         found = [runs.read_run(folder) for folder in folders]
         text = page.render(found)
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(out, error) from None
+        make_folder(out.parent)
         write_whole(out, text)
     for workdir, run in zip(flags.workdirs, found, strict=True):
         for file, why in run.unreadable.items():

@@ -1,11 +1,8 @@
 """The files of a workdir, read as if they were a stranger's: what is not as it should be is left out and named."""
 
-import base64
-import binascii
 import collections
 import io
 import json
-import math
 import os
 import stat
 import zipfile
@@ -15,26 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from rankclip_jax.common import pictures
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.evaluation import results_file
 from rankclip_jax.figures import names
 from rankclip_jax.figures.words import printable
+from rankclip_jax.report import checks
 
 _MOST_BYTES = 1 << 28  # of a file, and of what it unpacks to
 _DEEPEST = 20  # lists and dicts in each other
-_LONGEST = 1000  # letters of a caption or name
-_MOST_STEPS, _LARGEST = 10**12, 1e30  # beyond them, no chart has ticks
 _MOST_KEYS = 1000  # numbers of a run, each with a chart
-_MOST_SIDE = 1024  # pixels of a picture, which evaluations leave with 112
-_COUNTS = ("n", "images", "texts", "classes")
-
-
-def number(value: Any) -> bool:
-    """Whether it is one that can be drawn, or is not finite."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return (isinstance(value, float) and not math.isfinite(value)) or abs(value) <= _LARGEST
 
 
 class Files:
@@ -49,15 +35,15 @@ class Files:
         rows, known = [], set()
         for line, row in self._rows("metrics.jsonl"):
             step = row.pop("step", None)
-            if not (isinstance(step, int) and number(step) and 0 <= step <= _MOST_STEPS):
-                self._wrong("metrics.jsonl", f"line {line}: step is {_said(step)}")
+            if not (isinstance(step, int) and checks.is_number(step) and 0 <= step <= checks.MOST_STEPS):
+                self._wrong("metrics.jsonl", f"line {line}: step is {checks.in_words(step)}")
                 continue
             kept: dict[str, Any] = {"step": step}
             for key, value in row.items():
-                if number(value) or (key in ("start", "counts") and isinstance(value, dict)):
+                if checks.is_number(value) or (key in ("start", "counts") and isinstance(value, dict)):
                     kept[key] = value
                 elif key != "failed":  # the log has it
-                    self._wrong("metrics.jsonl", f"line {line}: {key[:80]} is {_said(value)}")
+                    self._wrong("metrics.jsonl", f"line {line}: {key[:80]} is {checks.in_words(value)}")
             known |= kept.keys()
             if len(known) > _MOST_KEYS:
                 self._wrong("metrics.jsonl", f"line {line}: more than {_MOST_KEYS:,} different numbers")
@@ -73,7 +59,7 @@ class Files:
         """Number of training samples, of data.json."""
         train = self._dict("data.json").get("train", {})
         samples = train.get("samples") if isinstance(train, dict) else None
-        return samples if isinstance(samples, int) and number(samples) else None
+        return samples if isinstance(samples, int) and checks.is_number(samples) else None
 
     def evaluations(self) -> dict:
         """Of eval.json, what was evaluated last (results_file.latest), with numbers that are in their ranges."""
@@ -87,7 +73,7 @@ class Files:
         for kind in ("missing", "evaluated"):
             said = found.get(kind, {})
             if not (isinstance(said, dict) and all(isinstance(words, str) for words in said.values())):
-                self._wrong("eval.json", f"{kind} is {_said(said)}")
+                self._wrong("eval.json", f"{kind} is {checks.in_words(said)}")
                 said = {}
             results[kind] = said
         return results | {"step": found["step"], "model": found["model"]} if found else {}
@@ -98,15 +84,15 @@ class Files:
         for kind in names.KINDS:
             sets = found.get(kind, {})
             if not isinstance(sets, dict):
-                self._wrong(file, f"{kind} is {_said(sets)}")
+                self._wrong(file, f"{kind} is {checks.in_words(sets)}")
                 continue
             for name, row in sets.items():
                 if not isinstance(row, dict):
-                    self._wrong(file, f"{kind}/{name[:80]} is {_said(row)}")
+                    self._wrong(file, f"{kind}/{name[:80]} is {checks.in_words(row)}")
                     continue
-                good = {key: value for key, value in row.items() if _fits(key, value)}
+                good = {key: value for key, value in row.items() if checks.in_range(key, value)}
                 for key in row.keys() - good.keys():
-                    self._wrong(file, f"{kind}/{name[:80]}: {key[:80]} is {_said(row[key])}")
+                    self._wrong(file, f"{kind}/{name[:80]}: {key[:80]} is {checks.in_words(row[key])}")
                 if good:
                     results.setdefault(kind, {})[name] = good
         return results
@@ -116,7 +102,8 @@ class Files:
 
         def fits(found):
             classes, counts = found["classes"], found["confusion"]
-            return _texts(classes) and counts.shape == 2 * classes.shape and _counts(counts) and bool(counts.sum())
+            fitting = checks.are_texts(classes) and counts.shape == 2 * classes.shape and checks.are_counts(counts)
+            return fitting and bool(counts.sum())
 
         return self._by_set("zero_shot_", ".npz", lambda file: self._arrays(file, ("classes", "confusion"), fits))
 
@@ -127,15 +114,15 @@ class Files:
         def fits(found):
             image, text, explained, captions, edges, positive, negative = (found[key] for key in keys)
             return (
-                _texts(captions)
+                checks.are_texts(captions)
                 and image.shape == text.shape == (len(captions), 2)
                 and explained.shape == (2,)
-                and all(_small(array) for array in (image, text, explained, edges))
+                and all(checks.are_coordinates(array) for array in (image, text, explained, edges))
                 and edges.ndim == 1
                 and positive.shape == negative.shape == (len(edges) - 1,)
                 and bool((np.diff(edges) > 0).all())
-                and _counts(positive)
-                and _counts(negative)
+                and checks.are_counts(positive)
+                and checks.are_counts(negative)
             )
 
         return self._by_set("geometry_", ".npz", lambda file: self._arrays(file, keys, fits))
@@ -144,7 +131,7 @@ class Files:
         """Set -> {"right", "wrong"}: lists of {"picture", "label", "predicted"}."""
 
         def example(one):
-            return _texted(one, "label", "predicted") | _shown(one)
+            return checks.text_fields(one, "label", "predicted") | checks.picture_field(one)
 
         def read(file):
             found = self._dict(file)
@@ -156,12 +143,14 @@ class Files:
         """Set -> queries and answers (evaluation/artifacts.py)."""
 
         def of_image(asked):
-            answers = [_texted(answer, "caption") | _right(answer) for answer in _listed(asked["answers"])]
-            return _shown(asked) | {"answers": answers}
+            found = checks.answers_of(asked["answers"])
+            answers = [checks.text_fields(answer, "caption") | checks.right_field(answer) for answer in found]
+            return checks.picture_field(asked) | {"answers": answers}
 
         def of_text(asked):
-            answers = [_shown(answer) | _right(answer) for answer in _listed(asked["answers"])]
-            return _texted(asked, "caption") | {"answers": answers}
+            found = checks.answers_of(asked["answers"])
+            answers = [checks.picture_field(answer) | checks.right_field(answer) for answer in found]
+            return checks.text_fields(asked, "caption") | {"answers": answers}
 
         def read(file):
             found, ways = self._dict(file), (("image_to_text", of_image), ("text_to_image", of_text))
@@ -176,7 +165,7 @@ class Files:
             for line, sample in self._rows(path.name):
                 reason, where = sample.get("reason"), sample.get("where")
                 if isinstance(reason, str) and isinstance(where, str):
-                    places[reason[:_LONGEST]].append(where[:_LONGEST])
+                    places[reason[:checks.LONGEST]].append(where[:checks.LONGEST])
                 else:
                     self._wrong(path.name, f"line {line} names no reason or place")
         ordered = sorted(places.items(), key=lambda item: -len(item[1]))
@@ -211,8 +200,8 @@ class Files:
         except (ValueError, RecursionError):
             return self._wrong(file, "is not JSON") or {}
         if not isinstance(found, dict):
-            return self._wrong(file, f"is {_said(found)}, not an object") or {}
-        if not _shallow(found, _DEEPEST):
+            return self._wrong(file, f"is {checks.in_words(found)}, not an object") or {}
+        if not checks.is_shallow(found, _DEEPEST):
             return self._wrong(file, f"is nested more than {_DEEPEST} deep") or {}
         return found
 
@@ -229,10 +218,10 @@ class Files:
                 if line < len(lines):
                     self._wrong(file, f"line {line} is not JSON")
                 continue
-            if isinstance(row, dict) and _shallow(row, _DEEPEST):
+            if isinstance(row, dict) and checks.is_shallow(row, _DEEPEST):
                 yield line, row
             else:
-                self._wrong(file, f"line {line} is {_said(row)}, not an object of numbers")
+                self._wrong(file, f"line {line} is {checks.in_words(row)}, not an object of numbers")
 
     def _arrays(self, file: str, keys: tuple, fits: Callable[[dict], bool]) -> dict | None:
         data = self._bytes(file)
@@ -244,15 +233,18 @@ class Files:
                     return self._wrong(file, f"unpacks to more than {_MOST_BYTES >> 20} MB")
             with np.load(io.BytesIO(data)) as arrays:  # allow_pickle stays off
                 found = {key: arrays[key] for key in keys}
+            # Unsigned numbers could not be negated, small ones not multiplied.
+            whole = {key: array.astype(np.int64) for key, array in found.items() if array.dtype.kind in "iu"}
         except Exception as error:  # whatever zipfile and NumPy raise on a damaged file
             return self._wrong(file, f"cannot be read ({one_line(error, 100)})")
+        found |= whole
         return found if fits(found) else self._wrong(file, "holds other arrays than an evaluation leaves")
 
     def _each(self, file: str, found: dict, key: str, read: Callable[[Any], dict]) -> Iterator[dict]:
         """What `read` makes of each of a list; it raises ValueError, TypeError or KeyError for a wrong one."""
         some = found.get(key, [])
         if not isinstance(some, list):
-            self._wrong(file, f"{key} is {_said(some)}")
+            self._wrong(file, f"{key} is {checks.in_words(some)}")
             return
         for place, one in enumerate(some[:50], 1):
             try:
@@ -275,67 +267,3 @@ class Files:
             if file.startswith(prefix) and file.endswith(suffix)
         }
         return {name: content for name, content in found.items() if content and any(map(len, content.values()))}
-
-
-def _said(value: Any) -> str:
-    """In a few words."""
-    words = {dict: "an object", list: "a list", type(None): "null", bool: "true or false"}
-    return words.get(type(value)) or repr(value)[:40]
-
-
-def _fits(key: str, value: Any) -> bool:
-    """Whether a number of eval.json is in its range."""
-    if key in _COUNTS:
-        return isinstance(value, int) and number(value) and 0 < value <= 10**9
-    if not number(value) or not math.isfinite(value):
-        return False
-    return (-1 if key in ("drop", "effective") else 0) <= value <= 1 if names.result(key).share else True
-
-
-def _shallow(value: Any, deepest: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return deepest > 0 and all(_shallow(each, deepest - 1) for each in inner)
-
-
-def _texts(array: np.ndarray) -> bool:
-    return array.dtype.kind == "U" and array.ndim == 1 and len(array) > 0 and array.itemsize <= 4 * _LONGEST
-
-
-def _counts(array: np.ndarray) -> bool:
-    return array.dtype.kind in "iu" and bool((array >= 0).all()) and bool((array <= _MOST_STEPS).all())
-
-
-def _small(array: np.ndarray) -> bool:
-    """Finite, and no further from 0 than distances of unit vectors are."""
-    return array.dtype.kind in "fiu" and bool((np.abs(array) <= 10).all())
-
-
-def _listed(value: Any) -> list:
-    if not isinstance(value, list) or not value:
-        raise ValueError("no list of answers")
-    return value[:10]
-
-
-def _texted(one: dict, *keys: str) -> dict:
-    if not all(isinstance(one[key], str) for key in keys):
-        raise ValueError(f"no text in {' or '.join(keys)}")
-    return {key: one[key][:_LONGEST] for key in keys}
-
-
-def _right(one: dict) -> dict:
-    return {"right": one["right"] is True}
-
-
-def _shown(one: dict) -> dict:
-    """The picture as a JPEG in base64, whatever it was."""
-    try:
-        image = pictures.opened(base64.b64decode(one["picture"], validate=True))
-    except binascii.Error:
-        raise ValueError("a picture that is not base64") from None
-    if max(image.size) > _MOST_SIDE:
-        raise ValueError("a picture of {} x {} pixels".format(*image.size))
-    out = io.BytesIO()
-    image = pictures.rgb(image)
-    image.thumbnail((224, 224))
-    image.save(out, "JPEG", quality=85)
-    return {"picture": base64.b64encode(out.getvalue()).decode()}

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from rankclip_jax import config as configs
-from rankclip_jax.common import commands
+from rankclip_jax.common import commands, storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.study import report
 from rankclip_jax.study.runs import Study
@@ -28,9 +28,10 @@ def main() -> None:
     for flag in rest:
         if not flag.startswith("--config."):
             parser.error(f"unknown flag {flag}")
-    workdir = Path(flags.workdir or Path("runs") / Path(flags.config.partition(":")[0]).stem)
+    default = Path("runs") / Path(flags.config.partition(":")[0]).stem
     commands.quiet_tensorflow()
     with commands.exit_codes("stopped; the same command resumes"):
+        workdir = storage.local(flags.workdir or str(default), "--workdir")
         settings = configs.load(flags.config, [flag.removeprefix("--config.") for flag in rest])
         resolve.require(settings, "a study")
         study = Study(settings, workdir)
@@ -52,7 +53,8 @@ def _share(processes: int) -> None:
         for process in started:
             process.kill()
     if any(codes):
-        raise InputError(f"{sum(map(bool, codes))} of {processes} processes failed, as said above; start again to resume")
+        failed = sum(map(bool, codes))
+        raise InputError(f"{failed} of {processes} processes failed, as said above. The same command resumes")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from PIL import Image
 
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.progress import progress
-from rankclip_jax.evaluation.run import prompts_of
+from rankclip_jax.evaluation.prompts import prompts_of
 from rankclip_jax.weights.view import View
 
 
@@ -106,7 +106,7 @@ def spoiled(pairs: Pairs, mismatched: float, duplicates: float) -> Pairs:
 
 
 def truth_of(data: ConfigDict, count: int) -> np.ndarray | None:
-    """How alike two of the first validation pairs truly are, (count, count) in [0, 1]; None where the captions do not say."""
+    """How alike two of the first validation pairs are, (count, count) in [0, 1]; None where captions do not say."""
     if data.format != "shapes" or not str(data.val).startswith("stated:"):
         return None
     from input_pipeline.graded import truth

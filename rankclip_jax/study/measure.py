@@ -82,8 +82,8 @@ def graded(model: Embedded, images_NxSxSx3: np.ndarray, captions: list[str], tru
     """Whether what is more alike lies nearer, where `truth_NxN`, how alike two pairs are, is known.
 
     truth/...: Spearman's correlation of a pair's similarities with the truth, over all others; the mean over the pairs.
-    retrieval/ndcg10_...: among the others too, so a caption of its own is no merit; the gain is 2^n - 1 with n = 6 truth
-    (the number of shared attributes).
+    retrieval/ndcg10_...: also among the others, so finding its own caption is no merit; the gain is 2^n - 1, where
+    n = 6 truth is the number of shared attributes.
     """
     z_img_NxD, z_txt_NxD = model.images(images_NxSxSx3), model.texts(captions)
     others = ~np.eye(len(captions), dtype=bool)
@@ -98,7 +98,8 @@ def graded(model: Embedded, images_NxSxSx3: np.ndarray, captions: list[str], tru
         scores = (a @ b.T)[others].reshape(truth.shape)
         found[f"truth/{name}"] = float(np.mean(_spearman(scores, truth)))
         if a is not b:
-            found[f"retrieval/ndcg10_{name.replace('_', '_to_')}"] = float(np.mean(_ndcg(scores, 2 ** (6 * truth) - 1, 10)))
+            direction = name.replace("_", "_to_")
+            found[f"retrieval/ndcg10_{direction}"] = float(np.mean(_ndcg(scores, 2 ** (6 * truth) - 1, 10)))
     return found
 
 

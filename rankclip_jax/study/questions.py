@@ -6,6 +6,7 @@ for the number of all contrasts of all questions (Holm 1979, Scandinavian Journa
 """
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,9 +55,9 @@ def answers(questions: ConfigDict, arms: list[Arm], runs: list[dict]) -> list[An
                 own = {r["seed"]: sign * r["final"][asked.metric] for r in runs if _arm(r) == arm}
                 values = {s: values[s] + own[s] for s in values.keys() & own.keys()} if values else own
             seen = [values[seed] for seed in sorted(values)]
-            found.append((question, label, asked.metric, estimate(seen), _p(seen)))
-    corrected = holm([p for *_, p in found])
-    return [Answer(*fields, h) for fields, h in zip(found, corrected, strict=True)]
+            found.append(Answer(question, label, asked.metric, estimate(seen), _p(seen), None))
+    corrected = holm([answer.p for answer in found])
+    return [answer._replace(holm=p) for answer, p in zip(found, corrected, strict=True)]
 
 
 def _arm(run):
@@ -71,11 +72,11 @@ def _p(values):
     return float(scipy.stats.ttest_1samp(values, 0).pvalue)
 
 
-def holm(ps: list[float | None]) -> list[float | None]:
+def holm(ps: Sequence[float | None]) -> list[float | None]:
     """Holm's corrected p of each: the i-th smallest of n times (n - i + 1), and never below a smaller one's."""
-    order = sorted((i for i, p in enumerate(ps) if p is not None), key=lambda i: ps[i])
-    result, least = [None] * len(ps), 0.0
-    for rank, i in enumerate(order):
-        least = max(least, min(1.0, ps[i] * (len(order) - rank)))
-        result[i] = least
+    known = sorted((p, i) for i, p in enumerate(ps) if p is not None)
+    result: list[float | None] = [None] * len(ps)
+    least = 0.0
+    for rank, (p, i) in enumerate(known):
+        result[i] = least = max(least, min(1.0, p * (len(known) - rank)))
     return result

@@ -51,8 +51,8 @@ def write(workdir: Path, config: ConfigDict, runs: list[dict]) -> str:
         names.sort(key=lambda name: name != baseline)
         results[condition] = summarise(names, [r for r in runs if r["condition"] == condition])
     Owned(workdir, "study").claim(FILES)
-    kept = results.get("", results)
-    write_whole(workdir / "results.json", json.dumps({"answers": _json(found), "results": kept, "runs": runs}, indent=1))
+    everything = {"answers": _json(found), "results": results.get("", results), "runs": runs}
+    write_whole(workdir / "results.json", json.dumps(everything, indent=1))
     text = _INTRODUCTION.format(baseline) + _answered(found)
     for condition, summary in results.items():
         text += (f"\n## {condition}\n" if condition else "") + markdown(summary)

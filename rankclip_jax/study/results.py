@@ -6,7 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.files import cannot_write, write_whole
+from rankclip_jax.common.files import make_folder, write_whole
 from rankclip_jax.common.ownership import inside
 from rankclip_jax.study.arms import Arm
 from rankclip_jax.study.training import Job
@@ -51,8 +51,5 @@ def read(file: Path, wanted: dict) -> dict | None:
 
 def write(file: Path, result: dict) -> None:
     """Whole or not at all."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(file, error) from None
+    make_folder(file.parent)
     write_whole(file, json.dumps(result, indent=1))

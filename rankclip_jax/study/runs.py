@@ -81,7 +81,7 @@ class Study:
         return Session(config, self.tokenizer, devices=jax.devices()[:1]).model
 
     def run(self, part: int = 0, parts: int = 1) -> list[dict]:
-        """Does what is not done yet of every `parts`-th arm, from `part` on; returns their runs, as their files have them."""
+        """Does what is not done yet of arms[part::parts]; returns their runs, as their files have them."""
         Owned(self.folder, "study").claim(report.FILES)
         arms = self.arms[part::parts]
         done, clock = [], Clock(self._planned(arms))
@@ -132,7 +132,9 @@ class Study:
                 clock.did(f"{folder.name} {arm} seed {job.seed} lr {job.lr:g}: {_summary(result)}")
         return [known[job] for job in jobs]
 
-    def _train(self, programs: Programs, config: ConfigDict, data: dict, jobs: list[Job], full: bool) -> dict[Job, dict]:
+    def _train(
+        self, programs: Programs, config: ConfigDict, data: dict, jobs: list[Job], full: bool
+    ) -> dict[Job, dict]:
         curves, finals = {job: [] for job in jobs}, {job: {} for job in jobs}
 
         def seen(job, state, metrics):

@@ -52,8 +52,8 @@ def main() -> None:
     # Keys apart: argparse takes one whose value has a space for WHAT.
     keys = [word for word in sys.argv[1:] if word.startswith("--config.")]
     flags = parser.parse_args([word for word in sys.argv[1:] if not word.startswith("--config.")])
-    if not (flags.what or flags.config or flags.workdir):
-        if flags.mode != "eval":  # which can do with config.eval.model alone
+    if flags.mode != "eval":  # which can do with config.eval.model alone
+        if not (flags.what or flags.config or flags.workdir):
             parser.error("give an experiment (shapes), data of your own (mine.csv), or the --workdir of a run")
     _keep_freed_memory()
     commands.quiet_tensorflow()
@@ -73,11 +73,11 @@ def _run(flags: argparse.Namespace, given: arguments.Given, workdir: Path | None
             settings = evaluate.settings(given.config, workdir, given.overrides)
         else:
             settings = workdirs.settings(given.config, workdir, given.overrides)
-        if flags.mode != "plan":
-            processes.start(flags.coordinator, flags.num_processes, flags.process_id)
         if flags.mode == "plan":
             plan.plan(settings)
-        elif flags.mode == "train":
+            return
+        processes.start(flags.coordinator, flags.num_processes, flags.process_id)
+        if flags.mode == "train":
             assert workdir is not None  # main asked for one, or for what names it
             compilation_cache.enable(devices_of(make_mesh(settings.mesh)).platform)
             loop.train(settings, workdir)

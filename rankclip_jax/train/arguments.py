@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rankclip_jax import evaluation
 from rankclip_jax.common import storage, tables
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.config import experiments
@@ -68,7 +69,7 @@ def read(flags: argparse.Namespace, keys: Sequence[str]) -> Given:
         elif what:  # any model; the workdir takes its results
             overrides.append(f"eval.model={what!r}")
         if flags.labels or flags.retrieval or flags.imagenet:  # these alone
-            overrides += ["eval.suite=None", *(f"eval.{kind}={{}}" for kind in _KINDS)]
+            overrides += ["eval.suite=None", *(f"eval.{kind}={{}}" for kind in evaluation.KINDS)]
     elif what and _is_experiment(what):
         if config:
             raise InputError(f"{what} and --config {config} are two experiments; give one")
@@ -107,9 +108,6 @@ def usual_keys() -> str:
             lines.append(f"\n{group or 'the run'}")
         lines.append(f"  {f'--config.{name}={key.default}':40} {key.expected}{' or None' if key.optional else ''}")
     return "\n".join(lines)
-
-
-_KINDS = ("zero_shot", "retrieval", "linear_probe", "geometry")
 
 
 def name_of(data: str) -> str:

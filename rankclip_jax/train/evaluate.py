@@ -15,7 +15,7 @@ from rankclip_jax.common.metrics_file import now
 from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.evaluation import artifacts, results_file
-from rankclip_jax.parallel import sharding
+from rankclip_jax.parallel import processes, sharding
 from rankclip_jax.train import step as steps
 from rankclip_jax.train import workdir as workdirs
 from rankclip_jax.train.session import Session
@@ -43,7 +43,7 @@ def evaluate(config: ConfigDict, workdir: str | Path | None, out: Path | None = 
         raise InputError("nothing to evaluate: give the --workdir of a run, or --config.eval.model=PATH")
     step, folder, file = int(state.step), None, None
     own = config.eval.model is None
-    if jax.process_index() == 0:
+    if processes.is_first():
         file = out or (Path(workdir) / "eval.json" if workdir else None)
         before, claims = {}, {}
         if file:

@@ -163,7 +163,8 @@ class Pace:
         seconds = max(now - self._time, 1e-9)
         rate = (step - self._step) / seconds
         self._step, self._time = step, now
-        left = time.strftime("%H:%M:%S", time.gmtime((self._total - step) / max(rate, 1e-9)))
+        days, seconds_left = divmod(int((self._total - step) / max(rate, 1e-9)), 86400)
+        left = (f"{days} d " if days else "") + time.strftime("%H:%M:%S", time.gmtime(seconds_left))
         shown = "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
         speed = {
             "images_per_second": round(rate * self._batch, 1),

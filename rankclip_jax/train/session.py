@@ -72,11 +72,16 @@ class Session:
         self.devices = devices_of(self.mesh)
         self.process = (jax.process_index(), jax.process_count())
         self.model = build_model(config, tokenizer, self.devices, architecture)
+        if batch_shards(self.mesh) % jax.process_count():
+            raise InputError(
+                f"config.mesh splits a batch in {batch_shards(self.mesh)}, over {jax.process_count()} processes. Each "
+                'needs rows of its own: keep the axis "model" within a process'
+            )
         if trains:
             _check_batch(config, self.mesh, self.model)
         self.local_batch = (config.batch_size or 0) // jax.process_count()  # None: another's weights are evaluated
         self.eval_batch = _eval_batch(config, self.mesh) // jax.process_count()
-        self.shards = max(1, batch_shards(self.mesh) // jax.process_count())
+        self.shards = batch_shards(self.mesh) // jax.process_count()
         self.side = self.model.config.vision.image_size
         self.context_length = self.model.config.text.context_length
         self.canvas = canvas_side(config, self.side)
@@ -209,7 +214,7 @@ class Session:
 
 
 def _check_batch(config: ConfigDict, mesh: jax.sharding.Mesh, model: models.CLIP) -> None:
-    """Whether batches divide over devices, processes and parts."""
+    """Whether batches divide over devices, parts and lists."""
     shards, batch, parts = batch_shards(mesh), config.batch_size, config.accumulate
     if batch % shards:
         raise InputError(
@@ -223,11 +228,6 @@ def _check_batch(config: ConfigDict, mesh: jax.sharding.Mesh, model: models.CLIP
         raise InputError(
             f"config.loss.list_size={config.loss.list_size} does not divide config.batch_size={batch}. Expected a "
             "divisor, or None for lists of the whole batch"
-        )
-    if shards % jax.process_count():
-        raise InputError(
-            f"config.mesh splits a batch in {shards}, over {jax.process_count()} processes. Each needs rows of its "
-            'own: keep the axis "model" within a process'
         )
     if parts > 1 and isinstance(model.config.vision, models.ResNetConfig):
         raise InputError(

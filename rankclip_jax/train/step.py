@@ -11,6 +11,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.packing import Packed
 from rankclip_jax.losses import RANKING, LossSpec, clip_loss, rank_weight, weighted_loss
 from rankclip_jax.models import CLIP, images
@@ -72,6 +73,25 @@ def fresh_state(model: CLIP, tx: optax.GradientTransformation, seed: int | jax.A
     return TrainState(jnp.int32(0), params, variables.get("batch_stats", {}), tx.init(params))
 
 
+def loss_spec(config: ConfigDict) -> LossSpec:
+    """The objective of config.loss.
+
+    Raises:
+      InputError: all of its weights are 0, or config.data.two_views lacks the contrastive term that it adds to.
+    """
+    spec = LossSpec(**config.loss.to_dict())
+    try:
+        weights = spec.weights()
+    except ValueError as error:
+        raise InputError(f"config.loss: {error}") from None
+    if config.data.two_views and "clip" not in weights:
+        raise InputError(
+            f"config.data.two_views adds to the contrastive term, and config.loss.objective={spec.objective} has none "
+            "or gives it no weight. Use another objective, or set config.loss.terms.clip=1.0"
+        )
+    return spec
+
+
 def make_train_step(
     model: CLIP,
     tx: optax.GradientTransformation,
@@ -112,7 +132,7 @@ def train_step_function(
     A pure function to scan over batches, or to vmap over states and keys of several seeds. `mesh` None: one device,
     no sharding. `seed_key`: of all randomness of the run; a step folds its number in.
     """
-    spec = LossSpec(**config.loss.to_dict())
+    spec = loss_spec(config)
     ramp_epochs = spec.ramp_epochs or -(-total_steps // steps_per_epoch)
     side = model.config.vision.image_size
 
@@ -196,7 +216,7 @@ def _objective(z_img_BxVxD, z_txt_BxVxD, params, spec, ramp, mesh):
 
 def make_val_step(model: CLIP, config: ConfigDict, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
     """Returns jitted val_step(state, batch) -> the objective's parts (float32 scalars), as in evaluation."""
-    spec = LossSpec(**config.loss.to_dict())
+    spec = loss_spec(config)
 
     def val_step(state, batch):
         variables = {"params": gather(state.params, mesh, config.sharding), "batch_stats": state.batch_stats}
@@ -213,7 +233,7 @@ def objective_of(config: ConfigDict) -> Callable:
 
     Rows beyond the last whole list of config.loss.list_size are left out; fewer rows than a list are one list.
     """
-    whole = LossSpec(**config.loss.to_dict())
+    whole = loss_spec(config)
 
     def loss_of(params: dict, z_img_BxD: jax.Array, z_txt_BxD: jax.Array) -> dict:
         spec = whole

@@ -27,7 +27,10 @@ HOW_TO_INSTALL = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a program is compiled for: `kind` of flops.ACCELERATORS, `platform` "gpu" or "tpu", and a TPU's topology."""
+    """What a program is compiled for: `kind` of flops.ACCELERATORS, `platform` "gpu" or "tpu", and a TPU's topology.
+
+    Or as many fake CPU devices: kind and platform "cpu".
+    """
 
     kind: str
     platform: str
@@ -55,8 +58,8 @@ def parse_target(text: str) -> Target:
 
 
 def has_compiler(platform: str) -> bool:
-    """Whether the compiler for "gpu" or "tpu" is installed here."""
-    names = {"gpu": ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"), "tpu": ("libtpu",)}[platform]
+    """Whether the compiler for "gpu" or "tpu" is installed here; False for "cpu", whose devices are fake ones."""
+    names = {"gpu": ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12"), "tpu": ("libtpu",), "cpu": ()}[platform]
     return any(_is_installed(name) for name in names)
 
 
@@ -68,11 +71,12 @@ def _is_installed(name: str) -> bool:
 
 
 def environment(platform: str) -> dict[str, str]:
-    """os.environ for a process that compiles for "gpu" or "tpu" and asks no device of this machine."""
+    """os.environ for a process that compiles for "gpu", "tpu" or "cpu" and asks no accelerator of this machine."""
+    extra = {}
     if platform == "gpu":
         # Both choose kernels by running them, which takes a GPU.
         extra = {"XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"}
-    else:
+    elif platform == "tpu":
         # libtpu neither looks for a TPU's neighbours nor minds other compilations. At its usual level it takes ten
         # times as long, for a better schedule, and gives some operations -1 s.
         extra = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_OPTIMIZATION_LEVEL": "O1"}

@@ -139,6 +139,7 @@ def card(model: Pretrained, layout: str) -> str:
         "text tower": f"{text.layers} layers, {text.width} wide, {text.context_length} tokens of {text.vocab_size:,}",
         "embedding": f"{config.embed_dim} dimensions; activation {config.activation}",
     }
+    trained = f", trained with {_OBJECTIVES[model.run.loss.objective]}" if model.run else ""
     alone = ours_alone(config, layout)
     library = "rankclip_jax" if alone else {"hf": "transformers", "openai": "open_clip"}[layout]
     lines = [
@@ -150,7 +151,7 @@ def card(model: Pretrained, layout: str) -> str:
         "",
         f"# {model.path.resolve().name}",
         "",
-        "An image-text dual encoder" + (f", trained with {_objective(model.run.loss)}" if model.run else "") + ".",
+        f"An image-text dual encoder{trained}.",
         "",
         *_table(("model", ""), facts.items()),
     ]
@@ -179,22 +180,37 @@ def ours_alone(config: ClipConfig, layout: str) -> bool:
     return layout == "orbax" or (layout == "openai" and architecture.to_open_clip(config) is None)
 
 
-def _objective(loss: ConfigDict) -> str:
-    if loss.objective == "clip":
-        return "CLIP's contrastive loss"
-    return "RankCLIP (arXiv 2404.09387)"
+_OBJECTIVES = {
+    "clip": "CLIP's contrastive loss",
+    "rankclip": "RankCLIP (arXiv 2404.09387)",
+    "rank": "RankCLIP's ranking terms alone (arXiv 2404.09387)",
+    "siglip": "SigLIP's sigmoid loss (arXiv 2303.15343)",
+    "cyclip": "CyCLIP (arXiv 2205.14459)",
+}
+
+
+def _loss(loss: ConfigDict) -> str:
+    parts = [] if loss.objective == "rank" else [{"siglip": "SigLIP", "cyclip": "CyCLIP"}.get(loss.objective, "CLIP")]
+    if loss.objective in ("rankclip", "rank"):
+        terms = f"{loss.lambda_in:g} in-modal + {loss.lambda_cross:g} cross-modal"
+        parts.append(f"w ({terms}), schedule of w: {loss.schedule}")
+    changed = {term: weight if isinstance(weight, float) else weight.weight for term, weight in loss.terms.items()}
+    weights = ", ".join(f"{term} {weight:g}" for term, weight in changed.items())
+    return " + ".join(parts) + (f"; weights of terms changed: {weights}" if weights else "")
+
+
+def _data(data: ConfigDict) -> str:
+    """Names alone, of files or of a mixture's parts: a path may reveal private information."""
+    if isinstance(data.train, ConfigDict):
+        return ", ".join(data.train)
+    files = data.train if isinstance(data.train, tuple) else (data.train,)
+    return ", ".join(Path(str(file)).name for file in files)
 
 
 def _training(run: ConfigDict, step: int | None) -> dict:
-    loss = "CLIP"
-    if run.loss.objective != "clip":
-        terms = f"{run.loss.lambda_in:g} in-modal + {run.loss.lambda_cross:g} cross-modal"
-        loss = f"CLIP + w ({terms}), schedule of w: {run.loss.schedule}"
-    data = run.data.train
-    data = Path(data).name if isinstance(data, str) else data  # only the name: a path may reveal private information
     return {
-        "loss": loss,
-        "data": f"{run.data.format}: {data}",
+        "loss": _loss(run.loss),
+        "data": f"{run.data.format}: {_data(run.data)}",
         "steps": f"{step:,} of {run.batch_size:,} samples",
         "optimiser": f"AdamW, learning rate {run.optim.lr:g}, weight decay {run.optim.weight_decay:g}, "
         f"{run.optim.warmup_steps:,} steps of warm-up, schedule: {run.optim.schedule}, recipe: {run.optim.recipe}",

@@ -1,5 +1,6 @@
 """Models on the Hugging Face hub: which of a repository's files a model needs."""
 
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -17,7 +18,7 @@ def locate(path: str | Path) -> Path:
 
     Fetches only what is needed, and no weights of a model that is not a CLIP. Raises InputError as `hub.fetch` does.
     """
-    found = Path(path).expanduser()
+    found = Path(os.path.expanduser(path))
     if found.exists() or not hub.is_id(str(path)):
         return found
     return hub.fetch(str(path), needed, _check)

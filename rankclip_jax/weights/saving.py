@@ -67,7 +67,7 @@ class Checkpoints:
 
     def __enter__(self) -> "Checkpoints":
         self._context = contextlib.ExitStack()
-        self._context.enter_context(_told_once())
+        self._context.enter_context(_one_report())
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
@@ -207,7 +207,7 @@ def _free_name(folder: epath.Path, name: str) -> epath.Path:
 
 
 @contextlib.contextmanager
-def _told_once() -> Iterator[None]:
+def _one_report() -> Iterator[None]:
     """Keeps off the console what else is said of a failed save, which is raised here, in one line."""
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
 
@@ -230,7 +230,7 @@ def _told_once() -> Iterator[None]:
 def _cannot_save(folder: epath.Path, error: Exception) -> Exception:
     if isinstance(error, InputError):
         return error
-    time.sleep(0.5)  # TensorStore's other writes call back within a fifth of that, while `_told_once` lasts
+    time.sleep(0.5)  # TensorStore's other writes call back within a fifth of that, while `_one_report` lasts
     return InputError(
         f"cannot save in {folder}: {one_line(error)}. The checkpoints before are as they were; "
         "make room or make it writable, and start again to resume"

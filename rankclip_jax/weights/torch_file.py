@@ -12,7 +12,6 @@ import dataclasses
 import io
 import math
 import pickle
-import pickletools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from rankclip_jax.common.errors import one_line
+from rankclip_jax.weights.pickle_check import RefusedError, check_pickle
 
 _DTYPES = {
     "DoubleStorage": np.dtype("<f8"),
@@ -53,7 +53,7 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
             tensors = _state_dict(_unpickle(archive))
             _check_total(tensors, path.stat().st_size)
             return {name: tensor.array(archive) for name, tensor in tensors.items()}
-    except _RefusedError as e:
+    except RefusedError as e:
         raise ValueError(f"{path}: {e}") from None
     except zipfile.BadZipFile as e:
         raise ValueError(
@@ -64,10 +64,6 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
         raise
     except Exception as e:  # zipfile and what follows a damaged description may raise nearly anything
         raise ValueError(f"{path}: damaged ({one_line(e, kind=True)}); download it again") from e
-
-
-class _RefusedError(Exception):
-    pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +87,12 @@ class _Tensor:
         # Strides come from the file: never read outside its bytes.
         last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         if flat.size != self.storage.size * self.storage.dtype.itemsize:
-            raise _RefusedError(
+            raise RefusedError(
                 f"{self.storage.entry} has {flat.size} bytes; expected {self.storage.size} elements of "
                 f"{self.storage.dtype}"
             )
         if math.prod(self.shape) and not 0 <= last < self.storage.size:
-            raise _RefusedError(f"a tensor extends beyond its storage {self.storage.entry}")
+            raise RefusedError(f"a tensor extends beyond its storage {self.storage.entry}")
         if 0 in self.shape:
             return np.zeros(self.shape, self.storage.dtype)
         flat = flat.view(self.storage.dtype)[self.offset :]
@@ -128,7 +124,7 @@ def _rebuild_tensor(storage, offset, shape, strides, *_):
     ints = (offset, *shape, *strides)
     valid = isinstance(storage, _Storage) and len(shape) == len(strides)
     if not valid or not all(type(n) is int and n >= 0 for n in ints):
-        raise _RefusedError("a tensor with an invalid description")
+        raise RefusedError("a tensor with an invalid description")
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
@@ -175,7 +171,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "__torch__" or module.startswith("__torch__."):
             return _Module
         if (module, name) not in _ALLOWED:
-            raise _RefusedError(
+            raise RefusedError(
                 f"refused: its pickle asks for {module}.{name}, which tensors do not need and which may run "
                 "code; if you trust the file, load it with PyTorch and save only its state_dict()"
             )
@@ -184,9 +180,9 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, size = pid
         if not all(isinstance(word, str) for word in (kind, dtype, key)) or type(size) is not int:
-            raise _RefusedError("refused: a storage with an invalid description")
+            raise RefusedError("refused: a storage with an invalid description")
         if kind != "storage" or dtype not in _DTYPES:
-            raise _RefusedError(f"refused: unknown storage {dtype}")
+            raise RefusedError(f"refused: unknown storage {dtype}")
         return _Storage(_DTYPES[dtype], f"{self.root}data/{key}", size)
 
 
@@ -195,9 +191,9 @@ def _read(archive: zipfile.ZipFile, entry: str) -> bytes:
     try:
         info = archive.getinfo(entry)
     except KeyError:
-        raise _RefusedError(f"truncated: {entry} is missing; download the file again") from None
+        raise RefusedError(f"truncated: {entry} is missing; download the file again") from None
     if info.compress_type != zipfile.ZIP_STORED:
-        raise _RefusedError(f"refused: {entry} is compressed, as PyTorch never does; load and save it with PyTorch")
+        raise RefusedError(f"refused: {entry} is compressed, as PyTorch never does; load and save it with PyTorch")
     return archive.read(info)
 
 
@@ -208,72 +204,32 @@ def _check_total(tensors: dict[str, _Tensor], file_bytes: int) -> None:
     """Views may repeat a storage's bytes without end."""
     total = sum(math.prod(tensor.shape) * tensor.storage.dtype.itemsize for tensor in tensors.values())
     if total > _MOST_SHARED * file_bytes:
-        raise _RefusedError(f"refused: its tensors take {total:,} bytes, and the file has {file_bytes:,}")
-
-
-_MOST_IN_A_TUPLE = 10_000  # values, those of tuples in it included
-# What these make may hold what they take.
-_KEEPS = {"FROZENSET", "REDUCE", "BUILD", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
-
-
-def _check_pickle(data: bytes) -> None:
-    """Follows the pickle's operations before any is carried out, and knows of each value how much hashing it takes.
-
-    Only tuples matter (and frozensets, which no tensor needs): Python hashes a key's tuples without limits of depth
-    or time, and its C unpickler reserves memory for the highest place in the memo that is named.
-
-    Raises:
-      _RefusedError: a tuple too deep or too large to be hashed, or a place in the memo beyond the number of operations.
-    """
-    stack: list[int] = []  # of each value the number of values that a hash of it visits; -1: a mark
-    memo: dict[int, int] = {}
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-        name = opcode.name
-        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            place = len(memo) if argument is None else argument
-            if place > count:
-                raise _RefusedError(f"refused: its pickle names place {place:,} after {count:,} operations")
-            memo[place] = stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[int(argument or 0)])
-        elif name == "DUP":
-            stack.append(stack[-1])
-        else:
-            taken, before = [], opcode.stack_before
-            if pickletools.stackslice in before or pickletools.markobject in before:
-                while (top := stack.pop()) != -1:
-                    taken.append(top)
-                before = before[: before.index(pickletools.markobject)]
-            taken += [stack.pop() for _ in before]
-            hashed = 1 + (sum(taken) if "TUPLE" in name or name in _KEEPS else 0)
-            if hashed > _MOST_IN_A_TUPLE:
-                raise _RefusedError("refused: its pickle nests tuples too deeply")
-            stack += [-1 if kind is pickletools.markobject else hashed for kind in opcode.stack_after]
+        raise RefusedError(f"refused: its tensors take {total:,} bytes, and the file has {file_bytes:,}")
 
 
 def _unpickle(archive: zipfile.ZipFile) -> Any:
     roots = [n.removesuffix("data.pkl") for n in archive.namelist() if n.split("/")[1:] == ["data.pkl"]]
     if len(roots) != 1:
-        raise _RefusedError("a zip without data.pkl, so not a PyTorch archive")
+        raise RefusedError("a zip without data.pkl, so not a PyTorch archive")
     (root,) = roots
     order = f"{root}byteorder"
     if order in archive.namelist() and _read(archive, order) != b"little":
-        raise _RefusedError("saved on a big-endian machine, which is not supported; save it on a little-endian one")
+        raise RefusedError("saved on a big-endian machine, which is not supported; save it on a little-endian one")
     try:
         data = _read(archive, f"{root}data.pkl")
-        _check_pickle(data)
+        check_pickle(data)
         return _Unpickler(data, root).load()
-    except (_RefusedError, zipfile.BadZipFile):
+    except (RefusedError, zipfile.BadZipFile):
         raise
     except Exception as e:  # a damaged pickle may raise nearly anything
-        raise _RefusedError(f"its pickle is damaged ({one_line(e, kind=True)})") from e
+        raise RefusedError(f"its pickle is damaged ({one_line(e, kind=True)})") from e
 
 
 def _state_dict(obj: Any) -> dict[str, _Tensor]:
     found = _tensors_in(obj)
     if not found:
         what = f"a dict with keys {', '.join(map(str, list(obj)[:8]))}" if isinstance(obj, dict) else type(obj).__name__
-        raise _RefusedError(f"no state dict found, but {what}. Expected one under {', '.join(_HOLDERS[:2])}, ...")
+        raise RefusedError(f"no state dict found, but {what}. Expected one under {', '.join(_HOLDERS[:2])}, ...")
     return found
 
 
@@ -290,7 +246,7 @@ def _tensors_in(obj: Any, depth: int = 4) -> dict[str, _Tensor]:
         return here
     within = {name: _named(value) for name, value in obj.items() if isinstance(value, dict) and _named(value)}
     if len(within) > 1:
-        raise _RefusedError(f"several state dicts: {', '.join(map(str, within))}; save the one that you mean alone")
+        raise RefusedError(f"several state dicts: {', '.join(map(str, within))}; save the one that you mean alone")
     return next(iter(within.values()), {})
 
 

@@ -1,6 +1,7 @@
 """CLIP's image preprocessing for evaluation, on the host with PIL, as transformers' `CLIPImageProcessor`."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,6 +54,18 @@ def of_folder(folder: Path, image_size: int) -> View:
 
     Raises ValueError naming an unsupported field.
     """
+    try:
+        view = _of_folder(folder, image_size)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: its preprocessing is damaged ({one_line(error)}); download it again") from None
+    for name, values, low in (("mean", view.mean, -math.inf), ("std", view.std, 0)):
+        if len(values) != 3 or not all(isinstance(each, int | float) and low < each < math.inf for each in values):
+            expected = "3 numbers" + (" above 0" if low == 0 else "")
+            raise ValueError(f"{folder}: the preprocessing's {name} is {values!r}; expected {expected}")
+    return view
+
+
+def _of_folder(folder: Path, image_size: int) -> View:
     described = _read(folder / "preprocessor_config.json")
     described = described or _read(folder / "processor_config.json").get("image_processor", {})
     if described:

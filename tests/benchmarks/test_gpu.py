@@ -50,6 +50,15 @@ def test_rates_and_ratios_of_a_step():
     assert gpu_report.training_headline(row | {"numbers": [rankclip]}) is None
 
 
+@pytest.mark.slow
+def test_scaling_compiles_the_step_for_fake_devices(capsys):
+    train_step.scaling("ViT-tiny", [2])
+    replicated, fsdp = capsys.readouterr().out.splitlines()[-2:]
+    states = [float(line.split("|")[4]) for line in (replicated, fsdp)]
+    assert replicated.startswith("| 2 | 32 | replicated |") and states[1] == pytest.approx(states[0] / 2, abs=1)
+    assert "all-reduce" in replicated and "all-gather" in fsdp
+
+
 def test_lines_of_the_loss():
     ours, plain = {"seconds": [1.0, 2.0, 9.0], "mb": 100}, {"seconds": [4.0, 8.0], "mb": 1600}
     small = {"batch": 1024, "turns": [["ours", "plain JAX"]], "found": {"ours": ours, "plain JAX": plain}}

@@ -1,6 +1,7 @@
 """A workdir in a bucket: trained, cut off, resumed, evaluated and reported there, with the numbers of a local one."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,7 +15,6 @@ import pytest
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from tests.commands.test_train import SMALL, finish, numbers
-from tests.support.bucket import Bucket
 from tests.support.real_clients import real_clients
 from tests.support.source_files import samples, write_tar
 
@@ -29,15 +29,6 @@ OF_TARS = [flag for flag in SMALL if "data." not in flag and "eval." not in flag
     "--config.eval.suite=None",
     "--config.checkpoint.keep=50",
 ]
-
-
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    (tmp_path / "bucket").mkdir()
-    with Bucket(tmp_path / "bucket") as bucket:
-        for name, value in bucket.environment.items():
-            monkeypatch.setenv(name, value)
-        yield bucket
 
 
 def test_a_copy_of_a_workdir_goes_and_comes_back(bucket, capsys):
@@ -66,6 +57,36 @@ def test_a_copy_of_a_workdir_goes_and_comes_back(bucket, capsys):
             raise InputError(f"{again}/config.json is wrong")
     assert (bucket.folder / "runs/a/bad_samples.jsonl").exists()
     assert not [name for kind, name, _ in bucket.requests if kind == "read" and "checkpoints" in name]
+
+
+def test_a_copy_that_stays_takes_only_its_own_clean_up_back(tmp_path, bucket):
+    script = """if True:
+        import atexit, os, shutil
+        from rankclip_jax.common import storage
+        os.mkdir("of_others")
+        atexit.register(shutil.rmtree, "of_others")
+        with storage.workdir("gs://mine/run") as copy:
+            (copy / "metrics.jsonl").write_text("not saved yet")
+            print(copy, flush=True)
+            input()
+            raise ValueError("while training")
+    """
+    for refused, stays in ((403, True), (None, False)):
+        bucket.refused = None
+        command = [sys.executable, "-c", script]
+        env = os.environ | {"PYTHONPATH": str(REPO)}
+        child = subprocess.Popen(
+            command, cwd=tmp_path, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        copy = Path(child.stdout.readline().strip())
+        assert (tmp_path / "of_others").exists() and copy.exists()
+        bucket.refused = refused
+        said = child.communicate("\n", timeout=60)[0]
+        assert (f"not all of {copy} could be brought to the bucket, so it stays: " in said) == stays
+        assert (copy / "metrics.jsonl").exists() == copy.parent.exists() == stays
+        assert not (tmp_path / "of_others").exists()
+        shutil.rmtree(copy.parent, ignore_errors=True)
+    assert (bucket.folder / "run/metrics.jsonl").read_text() == "not saved yet"
 
 
 def test_where_no_checkpoints_can_be_saved_is_said_first(tmp_path, bucket, monkeypatch):

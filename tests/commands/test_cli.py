@@ -1,6 +1,7 @@
 """`rankclip` in few words: what they stand for, the package that has the experiments, and --help."""
 
 import argparse
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -168,6 +169,13 @@ def test_version_and_words(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["rankclip", "--version"])
     cli.main()
     assert capsys.readouterr().out == "rankclip_jax 1.2.3\n"
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", absent)
+    cli.main()
+    assert capsys.readouterr().out == "rankclip_jax (a checkout that is not installed)\n"
     monkeypatch.setattr("sys.argv", ["rankclip"])
     cli.main()
     listed = capsys.readouterr().out

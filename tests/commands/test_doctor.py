@@ -12,6 +12,7 @@ import jax
 import pytest
 
 from rankclip_jax import doctor
+from rankclip_jax.common import jax_install
 
 
 def only(findings, what):
@@ -32,9 +33,9 @@ def without_tensorboard(tmp_path, monkeypatch):
 
 
 def test_no_tensorboard(without_tensorboard):
-    found = list(doctor.packages(doctor._requirements()))
+    found = list(doctor.packages(jax_install.requirements()))
     ill = [finding for finding in found if finding.remedy]
-    (asked,) = (line for line in doctor._requirements() if line.startswith("tensorboard"))
+    (asked,) = (line for line in jax_install.requirements() if line.startswith("tensorboard"))
     assert ill == [("tensorboard", "not installed", f"pip install '{asked}'")]
     assert only(found, "jax").remedy is None and len(found) > 15
 
@@ -53,8 +54,8 @@ def test_a_jax_too_old(tmp_path, monkeypatch):
     (tmp_path / "jax-0.4.30.dist-info").mkdir()
     (tmp_path / "jax-0.4.30.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: jax\nVersion: 0.4.30\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = list(doctor.packages([*doctor._requirements(), "none; python_version < '3'"]))
-    asked = next(line for line in doctor._requirements() if line.startswith("jax"))
+    found = list(doctor.packages([*jax_install.requirements(), "none; python_version < '3'"]))
+    asked = next(line for line in jax_install.requirements() if line.startswith("jax"))
     assert only(found, "jax") == ("jax", "0.4.30", f"pip install '{asked}'")
     assert [finding.what for finding in found if finding.remedy] == ["jax"]
 
@@ -94,7 +95,6 @@ def test_a_step_that_computes_nonsense(monkeypatch):
     ],
 )
 def test_gpus_without_bfloat16(platform, capability, has, monkeypatch):
-    assert doctor.has_bfloat16(platform, capability) is has
     device = namedtuple("Device", "platform device_kind compute_capability")(platform, "it", capability)
     monkeypatch.setattr(jax, "local_devices", lambda backend=None: [device])
     monkeypatch.setattr(doctor, "_small_step", lambda where: (2.0, 1.0, 0.1))

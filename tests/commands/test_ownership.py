@@ -276,6 +276,13 @@ def test_a_marker_that_is_none_is_one_line(marker, run, world, tmp_path):
     assert f"{MARKER} is damaged" in run(*COMMANDS["prepare"](world, tmp_path))
 
 
+@pytest.mark.parametrize("settings", [5, [[1]], "rows shard_size", None])
+def test_a_manifest_of_somebody_else_makes_nothing_ours(tmp_path, settings):
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": [], "settings": settings}))
+    with pytest.raises(InputError, match="manifest.json is there already"):
+        Owned(tmp_path, "prepare").check(["manifest.json"])
+
+
 def linked(path, target):
     if path.is_dir():
         shutil.rmtree(path)

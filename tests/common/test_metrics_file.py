@@ -16,10 +16,26 @@ def test_a_resumed_run_drops_the_lines_after_its_start_and_a_torn_one(tmp_path):
     assert [(row["step"], row["loss"]) for row in metrics.read_metrics(tmp_path)] == [(1, 0.5), (2, 1.0), (3, 9.0)]
 
 
-def test_a_damaged_line_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(InputError, match=r"metrics.jsonl line 2 is not JSON"):
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b"nonsense", "is not JSON"),
+        (b'{"step": 2, "a": "\xff"}', "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b"3", "is not an object with a step"),
+        (b'{"loss": 1}', "is not an object with a step"),
+        (b'{"step": "2"}', "is not an object with a step"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, line, message):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(InputError, match=f"metrics.jsonl line 2 {message}"):
         metrics.read_metrics(tmp_path)
+
+
+def test_a_last_line_may_be_cut_off_inside_a_letter(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "a": "\xc3')
+    assert metrics.read_metrics(tmp_path) == [{"step": 1}]
 
 
 def test_the_table_has_a_row_for_each_set_and_a_gap_for_what_a_set_lacks():

@@ -48,7 +48,7 @@ def pixels(source):
 
 
 def test_endings():
-    assert {".tif", ".tiff", ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"} == set(ENDINGS)
+    assert set(ENDINGS) == set(".tif .tiff .jpg .jpeg .jpe .jfif .png .webp .gif .bmp".split())
 
 
 def test_a_folder_of_pairs(folder):

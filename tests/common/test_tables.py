@@ -84,6 +84,14 @@ GOOD = [("0.png", "first")]
             {1: "not valid JSON", 2: "no image"},
         ),
         ("a.json", '[{"image": "0.png", "caption": "first"}, 3]', [0], {1: "not an object"}),
+        (
+            "a.jsonl",
+            '{"image": "0.png", "caption": "first"}\r\n{"image": "1.png", "caption": null}',
+            [0],
+            {1: "caption: not"},
+        ),
+        ("a.csv", 'image,caption\n0.png,first\n1.png,"last\n\n"', [0, 1], {}),
+        ("a.csv", "\nimage,caption\r0.png,first\r1.png,x", [0, 1], {}),
     ],
 )
 def test_every_row_is_good_or_bad_by_its_number(name, text, rows, bad, tmp_path):
@@ -114,15 +122,35 @@ def test_cocos_captions_find_their_folder(tmp_path):
     assert [number for number, _ in table.bad] == [1, 2]
 
 
+def test_damaged_annotations_and_images_of_coco_are_bad_rows(tmp_path):
+    right = {"image_id": 5, "caption": "one"}
+    annotations = [3, "caption", {"caption": "x", "image_id": [1]}, right]
+    images = [7, {"id": [], "file_name": "6.jpg"}, {"id": 5, "file_name": "5.jpg"}]
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    table = tables.read_table(str(path))
+    assert table.images.to_pylist() == ["5.jpg"] and table.texts.to_pylist() == ["one"]
+    assert [number for number, _ in table.bad] == [0, 1, 3, 4, 5] and "not an annotation: 3" in table.bad[2][1]
+
+
+def test_lists_in_lists_are_one_bad_row(tmp_path):
+    deep = '{"image": "a", "m": ' + "[" * 900 + "]" * 900 + "}"
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{deep}\n{{"image": "b", "m": {{"c": "x"}}}}\n')
+    table = tables.read_table(str(path), text_keys=["m:c"])
+    assert table.images.to_pylist() == ["b"] and table.bad == [(0, "m:c: lists nested too deeply")]
+
+
 @pytest.mark.parametrize(
     "name, data, message",
     [
+        ("a.json", b'{"images": [], "annotations": 3}', "expected COCO's captions"),
         ("a.csv", b"PK\3\4 and so on", "is an Excel or zip file"),
         ("a.csv", "image,caption\n".encode("utf-16-le"), "looks like UTF-16 without a mark"),
         ("a.csv", b"\xff\xfei\0m\0a", "is not utf-16-le at byte"),
         ("a.csv", b"", "is empty"),
         ("a.csv", b"image,caption\n", "has no rows below its header"),
-        ("a.csv", b"image,caption\n0.png\n", "has no good rows: row 0 .*fields: 1"),
+        ("a.csv", b"image,caption\n0.png\n", "has no good rows: row 0: wrong number of fields: 1"),
         (
             "a.csv",
             b"picture,caption\n0.png,x\n",

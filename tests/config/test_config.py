@@ -61,8 +61,16 @@ def test_a_mistyped_key_names_the_nearest_valid_one():
         ({"mesh": {"data": 0}}, "config.mesh.data=0. Expected a number of devices"),
         ({"mesh": {"data": "all"}}, "config.mesh.data='all'. Expected an integer"),
         ({"sharding": 3}, "config.sharding=3. Expected one of replicated, fsdp"),
+        ({"sharding": [("(", ())]}, "Expected one of replicated, fsdp"),
+        ({"sharding": [(".*", ("fsdp", "fsdp"))]}, "Expected one of replicated, fsdp"),
+        ({"sharding": [(".*", [["data", "fsdp"]])]}, "Expected one of replicated, fsdp"),
+        ({"init_skip": ["proj", "("]}, "Expected a tuple of regular expressions"),
         ({"study": {"more_seeds": {"clip": 0}}}, "config.study.more_seeds.clip=0. Expected an integer of at least 1"),
         ({"eval": {"zero_shot": {"x": "c.csv"}}}, "config.eval.zero_shot.x='c.csv'. Expected a group of keys"),
+        ({"loss": {1: 2}}, "config.loss has a key 1. Expected a string without dots"),
+        ({"model": {"vision": {"a.b": 2}}}, "config.model.vision has a key 'a.b'. Expected a string without dots"),
+        ({"data": {"train": {"a.b": {"path": "x"}}}}, "config.data.train has a key 'a.b'"),
+        ({"optim": {"lr": 10**400}}, "config.optim.lr=1000.*Expected a number above 0"),
     ],
 )
 def test_a_wrong_value_says_which_and_what_is_expected(wrong, message):
@@ -163,6 +171,14 @@ def test_the_command_line_overrides_the_file():
         configs.load("README.md")
     with pytest.raises(InputError, match="no file configs/shape.py"):
         configs.load("configs/shape.py")
+
+
+def test_what_is_no_literal_is_text_and_a_file_without_get_config_is_named(tmp_path):
+    deep = "[" * 10_000
+    assert configs.override({}, ["a={[1]: 2}", f"b={deep}"]) == {"a": "{[1]: 2}", "b": deep}
+    (tmp_path / "mine.py").write_text("lr = 1\n")
+    with pytest.raises(InputError, match="mine.py has no get_config"):
+        configs.load(str(tmp_path / "mine.py"))
     with pytest.raises(InputError, match="write --config.seed=VALUE"):
         configs.load("configs/shapes.py", ["seed"])
 

@@ -76,6 +76,8 @@ def test_effective_robustness_by_its_formula(tmp_path):
         ('{"a": [[0.5, 0.4], [0.5, 0.3]]}', "at least two models"),
         ('{"a": [[50, 40], [60, 50]]}', "greater than 0 and less than 1"),
         ('["a"]', "baselines"),
+        ('{"a": {"b": 1}}', "baselines"),
+        ("[" * 100_000, "baselines"),
     ],
 )
 def test_wrong_baselines_are_named(tmp_path, content, message):

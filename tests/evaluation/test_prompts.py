@@ -60,6 +60,24 @@ def test_names_at_places_that_are_easily_wrong(set_name, label, name):
     assert prompts.from_protocol("openai", set_name, numbered).names[label] == name
 
 
+@pytest.mark.parametrize(
+    "labels, said",
+    [
+        (["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"], None),
+        (list("0123456789"), "0 is taken for 'airplane' and 9 for 'truck', the order of TFDS"),
+        ([f"{i:03}" for i in range(10)], "list the names in it: classes=FILE.json"),
+    ],
+)
+def test_an_order_that_is_assumed_is_told(labels, said):
+    found = prompts.assumed_order("openai", "stl10", labels)
+    assert found is None if said is None else said in found
+
+
+def test_numbers_that_are_the_names_assume_nothing():
+    for name, count in (("svhn", 10), ("gtsrb", 43)):
+        assert prompts.assumed_order("openai", name, [f"{i:05}" for i in range(count)]) is None
+
+
 def test_names_follow_the_sources_order_whatever_it_is():
     names = list(table("food101"))[::-1]
     assert prompts.from_protocol("openai", "food101", names).names == [table("food101")[name] for name in names]

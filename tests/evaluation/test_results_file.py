@@ -45,6 +45,15 @@ def test_a_file_of_one_evaluation_as_it_was_at_first(tmp_path):
     assert list(results_file.read(path)["run"]) == ["8", "9"]
 
 
+def test_what_is_damaged_in_a_file_costs_neither_new_results_nor_its_step(tmp_path):
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps({"run": {"8": {"zero_shot": [1], "step": "x", "model": 3, "geometry": {"b": {}}}}}))
+    assert (results_file.latest(path)["step"], results_file.latest(path)["model"]) == (8, "run")
+    results_file.add(path, "run", 8, {"zero_shot": {"a": {"top1": 0.5}}, "missing": {}})
+    found = results_file.read(path)["run"]["8"]
+    assert found == {"geometry": {"b": {}}, "zero_shot": {"a": {"top1": 0.5}}, "missing": {}}
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "3", '{"a": 1}', '{"a": {"8": []}}', '{"model_type": "clip"}'])
 def test_another_file_is_not_touched(tmp_path, text):
     path = tmp_path / "results.json"

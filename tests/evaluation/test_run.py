@@ -182,6 +182,20 @@ def test_robustness_counts_the_reference_over_the_shifted_sets_classes_only(tmp_
     assert "robustness" in evaluation.text(results)
 
 
+def test_a_shifted_set_of_classes_without_images_in_the_reference_costs_the_reference_nothing(tmp_path):
+    reference = write_set(tmp_path / "reference", [(10, "ash"), (20, "bone")])
+    (tmp_path / "reference" / "clay").mkdir()
+    shifted = write_set(tmp_path / "shifted", [(30, "clay")])
+    fields = dict(
+        zero_shot={"r": dict(format="folder", path=reference), "s": dict(format="folder", path=shifted)},
+        robustness=dict(reference="r", shifted=["s"]),
+    )
+    results = evaluated(config_of(**fields), KnownModel())
+    assert results["zero_shot"]["r"]["top1"] == 1 and results["robustness"] == results["missing"] == {}
+    with pytest.raises(InputError, match="baselines: no such file"):  # before anything is evaluated
+        evaluation.open_sets(config_of(robustness={"baselines": "gone.json"}), image_side=8)
+
+
 def test_what_a_protocol_leaves_out_is_not_counted(tmp_path):
     # Two of ImageNet's classes, of which ImageNet-A has only the second (stingray).
     path = write_set(tmp_path, [(10, "n01440764"), (20, "n01498041"), (30, "n01498041")])

@@ -10,7 +10,8 @@ from input_pipeline import labelled
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.config import complete
 from rankclip_jax.evaluation import suite
-from rankclip_jax.evaluation.run import open_sets, prompts_of
+from rankclip_jax.evaluation.prompts import prompts_of
+from rankclip_jax.evaluation.run import open_sets
 from tests.support import cases
 
 IDS = ["n01440764", "n01443537", "n15075141"]

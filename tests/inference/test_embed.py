@@ -10,6 +10,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -19,7 +21,6 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import BadImageError
 from rankclip_jax.inference import collection, search, store
 from rankclip_jax.inference.pictures import open_pictures
-from tests.support.bucket import Bucket
 from tests.support.made_models import VIT, make_workdir
 
 REPO = Path(__file__).parents[2]
@@ -170,6 +171,12 @@ def test_what_is_wrong_is_one_line(run, model, folder, tmp_path, monkeypatch):
     refused(r"^error: no such file: .*other\.npz$", tmp_path / "other.npz", "--search", "a")
     (tmp_path / "other.npz").write_bytes(b"PK\x03\x04")
     refused(r"other\.npz is not a file of embeddings", tmp_path / "other.npz", "--search", "a")
+    (tmp_path / "other.npz").write_bytes(b"")
+    refused(r"other\.npz is not a file of embeddings", tmp_path / "other.npz", "--search", "a")
+    right = dict(embedding=np.zeros((1, 2)), row=np.zeros(1, int), name=np.array(["a"]))
+    for change, message in (({"embedding": np.zeros(2)}, "do not fit together"), ({}, "of which collection")):
+        np.savez(tmp_path / "other.npz", about="{}", **right | change)
+        refused(message, tmp_path / "other.npz", "--search", "a")
     fine = tmp_path / "fine.npz"
     run(folder, "--out", fine)
     refused(r"fine\.npz already exists; search it with --search, delete it", folder, "--out", fine)
@@ -179,10 +186,33 @@ def test_what_is_wrong_is_one_line(run, model, folder, tmp_path, monkeypatch):
     refused(r"was embedded with another model than .*; embed the collection again", fine, "--search", "a")
 
 
-def test_flags_that_ask_for_nothing(run, folder):
+@pytest.mark.parametrize("flags", [(), ("--search", "a", "--top", "0"), ("--search", "a", "--top=-1")])
+def test_flags_that_ask_for_nothing(run, folder, flags):
     with pytest.raises(SystemExit) as stopped:
-        run(folder)
+        run(folder, *flags)
     assert stopped.value.code == 2
+
+
+def test_a_collection_that_has_changed_is_not_drawn_with_other_pictures(run, folder, tmp_path):
+    out = tmp_path / "e.npz"
+    run(folder, "--out", out)
+    (folder / "00.png").rename(folder / "zz.png")  # every other picture has another number now
+    with pytest.raises(SystemExit, match="the collection has changed since it was embedded"):
+        run(out, "--search", "a", "--png", tmp_path / "m.png")
+
+
+def test_a_damaged_part_is_named(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit):
+        run(folder, "--out", tmp_path / "e.npz")
+    (tmp_path / "e.npz.parts" / "0.npz").write_bytes(b"PK")
+    with pytest.raises(SystemExit, match=r"0\.npz is damaged .*; delete it, and run the same command again"):
+        run(folder, "--out", tmp_path / "e.npz")
+
+
+def test_a_query_may_begin_with_a_tilde(run, folder, capsys):
+    run(folder, "--search", "~nobody's dog")
+    assert "\"~nobody's dog\"" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -279,25 +309,58 @@ def test_captions_of_shards(tmp_path):
     assert [pictures.caption(i) for i in range(2)] == ["first", ""]
 
 
-def test_pictures_in_a_bucket(tmp_path, monkeypatch):
-    images = tmp_path / "bucket" / "images"
-    images.mkdir(parents=True)
+@pytest.mark.parametrize("kind", ["tar", "parquet", "tfrecord"])
+@pytest.mark.parametrize("text", ["none", "cls", "some", "bad"])
+def test_pictures_of_shards_need_no_captions(kind, text, tmp_path):
+    names, out, written = [".jfif", ".jpe", ".jpg"], tmp_path / f"0.{kind}", []
+    for i in range(3):
+        picture = io.BytesIO()
+        Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(picture, "JPEG")
+        written.append(picture.getvalue())
+    texts = {"none": [None] * 3, "cls": [b"1"] * 3, "some": [b"a", None, b""], "bad": [b"a", b"\xff", b"c"]}[text]
+    column = "cls" if text == "cls" else "txt"
+    if kind == "tar":
+        with tarfile.open(out, "w") as tar:
+            for i in range(3):
+                for ending, data in ((names[i], written[i]), (f".{column}", texts[i])):
+                    if data is not None:
+                        info = tarfile.TarInfo(f"v1.0 {i}{ending}" if text == "none" else f"{i}{ending}")
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+    elif kind == "parquet":
+        (tmp_path / "2.jpg").write_bytes(written[2])  # of which the column has the path alone
+        images = [{"bytes": data if i < 2 else None, "path": f"{i}.jpg"} for i, data in enumerate(written)]
+        columns = {"image": images} | ({} if text == "none" else {column: texts})
+        pq.write_table(pa.table(columns), out)
+    else:
+        tf = pytest.importorskip("tensorflow")
+        bytes_of = lambda value: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))  # noqa: E731
+        with tf.io.TFRecordWriter(str(out)) as writer:
+            for image, caption in zip(written, texts, strict=True):
+                feature = {"jpg": bytes_of(image)} | ({} if caption is None else {column: bytes_of(caption)})
+                writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
+    pictures = open_pictures(str(out))
+    assert [np.asarray(pictures.image(i))[0, 0, 0] // 50 for i in range(pictures.size)] == [0, 1, 3]
+    expected = {"some": ["a", "", ""], "bad": ["a", "", "c"]}.get(text, [""] * 3)
+    assert [pictures.caption(i) for i in range(3)] == expected and pictures.lost == ()
+
+
+def test_pictures_in_a_bucket(bucket):
+    images = bucket.folder / "images"
+    images.mkdir()
     for i in range(3):
         Image.new("RGB", (8, 8), (9 * i, 0, 0)).save(images / f"{i}.png")
         (images / f"{i}.txt").write_text(f"picture {i}")
     (images / "table.csv").write_text("image\n0.png\ngone.png\n")
-    with Bucket(tmp_path / "bucket") as bucket:
-        for name, value in bucket.environment.items():
-            monkeypatch.setenv(name, value)
-        folder = open_pictures("gs://mine/images")
-        assert [folder.name(i) for i in range(folder.size)] == ["0.png", "1.png", "2.png"]
-        assert np.asarray(folder.image(2))[0, 0].tolist() == [18, 0, 0] and folder.caption(1) == "picture 1"
-        table = open_pictures("gs://mine/images/table.csv")
-        with pytest.raises(BadImageError, match="no such file: gs://mine/images/gone.png"):
-            table.image(1)
-        bucket.refused = 403  # which makes no picture a bad one
-        with pytest.raises(ConnectionError, match="no permission in gs://mine"):
-            table.image(0)
+    folder = open_pictures("gs://mine/images")
+    assert [folder.name(i) for i in range(folder.size)] == ["0.png", "1.png", "2.png"]
+    assert np.asarray(folder.image(2))[0, 0].tolist() == [18, 0, 0] and folder.caption(1) == "picture 1"
+    table = open_pictures("gs://mine/images/table.csv")
+    with pytest.raises(BadImageError, match="no such file: gs://mine/images/gone.png"):
+        table.image(1)
+    bucket.refused = 403  # which makes no picture a bad one
+    with pytest.raises(ConnectionError, match="no permission in gs://mine"):
+        table.image(0)
 
 
 @pytest.mark.parametrize("ending", [".npz", ".parquet"])

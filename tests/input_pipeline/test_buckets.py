@@ -16,18 +16,8 @@ from rankclip_jax import config
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
-from tests.support.bucket import FAULTS, Bucket
+from tests.support.bucket import FAULTS
 from tests.support.source_files import KEYS, LAYOUTS, WRITERS, read_all, samples, write_csv, write_tar, write_tfrecord
-
-
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    (tmp_path / "bucket").mkdir()
-    with Bucket(tmp_path / "bucket") as bucket:
-        for name, value in bucket.environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        yield bucket
 
 
 def opened(layout, path, **options):

@@ -12,7 +12,7 @@ from input_pipeline.bad_samples import BadSamples
 from input_pipeline.rows import read_rows
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.config import complete, eval_set
-from rankclip_jax.evaluation.run import prompts_of
+from rankclip_jax.evaluation.prompts import prompts_of
 from rankclip_jax.inference.pictures import open_pictures
 from rankclip_jax.study.data import read_pairs
 from tests.support import cases
@@ -143,6 +143,18 @@ def test_numbered_folders_are_in_order_with_every_readable_ending(made):
     _, found = zero_shot(format="folder", path=str(made / "numbered"))
     assert found.names == [str(i) for i in range(1, 11)] and found.source.size == 30
     assert found.source.labels.tolist() == np.repeat(range(10), 3).tolist()
+
+
+def test_numbers_without_names_say_what_is_assumed(made, tmp_path, capsys):
+    prompts_of("mine", *zero_shot(format="folder", path=str(made / "numbered")))
+    assert "mine: the classes are numbers, used in prompts as they are; name them in" in capsys.readouterr().out
+    (tmp_path / "labels.csv").write_text("image,label\n" + "".join(f"{i}.png,{i}\n" for i in range(10)))
+    fields = {"path": str(tmp_path / "labels.csv"), "label_key": "label", "protocol": "openai"}
+    assert prompts_of("stl10", *zero_shot(**fields)).names[6] == "horse"
+    assert "stl10: the labels are numbers without names; 0 is taken for 'airplane'" in capsys.readouterr().out
+    fields["classes"] = str(made / "tables/ten_classes.json")
+    assert prompts_of("stl10", *zero_shot(**fields)).names == json.loads(Path(fields["classes"]).read_text())
+    assert capsys.readouterr().out == ""
 
 
 def test_a_validation_set_smaller_than_a_batch_is_padded(made):

@@ -17,7 +17,7 @@ from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.config import eval_set
 from rankclip_jax.evaluation import open_sets
 from rankclip_jax.inference.pictures import open_pictures
-from rankclip_jax.train import loop
+from rankclip_jax.train import opening
 
 REPO = Path(__file__).parents[2]
 
@@ -45,7 +45,7 @@ OPENERS = {
     "a stream for evaluation": lambda tmp: next(pipeline.eval_batches(own_source(), batch_size=2, image_side=8)),
     "the rate of decoding": lambda tmp: health.jpegs_per_second(1),
     "a collection of shards": lambda tmp: open_pictures(str(tmp / "0.tar")),
-    "a run": lambda tmp: loop.open_data(configs.load(str(REPO / "configs/shapes.py"))),
+    "a run": lambda tmp: opening.open_data(configs.load(str(REPO / "configs/shapes.py"))),
 }
 
 

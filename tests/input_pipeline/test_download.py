@@ -127,11 +127,49 @@ def test_lists_with_a_header(tmp_path):
         assert listed(tmp_path / name, tmp_path / "out", **columns) == ((2, 0), PAIRS), name
 
 
+LINES = "url\tcaption\r\n" + "".join(f"{url}\t{caption}\r\n" for url, caption in PAIRS)
+
+
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("a.tsv", LINES.encode("utf-16")),
+        ("a.tsv.gz", gzip.compress(LINES.encode("utf-8-sig"))),
+        ("a.txt", b"\xfe\xff" + LINES.partition("\n")[2].encode("utf-16-be")),
+        ("a.csv", ('sep=;\nurl;caption\nhttp://a/1.jpg;"a ""quoted cat"\n' + ";".join(PAIRS[1]) + "\n").encode()),
+        ("a.jsonl", "".join(json.dumps({"n": 1, "url": u, "TEXT": c}) + "\n" for u, c in PAIRS).encode("utf-8-sig")),
+        ("a.json.gz", gzip.compress(json.dumps([{"caption": c, "link": u, "n": None} for u, c in PAIRS]).encode())),
+        (
+            "captions.json",
+            json.dumps(
+                {
+                    "images": [{"id": i, "file_name": f"{i}.jpg", "coco_url": u} for i, (u, _) in enumerate(PAIRS)],
+                    "annotations": [{"image_id": i, "caption": c} for i, (_, c) in enumerate(PAIRS)],
+                }
+            ).encode(),
+        ),
+    ],
+)
+def test_lists_as_any_table(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    assert listed(tmp_path / name, tmp_path / "out") == ((2, 0), PAIRS)
+
+
+def test_captions_of_lists_may_be_several_or_of_another_encoding(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"url": "http://a/1", "caption": ["one ", "two"]}\n{"url": "http://a/2"}\n')
+    assert listed(tmp_path / "a.jsonl", tmp_path / "out") == ((1, 1), [("http://a/1", "one\ntwo")])
+    (tmp_path / "a.csv").write_text("http://a/1,une fen\xeatre\nhttp://a/2,a,b\n", encoding="latin-1")
+    counts = url_list.normalise(tmp_path / "a.csv", tmp_path / "out", None, None, "latin-1")
+    assert counts == (1, 1) and pq.read_table(tmp_path / "out").to_pylist()[0]["caption"] == "une fen\xeatre"
+    pq.write_table(pa.table({"url": ["http://a/1"], "text": [["one", None, "two"]]}), tmp_path / "a.parquet")
+    assert listed(tmp_path / "a.parquet", tmp_path / "out") == ((1, 0), [("http://a/1", "one\ntwo")])
+
+
 def test_lines_without_a_url_or_a_caption_are_counted(tmp_path):
     lines = ["a cat\thttp://a/1.jpg", "\thttp://a/2.jpg", "no link\t", "one column", "", "a\u2028dog\thttp://a/3.jpg"]
     (tmp_path / "list.tsv").write_text("\n".join(lines))
     expected = [("http://a/1.jpg", "a cat"), ("http://a/3.jpg", "a\u2028dog")]
-    assert listed(tmp_path / "list.tsv", tmp_path / "out") == ((2, 4), expected)
+    assert listed(tmp_path / "list.tsv", tmp_path / "out") == ((2, 3), expected)  # an empty line is no row
 
 
 def test_lists_longer_than_a_chunk_are_whole(tmp_path, monkeypatch):
@@ -152,9 +190,15 @@ def test_lists_longer_than_a_chunk_are_whole(tmp_path, monkeypatch):
             "which column has the captions; add --caption-column; its columns: url, x, y",
         ),
         ("a.tsv", "http://a/1.jpg\n", "which column has the captions"),
-        ("a.csv", "caption,url\n\udcff,http://a/1\n", "cannot be read"),
-        ("a.parquet", "no parquet", "cannot be read"),
-        ("a.tsv.gz", "no gzip", "cannot be read"),
+        (
+            "a.csv",
+            "caption,url\n\udcff,http://a/1\n",
+            r"a.csv row 0: byte 0xff is not utf-8 .*download have --encoding",
+        ),
+        ("a.parquet", "no parquet", "cannot be read as Parquet"),
+        ("a.csv", "PK\3\4", "is an Excel or zip file"),
+        ("a.jsonl", "[1]\n", "is empty"),
+        ("a.tsv.gz", "\x1f\udc8bno gzip", "not a complete .gz file"),
     ],
 )
 def test_wrong_lists_say_so(tmp_path, name, text, says):

@@ -9,10 +9,11 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from input_pipeline import labelled, pipeline
+from input_pipeline import clip_benchmark, labelled, pipeline
 from input_pipeline.sources import Lost
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.config import eval_set
+from tests.support import cases
 from tests.support.source_files import samples, write_tfds
 
 GREYS = [10, 10, 20, 20, 30, 30, 30]  # of seven images; their classes are 0, 0, 1, 1, 2, 2, 2
@@ -162,6 +163,22 @@ def test_retrieval_in_clip_benchmarks_layout_has_a_caption_a_line(tmp_path):
     assert next(pipeline.eval_batches(found.source, batch_size=2, image_side=16))["mask"].all()
 
 
+@pytest.mark.parametrize("ending", ["cls", "txt"])
+def test_halves_of_a_sample_shift_no_label_and_no_caption(tmp_path, ending):
+    cases.tar(
+        tmp_path / "test" / "0.tar",
+        [(f"a.{ending}", "7"), ("b.png", image_bytes(10)), (f"b.{ending}", "1"), ("a.png", image_bytes(20))],
+    )
+    (tmp_path / "test" / "nshards.txt").write_text("1")
+    if ending == "cls":
+        source, _, _ = clip_benchmark.labels(str(tmp_path), "")
+        assert source.labels.tolist() == [1]
+    else:
+        source, captions = clip_benchmark.captions(str(tmp_path), "")
+        assert captions == [["1"]]
+    assert source.size == 1 and sum(lost.samples for lost in source.lost) == 1
+
+
 def broken(tmp_path, what):
     root = write_clip_benchmark(tmp_path / "wds")
     shard = root / "test" / "1.tar"
@@ -290,7 +307,7 @@ def test_captions_by_tfds_are_all_of_each_image(tmp_path):
     data = bytearray(shard.read_bytes())
     data[-5] ^= 1  # in the last record
     shard.write_bytes(data)
-    with pytest.raises(InputError, match=r"record 4 \(byte \d+\) cannot be read \(DataLossError\)"):
+    with pytest.raises(InputError, match=r"record 4 \(byte \d+\) cannot be read: .*its checksum"):
         open_captioned(format="tfds", path=path)
 
 
@@ -375,4 +392,4 @@ def test_pictures_beside_class_folders_are_told(tmp_path, capsys):
     root = write_folder(tmp_path / "set")
     (root / "stray.png").write_bytes(image_bytes(1))
     assert labelled.open_labelled(spec(format="folder", path=str(root)), image_side=16).source.size == 7
-    assert "set: 1 pictures beside the class folders have no class and are left out" in capsys.readouterr().err
+    assert "set: 1 pictures next to the class folders have no class: left out" in capsys.readouterr().err

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from input_pipeline import sources
-from input_pipeline.rows import read_rows
+from input_pipeline.rows import read_each, read_rows
+from input_pipeline.sources.source import require
 from input_pipeline.sources.tar_samples import Pairing
 from rankclip_jax.common import folders
 from rankclip_jax.common.errors import InputError
@@ -103,6 +104,7 @@ def parquet(folder, image, caption):
             [{"bytes": None, "path": f"{i}.jpg"} for i in range(3)],
             pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
         ),
+        pa.array([{"bytes": None if i else image, "path": f"{i}.jpg"} for i, image in enumerate(IMAGES)]),
         pa.array([{"path": f"{i}.jpg"} for i in range(3)]),
         pa.array([f"{i}.jpg" for i in range(3)]),
         pa.array([f"{i}.jpg" for i in range(3)]).dictionary_encode(),
@@ -124,6 +126,7 @@ def test_images_in_parquet_as_bytes_or_as_paths(image, tmp_path):
         (pa.array(TEXTS).dictionary_encode(), None),
         (pa.array([text.encode() for text in TEXTS]), None),
         (pa.array([[text] for text in TEXTS]), None),
+        (pa.array([[None, text, None] for text in TEXTS]), None),
         (pa.array([[text] for text in TEXTS], pa.large_list(pa.large_string())), None),
         (pa.array([{"en": text, "de": "x"} for text in TEXTS]), "caption:en"),
         (pa.array([json.dumps({"en": [text]}) for text in TEXTS]), "caption:en"),
@@ -134,6 +137,12 @@ def test_captions_in_parquet(caption, key, tmp_path):
     assert found == ([(image, (text,)) for image, text in zip(IMAGES, TEXTS, strict=True)], [])
 
 
+def test_columns_of_parquet_whose_names_have_a_dot(tmp_path):
+    pq.write_table(pa.table({"image.bytes": IMAGES, "meta.caption": TEXTS}), tmp_path / "a.parquet")
+    good, bad = read("parquet", tmp_path / "a.parquet", image_key="image.bytes", caption_key="meta.caption")
+    assert good == [(image, (text,)) for image, text in zip(IMAGES, TEXTS, strict=True)] and not bad
+
+
 def test_parquet_without_image_text_or_file_is_a_bad_row(tmp_path):
     struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     image = pa.array([{"bytes": None, "path": "gone.jpg"}, None, {"bytes": IMAGES[0], "path": None}], struct)
@@ -141,6 +150,11 @@ def test_parquet_without_image_text_or_file_is_a_bad_row(tmp_path):
     assert good == [] and bad == ["no such file", "empty image", "empty caption"]
     good, _ = read("parquet", parquet(tmp_path, pa.array(IMAGES), [["one", "two"], ["three"], [""]]))
     assert [captions for _, captions in good] == [("one", "two"), ("three",)]
+    good, bad = read("parquet", parquet(tmp_path, pa.array(IMAGES), pa.array(["a", None, "a"]).dictionary_encode()))
+    assert [captions for _, captions in good] == [("a",), ("a",)] and bad == ["empty caption"]
+    none = pa.array([], pa.binary())
+    with pytest.raises(InputError, match=r"a\.parquet has no rows$"):
+        read("parquet", parquet(tmp_path, none, none))
 
 
 def test_a_folders_missing_caption_is_called_that(tmp_path):
@@ -189,3 +203,14 @@ def test_a_tar_of_halves_is_refused(tmp_path):
     cases.tar(tmp_path / "a.tar", [("a.jpg", b"x"), ("b.txt", "y")])
     with pytest.raises(InputError, match=r"no sample has both an image \(.*\) and a caption \(.*\) under one name"):
         read("webdataset", tmp_path / "a.tar")
+
+
+def test_reading_each_row_names_the_first_that_cannot_be_read():
+    def read(row):
+        require(row != 2, "two is refused")
+        return row * row
+
+    found = []
+    with pytest.raises(InputError, match="row 2 cannot be read: two is refused"):
+        found.extend(read_each(read, 5, "row {}".format, None))
+    assert found == [0, 1]

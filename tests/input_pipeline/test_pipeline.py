@@ -114,6 +114,14 @@ def test_bad_samples_are_passed_over_named_and_counted(captioned, tokenizer, tmp
     assert same(take(resumed, 2), take(whole, 20)[18:])
 
 
+def test_a_torn_line_of_a_killed_run_hides_no_later_one(captioned, tokenizer, tmp_path):
+    (tmp_path / "images" / "3.png").unlink()
+    (tmp_path / "bad.jsonl").write_text('{"row": 7, "whe')
+    take(batches(captioned, tokenizer, bad_path=tmp_path / "bad.jsonl"), 10)
+    again = batches(captioned, tokenizer, bad_path=tmp_path / "bad.jsonl")
+    assert again.bad.reasons == {"no such file": 1}
+
+
 def test_too_many_bad_samples_stop_the_run(captioned, tokenizer, tmp_path):
     for i in range(10):
         (tmp_path / "images" / f"{i}.png").unlink()

@@ -163,6 +163,30 @@ def test_offsets_go_to_the_users_cache_where_the_data_cannot_be_written(tmp_path
     assert len(list((tmp_path / "mine").glob("*.npz"))) == 1
 
 
+@pytest.mark.parametrize("layout", ["tfrecord", "webdataset"])
+def test_a_wildcard_matches_neither_the_index_nor_a_folder(layout, tmp_path):
+    made = samples(6)
+    WRITERS[layout](tmp_path, made)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "._00000.tar").write_bytes(b"left by macOS")
+    for _ in range(2):  # the first leaves .rankclip_index
+        assert read_all(opened(layout, str(tmp_path / "*"))) == made
+    assert (tmp_path / ".rankclip_index").is_dir()
+
+
+def test_a_wrong_length_that_ends_behind_the_shard_is_no_truncation(tmp_path):
+    shard = tmp_path / "0.tfrecord"
+    with tf.io.TFRecordWriter(str(shard)) as out:
+        for _ in range(40):
+            out.write(example(jpg=b"x", txt="y"))
+    data = bytearray(shard.read_bytes())
+    second = len(data) // 40
+    data[second + 6] ^= 0x40
+    shard.write_bytes(data)
+    (lost,) = opened("tfrecord", str(shard)).lost
+    assert f"the checksum of a record's length is wrong at byte {second}" in lost.reason and lost.samples == 39
+
+
 def test_checksums_are_tensorflows(tmp_path):
     with tf.io.TFRecordWriter(str(tmp_path / "a")) as out:
         for length in (0, 1, 1000, 70_000):
@@ -465,7 +489,7 @@ def test_stored_tokens_are_used_and_checked(tmp_path):
     (tmp_path / "plain").mkdir()
     plain = opened("tfrecord", write_tfrecord(tmp_path / "plain", made))
     assert np.array_equal(got[0], next(batches_of(plain, tokenizer))["tokens"])
-    assert len(asked) == 1 and len(asked[0]) == 1  # only one caption was tokenised, as a check
+    assert [len(texts) for texts in asked] == [1, 1]  # as a check: one caption at the start, and one of the batch
     with pytest.raises(
         InputError, match="the 16 tokens per caption in the data come from another tokenizer .* context length than 12"
     ):
@@ -473,6 +497,37 @@ def test_stored_tokens_are_used_and_checked(tmp_path):
     other = write(lambda i, caption: [(i + k) % 300 for k in range(16)])
     with pytest.raises(InputError, match="come from another tokenizer"):
         batches_of(other, tokenizer)
+
+
+def test_tokens_of_several_tokenizers_in_a_mixture_are_refused(tmp_path):
+    made = samples(8)
+    tokenizer = Tokenizer.train([caption for _, caption in made], 400)
+    with tf.io.TFRecordWriter(str(tmp_path / "0.tfrecord")) as out:
+        for i, (image, caption) in enumerate(made):
+            tokens = tokenizer([caption], 16)[0] + (i >= 4)
+            out.write(example(jpg=image, txt=caption, tokens=tokens.tolist()))
+    source = opened("tfrecord", str(tmp_path / "0.tfrecord"))
+    seed = next(seed for seed in range(9) if int(order.row_at(source, 0, seed)) < 4)
+    batches = batches_of(source, tokenizer, seed=seed, batch_size=1)  # the first sample has this run's tokens
+    with pytest.raises(InputError, match="come from another tokenizer"):
+        for _ in range(8):
+            next(batches)
+
+
+def test_tokens_of_several_lengths_in_a_mixture_are_not_used(tmp_path):
+    made = samples(8)
+    tokenizer = Tokenizer.train([caption for _, caption in made], 400)
+    parts = {}
+    for name, length in (("long", 16), ("short", 4)):
+        with tf.io.TFRecordWriter(str(tmp_path / f"{name}.tfrecord")) as out:
+            for image, caption in made:
+                out.write(example(jpg=image, txt=caption, tokens=tokenizer([caption], length)[0].tolist()))
+        parts[name] = dict(path=str(tmp_path / f"{name}.tfrecord"))
+    data = config.complete(dict(data=dict(format="tfrecord", train=parts))).data
+    mixture = sources.open_source(data, data.train, image_side=8)
+    possible = {tuple(tokenizer([caption], 16)[0].tolist()) for _, caption in made}
+    batch = next(batches_of(mixture, tokenizer, batch_size=16))
+    assert {tuple(tokens) for tokens in batch["tokens"].tolist()} == possible
 
 
 def test_each_of_several_captions_comes_in_time_and_the_same_when_resumed(tmp_path):

@@ -141,9 +141,15 @@ def test_the_canvas_is_chosen_from_the_image_size_unless_it_is_given():
         side(224, canvas=100)
 
 
-def test_two_views_need_a_contrastive_term_and_resize_is_a_choice():
-    with pytest.raises(InputError, match=r"two_views adds to the contrastive term, and .*=siglip has none"):
-        complete({"data": {"two_views": True}, "loss": {"objective": "siglip"}})
-    complete({"data": {"two_views": True}, "loss": {"objective": "siglip", "terms": {"clip": 1.0}}})
+def test_two_views_need_a_contrastive_term():
+    without = {"weight": 0.0, "schedule": "constant"}
+    for loss in ({"objective": "siglip"}, {"terms": {"clip": 0.0}}, {"objective": "rank", "terms": {"clip": without}}):
+        with pytest.raises(InputError, match=r"two_views adds to the contrastive term, and config.loss.objective="):
+            steps.loss_spec(complete({"data": {"two_views": True}, "loss": loss}))
+    given = complete({"data": {"two_views": True}, "loss": {"objective": "siglip", "terms": {"clip": 1.0}}})
+    assert steps.loss_spec(given).weights() == {"siglip": 1.0, "clip": 1.0}
+
+
+def test_resize_is_a_choice():
     with pytest.raises(InputError, match=r"config.data.resize='gpu'. Expected one of device, host"):
         complete({"data": {"resize": "gpu"}})

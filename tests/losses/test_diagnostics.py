@@ -83,3 +83,16 @@ def test_on_eight_devices_as_on_one_and_only_a_sample():
 def test_too_few_pairs():
     with pytest.raises(ValueError, match="at least 3 pairs, not 2"):
         embedding_diagnostics(*(z[:2] for z in embeddings()))
+
+
+def test_similarities_are_in_full_float32_also_where_the_default_is_less():
+    _, *products = " ".join(str(jax.make_jaxpr(embedding_diagnostics)(*embeddings())).split()).split("dot_general[")
+    assert len(products) == 5  # three matrices, and two for the uniformities
+    for product in products:
+        assert "precision=(Precision.HIGHEST, Precision.HIGHEST)" in product.partition(" ] ")[0]
+
+
+def test_a_gradient_that_is_not_finite_has_no_cosine():
+    img, txt = embeddings()
+    img[3, 2] = np.nan
+    assert np.isnan(gradient_cosine(img, txt, 30.0))

@@ -82,6 +82,8 @@ def test_rules_place_parameters_and_complain_when_they_do_not_fit():
         sharding.state_shardings(state, mesh, (("kernel", (None, "model")), (".*", ())))
     with pytest.raises(InputError, match=r"params/c \(3,\) does not divide over 'fsdp' = 2"):
         sharding.state_shardings({"params": {"c": jnp.zeros(3)}}, mesh, ((".*", ("fsdp",)),))
+    with pytest.raises(InputError, match=r"params/b \(4,\) has fewer dimensions than its rule's axes \('fsdp', None\)"):
+        sharding.state_shardings(state, mesh, ((".*", ("fsdp", None)),))
 
 
 @pytest.mark.parametrize("name", ["ViT-B/32", "RN50"])

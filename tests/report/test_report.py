@@ -255,6 +255,17 @@ def test_a_damaged_file_never_stops_the_report(tmp_path, whole_run, file):
             assert found.unreadable[file], name
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint64])
+def test_counts_of_any_whole_numbers_are_the_same_counts(tmp_path, kind):
+    run = write_run(tmp_path / "run")
+    pages = []
+    for dtype in (np.int64, kind):
+        counts = np.array([[3, 100], [0, 5]], dtype)
+        np.savez(run / "eval" / "zero_shot_toys.npz", classes=["a", "b"], confusion=counts)
+        pages.append(page.render([runs.read_run(run)]))
+    assert pages[0] == pages[1]
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_what_is_no_file_is_named_and_not_opened(tmp_path, whole_run, file):
     for name, make in (("folder", Path.mkdir), ("pipe", os.mkfifo)):

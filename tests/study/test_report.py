@@ -19,7 +19,8 @@ def made_runs():
             curve = [
                 {"step": 10 * (i + 1), "zero_shot/toys": v, "geometry/modality_gap": v} for i, v in enumerate(values)
             ]
-            runs.append(dict(condition="", objective=objective, seed=seed, lr=1e-3, seconds=1.0, curve=curve, final=curve[-1]))
+            run = dict(condition="", objective=objective, seed=seed, lr=1e-3, seconds=1.0)
+            runs.append(run | dict(curve=curve, final=curve[-1]))
     return [run | {"final": {k: v for k, v in run["final"].items() if k != "step"}} for run in runs]
 
 

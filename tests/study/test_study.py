@@ -312,6 +312,10 @@ def test_wrong_studies_say_what_is_wrong(tmp_path):
         Study(smoke("study.more_seeds={'klip': 3}"), tmp_path)
     with pytest.raises(InputError, match=r"baseline: unknown objective .klip.. Expected one of clip, rankclip"):
         Study(smoke("study.baseline=klip"), tmp_path)
+    with pytest.raises(InputError, match="objectives.x=3. Expected changed keys of config.loss"):
+        Study(smoke("study.objectives.x=3"), tmp_path)
+    with pytest.raises(InputError, match="config.loss.decai does not exist"):
+        Study(smoke("study.objectives.x.decai=log"), tmp_path)
     with pytest.raises(InputError, match="fewer than a batch"):
         Study(smoke("batch_size=64"), tmp_path)
     assert math.isclose(sum(configs.load(str(REPO / "configs/study_shapes.py")).study.lrs), 4e-3)

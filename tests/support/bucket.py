@@ -7,6 +7,7 @@ or python -m tests.support.bucket FOLDER [--port 0] [--latency 0.05] [--faults 0
 """
 
 import argparse
+import contextlib
 import http.server
 import json
 import random
@@ -23,6 +24,16 @@ from pathlib import Path
 FAULTS = ("reset", "503", "short", "late", "never")
 _OBJECT = re.compile(r"(?:/download)?/storage/v1/b/([^/]+)/o/(.+)")
 _REWRITE = re.compile(r"/storage/v1/b/[^/]+/o/(.+)/rewriteTo/b/([^/]+)/o/(.+)")
+
+
+@contextlib.contextmanager
+def served(folder, monkeypatch):
+    """A Bucket of a new folder, which this process's clients use; what they keep is beside the folder."""
+    folder.mkdir()
+    with Bucket(folder) as bucket:
+        for name, value in (bucket.environment | {"XDG_CACHE_HOME": str(folder.with_name("cache"))}).items():
+            monkeypatch.setenv(name, value)
+        yield bucket
 
 
 class Bucket:

@@ -79,6 +79,13 @@ def test_the_console_line_and_the_numbers_say_it(monkeypatch):
     assert "waits" not in line and speed["data_wait"] == 0.0
 
 
+def test_more_than_a_day_is_left_in_days(monkeypatch):
+    clock = Clock(monkeypatch)
+    progress = Pace(0, 400_000, batch_size=32)
+    clock.now += 1
+    assert progress.line(1, {}, 0.0, 0)[0].endswith("  4 d 15:06:39 left")  # 399,999 s
+
+
 @pytest.mark.parametrize("resize, remedy", [("host", "config.data.resize=device"), ("device", "--short-side 288")])
 def test_advice_is_one_line_with_a_remedy(resize, remedy):
     text = input_wait.advice(0.43, 851.2, resize)

@@ -10,7 +10,7 @@ from rankclip_jax import config as configs
 from rankclip_jax import models
 from rankclip_jax.common.devices import Devices
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.train import loop, resolve
+from rankclip_jax.train import loop, opening, resolve
 from rankclip_jax.train import workdir as workdirs
 from rankclip_jax.weights import export, pretrained, view
 from tests.support.made_models import RESNET, VIT, make_workdir
@@ -100,7 +100,7 @@ def test_plans_and_studies_say_what_they_need():
     with pytest.raises(InputError, match=r"config\.model\.name=None\. Expected a preset, since .*\.format=shapes"):
         resolve.resolve(configs.load("shapes", ["model.name=None"]), 100)
     with pytest.raises(InputError, match=r"config\.data\.train=None\. Expected what to train on"):
-        loop.open_data(configs.load("own"))
+        opening.open_data(configs.load("own"))
 
 
 CHANGES = {

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 from rankclip_jax import models
+from rankclip_jax.common.errors import InputError
 from rankclip_jax.config import complete
 from rankclip_jax.models import images
 from rankclip_jax.parallel import sharding
 from rankclip_jax.parallel.mesh import make_mesh, to_devices
 from rankclip_jax.train import optim
 from rankclip_jax.train import step as steps
+from rankclip_jax.train.session import Session, Vocabulary
 
 SMALL = {
     "ViT-tiny": dict(image_size=16, vision=dict(width=32, layers=1, heads=2)),
@@ -197,3 +199,20 @@ def test_normalization_is_openais():
         [0.26862954, 0.26130258, 0.27577711]
     )
     np.testing.assert_allclose(images.normalize(pixels), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [dict(objective="rank", lambda_in=0.0, lambda_cross=0.0), dict(objective="clip", terms={"clip": 0.0})],
+)
+def test_an_objective_whose_weights_are_all_zero_is_refused(loss):
+    with pytest.raises(InputError, match=r"config.loss: objective='(rank|clip)': every weight is zero"):
+        steps.loss_spec(complete({"loss": loss}))
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_each_process_needs_rows_of_its_own_in_an_evaluation_too(trains, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    config = complete({"batch_size": 8, "model": {"name": "ViT-tiny"}, "mesh": {"data": 1, "model": -1}})
+    with pytest.raises(InputError, match="splits a batch in 1, over 2 processes"):
+        Session(config, Vocabulary(None, None), trains=trains)

@@ -1,5 +1,6 @@
 """Whole exports, as transformers and open_clip read them: from the same PNG and sentence the same embeddings."""
 
+import dataclasses
 import json
 import shutil
 
@@ -15,6 +16,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import END, START, Tokenizer
 from rankclip_jax.train import loop
 from rankclip_jax.weights import export, pretrained
+from rankclip_jax.weights import view as preprocess
 from tests.support.made_models import CAPTIONS, RESNET, VIT, make_workdir
 
 transformers = pytest.importorskip("transformers")
@@ -136,6 +138,24 @@ def test_the_card_says_how_it_was_trained_and_what_it_reached(source, workdir, t
         assert ("CLIPProcessor" in text, "local-dir" in text) == (layout == "hf", layout == "openai")
 
 
+@pytest.mark.parametrize(
+    "change, lines",
+    [
+        ({"loss": {"objective": "clip"}}, ["CLIP's contrastive loss", "| loss | CLIP |"]),
+        ({}, ["trained with RankCLIP", "| CLIP + w (0.0625 in-modal + 0.0625 cross-modal), schedule of w: ramp |"]),
+        ({"loss": {"objective": "siglip"}}, ["trained with SigLIP", "| loss | SigLIP |"]),
+        ({"loss": {"objective": "cyclip"}}, ["trained with CyCLIP", "| loss | CyCLIP |"]),
+        ({"loss": {"objective": "rank", "terms": {"clip": 0.5}}}, ["terms alone", "| loss | w (", ": clip 0.5 |"]),
+        ({"data": {"format": "csv", "train": ["/home/me/a.csv", "/home/me/b.csv"]}}, ["| data | csv: a.csv, b.csv |"]),
+        ({"data": {"format": "csv", "train": {"web": {"path": "/home/me/a.csv"}}}}, ["| data | csv: web |"]),
+    ],
+)
+def test_the_card_names_the_objective_and_no_path(source, change, lines):
+    run = configs.complete(change)
+    text = export.card(dataclasses.replace(source, run=run), "hf")
+    assert all(line in text for line in lines) and "/home/me" not in text
+
+
 @pytest.mark.parametrize("change", [{"scan_layers": True}, {"dtype": "bfloat16"}])
 def test_scanned_and_bfloat16_runs_convert(tmp_path, change):
     path = make_workdir(tmp_path / "run", VIT | change)
@@ -217,6 +237,21 @@ def test_other_preprocessing_is_refused_by_name(source, tmp_path, change, messag
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match=f"preprocessor_config.json: {message}"):
         pretrained.read(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"resample": "bicubic"}, "its preprocessing is damaged"),
+        ({"image_mean": 3}, "its preprocessing is damaged"),
+        ({"image_mean": [1]}, r"the preprocessing's mean is \(1,\); expected 3 numbers$"),
+        ({"image_std": [1, 0, 1]}, r"the preprocessing's std is \(1, 0, 1\); expected 3 numbers above 0"),
+    ],
+)
+def test_damaged_preprocessing_is_one_line(tmp_path, change, message):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(change))
+    with pytest.raises(ValueError, match=message):
+        preprocess.of_folder(tmp_path, 224)
 
 
 def test_mean_and_deviation_come_from_the_folder(source, png, tmp_path):

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,7 +94,7 @@ def shown(folder: str | Path) -> str:
 
 
 def push(folder: str | Path) -> None:
-    """Brings to the bucket what changed in the local copy of a workdir; does nothing for a local one.
+    """Copies to the bucket what changed in the local copy of a workdir; does nothing for a local one.
 
     Raises:
       InputError: the bucket cannot be reached or written.
@@ -112,12 +113,12 @@ def push(folder: str | Path) -> None:
 
 
 def _push_at_the_end(folder):
-    """After an error, which is what the user shall read; what could not be brought away stays, and is named."""
+    """After an error, which is what the user shall read; what could not be copied stays, and is named."""
     try:
         push(folder)
     except InputError as error:
         atexit.unregister(_remove)  # ours alone: others in this process may clean up by rmtree too
-        print(f"not all of {folder} could be brought to the bucket, so it stays: {error}")
+        print(f"not all of {folder} could be copied to the bucket, so it stays: {error}", file=sys.stderr)
 
 
 def _fetch(url, folder):

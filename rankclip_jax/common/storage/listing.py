@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import email.utils
 import functools
+import http.client
 import os
 import time
 import urllib.error
@@ -169,24 +170,31 @@ def _amazon(fs: Any, bucket: str, address: str | None) -> Any:
 
 def _head(path: str) -> File | None:
     begin = time.monotonic()
+    address = urllib.parse.quote(path, safe=":/?#[]@!$&'()*+,;=%~")  # blanks and letters that are not ASCII
     for wait in (1, 2, 4, 8, 16, 0):
         try:
-            with urllib.request.urlopen(urllib.request.Request(path, method="HEAD"), timeout=20) as answer:
-                headers = answer.headers
-            changed = headers.get("Last-Modified")
-            when = email.utils.parsedate_to_datetime(changed).timestamp() if changed else 0
-            if headers.get("Content-Length") is None:
-                raise InputError(f"{path}: the server does not say how long it is")
-            return File(path, int(headers["Content-Length"]), int(when * 1e9))
+            with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=20) as answer:
+                return _described(path, answer.headers)
         except urllib.error.HTTPError as error:
             if error.code in (404, 410):
                 return None
             if error.code < 500 and error.code not in (408, 429):
                 raise InputError(f"{path} cannot be read: {error.code} {error.reason}") from None
             problem: Exception = error
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             problem = error
         if not wait or time.monotonic() - begin > _PATIENCE:
             break
         time.sleep(wait)
     raise explained(path, problem)
+
+
+def _described(path: str, headers: Any) -> File:
+    length, changed = headers.get("Content-Length", ""), headers.get("Last-Modified")
+    if not length.isascii() or not length.isdigit():
+        raise InputError(f"{path}: the server does not say how long it is")
+    try:
+        when = email.utils.parsedate_to_datetime(changed).timestamp() if changed else 0
+    except ValueError:
+        when = 0
+    return File(path, int(length), int(when * 1e9))

@@ -8,6 +8,7 @@ import functools
 import os
 import re
 import urllib.parse
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rankclip_jax.common.errors import InputError, one_line
@@ -34,11 +35,21 @@ def is_remote(path: Any) -> bool:
     return "://" in str(path)
 
 
+def local(path: str, what: str) -> Path:
+    """A path to write to. Raises InputError for gs:// and the like, of which a Path would make a folder `gs:`."""
+    if is_remote(path):
+        raise InputError(f"{what} must be a local path; copy it to {path} when it is complete")
+    return Path(path)
+
+
 def place_of(path: str) -> Place:
     """Raises InputError where the scheme is none that can be read, or no bucket is named."""
     scheme, _, rest = path.partition("://")
     if scheme in ("http", "https"):
-        parts = urllib.parse.urlsplit(path)
+        try:
+            parts = urllib.parse.urlsplit(path)
+        except ValueError as error:
+            raise InputError(f"{path} is not a valid address: {error}") from None
         return Place(scheme, parts.netloc, urllib.parse.unquote(parts.path.lstrip("/")), parts.query)
     if scheme not in ("gs", "s3"):
         raise InputError(

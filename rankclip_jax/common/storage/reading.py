@@ -33,7 +33,7 @@ def write(path: str, data: bytes) -> None:
         Path(path).write_bytes(data)
         return
     store, key = store_of(_writable(path))
-    with _told(path):
+    with _errors_in_one_line(path):
         store.write(key, data).result()
 
 
@@ -43,7 +43,7 @@ def delete(path: str) -> None:
         Path(path).unlink(missing_ok=True)
         return
     store, key = store_of(_writable(path))
-    with _told(path):
+    with _errors_in_one_line(path):
         store.write(key, None).result()
 
 
@@ -55,7 +55,7 @@ def _writable(path: str) -> Place:
 
 
 @contextlib.contextmanager
-def _told(path):
+def _errors_in_one_line(path):
     try:
         yield
     except ValueError as error:

@@ -1,0 +1,88 @@
+"""Reads the headers of a tar: ustar, pax and GNU."""
+
+import zlib
+from collections.abc import Iterator
+
+from input_pipeline.sources.offset_index import Bytes
+from rankclip_jax.common.errors import InputError
+
+BLOCK = 512
+_ADLER_PRIME = 65521
+
+
+class TornError(Exception):
+    """A tar that cannot be parsed from byte `at` on."""
+
+    def __init__(self, what: str, at: int, cut_off: bool = True):
+        super().__init__(f"{what} at byte {at}")
+        self.at, self.cut_off = at, cut_off
+
+
+def members(data: Bytes, size: int, path: str) -> Iterator[tuple[str, int, int]]:
+    """Yields (name, begin, length) of the files in a tar (ustar, pax or GNU). Raises TornError at a broken header."""
+    if data[0:2] == b"\x1f\x8b":
+        raise InputError(f"{path} is compressed, so its members cannot be read by number; run gunzip first")
+    at, ended, long_name, long_size = 0, False, None, None
+    while at + BLOCK <= size:
+        head = bytes(data[at : at + BLOCK])
+        if not head.strip(b"\0"):
+            # The end mark. Concatenated tars also have one in the middle.
+            at, ended = at + BLOCK, True
+            continue
+        stored, length = _number(head[148:156]), _number(head[124:136])
+        # The sum of all bytes, with spaces in the checksum field. Adler-32 starts with this sum, and is computed in C.
+        if (
+            None in (stored, length)
+            or zlib.adler32(head) % 65536 != (1 + stored - 8 * ord(" ") + sum(head[148:156])) % _ADLER_PRIME
+        ):
+            raise TornError("a broken header", at, cut_off=False)
+        kind, begin, ended = head[156:157], at + BLOCK, False
+        if kind in (b"0", b"\0", b"7") and long_size is not None:
+            length = long_size
+        end = begin + -(-length // BLOCK) * BLOCK
+        if begin + length > size:
+            raise TornError("truncated inside the member that starts", at)
+        if kind == b"x":  # pax: the next member's name or size, if they do not fit into its header
+            records = _pax_records(bytes(data[begin : begin + length]))
+            long_name = records.get("path", long_name)
+            if "size" in records:
+                long_size = _digits(records["size"].encode(), 10)
+                if long_size is None:
+                    raise TornError("a size that is no number", at, cut_off=False)
+        elif kind == b"L":  # GNU: the same for its name
+            long_name = bytes(data[begin : begin + length]).rstrip(b"\0").decode(errors="replace")
+        else:
+            if kind in (b"0", b"\0", b"7"):  # a regular file; links and folders have no data
+                yield long_name or name_of(head), begin, length
+            long_name = long_size = None
+        at = end
+    if not ended:
+        raise TornError("no end mark, so it may be truncated", min(at, size))
+
+
+def _number(field):
+    if field[0] == 0x80:  # GNU: more than 8 GB. Negative numbers begin with 0xff
+        return int.from_bytes(field[1:], "big")
+    return _digits(field.split(b"\0")[0].strip() or b"0", 8)
+
+
+def _digits(text, base):
+    """A number of digits alone, since `int` also takes signs and underscores; None: it is none."""
+    return int(text, base) if text.isdigit() and len(text) < 30 and max(text) < ord("0") + base else None
+
+
+def name_of(head: bytes) -> str:
+    name, prefix = (head[a:b].split(b"\0")[0].decode(errors="replace") for a, b in ((0, 100), (345, 500)))
+    return f"{prefix}/{name}" if prefix and head[257:263] == b"ustar\0" else name
+
+
+def _pax_records(data):
+    records = {}
+    while data:
+        length, space, _ = data.partition(b" ")
+        if not space or not length.isdigit() or not 0 < int(length) <= len(data):
+            break
+        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        records[key.decode(errors="replace")] = value.decode(errors="replace")
+        data = data[int(length) :]
+    return records

@@ -1,0 +1,194 @@
+"""What a run opens before its first step: its data, its session, its state, its batches.
+
+Where it starts, in this order:
+  1. WORKDIR has a complete checkpoint: its newest, with the exact place in the data;
+  2. otherwise config.init_from: the parameters of a trained model, step 0;
+  3. otherwise: fresh parameters from config.seed.
+"""
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+from optax import GradientTransformation
+
+from rankclip_jax import evaluation
+from rankclip_jax.common import packing, storage
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.parallel import processes
+from rankclip_jax.train import init_from, resolve
+from rankclip_jax.train import step as steps
+from rankclip_jax.train import workdir as workdirs
+from rankclip_jax.train.schedule import free_until
+from rankclip_jax.train.session import Session, image_side
+from rankclip_jax.weights import checkpoint, pretrained
+
+_MEASURED = 16  # rows of each of 256 blocks of the training data, on whose captions the packing is settled
+
+
+class Data(NamedTuple):
+    """What is trained on, validated and evaluated on, and for how long.
+
+    steps_per_epoch leaves out a last batch that would not be full; `val`: None without config.data.val.
+    """
+
+    source: Any
+    val: Any
+    sets: evaluation.Sets
+    synonyms: Mapping | None
+    steps_per_epoch: int
+    total_steps: int
+
+
+class Start(NamedTuple):
+    """Where a run starts: `state` has done `step` steps, and `position` is this process's place in the data."""
+
+    state: steps.TrainState
+    step: int
+    position: int
+    resumed: bool
+
+
+def open_data(
+    config: ConfigDict, old: ConfigDict | None = None, origin: pretrained.Pretrained | None = None
+) -> tuple[ConfigDict, Data]:
+    """The data of a configuration: for training, validation and evaluation, all opened before anything is trained.
+
+    Args, and the configuration that is returned: as of resolve.resolve.
+
+    Raises:
+      InputError: something cannot be read, or is too small. A set of config.eval.suite that is not there is only named.
+    """
+    from input_pipeline import captions, sources
+
+    if config.data.train is None:
+        raise InputError("config.data.train=None. Expected what to train on: rankclip train mine.csv")
+    synonyms = captions.read_synonyms(config.data.synonyms) if config.data.synonyms else None
+    source = sources.open_source(config.data, config.data.train, image_side=image_side(config))
+    config = resolve.resolve(config, source.size, old, origin)
+    side = image_side(config)
+    steps_per_epoch = source.size // config.batch_size
+    if not steps_per_epoch:
+        raise InputError(f"config.batch_size={config.batch_size} is more than the {source.size} training samples")
+    val = config.data.val and sources.open_source(config.data, config.data.val, image_side=side, split="val")
+    if val and val.size < 2:
+        raise InputError(f"config.data.val has {val.size} sample(s). Expected at least 2, or None")
+    kinds = [kind for kind in evaluation.KINDS if kind == "zero_shot" or config.eval.every[kind] is not None]
+    sets = evaluation.open_sets(config.eval, side, kinds)
+    for name, reason in sets.missing.items():
+        kind, _, own = name.partition("/")
+        if own in config.eval[kind]:
+            raise InputError(f"config.eval.{kind}.{own}: {reason}")
+        print(f"missing: {name}: {reason}")
+    return config, Data(source, val, sets, synonyms, steps_per_epoch, run_length(config, steps_per_epoch)[0])
+
+
+def open_session(
+    config: ConfigDict, workdir: Path, data: Data, origin: pretrained.Pretrained | None, resumes: bool
+) -> Session:
+    """The session of a run, its packing settled. `origin`: what config.init_from names, where it starts."""
+
+    def tokenizer() -> str:
+        stored = workdirs.tokenizer_file(workdir, config)
+        return (Tokenizer.load(stored) if resumes else _new_tokenizer(config, data.source, origin)).to_json()
+
+    session = Session(config, Tokenizer.from_json(processes.from_first(tokenizer)))
+    unit = session.unit_captions, session.context_length
+    session.config = resolve.packing(config, *unit, lambda: _caption_lengths(session, data.source), resumes)
+    return session
+
+
+def open_state(
+    session: Session,
+    workdir: Path,
+    data: Data,
+    tx: GradientTransformation,
+    abstract: steps.TrainState,
+    origin: pretrained.Pretrained | None,
+) -> Start:
+    """The state of the newest checkpoint, or one before its first step. `abstract`: its shapes and shardings."""
+    config = session.config
+    restored = checkpoint.restore(workdir, config.checkpoint, abstract)
+    if restored:
+        print(f"resuming from step {restored.step} of {data.total_steps} in {storage.shown(workdir)}")
+        return Start(restored.state, restored.step, _place(restored, session), True)
+    state = steps.init_state(session.model, tx, config.seed, session.mesh, config.sharding)
+    if origin:
+        state = init_from.apply(state, origin, session.model.config, config)
+    return Start(state, 0, 0, False)
+
+
+def open_batches(session: Session, workdir: Path, data: Data, start: Start) -> Any:
+    """The batches of the steps that are left (input_pipeline.pipeline.TrainBatches)."""
+    from input_pipeline import pipeline
+
+    given = session.config.data
+    return pipeline.TrainBatches(
+        data.source,
+        session.tokenizer,
+        **session.view(session.local_batch),
+        context_length=session.context_length,
+        crop_scale=given.crop_scale,
+        seed=session.config.seed,
+        start=start.position,
+        bad_path=workdir / workdirs.bad_samples(session.process[0]),
+        max_bad_fraction=given.max_bad_fraction,
+        recover_truncated=given.recover_truncated,
+        two_views=given.two_views,
+        synonyms=data.synonyms,
+        batches=data.total_steps - start.step,
+    )
+
+
+def data_record(data: Data) -> dict[str, dict | None]:
+    """What the workdir stores about the data, so that a run that resumes notices other data.
+
+    Raises:
+      InputError: the processes see different data.
+    """
+    from input_pipeline.sources.fingerprint import fingerprint
+
+    def of(source):
+        return {"samples": source.size, "fingerprint": fingerprint(source)} if source else None
+
+    record = {"train": of(data.source), "val": of(data.val)}
+    if len(set(processes.of_all(zlib.crc32(str(record).encode())))) > 1:
+        raise InputError("the processes see different data in config.data.train or config.data.val")
+    return record
+
+
+def run_length(config: ConfigDict, steps_per_epoch: int) -> tuple[int, float]:
+    """The run's number of steps, and of those at its start whose rates would be the same in a longer one."""
+    total_steps = resolve.total_steps(config, steps_per_epoch)
+    return total_steps, free_until(config.optim, total_steps, steps_per_epoch)
+
+
+def _place(restored: checkpoint.Restored, session: Session) -> int:
+    from input_pipeline import pipeline
+
+    position, passed_over = pipeline.resume_at(restored.positions, session.config.batch_size, session.process)
+    if passed_over:
+        before, now = len(restored.positions), session.process[1]
+        print(f"{before} processes saved it, {now} resume: {passed_over} samples are not seen this epoch")
+    return position
+
+
+def _caption_lengths(session: Session, source: Any) -> np.ndarray:
+    from input_pipeline.sources.source import read_captions
+
+    captions = list(read_captions(source, _MEASURED))
+    tokens = session.tokenizer(captions or [""], session.context_length)
+    return packing.lengths(tokens, session.tokenizer.eot_id)
+
+
+def _new_tokenizer(config: ConfigDict, source: Any, origin: Any) -> Tokenizer:
+    if origin and (tokenizer := init_from.tokenizer(origin, config)):
+        return tokenizer
+    if config.tokenizer.path:
+        return Tokenizer.load(config.tokenizer.path)
+    print(f"training a tokenizer on the captions of {source.size:,} samples", flush=True)
+    return Tokenizer.train(source.captions(), config.tokenizer.vocab_size)
