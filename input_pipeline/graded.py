@@ -4,6 +4,8 @@ What a ranking loss is meant to learn: that a red circle is nearer to a crimson 
 those of shapes.py; only the captions differ.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from input_pipeline.shapes import SPLITS, Scene, scene
@@ -52,7 +54,7 @@ def statement(split: str, index: int) -> str:
     return _everything(scene(split, index)[0], lambda name: name)
 
 
-def _everything(seen: Scene, word) -> str:
+def _everything(seen: Scene, word: Callable[[str], str]) -> str:
     noun = _a(f"{word(seen.size)} {word(seen.colour)} {word(seen.shape)}")
     return f"{noun} in the {seen.place} on a {seen.background} background"
 

@@ -4,6 +4,7 @@ A study that stopped resumes with the runs whose file is missing. Each file hold
 configuration is refused, never mixed in. More seeds, objectives and conditions can be added to a finished study.
 """
 
+import json
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.config import complete
 from rankclip_jax.evaluation import suite
-from rankclip_jax.study import measure, report, results
+from rankclip_jax.study import measure, questions, report, results
 from rankclip_jax.study.arms import Arm, arms_of, config_of
 from rankclip_jax.study.data import Labelled, read_labelled, read_pairs, spoiled, truth_of, view_of
 from rankclip_jax.study.training import Job, Programs
@@ -39,7 +40,11 @@ class Study:
             raise InputError("config.model.pack_text=on. Expected auto or off: a study pads, on the device")
         self._canvas = canvas_side(config, self._side) or self._side
         self._read = None, None  # what training data were read last, and they
+        self._programs: dict[str, Programs] = {}
         self._configs = {arm: config_of(config, arm) for arm in self.arms}
+        for asked in study.questions.values():
+            for formula in asked.contrasts.values():
+                questions.terms(formula, self.arms)
         self.tokenizer = (
             Tokenizer.load(config.tokenizer.path)
             if config.tokenizer.path
@@ -117,13 +122,12 @@ class Study:
         known = {job: found for job, found in read.items() if found is not None}
         missing = [job for job in jobs if job not in known]
         clock.skip(len(jobs) - len(missing))
-        programs = None
+        if missing:
+            data = self._arrays(config)
         for start in range(0, len(missing), self.config.study.at_once):
             some = missing[start : start + self.config.study.at_once]
-            if programs is None:  # compiled only where something is to be trained
-                data = self._arrays(config)
-                programs = Programs(self._model(config), config, len(data["image"]))
-            began, found = time.monotonic(), self._train(programs, config, data, some, full)
+            began = time.monotonic()
+            found = self._train(self._compiled(config, len(data["image"])), config, data, some, full)
             seconds = (time.monotonic() - began) / len(some)
             for job in some:
                 result = arm._asdict() | {"lr": job.lr, "seed": job.seed, "seconds": seconds, **found[job]}
@@ -131,6 +135,15 @@ class Study:
                 known[job] = result
                 clock.did(f"{folder.name} {arm} seed {job.seed} lr {job.lr:g}: {_summary(result)}")
         return [known[job] for job in jobs]
+
+    def _compiled(self, config: ConfigDict, count: int) -> Programs:
+        """The programs of a configuration, which arms share that differ in their data alone."""
+        fields = config.to_dict() | {"study": None, "eval": None}
+        fields["data"] = fields["data"] | {"train": None, "val": None}
+        key = json.dumps([fields, count], default=str)
+        if key not in self._programs:
+            self._programs[key] = Programs(self._model(config), config, count)
+        return self._programs[key]
 
     def _train(
         self, programs: Programs, config: ConfigDict, data: dict, jobs: list[Job], full: bool
