@@ -112,6 +112,7 @@ def _spearman(a_NxM, b_NxM):
 
 def _ndcg(scores_NxM, gains_NxM, k):
     """Sum of gain / log2(1 + position) over the first k, over the best possible."""
+    k = min(k, gains_NxM.shape[1])
     discount = 1 / np.log2(np.arange(2, k + 2))
     best = np.take_along_axis(gains_NxM, np.argsort(-scores_NxM, axis=1, kind="stable")[:, :k], axis=1)
     ideal = -np.sort(-gains_NxM, axis=1)[:, :k]
