@@ -8,13 +8,12 @@ from ml_collections import ConfigDict
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import make_folder, write_whole
 from rankclip_jax.common.ownership import inside
+from rankclip_jax.config import completed
 from rankclip_jax.study.arms import Arm
 from rankclip_jax.study.training import Job
 
 _NOT_TRAINED = ("log_every", "checkpoint", "plan", "study", "seed")
 _OF_STUDY = ("limit", "mismatched", "duplicates", "search_seed", "select_on", "select_share", "pairs", "probe_l2")
-# Keys that are younger than the first studies, with what these did.
-_BEFORE = {"mismatched": 0.0, "duplicates": 0.0}
 
 
 def identity(config: ConfigDict) -> dict:
@@ -35,14 +34,14 @@ def read(file: Path, wanted: dict) -> dict | None:
         return None
     try:
         found = json.loads(file.read_text())
-        known = {"objective", "lr", "seed", "seconds", "curve", "final"} <= found.keys() and found["config"].keys()
-        found["config"]["study"] = _BEFORE | found["config"]["study"]
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        known = None
+        config = identity(completed(found["config"]))  # keys that are younger than the run have the value of its time
+        known = {"objective", "lr", "seed", "seconds", "curve", "final"} <= found.keys()
+    except (InputError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        known = False
     if not known:
         raise InputError(f"{file} is there already, and no run of a study; take another --workdir, or move it away")
-    if found["config"] != wanted:
-        differing = sorted(k for k in wanted.keys() | found["config"].keys() if wanted.get(k) != found["config"].get(k))
+    if config != wanted:
+        differing = sorted(k for k in wanted.keys() | config.keys() if wanted.get(k) != config.get(k))
         raise InputError(
             f"{file} is of another configuration ({', '.join(differing)}); take another --workdir, or remove it"
         )
