@@ -229,11 +229,13 @@ def study(tmp_path_factory):
 def _train(study, *together, **loss):
     """`together`: the jobs of each call -> (state, metrics) of each job, a dict for each call."""
     config = configs.complete(study.config.to_dict() | {"loss": loss})
-    programs = Programs(build_model(config, study.tokenizer), config, study._count)
+    programs = Programs(build_model(config, study.tokenizer), config, 48)
+    data = study._arrays(config)
     every = []
     for jobs in together:
         every.append(found := {})
-        programs.train(jobs, study._data, 2, lambda job, *result, found=found: found.update({job: result}))
+        note = lambda job, state, metrics, found=found: found.update({job: (state(), metrics)})  # noqa: E731
+        programs.train(jobs, data, 2, note)
     return every
 
 
@@ -268,11 +270,11 @@ def test_a_study_resumes_where_it_stopped_and_reports(study, monkeypatch, capsys
     trained = []
     train = Study._train
 
-    def until(self, programs, config, jobs, full):
+    def until(self, programs, config, data, jobs, full):
         if len(trained) == 3:
             raise StoppedError
         trained.append((config.loss.objective, jobs, full))
-        return train(self, programs, config, jobs, full)
+        return train(self, programs, config, data, jobs, full)
 
     monkeypatch.setattr(Study, "_train", until)
     with pytest.raises(StoppedError):
@@ -307,9 +309,9 @@ def test_a_study_resumes_where_it_stopped_and_reports(study, monkeypatch, capsys
 def test_wrong_studies_say_what_is_wrong(tmp_path):
     with pytest.raises(InputError, match=r"config\.study\.objectives is empty"):
         Study(configs.complete({"data": {"format": "shapes", "train": 10, "val": 5}}), tmp_path)
-    with pytest.raises(InputError, match=r"more_seeds\.klip is not an objective. Expected one of clip, rankclip"):
+    with pytest.raises(InputError, match=r"more_seeds: unknown objective .klip.. Expected one of clip, rankclip"):
         Study(smoke("study.more_seeds={'klip': 3}"), tmp_path)
-    with pytest.raises(InputError, match=r"baseline='klip'. Expected one of clip, rankclip"):
+    with pytest.raises(InputError, match=r"baseline: unknown objective .klip.. Expected one of clip, rankclip"):
         Study(smoke("study.baseline=klip"), tmp_path)
     with pytest.raises(InputError, match="objectives.x=3. Expected changed keys of config.loss"):
         Study(smoke("study.objectives.x=3"), tmp_path)
