@@ -99,15 +99,14 @@ def _clip_rms(name: str, update: jax.Array) -> jax.Array:
 
 
 def _muon(config: ConfigDict) -> optax.GradientTransformation:
-    """Jordan et al., 2024, for the towers' matrices, of each block where they are scanned; Adam for the rest.
+    """Jordan et al., 2024, for the matrices of attention and MLP, of each block where they are scanned; Adam for the rest.
 
     A matrix's update has root mean square 0.2, about that of Adam's, whatever its sides (Liu et al., 2025, arXiv
     2502.16982), so that one learning rate and weight decay serve both.
     """
 
-    def label(name, leaf):
-        matrix = lora.matrix(name).endswith("/kernel") and leaf.ndim == 2 + rules.is_stack(name)
-        return "muon" if matrix else "adam"
+    def label(name, _):
+        return "muon" if lora.MATRICES.search(lora.matrix(name)) else "adam"
 
     def dimensions(updates):
         return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(-2, -1), updates)

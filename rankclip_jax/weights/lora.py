@@ -19,7 +19,8 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.trees import by_name, nested
 
 ALPHA = 16.0
-_ADAPTED = re.compile(r"^(visual|text)/(.*/)?(attn|attnpool|mlp)/[^/]+/kernel$")
+# The names of what is adapted.
+MATRICES = re.compile(r"^(visual|text)/(.*/)?(attn|attnpool|mlp)/[^/]+/kernel$")
 
 
 def matrix(name: str) -> str:
@@ -35,7 +36,7 @@ def adapters(params: Mapping, rank: int, key: jax.Array) -> dict:
     """
     found = {}
     for name, kernel in by_name(params).items():
-        if _ADAPTED.search(name):
+        if MATRICES.search(name):
             *stack, rows, columns = kernel.shape
             if rank >= min(rows, columns):
                 raise InputError(f"config.optim.lora={rank}. Expected less than the sides of {name}: {rows}, {columns}")
