@@ -99,7 +99,7 @@ def _clip_rms(name: str, update: jax.Array) -> jax.Array:
 
 
 def _muon(config: ConfigDict) -> optax.GradientTransformation:
-    """Jordan et al., 2024, for the matrices of attention and MLP, of each block where they are scanned; Adam for the rest.
+    """Jordan et al., 2024, for matrices of attention and MLP, of each block where they are scanned; Adam for the rest.
 
     A matrix's update has root mean square 0.2, about that of Adam's, whatever its sides (Liu et al., 2025, arXiv
     2502.16982), so that one learning rate and weight decay serve both.
