@@ -245,3 +245,12 @@ def test_flat_names_every_number_but_counts():
 
 def test_a_table_of_plain_numbers_has_no_per_cent():
     assert tables.table({"gap": {"x": 0.25}}, "geometry", percent=False).splitlines()[1].split() == ["gap", "0.25"]
+
+
+def test_averaged_weights_stand_beside_as_sets_of_their_own():
+    last = {"zero_shot": {"a": {"top1": 0.5}}, "missing": {"zero_shot/b": "not there"}}
+    mean = {"zero_shot": {"a": {"top1": 0.6}}, "missing": {"zero_shot/b": "not there", "zero_shot/c": "broke"}}
+    both = evaluation.beside(last, mean)
+    assert both["zero_shot"] == {"a": {"top1": 0.5}, "a/ema": {"top1": 0.6}}
+    assert both["missing"] == {"zero_shot/b": "not there", "zero_shot/c/ema": "broke"}
+    assert evaluation.flat(both) == {"zero_shot/a/top1": 0.5, "zero_shot/a/ema/top1": 0.6}

@@ -152,6 +152,8 @@ def test_examples_say_what_a_picture_is_and_was_taken_for():
     [
         ("clip", "CLIP term", False),
         ("val/clip", "CLIP term, validation", False),
+        ("val/clip/ema", "CLIP term, validation, averaged weights", False),
+        ("zero_shot/seen/ema/top1", "Zero-shot top-1, seen/ema", True),
         ("data_wait", "Time spent waiting for data", True),
         ("zero_shot/coco/2017/top1", "Zero-shot top-1, coco/2017", True),
         ("retrieval/scenes/text_to_image_r5", "Retrieval text to image, R@5, scenes", True),
