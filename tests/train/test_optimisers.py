@@ -151,6 +151,18 @@ def test_rules_the_first_counts():
     np.testing.assert_allclose(once, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_beside_what_is_frozen_the_rest_moves_as_alone(name):
+    params, grads = drawn(0), [drawn(1), drawn(2)]
+    given = ({"rules": [("^text/", {"freeze": True})]}, {})
+    found, alone = (steps_of(config(name=name, layer_lr_decay=0.5, **rule), params, grads)[-1] for rule in given)
+    for key in params:
+        if key.startswith("text/"):
+            np.testing.assert_array_equal(found[key], np.float32(params[key]), err_msg=key)
+        else:
+            np.testing.assert_allclose(found[key], alone[key], rtol=1e-4, atol=1e-6, err_msg=key)
+
+
 def test_what_is_written_with_rules():
     params = nested(drawn(0))
     assert rules.treatments(config(freeze="text"), params) == rules.treatments(

@@ -137,7 +137,8 @@ def test_the_model_is_the_one_it_starts_from(tmp_path, model, capsys):
     larger = resolve.resolve(own("init_from=x", "model.image_size=64"), 1_448, origin=source)
     assert larger.model.image_size == 64
     for change, lr in (("lora=4", 2e-4), ("name=lion", 1e-6), ("name=muon", 1e-5)):
-        assert resolve.resolve(own("init_from=x", f"optim.{change}"), 1_448, origin=source).optim.lr == pytest.approx(lr)
+        found = resolve.resolve(own("init_from=x", f"optim.{change}"), 1_448, origin=source).optim.lr
+        assert found == pytest.approx(lr)
     named = resolve.resolve(own("init_from=x", "model.name=ViT-S/16"), 1_448, origin=source)
     assert (named.model.name, dict(named.model.vision)) == ("ViT-S/16", {})
 
