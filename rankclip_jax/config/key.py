@@ -195,7 +195,7 @@ def regex_rules(default: tuple) -> Key:
         for rule in value:
             pattern, fields = rule
             _regex(pattern)
-            _require(isinstance(fields, Mapping) and bool(fields))
+            _require(isinstance(fields, Mapping) and bool(fields) and all(isinstance(name, str) for name in fields))
         return tuple((pattern, dict(fields)) for pattern, fields in value)
 
     return _key(default, convert, 'a list of (regex, {"lr": 0.1, "weight_decay": 0.0, "freeze": True}) rules')

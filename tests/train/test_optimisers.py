@@ -194,6 +194,7 @@ def test_rules_that_do_not_fit_the_model_are_refused(given, message):
         ([("(", {"lr": 0.1})], r"config.optim.rules=.*Expected a list of \(regex, \{"),
         ("visual", r"config.optim.rules='visual'. Expected a list of"),
         ([("visual", {})], r"Expected a list of"),
+        ([("visual", {1: 0.5})], r"Expected a list of"),
         ([("visual", {"rate": 0.1})], r"config.optim.rules\[0\].rate does not exist; the nearest key is"),
         ([("a", {"lr": 1.0}), ("b", {"lr": -1.0})], r"config.optim.rules\[1\].lr=-1.0. Expected a number above 0"),
         ([("a", {"freeze": 1})], r"config.optim.rules\[0\].freeze=1. Expected True or False"),
