@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -98,7 +98,9 @@ class Source:
       labels: int32 (size,) of a labelled csv.
       lost: unreachable samples, which have no row.
       shares: of a mixture, (rows, rows per epoch) for each part; None: every row once per epoch.
-      index: identifies the rows, not their location (fingerprint.py): strings, and arrays with at least one axis.
+      index: identifies the rows, not their location (fingerprint.py): strings, arrays with at least one axis, and
+        (number of bytes, arrays that have as many together).
+      digest: the same, shorter, of shards; None: `index` is short enough.
       ahead: None where all is local.
       text: reads {"caption"} alone; None: there is no cheaper way than `read`.
     """
@@ -110,7 +112,8 @@ class Source:
     labels: np.ndarray | None = None
     lost: tuple[Lost, ...] = ()
     shares: tuple[tuple[int, int], ...] | None = None
-    index: Callable[[], Iterable[str | np.ndarray]] = tuple
+    index: Callable[[], Iterable[Any]] = tuple
+    digest: Callable[[], Iterable[str | np.ndarray]] | None = None
     ahead: Ahead | None = None
     text: Reading | None = None
 
