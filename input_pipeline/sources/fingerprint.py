@@ -18,9 +18,8 @@ def fingerprint(source: Source, before: bool = False) -> str:
       before: the one that earlier versions stored, which hashes the offsets of any number of rows.
     """
     digest = hashlib.blake2b(str(source.size).encode(), digest_size=8)
-    long = source.digest is not None and source.size > _LONG and not before
-    parts = source.digest() if long else source.index()
-    for part in parts:
+    parts = source.index if before or source.digest is None or source.size <= _LONG else source.digest
+    for part in parts():
         if isinstance(part, str):
             part = part.encode()
             length, pieces = len(part), [part]

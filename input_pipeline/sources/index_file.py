@@ -91,7 +91,7 @@ def described(name: str, stamp: tuple[int, int], records_RxK: np.ndarray, lost: 
 def checks_of(records_RxK: np.ndarray) -> np.ndarray:
     """CRC-32 of each CHUNK records, uint32."""
     data = np.ascontiguousarray(records_RxK, "<i8")
-    return np.array([zlib.crc32(data[at : at + CHUNK]) for at in range(0, len(data), CHUNK)], np.uint32)
+    return np.array([zlib.crc32(data[at : at + CHUNK].data) for at in range(0, len(data), CHUNK)], np.uint32)
 
 
 def table(kind: str, width: int, shards: Sequence[Shard]) -> bytes:
@@ -132,8 +132,8 @@ def read(path: str, size: int, kind: str, width: int) -> IndexFile:
     for number, reason, samples in about["lost"]:
         lost.setdefault(int(number), []).append((str(reason), int(samples)))
     parts = np.split(checks, np.cumsum(counts)[:-1]) if counts else []
-    columns = zip(names, sizes, times, rows, firsts, kinds, parts, strict=True)
-    shards = tuple(Shard(*one, tuple(lost.get(number, ()))) for number, one in enumerate(columns))
+    told = (tuple(lost.get(number, ())) for number in range(len(names)))
+    shards = tuple(map(Shard, names, sizes, times, rows, firsts, kinds, parts, told))
     return IndexFile(path, begin, total, width, shards)
 
 

@@ -49,13 +49,12 @@ class Peers(NamedTuple):
     """The processes of a run, each of which indexes its share.
 
     Attributes:
-      index, count: of this process, and how many there are.
+      process: (the index of this one, how many there are).
       folder: that all of them share.
       all_of: an integer (0 <= value < 2^62) of each process -> those of all, in order; waits for all of them.
     """
 
-    index: int
-    count: int
+    process: tuple[int, int]
     folder: str
     all_of: Callable[[int], list[int]]
 
@@ -70,7 +69,7 @@ def offset_index(
       peers: None: this process is alone.
     """
     shards = _Shards(kind, paths, cache_dir, peers)
-    if peers and peers.count > 1:
+    if peers and peers.process[1] > 1:
         shards.exchange(peers)
     shards.scan(shards.missing())
     entries = [entry for entry in shards.entries if entry is not None]  # all of them
@@ -162,12 +161,15 @@ class _Shards:
         if not any(said):
             return
         alike = len(set(said)) == 1
-        share = (missing if alike else range(len(self._paths)))[peers.index :: peers.count]
+        index, count = peers.process
+        share = (missing if alike else range(len(self._paths)))[index::count]
         self.scan([number for number in share if self.entries[number] is None])
         writer = Writer(self._kind, [Place(peers.folder)])
         for number in share:
-            file, shard = self.entries[number]
-            if file.path is None or not storage.is_remote(file.path):  # a bucket is seen by all
+            entry = self.entries[number]
+            assert entry is not None  # scanned above
+            file, shard = entry
+            if file.records is not None and not (file.path and storage.is_remote(file.path)):  # a bucket is seen by all
                 records = file.records[shard.first : shard.first + shard.rows]
                 writer.add(self._paths[number], self._stamps[number], records, shard.lost)
         writer.flush()

@@ -56,10 +56,11 @@ class OffsetIndex:
         self._scanned: dict[int, np.ndarray] = {}  # of files in a bucket that proved damaged
         self._reads = ReadAhead()
         files = {id(entry.file): entry.file for entry in entries}
-        self._mapped = all(file.records is not None for file in files.values())
+        mapped = [file.records for file in files.values() if file.records is not None]
+        self._mapped = len(mapped) == len(files)
         if self._mapped:
             numbers = {key: number for number, key in enumerate(files)}
-            self._lists = tensor_list([file.records for file in files.values()], tf.int64, [-1, 2 * kind.members])
+            self._lists = tensor_list(mapped, tf.int64, [-1, 2 * kind.members])
             self._file_F = tf.constant([numbers[id(entry.file)] for entry in entries], tf.int32)
             self._first_F = tf.constant([entry.shard.first for entry in entries], tf.int64)
         self._starts = tf.constant(self.starts)

@@ -12,7 +12,7 @@ import tensorflow as tf
 from rankclip_jax.common.json_rows import find, strings
 
 _BLOCKS, _BLOCK_ROWS = 256, 256  # what a tokenizer is trained on
-_TOGETHER, _GROUPS = 32, 8  # rows whose reads are started at a time, and how many such groups may wait
+_TOGETHER, _AT_ONCE, _GROUPS = 32, 4, 8  # rows whose reads are started at a time; such groups at once, and waiting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +153,10 @@ def started_ahead(data: tf.data.Dataset, ahead: Ahead | None, row_of: Callable |
         return numbers
 
     pairs = data.map(lambda number: (number, tf.cast(row_of(number) if row_of else number, tf.int64)))
-    started = pairs.batch(_TOGETHER).map(
-        lambda *pair: tf.ensure_shape(tf.numpy_function(start, pair, tf.int64), [None])
+    started = pairs.batch(_TOGETHER).map(  # several at once, since an index may have to be read first
+        lambda *pair: tf.ensure_shape(tf.numpy_function(start, pair, tf.int64), [None]),
+        num_parallel_calls=_AT_ONCE,
+        deterministic=True,
     )
     return started.prefetch(_GROUPS).unbatch()
 

@@ -1,5 +1,6 @@
 """The index of shards: made once for all machines, by all processes together, and never wrong."""
 
+import functools
 import hashlib
 import json
 import os
@@ -307,20 +308,20 @@ def test_each_process_indexes_its_share(shared, tmp_path, scanned):
     paths, right = many(tmp_path, 10)
     scanned.clear()
 
-    def work(index, all_of):
+    def work(index, all_of, count=2):
         cache = None if shared == "beside" else str(tmp_path / f"cache{index}")
         folder = str(tmp_path / ("run" if shared != "nothing" else f"run{index}"))
-        found = offset_index.offset_index(tfrecord.kind(), paths, cache, Peers(index, 2, folder, all_of))
-        return threading.get_ident(), records_of(found)
+        found = offset_index.offset_index(tfrecord.kind(), paths, cache, Peers((index, count), folder, all_of))
+        return records_of(found)
 
-    assert [records for _, records in together(2, work)] == [right, right]
+    assert together(2, work) == [right, right]
     # Where they share nothing each scans the other's half, too.
     assert sorted(scanned) == sorted([f"{n:05}" for n in range(10)] * (2 if shared == "nothing" else 1))
     scanned.clear()
-    assert [records for _, records in together(2, work)] == [right, right] and scanned == []
+    assert together(2, work) == [right, right] and scanned == []
     # With another number of processes, on machines that have nothing.
     shutil.rmtree(tmp_path / "cache0", ignore_errors=True)
-    assert [records for _, records in together(3, work)] == [right] * 3
+    assert together(3, functools.partial(work, count=3)) == [right] * 3
     assert scanned == [] or shared == "nothing"
 
 
@@ -330,7 +331,7 @@ def test_what_one_process_knows_alone_it_tells_the_others(tmp_path, scanned):
     scanned.clear()
 
     def work(index, all_of):
-        peers = Peers(index, 2, str(tmp_path / "run"), all_of)
+        peers = Peers((index, 2), str(tmp_path / "run"), all_of)
         return records_of(offset_index.offset_index(tfrecord.kind(), paths, str(tmp_path / f"cache{index}"), peers))
 
     assert together(2, work) == [right, right]
