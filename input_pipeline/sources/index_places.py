@@ -6,6 +6,7 @@ user's cache; of a run of many processes also in its workdir.
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -104,19 +105,19 @@ class Found:
                     if path is not None:
                         found.setdefault(path, Entry(file, shard))
         used = {id(entry.file): entry.file for entry in found.values()}
-        verified = sum(file.nbytes for file in used.values()) <= AT_ONCE
-        if verified:
-            with ThreadPoolExecutor(_READS) as pool:
-                loaded = dict(zip(used, pool.map(_loaded, used.values()), strict=True))
-            found = {path: Entry(loaded[id(entry.file)], entry.shard) for path, entry in found.items()}
-            found = {path: entry for path, entry in found.items() if self._is_sound(entry)}
-        return [found.get(path) for path in paths], verified
+        verify = sum(file.nbytes for file in used.values()) <= AT_ONCE
+        with ThreadPoolExecutor(_READS) as pool:
+            ready = dict(zip(used, pool.map(functools.partial(_ready, whole=verify), used.values()), strict=True))
+        valid: dict[str, Entry] = {}
+        for path, (listed, shard) in found.items():
+            file = ready[id(listed)]
+            if file and (not verify or self._is_sound(file, shard)):
+                valid[path] = Entry(file, shard)
+        return [valid.get(path) for path in paths], verify
 
-    def _is_sound(self, entry: Entry) -> bool:
-        records, shard = entry.file.records, entry.shard
-        if records is None:
-            return False
-        mine = records[shard.first : shard.first + shard.rows]
+    def _is_sound(self, file: IndexFile, shard: Shard) -> bool:
+        assert file.records is not None
+        mine = file.records[shard.first : shard.first + shard.rows]
         return index_file.sound(mine, shard.checks, shard.size, self._kind.frame)
 
     def remove_replaced(self, paths: Sequence[str], entries: Sequence[Entry | None]) -> None:
@@ -132,14 +133,15 @@ class Found:
                         storage.delete(file.path)
 
 
-def _loaded(file: IndexFile) -> IndexFile:
-    if file.path is None or not storage.is_remote(file.path) or not file.total:
-        return file
+def _ready(file: IndexFile, whole: bool) -> IndexFile | None:
+    """The file, mapped; of a bucket, if it is wanted `whole`, read. None: it went."""
     try:
-        data = storage.read(file.path, file.begin, file.begin + file.nbytes)
-    except InputError:
+        if file.records is None and whole:
+            data = storage.read(str(file.path), file.begin, file.begin + file.nbytes)
+            return dataclasses.replace(file, memory=np.frombuffer(data, "<i8").reshape(file.total, file.width))
         return file
-    return dataclasses.replace(file, memory=np.frombuffer(data, "<i8").reshape(file.total, file.width))
+    except index_file.DAMAGED:
+        return None
 
 
 def _listed(folder: str, kind: str) -> list[tuple[str, int]]:
