@@ -54,9 +54,9 @@ class Files:
             self._reads.start(path.decode())
 
 
-def ahead_of(paths: Sequence[str], reads: ReadAhead, start: Callable[[np.ndarray], None]) -> Ahead | None:
-    """An Ahead with `start`; None if all files are local."""
-    return Ahead(start, reads.check) if any(map(is_remote, paths)) else None
+def ahead_of(paths: Sequence[str], reads: ReadAhead, start: Callable[[np.ndarray], None], far: bool) -> Ahead | None:
+    """An Ahead with `start`; None if all files are local, and so is (not `far`) their index."""
+    return Ahead(start, reads.check) if far or any(map(is_remote, paths)) else None
 
 
 def tensor_list(arrays: Sequence[np.ndarray], dtype: tf.DType, shape: list[int]) -> tf.Tensor:

@@ -20,7 +20,7 @@ from input_pipeline.sources.offset_index import Bytes, Peers, Scan, offset_index
 from input_pipeline.sources.paths import expand
 from input_pipeline.sources.source import Ahead, Lost, Source, keys
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.storage import ReadAhead
+from rankclip_jax.common.storage import is_remote
 
 _FRAME = 16  # bytes around a record: 8 of length and 4 of its checksum in front, 4 of checksum behind
 
@@ -145,12 +145,12 @@ def open_records(
         more = f", nor have the other {len(paths) - 1} files" if len(paths) > 1 else ""
         raise InputError(f"{paths[0]} has no TFRecords{more}")
     paths_F, wanted_N = tf.constant(paths), None if rows_N is None else tf.constant(rows_N)
-    reads = ReadAhead()
+    reads, remote = index.reads, any(map(is_remote, paths))
 
     def read(row):
         file, begin_1, length_1 = index.in_graph(row if wanted_N is None else wanted_N[row])
         begin, length = begin_1[0], length_1[0]
-        if ahead:
+        if remote:
             return from_python(fetch, file, begin, length)
         # One read of exactly this record: a larger buffer would also fetch its neighbours.
         dataset = tf.raw_ops.TFRecordDatasetV2(
@@ -174,7 +174,7 @@ def open_records(
         for file, (begin, length) in zip(file_R.tolist(), records_Rx2.tolist(), strict=True):
             reads.start(paths[file], begin, begin + length + _FRAME)
 
-    ahead = ahead_of(paths, reads, start)
+    ahead = ahead_of(paths, reads, start, index.far)
 
     def where(row):
         row = row if rows_N is None else rows_N[row]

@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from input_pipeline import prepare, sources
+from input_pipeline import prepare, rows, sources
 from input_pipeline.sources import fingerprint, index_file, index_places, offset_index, offsets, tar, tfrecord
 from input_pipeline.sources.offset_index import Peers
 from rankclip_jax.common.errors import InputError
@@ -121,6 +121,18 @@ def test_an_index_in_a_bucket_of_shards_on_a_disk(at_once, bucket, tmp_path, mon
         assert read_all(opened("webdataset", path, cache_dir="gs://mine/cache")) == made
     assert sorted(scanned) == ["00000", "00001"] and files_of(bucket.folder / "cache")
     assert not (tmp_path / "data" / ".rankclip_index").exists()
+
+
+@pytest.mark.parametrize("layout", KINDS)
+def test_an_index_that_cannot_be_reached_makes_no_bad_samples(layout, bucket, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    path = WRITERS[layout](tmp_path / "data", samples(20))
+    opened(layout, path, cache_dir="gs://mine/cache")
+    monkeypatch.setattr(index_places, "AT_ONCE", 0)
+    source = opened(layout, path, cache_dir="gs://mine/cache")
+    bucket.refused = 403
+    with pytest.raises(InputError, match=r"gs://mine/cache/.*: no permission"):
+        list(rows.read_rows(source, range(11, 20)))
 
 
 def test_where_the_data_cannot_be_written_the_index_is_in_the_cache(tmp_path, monkeypatch, scanned):
