@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,7 @@ from rankclip_jax.common.files import whole
 from rankclip_jax.common.ownership import INDEX
 
 AT_ONCE = 64 << 20  # bytes of records: up to here an index is read whole and verified before it is used
+_EVERY = 300  # seconds; what was scanned before is kept if a process is killed
 _READS = 32
 
 
@@ -163,6 +165,7 @@ class Writer:
         """`where`: the first that can be written is used; in none of them, what is added stays in memory."""
         self.entries: dict[str, Entry] = {}
         self._kind, self._where = kind, where
+        self._flushed = time.monotonic()
         self._bytes = self._kept = 0  # waiting; held in memory though they are written, since a bucket is far
         self._waiting: list[tuple[str, tuple[int, int], np.ndarray, tuple[tuple[str, int], ...]]] = []
 
@@ -172,12 +175,12 @@ class Writer:
         """`lost`: (reason, samples)."""
         self._waiting.append((path, stamp, records_RxK, lost))
         self._bytes += records_RxK.nbytes
-        if self._bytes >= AT_ONCE:
+        if self._bytes >= AT_ONCE or time.monotonic() - self._flushed >= _EVERY:
             self.flush()
 
     def flush(self) -> None:
         """Writes what was added since the last time."""
-        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        waiting, self._waiting, self._bytes, self._flushed = self._waiting, [], 0, time.monotonic()
         if not waiting:
             return
         records = [np.ascontiguousarray(one, "<i8") for _, _, one, _ in waiting]

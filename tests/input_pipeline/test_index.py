@@ -151,6 +151,19 @@ def test_where_the_data_cannot_be_written_the_index_is_in_the_cache(tmp_path, mo
     assert read_all(opened("webdataset", path, cache_dir=str(tmp_path / "file"))) == made and len(scanned) == 6
 
 
+def test_what_was_scanned_is_kept_though_the_rest_fails(tmp_path, monkeypatch, scanned):
+    paths, _ = many(tmp_path, 4)
+    data = Path(paths[2]).read_bytes()
+    Path(paths[2]).write_bytes(b"\x1f\x8b" + data[2:])
+    monkeypatch.setattr(index_places, "_EVERY", 0)
+    scanned.clear()
+    with pytest.raises(InputError, match="00002.tfrecord is compressed"):
+        offset_index.offset_index(tfrecord.kind(), paths)
+    Path(paths[2]).write_bytes(data)
+    scanned.clear()
+    assert offset_index.offset_index(tfrecord.kind(), paths).size == 12 and sorted(scanned) == ["00002", "00003"]
+
+
 def test_a_moved_folder_keeps_its_index_and_another_set_of_the_same_names_is_not_mistaken_for_it(tmp_path, scanned):
     made = samples(6)
     (tmp_path / "here").mkdir()
