@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from input_pipeline.sources.byte_ranges import Files
-from input_pipeline.sources.offset_index import cache_folders
+from input_pipeline.sources.offset_index import local_folders
 from input_pipeline.sources.paths import expand, stamps
 from input_pipeline.sources.source import Reading, Source, captions_in_json, keys
 from input_pipeline.sources.tar import open_members
@@ -85,7 +85,7 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = T
         return tf.where(absolute, path, tf.strings.join([folder, path]))
 
     # The tars are local. Images that are given as paths may be remote.
-    has_paths = bool((members.index.columns["length"][:, kinds.index("path")] > 0).any())
+    has_paths = members.index.some_row_has([kinds.index("path")])
     pictures = Files(path_of, remote=has_paths)
 
     def caption_of(sample):
@@ -117,6 +117,7 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = T
         where,
         captions=lambda: (),
         index=members.index.arrays,
+        digest=members.index.digest,
         ahead=pictures.ahead,
         text=Reading(lambda row: caption_of(texts.read(row))),
     )
@@ -204,7 +205,7 @@ def _cache_key(columns: _Columns) -> tuple:
 
 def _unpacked(files: list[str], columns: list[_Columns], cache_dir: str | None) -> list[str]:
     """Paths of the tars; missing ones are written."""
-    folders = cache_folders(files, cache_dir)
+    folders = local_folders(files, cache_dir)
     names = [
         hashlib.sha256(repr((file, stamp, _cache_key(one))).encode()).hexdigest()[:20] + ".tar"
         for file, stamp, one in zip(files, stamps(files), columns, strict=True)

@@ -15,11 +15,12 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline.sources.byte_ranges import ahead_of, from_python
-from input_pipeline.sources.offset_index import Bytes, Scan, offset_index
+from input_pipeline.sources.index_places import Kind
+from input_pipeline.sources.offset_index import Bytes, Peers, Scan, offset_index
 from input_pipeline.sources.paths import expand
 from input_pipeline.sources.source import Ahead, Lost, Source, keys
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.storage import ReadAhead
+from rankclip_jax.common.storage import is_remote
 
 _FRAME = 16  # bytes around a record: 8 of length and 4 of its checksum in front, 4 of checksum behind
 
@@ -33,7 +34,7 @@ class Records:
       read: ops, row (int64 scalar) -> the record (string scalar); a wrong checksum raises DataLossError.
       where: the location of a record: file, number in the file, byte.
       lost: unreachable records.
-      index, ahead: as a Source's.
+      index, ahead, digest: as a Source's.
     """
 
     size: int
@@ -42,6 +43,7 @@ class Records:
     lost: tuple[Lost, ...]
     index: Callable[[], list[np.ndarray]]
     ahead: Ahead | None = None
+    digest: Callable[[], list[np.ndarray]] | None = None
 
     def first(self, count: int) -> list[bytes]:
         """The readable ones of the first `count` records."""
@@ -52,7 +54,9 @@ class Records:
         return found
 
 
-def open_tfrecord(spec: ConfigDict, path: str | Sequence[str], captions: bool = True) -> Source:
+def open_tfrecord(
+    spec: ConfigDict, path: str | Sequence[str], captions: bool = True, peers: Peers | None = None
+) -> Source:
     """Opens shards. `spec`: image_key, caption_key, hint, cache_dir of config.data.
 
     A record may have several captions, and `tokens`, int64 (L,): the token ids of its caption. captions=False: none of
@@ -64,7 +68,7 @@ def open_tfrecord(spec: ConfigDict, path: str | Sequence[str], captions: bool = 
     paths = expand(path, endings=(".tfrecord", ".tfrecords"), hint=spec.get("hint"))
     image_keys = keys(spec.get("image_key"), ("jpg", "jpeg", "png", "webp"))
     caption_keys = keys(spec.get("caption_key"), ("txt", "caption"))
-    records = open_records(paths, spec.get("cache_dir"))
+    records = open_records(paths, spec.get("cache_dir"), peers=peers)
     return examples(records, image_keys, caption_keys, needed=("image_key", "caption_key")[: 1 + captions])
 
 
@@ -113,11 +117,19 @@ def examples(
         captions=lambda: (),
         lost=records.lost,
         index=records.index,
+        digest=records.digest,
         ahead=records.ahead,
     )
 
 
-def open_records(paths: list[str], cache_dir: str | None = None, part: Callable | None = None) -> Records:
+def kind() -> Kind:
+    """The index of TFRecord shards."""
+    return Kind("tfrecord", 1, _FRAME, "<i8", _scan)
+
+
+def open_records(
+    paths: list[str], cache_dir: str | None = None, part: Callable | None = None, peers: Peers | None = None
+) -> Records:
     """Opens TFRecord files of any content by record number.
 
     Args:
@@ -126,27 +138,26 @@ def open_records(paths: list[str], cache_dir: str | None = None, part: Callable 
     Raises:
       InputError: a compressed file, or no record in any file.
     """
-    index = offset_index("tfrecord", paths, _scan, cache_dir)
+    index = offset_index(kind(), paths, cache_dir, peers)
     rows_N = part(index) if part else None
     size = index.size if rows_N is None else len(rows_N)
     if not size:
         more = f", nor have the other {len(paths) - 1} files" if len(paths) > 1 else ""
         raise InputError(f"{paths[0]} has no TFRecords{more}")
     paths_F, wanted_N = tf.constant(paths), None if rows_N is None else tf.constant(rows_N)
-    begin_N, length_N = (tf.constant(index.columns[key]) for key in ("begin", "length"))
-
-    reads = ReadAhead()
+    reads, remote = index.reads, any(map(is_remote, paths))
 
     def read(row):
-        row = row if wanted_N is None else wanted_N[row]
-        if ahead:
-            return from_python(fetch, index.file_in_graph(row), begin_N[row], length_N[row])
+        file, begin_1, length_1 = index.in_graph(row if wanted_N is None else wanted_N[row])
+        begin, length = begin_1[0], length_1[0]
+        if remote:
+            return from_python(fetch, file, begin, length)
         # One read of exactly this record: a larger buffer would also fetch its neighbours.
         dataset = tf.raw_ops.TFRecordDatasetV2(
-            filenames=[paths_F[index.file_in_graph(row)]],
+            filenames=[paths_F[file]],
             compression_type="",
-            buffer_size=length_N[row] + _FRAME,
-            byte_offsets=[begin_N[row]],
+            buffer_size=length + _FRAME,
+            byte_offsets=[begin],
         )
         only = dict(output_types=[tf.string], output_shapes=[()])
         dataset = tf.raw_ops.TakeDataset(input_dataset=dataset, count=1, **only)
@@ -159,21 +170,22 @@ def open_records(paths: list[str], cache_dir: str | None = None, part: Callable 
         return frame[12:-4]
 
     def start(rows):
-        for row in rows if rows_N is None else rows_N[rows]:
-            begin, length = (int(index.columns[key][row]) for key in ("begin", "length"))
-            reads.start(paths[index.file_of(row)], begin, begin + length + _FRAME)
+        file_R, records_Rx2 = index.of_rows(rows if rows_N is None else rows_N[rows])
+        for file, (begin, length) in zip(file_R.tolist(), records_Rx2.tolist(), strict=True):
+            reads.start(paths[file], begin, begin + length + _FRAME)
 
-    ahead = ahead_of(paths, reads, start)
+    ahead = ahead_of(paths, reads, start, index.far)
 
     def where(row):
         row = row if rows_N is None else rows_N[row]
         file = index.file_of(row)
-        return f"{paths[file]} record {row - index.starts[file]} (byte {index.columns['begin'][row]})"
+        return f"{paths[file]} record {row - index.starts[file]} (byte {index.of_rows([row])[1][0, 0]})"
 
-    def arrays():
-        return index.arrays() + ([] if rows_N is None else [rows_N])
+    def with_rows(arrays):
+        return lambda: arrays() + ([] if rows_N is None else [rows_N])
 
-    return Records(size, read, where, tuple(index.lost), arrays, ahead)
+    lost = tuple(index.lost)
+    return Records(size, read, where, lost, with_rows(index.arrays), ahead, with_rows(index.digest))
 
 
 def _first_with_bytes(candidates):
@@ -205,8 +217,7 @@ def _scan(data: Bytes, size: int, path: str) -> Scan:
         if at > size:  # the last record is longer than what is left
             at, head_Nx12 = begins.pop(), head_Nx12[:-1]
         lost = (Lost(path, f"truncated inside the record at byte {at}; it and everything after it are lost", 1),)
-    columns = dict(begin=np.array(begins, np.int64), length=head_Nx12[:, :8].copy().view("<i8").reshape(-1))
-    return Scan(columns, lost)
+    return Scan(np.array(begins, np.int64), head_Nx12[:, :8].copy().view("<i8").reshape(-1), lost)
 
 
 def _crc_table():

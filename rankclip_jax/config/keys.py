@@ -258,7 +258,7 @@ KEYS = dict(
         # csv: folder of the images, relative to the file; None: the file's own
         image_folder=path(None),
         data_dir=path(None),  # tfds: where the sets were prepared; None: TFDS's default
-        # for offsets of shards and unpacked Parquet; None: next to the data, or ~/.cache
+        # for the index of shards (it may be in a bucket) and unpacked Parquet; None: next to the data, or ~/.cache
         cache_dir=path(None),
         # share of the image's area that a training crop covers
         crop_scale=pair((0.9, 1.0), "(low, high) with 0 < low <= high <= 1", lambda low, high: 0 < low <= high <= 1),
