@@ -26,6 +26,7 @@ from rankclip_jax.config.keys import (
     KEYS,
     MAY_CHANGE,
     MIXTURE_PART,
+    OPEN,
     RESOLVED,
     SCHEDULES,
     TERMS,
@@ -102,8 +103,9 @@ def with_stored(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
 
 
 def network(model: ConfigDict) -> dict[str, Any]:
-    """The keys of config.model that make the network, which packed batches are none of."""
-    return {key: value for key, value in model.to_dict().items() if key not in ("pack_text", "pack_rows")}
+    """The keys of config.model that make the network, and not how it is trained: no packing, no patch dropout."""
+    fields = {key: value for key, value in model.to_dict().items() if key not in ("pack_text", "pack_rows")}
+    return fields | {"vision": {k: v for k, v in fields["vision"].items() if k not in KEYS["model"]["vision"]}}
 
 
 def override(config: dict, overrides: Sequence[str]) -> dict:
@@ -226,8 +228,9 @@ def _merged(keys: Mapping, given: Any, where: str) -> dict:
         return given  # a mesh is given whole, not axis by axis
     if not keys:  # a group whose keys are the user's own
         return given
-    for name in given:
-        if name not in keys:
+    others = {name: value for name, value in given.items() if name not in keys}
+    for name in others:
+        if where not in OPEN:
             raise InputError(f"{where}.{name} does not exist; the nearest key is {_nearest(name, where, keys)}")
     merged = {}
     for name, key in keys.items():
@@ -238,7 +241,7 @@ def _merged(keys: Mapping, given: Any, where: str) -> dict:
             merged[name] = _merged(key, given.get(name, {}), path)
         else:  # a mesh axis
             merged[name] = given.get(name, key)
-    return merged
+    return merged | others
 
 
 def _nearest(name: str, where: str, keys: Mapping) -> str:

@@ -58,6 +58,10 @@ class VitConfig:
         """Patches along one side of the image."""
         return self.image_size // self.patch_size
 
+    def kept_patches(self, dropout: float) -> int:
+        """Patches of an image that a step sees where it leaves out the share `dropout`: at least one."""
+        return max(1, round((1 - dropout) * self.grid**2))
+
 
 @dataclasses.dataclass(frozen=True)
 class ResNetConfig:

@@ -82,6 +82,7 @@ def summary(config: ConfigDict, target: Target, whole: dict, half: dict) -> dict
     flops = whole["flops"]
     numbers = {key: whole[key] for key in ("real", "attention", "sort", "bfloat16")} | {
         "text": _text(config, whole["text_rows"]),
+        "image": _image(config, whole["patches"]),
         "parameters": whole["parameters"],
         "tflop_per_step": flops / 1e12,
         "limit_gib": memory,
@@ -117,6 +118,7 @@ def lines(config: ConfigDict, target: Target, numbers: dict) -> list[str]:
         ("compiler", target.kind if numbers["real"] else f"the CPU's: what {target.kind} needs is estimated"),
         ("parameters", f"{numbers['parameters']:,}"),
         ("batch", f"{config.batch_size:,}, {config.batch_size // target.count:,} a device"),
+        *([("image tower", numbers["image"])] if numbers["image"] else []),
         ("text tower", numbers["text"]),
         ("floating-point operations", f"{numbers['tflop_per_step']:.3g} TFLOP a step"),
     ]
@@ -173,6 +175,16 @@ def _text(config: ConfigDict, rows: int) -> str:
     return f"{rows:,} rows a device and part, padded; to plan with packed ones: {_ROWS}"
 
 
+def _image(config: ConfigDict, patches: list[int] | None) -> str | None:
+    """What the image tower computes where it leaves patches out, in words."""
+    if patches is None:
+        return None
+    said, until = "{:,} of {:,} patches".format(*patches), config.model.vision.patch_dropout_until
+    if until == 1:
+        return said
+    return f"{said}, all of them in the last {1 - until:.0%} of the steps: memory is theirs, operations are the mean"
+
+
 def _with_batch(config: ConfigDict, batch_size: int) -> ConfigDict:
     changed = configs.complete(config.to_dict())
     changed.batch_size = batch_size
@@ -201,7 +213,10 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
     a_epoch = config.plan.samples // config.batch_size if config.plan.samples else 1
     tx = optim.make_optimizer(config.optim, total, a_epoch)
     state = steps.abstract_state(model, tx, mesh, config.sharding)
-    step = steps.make_train_step(model, tx, config, mesh, total_steps=2, steps_per_epoch=1)
+    vision, sees = config.model.vision, model.config.vision
+    dropping = vision.patch_dropout_until if vision.patch_dropout else 0.0
+    # Where there are two programs, that of whole images needs more memory.
+    step = steps.make_train_step(model, tx, config, mesh, total_steps=2, steps_per_epoch=1, whole=dropping < 1)
     where, b = batch_sharding(mesh), config.batch_size
 
     def array(dtype, *shape):
@@ -220,7 +235,12 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
         batch["image"] = array(np.uint8, views, side, side, 3)
     found = {
         "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
-        "flops": session.step_tflop(session.packs) * 1e12,
+        "flops": sum(
+            share * session.step_tflop(session.packs, whole) * 1e12
+            for whole, share in ((False, dropping), (True, 1 - dropping))
+            if share
+        ),
+        "patches": [sees.kept_patches(vision.patch_dropout), sees.grid**2] if dropping else None,
         "text_rows": session.unit_rows if session.packs else session.unit_captions,
         "attention": model.attention,
         "sort": SORTS[session.devices.platform],

@@ -134,7 +134,7 @@ def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
 def of_source(origin: Pretrained) -> dict[str, Any]:
     """Fields of config.model that give the architecture of a model: those of its run, or changes to a like preset."""
     if origin.run is not None:
-        fields = origin.run.model.to_dict()
+        fields = configs.network(origin.run.model)
         return {key: fields[key] for key in ARCHITECTURE}
     config = origin.config
     near = max(models.PRESETS, key=lambda name: _alike(models.PRESETS[name], config))

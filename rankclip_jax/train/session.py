@@ -109,12 +109,15 @@ class Session:
         """Rows of a unit of a packed training batch."""
         return packing.scaled(self.config.model.pack_rows, self.unit_captions)
 
-    def step_tflop(self, packs: bool) -> float:
-        """Operations of a training step in TFLOP, of a batch whose captions are packed or padded."""
+    def step_tflop(self, packs: bool, whole: bool = False) -> float:
+        """Operations of a training step in TFLOP, of a batch whose captions are packed or padded; `whole`: of whole
+        images, after config.model.vision.patch_dropout_until."""
         units = batch_shards(self.mesh) * self.config.accumulate
         rows = units * self.unit_rows if packs else None
         views = 1 + self.config.data.two_views
-        return flops.step_flops(self.model.config, self.config.batch_size, views, rows) / 1e12
+        dropout = 0.0 if whole else self.config.model.vision.patch_dropout
+        patches = self.model.config.vision.kept_patches(dropout) if dropout else None
+        return flops.step_flops(self.model.config, self.config.batch_size, views, rows, patches) / 1e12
 
     def pack(self, tokens: np.ndarray, parts: int = 1) -> Packed | None:
         """This process's tokens (b, L) or (b, V, L), packed for its devices and for `parts` parts of the batch, as
@@ -250,7 +253,7 @@ def image_side(config: ConfigDict) -> int:
     try:
         if config.model.name is None:
             return config.model.image_size or 0  # settled once the data are open; only drawn scenes depend on it
-        fields = {"image_size": config.model.image_size, "vision": config.model.vision.to_dict()}
+        fields = {"image_size": config.model.image_size, "vision": configs.network(config.model)["vision"]}
         return models.configure(config.model.name, **fields).vision.image_size
     except ValueError as error:
         raise InputError(f"config.model: {error}") from None
@@ -291,9 +294,12 @@ def build_model(
             attention = models.choose_attention(choice, architecture, dtype, devices) if devices else "xla"
             return models.CLIP(architecture, jax.numpy.dtype(dtype), attention=attention)
         words: dict[str, Any] = dict(vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id)
-        return models.build(fields.pop("name"), devices=devices, **words, **fields)
+        model = models.build(fields.pop("name"), devices=devices, **words, **fields)
     except ValueError as error:
         raise InputError(f"config.model: {error}") from None
+    if (dropout := config.model.vision.patch_dropout) and isinstance(model.config.vision, models.ResNetConfig):
+        raise InputError(f"config.model.vision.patch_dropout={dropout:g}: a ResNet has no patches. Expected 0, or a ViT")
+    return model
 
 
 def _pictures(batch: dict) -> dict:
