@@ -298,7 +298,7 @@ def build_model(
     except ValueError as error:
         raise InputError(f"config.model: {error}") from None
     if (dropout := config.model.vision.patch_dropout) and isinstance(model.config.vision, models.ResNetConfig):
-        raise InputError(f"config.model.vision.patch_dropout={dropout:g}: a ResNet has no patches. Expected 0, or a ViT")
+        raise InputError(f"config.model.vision.patch_dropout={dropout}: a ResNet has no patches. Expected 0, or a ViT")
     return model
 
 

