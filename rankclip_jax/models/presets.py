@@ -143,9 +143,9 @@ class ClipConfig:
             raise ValueError(f"activation {self.activation!r} is neither 'quick_gelu' nor 'gelu'")
 
 
-# The OpenAI models: Radford et al. 2021 (arXiv 2103.00020), tables 19 and 20. ViT-S/16, H/14, g/14, bigG/14: open_clip's
-# sizes (the last three: Cherti et al. 2022, arXiv 2212.07143). ViT-tiny and RN-tiny are ours, for training in minutes on
-# two CPU cores.
+# OpenAI's models: Radford et al. 2021 (arXiv 2103.00020), tables 19 and 20. ViT-S/16, H/14, g/14, bigG/14: open_clip's
+# sizes (the last three: Cherti et al. 2022, arXiv 2212.07143). ViT-tiny and RN-tiny are ours, for training in minutes
+# on two CPU cores.
 PRESETS: dict[str, ClipConfig] = {
     "ViT-B/32": ClipConfig(512, VitConfig(224, 32, 768, 12, 12), TextConfig(512, 8, 12)),
     "ViT-B/16": ClipConfig(512, VitConfig(224, 16, 768, 12, 12), TextConfig(512, 8, 12)),

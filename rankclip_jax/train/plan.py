@@ -82,7 +82,7 @@ def summary(config: ConfigDict, target: Target, whole: dict, half: dict) -> dict
     flops = whole["flops"]
     numbers = {key: whole[key] for key in ("real", "attention", "sort", "bfloat16")} | {
         "text": _text(config, whole["text_rows"]),
-        "image": _image(config, whole.get("patches")),
+        "image": _image(config, whole["patches"]),
         "parameters": whole["parameters"],
         "tflop_per_step": flops / 1e12,
         "limit_gib": memory,
