@@ -92,8 +92,7 @@ def ours(name: str, objective: str, batch: int, form: str = ""):
     device = jax.devices()[0]
     peak = flops.peak_tflops(device.device_kind)
     facts = {"batch": batch, "device": device.device_kind, "peak": peak, "rows": rows or batch}
-    patches = model.config.vision.kept_patches(dropout) if dropout else None
-    facts["flops"] = flops.step_flops(model.config, batch, text_rows=rows, patches=patches)
+    facts["flops"] = flops.step_flops(model.config, batch, text_rows=rows, patches=model.config.kept_patches(dropout))
 
     def memory():
         return None if on_cpu else device.memory_stats()["peak_bytes_in_use"]

@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from ml_collections import ConfigDict
 
@@ -32,6 +32,8 @@ from rankclip_jax.config.keys import (
     TERMS,
     defaults,
 )
+
+_OF_TRAINING = tuple(cast(Any, KEYS["model"])["vision"])  # what config.model.vision holds beside fields of the preset
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -105,7 +107,7 @@ def with_stored(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
 def network(model: ConfigDict) -> dict[str, Any]:
     """The keys of config.model that make the network, and not how it is trained: no packing, no patch dropout."""
     fields = {key: value for key, value in model.to_dict().items() if key not in ("pack_text", "pack_rows")}
-    return fields | {"vision": {k: v for k, v in fields["vision"].items() if k not in KEYS["model"]["vision"]}}
+    return fields | {"vision": {k: v for k, v in fields["vision"].items() if k not in _OF_TRAINING}}
 
 
 def override(config: dict, overrides: Sequence[str]) -> dict:

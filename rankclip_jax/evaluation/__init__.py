@@ -1,7 +1,7 @@
 """Evaluations of a trained model, shared by the trainer and --mode=eval."""
 
 from rankclip_jax.evaluation.run import KINDS, Encoder, Sets, agreed, due, evaluate, one_set, open_sets
-from rankclip_jax.evaluation.tables import counts, flat, lines, text
+from rankclip_jax.evaluation.tables import counts, flat, lines, short, table, text
 
 __all__ = ["KINDS", "Encoder", "Sets", "agreed", "counts", "due", "evaluate", "flat", "lines", "one_set", "open_sets"]
-__all__ += ["text"]
+__all__ += ["short", "table", "text"]

@@ -58,10 +58,6 @@ class VitConfig:
         """Patches along one side of the image."""
         return self.image_size // self.patch_size
 
-    def kept_patches(self, dropout: float) -> int:
-        """Patches of an image that a step sees where it leaves out the share `dropout`: at least one."""
-        return max(1, round((1 - dropout) * self.grid**2))
-
 
 @dataclasses.dataclass(frozen=True)
 class ResNetConfig:
@@ -141,6 +137,14 @@ class ClipConfig:
         _check_sizes(self)
         if self.activation not in ("quick_gelu", "gelu"):
             raise ValueError(f"activation {self.activation!r} is neither 'quick_gelu' nor 'gelu'")
+
+    def kept_patches(self, dropout: float) -> int | None:
+        """Patches of an image that a step sees where it leaves out the share `dropout`, at least one.
+
+        None: all, where the share is 0; and of a ResNet, which has none.
+        """
+        vision = self.vision
+        return max(1, round((1 - dropout) * vision.grid**2)) if dropout and isinstance(vision, VitConfig) else None
 
 
 # OpenAI's models: Radford et al. 2021 (arXiv 2103.00020), tables 19 and 20. ViT-S/16, H/14, g/14, bigG/14: open_clip's

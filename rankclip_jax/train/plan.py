@@ -213,8 +213,8 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
     a_epoch = config.plan.samples // config.batch_size if config.plan.samples else 1
     tx = optim.make_optimizer(config.optim, total, a_epoch)
     state = steps.abstract_state(model, tx, mesh, config.sharding)
-    vision, sees = config.model.vision, model.config.vision
-    dropping = vision.patch_dropout_until if vision.patch_dropout else 0.0
+    vision, kept = config.model.vision, model.config.kept_patches(config.model.vision.patch_dropout)
+    dropping = vision.patch_dropout_until if kept else 0.0
     # Where there are two programs, that of whole images needs more memory.
     step = steps.make_train_step(model, tx, config, mesh, total_steps=2, steps_per_epoch=1, whole=dropping < 1)
     where, b = batch_sharding(mesh), config.batch_size
@@ -240,7 +240,7 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
             for whole, share in ((False, dropping), (True, 1 - dropping))
             if share
         ),
-        "patches": [sees.kept_patches(vision.patch_dropout), sees.grid**2] if dropping else None,
+        "patches": [kept, model.config.vision.grid**2] if dropping else None,
         "text_rows": session.unit_rows if session.packs else session.unit_captions,
         "attention": model.attention,
         "sort": SORTS[session.devices.platform],

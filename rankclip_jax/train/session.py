@@ -115,8 +115,7 @@ class Session:
         units = batch_shards(self.mesh) * self.config.accumulate
         rows = units * self.unit_rows if packs else None
         views = 1 + self.config.data.two_views
-        dropout = 0.0 if whole else self.config.model.vision.patch_dropout
-        patches = self.model.config.vision.kept_patches(dropout) if dropout else None
+        patches = None if whole else self.model.config.kept_patches(self.config.model.vision.patch_dropout)
         return flops.step_flops(self.model.config, self.config.batch_size, views, rows, patches) / 1e12
 
     def pack(self, tokens: np.ndarray, parts: int = 1) -> Packed | None:

@@ -137,7 +137,8 @@ def train_step_function(
     """
     spec = loss_spec(config)
     ramp_epochs = spec.ramp_epochs or -(-total_steps // steps_per_epoch)
-    side, dropout = model.config.vision.image_size, 0.0 if whole else config.model.vision.patch_dropout
+    side, patches = model.config.vision.image_size, model.config.vision.grid**2
+    kept = None if whole else model.config.kept_patches(config.model.vision.patch_dropout)
 
     def constrain(tree):
         if mesh is None:
@@ -151,20 +152,19 @@ def train_step_function(
         key = jax.random.fold_in(seed_key, state.step)
         pixels = images.augment(key, flat, flip=config.data.flip, jitter=config.data.color_jitter)
         rows = {"image": pixels.reshape(views_BxVxSxSx3.shape), "tokens": batch["tokens"]}
-        if dropout:  # 0 and 1 are augment's
-            n = model.config.vision.grid**2, model.config.vision.kept_patches(dropout)
-            patches_NxK = images.draw_patches(jax.random.fold_in(key, 2), len(flat), *n)
+        if kept:  # 0 and 1 are augment's
+            patches_NxK = images.draw_patches(jax.random.fold_in(key, 2), len(flat), patches, kept)
             rows["patches"] = patches_NxK.reshape(*views_BxVxSxSx3.shape[:2], -1)
         ramp = rank_weight(state.step // steps_per_epoch + 1, ramp_epochs)
 
         def embed(params, rows):
-            tokens, patches = rows["tokens"], rows.get("patches")
+            tokens, some = rows["tokens"], rows.get("patches")
             (z_img_nxD, z_txt_nxD, _), updated = model.apply(
                 {"params": hold(params, config.optim.freeze), "batch_stats": state.batch_stats},
                 images.normalize(rows["image"].reshape(-1, side, side, 3), config.data.mean, config.data.std),
                 tokens if isinstance(tokens, Packed) else tokens.reshape(-1, tokens.shape[-1]),
                 train=config.optim.freeze != "vision",  # batch norm's statistics stay too
-                patches_BxK=patches if patches is None else patches.reshape(-1, patches.shape[-1]),
+                patches_BxK=None if some is None else some.reshape(-1, kept),
                 mutable=["batch_stats"],
             )
             z_img_bxVxD, z_txt_bxVxD = (z.reshape(len(rows["image"]), -1, z.shape[-1]) for z in (z_img_nxD, z_txt_nxD))

@@ -161,7 +161,8 @@ def card(model: Pretrained, layout: str) -> str:
         if results:
             lines += [f"## Results at step {model.step}", "", *_table(("metric", "value"), results)]
     else:
-        lines += [f"Converted from `{model.path.name}`, which has no information about its training.", ""]
+        unknown = f"Converted from `{model.path.name}`, which has no information about its training."
+        lines += [model.origin or unknown, ""]
     use = [_OURS] if alone else [_USE[layout], _OURS]
     lines += ["## Use", ""]
     for code in use:

@@ -29,6 +29,7 @@ class Pretrained:
       tokenizer: None if the path has none.
       run: the complete training configuration of a workdir, otherwise None.
       step: the step of a workdir's checkpoint, otherwise None.
+      origin: a sentence for the model card, of what was made from other models.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class Pretrained:
     tokenizer: Tokenizer | None
     run: ConfigDict | None = None
     step: int | None = None
+    origin: str | None = None
 
 
 def read(path: str | Path, tokenizer: str | None = None, activation: Activation = "quick_gelu") -> Pretrained:

@@ -76,10 +76,11 @@ def test_drawn_patches_are_all_different_and_each_is_as_likely():
 
 
 @pytest.mark.parametrize("side, dropout, kept", [
-    (224, 0.5, 98), (224, 0.75, 49), (224, 0.0, 196), (112, 0.5, 24), (224, 0.9, 20), (224, 0.999, 1), (16, 0.6, 1)
+    (224, 0.5, 98), (224, 0.75, 49), (224, 0.0, None), (112, 0.5, 24), (224, 0.9, 20), (224, 0.999, 1), (16, 0.6, 1)
 ])  # fmt: skip
 def test_kept_patches(side, dropout, kept):
-    assert models.VitConfig(side, 16, 64, 1, 1).kept_patches(dropout) == kept
+    assert models.configure("ViT-B/16", image_size=side).kept_patches(dropout) == kept
+    assert models.configure("RN50").kept_patches(dropout) is None
 
 
 def test_only_the_kept_patches_and_the_class_token_are_seen():
@@ -189,7 +190,7 @@ def test_operations_are_those_that_xla_counts():
     model = models.build("ViT-tiny", image_size=128)  # 256 patches
     pixels, tokens = model.example_inputs(2)
     variables = jax.eval_shape(model.init, jax.random.key(0), pixels, tokens)
-    kept = model.config.vision.kept_patches(0.5)
+    kept = model.config.kept_patches(0.5)
     some = images.draw_patches(jax.random.key(0), 2, 256, kept)
 
     def towers(variables):
