@@ -217,7 +217,7 @@ def _training(run: ConfigDict, step: int | None) -> dict:
         f"{run.optim.warmup_steps:,} steps of warm-up, schedule: {run.optim.schedule}, recipe: {run.optim.recipe}",
         "computed in": run.model.dtype,
         "seed": run.seed,
-    }
+    } | ({"patch dropout": f"{dropout:g}"} if (dropout := run.model.vision.patch_dropout) else {})
 
 
 def _results(model: Pretrained) -> list[tuple[str, str]]:
