@@ -16,6 +16,7 @@ from rankclip_jax.parallel.mesh import batch_sharding, make_mesh, to_devices
 from rankclip_jax.parallel.preemption import Notice, Preempted
 from rankclip_jax.train import flops, loop, opening, optim, plan
 from rankclip_jax.train import step as steps
+from rankclip_jax.train.hlo import collectives
 from rankclip_jax.train.schedule import patch_dropout_steps
 from rankclip_jax.train.session import Session, Vocabulary
 from tests.commands.test_train import numbers
@@ -143,6 +144,20 @@ def test_the_same_patches_however_it_is_computed(form, views):
     accumulate = form.pop("accumulate", 1)
     one = gradient(config_of(0.75, **fields), views=views)
     assert near(one, gradient(config_of(0.75, accumulate=accumulate, **fields), views=views, **form))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [1, 2])
+def test_nothing_more_moves_between_devices(parts):
+    mesh, model, moved = make_mesh({"data": -1}, jax.devices()[:8]), network(scan_layers=True), []
+    where = batch_sharding(mesh)
+    batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for key, x in made_batch().items()}
+    for dropout in (0.0, 0.5):
+        config = config_of(dropout, accumulate=parts, loss={"objective": "clip"})
+        state = steps.abstract_state(model, sgd(1.0), mesh, None)
+        step = steps.make_train_step(model, sgd(1.0), config, mesh, total_steps=9, steps_per_epoch=9)
+        moved.append(collectives(step.lower(state, batch).compile().as_text()))
+    assert moved[0] == moved[1] and "all-reduce" in moved[0]
 
 
 def test_views_of_a_picture_leave_out_different_patches(monkeypatch):
