@@ -1,8 +1,7 @@
 """Fine-tuning a trained model on the captioned CIFAR-10 pictures that configs/cifar10.py describes.
 
-rankclip train configs/finetune.py:dir=PATH,start=runs/start trains all of the model; docs/tutorials.md says how to train
-less. Evaluated on these pictures, and on the drawn shapes that the start of the tutorial was trained on: what was
-forgotten.
+rankclip train configs/finetune.py:dir=PATH,start=runs/start trains all of it; docs/tutorials.md says how to train less.
+Evaluated on these pictures, and on the drawn shapes that the start of the tutorial was trained on: what was forgotten.
 """
 
 from ml_collections import ConfigDict
