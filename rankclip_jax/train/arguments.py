@@ -61,14 +61,20 @@ def add_sets(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return data
 
 
-def sets(flags: argparse.Namespace, *tables: str) -> list[str]:
-    """Overrides that name the sets of `add_sets`' flags; of retrieval on `tables` where no other is given.
+def sets(flags: argparse.Namespace, alone: bool, otherwise: Sequence[str] = ()) -> list[str]:
+    """Overrides that name the sets of `add_sets`' flags.
+
+    Args:
+      alone: in place of all that the configuration names.
+      otherwise: for retrieval where no table is given.
 
     Raises:
       InputError: a set is nothing that can be used.
     """
     overrides = []
-    if captioned := flags.retrieval or tables:
+    if alone and (flags.labels or flags.retrieval or flags.imagenet):
+        overrides += ["eval.suite=None", *(f"eval.{kind}={{}}" for kind in evaluation.KINDS)]
+    if captioned := flags.retrieval or otherwise:
         overrides.append(f"eval.retrieval={dict(map(_captioned, captioned))!r}")
     if flags.labels:
         overrides.append(f"eval.zero_shot={dict(map(_labelled, flags.labels))!r}")
@@ -90,8 +96,6 @@ def read(flags: argparse.Namespace, keys: Sequence[str]) -> Given:
             workdir = what
         elif what:  # any model; the workdir takes its results
             overrides.append(f"eval.model={what!r}")
-        if flags.labels or flags.retrieval or flags.imagenet:  # these alone
-            overrides += ["eval.suite=None", *(f"eval.{kind}={{}}" for kind in evaluation.KINDS)]
     elif what and _is_experiment(what):
         if config:
             raise InputError(f"{what} and --config {config} are two experiments; give one")
@@ -102,7 +106,8 @@ def read(flags: argparse.Namespace, keys: Sequence[str]) -> Given:
         workdir = workdir or Path("runs") / name_of(what)
     if flags.val:
         overrides.append(f"data.val={_validation(flags.val, what)!r}")
-    overrides += sets(flags, *(path for path in [flags.val] if path and _is_table(path)))
+    tables_of_val = [path for path in [flags.val] if path and _is_table(path)]
+    overrides += sets(flags, alone=flags.mode == "eval", otherwise=tables_of_val)
     if flags.tokenizer:
         overrides.append(f"tokenizer.path={flags.tokenizer!r}")
     if config and not workdir and flags.mode != "eval":

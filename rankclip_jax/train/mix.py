@@ -54,7 +54,7 @@ def main() -> None:
         jax.config.update("jax_platforms", "cpu")  # nothing is computed, so an accelerator need not be free
     with commands.exit_codes():
         out = storage.local(flags.out, "--out")
-        overrides = [*arguments.sets(flags), *(key.removeprefix("--config.") for key in keys)]
+        overrides = [*arguments.sets(flags, alone=True), *(key.removeprefix("--config.") for key in keys)]
         a, b = (pretrained.read(path, flags.tokenizer) for path in (flags.a, flags.b))
         mixing.check(a, b)
         try:
