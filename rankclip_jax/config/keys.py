@@ -43,12 +43,12 @@ USUAL += ("eval.data_dir", "checkpoint.every_steps", "checkpoint.keep", "checkpo
 
 # Values of keys that a stored configuration lacks, because it is older than they are, where its run did not behave as
 # today's default does. So that old workdirs resume as they began.
-BEFORE: dict[str, Any] = {"model.pack_text": "off"}
+BEFORE: dict[str, Any] = {"model.pack_text": "off", "data.squash": "no"}
 
 # What may be None (pack_text: auto) until a run starts, and is settled there by the data and the devices
 # (train/resolve.py).
 RESOLVED = ("batch_size", "epochs", "log_every", "optim.lr", "optim.warmup_steps", "loss.ramp_epochs")
-RESOLVED += ("data.mean", "data.std", "eval.every_epochs", "model.pack_text", "model.pack_rows")
+RESOLVED += ("data.mean", "data.std", "data.squash", "eval.every_epochs", "model.pack_text", "model.pack_rows")
 # Groups that also take fields of the preset, which models/presets.py checks.
 OPEN = ("config.model.vision",)
 # Of config.model, where its name is None.
@@ -168,7 +168,7 @@ KEYS = dict(
         embed_dim=integer(None, 1),  # of the embeddings that both towers end in; None: the preset's
         # of the computation: float32 | bfloat16; parameters stay float32
         dtype=choice("float32", "bfloat16"),
-        activation=choice(None, "quick_gelu", "gelu"),  # quick_gelu | gelu; None: the preset's
+        activation=choice(None, "quick_gelu", "gelu", "gelu_tanh"),  # quick_gelu | gelu | gelu_tanh; None: the preset's
         # auto | xla | cudnn: self-attention kernel; auto: cuDNN if possible, else XLA
         attention=choice("auto", "xla", "cudnn"),
         # auto | on | off: captions one behind the other in rows of the text tower, which then computes no padding; the
@@ -251,9 +251,13 @@ KEYS = dict(
         # share of the image's area that a training crop covers
         crop_scale=pair((0.9, 1.0), "(low, high) with 0 < low <= high <= 1", lambda low, high: 0 < low <= high <= 1),
         flip=boolean(False),  # mirror half of the training images
-        # of the channels of pixels in [0, 1], which are normalised by them; None: those of init_from, or CLIP's. [o]
+        # of the channels of pixels in [0, 1], which are normalised by them; None: those of init_from, or of the model's
+        # kind: CLIP's, or SigLIP's 0.5. [o]
         mean=reals(None, 3),
         std=reals(None, 3),  # the same
+        # no | bicubic | bilinear: evaluate on the whole image, resized to a square whatever its ratio, and not on the
+        # central square; None: as init_from, or the model's kind: bicubic for SigLIP's. [s]
+        squash=choice(None, "no", "bicubic", "bilinear"),
         # (brightness, contrast, saturation): each factor lies within 1 +- its value
         color_jitter=reals(None, 3),
         # device | host: where windows are cut out and resized; host: by PIL, slower

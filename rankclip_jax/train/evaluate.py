@@ -121,6 +121,7 @@ def session_of(config: ConfigDict, read: pretrained.Pretrained) -> Session:
     config = configs.complete(config.to_dict())
     with config.ignore_type():
         config.data.mean, config.data.std = tuple(read.view.mean), tuple(read.view.std)
+        config.data.squash = read.view.squash
     return Session(config, read.tokenizer, architecture=read.config, trains=False)
 
 

@@ -84,8 +84,12 @@ def test_kept_patches(side, dropout, kept):
     assert models.configure("RN50").kept_patches(dropout) is None
 
 
-def test_only_the_kept_patches_and_the_class_token_are_seen():
-    model, rng = network(), np.random.default_rng(0)
+@pytest.mark.parametrize("pool", ["class", "map"])
+def test_only_the_kept_patches_and_the_class_token_are_seen(pool):
+    model = network()
+    if pool == "map":
+        model = models.build("ViT-tiny", text=TEXT, image_size=16, embed_dim=32, vision=GRID["vision"] | {"pool": pool})
+    rng = np.random.default_rng(0)
     variables = model.init(jax.random.key(0), *model.example_inputs())
     pixels = rng.normal(size=(3, 16, 16, 3)).astype(np.float32)
     encode = jax.jit(lambda x, some: model.apply(variables, x, patches_BxK=some, method="encode_image"))
@@ -201,8 +205,9 @@ def test_it_belongs_to_training_and_not_to_the_network():
     }  # fmt: skip
 
 
-def test_operations_are_those_that_xla_counts():
-    model = models.build("ViT-tiny", image_size=128)  # 256 patches
+@pytest.mark.parametrize("pool", ["class", "map"])
+def test_operations_are_those_that_xla_counts(pool):
+    model = models.build("ViT-tiny", image_size=128, embed_dim=192, vision={"pool": pool})  # 256 patches
     pixels, tokens = model.example_inputs(2)
     variables = jax.eval_shape(model.init, jax.random.key(0), pixels, tokens)
     kept = model.config.kept_patches(0.5)

@@ -19,6 +19,7 @@ from rankclip_jax.train.session import Session, Vocabulary
 SMALL = {
     "ViT-tiny": dict(image_size=16, vision=dict(width=32, layers=1, heads=2)),
     "RN-tiny": dict(image_size=16, vision=dict(width=4, layers=(1, 1))),
+    "SigLIP-B/16": dict(image_size=16, embed_dim=32, vision=dict(width=32, layers=1, heads=2, patch_size=8)),
 }
 TEXT = dict(width=32, heads=2, layers=1, vocab_size=64, eot_id=63, context_length=8)
 
@@ -87,7 +88,7 @@ def test_eight_devices_equal_one(name):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # global statistics, not each device's own
 
 
-@pytest.mark.parametrize("name", [pytest.param("ViT-tiny", marks=pytest.mark.slow), "RN-tiny"])
+@pytest.mark.parametrize("name", [pytest.param("ViT-tiny", marks=pytest.mark.slow), "RN-tiny", "SigLIP-B/16"])
 def test_gradients_of_eight_devices_equal_those_of_one(name):
     # Adam's first moment after one step is 0.1 times the gradient.
     moments = [plain(name, devices).first_moment for devices in (1, 8)]
