@@ -310,10 +310,18 @@ KEYS = dict(
     ),
     study=dict(  # settings of python -m rankclip_jax.study
         objectives={},  # name -> changed keys of config.loss
+        # name -> changed groups of the configuration, and "objectives", those to train under it (none: all); no
+        # conditions: the configuration as it is
+        conditions={},
+        # name -> {"metric": NAME, "contrasts": {label: formula}}, such as "noisy/rankclip - noisy/clip": what the
+        # report answers first, tested together by Holm's method (study/questions.py)
+        questions={},
         baseline=string("clip"),  # the objective that the others are compared with
         seeds=integer(3, 1),  # runs of each objective: seeds 0, 1, 2
         more_seeds={},  # objective -> its number of seeds
         limit=integer(None, 1),  # training pairs, from the first of data.train; None: all
+        mismatched=real(0.0, 0, 1),  # share of the training pairs that have another pair's caption
+        duplicates=real(0.0, 0, 1),  # share of the training pairs that nearly repeat another pair
         lrs=reals((), None, low=0),  # learning rates to choose from, for each objective; empty: optim.lr
         search_seed=integer(1000, 0),  # seed of that search; must differ from the study's seeds
         # names in eval.zero_shot: their mean top-1 on the selection part decides; empty: all
@@ -323,7 +331,8 @@ KEYS = dict(
         # of data.val, from the first: for retrieval, rank agreement, geometry, gradients
         pairs=integer(512, 3),
         probe_l2=real(0.01, 0),  # penalty of the linear probe, which is trained on the selection part
-        at_once=integer(1, 1),  # seeds of one objective that train together under vmap
+        at_once=integer(1, 1),  # seeds of one objective that train together under vmap, for an accelerator
+        processes=integer(1, 1),  # that share the runs, on this machine
     ),
     plan=dict(  # settings of --mode=plan
         target=string("v5e:4x4"),  # a TPU topology, or a number of GPUs: 8xH100

@@ -73,10 +73,8 @@ SHAPES = ["model.image_size=16", "model.vision={'layers':(1,1),'width':8,'stem':
 FEW = ["steps=3", "batch_size=16", "data.train=48", "data.val=16", "eval.zero_shot={}", "log_every=1"]
 
 
-@pytest.mark.parametrize(
-    "name, changes",
-    [pytest.param("shapes", [*SHAPES, "optim.warmup_steps=1"], marks=pytest.mark.slow), ("cc3m", CC3M)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name, changes", [("shapes", [*SHAPES, "optim.warmup_steps=1"]), ("cc3m", CC3M)])
 def test_three_steps_as_on_an_accelerator(name, changes, tmp_path, as_an_accelerator):
     config = configs.load(f"configs/{name}.py", [*FEW, *changes])
     assert config.model.dtype == ("bfloat16" if name == "cc3m" else "float32")

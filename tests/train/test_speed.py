@@ -58,10 +58,12 @@ def test_bfloat16_is_of_the_towers_only(name):
 
 @pytest.mark.slow
 def test_a_policy_changes_what_is_recomputed_not_the_gradient():
+    model = make()[0]
+    images, tokens = (jnp.ones_like(x) for x in model.example_inputs(2))
+    params = jax.jit(model.init)(jax.random.key(0), images, tokens)
+
     def products(remat):
         model = make(remat=remat)[0]
-        images, tokens = (jnp.ones_like(x) for x in model.example_inputs(2))
-        params = model.init(jax.random.key(0), images, tokens)
 
         def loss(params):
             z_img, z_txt, scale = model.apply(params, images, tokens)
