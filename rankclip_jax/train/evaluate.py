@@ -107,15 +107,16 @@ def session_of(config: ConfigDict, read: pretrained.Pretrained) -> Session:
     Raises:
       InputError: the model has no tokenizer, or a preprocessing that the evaluation has not.
     """
+    name = config.eval.model or read.path
     if read.tokenizer is None:
         raise InputError(
-            f"{read.path} has no tokenizer; give --config.tokenizer.path a tokenizer.json or a hub id "
+            f"{name} has no tokenizer; give --config.tokenizer.path a tokenizer.json or a hub id "
             '(OpenAI\'s is "openai/clip-vit-base-patch32")'
         )
     side = read.config.vision.image_size
     if (read.view.resize, read.view.crop) != (side, side):
         raise InputError(
-            f"{read.path} resizes images to {read.view.resize} pixels and crops {read.view.crop}; evaluation "
+            f"{name} resizes images to {read.view.resize} pixels and crops {read.view.crop}; evaluation "
             f"resizes to {side}, the size that it crops"
         )
     config = configs.complete(config.to_dict())

@@ -56,7 +56,6 @@ def main() -> None:
         out = storage.local(flags.out, "--out")
         overrides = [*arguments.sets(flags, alone=True), *(key.removeprefix("--config.") for key in keys)]
         a, b = (pretrained.read(path, flags.tokenizer) for path in (flags.a, flags.b))
-        mixing.check(a, b)
         try:
             if flags.alphas:
                 config = evaluate.settings(flags.config, None, overrides)
@@ -90,6 +89,8 @@ def curve(config: ConfigDict, a: Pretrained, b: Pretrained, alphas: Sequence[flo
         state = evaluate.state_of(session, mixing.between(a, b, alpha))
         results = evaluation.evaluate(config.eval, session.encoder(state), sets)
         missing |= results["missing"]
+        if not any(results[kind] for kind in evaluation.KINDS):
+            raise InputError("; ".join(missing.values()))
         rows.append({"alpha": alpha} | evaluation.flat(results))
         table[f"{alpha:g}"] = {
             f"{name} {evaluation.short(key)}": row[key]

@@ -165,8 +165,9 @@ def run_length(config: ConfigDict, steps_per_epoch: int) -> tuple[int, float]:
     """The run's number of steps, and of those at its start that would be the same in a longer one."""
     total_steps = resolve.total_steps(config, steps_per_epoch)
     free = free_until(config.optim, total_steps, steps_per_epoch)
-    dropping = patch_dropout_steps(config.model.vision, total_steps)
-    return total_steps, min(free, dropping) if 0 < dropping < total_steps else free
+    if config.model.vision.patch_dropout and 0 < config.model.vision.patch_dropout_until < 1:
+        free = min(free, patch_dropout_steps(config.model.vision, total_steps))
+    return total_steps, free
 
 
 def _place(restored: checkpoint.Restored, session: Session) -> int:

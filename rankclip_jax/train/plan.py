@@ -215,6 +215,7 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
     state = steps.abstract_state(model, tx, mesh, config.sharding)
     vision, kept = config.model.vision, model.config.kept_patches(config.model.vision.patch_dropout)
     dropping = vision.patch_dropout_until if kept else 0.0
+    tflop = {whole: session.step_tflop(session.packs, whole) for whole in (False, True)}
     # Where there are two programs, that of whole images needs more memory.
     step = steps.make_train_step(model, tx, config, mesh, total_steps=2, steps_per_epoch=1, whole=dropping < 1)
     where, b = batch_sharding(mesh), config.batch_size
@@ -235,11 +236,7 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
         batch["image"] = array(np.uint8, views, side, side, 3)
     found = {
         "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
-        "flops": sum(
-            share * session.step_tflop(session.packs, whole) * 1e12
-            for whole, share in ((False, dropping), (True, 1 - dropping))
-            if share
-        ),
+        "flops": (dropping * tflop[False] + (1 - dropping) * tflop[True]) * 1e12,
         "patches": [kept, model.config.vision.grid**2] if dropping else None,
         "text_rows": session.unit_rows if session.packs else session.unit_captions,
         "attention": model.attention,
