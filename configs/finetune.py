@@ -13,7 +13,7 @@ def get_config(dir: str = "data/cifar10", start: str = "runs/start", objective: 
         dict(
             init_from=start,
             batch_size=None,
-            epochs=4,
+            epochs=2,
             log_every=None,
             loss=dict(objective=objective),
             model=dict(name=None),  # that of `start`
@@ -28,7 +28,7 @@ def get_config(dir: str = "data/cifar10", start: str = "runs/start", objective: 
                 flip=True,
             ),
             eval=dict(
-                every_epochs=2,
+                every_epochs=None,
                 zero_shot=dict(
                     cifar10=dict(
                         path=f"{dir}/labels.csv",
