@@ -1,6 +1,7 @@
 """Patches left out in training (FLIP): which, in what steps, and that nothing else changes."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +11,19 @@ from optax import sgd
 
 from rankclip_jax import config as configs
 from rankclip_jax import models
+from rankclip_jax.common.devices import Devices
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.metrics_file import read_metrics
 from rankclip_jax.models import images
 from rankclip_jax.parallel.mesh import batch_sharding, make_mesh, to_devices
 from rankclip_jax.parallel.preemption import Notice, Preempted
 from rankclip_jax.train import flops, loop, opening, optim, plan
 from rankclip_jax.train import step as steps
 from rankclip_jax.train.hlo import collectives
+from rankclip_jax.train.recorder import Recorder
 from rankclip_jax.train.schedule import patch_dropout_steps
 from rankclip_jax.train.session import Session, Vocabulary
+from rankclip_jax.weights import export
 from tests.commands.test_train import numbers
 from tests.train.test_step import TEXT, flat
 from tests.train.test_workdir import quick
@@ -256,6 +261,25 @@ def test_a_run_leaves_patches_out_until_it_does_not_and_resumes(tmp_path, capsys
         loop.train(quick(*changes), part)
         rows = [[row for row in numbers(folder) if "loss" in row] for folder in (tmp_path / "whole", part)]
         assert rows[0] == rows[1] and len(rows[0]) == 6
+
+
+def test_the_speed_is_of_the_operations_that_were_done(tmp_path):
+    config = configs.complete({"log": (), "batch_size": 4, "log_every": 2})
+    tflop = lambda packed, whole: 1.0 if whole else 0.5  # noqa: E731
+    session = types.SimpleNamespace(config=config, devices=Devices("cpu", "cpu", None, 1), packs=False, step_tflop=tflop)
+    length = dict(start=0, total_steps=9, parameters=7)
+    with Recorder(session, tmp_path, lambda step: 0.5, lambda: (0.0, 4), **length) as recorder:
+        for step in range(1, 7):
+            recorder.take(step, {"loss": 2.0, "grad_norm": 1.0}, False, whole=step > 3)
+        recorder.flush()
+    rows = [row for row in read_metrics(tmp_path) if "loss" in row]
+    each = {row["step"]: 4 * row["tflops_per_device"] / row["images_per_second"] for row in rows}
+    assert each == pytest.approx({1: 0.5, 2: 0.5, 4: 0.75, 6: 1.0}, rel=1e-2)
+
+
+def test_the_model_card_says_it():
+    told = [export._training(config_of(share), 3) for share in (0.0, 0.25)]
+    assert "patch dropout" not in told[0] and told[1]["patch dropout"] == "0.25"
 
 
 def test_a_plan_says_what_is_left_out():
