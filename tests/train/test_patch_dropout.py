@@ -266,7 +266,8 @@ def test_a_run_leaves_patches_out_until_it_does_not_and_resumes(tmp_path, capsys
 def test_the_speed_is_of_the_operations_that_were_done(tmp_path):
     config = configs.complete({"log": (), "batch_size": 4, "log_every": 2})
     tflop = lambda packed, whole: 1.0 if whole else 0.5  # noqa: E731
-    session = types.SimpleNamespace(config=config, devices=Devices("cpu", "cpu", None, 1), packs=False, step_tflop=tflop)
+    devices = Devices("cpu", "cpu", None, 1)
+    session = types.SimpleNamespace(config=config, devices=devices, packs=False, step_tflop=tflop)
     length = dict(start=0, total_steps=9, parameters=7)
     with Recorder(session, tmp_path, lambda step: 0.5, lambda: (0.0, 4), **length) as recorder:
         for step in range(1, 7):
