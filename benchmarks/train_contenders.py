@@ -46,7 +46,8 @@ def ours(name: str, objective: str, batch: int, form: str = ""):
     """-> (steps, memory, facts): steps(count) does so many of our steps, as rankclip_jax.train jits them, and gives the
     last loss; memory() is the peak in bytes on a GPU, and None on a CPU.
 
-    `objective`: clip or rankclip, perhaps with a number of parts behind it: "rankclip, 4 parts"."""
+    `objective`: clip or rankclip, perhaps with a number of parts or config.model.vision.patch_dropout behind it:
+    "rankclip, 4 parts", "rankclip, dropout 0.5"."""
     import jax
 
     from rankclip_jax import models
@@ -58,8 +59,11 @@ def ours(name: str, objective: str, batch: int, form: str = ""):
 
     on_cpu = jax.default_backend() == "cpu"
     batch = batch or (16 if on_cpu else 256)
-    objective, _, parts = objective.removesuffix(" parts").partition(", ")
-    config = configs.complete({"batch_size": batch, "accumulate": int(parts or 1), "loss": {"objective": objective}})
+    objective, _, how = objective.partition(", ")
+    parts = int(how.removesuffix(" parts")) if how.endswith(" parts") else 1
+    dropout = float(how.removeprefix("dropout ")) if how.startswith("dropout ") else 0.0
+    fields = {"accumulate": parts, "model": {"vision": {"patch_dropout": dropout}}, "loss": {"objective": objective}}
+    config = configs.complete({"batch_size": batch} | fields)
     mesh = make_mesh({"data": -1}, jax.devices()[:1])
     model = models.build(name, dtype="float32" if on_cpu else "bfloat16", devices=devices_of(mesh))
     tx = optim.make_optimizer(config.optim, 100_000)
@@ -88,7 +92,7 @@ def ours(name: str, objective: str, batch: int, form: str = ""):
     device = jax.devices()[0]
     peak = flops.peak_tflops(device.device_kind)
     facts = {"batch": batch, "device": device.device_kind, "peak": peak, "rows": rows or batch}
-    facts["flops"] = flops.step_flops(model.config, batch, text_rows=rows)
+    facts["flops"] = flops.step_flops(model.config, batch, text_rows=rows, patches=model.config.kept_patches(dropout))
 
     def memory():
         return None if on_cpu else device.memory_stats()["peak_bytes_in_use"]

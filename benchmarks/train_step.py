@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_step [--models ViT-B/32 RN50] [--batch 16] [--rounds 5]
     python -m benchmarks.train_step --parts 1 2 4 8    # our step, the batch in so many parts (config.accumulate)
+    python -m benchmarks.train_step --dropout 0 0.5    # with such shares of the patches left out
     python -m benchmarks.train_step --scaling          # memory and traffic of 1 to 256 devices, compiled only
 
 Each contender lives in a process of its own and does one step when it is its turn, so that a machine whose speed drifts
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=0, help="default: 16 on a CPU, 256 on a GPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", type=int, nargs="+", help="compare these numbers of parts instead")
+    parser.add_argument("--dropout", type=float, nargs="+", help="compare these shares of patches left out instead")
     parser.add_argument("--scaling", action="store_true")
     flags = parser.parse_args()
     if flags.scaling:
@@ -194,6 +196,8 @@ def main() -> None:
         contenders = [*OURS, *(PYTORCH if name == "ViT-B/32" else ())]
         if flags.parts:
             contenders = [f"rankclip, {parts} parts" for parts in flags.parts]
+        if flags.dropout:
+            contenders = [f"rankclip, dropout {share:g}" for share in flags.dropout]
         compare(name, contenders, flags.batch, flags.rounds)
 
 

@@ -78,8 +78,9 @@ def _dict_call(node: ast.AST) -> ast.Call:
 def _table(rows: list[tuple[str, str | None, str]]) -> Iterator[str]:
     yield "| key | default | meaning | source |\n| --- | --- | --- | --- |"
     for key, default, comment in rows:
-        if default is None:
+        if default is None and not comment:
             continue  # a group within the group: its keys follow
+        default = default or "{}"  # of a group that also takes other fields
         meaning, *source = re.split(r" (?=\[[pcosy]\])", comment.replace("|", r"\|"), maxsplit=1)
         for name, (title, _) in SETS.items():
             meaning = re.sub(rf"\b{name}\b", f"[{title}](#{title.replace('.', '').lower()})", meaning)

@@ -17,6 +17,7 @@ COMMANDS = {
     "embed": ("rankclip_jax.embed", [], None, "embed a collection of pictures"),
     "search": ("rankclip_jax.embed", [], None, "search in a collection: MODEL DATA QUERY ..."),
     "export": ("rankclip_jax.convert", [], None, "write a model for Hugging Face, open_clip or JAX"),
+    "mix": ("rankclip_jax.train.mix", [], None, "a model between two: A B --alpha 0.5 --out DIR"),
     "report": ("rankclip_jax.report.__main__", [], None, "one HTML page about one run or several"),
     "study": ("rankclip_jax.study.__main__", [], "--config", "compare objectives over seeds"),
     "doctor": ("rankclip_jax.doctor", [], None, "check this machine"),

@@ -50,6 +50,8 @@ BEFORE: dict[str, Any] = {"model.pack_text": "off", "data.squash": "no"}
 # (train/resolve.py).
 RESOLVED = ("batch_size", "epochs", "log_every", "optim.lr", "optim.warmup_steps", "loss.ramp_epochs")
 RESOLVED += ("data.mean", "data.std", "data.squash", "eval.every_epochs", "model.pack_text", "model.pack_rows")
+# Groups that also take fields of the preset, which models/presets.py checks.
+OPEN = ("config.model.vision",)
 # Of config.model, where its name is None.
 ARCHITECTURE = ("name", "image_size", "context_length", "embed_dim", "activation", "vision", "text")
 
@@ -190,7 +192,14 @@ KEYS = dict(
         # Recompute activations in the backward pass: less memory, same numbers. True: all of a block; or a
         # policy of models/transformer.py: dots_saveable | dots_with_no_batch_dims_saveable
         remat=choice(False, True, "dots_saveable", "dots_with_no_batch_dims_saveable"),
-        vision={},  # changed fields of the preset's vision tower
+        # changed fields of the preset's vision tower, and what a ViT leaves out in training
+        vision=dict(
+            # share of the patches that each image leaves out in training, drawn anew in each step (FLIP, arXiv
+            # 2212.00794): 0.5 about halves the vision tower's work
+            patch_dropout=real(0.0, 0, below=1),
+            # share of the steps, from the first, that leave patches out; the rest sees whole images
+            patch_dropout_until=real(1.0, 0, 1),
+        ),
         text={},  # changed fields of the preset's text tower
     ),
     tokenizer=dict(

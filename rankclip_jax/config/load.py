@@ -10,7 +10,7 @@ import importlib.util
 import inspect
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from ml_collections import ConfigDict
 
@@ -26,12 +26,15 @@ from rankclip_jax.config.keys import (
     KEYS,
     MAY_CHANGE,
     MIXTURE_PART,
+    OPEN,
     PARAMETER_RULE,
     RESOLVED,
     SCHEDULES,
     TERMS,
     defaults,
 )
+
+_OF_TRAINING = tuple(cast(Any, KEYS["model"])["vision"])  # what config.model.vision holds beside fields of the preset
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -103,8 +106,9 @@ def with_stored(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
 
 
 def network(model: ConfigDict) -> dict[str, Any]:
-    """The keys of config.model that make the network, which packed batches are none of."""
-    return {key: value for key, value in model.to_dict().items() if key not in ("pack_text", "pack_rows")}
+    """The keys of config.model that make the network, and not how it is trained: no packing, no patch dropout."""
+    fields = {key: value for key, value in model.to_dict().items() if key not in ("pack_text", "pack_rows")}
+    return fields | {"vision": {k: v for k, v in fields["vision"].items() if k not in _OF_TRAINING}}
 
 
 def override(config: dict, overrides: Sequence[str]) -> dict:
@@ -254,8 +258,9 @@ def _merged(keys: Mapping, given: Any, where: str) -> dict:
         return given  # a mesh is given whole, not axis by axis
     if not keys:  # a group whose keys are the user's own
         return given
-    for name in given:
-        if name not in keys:
+    others = {name: value for name, value in given.items() if name not in keys}
+    for name in others:
+        if where not in OPEN:
             raise InputError(f"{where}.{name} does not exist; the nearest key is {_nearest(name, where, keys)}")
     merged = {}
     for name, key in keys.items():
@@ -266,7 +271,7 @@ def _merged(keys: Mapping, given: Any, where: str) -> dict:
             merged[name] = _merged(key, given.get(name, {}), path)
         else:  # a mesh axis
             merged[name] = given.get(name, key)
-    return merged
+    return merged | others
 
 
 def _nearest(name: str, where: str, keys: Mapping) -> str:

@@ -27,7 +27,7 @@ def text(results: dict) -> str:
             turned = {key: {name: row[key] for name, row in rows.items()} for key in next(iter(rows.values()))}
             parts.append(table(turned, title, percent=False))
         elif rows and kind == "retrieval":
-            short = {name: {_short(key): value for key, value in row.items()} for name, row in rows.items()}
+            short = {name: {short(key): value for key, value in row.items()} for name, row in rows.items()}
             parts.append(table(short, title))
         elif rows:
             parts.append(table(rows, title))
@@ -46,7 +46,7 @@ def lines(results: dict, validation: dict[str, float]) -> str:
     for kind, keys in _SHOWN.items():
         for name, row in results.get(kind, {}).items():
             form = "{:.3f}" if kind == "geometry" else "{:.2%}"
-            said = [f"{_short(key)} {form.format(row[key])}" for key in keys if key in row]
+            said = [f"{short(key)} {form.format(row[key])}" for key in keys if key in row]
             shown.append((name, "  ".join(said)))
     width = max((len(name) for name, _ in shown), default=0)
     parts = [f"  {name.ljust(width)}  {said}" for name, said in shown]
@@ -54,7 +54,8 @@ def lines(results: dict, validation: dict[str, float]) -> str:
     return "".join(part + "\n" for part in parts)
 
 
-def _short(key: str) -> str:
+def short(key: str) -> str:
+    """A number's name, for a column."""
     return key.replace("image_to_text_r", "i2t R@").replace("text_to_image_r", "t2i R@").replace("_", " ")
 
 

@@ -36,7 +36,20 @@ def curves(workdirs: Mapping[str, str | Path]) -> Figure:
     Args:
       workdirs: name -> workdir. What is not there yet is not drawn, so that a run can be watched.
     """
-    runs = {name: read_metrics(workdir) for name, workdir in workdirs.items()}
+    return _drawn({name: read_metrics(workdir) for name, workdir in workdirs.items()}, "step", "step")
+
+
+def over_alpha(rows: Sequence[dict], a: str, b: str) -> Figure:
+    """What mixtures of two models reach; a panel each for accuracy, retrieval, rank agreement.
+
+    Args:
+      rows: {"alpha": 0.25, "zero_shot/cifar10/top1": ...} of each, in order.
+      a, b: names of the models at alpha 0 and 1.
+    """
+    return _drawn({"": list(rows)}, "alpha", printable(f"alpha (0: {a}, 1: {b})"))
+
+
+def _drawn(runs: Mapping[str, list[dict]], x: str, xlabel: str) -> Figure:
     panels = _panels(runs)
     figure = Figure(figsize=(max(5.5, 5 * len(panels)), 4), dpi=120, layout="constrained")
     axes_C = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
@@ -45,12 +58,12 @@ def curves(workdirs: Mapping[str, str | Path]) -> Figure:
             own = dict(color=colour(number)) if len(runs) > 1 else {}
             for place, (key, label) in enumerate(keys.items()):
                 factor = 100 if metric(key).share else 1
-                points = [(row["step"], factor * row[key]) for row in rows if key in row]
+                points = [(row[x], factor * row[key]) for row in rows if key in row]
                 if points:
                     label = f"{name}, {label}" if len(runs) > 1 else label
                     style = _style(key, place)
                     axes.plot(*zip(*_thinned(points), strict=True), label=printable(label), **own, **style)
-        axes.set(xlabel="step", ylabel=ylabel, title=title)
+        axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
         if ylabel.endswith("(%)"):
             axes.set_ylim(0, 102)
         axes.grid(alpha=0.3)

@@ -48,16 +48,20 @@ class CLIP(nn.Module):
             bias = -10.0 if self.initial_bias is None else self.initial_bias
             self.param("logit_bias", nn.initializers.constant(bias), ())
 
-    def encode_image(self, images_BxHxWx3: jax.Array, train: bool = False) -> jax.Array:
+    def encode_image(
+        self, images_BxHxWx3: jax.Array, train: bool = False, patches_BxK: jax.Array | None = None
+    ) -> jax.Array:
         """Normalised float images (B, size, size, 3) -> (B, D) float32 of unit length.
 
-        `train` uses (and, if mutable, updates) batch statistics; a ViT has none.
+        `train` uses (and, if mutable, updates) batch statistics; a ViT has none. `patches_BxK`: the patches that a ViT
+        looks at (images.draw_patches); None: all.
         Raises ValueError for images that are not of the model's size.
         """
         size = self.config.vision.image_size
         if images_BxHxWx3.shape[1:] != (size, size, 3):
             raise ValueError(f"images {images_BxHxWx3.shape} given to a model of (batch, {size}, {size}, 3)")
-        return l2_normalize(self.visual(images_BxHxWx3, train))
+        some = () if patches_BxK is None else (patches_BxK,)
+        return l2_normalize(self.visual(images_BxHxWx3, train, *some))
 
     def encode_text(self, tokens: jax.Array | Packed) -> jax.Array:
         """Token ids (B, L) int32 -> (B, D) float32 of unit length. L may be below the context length.
@@ -74,10 +78,14 @@ class CLIP(nn.Module):
         return l2_normalize(self.text(tokens))
 
     def __call__(
-        self, images_BxHxWx3: jax.Array, tokens: jax.Array | Packed, train: bool = False
+        self,
+        images_BxHxWx3: jax.Array,
+        tokens: jax.Array | Packed,
+        train: bool = False,
+        patches_BxK: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns z_img_BxD, z_txt_BxD and the logit multiplier exp(logit_scale), a float32 scalar."""
-        z_img_BxD = self.encode_image(images_BxHxWx3, train)
+        z_img_BxD = self.encode_image(images_BxHxWx3, train, patches_BxK)
         return z_img_BxD, self.encode_text(tokens), jnp.exp(self.logit_scale)
 
     def example_inputs(self, batch: int = 1) -> tuple[jax.Array, jax.Array]:

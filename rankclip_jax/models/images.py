@@ -166,6 +166,14 @@ def _luma(x_BxHxWx3):
     return jnp.sum(x_BxHxWx3 * jnp.array([0.299, 0.587, 0.114]), axis=-1, keepdims=True)  # ITU-R 601, as PIL's "L"
 
 
+def draw_patches(key: jax.Array, rows: int, patches: int, kept: int) -> jax.Array:
+    """The patches that each image keeps, int32 (rows, kept): numbers below `patches`, all different, in any order.
+
+    A row's draw depends on the key and its place alone, wherever it is computed.
+    """
+    return jnp.argsort(jax.random.bits(key, (rows, patches)), axis=1)[:, :kept]
+
+
 def normalize(
     images_BxHxWx3: jax.Array, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> jax.Array:

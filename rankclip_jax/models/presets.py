@@ -184,16 +184,31 @@ class ClipConfig:
         """Whether both towers are SigLIP's; then the model has a logit bias, whatever the loss."""
         return isinstance(self.vision, VitConfig) and self.vision.pool == "map" and self.text.pool == "last"
 
+    def kept_patches(self, dropout: float) -> int | None:
+        """Patches of an image that a step sees where it leaves out the share `dropout`, at least one.
 
-# The OpenAI models: Radford et al. 2021 (arXiv 2103.00020), tables 19 and 20. ViT-S/16: open_clip's sizes.
-# ViT-tiny and RN-tiny are ours, for training in minutes on two CPU cores.
+        None: all, where the share is 0; and of a ResNet, which has none.
+        """
+        vision = self.vision
+        return max(1, round((1 - dropout) * vision.grid**2)) if dropout and isinstance(vision, VitConfig) else None
+
+
+# OpenAI's models: Radford et al. 2021 (arXiv 2103.00020), tables 19 and 20. ViT-S/16, H/14, g/14, bigG/14: open_clip's
+# sizes (the last three: Cherti et al. 2022, arXiv 2212.07143). ViT-tiny and RN-tiny are ours, for training in minutes
+# on two CPU cores.
 PRESETS: dict[str, ClipConfig] = {
     "ViT-B/32": ClipConfig(512, VitConfig(224, 32, 768, 12, 12), TextConfig(512, 8, 12)),
     "ViT-B/16": ClipConfig(512, VitConfig(224, 16, 768, 12, 12), TextConfig(512, 8, 12)),
     "ViT-L/14": ClipConfig(768, VitConfig(224, 14, 1024, 24, 16), TextConfig(768, 12, 12)),
+    "ViT-L/14@336": ClipConfig(768, VitConfig(336, 14, 1024, 24, 16), TextConfig(768, 12, 12)),
+    "ViT-H/14": ClipConfig(1024, VitConfig(224, 14, 1280, 32, 16), TextConfig(1024, 16, 24), "gelu"),
+    "ViT-g/14": ClipConfig(1024, VitConfig(224, 14, 1408, 40, 16, 6144), TextConfig(1024, 16, 24), "gelu"),
+    "ViT-bigG/14": ClipConfig(1280, VitConfig(224, 14, 1664, 48, 16, 8192), TextConfig(1280, 20, 32), "gelu"),
     "RN50": ClipConfig(1024, ResNetConfig(224, (3, 4, 6, 3), 64), TextConfig(512, 8, 12)),
     "RN101": ClipConfig(512, ResNetConfig(224, (3, 4, 23, 3), 64), TextConfig(512, 8, 12)),
     "RN50x4": ClipConfig(640, ResNetConfig(288, (4, 6, 10, 6), 80), TextConfig(640, 10, 12)),
+    "RN50x16": ClipConfig(768, ResNetConfig(384, (6, 8, 18, 8), 96), TextConfig(768, 12, 12)),
+    "RN50x64": ClipConfig(1024, ResNetConfig(448, (3, 15, 36, 10), 128), TextConfig(1024, 16, 12)),
     "ViT-S/16": ClipConfig(384, VitConfig(224, 16, 384, 12, 6), TextConfig(384, 6, 12)),
     "ViT-tiny": ClipConfig(128, VitConfig(64, 8, 192, 6, 3), TextConfig(128, 4, 3, context_length=32)),
     "RN-tiny": ClipConfig(

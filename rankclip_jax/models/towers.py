@@ -13,7 +13,10 @@ from rankclip_jax.models.transformer import Mlp, Transformer
 
 
 class VisionTransformer(nn.Module):
-    """(B, H, W, 3) normalised images -> (B, embed_dim), not yet of unit length."""
+    """(B, H, W, 3) normalised images -> (B, embed_dim), not yet of unit length.
+
+    patches_BxK: the only patches that are looked at, by number; the class token stays. None: all.
+    """
 
     config: VitConfig
     embed_dim: int
@@ -24,7 +27,9 @@ class VisionTransformer(nn.Module):
     attention: str = "xla"
 
     @nn.compact
-    def __call__(self, images_BxHxWx3: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, images_BxHxWx3: jax.Array, train: bool = False, patches_BxK: jax.Array | None = None
+    ) -> jax.Array:
         cfg, width, p, g = self.config, self.config.width, self.config.patch_size, self.config.grid
         normal = nn.initializers.normal(width**-0.5)
         b = images_BxHxWx3.shape[0]
@@ -33,18 +38,23 @@ class VisionTransformer(nn.Module):
         pooled_by_class = cfg.pool == "class"
         kernel, *bias = PatchKernel(p, width, with_bias=not pooled_by_class, name="conv1")()
         patches = images_BxHxWx3[:, : g * p, : g * p].astype(self.dtype).reshape(b, g, p, g, p, 3)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b * g * g, p * p * 3)
-        x = patches @ kernel.reshape(p * p * 3, width).astype(self.dtype)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, g * g, p * p * 3)
+        if patches_BxK is not None:
+            patches = jnp.take_along_axis(patches, patches_BxK[..., None], axis=1)
+        x = patches.reshape(-1, p * p * 3) @ kernel.reshape(p * p * 3, width).astype(self.dtype)
 
-        if pooled_by_class:
+        if pooled_by_class:  # parameters are drawn in the order in which they are named
             class_embedding = self.param("class_embedding", normal, (width,)).astype(self.dtype)
-            positions = self.param("positional_embedding", normal, (g * g + 1, width)).astype(self.dtype)
+        positions = self.param("positional_embedding", normal, (g * g + pooled_by_class, width))
+        if patches_BxK is not None:  # in float32, in which the gradient then adds up
+            positions = positions[jnp.pad(patches_BxK + 1, ((0, 0), (1, 0))) if pooled_by_class else patches_BxK]
+        positions = positions.astype(self.dtype)
+        if pooled_by_class:
             classes = jnp.broadcast_to(class_embedding, (b, 1, width))
-            x = jnp.concatenate([classes, x.reshape(b, g * g, width)], axis=1) + positions
+            x = jnp.concatenate([classes, x.reshape(b, -1, width)], axis=1) + positions
             x = LayerNorm(self.dtype, name="ln_pre")(x)
         else:
-            positions = self.param("positional_embedding", normal, (g * g, width)).astype(self.dtype)
-            x = (x + bias[0].astype(self.dtype)).reshape(b, g * g, width) + positions
+            x = (x + bias[0].astype(self.dtype)).reshape(b, -1, width) + positions
         x = Transformer(
             cfg.layers,
             cfg.heads,

@@ -40,8 +40,15 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workdir", help="folder of the run; default: runs/ and the name of WHAT")
     parser.add_argument("--mode", choices=["train", "eval", "plan"], default="train")
-    data = parser.add_argument_group("data of your own (docs/tutorials.md)")
+    data = add_sets(parser)
     data.add_argument("--val", metavar="DATA", help="held-out pairs: for the validation loss; a table: for retrieval")
+    data.add_argument("--tokenizer", help="a tokenizer.json or hub id, for weights that have none")
+    data.add_argument("--out", type=Path, metavar="FILE", help="where an evaluation without a workdir writes results")
+
+
+def add_sets(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The flags that `sets` knows."""
+    data = parser.add_argument_group("data of your own (docs/tutorials.md)")
     data.add_argument("--retrieval", nargs="+", metavar="TABLE", default=[], help="evaluate retrieval on these pairs")
     data.add_argument(
         "--labels",
@@ -51,8 +58,29 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         help="evaluate classification into the classes of a column; or a folder with a folder a class",
     )
     data.add_argument("--imagenet", metavar="FOLDER", help="evaluate classification on ImageNet's validation images")
-    data.add_argument("--tokenizer", help="a tokenizer.json or hub id, for weights that have none")
-    data.add_argument("--out", type=Path, metavar="FILE", help="where an evaluation without a workdir writes results")
+    return data
+
+
+def sets(flags: argparse.Namespace, alone: bool, otherwise: Sequence[str] = ()) -> list[str]:
+    """Overrides that name the sets of `add_sets`' flags.
+
+    Args:
+      alone: in place of all that the configuration names.
+      otherwise: for retrieval where no table is given.
+
+    Raises:
+      InputError: a set is nothing that can be used.
+    """
+    overrides = []
+    if alone and (flags.labels or flags.retrieval or flags.imagenet):
+        overrides += ["eval.suite=None", *(f"eval.{kind}={{}}" for kind in evaluation.KINDS)]
+    if captioned := flags.retrieval or otherwise:
+        overrides.append(f"eval.retrieval={dict(map(_captioned, captioned))!r}")
+    if flags.labels:
+        overrides.append(f"eval.zero_shot={dict(map(_labelled, flags.labels))!r}")
+    if flags.imagenet:
+        overrides += ["eval.suite=('imagenet',)", f"eval.data_dir={flags.imagenet!r}"]
+    return overrides
 
 
 def read(flags: argparse.Namespace, keys: Sequence[str]) -> Given:
@@ -68,8 +96,6 @@ def read(flags: argparse.Namespace, keys: Sequence[str]) -> Given:
             workdir = what
         elif what:  # any model; the workdir takes its results
             overrides.append(f"eval.model={what!r}")
-        if flags.labels or flags.retrieval or flags.imagenet:  # these alone
-            overrides += ["eval.suite=None", *(f"eval.{kind}={{}}" for kind in evaluation.KINDS)]
     elif what and _is_experiment(what):
         if config:
             raise InputError(f"{what} and --config {config} are two experiments; give one")
@@ -80,13 +106,8 @@ def read(flags: argparse.Namespace, keys: Sequence[str]) -> Given:
         workdir = workdir or Path("runs") / name_of(what)
     if flags.val:
         overrides.append(f"data.val={_validation(flags.val, what)!r}")
-    tables_of_pairs = flags.retrieval or [path for path in [flags.val] if path and _is_table(path)]
-    if tables_of_pairs:
-        overrides.append(f"eval.retrieval={dict(map(_captioned, tables_of_pairs))!r}")
-    if flags.labels:
-        overrides.append(f"eval.zero_shot={dict(map(_labelled, flags.labels))!r}")
-    if flags.imagenet:
-        overrides += ["eval.suite=('imagenet',)", f"eval.data_dir={flags.imagenet!r}"]
+    tables_of_val = [path for path in [flags.val] if path and _is_table(path)]
+    overrides += sets(flags, alone=flags.mode == "eval", otherwise=tables_of_val)
     if flags.tokenizer:
         overrides.append(f"tokenizer.path={flags.tokenizer!r}")
     if config and not workdir and flags.mode != "eval":

@@ -102,24 +102,37 @@ def _workdir(config: ConfigDict, workdir: Path) -> tuple[Session, steps.TrainSta
 
 def _model(config: ConfigDict) -> tuple[Session, steps.TrainState]:
     read = pretrained.read(config.eval.model, config.tokenizer.path)
+    session = session_of(config, read)
+    return session, state_of(session, read)
+
+
+def session_of(config: ConfigDict, read: pretrained.Pretrained) -> Session:
+    """A session for a model of any origin, with config's devices and evaluations.
+
+    Raises:
+      InputError: the model has no tokenizer, or a preprocessing that the evaluation has not.
+    """
+    name = config.eval.model or read.path
     if read.tokenizer is None:
         raise InputError(
-            f"{config.eval.model} has no tokenizer; give --config.tokenizer.path a tokenizer.json or a hub id "
+            f"{name} has no tokenizer; give --config.tokenizer.path a tokenizer.json or a hub id "
             '(OpenAI\'s is "openai/clip-vit-base-patch32")'
         )
     side = read.config.vision.image_size
     if (read.view.resize, read.view.crop) != (side, side):
         raise InputError(
-            f"{config.eval.model} resizes images to {read.view.resize} pixels and crops {read.view.crop}; evaluation "
+            f"{name} resizes images to {read.view.resize} pixels and crops {read.view.crop}; evaluation "
             f"resizes to {side}, the size that it crops"
         )
     config = configs.complete(config.to_dict())
     with config.ignore_type():
         config.data.mean, config.data.std = tuple(read.view.mean), tuple(read.view.std)
         config.data.squash = read.view.squash
-    session = Session(config, read.tokenizer, architecture=read.config, trains=False)
-    variables = read.variables
-    state = steps.TrainState(
-        jnp.int32(read.step or 0), variables["params"], variables.get("batch_stats", {}), opt_state=()
-    )
-    return session, jax.device_put(state, sharding.state_shardings(state, session.mesh, config.sharding))
+    return Session(config, read.tokenizer, architecture=read.config, trains=False)
+
+
+def state_of(session: Session, read: pretrained.Pretrained) -> steps.TrainState:
+    """The parameters of a model on the session's devices."""
+    params, batch_stats = read.variables["params"], read.variables.get("batch_stats", {})
+    state = steps.TrainState(jnp.int32(read.step or 0), params, batch_stats, opt_state=())
+    return jax.device_put(state, sharding.state_shardings(state, session.mesh, session.config.sharding))

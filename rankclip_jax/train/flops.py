@@ -40,15 +40,18 @@ def peak_tflops(device_kind: str) -> float | None:
     return next((ACCELERATORS[name][1] for kind, name in _KINDS if re.search(kind, device_kind)), None)
 
 
-def step_flops(config: ClipConfig, batch: int, views: int = 1, text_rows: int | None = None) -> float:
+def step_flops(
+    config: ClipConfig, batch: int, views: int = 1, text_rows: int | None = None, patches: int | None = None
+) -> float:
     """Floating-point operations of a training step: matrix products and convolutions of the towers, and of the loss.
 
     Forward and backward. Recomputation under remat or accumulation is not counted, as is the custom; nor are norms,
     activations and softmax, which are 0.2 to 1.5 % of what XLA counts. All rows count that the text tower computes:
-    `text_rows` where captions are packed; None: a row for each caption, padding included.
+    `text_rows` where captions are packed; None: a row for each caption, padding included. `patches`: of an image that a
+    ViT looks at; None: all.
     """
     vision, text, d = config.vision, config.text, config.embed_dim
-    picture = _vit(vision, d) if isinstance(vision, VitConfig) else _resnet(vision, d)
+    picture = _vit(vision, d, patches) if isinstance(vision, VitConfig) else _resnet(vision, d)
     row = 3 * _transformer(text.layers, text.width, text.mlp_width, text.context_length)
     pairs = batch * views
     towers = pairs * (picture + 3 * text.width * d) + (pairs if text_rows is None else text_rows) * row
@@ -64,14 +67,14 @@ def _transformer(layers: int, width: int, mlp_width: int | None, length: int) ->
     return layers * (length * weights + 2 * length**2 * width)
 
 
-def _vit(config: VitConfig, embed_dim: int) -> int:
-    patches = config.grid**2 * 3 * config.patch_size**2 * config.width
-    tokens, width, mlp = config.grid**2, config.width, config.mlp_width or 4 * config.width
+def _vit(config: VitConfig, embed_dim: int, patches: int | None) -> int:
+    tokens, width, mlp = patches or config.grid**2, config.width, config.mlp_width or 4 * config.width
+    first = tokens * 3 * config.patch_size**2 * width
     if config.pool == "map":  # a probe attends; keys, values, both products of attention, its output, an MLP
         head = 2 * tokens * width**2 + 2 * tokens * width + width**2 + 2 * width * mlp
     else:
         tokens, head = tokens + 1, width * embed_dim
-    return 2 * patches + 3 * (_transformer(config.layers, width, mlp, tokens) + head)
+    return 2 * first + 3 * (_transformer(config.layers, width, mlp, tokens) + head)
 
 
 def _resnet(config: ResNetConfig, embed_dim: int) -> int:

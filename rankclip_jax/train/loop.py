@@ -30,7 +30,7 @@ from rankclip_jax.train.opening import Data, Start
 from rankclip_jax.train.packed_batches import PackedBatches
 from rankclip_jax.train.profile import Trace
 from rankclip_jax.train.recorder import Recorder
-from rankclip_jax.train.schedule import free_until, learning_rate
+from rankclip_jax.train.schedule import learning_rate, patch_dropout_steps
 from rankclip_jax.train.session import Session
 from rankclip_jax.weights import checkpoint, saving
 from rankclip_jax.weights.saving import Checkpoints
@@ -68,7 +68,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
             print(f"{storage.shown(workdir)} is trained to its last step, {start.step}")
             return
         wsd = config.optim.schedule == "wsd"
-        free = int(free_until(config.optim, data.total_steps, data.steps_per_epoch)) if wsd else None
+        free = int(opening.run_length(config, data.steps_per_epoch)[1]) if wsd else None
         with Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None, free) as checkpoints:
             batches = opening.open_batches(session, workdir, data, start)
             processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""
@@ -95,10 +95,14 @@ def run_steps(
     config, state = session.config, start.state
     batches = PackedBatches(session, batches, data.total_steps - start.step)
     length = dict(total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch)
-    train_step = steps.make_train_step(session.model, tx, config, session.mesh, **length)
+    dropping = patch_dropout_steps(config.model.vision, data.total_steps)
+    train_steps = {
+        whole: steps.make_train_step(session.model, tx, config, session.mesh, **length, whole=whole)
+        for whole in (False, True)
+    }
     rate, wait = learning_rate(config.optim, **length), InputWait(batches)
     began = dict(start=start.step, total_steps=data.total_steps, parameters=_parameters(state))
-    compiled: set[bool] = set()  # the steps of packed batches, and of those that did not fit
+    compiled: set[tuple] = set()  # the steps of packed batches and of those that did not fit; with patches left out
     cadence = [n for n in (config.checkpoint.every_steps, config.checkpoint.keep_every) if n]
     with (
         Recorder(session, workdir, rate, wait.take, **began) as recorder,
@@ -109,12 +113,12 @@ def run_steps(
             _evaluate(session, state, data, start.step, recorder, checkpoints)
         for step, batch in zip(range(start.step + 1, data.total_steps + 1), wait, strict=False):
             trace.before(step)
-            packed = isinstance(batch["tokens"], Packed)
-            new, compiled = packed not in compiled, compiled | {packed}
+            program = packed, whole = isinstance(batch["tokens"], Packed), step > dropping
+            new, compiled = program not in compiled, compiled | {program}
             with _compiling(recorder) if new else contextlib.nullcontext():
-                state, numbers = train_step(state, to_devices(batch, session.mesh))
+                state, numbers = train_steps[whole](state, to_devices(batch, session.mesh))
             wait.step_started(numbers["loss"])
-            recorder.take(step, numbers, packed)
+            recorder.take(step, numbers, packed, whole)
             trace.after(step, numbers)
             last, terminated = step == data.total_steps, notice.reached(step)
             epoch_ends = last or step % data.steps_per_epoch == 0

@@ -25,7 +25,7 @@ from rankclip_jax.parallel import processes
 from rankclip_jax.train import init_from, resolve
 from rankclip_jax.train import step as steps
 from rankclip_jax.train import workdir as workdirs
-from rankclip_jax.train.schedule import free_until
+from rankclip_jax.train.schedule import free_until, patch_dropout_steps
 from rankclip_jax.train.session import Session, image_side
 from rankclip_jax.weights import checkpoint, pretrained
 
@@ -179,9 +179,12 @@ def _described(source: Any, before: bool = False) -> dict | None:
 
 
 def run_length(config: ConfigDict, steps_per_epoch: int) -> tuple[int, float]:
-    """The run's number of steps, and of those at its start whose rates would be the same in a longer one."""
+    """The run's number of steps, and of those at its start that would be the same in a longer one."""
     total_steps = resolve.total_steps(config, steps_per_epoch)
-    return total_steps, free_until(config.optim, total_steps, steps_per_epoch)
+    free = free_until(config.optim, total_steps, steps_per_epoch)
+    if config.model.vision.patch_dropout and 0 < config.model.vision.patch_dropout_until < 1:
+        free = min(free, patch_dropout_steps(config.model.vision, total_steps))
+    return total_steps, free
 
 
 def _place(restored: checkpoint.Restored, session: Session) -> int:

@@ -83,6 +83,7 @@ def summary(config: ConfigDict, target: Target, whole: dict, half: dict) -> dict
     flops = whole["flops"]
     numbers = {key: whole[key] for key in ("real", "attention", "sort", "bfloat16", "trained")} | {
         "text": _text(config, whole["text_rows"]),
+        "image": _image(config, whole["patches"]),
         "parameters": whole["parameters"],
         "tflop_per_step": flops / 1e12,
         "limit_gib": memory,
@@ -119,6 +120,7 @@ def lines(config: ConfigDict, target: Target, numbers: dict) -> list[str]:
         ("compiler", target.kind if numbers["real"] else f"the CPU's: what {target.kind} needs is estimated"),
         ("parameters", f"{numbers['parameters']:,}, {numbers['trained']:,} trained"),
         ("batch", f"{config.batch_size:,}, {config.batch_size // target.count:,} a device"),
+        *([("image tower", numbers["image"])] if numbers["image"] else []),
         ("text tower", numbers["text"]),
         ("floating-point operations", f"{numbers['tflop_per_step']:.3g} TFLOP a step"),
     ]
@@ -176,6 +178,16 @@ def _text(config: ConfigDict, rows: int) -> str:
     return f"{rows:,} rows a device and part, padded; to plan with packed ones: {_ROWS}"
 
 
+def _image(config: ConfigDict, patches: list[int] | None) -> str | None:
+    """What the image tower computes where it leaves patches out, in words."""
+    if patches is None:
+        return None
+    said, until = "{:,} of {:,} patches".format(*patches), config.model.vision.patch_dropout_until
+    if until == 1:
+        return said
+    return f"{said}, all of them in the last {1 - until:.0%} of the steps: memory is theirs, operations are the mean"
+
+
 def _with_batch(config: ConfigDict, batch_size: int) -> ConfigDict:
     changed = configs.complete(config.to_dict())
     changed.batch_size = batch_size
@@ -204,7 +216,11 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
     a_epoch = config.plan.samples // config.batch_size if config.plan.samples else 1
     tx = optim.make_optimizer(config.optim, total, a_epoch)
     state = steps.abstract_state(model, tx, mesh, config.sharding, config.optim)
-    step = steps.make_train_step(model, tx, config, mesh, total_steps=2, steps_per_epoch=1)
+    vision, kept = config.model.vision, model.config.kept_patches(config.model.vision.patch_dropout)
+    dropping = vision.patch_dropout_until if kept else 0.0
+    tflop = {whole: session.step_tflop(session.packs, whole) for whole in (False, True)}
+    # Where there are two programs, that of whole images needs more memory.
+    step = steps.make_train_step(model, tx, config, mesh, total_steps=2, steps_per_epoch=1, whole=dropping < 1)
     where, b = batch_sharding(mesh), config.batch_size
 
     def array(dtype, *shape):
@@ -232,7 +248,8 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
                 ("averages", getattr(state, "ema", {})),
             )
         },
-        "flops": session.step_tflop(session.packs) * 1e12,
+        "flops": (dropping * tflop[False] + (1 - dropping) * tflop[True]) * 1e12,
+        "patches": [kept, model.config.vision.grid**2] if dropping else None,
         "text_rows": session.unit_rows if session.packs else session.unit_captions,
         "attention": model.attention,
         "sort": SORTS[session.devices.platform],

@@ -1,6 +1,7 @@
 """The numbers of a run on their way out: read from the devices one step late, shown, and written down."""
 
 import contextlib
+import functools
 import math
 import secrets
 import time
@@ -42,8 +43,8 @@ class Recorder:
         self._rate, self._waited, self._advised = rate, waited, False
         self._start, self._total, self._parameters = start, total_steps, parameters
         self._pace = Pace(start, total_steps, self._config.batch_size)
-        self._tflop = {packs: session.step_tflop(packs) for packs in {False, session.packs}}
-        self._packs, self._steps, self._padded = session.packs, 0, 0  # since the last line
+        self._step_tflop = functools.cache(session.step_tflop)
+        self._packs, self._steps, self._padded, self._tflop = session.packs, 0, 0, 0.0  # since the last line
         self._metrics: MetricsFile | None = None
         self._loggers: list[loggers.Logger] = []
         self._opened = contextlib.ExitStack()
@@ -73,14 +74,15 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._opened.close()
 
-    def take(self, step: int, numbers: dict, packed: bool = False) -> None:
+    def take(self, step: int, numbers: dict, packed: bool = False, whole: bool = False) -> None:
         """Holds the numbers of `step` and records those of the step before. Raises as `flush`.
 
-        `packed`: whether its captions were.
+        `packed`, `whole`: whether its captions were packed, and its images whole.
         """
         self.flush()
         self._pending = step, numbers
         self._steps, self._padded = self._steps + 1, self._padded + (not packed)
+        self._tflop += self._step_tflop(packed, whole)
 
     def flush(self) -> None:
         """Records what is held. Raises InputError when a number is not finite."""
@@ -100,14 +102,10 @@ class Recorder:
         line, speed = self._pace.line(step, shown, *self._waited())
         print(line, flush=True)
         steps_per_second = speed["images_per_second"] / self._config.batch_size
-        # Of the operations that were done: of packed captions the tower computes fewer.
-        padded = self._padded / max(self._steps, 1)
-        tflop = self._tflop[self._packs]
         if self._packs:
-            speed["padded_steps"] = round(padded, 4)
-            tflop += padded * (self._tflop[False] - tflop)
-        self._steps = self._padded = 0
-        speed |= flops.utilisation(tflop * steps_per_second, self._devices)
+            speed["padded_steps"] = round(self._padded / max(self._steps, 1), 4)
+        speed |= flops.utilisation(self._tflop / max(self._steps, 1) * steps_per_second, self._devices)
+        self._steps, self._padded, self._tflop = 0, 0, 0.0
         self.write(step, numbers | speed)
         if step > 1 and not self._advised and speed["data_wait"] > input_wait.WORTH_SAYING:
             self._advised = True

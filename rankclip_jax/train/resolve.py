@@ -69,7 +69,7 @@ def _settle(config: ConfigDict, pairs: int, old: ConfigDict | None, origin: Pret
         seen = origin.view
     else:
         own = {key: config.model[key] for key in ("name", "image_size", "embed_dim")}
-        seen = view.usual(models.configure(**own, vision=config.model.vision.to_dict()).vision)
+        seen = view.usual(models.configure(**own, vision=configs.network(config.model)["vision"]).vision)
     for key, of_clip in (("mean", view.MEAN), ("std", view.STD)):
         theirs = tuple(getattr(seen, key))
         config.data[key] = config.data[key] or (theirs if theirs != of_clip else None)
@@ -144,7 +144,7 @@ def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
 def of_source(origin: Pretrained) -> dict[str, Any]:
     """Fields of config.model that give the architecture of a model: those of its run, or changes to a like preset."""
     if origin.run is not None:
-        fields = origin.run.model.to_dict()
+        fields = configs.network(origin.run.model)
         return {key: fields[key] for key in ARCHITECTURE}
     config = origin.config
     near = max(models.PRESETS, key=lambda name: _alike(models.PRESETS[name], config))

@@ -60,6 +60,11 @@ def free_until(config_optim: ConfigDict, total_steps: int, steps_per_epoch: int 
     return total_steps - config.decay_steps + 1 if config.schedule == "wsd" else after_warmup
 
 
+def patch_dropout_steps(config_vision: ConfigDict, total_steps: int) -> int:
+    """The number of first steps that leave patches out: config.model.vision.patch_dropout_until of all."""
+    return round(config_vision.patch_dropout_until * total_steps) if config_vision.patch_dropout else 0
+
+
 def _check(config: ConfigDict, total_steps: int, steps_per_epoch: int | None) -> None:
     warmup, decay = config.warmup_steps, config.decay_steps
     if warmup >= total_steps:

@@ -111,12 +111,14 @@ class Session:
         """Rows of a unit of a packed training batch."""
         return packing.scaled(self.config.model.pack_rows, self.unit_captions)
 
-    def step_tflop(self, packs: bool) -> float:
-        """Operations of a training step in TFLOP, of a batch whose captions are packed or padded."""
+    def step_tflop(self, packs: bool, whole: bool = False) -> float:
+        """Operations of a training step in TFLOP, of a batch whose captions are packed or padded; `whole`: of whole
+        images, after config.model.vision.patch_dropout_until."""
         units = batch_shards(self.mesh) * self.config.accumulate
         rows = units * self.unit_rows if packs else None
         views = 1 + self.config.data.two_views
-        return flops.step_flops(self.model.config, self.config.batch_size, views, rows) / 1e12
+        patches = None if whole else self.model.config.kept_patches(self.config.model.vision.patch_dropout)
+        return flops.step_flops(self.model.config, self.config.batch_size, views, rows, patches) / 1e12
 
     def pack(self, tokens: np.ndarray, parts: int = 1) -> Packed | None:
         """This process's tokens (b, L) or (b, V, L), packed for its devices and for `parts` parts of the batch, as
@@ -269,7 +271,7 @@ def image_side(config: ConfigDict) -> int:
         if config.model.name is None:
             return config.model.image_size or 0  # settled once the data are open; only drawn scenes depend on it
         fields = {key: config.model[key] for key in ("name", "image_size", "embed_dim")}
-        return models.configure(**fields, vision=config.model.vision.to_dict()).vision.image_size
+        return models.configure(**fields, vision=configs.network(config.model)["vision"]).vision.image_size
     except ValueError as error:
         raise InputError(f"config.model: {error}") from None
 
@@ -313,6 +315,8 @@ def build_model(
         model = models.build(fields.pop("name"), devices=devices, **words, **fields)
     except ValueError as error:
         raise InputError(f"config.model: {error}") from None
+    if (dropout := config.model.vision.patch_dropout) and isinstance(model.config.vision, models.ResNetConfig):
+        raise InputError(f"config.model.vision.patch_dropout={dropout}: a ResNet has no patches. Expected 0, or a ViT")
     return model if config.optim.lora is None else Adapted(model, config.optim.lora)
 
 

@@ -132,6 +132,7 @@ def make_train_step(
     *,
     total_steps: int,
     steps_per_epoch: int,
+    whole: bool = False,
 ) -> jax.stages.Wrapped:
     """Returns jitted train_step(state, batch) -> (state, metrics); the state given is donated.
 
@@ -139,10 +140,11 @@ def make_train_step(
     L), split over batch_axes; B is global, and so are the batch statistics and the negatives. Or "tokens" are Packed, a
     unit for each device and part, device by device: another program, the same numbers. `metrics`: float32 scalars.
     With config.accumulate > 1 (no batch norm) the activations of that part of the batch are held at a time, for the
-    same gradient.
+    same gradient. `whole`: of whole images, as the steps after config.model.vision.patch_dropout_until are.
     """
     seed_key = jax.random.key(config.seed)
-    update = train_step_function(model, tx, config, mesh, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    length = dict(total_steps=total_steps, steps_per_epoch=steps_per_epoch)
+    update = train_step_function(model, tx, config, mesh, **length, whole=whole)
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         return update(state, batch, seed_key)
@@ -158,15 +160,17 @@ def train_step_function(
     *,
     total_steps: int,
     steps_per_epoch: int,
+    whole: bool = False,
 ) -> Callable:
     """Returns what `make_train_step` jits: train_step(state, batch, seed_key) -> (state, metrics).
 
     A pure function to scan over batches, or to vmap over states and keys of several seeds. `mesh` None: one device,
-    no sharding. `seed_key`: of all randomness of the run; a step folds its number in.
+    no sharding. `seed_key`: of all randomness of the run; a step folds its number in. `whole`: as make_train_step.
     """
     spec = loss_spec(config)
     ramp_epochs = spec.ramp_epochs or -(-total_steps // steps_per_epoch)
-    side = model.config.vision.image_size
+    side, patches = model.config.vision.image_size, model.config.vision.grid**2
+    kept = None if whole else model.config.kept_patches(config.model.vision.patch_dropout)
 
     def constrain(tree):
         if mesh is None:
@@ -179,18 +183,23 @@ def train_step_function(
         flat = views_BxVxSxSx3.reshape(-1, side, side, 3)
         key = jax.random.fold_in(seed_key, state.step)
         pixels = images.augment(key, flat, flip=config.data.flip, jitter=config.data.color_jitter)
+        rows = {"image": pixels.reshape(views_BxVxSxSx3.shape), "tokens": batch["tokens"]}
+        if kept:  # 0 and 1 are augment's
+            patches_NxK = images.draw_patches(jax.random.fold_in(key, 2), len(flat), patches, kept)
+            rows["patches"] = patches_NxK.reshape(*views_BxVxSxSx3.shape[:2], -1)
         ramp = rank_weight(state.step // steps_per_epoch + 1, ramp_epochs)
 
         used = state.params if mesh is None else gather(state.params, mesh, config.sharding)
         trained, frozen = rules.split(used, config.optim)
 
         def embed(trained, rows):
-            tokens = rows["tokens"]
+            tokens, some = rows["tokens"], rows.get("patches")
             (z_img_nxD, z_txt_nxD, _), updated = model.apply(
                 {"params": rules.join(trained, frozen), "batch_stats": state.batch_stats},
                 images.normalize(rows["image"].reshape(-1, side, side, 3), config.data.mean, config.data.std),
                 tokens if isinstance(tokens, Packed) else tokens.reshape(-1, tokens.shape[-1]),
                 train=bool(jax.tree.leaves(trained["visual"])),  # of a frozen tower batch norm's statistics stay too
+                patches_BxK=None if some is None else some.reshape(-1, kept),
                 mutable=["batch_stats"],
             )
             z_img_bxVxD, z_txt_bxVxD = (z.reshape(len(rows["image"]), -1, z.shape[-1]) for z in (z_img_nxD, z_txt_nxD))
@@ -202,7 +211,6 @@ def train_step_function(
             loss, parts = _objective(z_img_BxVxD, z_txt_BxVxD, params, spec, ramp, mesh)
             return loss, (parts, batch_stats)
 
-        rows = {"image": pixels.reshape(views_BxVxSxSx3.shape), "tokens": batch["tokens"]}
         value, grads = loss_and_grads(embed, loss_of, trained, rows, config.accumulate, constrain)
         loss, (parts, batch_stats) = value
         grads = rules.join(grads, jax.tree.map(jnp.zeros_like, frozen))  # the optimiser leaves these out

@@ -103,7 +103,7 @@ def check_length(workdir: Path, step: int, old: tuple[int, float], new: tuple[in
     (total, free), (new_total, new_free) = old, new
     if total != new_total and step > min(free, new_free):
         raise InputError(
-            f"{workdir} is at step {step} of {total}, and for {new_total} steps its rates would have differed "
+            f"{workdir} is at step {step} of {total}, and for {new_total} steps it would have differed "
             f"from step {int(min(free, new_free)) + 1} on. Give the old config.epochs and config.steps to resume it; "
             f"or, to train for longer from its weights, a new --workdir with --config.init_from={workdir}. Runs "
             "with config.optim.schedule=constant, or wsd until it decays, can be made longer"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rankclip_jax.models import ClipConfig, ResNetConfig, TextConfig, VitConfig
+from rankclip_jax.models import PRESETS, ClipConfig, ResNetConfig, TextConfig, VitConfig
 from rankclip_jax.models.presets import Activation
 
 
@@ -27,8 +27,9 @@ def from_weights(
 ) -> ClipConfig:
     """The architecture of an OpenAI state dict, inferred from its shapes.
 
-    Everything else is assumed to be as in all OpenAI models: heads of 64 channels, the highest id as end-of-text, and
-    the given activation. Raises ValueError if the state dict is not a CLIP.
+    Everything else is assumed to be as in all OpenAI models: heads of 64 channels (in an image tower of a preset's
+    sizes as many heads as there: ViT-H, g and bigG have wider ones), the highest id as end-of-text, and the given
+    activation. Raises ValueError if the state dict is not a CLIP.
     """
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
@@ -44,13 +45,17 @@ def from_weights(
     if "visual.proj" in state:
         width, _, _, patch = shape("visual.conv1.weight", 4)
         grid = math.isqrt(shape("visual.positional_embedding", 2)[0] - 1)
+        layers = count(r"visual\.transformer\.resblocks\.(\d+)\.")
+        mlp = _mlp(width, shape("visual.transformer.resblocks.0.mlp.c_fc.weight", 2)[0])
+        towers = [preset.vision for preset in PRESETS.values() if isinstance(preset.vision, VitConfig)]
+        heads = {of.heads for of in towers if (of.width, of.layers, of.mlp_width) == (width, layers, mlp)}
         vision = VitConfig(
             image_size=grid * patch,
             patch_size=patch,
             width=width,
-            layers=count(r"visual\.transformer\.resblocks\.(\d+)\."),
-            heads=_heads("visual.conv1.weight", width),
-            mlp_width=_mlp(width, shape("visual.transformer.resblocks.0.mlp.c_fc.weight", 2)[0]),
+            layers=layers,
+            heads=heads.pop() if len(heads) == 1 else _heads("visual.conv1.weight", width),
+            mlp_width=mlp,
         )
     else:
         stem: Literal["imagenet", "small"] = "imagenet" if "visual.conv2.weight" in state else "small"

@@ -184,7 +184,8 @@ def card(model: Pretrained, layout: str) -> str:
         if results:
             lines += [f"## Results at step {model.step}", "", *_table(("metric", "value"), results)]
     else:
-        lines += [f"Converted from `{model.path.name}`, which has no information about its training.", ""]
+        unknown = f"Converted from `{model.path.name}`, which has no information about its training."
+        lines += [model.origin or unknown, ""]
     theirs = _USE_SIGLIP if config.siglip else _USE.get(layout, "")
     use = [_OURS] if alone else [theirs, _OURS]
     lines += ["## Use", ""]
@@ -246,7 +247,7 @@ def _training(run: ConfigDict, step: int | None, averaged: bool) -> dict:
         f"{run.optim.warmup_steps:,} steps of warm-up, schedule: {run.optim.schedule}, recipe: {run.optim.recipe}",
         "computed in": run.model.dtype,
         "seed": run.seed,
-    } | weights | adapters
+    } | weights | adapters | ({"patch dropout": f"{dropout:g}"} if (dropout := run.model.vision.patch_dropout) else {})
 
 
 def _results(model: Pretrained) -> list[tuple[str, str]]:

@@ -31,6 +31,7 @@ class Pretrained:
       run: the complete training configuration of a workdir, otherwise None.
       step: the step of a workdir's checkpoint, otherwise None.
       averaged: whether these are a run's averages (config.optim.ema), not its last weights.
+      origin: a sentence for the model card, of what was made from other models.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class Pretrained:
     run: ConfigDict | None = None
     step: int | None = None
     averaged: bool = False
+    origin: str | None = None
 
 
 def read(

@@ -147,7 +147,7 @@ def test_given_values_replace_defaults_and_the_rest_stays():
     assert config.mesh.to_dict() == {"data": 2, "fsdp": 4}
 
 
-@pytest.mark.parametrize("name", ["shapes", "cifar10", "cc3m"])
+@pytest.mark.parametrize("name", ["shapes", "cifar10", "cc3m", "finetune"])
 def test_every_experiment_is_complete_and_takes_its_argument(name):
     module = importlib.import_module(f"configs.{name}")
     assert configs.complete(module.get_config()).loss.objective == "rankclip"

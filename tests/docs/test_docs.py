@@ -94,7 +94,8 @@ def test_the_index_lists_every_page():
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("docs")
     make_world(root)
-    (root / "runs" / "mine").symlink_to(root / "own_model")
+    for name in "mine", "tuned":
+        (root / "runs" / name).symlink_to(root / "own_model")
     return root
 
 
@@ -226,9 +227,9 @@ def check_download(words: list[str], monkeypatch) -> None:
 
 def short_training(words: list[str], monkeypatch) -> None:
     """On the documented data, for two steps; a new model has one layer instead of several."""
-    new = words[0] == "mine.csv" and not any("init_from" in word for word in words)
+    new = words[0] in ("mine.csv", "shapes") and not any("init_from" in word for word in words)
     layers = ["--config.model.vision={'layers':1}", "--config.model.text={'layers':1}"] if new else []
-    call("rankclip_jax.train", [*words, *layers, "--config.steps=2"], monkeypatch)
+    call("rankclip_jax.train", [*words, *layers, "--config.steps=2", "--config.optim.warmup_steps=1"], monkeypatch)
 
 
 @pytest.mark.slow
@@ -246,7 +247,8 @@ def test_the_tutorials(tmp_path, monkeypatch, capsys):
             instead = {"runs/cc3m": "runs/mine", "runs/cc3m-clip": "runs/tuned", "exported": "again"}
             words = [instead.get(word, word) for word in words]
         run(words, monkeypatch)
-    for made in "report.html", "photos.npz", "matches.png", "exported/config.json", "look/contact_sheet.png":
+    files = ["report.html", "photos.npz", "matches.png", "exported/config.json", "look/contact_sheet.png"]
+    for made in (*files, "runs/mixed/mix.png", "runs/mixed/model.safetensors"):
         assert Path(made).exists(), made
     pytest.importorskip("transformers")
     for block in blocks(page, "python"):

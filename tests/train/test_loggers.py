@@ -63,7 +63,7 @@ def jpeg():
 
 def recorder(workdir, log, start=0):
     config = configs.complete({"log": log, "batch_size": 4, "log_every": 1, "model": {"name": "RN-tiny"}})
-    speed = dict(packs=False, step_tflop=lambda packed: 1e-3)
+    speed = dict(packs=False, step_tflop=lambda packed, whole: 1e-3)
     session = types.SimpleNamespace(config=config, devices=Devices("cpu", "cpu", None, 1), **speed)
     rate = lambda step: 0.5  # noqa: E731
     return Recorder(session, workdir, rate, lambda: (0.0, 4), start=start, total_steps=9, parameters=7)

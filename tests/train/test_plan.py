@@ -142,7 +142,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 def test_the_plan_of_a_tpu_counts_them():
     facts = dict(real=True, attention="xla", sort="XLA's", bfloat16=True, parameters=1, trained=1, flops=1e12)
-    facts |= dict(states=2**30, of_states={}, temporary=2**30, collectives={}, text_rows=16)
+    facts |= dict(states=2**30, of_states={}, temporary=2**30, collectives={}, text_rows=16, patches=None)
     config, target = complete(SMALL), parse_target("v5e:4x4")
     with_cycles = facts | {"cycles": dict(compiler=9e9, sort=1.5e9, gather=3e9, scatter=0.0)}
     without, priced = (plan.summary(config, target, x, x) for x in (facts, with_cycles))
@@ -171,7 +171,7 @@ def test_the_counts_are_those_of_a_real_program():
 
 def test_a_line_through_two_batches_and_days():
     config = complete(SMALL | {"batch_size": 128})
-    facts = dict(real=True, attention="cudnn", sort="XLA's", bfloat16=True, text_rows=16, of_states={})
+    facts = dict(real=True, attention="cudnn", sort="XLA's", bfloat16=True, text_rows=16, patches=None, of_states={})
     half = facts | dict(parameters=1, trained=1, flops=1e12, states=2**30, temporary=3 * 2**30, collectives={})
     numbers = plan.summary(config, parse_target("8xH100"), half | dict(temporary=5 * 2**30), half)
     assert numbers["peak_gib"] == 6

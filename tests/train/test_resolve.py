@@ -41,7 +41,7 @@ def test_any_number_of_pairs_gives_a_run(monkeypatch, platform, pairs):
     assert 5 <= steps // steps_per_epoch // settled.eval.every_epochs <= 20 or settled.epochs < 10
     assert settled.loss.ramp_epochs == settled.epochs
     assert (given.batch_size, given.model.name) == (None, None)  # not changed in place
-    fields = {key: settled.model[key] for key in ("image_size", "vision", "text")}
+    fields = {key: configs.network(settled.model)[key] for key in ("image_size", "vision", "text")}
     assert isinstance(models.configure(settled.model.name, **fields).vision, models.VitConfig)  # which has exports
 
 
@@ -78,7 +78,7 @@ def test_what_is_given_stays(capsys):
     said = capsys.readouterr().out
     assert "model.name=ViT-tiny" in said and "batch_size" not in said and "optim.lr" not in said
     named = resolve.resolve(own("model.name=ViT-B/32"), 1_448).model
-    assert (named.name, named.image_size, dict(named.vision)) == ("ViT-B/32", None, {})
+    assert (named.name, named.image_size, configs.network(named)["vision"]) == ("ViT-B/32", None, {})
 
 
 def test_a_resumed_run_has_the_stored_values_whatever_the_data_are(tmp_path, capsys):
@@ -120,7 +120,7 @@ def test_any_architecture_can_be_said_by_a_preset(name, changes):
         changes = changes | {"embed_dim": None}
     theirs = models.configure(name, **(changes | side if changes else {}), vocab_size=300, eot_id=299)
     origin = pretrained.Pretrained("x", theirs, {}, view.View(1, 1), None)
-    fields = configs.complete({"model": resolve.of_source(origin)}).model.to_dict()
+    fields = configs.network(configs.complete({"model": resolve.of_source(origin)}).model)
     given = {key: fields[key] for key in configs.keys.ARCHITECTURE}
     assert models.configure(given.pop("name"), **given, vocab_size=300, eot_id=299) == theirs
 
@@ -140,7 +140,7 @@ def test_the_model_is_the_one_it_starts_from(tmp_path, model, capsys):
         found = resolve.resolve(own("init_from=x", f"optim.{change}"), 1_448, origin=source).optim.lr
         assert found == pytest.approx(lr)
     named = resolve.resolve(own("init_from=x", "model.name=ViT-S/16"), 1_448, origin=source)
-    assert (named.model.name, dict(named.model.vision)) == ("ViT-S/16", {})
+    assert (named.model.name, configs.network(named.model)["vision"]) == ("ViT-S/16", {})
 
 
 @pytest.mark.slow

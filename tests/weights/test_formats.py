@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import subprocess
 import sys
 import types
@@ -263,16 +264,17 @@ def test_presets_have_the_names_and_shapes_of_open_clip_and_transformers(open_cl
 
     ours = shapes(layouts.openai)
     with torch.device("meta"):
-        suffix = "" if name == "ViT-S/16" else "-quickgelu"
-        described = open_clip.get_model_config(name.replace("/", "-") + suffix)
+        gelu = config.activation == "gelu" or name == "ViT-S/16"
+        their_name = re.sub(r"[/@]", "-", name) + ("" if gelu else "-quickgelu")
+        described = open_clip.get_model_config(their_name)
         model = open_clip.CLIP(described["embed_dim"], described["vision_cfg"], described["text_cfg"])
         assert theirs(model) == ours
         if isinstance(config.vision, VitConfig):
             hf = transformers.CLIPModel(transformers.CLIPConfig(**architecture.to_hugging_face(config)))
             assert theirs(hf) == shapes(layouts.hugging_face)
     arrays = {k: types.SimpleNamespace(shape=shape) for k, shape in ours.items()}
-    assert architecture.from_weights(arrays) == config
-    expected = dataclasses.replace(config, activation="gelu") if name == "ViT-S/16" else config
+    assert architecture.from_weights(arrays, config.activation) == config
+    expected = dataclasses.replace(config, activation="gelu" if gelu else "quick_gelu")
     assert architecture.from_open_clip(described) == expected
     assert architecture.from_open_clip(architecture.to_open_clip(config)) == config
     if isinstance(config.vision, VitConfig):
