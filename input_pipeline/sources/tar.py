@@ -26,7 +26,7 @@ from input_pipeline.sources.source import Ahead, Lost, Reading, Source, captions
 from input_pipeline.sources.tar_samples import Pairing
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.pictures import ENDINGS
+from rankclip_jax.common.pictures import ENDINGS, MAX_FILE_MB
 
 _LARGEST = 2**31 - 1  # bytes of a member in the index; larger members have this length too, and are bad samples
 
@@ -81,7 +81,10 @@ def open_webdataset(spec: ConfigDict, path: str | Sequence[str], captions: bool 
         "caption": (*endings, *(f"{ending}.gz" for ending in endings)),
     }
     paths = expand(path, endings=(".tar",), hint=spec.get("hint"))
-    members = open_members(paths, wanted, spec.get("cache_dir"), may_lack=() if captions else ("caption",))
+    lackable = () if captions else ("caption",)
+    members = open_members(
+        paths, wanted, spec.get("cache_dir"), may_lack=lackable, max_mb=spec.get("max_file_mb") or MAX_FILE_MB
+    )
 
     def with_caption(members_read):
         def read(row):
@@ -112,6 +115,7 @@ def open_members(
     cache_dir: str | None = None,
     optional: tuple[str, ...] = (),
     may_lack: tuple[str, ...] = (),
+    max_mb: int = MAX_FILE_MB,
 ) -> Members:
     """Opens tars by the numbers of their samples.
 
@@ -119,6 +123,7 @@ def open_members(
       wanted: name -> lower-case extensions after the first dot of a member's name; the first that a sample has is used.
       optional: names that a sample may lack; it then has empty bytes.
       may_lack: the same of names by which samples are paired all the same.
+      max_mb: config.data.max_file_mb, beyond which a member is a bad sample.
 
     Raises:
       InputError: a compressed tar, or no sample with a member of one of the extensions.
@@ -140,6 +145,8 @@ def open_members(
     fetch = byte_ranges(index.paths, index.sizes, reads)
     begin_NxM, length_NxM = tf.constant(index.columns["begin"]), tf.constant(index.columns["length"])
     far = tf.constant(np.iinfo(np.int64).max)
+    most = min(max_mb * 1_000_000, _LARGEST - 1)
+    too_large = f"has more than {most // 1_000_000:,} MB (config.data.max_file_mb)"
 
     def alone(names):
         columns = [list(wanted).index(name) for name in names]
@@ -149,8 +156,8 @@ def open_members(
             for i, name in enumerate(wanted):
                 if name not in lackable:
                     require(length_M[i] >= 0, f"no {name}: no member ends in {_dotted(wanted[name])}")
-                require(length_M[i] < _LARGEST, f"the {name} has more than 2 GB")
-            length_M = tf.where(length_M < _LARGEST, length_M, 0)  # the read may come before the assertion
+                require(length_M[i] <= most, f"the {name} {too_large}")
+            length_M = tf.where(length_M <= most, length_M, 0)  # the read may come before the assertion
             if len(columns) < len(wanted):
                 begin_M, length_M = tf.gather(begin_M, columns), tf.gather(length_M, columns)
             # Members of a sample are adjacent, so one range contains all of them.
@@ -164,7 +171,7 @@ def open_members(
             begin_RxM = index.columns["begin"][rows][:, columns]
             length_RxM = index.columns["length"][rows][:, columns].astype(np.int64)
             first_R = np.where(begin_RxM < 0, np.iinfo(np.int64).max, begin_RxM).min(axis=1)
-            end_R = (begin_RxM + np.where(length_RxM < _LARGEST, length_RxM, 0)).max(axis=1)
+            end_R = (begin_RxM + np.where(length_RxM <= most, length_RxM, 0)).max(axis=1)
             for row, first, end in zip(rows, first_R.tolist(), end_R.tolist(), strict=True):
                 if first < end:
                     reads.start(index.paths[index.file_of(row)], first, end)

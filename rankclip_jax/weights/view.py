@@ -31,10 +31,11 @@ class View:
         InputError with the reason.
         """
         if isinstance(image, Image.Image):
-            return pictures.centre(pictures.rgb(image), self.resize, self.crop)
+            with pictures.room(image):
+                return pictures.centre(pictures.rgb(image), self.resize, self.crop)
         if isinstance(image, str | os.PathLike):
             try:
-                return pictures.centre(pictures.read(Path(image).read_bytes()), self.resize, self.crop)
+                return self(pictures.opened(pictures.read_file(image)))
             except pictures.BadImageError as error:
                 raise InputError(f"{image}: {error}") from None
             except (OSError, ValueError) as error:
