@@ -115,6 +115,7 @@ def run_steps(
             wait.step_started(numbers["loss"])
             recorder.take(step, numbers, packed)
             trace.after(step, numbers)
+            checkpoints.check()
             last, terminated = step == data.total_steps, notice.reached(step)
             epoch_ends = last or step % data.steps_per_epoch == 0
             if epoch_ends or terminated or any(step % n == 0 for n in cadence):
