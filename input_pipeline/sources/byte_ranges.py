@@ -14,15 +14,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
+from input_pipeline.sources.mapping import mapped
 from input_pipeline.sources.source import Ahead, require
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import MAX_FILE_MB, read_file
 from rankclip_jax.common.storage import ReadAhead, is_remote
 
 
-def byte_ranges(paths: Sequence[str], sizes: Sequence[int], reads: ReadAhead) -> Callable:
+def byte_ranges(paths: Sequence[str], reads: ReadAhead) -> Callable:
     """Returns ops (file, int32; begin, int64; length, int64) -> string scalar. Files must not shrink afterwards."""
-    return _fetched(paths, reads) if any(map(is_remote, paths)) else _mapped(paths, sizes)
+    return _fetched(paths, reads) if any(map(is_remote, paths)) else _mapped(paths)
 
 
 class Files:
@@ -69,13 +70,12 @@ def ahead_of(paths: Sequence[str], reads: ReadAhead, start: Callable[[np.ndarray
     return Ahead(start, reads.check) if any(map(is_remote, paths)) else None
 
 
-def _mapped(paths, sizes):
+def _mapped(paths):
     files = tf.raw_ops.EmptyTensorList(element_shape=[-1], max_num_elements=-1, element_dtype=tf.uint8)
-    for path, size in zip(paths, sizes, strict=True):
-        # An empty file cannot be mapped and has no rows. DLPack shares the mapping; tf.constant and ImmutableConst copy
+    for path in paths:
+        # An empty file has no rows. DLPack shares the mapping; tf.constant and ImmutableConst copy
         # the file into memory. DLPack refuses a read-only array, so this one is copy-on-write and never written.
-        mapped = np.memmap(path, np.uint8, "c") if size else np.zeros(0, np.uint8)
-        file = tf.experimental.dlpack.from_dlpack(mapped.__dlpack__())
+        file = tf.experimental.dlpack.from_dlpack(mapped(path).__dlpack__())
         files = tf.raw_ops.TensorListPushBack(input_handle=files, tensor=file)
 
     def read(file, begin, length):

@@ -142,7 +142,7 @@ def open_members(
         kinds = " and ".join(f"{_named(name)} ({_dotted(wanted[name])})" for name in wanted if name not in lackable)
         raise InputError(f"{paths[0]}: no sample has both {kinds} under one name")
     reads = storage.ReadAhead()
-    fetch = byte_ranges(index.paths, index.sizes, reads)
+    fetch = byte_ranges(index.paths, reads)
     begin_NxM, length_NxM = tf.constant(index.columns["begin"]), tf.constant(index.columns["length"])
     far = tf.constant(np.iinfo(np.int64).max)
     most = min(max_mb * 1_000_000, _LARGEST - 1)

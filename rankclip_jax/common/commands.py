@@ -12,6 +12,7 @@ command, or in a context that puts it back; never by importing a module or makin
 """
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -26,11 +27,16 @@ def prog(module: str) -> str:
 
 @contextlib.contextmanager
 def exit_codes(interrupted: str = "stopped") -> Iterator[None]:
-    """Ends the process with 1 and a line for an InputError, with 130 and the line `interrupted` for Ctrl-C."""
+    """Ends the process with 1 and a line for an InputError or too many open files, with 130 and the line `interrupted`
+    for Ctrl-C."""
     try:
         yield
     except InputError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        sys.exit(f"error: {error.filename or 'a file'} cannot be opened: {error.strerror}; allow more: ulimit -n 8192")
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         sys.exit(130)
