@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 from optax import GradientTransformation
 
-from rankclip_jax import evaluation, figures
+from rankclip_jax import evaluation
 from rankclip_jax.common import storage
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.metrics_file import read_metrics
@@ -142,6 +142,8 @@ def finish(session: Session, workdir: Path, batches: Any) -> None:
         said = f"{who}{batches.bad.summary()}; {storage.shown(workdir)}/{workdirs.bad_samples(index)} names them"
         print(said, file=sys.stderr if index else sys.stdout)
     if processes.is_first():
+        from rankclip_jax import figures  # matplotlib, which no step needs
+
         with whole(workdir / "curves.png") as part:
             figures.curves({"": workdir}).savefig(part, format="png")
         print(f"curves: {storage.shown(workdir)}/curves.png")
