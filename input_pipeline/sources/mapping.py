@@ -29,4 +29,4 @@ def mapped(path: str | os.PathLike) -> np.memmap:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), os.fspath(path))
     data = (ctypes.c_uint8 * size).from_address(address)
     weakref.finalize(data, _libc.munmap, address, size).atexit = False
-    return np.frombuffer(data, np.uint8).view(np.memmap)
+    return np.ctypeslib.as_array(data).view(np.memmap)

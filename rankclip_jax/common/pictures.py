@@ -70,7 +70,8 @@ def pixels(data: bytes) -> np.ndarray:
             return np.asarray(picture)
         found = np.empty((picture.height, picture.width, 3), np.uint8)
         for top in range(0, len(found), _STRIP):  # at once it would take twice the memory
-            found[top : top + _STRIP] = picture.crop((0, top, picture.width, min(top + _STRIP, len(found))))
+            strip = picture.crop((0, top, picture.width, min(top + _STRIP, len(found))))
+            found[top : top + _STRIP] = np.asarray(strip)
         return found
 
 
@@ -208,6 +209,15 @@ def _scale_transparent_colour(image: Image.Image) -> None:
         image.info["transparency"] = colour * (85 if stored == "L;2" else 17)
     elif stored == "RGB;16B":
         image.info["transparency"] = tuple(level >> 8 for level in colour)
+
+
+def squashed(image: Image.Image, side: int, how: str) -> np.ndarray:
+    """SigLIP's evaluation view: the whole image as a square, whatever its ratio, "bicubic" or (SigLIP 2's) "bilinear".
+
+    Returns:
+      uint8 (side, side, 3) of an RGB image.
+    """
+    return np.asarray(image.resize((side, side), Image.Resampling[how.upper()]))
 
 
 def centre(image: Image.Image, short_side: int, crop: int) -> np.ndarray:
