@@ -176,6 +176,7 @@ def crafted(folder: Path) -> Iterator[tuple[str, Path]]:
     yield "weights", file("memo.pt", lambda path: _pt(path, b"\x80\x02Nr\xff\xff\xff\x7f."))
     yield "weights", file("inflates.pt", lambda path: _pt(path, b"\x80\x02}.", b"\0" * (1 << 30)))
     yield "weights", file("code.pt", lambda path: _pt(path, b"\x80\x02cos\nsystem\n(X\x04\x00\x00\x00truetR."))
+    yield "weights", file("inflates.npz", lambda path: np.savez_compressed(path, a=np.zeros(1 << 28, np.float32)))
     yield "weights", file("header.safetensors", struct.pack("<Q", 2**62) + b"{}")
     yield "weights", file("long.safetensors", struct.pack("<Q", 90_000_000) + b"[" * 90_000_000)
     for name, text in (("deep", "[" * 500_000), ("digits", f'{{"hidden_size": {"9" * 5000}}}'), ("null", "null")):
