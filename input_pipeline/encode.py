@@ -59,7 +59,6 @@ def encode(image: bytes | np.ndarray, *, short_side: int | None = None, quality:
         if kept and isinstance(image, bytes):
             return Encoded(image, kept, width, height, width, height)
         picture = pictures.rgb(opened)
-        opened.close()
         if picture.size != size:
             picture = picture.resize(size, Image.Resampling.BICUBIC)
     lossy = scale < 1.0 or kind in ("JPEG", "MPO") or (kind == "WEBP" and b"VP8L" not in image)  # L: lossless

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.parallel import processes
 from rankclip_jax.parallel.preemption import Preempted
-from rankclip_jax.weights import checkpoint
+from rankclip_jax.weights import checkpoint, late_callbacks
 from rankclip_jax.weights.fingerprint import fingerprints
 
 _PATIENCE = 10  # seconds from the end of the main thread of a failed run to that of its process
@@ -229,22 +228,17 @@ def _free_name(folder: epath.Path, name: str) -> epath.Path:
 @contextlib.contextmanager
 def _one_report() -> Iterator[None]:
     """Keeps off the console what else is said of a failed save, which is raised here, in one line."""
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    logger = logging.getLogger("absl")
 
     def not_orbax(record: logging.LogRecord) -> bool:  # which logs an error in the background with its stack
         return not (record.exc_info and "orbax" in record.pathname)
 
-    def without_late_callbacks(unraisable: Any) -> None:  # of TensorStore's other writes, each with a stack
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
     logger.addFilter(not_orbax)
-    sys.unraisablehook = without_late_callbacks
     try:
-        yield
+        with late_callbacks.one_report():
+            yield
     finally:
         logger.removeFilter(not_orbax)
-        sys.unraisablehook = hook
 
 
 def _end_with_main_thread() -> None:
@@ -257,7 +251,6 @@ def _end_with_main_thread() -> None:
 def _cannot_save(folder: epath.Path, error: Exception) -> Exception:
     if isinstance(error, InputError):
         return error
-    time.sleep(0.5)  # TensorStore's other writes call back within a fifth of that, while `_one_report` lasts
     said = next((words for words in _FULL if words in str(error)), one_line(error))
     return InputError(
         f"cannot save in {folder}: {said}. The checkpoints before are as they were; "
