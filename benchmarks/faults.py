@@ -20,10 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import damage
+from benchmarks import damage, moments
 from benchmarks.starts import STEPS, Start, flags, free_port, outcome_of, prepare, saves_begun, short
 
 
@@ -32,9 +32,9 @@ class Campaign:
 
     def __init__(self, folder: Path, seed: int, kills: int = 50):
         self.folder, self.random, self.kills, self._count = folder, random.Random(seed), kills, 0
-        self.expected = self._finished(self.workdir())
+        self.expected = self.finished(self.workdir())
         begin = time.monotonic()
-        assert self._finished(self.workdir()) == self.expected, "two uninterrupted runs differ"
+        assert self.finished(self.workdir()) == self.expected, "two uninterrupted runs differ"
         self.seconds = time.monotonic() - begin
         self.late = self.workdir()  # stopped at step 20 of 24, for what needs a run that has come far
         self.terminate(self.late, 20)
@@ -43,28 +43,36 @@ class Campaign:
         self._count += 1
         return self.folder / f"run{self._count}"
 
-    def start(self, workdir: Path, **options) -> Start:
-        return Start(flags(self.folder, workdir), self.folder / f"{workdir.name}.log", **options)
+    def start(self, workdir: Path, more: Sequence[str] = (), **options) -> Start:
+        """`more`: flags in place of those of the same keys."""
+        replaced = tuple(flag.partition("=")[0] + "=" for flag in more)
+        usual = [flag for flag in flags(self.folder, workdir) if not flag.startswith(replaced)]
+        return Start([*usual, *more], self.folder / f"{workdir.name}.log", **options)
 
-    def _finished(self, workdir):
-        start = self.start(workdir)
+    def expected_with(self, more: Sequence[str] = ()) -> tuple:
+        """What a run with such flags leaves that nothing happened to."""
+        return self.finished(self.workdir(), more) if more else self.expected
+
+    def finished(self, workdir: Path, more: Sequence[str] = ()) -> tuple:
+        """Runs to the end; what it leaves."""
+        start = self.start(workdir, more)
         code = start.wait()
         assert code == 0, start.text()[-3000:]
         return outcome_of(workdir)
 
     def resumes(self, workdir: Path) -> str:
         """Starts again, and compares with the uninterrupted run."""
-        assert self._finished(workdir) == self.expected, f"{workdir}: other numbers than the uninterrupted run's"
+        assert self.finished(workdir) == self.expected, f"{workdir}: other numbers than the uninterrupted run's"
         return "same numbers"
 
     def copy(self) -> Path:
         return shutil.copytree(self.late, self.workdir())
 
-    def terminate(self, workdir: Path, step: int) -> int:
-        """SIGTERM when `step` was shown; returns the step that it saved."""
+    def terminate(self, workdir: Path, step: int, number: int = signal.SIGTERM) -> int:
+        """The signal when `step` was shown; returns the step that it saved."""
         start = self.start(workdir)
         assert start.wait(start.reached(step)) is None
-        start.send(signal.SIGTERM)
+        start.send(number)
         assert start.wait() == 75, start.text()[-3000:]
         saved = int(re.search(r"^saved step (\d+)", start.text(), re.MULTILINE)[1])
         assert (workdir / "checkpoints" / str(saved)).is_dir()
@@ -200,7 +208,6 @@ class Campaign:
             (self.folder / "gone").rename(images)
         return f"`{short(start.error())}`; then {self.resumes(workdir)}"
 
-
     def pair(self, workdir: Path) -> list[Start]:
         """The same run as two processes with a device each."""
         together = [*flags(self.folder, workdir), f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2"]
@@ -253,6 +260,7 @@ def cases(campaign: Campaign) -> list[tuple[str, Callable[[], str]]]:
     return [
         (f"SIGKILL at {c.kills} random moments, every second one during a save", c.sigkill),
         ("SIGTERM at random steps", c.sigterm),
+        *moments.cases(c),
         *((f"newest checkpoint: {kind}", lambda kind=kind: c.damaged_checkpoint(kind)) for kind in damage.KINDS),
         ("all checkpoints damaged", c.all_checkpoints_damaged),
         *(

@@ -1,14 +1,14 @@
 """Decodes pictures to uint8 RGB in the pipeline's graph, by the rule of rankclip_jax/common/pictures.py.
 
 JPEG (grey and colour), PNG of 8 bits a channel without a palette, and WebP are decoded by TensorFlow, where that
-gives Pillow's pixels; everything else by the reader itself, one picture at a time.
+gives Pillow's pixels; everything else by the reader itself, which decodes large pictures one at a time.
 """
 
 import numpy as np
 import tensorflow as tf
 
 from rankclip_jax.common import pictures
-from rankclip_jax.common.pictures import MAX_PIXELS, WRONG_SIZE
+from rankclip_jax.common.pictures import LARGE, MANY_SCANS, MAX_PIXELS, MAX_SCANNED, SCAN, SCAN_BYTES, WRONG_SIZE
 
 
 def is_jpeg(image: tf.Tensor) -> tf.Tensor:
@@ -21,9 +21,12 @@ def is_jpeg(image: tf.Tensor) -> tf.Tensor:
 
 
 def jpeg_size(image: tf.Tensor) -> tf.Tensor:
-    """Height and width, int32 (2,), from a JPEG's header. Raises InvalidArgumentError above MAX_PIXELS."""
+    """Height and width, int32 (2,), from a JPEG's header.
+
+    Raises InvalidArgumentError above MAX_PIXELS, or for too many scans (pictures.py).
+    """
     size = tf.io.extract_jpeg_shape(image)[:2]
-    with tf.control_dependencies([_check_pixels(size[0], size[1])]):
+    with tf.control_dependencies([_check_pixels(size[0], size[1]), _check_scans(image, size)]):
         return tf.identity(size)
 
 
@@ -56,9 +59,11 @@ def decode(image: tf.Tensor, recover: bool = False) -> tf.Tensor:
     head = _head(image)
     # TensorFlow returns a wrong alpha for palettes and for depths other than 8 bits.
     png = tf.reduce_all(head[:8] == list(b"\x89PNG\r\n\x1a\n")) & (head[24] == 8) & (head[25] != 3)
+    png &= ~_is_large(*_png_size(head))
     webp = tf.reduce_all(tf.gather(head, (0, 1, 2, 3, 8, 9, 10, 11)) == list(b"RIFFWEBP"))
     animated = (head[15] == ord("X")) & (head[20] // 2 % 2 == 1)
-    kind = tf.where(is_jpeg(image), 0, tf.where(png, 1, tf.where(webp & ~animated, 2, 3)))
+    webp &= ~animated & ~_is_large(*_webp_size(head))
+    kind = tf.where(is_jpeg(image), 0, tf.where(png, 1, tf.where(webp, 2, 3)))
     branches = [
         lambda: _jpeg(image, recover),
         lambda: _png(image, head),
@@ -73,8 +78,14 @@ def _jpeg(image, recover):
         return jpeg(image, recover=recover)
 
 
+def _png_size(head):
+    """Width and height, int64."""
+    bytes_8 = tf.cast(head[16:24], tf.int64)
+    return [tf.reduce_sum(bytes_8[at : at + 4] * [1 << 24, 1 << 16, 1 << 8, 1]) for at in (0, 4)]  # big-endian
+
+
 def _png(image, head):
-    width, height = (tf.reduce_sum(head[at : at + 4] * [1 << 24, 1 << 16, 1 << 8, 1]) for at in (16, 20))  # big-endian
+    width, height = _png_size(head)
     # Colour types 4 and 6 have an alpha channel; the others may name a transparent colour, before the pixels begin.
     begin = tf.strings.substr(image, 0, 8192)
     found = [tf.strings.regex_full_match(begin, rf"(?s)\C*{chunk}\C*") for chunk in ("IDAT", "tRNS")]
@@ -87,22 +98,27 @@ def _png(image, head):
         )
 
 
-def _webp(image, head):
+def _webp_size(head):
+    """Width and height, int32."""
     # Little-endian sides. Lossy: 14 bits. Lossless: 14 bits, minus one. Extended: 24 bits, minus one.
     bits = tf.reduce_sum(tf.cast(head[21:25], tf.int64) * [1, 1 << 8, 1 << 16, 1 << 24])
     lossless = tf.cast(tf.stack([bits % 2**14, bits // 2**14 % 2**14]), tf.int32) + 1
     lossy = tf.reduce_sum(tf.reshape(head[26:30], (2, 2)) * [1, 1 << 8], axis=1) % 2**14
     extended = tf.reduce_sum(tf.reshape(head[24:30], (2, 3)) * [1, 1 << 8, 1 << 16], axis=1) + 1
     size = tf.where(head[15] == ord("L"), lossless, tf.where(head[15] == ord("X"), extended, lossy))
-    width, height = tf.unstack(size)
+    return tf.unstack(size)
+
+
+def _webp(image, head):
+    width, height = _webp_size(head)
     with tf.control_dependencies([_check_pixels(height, width)]):
         pixels = tf.io.decode_webp(image, channels=0)[0]
     return tf.cond(tf.shape(pixels)[2] == 4, lambda: _on_white(pixels), lambda: pixels)
 
 
 def _on_white(pixels_HxWx4):
-    colour, alpha = pixels_HxWx4[..., :3], tf.cast(pixels_HxWx4[..., 3:], tf.int32)
-    return tf.cast((tf.cast(colour, tf.int32) * alpha + 255 * (255 - alpha) + 127) // 255, tf.uint8)
+    colour, alpha = tf.cast(pixels_HxWx4[..., :3], tf.uint16), tf.cast(pixels_HxWx4[..., 3:], tf.uint16)
+    return tf.cast((colour * alpha + 255 * (255 - alpha) + 127) // 255, tf.uint8)  # at most 255 * 255 + 127
 
 
 def _by_pillow(image):
@@ -111,7 +127,7 @@ def _by_pillow(image):
 
 @tf.autograph.experimental.do_not_convert
 def _read(data):
-    return np.asarray(pictures.read(np.asarray(data, object).item()))
+    return pictures.pixels(np.asarray(data, object).item())
 
 
 def _check_pixels(height, width):
@@ -122,6 +138,23 @@ def _check_pixels(height, width):
         return tf.debugging.Assert(False, [tf.strings.format("{} x {}; " + WRONG_SIZE, (width, height))])
 
     return tf.cond((pixels > 0) & (pixels <= MAX_PIXELS), tf.no_op, refuse)
+
+
+def _is_large(width, height):
+    return tf.cast(width, tf.int64) * tf.cast(height, tf.int64) > LARGE
+
+
+def _check_scans(image, size_2):
+    """As pictures.too_many_scans."""
+    pixels = tf.reduce_prod(tf.cast(size_2, tf.int64))
+
+    def count():
+        scans = tf.strings.split(image, SCAN)
+        few = (tf.size(scans, tf.int64) - 1) * pixels <= MAX_SCANNED
+        return tf.debugging.Assert(few, [tf.strings.format("{} x {}; " + MANY_SCANS, (size_2[1], size_2[0]))])
+
+    length = tf.cast(tf.strings.length(image), tf.int64)
+    return tf.cond(length * pixels > SCAN_BYTES * MAX_SCANNED, count, tf.no_op)
 
 
 def _head(image):

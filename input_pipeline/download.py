@@ -75,7 +75,8 @@ def download(urls: Path, out_dir: Path, options: argparse.Namespace) -> tuple[Co
         if total:
             python = find_python(options.env)
             try:
-                _run(python, _arguments(out_dir, own, options), out_dir, own / "img2dataset.log", total)
+                private = {"RANKCLIP_DOWNLOAD_PRIVATE": "1"} if options.private else {}
+                _run(python, _arguments(out_dir, own, options), private, out_dir, own / "img2dataset.log", total)
             finally:
                 _remove_unfinished(owned, shards)
     except OSError as error:
@@ -146,7 +147,7 @@ def _remove_unfinished(owned, shards):
                 owned.remove(name)
 
 
-def _run(python, arguments, out_dir, log, total):
+def _run(python, arguments, environment, out_dir, log, total):
     """Runs img2dataset with its output in `log`, and shows the progress by finished shards."""
     driver, index = Path(__file__).with_name("img2dataset_driver.py"), _Index(out_dir)
     done = sum(stats["count"] for stats in download_stats.finished(out_dir))
@@ -157,7 +158,8 @@ def _run(python, arguments, out_dir, log, total):
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1"},  # otherwise every process asks PyPI for updates
+            # Otherwise every process asks PyPI for updates.
+            env=os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1"} | environment,
         )
         try:
             while child.poll() is None:
@@ -222,6 +224,9 @@ def _flags():
     parser.add_argument("--threads", type=int, default=64, help="downloads at once in each process (64)")
     parser.add_argument("--timeout", type=int, default=10, help="seconds without an answer (10)")
     parser.add_argument("--retries", type=int, default=1, help="after a failed download (1)")
+    parser.add_argument(
+        "--private", action="store_true", help="also ask hosts that have no public address, as those of an intranet"
+    )
     parser.add_argument("--env", type=Path, help=f"environment that has img2dataset; default: this one, or {ENV}")
     return parser
 

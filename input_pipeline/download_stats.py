@@ -9,7 +9,7 @@ NAME = re.compile(r"\d{5,}_stats\.json")
 # Patterns of img2dataset's messages, and a reason that many URLs share; None: the matched text.
 _REASONS = (
     (r"X-Robots-Tag", "the site asks not to use it (X-Robots-Tag)"),
-    (r"slower than \d+ s|larger than \d+ MB", None),  # of img2dataset_driver.py
+    (r"slower than \d+ s|larger than \d+ MB|not a public address|redirected to \w+", None),  # of img2dataset_driver.py
     (r"timed out|timeout", "no answer in time"),
     (r"HTTP Error \d+", None),
     (r"Name or service not known|No address associated|name resolution|nodename", "no such host any more"),

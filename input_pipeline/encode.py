@@ -49,16 +49,18 @@ def encode(image: bytes | np.ndarray, *, short_side: int | None = None, quality:
     scale = min(1.0, short_side / min(width, height)) if short_side else 1.0
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     ordinary = opened.mode in ("L", "RGB") and not opened.has_transparency_data
-    moving = kind != "MPO" and getattr(opened, "is_animated", False)  # MPO: a JPEG followed by more JPEGs
-    kept = _KEPT.get(kind or "") if scale == 1.0 and ordinary and not moving else None
+    kept = _KEPT.get(kind or "") if scale == 1.0 and ordinary else None
+    if kept and kind != "MPO" and getattr(opened, "is_animated", False):  # MPO: a JPEG followed by more JPEGs
+        kept = None
     # A JPEG may be decoded at a smaller size, which is cheaper: at twice the size, the bicubic filter does the rest.
     opened.draft(None, (1, 1) if kept else (2 * size[0], 2 * size[1]))
-    pictures.loaded(opened)
-    if kept and isinstance(image, bytes):
-        return Encoded(image, kept, width, height, width, height)
-    picture = pictures.rgb(opened)
-    if picture.size != size:
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    with pictures.room(opened):
+        pictures.loaded(opened)
+        if kept and isinstance(image, bytes):
+            return Encoded(image, kept, width, height, width, height)
+        picture = pictures.rgb(opened)
+        if picture.size != size:
+            picture = picture.resize(size, Image.Resampling.BICUBIC)
     lossy = scale < 1.0 or kind in ("JPEG", "MPO") or (kind == "WEBP" and b"VP8L" not in image)  # L: lossless
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=quality) if lossy else picture.save(out, "PNG")

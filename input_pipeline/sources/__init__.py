@@ -24,6 +24,7 @@ from input_pipeline.sources.source import (
     told,
 )
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.pictures import MAX_FILE_MB
 
 __all__ = ["Ahead", "Lost", "Peers", "Source", "open_pictures", "open_source", "started_ahead", "told"]
 
@@ -55,7 +56,7 @@ def open_source(
         return mixture.open_mixture(spec, path, open_one)
     match spec.format:
         case "csv":
-            return _checked(table.open_table(spec, path), spec.get("captions_per_line"))
+            return _checked(table.open_table(spec, path), spec)
         case "tfrecord":
             return _with_text(tfrecord.open_tfrecord(spec, path, peers=peers), spec, spec.get("encoding"))
         case "webdataset":
@@ -101,7 +102,7 @@ def _with_text(source: Source, spec: ConfigDict, encoding: str | None = None) ->
 
         return decode
 
-    checked = _checked(_changed(source, with_text), spec.get("captions_per_line"))
+    checked = _checked(_changed(source, with_text), spec)
     return dataclasses.replace(checked, captions=lambda: read_captions(checked))
 
 
@@ -111,14 +112,20 @@ def _changed(source: Source, change: Callable) -> Source:
     return dataclasses.replace(source, read=change(source.read), text=text)
 
 
-def _checked(source: Source, lines: bool | None) -> Source:
-    """The source, with rows without image or without caption as bad rows. `lines`: each line is a caption."""
+def _checked(source: Source, spec: ConfigDict) -> Source:
+    """The source, with rows without caption, or without image or with too large a one, as bad rows.
+
+    `spec`: captions_per_line (each line is a caption), max_file_mb.
+    """
+    lines, most = spec.get("captions_per_line"), (spec.get("max_file_mb") or MAX_FILE_MB) * 1_000_000
 
     def checked(read):
         def check(row):
             sample = read(tf.cast(row, tf.int64))
             if "image" in sample:
                 require(tf.strings.length(sample["image"]) > 0, "empty image")
+                too_large = f"the image has more than {most // 1_000_000:,} MB (config.data.max_file_mb)"
+                require(tf.cast(tf.strings.length(sample["image"]), tf.int64) <= most, too_large)
             caption = sample["caption"]
             if lines:
                 text = tf.strings.reduce_join(tf.reshape(caption, [-1]), separator="\n")

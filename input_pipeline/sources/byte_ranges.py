@@ -9,21 +9,24 @@ milliseconds. Reads are started ahead (`Ahead`), so that no thread waits for eac
 """
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
 
+from input_pipeline.sources.mapping import mapped
 from input_pipeline.sources.source import Ahead, require
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.pictures import MAX_FILE_MB, read_file
 from rankclip_jax.common.storage import ReadAhead, is_remote
 
 _GROUP = 128  # arrays of a list that are added one by one
 
 
-def byte_ranges(paths: Sequence[str], sizes: Sequence[int], reads: ReadAhead) -> Callable:
+def byte_ranges(paths: Sequence[str], reads: ReadAhead) -> Callable:
     """Returns ops (file, int32; begin, int64; length, int64) -> string scalar. Files must not shrink afterwards."""
-    return _fetched(paths, reads) if any(map(is_remote, paths)) else _mapped(paths, sizes)
+    return _fetched(paths, reads) if any(map(is_remote, paths)) else _mapped(paths)
 
 
 class Files:
@@ -33,9 +36,12 @@ class Files:
       ahead: as a Source's.
     """
 
-    def __init__(self, path_of: Callable, remote: bool):
-        """`path_of`: ops, row (int64 scalar) -> path (string scalar). `remote`: whether some are not local."""
-        self._path_of, self._remote, self._reads = path_of, remote, ReadAhead()
+    def __init__(self, path_of: Callable, remote: bool, max_mb: int | None = None):
+        """`path_of`: ops, row (int64 scalar) -> path (string scalar). `remote`: whether some are not local.
+
+        `max_mb`: config.data.max_file_mb, of local files; None: its default.
+        """
+        self._path_of, self._reads, self._max_mb = path_of, ReadAhead(), max_mb or MAX_FILE_MB
         self._paths_of = tf.function(
             lambda rows: tf.map_fn(path_of, rows, fn_output_signature=tf.string), [tf.TensorSpec([None], tf.int64)]
         )
@@ -43,11 +49,19 @@ class Files:
 
     def read(self, row: tf.Tensor) -> tf.Tensor:
         """Ops, row (int64 scalar) -> the bytes of its file."""
-        path = self._path_of(row)
-        if not self._remote:
-            return tf.io.read_file(path)
-        fetched = functools.partial(from_python, lambda path: self._reads.take(path.decode()), path)
-        return tf.cond(tf.strings.regex_full_match(path, r"(?s)\w+://.*"), fetched, lambda: tf.io.read_file(path))
+        # Not by tf.io.read_file: it would wait at a named pipe, and it reads files of any size.
+        return from_python(self._fetch, self._path_of(row))
+
+    def _fetch(self, path):
+        name = os.fsdecode(np.asarray(path, object).item())
+        if is_remote(name):
+            return self._reads.take(name)
+        try:
+            return read_file(name, self._max_mb)
+        except FileNotFoundError:
+            raise InputError(f"{name}; no such file") from None
+        except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
+            raise InputError(f"{name}; {getattr(error, 'strerror', None) or error}") from None
 
     def _start(self, rows):
         for path in self._paths_of(rows).numpy():
@@ -81,12 +95,8 @@ def tensor_list(arrays: Sequence[np.ndarray], dtype: tf.DType, shape: list[int])
     return groups[0]
 
 
-def _mapped(paths, sizes):
-    # An empty file cannot be mapped and has no rows.
-    arrays = [
-        np.memmap(p, np.uint8, "c") if size else np.zeros(0, np.uint8) for p, size in zip(paths, sizes, strict=True)
-    ]
-    files = tensor_list(arrays, tf.uint8, [-1])
+def _mapped(paths):
+    files = tensor_list([mapped(path) for path in paths], tf.uint8, [-1])
 
     def read(file, begin, length):
         whole = tf.raw_ops.TensorListGetItem(input_handle=files, index=file, element_shape=[-1], element_dtype=tf.uint8)
@@ -115,7 +125,7 @@ def from_python(fetch: Callable[..., bytes], *inputs: tf.Tensor) -> tf.Tensor:
         try:
             return np.asarray(fetch(*values), object), b""
         except InputError as error:  # raised here, it would print its traceback for every bad row
-            return np.asarray(b"", object), str(error)[:300].encode()
+            return np.asarray(b"", object), str(error)[:300].encode("utf-8", "replace")
 
     span, reason = tf.numpy_function(fetched, inputs, (tf.string, tf.string))
     require(tf.strings.length(reason) == 0, reason)

@@ -37,7 +37,8 @@ def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
 
     folder, remote = root.rstrip("/") + "/", storage.is_remote(root)
     pictures, texts = (
-        Files(lambda row, names=names: tf.strings.join([folder, names.at(row)]), remote) for names in (images, captions)
+        Files(lambda row, names=names: tf.strings.join([folder, names.at(row)]), remote, spec.get("max_file_mb"))
+        for names in (images, captions)
     )
 
     def caption_of(row):

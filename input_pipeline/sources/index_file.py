@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from input_pipeline.sources.mapping import mapped
 from rankclip_jax.common import storage
 
 ENDING = ".index"
@@ -71,7 +72,7 @@ class IndexFile:
             return self.memory
         if not self.total:
             return np.zeros((0, self.width), np.int64)
-        return np.memmap(self.path, "<i8", "c", self.begin, (self.total, self.width))
+        return mapped(self.path)[self.begin :][: self.nbytes].view("<i8").reshape(self.total, self.width)
 
     @property
     def nbytes(self) -> int:

@@ -56,7 +56,7 @@ def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     several = pa.types.is_large_list(rows.texts.type)
     texts = PackedLists(rows.texts) if several else PackedStrings(rows.texts)
 
-    images = Files(rows.path, rows.remote)
+    images = Files(rows.path, rows.remote, spec.get("max_file_mb"))
 
     def read(row):
         return {"image": images.read(row), "caption": texts.at(row)}

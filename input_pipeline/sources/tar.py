@@ -28,7 +28,7 @@ from input_pipeline.sources.source import Ahead, Lost, Reading, Source, captions
 from input_pipeline.sources.tar_samples import Pairing
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.pictures import ENDINGS
+from rankclip_jax.common.pictures import ENDINGS, MAX_FILE_MB
 
 _CAPTIONS = "txt", "caption"  # extensions, in order of preference
 _LARGEST = 2**31 - 1  # bytes of a member in the index; larger members have this length too, and are bad samples
@@ -84,7 +84,14 @@ def open_webdataset(
         )
     wanted = _wanted(spec.get("image_key"), endings)
     paths = expand(path, endings=(".tar",), hint=spec.get("hint"))
-    members = open_members(paths, wanted, spec.get("cache_dir"), (), () if captions else ("caption",), peers)
+    members = open_members(
+        paths,
+        wanted,
+        spec.get("cache_dir"),
+        may_lack=() if captions else ("caption",),
+        peers=peers,
+        max_mb=spec.get("max_file_mb") or MAX_FILE_MB,
+    )
 
     def with_caption(members_read):
         def read(row):
@@ -132,6 +139,7 @@ def open_members(
     optional: tuple[str, ...] = (),
     may_lack: tuple[str, ...] = (),
     peers: Peers | None = None,
+    max_mb: int = MAX_FILE_MB,
 ) -> Members:
     """Opens tars by the numbers of their samples.
 
@@ -140,6 +148,7 @@ def open_members(
       optional: names that a sample may lack; it then has empty bytes.
       may_lack: the same of names by which samples are paired all the same.
       peers: of a run of many processes.
+      max_mb: config.data.max_file_mb, beyond which a member is a bad sample.
 
     Raises:
       InputError: a compressed tar, or no sample with a member of one of the extensions.
@@ -157,8 +166,10 @@ def open_members(
         kinds = " and ".join(f"{_named(name)} ({_dotted(wanted[name])})" for name in wanted if name not in lackable)
         raise InputError(f"{paths[0]}: no sample has both {kinds} under one name")
     reads = index.reads
-    fetch = byte_ranges(index.paths, index.sizes, reads)
+    fetch = byte_ranges(index.paths, reads)
     far = tf.constant(np.iinfo(np.int64).max)
+    most = min(max_mb * 1_000_000, _LARGEST - 1)
+    too_large = f"has more than {most // 1_000_000:,} MB (config.data.max_file_mb)"
 
     def alone(names):
         columns = [list(wanted).index(name) for name in names]
@@ -168,8 +179,8 @@ def open_members(
             for i, name in enumerate(wanted):
                 if name not in lackable:
                     require(length_M[i] >= 0, f"no {name}: no member ends in {_dotted(wanted[name])}")
-                require(length_M[i] < _LARGEST, f"the {name} has more than 2 GB")
-            length_M = tf.where(length_M < _LARGEST, length_M, 0)  # the read may come before the assertion
+                require(length_M[i] <= most, f"the {name} {too_large}")
+            length_M = tf.where(length_M <= most, length_M, 0)  # the read may come before the assertion
             if len(columns) < len(wanted):
                 begin_M, length_M = tf.gather(begin_M, columns), tf.gather(length_M, columns)
             # Members of a sample are adjacent, so one range contains all of them.
@@ -183,7 +194,7 @@ def open_members(
             file_R, records_RxK = index.of_rows(rows)
             begin_RxM, length_RxM = (half[:, columns] for half in np.split(records_RxK, 2, axis=1))
             first_R = np.where(begin_RxM < 0, np.iinfo(np.int64).max, begin_RxM).min(axis=1)
-            end_R = (begin_RxM + np.where(length_RxM < _LARGEST, length_RxM, 0)).max(axis=1)
+            end_R = (begin_RxM + np.where(length_RxM <= most, length_RxM, 0)).max(axis=1)
             for file, first, end in zip(file_R.tolist(), first_R.tolist(), end_R.tolist(), strict=True):
                 if first < end:
                     reads.start(index.paths[file], first, end)

@@ -66,7 +66,7 @@ class EncodedText:
         byte = ord(HALF.search(text).group()) - 0xDC00  # type: ignore[union-attr]
         reason = f"byte 0x{byte:02x} is not {self._codec}"
         if self._encoding is None:
-            shown = HALF.sub(lambda half: f"\\x{ord(half.group()) - 0xDC00:02x}", text)[:60]
+            shown = " ".join(HALF.sub(lambda half: f"\\x{ord(half.group()) - 0xDC00:02x}", text).split())[:60]
             raise InputError(
                 f'{self._file} row {row}: {reason} (in "{shown}"); {_SET_ENCODING}, or to utf-8 to leave such rows out '
                 "(an evaluation set has its own key `encoding`, embed and download have --encoding)"

@@ -2,12 +2,14 @@
 
 import json
 import re
+import zipfile
 from pathlib import Path
 
 from rankclip_jax.common.errors import InputError, one_line
 
 _LFS = re.compile(rb"version https://(git-lfs\.github|hawser\.github)\.com/spec/")
 _AGAIN = "; download it again"
+_MOST_INFLATED = 16
 
 
 def refuse_stand_in(path: Path) -> None:
@@ -28,6 +30,17 @@ def refuse_stand_in(path: Path) -> None:
         title = re.search(rb"<(title|message)>(.+?)</", text, re.IGNORECASE | re.DOTALL)
         said = f" ({_line(title[2])!r})" if title else ""
         raise InputError(f"{path} is a web page{said}, such as a login or an error message{_AGAIN}")
+
+
+def refuse_inflating(path: Path) -> None:
+    """Raises InputError where a zip, such as an .npz, takes far more memory than its file has bytes.
+
+    Weights and embeddings are hardly smaller when compressed. A zipfile.BadZipFile or an OSError passes through.
+    """
+    with zipfile.ZipFile(path) as archive:
+        inflated = sum(entry.file_size for entry in archive.infolist())
+    if inflated > _MOST_INFLATED * path.stat().st_size:
+        raise InputError(f"{path} has {path.stat().st_size:,} bytes and would take {inflated:,} in memory; refused")
 
 
 def beginning(path: Path) -> str:

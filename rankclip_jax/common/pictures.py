@@ -13,24 +13,39 @@ JPEG, PNG, WebP, GIF, BMP and TIFF of 1 to MAX_PIXELS pixels are opened, nothing
   LittleCMS; other colour profiles are not applied;
 - orientation in EXIF is not applied, as in CLIP's and open_clip's own training. Pillow turns TIFFs itself.
 
+A small file can cost seconds and gigabytes. So a JPEG's scans times its pixels are limited (`too_many_scans`), and
+pictures of more than LARGE pixels are decoded one at a time (`room`).
+
 The pipeline decodes what is most frequent in its graph (input_pipeline/decode.py), to the same pixels.
 """
 
+import contextlib
 import io
+import os
+import threading
 
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin
 
 from rankclip_jax.common.errors import InputError, one_line
+from rankclip_jax.common.regular_files import read_regular
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # lower case
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's names
 # Larger ones are refused by their header: one of this size takes 256 MB. Pillow warns at the same number.
 MAX_PIXELS = 89_478_485
 WRONG_SIZE = f"an image must have 1 to {MAX_PIXELS:,} pixels"
+# More scans x pixels of a JPEG are refused: 2e9 took 3 s on one core. A progressive JPEG has about 10 scans.
+MAX_SCANNED = 2_000_000_000
+MANY_SCANS = f"a JPEG of more than {MAX_SCANNED:,} scans x pixels"
+SCAN, SCAN_BYTES = b"\xff\xda", 10  # how a scan begins, and the least that it has
+MAX_FILE_MB = 100  # default of config.data.max_file_mb
+LARGE = 1 << 24  # pixels
 NO_IMAGE = "not an image (JPEG, PNG, WebP, GIF, BMP or TIFF)"
 
-_PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339  # tags of TIFF
+_PHOTOMETRIC, _BITS, _SAMPLE_FORMAT, _STRIPS, _TILES = 262, 258, 339, 273, 324  # tags of TIFF
+_STRIP = 1024  # rows of a large picture that are converted at a time
+_one_at_a_time = threading.RLock()
 
 
 class BadImageError(InputError):
@@ -47,11 +62,37 @@ def read(picture: bytes | np.ndarray) -> Image.Image:
         return rgb(image)
 
 
+def pixels(data: bytes) -> np.ndarray:
+    """Encoded bytes -> uint8 (H, W, 3). Raises as `read`."""
+    with opened(data) as image, room(image):
+        picture = rgb(image)
+        if image.width * image.height <= LARGE:
+            return np.asarray(picture)
+        found = np.empty((picture.height, picture.width, 3), np.uint8)
+        for top in range(0, len(found), _STRIP):  # at once it would take twice the memory
+            strip = picture.crop((0, top, picture.width, min(top + _STRIP, len(found))))
+            found[top : top + _STRIP] = np.asarray(strip)
+        return found
+
+
+def read_file(path: str | os.PathLike, max_mb: int = MAX_FILE_MB) -> bytes:
+    """The encoded bytes of a local picture.
+
+    Raises:
+      BadImageError: not a regular file, or more than `max_mb` MB. An OSError passes through.
+    """
+    try:
+        return read_regular(path, max_mb * 1_000_000)
+    except InputError as error:
+        detail, _, reason = str(error).rpartition("; ")
+        raise BadImageError(reason, detail) from None
+
+
 def opened(picture: bytes | np.ndarray) -> Image.Image:
     """Opens encoded bytes, or uint8 pixels (H, W, 3). Bytes are not decoded yet.
 
     Raises:
-      BadImageError: empty, of no format that is read, or not of 1 to MAX_PIXELS pixels.
+      BadImageError: empty, of no format that is read, not of 1 to MAX_PIXELS pixels, or with too many scans.
     """
     if isinstance(picture, np.ndarray):
         return Image.fromarray(picture)
@@ -66,7 +107,31 @@ def opened(picture: bytes | np.ndarray) -> Image.Image:
         raise BadImageError("an HTML page" if page else NO_IMAGE, f"begins with {picture[:16]!r}") from None
     if not 0 < image.width * image.height <= MAX_PIXELS:
         raise BadImageError(WRONG_SIZE, f"{image.width} x {image.height}")
+    if too_many_scans(picture, image.width * image.height, _jpegs_in(image)):
+        raise BadImageError(MANY_SCANS, f"{image.width} x {image.height}")
     return image
+
+
+def too_many_scans(jpeg: bytes, pixels: int, jpegs: float = 1) -> bool:
+    """Whether a JPEG, or a file of several that make one picture of `pixels`, has scans that take seconds to decode.
+
+    The scans are counted only where as many fit into the bytes.
+    """
+    limit = MAX_SCANNED * jpegs
+    return len(jpeg) * pixels > SCAN_BYTES * limit and jpeg.count(SCAN) * pixels > limit
+
+
+def _jpegs_in(image: Image.Image) -> float:
+    """How many JPEGs make the picture: infinitely many where none do, as scans are then no matter."""
+    if image.format == "TIFF" and image.info.get("compression") in ("jpeg", "tiff_jpeg"):
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        return len(tags.get(_TILES) or tags.get(_STRIPS) or [0])
+    return 1 if image.format in ("JPEG", "MPO") else float("inf")
+
+
+def room(image: Image.Image) -> contextlib.AbstractContextManager:
+    """A context in which to decode an image and what is made of it: of large ones, one is in it at a time."""
+    return _one_at_a_time if image.width * image.height > LARGE else contextlib.nullcontext()
 
 
 def loaded(image: Image.Image) -> Image.Image:
@@ -86,6 +151,11 @@ def loaded(image: Image.Image) -> Image.Image:
 
 def rgb(image: Image.Image) -> Image.Image:
     """An image of any of Pillow's modes -> RGB, by the rule above. Raises BadImageError as `loaded`."""
+    with room(image):
+        return _rgb(image)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
     loaded(image)
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
@@ -100,8 +170,12 @@ def rgb(image: Image.Image) -> Image.Image:
         image = image.convert("LA")
     if not image.has_transparency_data:
         return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    on_white = Image.new("RGB", image.size)
+    for top in range(0, image.height, _STRIP):
+        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        on_white.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return on_white
 
 
 def _of_deep_grey(image: Image.Image) -> Image.Image:

@@ -22,6 +22,7 @@ from rankclip_jax.common.delimited import Rows, first_rows, read_delimited
 from rankclip_jax.common.encoded_text import EncodedText
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.json_rows import json_items, json_rows
+from rankclip_jax.common.regular_files import open_regular
 
 ENDINGS = tuple(ending + gz for ending in (".csv", ".tsv", ".jsonl", ".json") for gz in ("", ".gz"))
 # Usual names of the columns; those of Hugging Face's metadata come second.
@@ -114,6 +115,8 @@ def _text(file: str, encoding: str | None, data: bytes | None = None) -> Encoded
     try:
         raw = _bytes(file) if data is None else data
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    except InputError as error:
+        raise InputError(f"{file} is {error}") from None
     except FileNotFoundError:
         raise InputError(f"no such file: {file}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -124,7 +127,7 @@ def _text(file: str, encoding: str | None, data: bytes | None = None) -> Encoded
 
 
 def _bytes(file: str) -> Any:
-    with open(file, "rb") as opened:
+    with open_regular(file) as opened:
         empty = not os.fstat(opened.fileno()).st_size
         return b"" if empty else mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 

@@ -290,6 +290,8 @@ KEYS = dict(
         synonyms=path(None),  # JSON table of words for the edited captions: {"sofa": ["couch"]}
         # use the readable part of a truncated JPEG, grey below, as a good sample
         recover_truncated=boolean(False),
+        # a picture of more MB is not read, and unusable; in evaluation sets: of more than 100
+        max_file_mb=integer(100, 1),
         max_bad_fraction=real(0.1, 0, 1),  # stop when the share of unusable samples exceeds this
     ),
     eval=dict(

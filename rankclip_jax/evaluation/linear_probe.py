@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.optimize
 
 METRICS = ("top1", "mean_per_class")
 MAX_ITERATIONS = 1000
@@ -67,6 +66,8 @@ class _Rows:
         about the inverse of the initial Hessian. In V the Hessian is near 1, so tens of steps suffice instead of
         hundreds.
         """
+        import scipy.optimize  # here: it takes a third of a second, and few runs have a probe
+
         with _float64_on(self._device):
             dim = len(self._mean_D)
             ridge = l2 / self._n + 1e-12 * jnp.trace(self._covariance_DxD)  # for features that do not vary

@@ -10,7 +10,7 @@ from PIL import Image
 from rankclip_jax import figures
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole
-from rankclip_jax.common.pictures import read, rgb
+from rankclip_jax.common.pictures import read, read_file, rgb
 from rankclip_jax.figures.words import any_script, lines
 from rankclip_jax.inference.pictures import Pictures
 from rankclip_jax.inference.store import Embeddings
@@ -73,7 +73,7 @@ def _image(embeddings, pictures, found):
         raise InputError(f"cannot draw {name}: the collection has changed since it was embedded; embed it again")
     try:
         image = pictures.image(row)
-        image = rgb(image) if isinstance(image, Image.Image) else read(Path(image).read_bytes())
+        image = rgb(image) if isinstance(image, Image.Image) else read(read_file(image))
     except (InputError, OSError) as error:
         why = error if isinstance(error, InputError) else error.strerror
         raise InputError(f"cannot draw {name}: {why}") from None

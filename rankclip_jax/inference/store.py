@@ -9,6 +9,7 @@ import numpy as np
 
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.files import whole
+from rankclip_jax.common.foreign_files import refuse_inflating
 
 ENDINGS = (".npz", ".parquet")
 
@@ -104,6 +105,7 @@ def _write_parquet(path: Path, parts: Iterable[Embeddings], about: dict) -> int:
 
 
 def _read_npz(path: Path) -> Embeddings:
+    refuse_inflating(path)
     with np.load(path, allow_pickle=False) as arrays:
         names, about = arrays["name"].tolist(), json.loads(str(arrays["about"]))
         return Embeddings(arrays["embedding"], arrays["row"], names, about)

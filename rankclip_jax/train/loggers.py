@@ -3,14 +3,14 @@
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from rankclip_jax.common.errors import InputError, one_line
-from rankclip_jax.figures.words import any_script
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Logger(Protocol):
@@ -83,8 +83,12 @@ def check(log: Sequence[str]) -> None:
             raise InputError("config.log names wandb, which is not installed; pip install wandb, or leave it out")
 
 
-def pixels(figure: Figure) -> np.ndarray:
+def pixels(figure: "Figure") -> np.ndarray:
     """uint8 (H, W, 3) of a figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from rankclip_jax.figures.words import any_script
+
     canvas = FigureCanvasAgg(figure)
     with any_script():
         canvas.draw()

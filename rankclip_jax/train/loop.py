@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 from optax import GradientTransformation
 
-from rankclip_jax import evaluation, figures
+from rankclip_jax import evaluation
 from rankclip_jax.common import storage
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.metrics_file import read_metrics
@@ -120,6 +120,7 @@ def run_steps(
             wait.step_started(numbers["loss"])
             recorder.take(step, numbers, packed, whole)
             trace.after(step, numbers)
+            checkpoints.check()
             last, terminated = step == data.total_steps, notice.reached(step)
             epoch_ends = last or step % data.steps_per_epoch == 0
             if epoch_ends or terminated or any(step % n == 0 for n in cadence):
@@ -151,6 +152,8 @@ def finish(session: Session, workdir: Path, batches: Any) -> None:
         said = f"{who}{batches.bad.summary()}; {storage.shown(workdir)}/{workdirs.bad_samples(index)} names them"
         print(said, file=sys.stderr if index else sys.stdout)
     if processes.is_first():
+        from rankclip_jax import figures  # matplotlib, which no step needs
+
         with whole(workdir / "curves.png") as part:
             figures.curves({"": workdir}).savefig(part, format="png")
         print(f"curves: {storage.shown(workdir)}/curves.png")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import optax
 
-from rankclip_jax import figures
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.metrics_file import MetricsFile, read_metrics
 from rankclip_jax.common.trees import flatten
@@ -130,12 +129,16 @@ class Recorder:
 
     def show(self, step: int, found: Mapping[str, Mapping]) -> None:
         """Draws examples and galleries, by set, as evaluation.evaluate gives them in `shown`."""
+        if not found:
+            return
+        from rankclip_jax import figures  # matplotlib, which no step needs
+
         images = {}
         for name, content in found.items():
             kind, _, of = name.partition("/")
             drawing = figures.gallery(content) if kind == "retrieval" else figures.examples(content)
             images[f"{'gallery' if kind == 'retrieval' else 'examples'}/{of}"] = loggers.pixels(drawing)
-        for logger in self._loggers if images else ():
+        for logger in self._loggers:
             logger.images(step, images)
 
     def paused(self) -> contextlib.AbstractContextManager:

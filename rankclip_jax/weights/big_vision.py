@@ -8,7 +8,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from rankclip_jax.common.errors import one_line
+from rankclip_jax.common.errors import InputError, one_line
+from rankclip_jax.common.foreign_files import refuse_inflating
 from rankclip_jax.models import ClipConfig, TextConfig, VitConfig
 from rankclip_jax.weights.architecture import SIGLIP_EOS
 
@@ -21,8 +22,11 @@ def read_npz(path: Path) -> tuple[ClipConfig, dict[str, np.ndarray]]:
     Raises ValueError if the file is damaged, or is not SigLIP's towers.
     """
     try:
-        with np.load(path) as file:
+        refuse_inflating(path)
+        with np.load(path, allow_pickle=False) as file:
             stored = {name.removeprefix("params/"): file[name] for name in file.files if not name.startswith("opt/")}
+    except InputError:
+        raise
     except Exception as error:  # NumPy's reader and zipfile raise any of a dozen kinds
         raise ValueError(f"{path.name} is damaged or truncated ({one_line(error)}); download it again") from error
     arrays = {}

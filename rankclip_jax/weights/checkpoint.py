@@ -26,6 +26,7 @@ from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.trees import by_name
 from rankclip_jax.parallel import processes
+from rankclip_jax.weights import late_callbacks
 from rankclip_jax.weights.fingerprint import fingerprints
 
 SCORES = "scores.json"  # beside the checkpoints: {metric: {step: its value}}
@@ -89,8 +90,9 @@ def _first_whole(folder, candidates, read, alone=False) -> Restored | None:
     for step in candidates:
         state, data, problem = None, None, None
         try:
-            data = _read_data(folder / str(step))
-            state, check = read(folder / str(step) / "state", data)
+            with late_callbacks.one_report():
+                data = _read_data(folder / str(step))
+                state, check = read(folder / str(step) / "state", data)
         except InputError:
             raise
         except Exception as error:  # whatever Orbax, TensorStore or JSON raise on damage of every kind

@@ -14,7 +14,7 @@ from rankclip_jax.common.files import write_whole
 from rankclip_jax.common.foreign_files import read_json
 from rankclip_jax.common.trees import by_name, nested
 from rankclip_jax.models import ClipConfig, unstack_layers
-from rankclip_jax.weights import architecture, layouts
+from rankclip_jax.weights import architecture, late_callbacks, layouts
 
 CONFIG, ARRAYS = "rankclip_jax.json", "variables"
 UNFINISHED = ARRAYS + ".orbax-checkpoint-tmp"  # Orbax's name for the arrays until all are written
@@ -44,7 +44,7 @@ def read_orbax(folder: Path) -> tuple[ClipConfig, dict]:
         raise ValueError(f"{folder / CONFIG} does not describe a CLIP ({one_line(error, kind=True)})") from error
     shapes = layouts.template(config)
     abstract = nested({name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
-    with ocp.PyTreeCheckpointer() as reader:
+    with late_callbacks.one_report(), ocp.PyTreeCheckpointer() as reader:
         try:
             arrays = reader.restore(
                 folder.resolve() / ARRAYS,
@@ -53,7 +53,7 @@ def read_orbax(folder: Path) -> tuple[ClipConfig, dict]:
                     restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract),
                 ),
             )
-        except (ValueError, KeyError, OSError) as error:
+        except Exception as error:  # whatever Orbax and TensorStore raise on damage of every kind
             raise ValueError(
                 f"{ARRAYS} is not a complete Orbax checkpoint of this model ({one_line(error)})"
             ) from error

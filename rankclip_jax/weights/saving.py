@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import secrets
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,8 +23,11 @@ from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.parallel import processes
 from rankclip_jax.parallel.preemption import Preempted
-from rankclip_jax.weights import checkpoint
+from rankclip_jax.weights import checkpoint, late_callbacks
 from rankclip_jax.weights.fingerprint import fingerprints
+
+_PATIENCE = 10  # seconds from the end of the main thread of a failed run to that of its process
+_FULL = ("No space left on device", "Disk quota exceeded", "File too large", "Read-only file system")
 
 # What a save writes into the folder of its step, without endings; Orbax writes those of its own names.
 _WRITTEN = {"state", "data", "metrics", "_CHECKPOINT_METADATA", "commit_success"}
@@ -50,6 +53,7 @@ class Checkpoints:
         """
         folder = checkpoint.folder_of(workdir, config)
         self._folder, self._best, self._saved = folder, config.best, start
+        self._running, self._failed = False, False
         self._latest, self._every, self._free, self._strangers = config.keep, config.keep_every, free or 0, set()
         known = checkpoint.scores(folder, config.best)
         self._scores = {step: score for step, score in known.items() if step <= (start or 0)}
@@ -63,7 +67,7 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(preservation_policy=_Kept(self._kept))
             self._manager = ocp.CheckpointManager(folder, options=options)
         except Exception as error:
-            raise _cannot_save(folder, error) from error
+            raise self._cannot_save(error) from error
 
     def __enter__(self) -> "Checkpoints":
         self._context = contextlib.ExitStack()
@@ -73,7 +77,7 @@ class Checkpoints:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         with self._context:
             # What was being saved is good. But of many processes the others may never come to finish it.
-            if error is None or isinstance(error, Preempted) or jax.process_count() == 1:
+            if not self._failed and (error is None or isinstance(error, Preempted) or jax.process_count() == 1):
                 self.close()
 
     def save(self, step: int, state: Any, position: int) -> None:
@@ -93,8 +97,17 @@ class Checkpoints:
         try:
             self._manager.save(step, args=items)
         except Exception as error:
-            raise _cannot_save(self._folder, error) from error
-        self._saved = step
+            raise self._cannot_save(error) from error
+        self._saved, self._running = step, True
+
+    def check(self) -> None:
+        """Raises as `save` does if the save that ran in the background has failed. To be asked in every step."""
+        if self._running and not self._manager.is_saving_in_progress():
+            self._running = False
+            try:
+                self._manager.wait_until_finished()  # which has nothing to wait for
+            except Exception as error:
+                raise self._cannot_save(error) from error
 
     def score(self, step: int, numbers: dict[str, float]) -> None:
         """Notes what a saved step was worth by config.best, if that is among the numbers, once it was evaluated.
@@ -113,7 +126,7 @@ class Checkpoints:
             if before in saved and before not in self._kept(saved):
                 self._manager.delete(before)
         except Exception as error:
-            raise _cannot_save(self._folder, error) from error
+            raise self._cannot_save(error) from error
 
     def close(self) -> None:
         """Waits until everything is written. Raises as `save` does."""
@@ -121,7 +134,13 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.close()
         except Exception as error:
-            raise _cannot_save(self._folder, error) from error
+            raise self._cannot_save(error) from error
+
+    def _cannot_save(self, error: Exception) -> Exception:
+        if not self._failed:
+            self._failed = True
+            threading.Thread(target=_end_with_main_thread, daemon=True).start()
+        return _cannot_save(self._folder, error)
 
     def _best_step(self) -> int | None:
         return max(self._scores, key=lambda step: (self._scores[step], step), default=None)
@@ -209,29 +228,31 @@ def _free_name(folder: epath.Path, name: str) -> epath.Path:
 @contextlib.contextmanager
 def _one_report() -> Iterator[None]:
     """Keeps off the console what else is said of a failed save, which is raised here, in one line."""
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    logger = logging.getLogger("absl")
 
     def not_orbax(record: logging.LogRecord) -> bool:  # which logs an error in the background with its stack
         return not (record.exc_info and "orbax" in record.pathname)
 
-    def without_late_callbacks(unraisable: Any) -> None:  # of TensorStore's other writes, each with a stack
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
     logger.addFilter(not_orbax)
-    sys.unraisablehook = without_late_callbacks
     try:
-        yield
+        with late_callbacks.one_report():
+            yield
     finally:
         logger.removeFilter(not_orbax)
-        sys.unraisablehook = hook
+
+
+def _end_with_main_thread() -> None:
+    """Ends the process soon after its main thread: after a failed save, Orbax's threads may wait for each other."""
+    threading.main_thread().join()
+    time.sleep(_PATIENCE)
+    os._exit(1)
 
 
 def _cannot_save(folder: epath.Path, error: Exception) -> Exception:
     if isinstance(error, InputError):
         return error
-    time.sleep(0.5)  # TensorStore's other writes call back within a fifth of that, while `_one_report` lasts
+    said = next((words for words in _FULL if words in str(error)), one_line(error))
     return InputError(
-        f"cannot save in {folder}: {one_line(error)}. The checkpoints before are as they were; "
+        f"cannot save in {folder}: {said}. The checkpoints before are as they were; "
         "make room or make it writable, and start again to resume"
     )

@@ -39,10 +39,11 @@ class View:
         InputError with the reason.
         """
         if isinstance(image, Image.Image):
-            return self._resized(pictures.rgb(image))
+            with pictures.room(image):
+                return self._resized(pictures.rgb(image))
         if isinstance(image, str | os.PathLike):
             try:
-                return self._resized(pictures.read(Path(image).read_bytes()))
+                return self(pictures.opened(pictures.read_file(image)))
             except pictures.BadImageError as error:
                 raise InputError(f"{image}: {error}") from None
             except (OSError, ValueError) as error:

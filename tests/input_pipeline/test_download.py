@@ -137,6 +137,7 @@ def test_columns_that_are_not_there_say_so(tmp_path):
         ("<urlopen error [Errno -2] Name or service not known>", "no such host any more"),
         ("<urlopen error timed out>", "no answer in time"),
         ("slower than 60 s for one image", "slower than 60 s"),
+        ("<urlopen error not a public address (see --private)>", "not a public address"),
         ("IncompleteRead(0 bytes read, 400 more expected)", "the connection broke off"),
         ("<urlopen error [Errno 111] Connection refused>", "the host refuses connections"),
         ("Image decoding error", "not an image, or a broken one"),

@@ -1,6 +1,7 @@
 """Downloads by img2dataset itself, from a web on the loopback."""
 
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -26,20 +27,36 @@ def web():
     server.shutdown()
 
 
-def fetch_with_limits(url, timeout):
+def fetch_with_limits(url, timeout, private=True):
     """What the driver's urlopen makes of an answer, in a process of its own."""
+    env = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    env |= {"RANKCLIP_DOWNLOAD_PRIVATE": "1"} if private else {}
     script = (
         "import runpy, sys, urllib.request; runpy.run_path(sys.argv[1], run_name='worker')\n"
         "print(len(urllib.request.urlopen(sys.argv[2], timeout=float(sys.argv[3])).read()))"
     )
-    return subprocess.run([sys.executable, "-c", script, DRIVER, url, str(timeout)], capture_output=True, text=True)
+    command = [sys.executable, "-c", script, DRIVER, url, str(timeout)]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
 def test_an_answer_is_bounded_in_time_and_must_be_whole(web):
     assert int(fetch_with_limits(f"{web}/large/0.jpg", 5).stdout) == len(LARGE["/large/0.jpg"])
     assert "TimeoutError: slower than 0.75 s" in fetch_with_limits(f"{web}/slow", 0.25).stderr
+    assert "slower than 0.75 s" in fetch_with_limits(f"{web}/slow-header", 0.25).stderr
+    assert "slower than 0.75 s" in fetch_with_limits(f"{web}/to/{web}/slow-header", 0.25).stderr
     assert "IncompleteRead" in fetch_with_limits(f"{web}/cut", 5).stderr
     assert "timed out" in fetch_with_limits(f"{web}/mute", 0.2).stderr
+
+
+def test_only_public_hosts_are_asked_and_only_by_http(web):
+    picture = f"{web}/small/0.jpg"
+    assert int(fetch_with_limits(f"{web}/to/{picture}", 5).stdout) == len(SMALL["/small/0.jpg"])
+    for url in (picture, picture.replace("127.0.0.1", "localhost")):
+        ASKED.clear()
+        assert "not a public address" in fetch_with_limits(url, 5, private=False).stderr and not ASKED
+    assert "redirected to ftp" in fetch_with_limits(f"{web}/to/ftp://127.0.0.1/x.jpg", 5).stderr
+    assert "HTTP Error 302" in fetch_with_limits(f"{web}/to/file:///etc/hostname", 5).stderr
+    assert "unknown url type: ftp" in fetch_with_limits("ftp://127.0.0.1/x.jpg", 5).stderr
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +77,13 @@ def env(tmp_path_factory):
 def test_what_can_be_had_is_there_and_what_not_is_counted_by_reason(web, env, tmp_path):
     good = [*SMALL, *LARGE, "/drawing.png"]
     bad = ["/dead/1.jpg", "/dead/2.jpg", "/page/x", "/half/x", "/cut/x", "/mute/x", "/slow/x", "/noai/x"]
+    bad += ["/slow-header/x", "/to/ftp://127.0.0.1/x.jpg"]
     urls = [web + path for path in [*good, *bad]]
     urls += ["http://127.0.0.1:1/refused.jpg", "http://no-such-host.invalid/x.jpg"]
     (tmp_path / "list.tsv").write_text("".join(f'a "{i}\t{url}\n' for i, url in enumerate(urls)))
     options = download._flags().parse_args([str(tmp_path / "list.tsv"), str(tmp_path / "out")])
     vars(options).update(shard_size=10, short_side=120, processes=1, threads=20, timeout=2, retries=0, env=env)
+    options.private = True
     counts, total = download.download(options.urls, options.out_dir, options)
     assert total == len(urls) == counts.total()
     assert counts == {
@@ -73,7 +92,8 @@ def test_what_can_be_had_is_there_and_what_not_is_counted_by_reason(web, env, tm
         "not an image, or a broken one": 2,  # the page and the half
         "the connection broke off": 1,
         "no answer in time": 1,
-        "slower than 6 s": 1,
+        "slower than 6 s": 2,
+        "redirected to ftp": 1,
         "the site asks not to use it (X-Robots-Tag)": 1,
         "the host refuses connections": 1,
         "no such host any more": 1,
@@ -106,7 +126,7 @@ def test_what_can_be_had_is_there_and_what_not_is_counted_by_reason(web, env, tm
 def test_img2dataset_itself_leaves_the_files_of_others(web, env, tmp_path):
     (tmp_path / "list.tsv").write_text("".join(f"picture {i}\t{web}/small/{i}.jpg\n" for i in range(6)))
     options = download._flags().parse_args([str(tmp_path / "list.tsv"), str(tmp_path / "out")])
-    vars(options).update(shard_size=3, processes=1, threads=4, env=env)
+    vars(options).update(shard_size=3, processes=1, threads=4, private=True, env=env)
     before = contents(fill(tmp_path / "out", ["mine.tar"]))
     with pytest.raises(InputError, match="holds files that download did not write"):
         download.download(options.urls, options.out_dir, options)

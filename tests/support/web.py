@@ -44,6 +44,12 @@ class Web(BaseHTTPRequestHandler):
                 time.sleep(5)
             case "slow":
                 self.drip(b"x" * 1000)
+            case "slow-header":
+                self.drip(b"HTTP/1.0 200 OK\r\nX-Long: " + b"x" * 1000, header=False)
+            case "to":
+                self.send_response(302)
+                self.send_header("Location", self.path.removeprefix("/to/"))
+                self.end_headers()
             case "noai":
                 self.answer(good or SMALL["/small/1.jpg"], header=("X-Robots-Tag", "noai"))
             case _:
@@ -57,10 +63,11 @@ class Web(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def drip(self, data):
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
+    def drip(self, data, header=True):
+        if header:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
         try:
             for byte in data:
                 self.wfile.write(bytes([byte]))

@@ -1,4 +1,7 @@
 import shutil
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from rankclip_jax.parallel.mesh import make_mesh
 from rankclip_jax.weights import checkpoint
 from rankclip_jax.weights.fingerprint import fingerprints
 from rankclip_jax.weights.saving import Checkpoints
+from tests.support.small_files import small_files
 
 
 def config(**fields):
@@ -155,6 +159,31 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(InputError, match=r"cannot save in .*checkpoints: .*The checkpoints before are as they were"):
         save(tmp_path, {1: state_of(1)})
+
+
+def test_a_save_that_fails_in_the_background_is_one_line_at_once(tmp_path):
+    checkpoints = Checkpoints(tmp_path, config())
+    with small_files(1000), pytest.raises(InputError, match=r"cannot save in .*checkpoints: File too large. The"):
+        checkpoints.save(1, state_of(1), 10)
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            checkpoints.check()
+    with checkpoints:  # which does not wait for it again
+        pass
+
+
+def test_a_thread_that_never_ends_does_not_keep_a_process_whose_save_failed(tmp_path):
+    script = (
+        "import sys, threading\n"
+        "from rankclip_jax.config import complete\n"
+        "from rankclip_jax.weights import saving\n"
+        "saving._PATIENCE = 0\n"
+        "checkpoints = saving.Checkpoints(sys.argv[1], complete({}).checkpoint)\n"
+        "threading.Thread(target=threading.Event().wait).start()\n"
+        "raise checkpoints._cannot_save(OSError('the disk'))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "the disk" in done.stderr
 
 
 def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):

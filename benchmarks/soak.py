@@ -1,0 +1,103 @@
+"""Whether a long run leaks: python -m benchmarks.soak [--steps 2000] [--out table.md]
+
+A small run with a checkpoint every 10 steps and at the end of every epoch, validation and zero-shot every tenth epoch,
+and two bad samples in every epoch. Its memory, threads and open files are read from the system as it goes. From a
+quarter of the steps on they must stay as they are: exit code 1 otherwise.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import starts
+
+GROWTH = 1.05  # of the memory, from a quarter of the steps to the end; allocators round
+
+
+def _flags(folder: Path, steps: int) -> list[str]:
+    keys = ("epochs", "data.train", "data.val", "eval.zero_shot", "checkpoint")
+    replaced = tuple(f"--config.{key}" for key in keys)
+    usual = [flag for flag in starts.flags(folder, folder / "run") if not flag.startswith(replaced)]
+    return [
+        *usual,
+        f"--config.data.train={folder / 'soak.csv'}",
+        f"--config.data.val={folder / 'data.csv'}",
+        f"--config.steps={steps}",
+        "--config.checkpoint.every_steps=10",
+        "--config.checkpoint.keep=2",
+        "--config.eval.every_epochs=10",
+        "--config.eval.zero_shot={'shapes':{'format':'shapes','path':'seen:40'}}",
+    ]
+
+
+def _write_data(folder: Path) -> None:
+    """data.csv of benchmarks/starts.py, and the same with two bad samples."""
+    starts.prepare(folder)
+    (folder / "images" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    rows = (folder / "data.csv").read_text() + "images/bad.png,a broken picture\nimages/none.png,no picture\n"
+    (folder / "soak.csv").write_text(rows)
+
+
+def usage(pid: int) -> tuple[float, int, int]:
+    """(MB in memory, threads, open files) of a process."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    memory, threads = (int(re.search(rf"^{key}:\s+(\d+)", status, re.MULTILINE)[1]) for key in ("VmRSS", "Threads"))
+    return memory / 1000, threads, len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def soak(folder: Path, steps: int) -> list[tuple[int, float, int, int]]:
+    """Runs, and gives (step, MB, threads, open files), read about every 20th of the steps."""
+    _write_data(folder)
+    log, found, due = folder / "log", [], steps // 20
+    with log.open("w") as out:
+        command = [sys.executable, "-u", "-m", "rankclip_jax.train", *_flags(folder, steps)]
+        child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        while child.poll() is None:
+            time.sleep(0.05)
+            shown = re.findall(r"^step (\d+)/", log.read_text(), re.MULTILINE)
+            if shown and int(shown[-1]) >= due:
+                try:
+                    found.append((int(shown[-1]), *usage(child.pid)))
+                except (OSError, TypeError):  # it has just ended
+                    break
+                due = int(shown[-1]) + steps // 20
+    finally:
+        if child.poll() is None:
+            child.kill()
+    if child.wait():
+        sys.exit(f"the run failed: {log.read_text()[-2000:]}")
+    assert "unusable samples skipped" in log.read_text()
+    return found
+
+
+def main() -> None:
+    """Prints the table, and writes it to --out; exit code 1 where something grows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--out", type=Path, help="a Markdown file for the table")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = soak(Path(folder), options.steps)
+    lines = ["| step | memory, MB | threads | open files |", "|---|---|---|---|"]
+    lines += [f"| {step} | {memory:,.0f} | {threads} | {files} |" for step, memory, threads, files in found]
+    print("\n".join(lines))
+    if options.out:
+        options.out.write_text("\n".join(lines) + "\n")
+    # Saves come and go, with their threads and files: the most of the second quarter, and of the last.
+    second, last = (
+        [max(row[column] for row in found if low <= row[0] / options.steps <= high) for column in (1, 2, 3)]
+        for low, high in ((0.25, 0.5), (0.75, 1))
+    )
+    grown = last[0] > GROWTH * second[0] or last[1] > second[1] or last[2] > second[2]
+    print(f"most in the second quarter {second}, in the last {last}" + (": GROWS" if grown else ""))
+    sys.exit(1 if grown else 0)
+
+
+if __name__ == "__main__":
+    main()

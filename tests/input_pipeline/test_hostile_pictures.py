@@ -1,0 +1,151 @@
+"""Pictures that wait, fill the memory or take the processor: bad samples with a reason, the same by every reader."""
+
+import csv
+import io
+import os
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from ml_collections import ConfigDict
+from PIL import Image
+
+from input_pipeline import decode, sources
+from input_pipeline.bad_samples import reason_of_failure
+from rankclip_jax.common import pictures, tables
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.weights.view import View
+from tests.support.source_files import KEYS, samples
+
+
+def png(*size, mode="RGB"):
+    out = io.BytesIO()
+    Image.new(mode, size).save(out, "PNG", compress_level=1)
+    return out.getvalue()
+
+
+def many_scans(side, scans):
+    """A progressive JPEG whose last scan is repeated."""
+    out = io.BytesIO()
+    Image.new("RGB", (side, side), (90, 120, 200)).save(out, "JPEG", progressive=True)
+    data = out.getvalue()
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * (scans - data.count(b"\xff\xda")) + data[-2:]
+
+
+def by_graph(data):
+    return decode.decode(tf.constant(data))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a good picture, a pipe and a file of 101 MB."""
+    (tmp_path / "good.jpg").write_bytes(samples(1)[0][0])
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with (tmp_path / "large.jpg").open("wb") as out:
+        out.truncate(101_000_000)
+    return tmp_path
+
+
+def test_only_regular_files_of_a_table_are_read(folder):
+    def csv_of(*names, **spec):
+        with (folder / "data.csv").open("w", newline="") as out:
+            csv.writer(out).writerows([("image", "caption"), *((name, "a caption") for name in names)])
+        spec = ConfigDict(KEYS | dict(format="csv") | spec)
+        return sources.open_source(spec, str(folder / "data.csv"), image_side=8)
+
+    source = csv_of("good.jpg", "pipe.jpg", "/dev/zero", "/dev/full", "large.jpg", ".", "none.jpg", "good.jpg")
+    reasons = [reason_of_failure(source.read, row) for row in range(source.size)]
+    assert reasons[0] is None and reasons[-1] is None
+    assert reasons[1:-1] == [
+        f"{folder}/pipe.jpg; a named pipe, not a regular file",
+        "/dev/zero; a device, not a regular file",
+        "/dev/full; a device, not a regular file",
+        f"{folder}/large.jpg; 101 MB; more than config.data.max_file_mb",
+        f"{folder}/.; Is a directory",
+        f"{folder}/none.jpg; no such file",
+    ]
+    assert reason_of_failure(csv_of("large.jpg", max_file_mb=102).read, 0) is None
+
+
+def test_only_regular_files_of_a_folder_are_read(folder):
+    for stem in ("good", "large"):
+        (folder / f"{stem}.txt").write_text("a caption")
+    (folder / "pipe.txt").write_text("a caption")
+    (folder / "good2.jpg").write_bytes(samples(1)[0][0])
+    os.mkfifo(folder / "good2.txt")
+    source = sources.open_source(ConfigDict(KEYS | dict(format="folder")), str(folder), image_side=8)
+    reasons = [reason_of_failure(source.read, row) for row in range(source.size)]
+    assert reasons == [
+        None,
+        f"{folder}/good2.txt; a named pipe, not a regular file",
+        f"{folder}/large.jpg; 101 MB; more than config.data.max_file_mb",
+        f"{folder}/pipe.jpg; a named pipe, not a regular file",
+    ]
+
+
+def test_only_regular_files_are_embedded_or_read_as_tables(folder):
+    view = View(8, 8)
+    with pytest.raises(InputError, match=r"pipe.jpg: a named pipe, not a regular file"):
+        view(folder / "pipe.jpg")
+    with pytest.raises(InputError, match=r"/dev/zero: a device, not a regular file"):
+        view("/dev/zero")
+    with pytest.raises(InputError, match=r"101 MB; more than"):
+        view(folder / "large.jpg")
+    os.mkfifo(folder / "pipe.csv")
+    with pytest.raises(InputError, match=r"pipe.csv is a named pipe, not a regular file"):
+        tables.read_table(str(folder / "pipe.csv"))
+
+
+@pytest.mark.parametrize("read", [pictures.read, by_graph])
+def test_scans_that_take_seconds_are_refused(read):
+    few, many = many_scans(4000, 30), many_scans(4000, 2000)  # of 16 megapixels
+    with pytest.raises(Exception, match=f"4000 x 4000; {pictures.MANY_SCANS}"):
+        read(many)
+    assert read(few) is not None  # more than an encoder makes
+    assert read(many_scans(64, 2000)) is not None  # of a small picture they take no time
+
+
+def test_scans_of_a_jpeg_inside_a_tiff_are_counted():
+    out = io.BytesIO()
+    Image.new("RGB", (4000, 4000)).save(out, "TIFF", compression="jpeg")
+    tiff = out.getvalue()
+    assert tiff.count(pictures.SCAN) > 30  # one or more in each strip
+    pictures.opened(tiff)
+    with pytest.raises(pictures.BadImageError, match="scans x pixels"):
+        pictures.opened(tiff + 200 * 1000 * (pictures.SCAN + b"\0" * 10))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_large_picture_is_that_of_pillow(mode, monkeypatch):
+    monkeypatch.setattr(pictures, "LARGE", 100), monkeypatch.setattr(decode, "LARGE", 100)
+    monkeypatch.setattr(pictures, "_STRIP", 7)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 11, len(mode)), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels, mode).save(out, "PNG")
+    white = Image.new("RGBA", (11, 20), "white")
+    expected = Image.alpha_composite(white, Image.fromarray(pixels, mode).convert("RGBA")).convert("RGB")
+    for read in (pictures.read, by_graph):
+        np.testing.assert_array_equal(np.asarray(read(out.getvalue())), np.asarray(expected))
+
+
+@pytest.mark.slow
+def test_many_large_pictures_need_little_more_memory_than_one():
+    # In a separate process, as the peak is the process's.
+    import subprocess
+    import sys
+
+    script = (
+        "import resource, sys, json, tensorflow as tf\n"
+        "from input_pipeline import transforms\n"
+        "data = tf.constant(sys.stdin.buffer.read())\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "windows = lambda size: transforms.centre_window(size, 64)\n"
+        "def view(i): return transforms.view(data, windows, side=64, canvas=120, exact=False)\n"
+        "for _ in tf.data.Dataset.range(8).map(view, num_parallel_calls=8): pass\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], input=png(9400, 9400, mode="RGBA"), capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    one = 9400 * 9400 * 3 / 1024  # KiB of its pixels
+    assert int(done.stdout.split()[-1]) < 8 * one  # 8 at once would be more than 16
