@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
+from input_pipeline.sources.mapping import mapped
 from input_pipeline.sources.source import Ahead, require
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.storage import ReadAhead, is_remote
@@ -65,9 +66,8 @@ def tensor_list(arrays: Sequence[np.ndarray], dtype: tf.DType, shape: list[int])
     def listed(some):
         made = tf.raw_ops.EmptyTensorList(element_shape=shape, max_num_elements=-1, element_dtype=dtype)
         for array in some:
-            # DLPack shares the mapping; tf.constant and ImmutableConst copy the file into memory. DLPack refuses a
-            # read-only array, so a mapping must be copy-on-write.
-            shared = isinstance(array, np.memmap)
+            # DLPack shares a mapping; tf.constant and ImmutableConst copy the file into memory.
+            shared = array.base is not None and array.flags.writeable
             one = tf.experimental.dlpack.from_dlpack(array.__dlpack__()) if shared else tf.constant(array, dtype)
             made = tf.raw_ops.TensorListPushBack(input_handle=made, tensor=one)
         return made
@@ -82,11 +82,7 @@ def tensor_list(arrays: Sequence[np.ndarray], dtype: tf.DType, shape: list[int])
 
 
 def _mapped(paths, sizes):
-    # An empty file cannot be mapped and has no rows.
-    arrays = [
-        np.memmap(p, np.uint8, "c") if size else np.zeros(0, np.uint8) for p, size in zip(paths, sizes, strict=True)
-    ]
-    files = tensor_list(arrays, tf.uint8, [-1])
+    files = tensor_list(list(map(mapped, paths, sizes)), tf.uint8, [-1])
 
     def read(file, begin, length):
         whole = tf.raw_ops.TensorListGetItem(input_handle=files, index=file, element_shape=[-1], element_dtype=tf.uint8)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from input_pipeline.sources.mapping import mapped
 from rankclip_jax.common import storage
 
 ENDING = ".index"
@@ -69,9 +70,8 @@ class IndexFile:
         """int64 (total, width), mapped, and private to this process where written to; None: they are in a bucket."""
         if self.memory is not None or self.path is None or storage.is_remote(self.path):
             return self.memory
-        if not self.total:
-            return np.zeros((0, self.width), np.int64)
-        return np.memmap(self.path, "<i8", "c", self.begin, (self.total, self.width))
+        data = mapped(self.path, self.begin + self.nbytes)
+        return data[self.begin :].view("<i8").reshape(self.total, self.width)
 
     @property
     def nbytes(self) -> int:
