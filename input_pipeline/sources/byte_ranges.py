@@ -79,9 +79,8 @@ def tensor_list(arrays: Sequence[np.ndarray], dtype: tf.DType, shape: list[int])
     def listed(some):
         made = tf.raw_ops.EmptyTensorList(element_shape=shape, max_num_elements=-1, element_dtype=dtype)
         for array in some:
-            # DLPack shares the mapping; tf.constant and ImmutableConst copy the file into memory. DLPack refuses a
-            # read-only array, so a mapping must be copy-on-write.
-            shared = isinstance(array, np.memmap)
+            # DLPack shares a mapping; tf.constant and ImmutableConst copy the file into memory.
+            shared = array.base is not None and array.flags.writeable
             one = tf.experimental.dlpack.from_dlpack(array.__dlpack__()) if shared else tf.constant(array, dtype)
             made = tf.raw_ops.TensorListPushBack(input_handle=made, tensor=one)
         return made

@@ -70,9 +70,8 @@ class IndexFile:
         """int64 (total, width), mapped, and private to this process where written to; None: they are in a bucket."""
         if self.memory is not None or self.path is None or storage.is_remote(self.path):
             return self.memory
-        if not self.total:
-            return np.zeros((0, self.width), np.int64)
-        return mapped(self.path)[self.begin :][: self.nbytes].view("<i8").reshape(self.total, self.width)
+        data = mapped(self.path, self.begin + self.nbytes)
+        return data[self.begin :].view("<i8").reshape(self.total, self.width)
 
     @property
     def nbytes(self) -> int:

@@ -1,32 +1,46 @@
-"""Files mapped into memory and closed."""
+"""Files in memory, without a file descriptor each: Python's mmap keeps one, and a process often may have 1,024."""
 
 import ctypes
 import mmap
 import os
-import weakref
 
 import numpy as np
 
+from rankclip_jax.common.errors import InputError
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.mmap.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64
+_libc.munmap.argtypes = ctypes.c_void_p, ctypes.c_size_t
+_FAILED = ctypes.c_void_p(-1).value
 
 
-def mapped(path: str | os.PathLike) -> np.memmap:
-    """The bytes of a local file, uint8 (size,), copy-on-write; an empty one cannot be mapped. Raises OSError.
+class _Mapping:
+    """Memory that is given back with the last array over it."""
 
-    Python's mmap, and so np.memmap, keeps every file open (before Python 3.13 always): more tars than the usual 1,024
-    open files of a process could not be read.
+    def __init__(self, path: str, size: int):
+        self._span: tuple[int | None, int] = None, size
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size < size:
+                raise InputError(f"{path} became shorter while it was opened; start again when it is complete")
+            # Copy-on-write, because DLPack refuses what is read-only.
+            address = _libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, file.fileno(), 0)
+        if address == _FAILED:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
+        self._span = address, size
+        self.__array_interface__ = dict(version=3, data=(address, False), shape=(size,), typestr="|u1")
+
+    def __del__(self) -> None:
+        if self._span[0] is not None:
+            _libc.munmap(*self._span)
+
+
+def mapped(path: str | os.PathLike, size: int | None = None) -> np.ndarray:
+    """The first bytes of a file (None: all), uint8 (size,). What is written to them stays in this process.
+
+    Raises:
+      InputError: the file is shorter.
+      OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if not size:
-            return np.zeros(0, np.uint8).view(np.memmap)
-        access = mmap.PROT_READ | mmap.PROT_WRITE
-        address = _libc.mmap(None, size, access, mmap.MAP_PRIVATE, file.fileno(), 0)
-    if address == ctypes.c_void_p(-1).value:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), os.fspath(path))
-    data = (ctypes.c_uint8 * size).from_address(address)
-    weakref.finalize(data, _libc.munmap, address, size).atexit = False
-    return np.ctypeslib.as_array(data).view(np.memmap)
+    size = os.path.getsize(path) if size is None else size
+    return np.asarray(_Mapping(os.fspath(path), size)) if size else np.zeros(0, np.uint8)

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import resource
 import shutil
 import sys
 import threading
@@ -280,6 +281,22 @@ def test_offsets_are_no_part_of_the_graph(tmp_path):
 
     (graph, captured), (more_graph, more_captured) = bytes_of(4), bytes_of(400)
     assert abs(more_graph - graph) < 200 and captured == more_captured
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    made = samples(80)
+    for number, (image, caption) in enumerate(made):
+        (tmp_path / "one").mkdir()
+        WRITERS["webdataset"](tmp_path / "one", [(image, caption)] * 2)
+        shutil.move(tmp_path / "one" / "00000.tar", tmp_path / f"{number:05}.tar")
+        shutil.rmtree(tmp_path / "one")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened("webdataset", str(tmp_path / "*.tar"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 60, limits[1]))
+    try:
+        assert read_all(opened("webdataset", str(tmp_path / "*.tar"))) == made
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 class Agreed:
