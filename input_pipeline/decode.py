@@ -141,7 +141,8 @@ def _check_pixels(height, width):
 
 
 def _is_large(width, height):
-    return tf.cast(width, tf.int64) * tf.cast(height, tf.int64) > LARGE
+    pixels = tf.cast(width, tf.int64) * tf.cast(height, tf.int64)
+    return (pixels > LARGE) & (pixels <= MAX_PIXELS)
 
 
 def _check_scans(image, size_2):

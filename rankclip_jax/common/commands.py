@@ -43,10 +43,6 @@ def exit_codes(interrupted: str = "stopped") -> Iterator[None]:
 
 
 def quiet_tensorflow() -> None:
-    """Keeps TensorFlow's greetings, oneDNN's among them, off the console: it only reads files. Before its import.
-
-    It also keeps TensorFlow from importing Keras, a third of the time of its own import.
-    """
+    """Keeps TensorFlow's greetings, oneDNN's among them, off the console: it only reads files. Before its import."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")  # the package tf_keras, which is not there
