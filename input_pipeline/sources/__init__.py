@@ -13,6 +13,7 @@ from input_pipeline import cpu_only
 from input_pipeline.sources import drawn, folder, mixture, parquet, table, tar, tfds, tfrecord
 from input_pipeline.sources.source import (
     Ahead,
+    Blocks,
     Lost,
     Reading,
     Source,
@@ -24,7 +25,7 @@ from input_pipeline.sources.source import (
 )
 from rankclip_jax.common.errors import InputError
 
-__all__ = ["Ahead", "Lost", "Source", "open_pictures", "open_source", "started_ahead", "told"]
+__all__ = ["Ahead", "Blocks", "Lost", "Source", "open_pictures", "open_source", "started_ahead", "told"]
 
 
 def open_source(

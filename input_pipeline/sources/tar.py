@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -22,7 +23,18 @@ from input_pipeline.sources import tar_headers as headers
 from input_pipeline.sources.byte_ranges import ahead_of, byte_ranges
 from input_pipeline.sources.offset_index import Bytes, OffsetIndex, Scan, offset_index, open_slices
 from input_pipeline.sources.paths import expand
-from input_pipeline.sources.source import Ahead, Lost, Reading, Source, captions_in_json, decoded, keys, require
+from input_pipeline.sources.shard_blocks import reads_of, shard_blocks
+from input_pipeline.sources.source import (
+    Ahead,
+    Blocks,
+    Lost,
+    Reading,
+    Source,
+    captions_in_json,
+    decoded,
+    keys,
+    require,
+)
 from input_pipeline.sources.tar_samples import Pairing
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
@@ -40,12 +52,14 @@ class Members:
       read: ops, row (int64 scalar) -> {name: bytes (string scalar)}.
       ahead: as a Source's.
       alone: names -> a Reading of these members only, without reading the others.
+      blocks: as a Source's.
     """
 
     index: OffsetIndex
     read: Callable
     ahead: Ahead | None
     alone: Callable[[Sequence[str]], Reading]
+    blocks: Blocks | None
 
     def where(self, row: int) -> str:
         """The location of a sample: file and key."""
@@ -81,7 +95,8 @@ def open_webdataset(spec: ConfigDict, path: str | Sequence[str], captions: bool 
         "caption": (*endings, *(f"{ending}.gz" for ending in endings)),
     }
     paths = expand(path, endings=(".tar",), hint=spec.get("hint"))
-    members = open_members(paths, wanted, spec.get("cache_dir"), may_lack=() if captions else ("caption",))
+    may_lack = () if captions else ("caption",)
+    members = open_members(paths, wanted, spec.get("cache_dir"), may_lack=may_lack, spec=spec)
 
     def with_caption(members_read):
         def read(row):
@@ -103,6 +118,7 @@ def open_webdataset(spec: ConfigDict, path: str | Sequence[str], captions: bool 
         index=index.arrays,
         ahead=pictures.ahead,
         text=Reading(with_caption(text.read), text.ahead),
+        blocks=members.blocks,
     )
 
 
@@ -112,6 +128,7 @@ def open_members(
     cache_dir: str | None = None,
     optional: tuple[str, ...] = (),
     may_lack: tuple[str, ...] = (),
+    spec: Mapping[str, Any] = {},
 ) -> Members:
     """Opens tars by the numbers of their samples.
 
@@ -119,6 +136,7 @@ def open_members(
       wanted: name -> lower-case extensions after the first dot of a member's name; the first that a sample has is used.
       optional: names that a sample may lack; it then has empty bytes.
       may_lack: the same of names by which samples are paired all the same.
+      spec: shuffle, block_rows, window_mb of config.data.
 
     Raises:
       InputError: a compressed tar, or no sample with a member of one of the extensions.
@@ -136,7 +154,7 @@ def open_members(
     if index.size and not (index.columns["length"][:, required] >= 0).all(axis=1).any():
         kinds = " and ".join(f"{_named(name)} ({_dotted(wanted[name])})" for name in wanted if name not in lackable)
         raise InputError(f"{paths[0]}: no sample has both {kinds} under one name")
-    reads = storage.ReadAhead()
+    reads = reads_of(spec)
     fetch = byte_ranges(index.paths, index.sizes, reads)
     begin_NxM, length_NxM = tf.constant(index.columns["begin"]), tf.constant(index.columns["length"])
     far = tf.constant(np.iinfo(np.int64).max)
@@ -161,18 +179,24 @@ def open_members(
             return {name: tf.strings.substr(span, begin_M[i], length_M[i]) for i, name in enumerate(names)}
 
         def start(rows):
-            begin_RxM = index.columns["begin"][rows][:, columns]
-            length_RxM = index.columns["length"][rows][:, columns].astype(np.int64)
-            first_R = np.where(begin_RxM < 0, np.iinfo(np.int64).max, begin_RxM).min(axis=1)
-            end_R = (begin_RxM + np.where(length_RxM < _LARGEST, length_RxM, 0)).max(axis=1)
-            for row, first, end in zip(rows, first_R.tolist(), end_R.tolist(), strict=True):
+            for row, first, end in zip(rows, *(ends_R.tolist() for ends_R in spans(rows, columns)), strict=True):
                 if first < end:
                     reads.start(index.paths[index.file_of(row)], first, end)
 
         return Reading(read, ahead_of(index.paths, reads, start))
 
+    def spans(rows, columns):
+        begin_RxM = index.columns["begin"][rows][:, columns]
+        length_RxM = index.columns["length"][rows][:, columns].astype(np.int64)
+        first_R = np.where(begin_RxM < 0, np.iinfo(np.int64).max, begin_RxM).min(axis=1)
+        return first_R, (begin_RxM + np.where(length_RxM < _LARGEST, length_RxM, 0)).max(axis=1)
+
+    def span(rows):
+        first_R, end_R = spans(rows, range(len(wanted)))
+        return int(first_R.min()), int(end_R.max())
+
     read, ahead = alone(list(wanted))
-    return Members(index, read, ahead, alone)
+    return Members(index, read, ahead, alone, shard_blocks(spec, index, span, reads))
 
 
 def _named(kind):

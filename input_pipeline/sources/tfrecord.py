@@ -7,7 +7,8 @@ is built, because nothing can be found after a wrong length.
 
 import dataclasses
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -17,9 +18,9 @@ from ml_collections import ConfigDict
 from input_pipeline.sources.byte_ranges import ahead_of, from_python
 from input_pipeline.sources.offset_index import Bytes, Scan, offset_index
 from input_pipeline.sources.paths import expand
-from input_pipeline.sources.source import Ahead, Lost, Source, keys
+from input_pipeline.sources.shard_blocks import reads_of, shard_blocks
+from input_pipeline.sources.source import Ahead, Blocks, Lost, Source, keys
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.storage import ReadAhead
 
 _FRAME = 16  # bytes around a record: 8 of length and 4 of its checksum in front, 4 of checksum behind
 
@@ -33,7 +34,7 @@ class Records:
       read: ops, row (int64 scalar) -> the record (string scalar); a wrong checksum raises DataLossError.
       where: the location of a record: file, number in the file, byte.
       lost: unreachable records.
-      index, ahead: as a Source's.
+      index, ahead, blocks: as a Source's.
     """
 
     size: int
@@ -42,6 +43,7 @@ class Records:
     lost: tuple[Lost, ...]
     index: Callable[[], list[np.ndarray]]
     ahead: Ahead | None = None
+    blocks: Blocks | None = None
 
     def first(self, count: int) -> list[bytes]:
         """The readable ones of the first `count` records."""
@@ -64,7 +66,7 @@ def open_tfrecord(spec: ConfigDict, path: str | Sequence[str], captions: bool = 
     paths = expand(path, endings=(".tfrecord", ".tfrecords"), hint=spec.get("hint"))
     image_keys = keys(spec.get("image_key"), ("jpg", "jpeg", "png", "webp"))
     caption_keys = keys(spec.get("caption_key"), ("txt", "caption"))
-    records = open_records(paths, spec.get("cache_dir"))
+    records = open_records(paths, spec.get("cache_dir"), spec=spec)
     return examples(records, image_keys, caption_keys, needed=("image_key", "caption_key")[: 1 + captions])
 
 
@@ -114,14 +116,21 @@ def examples(
         lost=records.lost,
         index=records.index,
         ahead=records.ahead,
+        blocks=records.blocks,
     )
 
 
-def open_records(paths: list[str], cache_dir: str | None = None, part: Callable | None = None) -> Records:
+def open_records(
+    paths: list[str],
+    cache_dir: str | None = None,
+    part: Callable | None = None,
+    spec: Mapping[str, Any] = {},
+) -> Records:
     """Opens TFRecord files of any content by record number.
 
     Args:
       part: OffsetIndex -> int64 numbers of the records to use; None: all.
+      spec: shuffle, block_rows, window_mb of config.data, for all records.
 
     Raises:
       InputError: a compressed file, or no record in any file.
@@ -135,7 +144,7 @@ def open_records(paths: list[str], cache_dir: str | None = None, part: Callable 
     paths_F, wanted_N = tf.constant(paths), None if rows_N is None else tf.constant(rows_N)
     begin_N, length_N = (tf.constant(index.columns[key]) for key in ("begin", "length"))
 
-    reads = ReadAhead()
+    reads = reads_of(spec)
 
     def read(row):
         row = row if wanted_N is None else wanted_N[row]
@@ -173,7 +182,11 @@ def open_records(paths: list[str], cache_dir: str | None = None, part: Callable 
     def arrays():
         return index.arrays() + ([] if rows_N is None else [rows_N])
 
-    return Records(size, read, where, tuple(index.lost), arrays, ahead)
+    def span(rows):
+        begin_N, length_N = index.columns["begin"], index.columns["length"]
+        return int(begin_N[rows[0]]), int(begin_N[rows[-1]] + length_N[rows[-1]]) + _FRAME
+
+    return Records(size, read, where, tuple(index.lost), arrays, ahead, shard_blocks(spec, index, span, reads))
 
 
 def _first_with_bytes(candidates):
