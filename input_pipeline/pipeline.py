@@ -42,6 +42,7 @@ class TrainBatches:
     Attributes:
       position: this process's position in its stream after the last returned batch, in the order of blocks those of
         its lanes; pass it as `start` to resume.
+      read: samples that this process has read so far.
       bad: the skipped samples (BadSamples).
     """
 
@@ -74,10 +75,10 @@ class TrainBatches:
         """
         cpu_only()
         self._stream: RowStream | LaneStream
-        if order is None:
-            self._stream = RowStream(source, seed, start or 0, batch_size, process)
+        if order:
+            self._stream = LaneStream(order, start if isinstance(start, tuple) else (), batch_size, process)
         else:
-            self._stream = LaneStream(order, start or (), batch_size, process)
+            self._stream = RowStream(source, seed, start if isinstance(start, int) else 0, batch_size, process)
         self.bad, self._source = BadSamples(source, bad_path, max_bad_fraction), source
 
         def sample(place, row):
@@ -128,6 +129,10 @@ class TrainBatches:
     @property
     def position(self) -> int | tuple[int, ...]:
         return self._stream.position
+
+    @property
+    def read(self) -> int:
+        return self.bad.seen
 
     def _one_good(self):
         reasons = []

@@ -121,7 +121,7 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = T
         read,
         where,
         captions=lambda: (),
-        index=rows.index,
+        index=rows.arrays,
         ahead=all_ahead([rows.ahead, pictures.ahead]),
         text=Reading(lambda row: caption_of(rows.texts.read(row)), rows.texts.ahead),
         blocks=rows.blocks,
@@ -142,7 +142,8 @@ class _Rows(NamedTuple):
     Attributes:
       read, paths, texts: give the strings image, path, caption and captions; path; caption and captions.
       starts, has_paths: the first row of each file; whether images may be given as paths.
-      size, index, ahead, blocks: as a Source's.
+      arrays: for a Source's index.
+      size, ahead, blocks: as a Source's.
     """
 
     size: int
@@ -151,7 +152,7 @@ class _Rows(NamedTuple):
     read: Callable
     paths: Callable
     texts: Reading
-    index: Callable[[], list[np.ndarray]]
+    arrays: Callable[[], list[np.ndarray]]
     ahead: Ahead | None = None
     blocks: Blocks | None = None
 

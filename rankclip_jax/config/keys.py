@@ -43,12 +43,13 @@ USUAL += ("eval.data_dir", "checkpoint.every_steps", "checkpoint.keep", "checkpo
 
 # Values of keys that a stored configuration lacks, because it is older than they are, where its run did not behave as
 # today's default does. So that old workdirs resume as they began.
-BEFORE: dict[str, Any] = {"model.pack_text": "off"}
+BEFORE: dict[str, Any] = {"model.pack_text": "off", "data.shuffle": "rows"}
 
-# What may be None (pack_text: auto) until a run starts, and is settled there by the data and the devices
+# What may be None (pack_text and shuffle: auto) until a run starts, and is settled there by the data and the devices
 # (train/resolve.py).
 RESOLVED = ("batch_size", "epochs", "log_every", "optim.lr", "optim.warmup_steps", "loss.ramp_epochs")
-RESOLVED += ("data.mean", "data.std", "eval.every_epochs", "model.pack_text", "model.pack_rows")
+RESOLVED += ("data.mean", "data.std", "data.shuffle", "data.lanes")
+RESOLVED += ("eval.every_epochs", "model.pack_text", "model.pack_rows")
 # Of config.model, where its name is None.
 ARCHITECTURE = ("name", "image_size", "context_length", "embed_dim", "activation", "vision", "text")
 
@@ -237,6 +238,15 @@ KEYS = dict(
         # csv: folder of the images, relative to the file; None: the file's own
         image_folder=path(None),
         data_dir=path(None),  # tfds: where the sets were prepared; None: TFDS's default
+        # auto | rows | blocks: the order of the training data. blocks: of tars, TFRecord and Parquet, block by block in
+        # random order, with one request each, and rows in random order within windows of blocks; auto: where such
+        # shards are not local, and in a mixture without weights
+        shuffle=choice("auto", "rows", "blocks"),
+        block_rows=integer(64, 1),  # blocks: neighbouring rows of a shard in a block; Parquet: a row group is one
+        window_mb=integer(1024, 1),  # blocks: MiB of the blocks whose rows are shuffled; two such windows are in memory
+        # blocks: streams of which each gives its share of a batch, and each process reads some. None: the greatest
+        # common divisor of 64 and the batch, less where there are few blocks
+        lanes=integer(None, 1),
         # for offsets of shards and unpacked Parquet; None: next to the data, or ~/.cache
         cache_dir=path(None),
         # share of the image's area that a training crop covers

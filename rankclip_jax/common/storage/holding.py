@@ -97,13 +97,13 @@ class HeldReads(ReadAhead):
         """As of ReadAhead."""
         self.check()
         try:
-            found = None if end is None else self.held.around(path, begin, end)
+            found = end and self.held.around(path, begin, end)
         except MissingError:  # the file is shorter than it was: some of its rows may still be there
             found = None
         except InputError as error:
             self.failed = error
             raise
-        if found is None:
-            return super().take(path, begin, end)
-        data, first = found
-        return data[begin - first : end - first]
+        if end and found:
+            data, first = found
+            return data[begin - first : end - first]
+        return super().take(path, begin, end)
