@@ -16,12 +16,12 @@ import tensorflow as tf
 
 from input_pipeline.sources.source import Ahead, require
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.storage import HeldReads, ReadAhead, is_remote
+from rankclip_jax.common.storage import ReadAhead, is_remote
 
 
 def byte_ranges(paths: Sequence[str], sizes: Sequence[int], reads: ReadAhead) -> Callable:
     """Returns ops (file, int32; begin, int64; length, int64) -> string scalar. Files must not shrink afterwards."""
-    return _fetched(paths, reads) if _by_python(paths, reads) else _mapped(paths, sizes)
+    return _fetched(paths, reads) if any(map(is_remote, paths)) else _mapped(paths, sizes)
 
 
 class Files:
@@ -52,13 +52,11 @@ class Files:
             self._reads.start(path.decode())
 
 
-def ahead_of(paths: Sequence[str], reads: ReadAhead, start: Callable[[np.ndarray], None]) -> Ahead | None:
-    """An Ahead with `start`; None if all files are local and no block of them is held."""
-    return Ahead(start, reads.check) if _by_python(paths, reads) else None
-
-
-def _by_python(paths, reads):
-    return isinstance(reads, HeldReads) or any(map(is_remote, paths))
+def ahead_of(
+    paths: Sequence[str], reads: ReadAhead, start: Callable[[np.ndarray], None], held: bool = False
+) -> Ahead | None:
+    """An Ahead with `start`; None if all files are local, and no blocks of them are `held`."""
+    return Ahead(start, reads.check) if held or any(map(is_remote, paths)) else None
 
 
 def _mapped(paths, sizes):

@@ -92,7 +92,7 @@ class RowGroups:
         # A tokenizer is trained on a few rows of each of many groups, whose captions are small.
         pictures, texts = _Groups(groups, first_G, _ALL, spare=4), _Groups(groups, first_G, _TEXTS, spare=64)
         size = sum(_checked_size(file, g, spec) for file, g in groups)
-        self.blocks = Blocks(first_G, self._rows_G, size, pictures.hold, pictures.drop)
+        self.blocks = Blocks(first_G, self._rows_G, size, pictures.held.hold, pictures.held.drop)
         self.pictures, self.texts = pictures.reading(), texts.reading()
 
     def arrays(self) -> list[np.ndarray]:
@@ -116,20 +116,14 @@ def _checked_size(file, g, spec):
 
 
 class _Groups:
-    """Row groups of some files, as tables of the columns that some strings are made of."""
+    """Row groups of some files, `held` as tables of the columns that some strings are made of."""
 
     def __init__(self, groups: Sequence[tuple[File, int]], first_G: np.ndarray, names: Sequence[str], spare: int):
         """`spare`: groups that are kept in any case, once they were read."""
         self._groups, self._first_G, self._names = groups, first_G, names
-        self._held, self._failed = storage.Held(self._table), None
+        self.held, self._failed = storage.Held(self._table), None
         self._recent, self._lock = OrderedDict[int, None](), threading.Lock()
         self._most = spare + _RECENT_ROWS * len(groups) // max(int(first_G[-1]), 1)
-
-    def hold(self, group, user):
-        self._held.hold(self._range(group), user)
-
-    def drop(self, group, user):
-        self._held.drop(self._range(group), user)
 
     def reading(self) -> Reading:
         def read(row):
@@ -139,17 +133,14 @@ class _Groups:
 
         return Reading(read, Ahead(self._start, self._check))
 
-    def _range(self, group):
-        return self._groups[group][0].path, group, group + 1
-
-    def _table(self, path, group, _):
+    def _table(self, group):
         file, g = self._groups[group]
         columns = [file.columns[name] for name in self._names if name in file.columns]
         try:
-            with opened(path, file) as parquet:
+            with opened(file.path, file) as parquet:
                 return parquet.read_row_group(g, columns=list(dict.fromkeys(columns)))
         except OSError as error:
-            raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
+            raise DamagedError(f"{file.path} cannot be read: {error.strerror}") from None
 
     def _group_of(self, row):
         return int(np.searchsorted(self._first_G, row, side="right")) - 1
@@ -160,13 +151,13 @@ class _Groups:
         try:
             self._check()
             group = self._group_of(row)
-            table = self._held.around(*self._range(group))
-            while table is None:
+            while (table := self.held.get(group)) is None:
                 self._start([row])
-                table = self._held.around(*self._range(group))
             file, i = self._groups[group][0], int(row - self._first_G[group])
-            columns = zip(table[0].column_names, table[0].columns, strict=True)
+            columns = zip(table.column_names, table.columns, strict=True)
             found |= dict(file.strings[name](column[i].as_py()) for name, column in columns)
+        except UnicodeDecodeError:
+            reason = b"the text is not UTF-8"
         except InputError as error:  # raised here, it would print its traceback for every bad row
             reason = str(error)[:300].encode()
             if not isinstance(error, storage.MissingError | DamagedError):
@@ -178,9 +169,9 @@ class _Groups:
             with self._lock:
                 self._recent[group] = None
                 self._recent.move_to_end(group)
-                self._held.hold(self._range(group), "recent")
+                self.held.hold(group, "recent")
                 if len(self._recent) > self._most:
-                    self._held.drop(self._range(self._recent.popitem(last=False)[0]), "recent")
+                    self.held.drop(self._recent.popitem(last=False)[0], "recent")
 
     def _check(self):
         if self._failed:

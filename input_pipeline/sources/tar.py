@@ -20,10 +20,10 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline.sources import tar_headers as headers
-from input_pipeline.sources.byte_ranges import ahead_of, byte_ranges
+from input_pipeline.sources.byte_ranges import ahead_of, byte_ranges, from_python
 from input_pipeline.sources.offset_index import Bytes, OffsetIndex, Scan, offset_index, open_slices
 from input_pipeline.sources.paths import expand
-from input_pipeline.sources.shard_blocks import reads_of, shard_blocks
+from input_pipeline.sources.shard_blocks import shard_blocks
 from input_pipeline.sources.source import (
     Ahead,
     Blocks,
@@ -154,7 +154,7 @@ def open_members(
     if index.size and not (index.columns["length"][:, required] >= 0).all(axis=1).any():
         kinds = " and ".join(f"{_named(name)} ({_dotted(wanted[name])})" for name in wanted if name not in lackable)
         raise InputError(f"{paths[0]}: no sample has both {kinds} under one name")
-    reads = reads_of(spec)
+    reads = storage.ReadAhead()
     fetch = byte_ranges(index.paths, index.sizes, reads)
     begin_NxM, length_NxM = tf.constant(index.columns["begin"]), tf.constant(index.columns["length"])
     far = tf.constant(np.iinfo(np.int64).max)
@@ -174,7 +174,7 @@ def open_members(
             # Members of a sample are adjacent, so one range contains all of them.
             end = tf.maximum(tf.reduce_max(begin_M + length_M), 0)
             first = tf.minimum(tf.reduce_min(tf.where(begin_M < 0, far, begin_M)), end)  # the end where there is none
-            span = fetch(index.file_in_graph(row), first, end - first)
+            span = fetch_row(row, index.file_in_graph(row), first, end - first)
             begin_M, length_M = tf.maximum(begin_M - first, 0), tf.maximum(length_M, 0)
             return {name: tf.strings.substr(span, begin_M[i], length_M[i]) for i, name in enumerate(names)}
 
@@ -183,7 +183,7 @@ def open_members(
                 if first < end:
                     reads.start(index.paths[index.file_of(row)], first, end)
 
-        return Reading(read, ahead_of(index.paths, reads, start))
+        return Reading(read, ahead_of(index.paths, reads, start, held is not None))
 
     def spans(rows, columns):
         begin_RxM = index.columns["begin"][rows][:, columns]
@@ -195,8 +195,16 @@ def open_members(
         first_R, end_R = spans(rows, range(len(wanted)))
         return int(first_R.min()), int(end_R.max())
 
+    held = shard_blocks(spec, index, span, reads)
+
+    def fetch_row(row, file, begin, length):
+        if not held:
+            return fetch(file, begin, length)
+        take = lambda row, file, begin, end: held.take(row, index.paths[file], int(begin), int(end))  # noqa: E731
+        return from_python(take, row, file, begin, begin + length)
+
     read, ahead = alone(list(wanted))
-    return Members(index, read, ahead, alone, shard_blocks(spec, index, span, reads))
+    return Members(index, read, ahead, alone, held.blocks if held else None)
 
 
 def _named(kind):

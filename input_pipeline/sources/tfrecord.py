@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 from input_pipeline.sources.byte_ranges import ahead_of, from_python
 from input_pipeline.sources.offset_index import Bytes, Scan, offset_index
 from input_pipeline.sources.paths import expand
-from input_pipeline.sources.shard_blocks import reads_of, shard_blocks
+from input_pipeline.sources.shard_blocks import shard_blocks
 from input_pipeline.sources.source import Ahead, Blocks, Lost, Source, keys
+from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 
 _FRAME = 16  # bytes around a record: 8 of length and 4 of its checksum in front, 4 of checksum behind
@@ -144,12 +145,12 @@ def open_records(
     paths_F, wanted_N = tf.constant(paths), None if rows_N is None else tf.constant(rows_N)
     begin_N, length_N = (tf.constant(index.columns[key]) for key in ("begin", "length"))
 
-    reads = reads_of(spec)
+    reads = storage.ReadAhead()
 
     def read(row):
         row = row if wanted_N is None else wanted_N[row]
         if ahead:
-            return from_python(fetch, index.file_in_graph(row), begin_N[row], length_N[row])
+            return from_python(fetch, row, index.file_in_graph(row), begin_N[row], length_N[row])
         # One read of exactly this record: a larger buffer would also fetch its neighbours.
         dataset = tf.raw_ops.TFRecordDatasetV2(
             filenames=[paths_F[index.file_in_graph(row)]],
@@ -161,8 +162,9 @@ def open_records(
         dataset = tf.raw_ops.TakeDataset(input_dataset=dataset, count=1, **only)
         return tf.raw_ops.DatasetToSingleElement(dataset=dataset, **only)[0]
 
-    def fetch(file, begin, length):
-        frame = reads.take(paths[file], int(begin), int(begin + length) + _FRAME)
+    def fetch(row, file, begin, length):
+        span = paths[file], int(begin), int(begin + length) + _FRAME
+        frame = held.take(row, *span) if held else reads.take(*span)
         if struct.unpack_from("<I", frame, len(frame) - 4)[0] != _masked(google_crc32c.value(frame[12:-4])):
             raise InputError("the record does not match its checksum")
         return frame[12:-4]
@@ -171,8 +173,6 @@ def open_records(
         for row in rows if rows_N is None else rows_N[rows]:
             begin, length = (int(index.columns[key][row]) for key in ("begin", "length"))
             reads.start(paths[index.file_of(row)], begin, begin + length + _FRAME)
-
-    ahead = ahead_of(paths, reads, start)
 
     def where(row):
         row = row if rows_N is None else rows_N[row]
@@ -186,7 +186,9 @@ def open_records(
         begin_N, length_N = index.columns["begin"], index.columns["length"]
         return int(begin_N[rows[0]]), int(begin_N[rows[-1]] + length_N[rows[-1]]) + _FRAME
 
-    return Records(size, read, where, tuple(index.lost), arrays, ahead, shard_blocks(spec, index, span, reads))
+    held = shard_blocks(spec, index, span, reads)
+    ahead = ahead_of(paths, reads, start, held is not None)
+    return Records(size, read, where, tuple(index.lost), arrays, ahead, held.blocks if held else None)
 
 
 def _first_with_bytes(candidates):

@@ -12,7 +12,7 @@ from input_pipeline.sources import Blocks, require
 
 
 class Made:
-    """Blocks of so many rows each. `held`: {block: users}; `most`: blocks that were held at a time; `holds`: of each."""
+    """Blocks of so many rows each. `held`: {block: users}; `most`: how many were held at a time; `holds`: in order."""
 
     def __init__(self, rows):
         self.rows, self.held, self.most, self.holds = np.array(rows), {}, 0, []
