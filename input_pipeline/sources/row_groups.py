@@ -108,7 +108,7 @@ def _checked_size(file, g, spec):
     size = sum(chunk.total_uncompressed_size for chunk in inside)
     if size > largest(spec):
         raise InputError(
-            f"{file.path}: row group {g} takes {size / 2**20:,.0f} MiB, more than a sixteenth of "
+            f"{file.path}: row group {g} takes {size / 2**20:,.1f} MiB, more than a sixteenth of "
             f"config.data.window_mb={spec['window_mb']}. Make shards: python -m input_pipeline.prepare {file.path} "
             "OUT_DIR; or give a larger window, or config.data.shuffle=rows, which unpacks it"
         )
