@@ -181,9 +181,15 @@ class TrainBatches:
 
 
 def eval_batches(
-    source: Source, *, batch_size: int, image_side: int, process: tuple[int, int] = (0, 1), canvas: int | None = None
+    source: Source,
+    *,
+    batch_size: int,
+    image_side: int,
+    process: tuple[int, int] = (0, 1),
+    canvas: int | None = None,
+    squash: str = "no",
 ) -> Iterator[dict]:
-    """Yields every sample once, in order, with CLIP's evaluation view.
+    """Yields every sample once, in order, with CLIP's evaluation view, or SigLIP's (`squash`: config.data.squash).
 
     A batch has images as above, and {"label": int32 (b,), -1 without labels, "caption": list of b str,
     "row": int64 (b,), -1 for padding, "mask": bool (b,)}.
@@ -200,8 +206,9 @@ def eval_batches(
 
     def sample(position):
         raw = source.read(row_of(position))
-        windows_of = functools.partial(transforms.centre_window, side=image_side)
-        views = transforms.view(raw["image"], windows_of, side=image_side, canvas=canvas, exact=True)
+        centre = functools.partial(transforms.centre_window, side=image_side)
+        windows_of = centre if squash == "no" else transforms.whole_window
+        views = transforms.view(raw["image"], windows_of, side=image_side, canvas=canvas, exact=True, squash=squash)
         label, caption = (tf.ensure_shape(x, ()) for x in (raw.get("label", -1), _one_of(raw["caption"])))
         return views | {"label": label, "caption": caption, "position": position}
 

@@ -5,6 +5,8 @@ position and background in varied wording. So captions share different amounts o
 learn from. The `HELD_OUT` colour-shape pairs never appear in training; each of their colours and shapes does.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 COLOURS = dict(
@@ -32,6 +34,39 @@ TEMPLATES = ["{}", "a picture of {}", "there is {}", "a drawing of {}"]
 SPLITS = dict(train=(0, SEEN), val=(1, SEEN), seen=(2, SEEN), held_out=(3, HELD_OUT))
 
 
+class Scene(NamedTuple):
+    """What there is to see; x, y and radius are shares of the image's side."""
+
+    colour: str
+    shape: str
+    size: str
+    background: str
+    row: str
+    column: str
+    radius: float
+    x: float
+    y: float
+    tilt: float
+
+    @property
+    def place(self) -> str:
+        """Such as "top left"; the centre is "middle"."""
+        return "middle" if self.row == self.column else f"{self.row} {self.column}"
+
+
+def scene(split: str, index: int) -> tuple[Scene, np.random.Generator]:
+    """The scene, and the generator that draws its caption next."""
+    stream, pairs = SPLITS[split]
+    rng = np.random.Generator(np.random.Philox(key=[stream, index]))
+    colour, shape = _pick(rng, pairs) if split in ("train", "val") else pairs[index % len(pairs)]
+    background = _pick(rng, tuple(BACKGROUNDS))
+    size = _pick(rng, tuple(SIZES))
+    radius = rng.uniform(*SIZES[size])
+    x, y = rng.uniform(radius, 1 - radius, size=2)
+    row, column = _ROWS[int(3 * y)], _COLUMNS[int(3 * x)]
+    return Scene(colour, shape, size, background, row, column, radius, x, y, rng.uniform(-0.15, 0.15)), rng
+
+
 def draw(split: str, index: int, side: int) -> tuple[np.ndarray, str, int]:
     """Draws one scene.
 
@@ -43,29 +78,23 @@ def draw(split: str, index: int, side: int) -> tuple[np.ndarray, str, int]:
     Returns:
       image (side, side, 3) uint8, caption, and the label (index into CLASS_NAMES).
     """
-    stream, pairs = SPLITS[split]
-    rng = np.random.Generator(np.random.Philox(key=[stream, index]))
-    colour, shape = _pick(rng, pairs) if split in ("train", "val") else pairs[index % len(pairs)]
-    background = _pick(rng, tuple(BACKGROUNDS))
-    size = _pick(rng, tuple(SIZES))
-    radius = rng.uniform(*SIZES[size])
-    x, y = rng.uniform(radius, 1 - radius, size=2)
-    tilt = rng.uniform(-0.15, 0.15)
-    image = _paint(shape, COLOURS[colour], BACKGROUNDS[background], radius, x, y, tilt, side)
-    return image, _caption(rng, colour, shape, size, x, y, background), PAIRS.index((colour, shape))
+    seen, rng = scene(split, index)
+    return paint(seen, side), _caption(rng, seen), PAIRS.index((seen.colour, seen.shape))
 
 
 def _pick(rng, items):
     return items[rng.integers(len(items))]
 
 
-def _paint(shape, colour, background, radius, x, y, tilt, side):
+def paint(scene: Scene, side: int) -> np.ndarray:
+    """The image, uint8 (side, side, 3)."""
+    radius, x, y, tilt = scene.radius, scene.x, scene.y, scene.tilt
     centres = (np.arange(side) + 0.5) / side
     u, v = np.meshgrid((centres - x) / radius, (y - centres) / radius)
     u, v = u * np.cos(tilt) - v * np.sin(tilt), u * np.sin(tilt) + v * np.cos(tilt)
     # The distance is in radii. Coverage rises from 0 to 1 over one pixel, which smooths the edge.
-    coverage = np.clip(0.5 - _distance(shape, u, v) * radius * side, 0, 1)[..., None]
-    mixed = coverage * np.array(colour) + (1 - coverage) * np.array(background)
+    coverage = np.clip(0.5 - _distance(scene.shape, u, v) * radius * side, 0, 1)[..., None]
+    mixed = coverage * np.array(COLOURS[scene.colour]) + (1 - coverage) * np.array(BACKGROUNDS[scene.background])
     return np.round(mixed).astype(np.uint8)
 
 
@@ -97,12 +126,13 @@ def _distance(shape, u, v):
     raise ValueError(shape)
 
 
-def _caption(rng, colour, shape, size, x, y, background):
-    noun = f"{_pick(rng, _SIZE_WORDS[size])} {colour} {shape}" if rng.random() < 0.5 else f"{colour} {shape}"
+def _caption(rng, seen):
+    noun = f"{seen.colour} {seen.shape}"
+    if rng.random() < 0.5:
+        noun = f"{_pick(rng, _SIZE_WORDS[seen.size])} {noun}"
     text = _pick(rng, TEMPLATES).format(f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}")
     if rng.random() < 0.5:
-        row, column = _ROWS[int(3 * y)], _COLUMNS[int(3 * x)]
-        text += " in the " + ("middle" if row == column else f"{row} {column}")
+        text += f" in the {seen.place}"
     if rng.random() < 0.5:
-        text += _pick(rng, (" on {}", " on a {} background", " against {}")).format(background)
+        text += _pick(rng, (" on {}", " on a {} background", " against {}")).format(seen.background)
     return text

@@ -58,8 +58,20 @@ def centre_window(size_2: tf.Tensor, side: int) -> tf.Tensor:
     return tf.concat([tf.cast(corner, tf.float32) * step, side * step], axis=0)[None]
 
 
+def whole_window(size_2: tf.Tensor) -> tf.Tensor:
+    """The window (1, 4) of SigLIP's evaluation view: the image, whatever its ratio. As `pictures.squashed`."""
+    return tf.concat([[0.0, 0.0], tf.cast(size_2, tf.float32)], axis=0)[None]
+
+
 def view(
-    image: tf.Tensor, windows_of: Callable, *, side: int, canvas: int | None, exact: bool, recover: bool = False
+    image: tf.Tensor,
+    windows_of: Callable,
+    *,
+    side: int,
+    canvas: int | None,
+    exact: bool,
+    recover: bool = False,
+    squash: str = "no",
 ) -> dict[str, tf.Tensor]:
     """The model's input for one sample, or the canvas from which the device makes it.
 
@@ -68,10 +80,11 @@ def view(
       windows_of: int32 (2,) height and width of an image -> its windows, float32 (V, 4).
       side: pixels of the model's input.
       canvas: side C of the canvas, at least `side`; None: resize here.
-      exact: evaluation's view (windows_of is `centre_window`). Where it does not fit the canvas, it is made here from
-        full resolution, which is slow. Otherwise the JPEG decoder scales it, to at least `side` per window, and what is
-        still too large is shrunk by area averaging, which is fast and approximate.
+      exact: evaluation's view (windows_of is `centre_window`, or `whole_window` for a `squash`). Where it does not fit
+        the canvas, it is made here from full resolution, which is slow. Otherwise the JPEG decoder scales it, to at
+        least `side` per window, and what is still too large is shrunk by area averaging, which is fast and approximate.
       recover: decode the readable part of a truncated JPEG.
+      squash: config.data.squash, of evaluation's view. "bilinear" is always made here.
 
     Returns:
       With a canvas: "image" uint8 (h, w, 3), h and w at most C; "size" int32 (2,) = (h, w); "windows" float32
@@ -79,11 +92,12 @@ def view(
     """
     pixels, windows = _decoded(image, windows_of, side, None if exact else canvas, recover)
     if canvas is None:
-        resized = [_centre(pixels, side)] if exact else [resize(pixels, window, side) for window in tf.unstack(windows)]
+        exactly = exact and [_exact(pixels, side, squash)]
+        resized = exactly or [resize(pixels, window, side) for window in tf.unstack(windows)]
         return {"image": tf.stack(resized) if len(resized) > 1 else resized[0]}
 
     def here():
-        return _centre(pixels, side), tf.constant([[0.0, 0.0, side, side]])
+        return _exact(pixels, side, squash), tf.constant([[0.0, 0.0, side, side]])
 
     def whole():
         return pixels, windows
@@ -114,7 +128,10 @@ def view(
         return tf.cond(tf.reduce_all(size_2 <= canvas), whole, part)
 
     size_2 = tf.shape(pixels)[:2]
-    image, windows = tf.cond(_height_first(size_2, side), here, placed) if exact else placed()
+    if exact and squash == "bilinear":  # the device resizes bicubically
+        image, windows = here()
+    else:
+        image, windows = tf.cond(_height_first(size_2, side, squash), here, placed) if exact else placed()
     image = tf.ensure_shape(image, (None, None, 3))
     return {"image": image, "size": tf.shape(image)[:2], "windows": windows}
 
@@ -137,22 +154,23 @@ def _decoded(image, windows_of, side, canvas, recover):
     return tf.cond(is_jpeg(image), scaled, full)
 
 
-def _height_first(size_2, side):
+def _height_first(size_2, side, squash):
     """Whether Pillow resizes a picture's height first, where the device begins with the width: Pillow does where the
     height loses more than twice as many pixels."""
     size_2 = tf.cast(size_2, tf.int64)
-    lost = size_2 - size_2 * side // tf.reduce_min(size_2)
+    lost = size_2 - (size_2 * side // tf.reduce_min(size_2) if squash == "no" else side)
     return (lost[0] > 0) & (lost[0] > 2 * lost[1])
 
 
-def _centre(pixels_HxWx3, side):
-    made = tf.numpy_function(functools.partial(_centre_by_pil, side=side), [pixels_HxWx3], tf.uint8)
+def _exact(pixels_HxWx3, side, squash):
+    made = tf.numpy_function(functools.partial(_exact_by_pil, side=side, squash=squash), [pixels_HxWx3], tf.uint8)
     return tf.ensure_shape(made, (side, side, 3))
 
 
 @tf.autograph.experimental.do_not_convert
-def _centre_by_pil(pixels, side):
-    return pictures.centre(Image.fromarray(pixels), side, side)
+def _exact_by_pil(pixels, side, squash):
+    image = Image.fromarray(pixels)
+    return pictures.centre(image, side, side) if squash == "no" else pictures.squashed(image, side, squash)
 
 
 def resize(pixels_HxWx3: tf.Tensor, window_4: tf.Tensor, side: int) -> tf.Tensor:

@@ -3,37 +3,43 @@
 import numpy as np
 import tensorflow as tf
 
-from input_pipeline import shapes
+from input_pipeline import graded, shapes
 from input_pipeline.sources.source import Source
 from rankclip_jax.common.errors import InputError
 
 
 def open_drawn(path: str | int, side: int, split: str) -> Source:
-    """Scenes of `side` pixels: `path` is a number of them, from `split`, or a labelled set: seen, held_out:800."""
+    """Scenes of `side` pixels.
+
+    `path`: a number of them, from `split`; graded:COUNT or stated:COUNT, the same with the captions of graded.py; or a
+    labelled set: seen, held_out:800.
+    """
     name, colon, count = str(path).partition(":")
+    size = int(count) if count.isascii() and count.isdigit() else 0
+    say = {"graded": graded.caption, "stated": graded.statement}.get(name)
     if name in ("seen", "held_out"):
-        split, size = name, 16 * len(shapes.SPLITS[name][1])
-        if colon:
-            size = int(count) if count.isascii() and count.isdigit() else 0
-    else:
+        split, size = name, size if colon else 16 * len(shapes.SPLITS[name][1])
+    elif say is None:
         size = path if isinstance(path, int) else 0
     if size < 1:
-        raise InputError(f"shapes: give a number of scenes, or seen, held_out, seen:COUNT; got {path!r}")
+        known = "a number of scenes, graded:COUNT, stated:COUNT, seen, held_out or seen:COUNT"
+        raise InputError(f"shapes: got {path!r}, expected {known}")
 
     def read(row):
         def draw(row):
             image, caption, label = shapes.draw(split, int(row), side)
-            return image, caption.encode(), np.int32(label)
+            return image, (say(split, int(row)) if say else caption).encode(), np.int32(label)
 
         image, caption, label = tf.numpy_function(draw, [row], (tf.uint8, tf.string, tf.int32))
         sample = {"image": image, "caption": caption, "label": label}
         known = {"image": (side, side, 3), "caption": (), "label": ()}
         return {key: tf.ensure_shape(value, known[key]) for key, value in sample.items()}
 
+    told = say or (lambda split, row: shapes.draw(split, row, 8)[1])
     return Source(
         size,
         read,
         where=lambda row: f"shapes {split} scene {row}",
-        captions=lambda: (shapes.draw(split, row, 8)[1] for row in range(min(size, 10_000))),
-        index=lambda: [f"shapes {split}"],
+        captions=lambda: (told(split, row) for row in range(min(size, 10_000))),
+        index=lambda: [f"shapes {split}", name] if say else [f"shapes {split}"],
     )

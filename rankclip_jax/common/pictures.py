@@ -137,6 +137,15 @@ def _scale_transparent_colour(image: Image.Image) -> None:
         image.info["transparency"] = tuple(level >> 8 for level in colour)
 
 
+def squashed(image: Image.Image, side: int, how: str) -> np.ndarray:
+    """SigLIP's evaluation view: the whole image as a square, whatever its ratio, "bicubic" or (SigLIP 2's) "bilinear".
+
+    Returns:
+      uint8 (side, side, 3) of an RGB image.
+    """
+    return np.asarray(image.resize((side, side), Image.Resampling[how.upper()]))
+
+
 def centre(image: Image.Image, short_side: int, crop: int) -> np.ndarray:
     """CLIP's evaluation view: the shorter side to `short_side` (bicubic), then the central square.
 

@@ -17,6 +17,22 @@ from rankclip_jax.common.files import write_whole
 from rankclip_jax.common.foreign_files import beginning, read_json, refuse_stand_in
 
 PAD, START, END = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
+SENTENCEPIECE = "spiece.model"  # of SigLIP's folders
+NO_SENTENCEPIECE = (
+    f"its tokenizer is {SENTENCEPIECE}, which is not read; convert it once, with transformers: "
+    'T5Tokenizer.from_pretrained(FOLDER, extra_ids=0).backend_tokenizer.save("tokenizer.json"), and give that'
+)
+# End token -> padding of tokenizers without CLIP's start and end. SigLIP's (</s>) canonicalises texts: lower case, no
+# ASCII punctuation, single spaces. SigLIP 2's (<eos>, which is Gemma's) has them in lower case.
+_SIGLIP = {"</s>": "</s>", "<eos>": "<pad>"}
+# As Python's lower(), which OpenAI's and SigLIP's code call, has it at the end of a word.
+_LOWER = [normalizers.Replace(tokenizers.Regex(r"(?<=\p{L})Σ(?!\p{L})"), "ς"), normalizers.Lowercase()]
+_CANONICAL = [
+    *_LOWER,
+    normalizers.Replace(tokenizers.Regex(r"[!-/:-@\[-`{-~]"), ""),
+    normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+    normalizers.Strip(),
+]
 # Characters that one token stands for at most. So much of a caption is looked at for each token of the context:
 # repairing and splitting a caption of a megabyte, to keep 77 tokens of it, would hold up the batch for seconds.
 _TOKEN_CHARACTERS = 128
@@ -30,32 +46,62 @@ def clean(text: str) -> str:
 
 
 class Tokenizer:
-    """Texts -> int32 ids (n, context_length): start, text, end, zeros; a long text keeps its end token.
+    """Texts -> int32 ids (n, context_length): start, text, end, padding; a long text keeps its end token.
 
+    One of CLIP's kind repairs texts (`clean`) and pads with zeros. One of SigLIP's has no start, and its texts are
+    lower-cased and so on by its own normalizer, which tokenizer.json then has too.
     Threads may share one: training and evaluation batches do.
 
     Attributes:
       vocab_size: the highest id + 1.
-      start_id, eot_id: ids of the start token, and of the end-of-text token, at whose first place the text tower pools.
+      start_id, eot_id: ids of the start token (None: SigLIP's), and of the end-of-text token, at whose first place
+        CLIP's text tower pools.
+      pad_id: what follows the end.
     """
 
     def __init__(self, hf: tokenizers.Tokenizer):
-        """Adds start and end around every text where `hf` does not. Raises InputError without such tokens."""
+        """Adds start and end around every text where `hf` does not. Raises InputError without an end token."""
         # A file's own truncation and padding are settings of the shared object, which two threads with different
         # lengths would change under each other; the layout is made in __call__ instead, and faster.
         hf.no_truncation()
         hf.no_padding()
         self._hf = hf
-        self.vocab_size = max(hf.get_vocab().values(), default=-1) + 1
-        start, end = hf.token_to_id(START), hf.token_to_id(END)
-        if start is None or end is None:
-            raise InputError(f"the tokenizer has no {START} or no {END} token; CLIP's text tower needs both")
-        self.start_id, self.eot_id = start, end
+        ids = hf.get_vocab()
+        self.vocab_size = max(ids.values(), default=-1) + 1
+        siglips = [end for end, pad in _SIGLIP.items() if {end, pad} <= ids.keys()]
+        if {START, END} <= ids.keys():
+            self.start_id: int | None = ids[START]
+            self.end, self.eot_id, self.pad_id = END, ids[END], 0
+            self._as_clip(ids[START])
+        elif siglips:
+            self.start_id, self.end = None, siglips[0]
+            self.eot_id, self.pad_id = ids[self.end], ids[_SIGLIP[self.end]]
+            self._as_siglip()
+        else:
+            raise InputError(
+                f"the tokenizer has no {START} or no {END} token (nor SigLIP's {' or '.join(_SIGLIP)}, with its "
+                "padding); CLIP's text tower needs both"
+            )
+
+    def _as_clip(self, start: int) -> None:
+        hf, end = self._hf, self.eot_id
         if end not in hf.encode("").ids:  # the tower would pool every text at its first token
             hf.post_processor = _start_and_end(start, end)
         text = hf.encode("a", add_special_tokens=False).ids
         if hf.encode("a").ids.index(end) < len(text):
             raise InputError(f"the tokenizer puts {END} before a text's end, and CLIP's text tower pools at the first")
+
+    def _as_siglip(self) -> None:
+        hf = self._hf
+        first, own = _CANONICAL if self.end == "</s>" else _LOWER, hf.normalizer
+        if _steps(own)[: len(first)] != _steps(normalizers.Sequence(first)):  # a stored one begins with it already
+            hf.normalizer = normalizers.Sequence([*first, own] if own else first)
+        ends = [(self.end, self.eot_id)]
+        hf.post_processor = processors.TemplateProcessing(single=f"$A {self.end}", special_tokens=ends)
+
+    def _cleaned(self, text: str, most: int | None = None) -> str:
+        """At most so many characters, repaired for CLIP's kind."""
+        return text[:most] if self.start_id is None else clean(text.strip()[:most])
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
@@ -124,8 +170,8 @@ class Tokenizer:
     def __call__(self, texts: list[str], context_length: int) -> np.ndarray:
         """Returns int32 ids (len(texts), context_length)."""
         most = _TOKEN_CHARACTERS * context_length
-        ids_NxL = np.zeros((len(texts), context_length), np.int32)
-        encodings = self._hf.encode_batch_fast([clean(text.strip()[:most]) for text in texts])
+        ids_NxL = np.full((len(texts), context_length), self.pad_id, np.int32)
+        encodings = self._hf.encode_batch_fast([self._cleaned(text, most) for text in texts])
         for row, encoding in zip(ids_NxL, encodings, strict=True):
             ids = encoding.ids
             row[: len(ids)] = ids[:context_length]
@@ -135,11 +181,11 @@ class Tokenizer:
 
     def lengths(self, texts: list[str]) -> np.ndarray:
         """Returns how many tokens each text has, start and end included: int32 (len(texts),)."""
-        return np.array([len(e.ids) for e in self._hf.encode_batch_fast([clean(t) for t in texts])], np.int32)
+        return np.array([len(e.ids) for e in self._hf.encode_batch_fast([self._cleaned(t) for t in texts])], np.int32)
 
     def highest_id(self) -> int:
         """The highest id of a text, unless that spells out an added token, such as <|image|>."""
-        added = {token.content for token in self._hf.get_added_tokens_decoder().values()} - {START, END}
+        added = {token.content for token in self._hf.get_added_tokens_decoder().values()} - {START, self.end}
         return max(id for token, id in self.vocabulary().items() if token not in added)
 
     def within(self, size: int) -> "Tokenizer":
@@ -159,9 +205,18 @@ def files_of_tokenizer(names: Collection[str]) -> list[str]:
     return []
 
 
+def _steps(normalizer: normalizers.Normalizer | None) -> list:
+    """A sequence of normalizers, as tokenizer.json has it."""
+    return json.loads(normalizer.__getstate__()).get("normalizers", []) if normalizer else []
+
+
 def _needed(names: Collection[str]) -> list[str]:
     if not (needed := files_of_tokenizer(names)):
-        raise InputError("no tokenizer. Expected tokenizer.json, or vocab.json and merges.txt")
+        raise InputError(
+            NO_SENTENCEPIECE
+            if SENTENCEPIECE in names
+            else "no tokenizer. Expected tokenizer.json, or vocab.json and merges.txt"
+        )
     return needed
 
 
@@ -178,9 +233,7 @@ def _of_vocabulary(folder: Path) -> tokenizers.Tokenizer:
     if any(token.endswith("</w>") for token in vocabulary):
         hf = tokenizers.Tokenizer(models.BPE.from_file(*files, end_of_word_suffix="</w>", unk_token=END))
         blanks = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
-        # As Python's lower(), which OpenAI's code calls, has it at the end of a word.
-        sigma = normalizers.Replace(tokenizers.Regex(r"(?<=\p{L})Σ(?!\p{L})"), "ς")
-        hf.normalizer = normalizers.Sequence([normalizers.NFC(), blanks, sigma, normalizers.Lowercase()])
+        hf.normalizer = normalizers.Sequence([normalizers.NFC(), blanks, *_LOWER])
         words = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
         split = pre_tokenizers.Split(tokenizers.Regex(words), behavior="removed", invert=True)
         hf.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])

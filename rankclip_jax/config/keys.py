@@ -43,12 +43,12 @@ USUAL += ("eval.data_dir", "checkpoint.every_steps", "checkpoint.keep", "checkpo
 
 # Values of keys that a stored configuration lacks, because it is older than they are, where its run did not behave as
 # today's default does. So that old workdirs resume as they began.
-BEFORE: dict[str, Any] = {"model.pack_text": "off", "data.shuffle": "rows"}
+BEFORE: dict[str, Any] = {"model.pack_text": "off", "data.squash": "no", "data.shuffle": "rows"}
 
 # What may be None (pack_text and shuffle: auto) until a run starts, and is settled there by the data and the devices
 # (train/resolve.py).
 RESOLVED = ("batch_size", "epochs", "log_every", "optim.lr", "optim.warmup_steps", "loss.ramp_epochs")
-RESOLVED += ("data.mean", "data.std", "data.shuffle", "data.lanes")
+RESOLVED += ("data.mean", "data.std", "data.squash", "data.shuffle", "data.lanes")
 RESOLVED += ("eval.every_epochs", "model.pack_text", "model.pack_rows")
 # Of config.model, where its name is None.
 ARCHITECTURE = ("name", "image_size", "context_length", "embed_dim", "activation", "vision", "text")
@@ -167,7 +167,7 @@ KEYS = dict(
         embed_dim=integer(None, 1),  # of the embeddings that both towers end in; None: the preset's
         # of the computation: float32 | bfloat16; parameters stay float32
         dtype=choice("float32", "bfloat16"),
-        activation=choice(None, "quick_gelu", "gelu"),  # quick_gelu | gelu; None: the preset's
+        activation=choice(None, "quick_gelu", "gelu", "gelu_tanh"),  # quick_gelu | gelu | gelu_tanh; None: the preset's
         # auto | xla | cudnn: self-attention kernel; auto: cuDNN if possible, else XLA
         attention=choice("auto", "xla", "cudnn"),
         # auto | on | off: captions one behind the other in rows of the text tower, which then computes no padding; the
@@ -252,9 +252,13 @@ KEYS = dict(
         # share of the image's area that a training crop covers
         crop_scale=pair((0.9, 1.0), "(low, high) with 0 < low <= high <= 1", lambda low, high: 0 < low <= high <= 1),
         flip=boolean(False),  # mirror half of the training images
-        # of the channels of pixels in [0, 1], which are normalised by them; None: those of init_from, or CLIP's. [o]
+        # of the channels of pixels in [0, 1], which are normalised by them; None: those of init_from, or of the model's
+        # kind: CLIP's, or SigLIP's 0.5. [o]
         mean=reals(None, 3),
         std=reals(None, 3),  # the same
+        # no | bicubic | bilinear: evaluate on the whole image, resized to a square whatever its ratio, and not on the
+        # central square; None: as init_from, or the model's kind: bicubic for SigLIP's. [s]
+        squash=choice(None, "no", "bicubic", "bilinear"),
         # (brightness, contrast, saturation): each factor lies within 1 +- its value
         color_jitter=reals(None, 3),
         # device | host: where windows are cut out and resized; host: by PIL, slower
@@ -307,10 +311,18 @@ KEYS = dict(
     ),
     study=dict(  # settings of python -m rankclip_jax.study
         objectives={},  # name -> changed keys of config.loss
+        # name -> changed groups of the configuration, and "objectives", those to train under it (none: all); no
+        # conditions: the configuration as it is
+        conditions={},
+        # name -> {"metric": NAME, "contrasts": {label: formula}}, such as "noisy/rankclip - noisy/clip": what the
+        # report answers first, tested together by Holm's method (study/questions.py)
+        questions={},
         baseline=string("clip"),  # the objective that the others are compared with
         seeds=integer(3, 1),  # runs of each objective: seeds 0, 1, 2
         more_seeds={},  # objective -> its number of seeds
         limit=integer(None, 1),  # training pairs, from the first of data.train; None: all
+        mismatched=real(0.0, 0, 1),  # share of the training pairs that have another pair's caption
+        duplicates=real(0.0, 0, 1),  # share of the training pairs that nearly repeat another pair
         lrs=reals((), None, low=0),  # learning rates to choose from, for each objective; empty: optim.lr
         search_seed=integer(1000, 0),  # seed of that search; must differ from the study's seeds
         # names in eval.zero_shot: their mean top-1 on the selection part decides; empty: all
@@ -320,7 +332,8 @@ KEYS = dict(
         # of data.val, from the first: for retrieval, rank agreement, geometry, gradients
         pairs=integer(512, 3),
         probe_l2=real(0.01, 0),  # penalty of the linear probe, which is trained on the selection part
-        at_once=integer(1, 1),  # seeds of one objective that train together under vmap
+        at_once=integer(1, 1),  # seeds of one objective that train together under vmap, for an accelerator
+        processes=integer(1, 1),  # that share the runs, on this machine
     ),
     plan=dict(  # settings of --mode=plan
         target=string("v5e:4x4"),  # a TPU topology, or a number of GPUs: 8xH100

@@ -4,7 +4,7 @@ Every function gives a matplotlib.figure.Figure of its own: nothing has to be cl
 """
 
 from rankclip_jax.figures.confusion import confusion, shown_classes
-from rankclip_jax.figures.curves import Line, bands, chart, colour, curves
+from rankclip_jax.figures.curves import Line, bands, chart, colour, curves, intervals
 from rankclip_jax.figures.embeddings import cosines, projection, similarities
 from rankclip_jax.figures.gallery import choices, examples, gallery, matches, query
 from rankclip_jax.figures.inline_svg import svg
@@ -20,6 +20,7 @@ __all__ = [
     "curves",
     "examples",
     "gallery",
+    "intervals",
     "matches",
     "projection",
     "query",

@@ -153,6 +153,27 @@ def bands(panels: Mapping[str, Mapping[str, tuple[Sequence[float], np.ndarray, n
     return literal(figure)
 
 
+def intervals(panels: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
+    """A panel a question: a dot for each contrast, its interval as a line, and a line at 0.
+
+    Args:
+      panels: title -> label -> (mean, half width).
+    """
+    heights = [len(named) + 1.5 for named in panels.values()]
+    figure = Figure(figsize=(7, 0.3 * sum(heights)), dpi=100, layout="constrained")
+    axes_R = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (title, named) in zip(axes_R, panels.items(), strict=True):
+        means_N, halves_N = np.array(list(named.values())).T
+        axes.errorbar(means_N, range(len(named)), xerr=halves_N, fmt="o", color=colour(0), markersize=4, linewidth=1.4)
+        axes.axvline(0, color="0.5", linewidth=0.8)
+        axes.set_yticks(range(len(named)), [printable(label) for label in named], fontsize=8)
+        axes.set_ylim(len(named) - 0.4, -0.6)
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.tick_params(labelsize=7)
+        axes.grid(axis="x", alpha=0.3)
+    return literal(figure)
+
+
 def _thinned(points):
     """At most MOST_POINTS: of equal parts of the line the lowest and the highest point, so that no spike is lost."""
     if len(points) <= MOST_POINTS:

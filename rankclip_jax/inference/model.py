@@ -51,12 +51,13 @@ class Model:
     Attributes:
       source: architecture, variables, tokenizer and view (pretrained.Pretrained).
       batch_size: the largest batch of the towers; may be changed to suit the memory.
-      scale: the multiplier of the logits, exp(logit_scale).
+      scale, bias: the logits are scale * cosine + bias; CLIP's have no bias (0).
     """
 
     def __init__(self, source: pretrained.Pretrained, dtype: str = "float32"):
         self.source, self.batch_size = source, 64
         self.scale = float(np.exp(source.variables["params"]["logit_scale"]))
+        self.bias = float(source.variables["params"].get("logit_bias", 0.0))
         self._mesh = make_mesh({"data": -1}, jax.local_devices())
         attention = models.choose_attention("auto", source.config, dtype, devices_of(self._mesh))
         network = models.CLIP(source.config, jnp.dtype(dtype), attention=attention)
@@ -106,7 +107,8 @@ class Model:
     def encode_text(self, texts: str | Iterable[str] | np.ndarray) -> np.ndarray:
         """Texts -> float32 (n, D), rows of unit length.
 
-        texts: a str or any iterable of str; or the tokenizer's int token ids (n, L), L at most the context length.
+        texts: a str or any iterable of str; or the tokenizer's int token ids (n, L), L at most the context length, and
+        SigLIP's padded as it was trained.
         Raises InputError without a tokenizer, and for ids outside the model's vocabulary.
         """
         config = self.source.config.text
@@ -182,7 +184,10 @@ class Model:
         return -(-rows // self._mesh.size) * self._mesh.size
 
     def _packed(self, ids_BxL: np.ndarray) -> np.ndarray | Packed:
-        """The ids shortened, or packed in a power of two of rows a device, whichever are fewer tokens."""
+        """The ids shortened, or packed in a power of two of rows a device, whichever are fewer tokens; SigLIP's as they
+        are."""
+        if not self.source.config.text.causal:
+            return ids_BxL
         short_BxL, units, (count, length) = self._shorten(ids_BxL), self._mesh.size, ids_BxL.shape
         missing = self._padded(count) - count
         ids_UxcxL = np.pad(ids_BxL, ((0, missing), (0, 0))).reshape(units, -1, length)

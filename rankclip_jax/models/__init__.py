@@ -3,10 +3,11 @@
 Parameters are plain nested dicts of float32 arrays under OpenAI CLIP's names, in two subtrees and a scalar:
 
     visual/...       ViT: conv1, class_embedding, positional_embedding, ln_pre, transformer, ln_post, proj
+                     SigLIP: conv1 (with bias), positional_embedding, transformer, ln_post, attnpool (with mlp)
                      ResNet: conv1..3, bn1..3, layer1_0.. (stage_block), attnpool
-    text/...         token_embedding, positional_embedding, transformer, ln_final, text_projection
+    text/...         token_embedding, positional_embedding, transformer, ln_final, text_projection (SigLIP: head)
     logit_scale      float32 scalar, the logarithm of the multiplier
-    logit_bias       float32 scalar, only where SigLIP's loss asks for it
+    logit_bias       float32 scalar, only of SigLIP's architecture or where SigLIP's loss asks for it
 
 Transformer blocks are `transformer/resblocks_<n>/...`, or `transformer/resblocks/...` with a leading layer
 axis when scanned; `stack_layers` and `unstack_layers` go from one to the other.

@@ -19,7 +19,7 @@ from rankclip_jax.models.transformer import REMAT_POLICIES
 
 
 class CLIP(nn.Module):
-    """CLIP as OpenAI's. Parameters are float32, the towers compute in `dtype`, embeddings are float32.
+    """CLIP as OpenAI's, or SigLIP. Parameters are float32, the towers compute in `dtype`, embeddings are float32.
 
     variables = model.init(key, *model.example_inputs())  # 'params' and, for a ResNet, 'batch_stats'
     z_img, z_txt, scale = model.apply(variables, images, tokens)
@@ -44,8 +44,9 @@ class CLIP(nn.Module):
             self.visual = ModifiedResNet(cfg.vision, cfg.embed_dim, self.dtype, self.remat)
         self.text = TextTransformer(cfg.text, cfg.embed_dim, cfg.activation, *computed)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(self.initial_scale), ())
-        if self.initial_bias is not None:  # a parameter of SigLIP's loss, which no tower needs
-            self.param("logit_bias", nn.initializers.constant(self.initial_bias), ())
+        if self.initial_bias is not None or cfg.siglip:  # a parameter of SigLIP's loss, which no tower needs
+            bias = -10.0 if self.initial_bias is None else self.initial_bias
+            self.param("logit_bias", nn.initializers.constant(bias), ())
 
     def encode_image(self, images_BxHxWx3: jax.Array, train: bool = False) -> jax.Array:
         """Normalised float images (B, size, size, 3) -> (B, D) float32 of unit length.
@@ -65,6 +66,8 @@ class CLIP(nn.Module):
         Raises ValueError for longer rows. Ids are not checked: inside jit they are not known.
         """
         limit, packed = self.config.text.context_length, isinstance(tokens, Packed)
+        if packed and not self.config.text.causal:
+            raise ValueError("captions cannot be packed for a text tower that attends both ways")
         shape = tokens.tokens.shape if isinstance(tokens, Packed) else tokens.shape
         if len(shape) != 2 + packed or not 0 < shape[-1] <= limit:
             raise ValueError(f"tokens {shape} given to a model of (batch, 1..{limit})")
@@ -100,7 +103,8 @@ def build(
     dtype: 'float32' or 'bfloat16', what the towers compute in. scan_layers: transformer blocks under one
     scan (smaller programs, stacked parameters). remat: recompute blocks in the backward pass, all of them (True) or
     what a policy of REMAT_POLICIES does not keep. logit_scale: what the learned logarithm of the multiplier starts at
-    (None: CLIP's ln(1 / 0.07)). logit_bias: what a learned bias, of SigLIP's loss, starts at (None: no such parameter).
+    (None: CLIP's ln(1 / 0.07)). logit_bias: what a learned bias, of SigLIP's loss, starts at (None: -10 in SigLIP's
+    architecture, no such parameter in another).
     attention: 'auto', 'xla' or 'cudnn', as `choose_attention` has it for `devices` (None: 'xla').
     Raises ValueError as `configure` and `choose_attention` do, and for another dtype or remat.
     """

@@ -16,10 +16,10 @@ def symmetric_uniform(bound: float) -> nn.initializers.Initializer:
 
 
 def activate(x: jax.Array, activation: str) -> jax.Array:
-    """QuickGELU, x sigmoid(1.702 x), as OpenAI trained with, or the exact (erf) GELU."""
+    """QuickGELU, x sigmoid(1.702 x), as OpenAI trained with, the exact (erf) GELU, or its tanh approximation."""
     if activation == "quick_gelu":
         return x * jax.nn.sigmoid(1.702 * x)
-    return jax.nn.gelu(x, approximate=False)
+    return jax.nn.gelu(x, approximate=activation == "gelu_tanh")
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:
@@ -52,9 +52,10 @@ class Linear(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer norm in float32 whatever the compute dtype, epsilon 1e-5; returns `dtype`."""
+    """Layer norm in float32 whatever the compute dtype; returns `dtype`."""
 
     dtype: DTypeLike = jnp.float32
+    eps: float = 1e-5
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -64,7 +65,7 @@ class LayerNorm(nn.Module):
         centred = x - x.mean(axis=-1, keepdims=True)
         # Two passes: E[x^2] - E[x]^2 cancels where a row's mean is far from zero.
         var = jnp.square(centred).mean(axis=-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(var + 1e-5) * scale + bias).astype(self.dtype)
+        return (centred * jax.lax.rsqrt(var + self.eps) * scale + bias).astype(self.dtype)
 
 
 class Conv(nn.Module):

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 
 def _check_multiple(size: int, unit: int, of: str) -> None:
@@ -19,6 +19,11 @@ def _check_heads(tower: str, width: int, heads: int) -> None:
         raise ValueError(f"{tower} width {width} is not a multiple of its {heads} heads")
 
 
+def _check_pool(tower: str, pool: str, known: tuple[str, ...]) -> None:
+    if pool not in known:
+        raise ValueError(f"{tower} pool {pool!r} is neither {known[0]!r} nor {known[1]!r}")
+
+
 _MOST_LAYERS, _MOST = 512, 2**24  # far above any model: a damaged file may say more, and layers are named one by one
 
 
@@ -26,7 +31,7 @@ def _check_sizes(config: Any) -> None:
     """Every size is a whole number from 1 on, whatever file it came from."""
     for field in dataclasses.fields(config):
         value, most = getattr(config, field.name), _MOST_LAYERS if field.name == "layers" else _MOST
-        no_size = field.name in ("stem", "eot_id", "vision", "text", "activation")
+        no_size = field.name in ("stem", "pool", "eot_id", "vision", "text", "activation")
         if no_size or (field.name == "mlp_width" and value is None):
             continue
         sizes = value if isinstance(value, tuple) else (value,)
@@ -34,12 +39,17 @@ def _check_sizes(config: Any) -> None:
             raise ValueError(f"{field.name} {value!r}. Expected whole numbers from 1 to {most:,}")
 
 
-Activation = Literal["quick_gelu", "gelu"]
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
 
 @dataclasses.dataclass(frozen=True)
 class VitConfig:
-    """Vision transformer. `mlp_width` None means 4 * width, as in every OpenAI model."""
+    """Vision transformer. `mlp_width` None means 4 * width, as in every OpenAI model.
+
+    pool 'class': CLIP's: a class token, a norm before the blocks, a projection.
+    pool 'map': SigLIP's: a probe attends over the patches, then an MLP; no projection, and pixels beyond the last whole
+    patch are not looked at (So400m/14 has 384 = 27 * 14 + 6).
+    """
 
     image_size: int
     patch_size: int
@@ -47,11 +57,21 @@ class VitConfig:
     layers: int
     heads: int
     mlp_width: int | None = None
+    pool: Literal["class", "map"] = "class"
 
     def __post_init__(self) -> None:
         _check_sizes(self)
-        _check_multiple(self.image_size, self.patch_size, "patch size")
+        _check_pool("vision", self.pool, ("class", "map"))
+        if self.pool == "class":
+            _check_multiple(self.image_size, self.patch_size, "patch size")
+        elif self.image_size < self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is less than the patch size {self.patch_size}")
         _check_heads("vision", self.width, self.heads)
+
+    @property
+    def norm_eps(self) -> float:
+        """Epsilon of the tower's layer norms."""
+        return 1e-6 if self.pool == "map" else 1e-5
 
     @property
     def grid(self) -> int:
@@ -103,7 +123,11 @@ class ResNetConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Causal text transformer. `eot_id` is the token whose first occurrence is pooled."""
+    """Text transformer.
+
+    pool 'eot': CLIP's: causal, pools the first `eot_id`, and what follows that has no effect.
+    pool 'last': SigLIP's: attends both ways, padding included, pools the last position, and its head has a bias.
+    """
 
     width: int
     heads: int
@@ -112,9 +136,11 @@ class TextConfig:
     vocab_size: int = 49408
     eot_id: int = 49407
     mlp_width: int | None = None
+    pool: Literal["eot", "last"] = "eot"
 
     def __post_init__(self) -> None:
         _check_sizes(self)
+        _check_pool("text", self.pool, ("eot", "last"))
         if type(self.eot_id) is not int or not 0 <= self.eot_id < self.vocab_size:
             # Otherwise no row would ever contain it, and every text would get the same embedding.
             raise ValueError(
@@ -122,6 +148,16 @@ class TextConfig:
                 "pass eot_id along with vocab_size"
             )
         _check_heads("text", self.width, self.heads)
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees only those before it, so that texts may be cut, packed and padded with anything."""
+        return self.pool == "eot"
+
+    @property
+    def norm_eps(self) -> float:
+        """Epsilon of the tower's layer norms."""
+        return 1e-6 if self.pool == "last" else 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +171,18 @@ class ClipConfig:
 
     def __post_init__(self) -> None:
         _check_sizes(self)
-        if self.activation not in ("quick_gelu", "gelu"):
-            raise ValueError(f"activation {self.activation!r} is neither 'quick_gelu' nor 'gelu'")
+        if self.activation not in get_args(Activation):
+            raise ValueError(f"activation {self.activation!r} is none of {', '.join(get_args(Activation))}")
+        if isinstance(self.vision, VitConfig) and self.vision.pool == "map" and self.vision.width != self.embed_dim:
+            raise ValueError(
+                f"embed_dim {self.embed_dim}: SigLIP's image tower has no projection, so it must be vision's width "
+                f"{self.vision.width}"
+            )
+
+    @property
+    def siglip(self) -> bool:
+        """Whether both towers are SigLIP's; then the model has a logit bias, whatever the loss."""
+        return isinstance(self.vision, VitConfig) and self.vision.pool == "map" and self.text.pool == "last"
 
 
 # The OpenAI models: Radford et al. 2021 (arXiv 2103.00020), tables 19 and 20. ViT-S/16: open_clip's sizes.
@@ -153,6 +199,40 @@ PRESETS: dict[str, ClipConfig] = {
     "RN-tiny": ClipConfig(
         128, ResNetConfig(32, (1, 1, 1, 1), 16, "small"), TextConfig(128, 4, 3, context_length=32)
     ),
+}
+
+# SigLIP (Zhai et al. 2023, arXiv 2303.15343) and SigLIP 2 (Tschannen et al. 2025, arXiv 2502.14786), the fixed
+# resolutions that were published: width, layers, heads and MLP of each tower. The giant has So400m's text tower.
+_SIGLIP = {
+    "B": (768, 12, 12, None),
+    "L": (1024, 24, 16, None),
+    "So400m": (1152, 27, 16, 4304),
+    "g-opt": (1536, 40, 16, None),
+}
+_RESOLUTIONS = {
+    "B/32": (256,),
+    "B/16": (224, 256, 384, 512),
+    "L/16": (256, 384, 512),
+    "So400m/14": (224, 384),
+    "So400m/16": (256, 384, 512),
+    "g-opt/16": (256, 384),
+}
+_ONLY_SIGLIP2 = ("B/32", "So400m/16", "g-opt/16")
+
+
+def _siglip(kind: str, side: int) -> ClipConfig:
+    size, patch = kind.split("/")
+    width, layers, heads, mlp = _SIGLIP[size]
+    text_width, text_layers, text_heads, text_mlp = _SIGLIP["So400m" if size == "g-opt" else size]
+    vocabulary = 256_000 if kind in _ONLY_SIGLIP2 else 32_000
+    text = TextConfig(text_width, text_heads, text_layers, 64, vocabulary, 1, text_mlp, "last")
+    return ClipConfig(width, VitConfig(side, int(patch), width, layers, heads, mlp, "map"), text, "gelu_tanh")
+
+
+PRESETS |= {  # "SigLIP-B/16" is the lowest resolution, "SigLIP-B/16@384" another
+    f"SigLIP-{kind}" + (f"@{side}" if side != sides[0] else ""): _siglip(kind, side)
+    for kind, sides in _RESOLUTIONS.items()
+    for side in sides
 }
 
 

@@ -1,4 +1,4 @@
-"""The transformer towers: patches and a class token in, or token ids in; one embedding out."""
+"""The transformer towers: patches in, or token ids in; one embedding out."""
 
 import flax.linen as nn
 import jax
@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from rankclip_jax.common.packing import Packed
-from rankclip_jax.models.layers import LayerNorm, symmetric_uniform
+from rankclip_jax.models.attention import attend
+from rankclip_jax.models.layers import LayerNorm, Linear, symmetric_uniform
 from rankclip_jax.models.presets import TextConfig, VitConfig
-from rankclip_jax.models.transformer import Transformer
+from rankclip_jax.models.transformer import Mlp, Transformer
 
 
 class VisionTransformer(nn.Module):
@@ -29,15 +30,21 @@ class VisionTransformer(nn.Module):
         b = images_BxHxWx3.shape[0]
 
         # conv1's stride is its size, so it is one matrix product over flattened patches.
-        kernel = PatchKernel(p, width, name="conv1")()
-        patches = images_BxHxWx3.astype(self.dtype).reshape(b, g, p, g, p, 3).transpose(0, 1, 3, 2, 4, 5)
-        x = patches.reshape(b * g * g, p * p * 3) @ kernel.reshape(p * p * 3, width).astype(self.dtype)
+        pooled_by_class = cfg.pool == "class"
+        kernel, *bias = PatchKernel(p, width, with_bias=not pooled_by_class, name="conv1")()
+        patches = images_BxHxWx3[:, : g * p, : g * p].astype(self.dtype).reshape(b, g, p, g, p, 3)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(b * g * g, p * p * 3)
+        x = patches @ kernel.reshape(p * p * 3, width).astype(self.dtype)
 
-        class_embedding = self.param("class_embedding", normal, (width,)).astype(self.dtype)
-        positions = self.param("positional_embedding", normal, (g * g + 1, width)).astype(self.dtype)
-        classes = jnp.broadcast_to(class_embedding, (b, 1, width))
-        x = jnp.concatenate([classes, x.reshape(b, g * g, width)], axis=1) + positions
-        x = LayerNorm(self.dtype, name="ln_pre")(x)
+        if pooled_by_class:
+            class_embedding = self.param("class_embedding", normal, (width,)).astype(self.dtype)
+            positions = self.param("positional_embedding", normal, (g * g + 1, width)).astype(self.dtype)
+            classes = jnp.broadcast_to(class_embedding, (b, 1, width))
+            x = jnp.concatenate([classes, x.reshape(b, g * g, width)], axis=1) + positions
+            x = LayerNorm(self.dtype, name="ln_pre")(x)
+        else:
+            positions = self.param("positional_embedding", normal, (g * g, width)).astype(self.dtype)
+            x = (x + bias[0].astype(self.dtype)).reshape(b, g * g, width) + positions
         x = Transformer(
             cfg.layers,
             cfg.heads,
@@ -49,32 +56,63 @@ class VisionTransformer(nn.Module):
             scan_layers=self.scan_layers,
             remat=self.remat,
             attention=self.attention,
+            norm_eps=cfg.norm_eps,
             name="transformer",
         )(x)
-        x_BxD = LayerNorm(self.dtype, name="ln_post")(x[:, 0])
-        return x_BxD @ self.param("proj", normal, (width, self.embed_dim)).astype(self.dtype)
+        if pooled_by_class:
+            x_BxD = LayerNorm(self.dtype, cfg.norm_eps, name="ln_post")(x[:, 0])
+            return x_BxD @ self.param("proj", normal, (width, self.embed_dim)).astype(self.dtype)
+        x_BxLxD = LayerNorm(self.dtype, cfg.norm_eps, name="ln_post")(x)
+        return AttentionPool(cfg, self.activation, self.dtype, name="attnpool")(x_BxLxD)
 
 
 class PatchKernel(nn.Module):
-    """Holds conv1's weight, (p, p, 3, width)."""
+    """Holds conv1's weight, (p, p, 3, width), and SigLIP's its bias, (width,)."""
 
     patch_size: int
     width: int
+    with_bias: bool
 
     @nn.compact
-    def __call__(self) -> jax.Array:
+    def __call__(self) -> list[jax.Array]:
         p = self.patch_size
-        return self.param("kernel", symmetric_uniform((3 * p * p) ** -0.5), (p, p, 3, self.width))
+        kernel = self.param("kernel", symmetric_uniform((3 * p * p) ** -0.5), (p, p, 3, self.width))
+        return [kernel] + ([self.param("bias", nn.initializers.zeros, (self.width,))] if self.with_bias else [])
+
+
+class AttentionPool(nn.Module):
+    """SigLIP's head ("MAP"), (B, L, D) -> (B, D): a learned probe attends over the tokens, then x + mlp(norm(x))."""
+
+    config: VitConfig
+    activation: str
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+        cfg, (b, length, d) = self.config, x_BxLxD.shape
+
+        def linear(name):
+            bound = (6 / (2 * d)) ** 0.5  # Xavier's
+            return Linear(d, bound=bound, zero_bias=True, dtype=self.dtype, name=name)
+
+        probe_1x1xD = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, d))
+        q_1xD = linear("q_proj")(probe_1x1xD[0])
+        k, v = (linear(name)(x_BxLxD.reshape(-1, d)).reshape(b, length, d) for name in ("k_proj", "v_proj"))
+        y_Bx1xD = attend(jnp.broadcast_to(q_1xD, (b, 1, d)), k, v, cfg.heads)
+        x_BxD = linear("c_proj")(y_Bx1xD[:, 0])
+        h_BxD = LayerNorm(self.dtype, cfg.norm_eps, name="ln")(x_BxD)
+        return x_BxD + Mlp(cfg.mlp_width or 4 * d, self.activation, None, self.dtype, name="mlp")(h_BxD)
 
 
 class TextTransformer(nn.Module):
     """(B, L) token ids, L at most the context length -> (B, embed_dim), not yet of unit length.
 
-    Pools the first token equal to `eot_id`. OpenAI's code takes the argmax of the ids, which is the same for
-    its own tokenizer (end-of-text has the highest id) and wrong for others. A row without the token pools its
-    first position, as `transformers` does; tokenizers must keep the token when they truncate.
+    SigLIP's attends both ways and pools the last position, whatever token is there.
 
-    Or captions laid one behind the other (common/packing.py), (U, R, L) -> (U * c, embed_dim): the same embeddings.
+    CLIP's is causal and pools the first token equal to `eot_id`. OpenAI's code takes the argmax of the ids, which is
+    the same for its own tokenizer (end-of-text has the highest id) and wrong for others. A row without the token pools
+    its first position, as `transformers` does; tokenizers must keep the token when they truncate. It also takes
+    captions laid one behind the other (common/packing.py), (U, R, L) -> (U * c, embed_dim): the same embeddings.
     """
 
     config: TextConfig
@@ -110,14 +148,19 @@ class TextTransformer(nn.Module):
             cfg.heads,
             cfg.mlp_width,
             self.activation,
-            causal=True,
+            causal=cfg.causal,
             scaled_init=True,
             dtype=self.dtype,
             scan_layers=self.scan_layers,
             remat=self.remat,
             attention=self.attention,
+            norm_eps=cfg.norm_eps,
             name="transformer",
         )(x, places_BxL)
+        if not cfg.causal:
+            x_BxD = LayerNorm(self.dtype, cfg.norm_eps, name="ln_final")(x[:, -1])
+            std = cfg.width**-0.5
+            return Linear(self.embed_dim, std=std, zero_bias=True, dtype=self.dtype, name="head")(x_BxD)
         if isinstance(tokens, Packed):  # each unit's ends are its own, so no row leaves its device
             x_UxTxD = x.reshape(tokens.tokens.shape[0], -1, cfg.width)
             x_BxD = jnp.take_along_axis(x_UxTxD, tokens.ends[..., None], axis=1).reshape(-1, cfg.width)

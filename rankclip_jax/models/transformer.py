@@ -83,13 +83,14 @@ class ResidualAttentionBlock(nn.Module):
     layers: int | None
     dtype: DTypeLike
     attention: str
+    norm_eps: float
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, positions_BxL: jax.Array | None) -> jax.Array:
         attn = Attention(self.heads, self.causal, self.layers, self.dtype, self.attention, name="attn")
-        x = x_BxLxD + attn(LayerNorm(self.dtype, name="ln_1")(x_BxLxD), positions_BxL)
+        x = x_BxLxD + attn(LayerNorm(self.dtype, self.norm_eps, name="ln_1")(x_BxLxD), positions_BxL)
         mlp = Mlp(self.mlp_width, self.activation, self.layers, self.dtype, name="mlp")
-        h_NxD = LayerNorm(self.dtype, name="ln_2")(x).reshape(-1, x.shape[-1])
+        h_NxD = LayerNorm(self.dtype, self.norm_eps, name="ln_2")(x).reshape(-1, x.shape[-1])
         return x + mlp(h_NxD).reshape(x.shape)
 
 
@@ -112,6 +113,7 @@ class Transformer(nn.Module):
     scan_layers: bool = False
     remat: bool | str = False
     attention: str = "xla"
+    norm_eps: float = 1e-5
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, positions_BxL: jax.Array | None = None) -> jax.Array:
@@ -128,6 +130,7 @@ class Transformer(nn.Module):
                 layers=self.layers if self.scaled_init else None,
                 dtype=self.dtype,
                 attention=self.attention,
+                norm_eps=self.norm_eps,
                 name=name,
             )
 

@@ -81,6 +81,39 @@ def read_pairs(
     return Pairs(pixels, size, captions)
 
 
+def spoiled(pairs: Pairs, mismatched: float, duplicates: float) -> Pairs:
+    """The pairs as the web has them: shares of them are mismatched, or nearly repeat another pair.
+
+    The captions of the mismatched ones change places among themselves. A duplicate has another pair's caption, and its
+    picture with noise of at most 8 grey levels. Which ones is the same in every run.
+    """
+    rng, count = np.random.default_rng(0), len(pairs.captions)
+    rows_N = rng.permutation(count)
+    first, second = round(mismatched * count), round(duplicates * count)
+    if first + second > count:
+        raise InputError("config.study: mismatched and duplicates are more than all pairs together")
+    from_N = np.arange(count)
+    from_N[rows_N[:first]] = np.roll(rows_N[:first], 1)
+    captions = [pairs.captions[row] for row in from_N]
+    canvas, size = pairs.canvas.copy(), pairs.size.copy()
+    for row, other in zip(rows_N[first : first + second], np.roll(rows_N, 1)[first : first + second], strict=True):
+        height, width = size[row] = pairs.size[other]
+        picture = pairs.canvas[other, :height, :width] + rng.integers(-8, 9, (height, width, 3))
+        canvas[row] = 0
+        canvas[row, :height, :width] = picture.clip(0, 255)
+        captions[row] = pairs.captions[other]
+    return Pairs(canvas, size, captions)
+
+
+def truth_of(data: ConfigDict, count: int) -> np.ndarray | None:
+    """How alike two of the first validation pairs are, (count, count) in [0, 1]; None where captions do not say."""
+    if data.format != "shapes" or not str(data.val).startswith("stated:"):
+        return None
+    from input_pipeline.graded import truth
+
+    return truth("val", count)
+
+
 def view_of(pairs: Pairs, side: int) -> np.ndarray:
     """The pairs' pictures in the evaluation view, uint8 (N, side, side, 3)."""
     view = View(side, side)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+import scipy.stats
 
 from rankclip_jax import losses, models
 from rankclip_jax.common.tokenizer import Tokenizer
@@ -75,6 +76,47 @@ def labelled(model: Embedded, first: dict[str, Labelled], rest: dict[str, Labell
         right_N = (z_img_NxD @ weights + bias).argmax(axis=1) == rest[name].labels
         result[f"linear_probe/{name}"] = float(right_N.mean())
     return result
+
+
+def graded(model: Embedded, images_NxSxSx3: np.ndarray, captions: list[str], truth_NxN: np.ndarray) -> dict[str, float]:
+    """Whether what is more alike lies nearer, where `truth_NxN`, how alike two pairs are, is known.
+
+    truth/...: Spearman's correlation of a pair's similarities with the truth, over all others; the mean over the pairs.
+    retrieval/ndcg10_...: also among the others, so finding its own caption is no merit; the gain is 2^n - 1, where
+    n = 6 truth is the number of shared attributes.
+    """
+    z_img_NxD, z_txt_NxD = model.images(images_NxSxSx3), model.texts(captions)
+    others = ~np.eye(len(captions), dtype=bool)
+    truth = truth_NxN[others].reshape(len(captions), -1)
+    found = {}
+    for name, a, b in (
+        ("image_image", z_img_NxD, z_img_NxD),
+        ("text_text", z_txt_NxD, z_txt_NxD),
+        ("image_text", z_img_NxD, z_txt_NxD),
+        ("text_image", z_txt_NxD, z_img_NxD),
+    ):
+        scores = (a @ b.T)[others].reshape(truth.shape)
+        found[f"truth/{name}"] = float(np.mean(_spearman(scores, truth)))
+        if a is not b:
+            direction = name.replace("_", "_to_")
+            found[f"retrieval/ndcg10_{direction}"] = float(np.mean(_ndcg(scores, 2 ** (6 * truth) - 1, 10)))
+    return found
+
+
+def _spearman(a_NxM, b_NxM):
+    """Of each row, ties by their mean rank."""
+    a, b = (scipy.stats.rankdata(x, axis=1) for x in (a_NxM, b_NxM))
+    a, b = (x - x.mean(axis=1, keepdims=True) for x in (a, b))
+    return (a * b).sum(axis=1) / np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))
+
+
+def _ndcg(scores_NxM, gains_NxM, k):
+    """Sum of gain / log2(1 + position) over the first k, over the best possible."""
+    k = min(k, gains_NxM.shape[1])
+    discount = 1 / np.log2(np.arange(2, k + 2))
+    best = np.take_along_axis(gains_NxM, np.argsort(-scores_NxM, axis=1, kind="stable")[:, :k], axis=1)
+    ideal = -np.sort(-gains_NxM, axis=1)[:, :k]
+    return best @ discount / (ideal @ discount)
 
 
 def _zero_shot(model, labelled, z_img_NxD, known):

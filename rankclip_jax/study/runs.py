@@ -1,7 +1,7 @@
 """A study: the learning rate of each objective, then its seeds; each finished run is one JSON file.
 
 A study that stopped resumes with the runs whose file is missing. Each file holds its configuration; a file of another
-configuration is refused, never mixed in. More seeds and more objectives can be added to a finished study.
+configuration is refused, never mixed in. More seeds, objectives and conditions can be added to a finished study.
 """
 
 import json
@@ -14,13 +14,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.files import make_folder, write_whole
-from rankclip_jax.common.ownership import Owned, inside
+from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.config import complete
 from rankclip_jax.evaluation import suite
-from rankclip_jax.study import measure, report
-from rankclip_jax.study.data import Labelled, read_labelled, read_pairs, view_of
+from rankclip_jax.study import measure, questions, report, results
+from rankclip_jax.study.arms import Arm, arms_of, config_of
+from rankclip_jax.study.data import Labelled, read_labelled, read_pairs, spoiled, truth_of, view_of
 from rankclip_jax.study.training import Job, Programs
 from rankclip_jax.train.session import Session, canvas_side, image_side
 
@@ -34,111 +34,120 @@ class Study:
 
     def __init__(self, config: ConfigDict, workdir: str | Path):
         """`config`: complete, with config.study. Raises InputError for what cannot be studied."""
-        self.config, self.folder = config, Path(workdir)
-        study, side = config.study, image_side(config)
-        if not study.objectives:
-            raise InputError("config.study.objectives is empty: name them, as configs/study_shapes.py does")
-        if study.baseline not in study.objectives:
-            raise InputError(f"config.study.baseline={study.baseline!r}. Expected one of {', '.join(study.objectives)}")
-        if unknown := sorted(set(study.more_seeds) - set(study.objectives)):
-            known = ", ".join(study.objectives)
-            raise InputError(f"config.study.more_seeds.{unknown[0]} is not an objective. Expected one of {known}")
+        self.config, self.folder, self.arms = config, Path(workdir), arms_of(config)
+        study, self._side = config.study, image_side(config)
         if config.model.pack_text == "on":
             raise InputError("config.model.pack_text=on. Expected auto or off: a study pads, on the device")
-        for name in study.objectives:  # a wrong one is found now, not after hours of the others
-            self.config_of(name)
-        canvas = canvas_side(config, side) or side
-        train = read_pairs(config.data, config.data.train, side=side, canvas=canvas, split="train", limit=study.limit)
-        if len(train.captions) < config.batch_size:
-            raise InputError(f"{len(train.captions)} training pairs are fewer than a batch of {config.batch_size}")
+        self._canvas = canvas_side(config, self._side) or self._side
+        self._read = None, None  # what training data were read last, and they
+        self._programs: dict[str, Programs] = {}
+        self._configs = {arm: config_of(config, arm) for arm in self.arms}
+        for asked in study.questions.values():
+            for formula in asked.contrasts.values():
+                questions.terms(formula, self.arms)
         self.tokenizer = (
             Tokenizer.load(config.tokenizer.path)
             if config.tokenizer.path
-            else Tokenizer.train(train.captions, config.tokenizer.vocab_size)
+            else Tokenizer.train(self._pairs(config).captions, config.tokenizer.vocab_size)
         )
         model = self._model(complete(config.to_dict() | {"loss": {"objective": "clip"}}))
-        self._embedder = measure.Embedder(model, self.tokenizer)
-        self._count = len(train.captions)
-        self._data = {
-            "image": jnp.asarray(train.canvas),
-            "size": jnp.asarray(train.size),
-            "tokens": jnp.asarray(self.tokenizer(train.captions, model.config.text.context_length)),
-        }
-        val = read_pairs(config.data, config.data.val, side=side, canvas=canvas, split="val", limit=study.pairs)
-        self._val = view_of(val, side), val.captions
+        self._embedder, self._length = measure.Embedder(model, self.tokenizer), model.config.text.context_length
+        val = self._pairs_at(config.data.val, "val", config, study.pairs)
+        self._val, self._truth = (view_of(val, self._side), val.captions), truth_of(config.data, len(val.captions))
         self._selecting, self._reported = {}, {}
         for name, spec in suite.zero_shot_sets(config.eval).items():
-            selecting, self._reported[name] = split(read_labelled(name, spec, side=side), study.select_share)
+            selecting, self._reported[name] = split(read_labelled(name, spec, side=self._side), study.select_share)
             self._selecting[name] = selecting
         if unknown := sorted(set(study.select_on) - set(self._selecting)):
             known = ", ".join(self._selecting)
             raise InputError(f"config.study.select_on: unknown set {unknown[0]!r}. Expected one of {known}")
 
+    def _pairs_at(self, path, split, config, limit):
+        return read_pairs(config.data, path, side=self._side, canvas=self._canvas, split=split, limit=limit)
+
+    def _pairs(self, config):
+        """The training pairs of a condition."""
+        key = config.data.to_json(), config.study.limit, config.study.mismatched, config.study.duplicates
+        if self._read[0] != key:
+            found = self._pairs_at(config.data.train, "train", config, config.study.limit)
+            if len(found.captions) < config.batch_size:
+                raise InputError(f"{len(found.captions)} training pairs are fewer than a batch of {config.batch_size}")
+            self._read = key, spoiled(found, config.study.mismatched, config.study.duplicates)
+        return self._read[1]
+
+    def _arrays(self, config):
+        """The training pairs of a condition on the device, as `batches.batch_of` takes them."""
+        pairs = self._pairs(config)
+        arrays = {"image": pairs.canvas, "size": pairs.size, "tokens": self.tokenizer(pairs.captions, self._length)}
+        return jax.tree.map(jnp.asarray, arrays)
+
     def _model(self, config):
         """Checked and built for the one device that a study trains on."""
         return Session(config, self.tokenizer, devices=jax.devices()[:1]).model
 
-    def run(self) -> list[dict]:
-        """Does what is not done yet; returns every run of the study (not of the search), as its file has it."""
+    def run(self, part: int = 0, parts: int = 1) -> list[dict]:
+        """Does what is not done yet of arms[part::parts]; returns their runs, as their files have them."""
         Owned(self.folder, "study").claim(report.FILES)
-        done, clock = [], Clock(self._planned())
-        for name in self.config.study.objectives:
-            config = self.config_of(name)
-            lr = self._search(name, config, clock)
-            jobs = [Job(lr, seed) for seed in range(self.config.study.more_seeds.get(name, self.config.study.seeds))]
-            done += self._finish(self.folder / "runs", name, config, jobs, clock, full=True)
+        arms = self.arms[part::parts]
+        done, clock = [], Clock(self._planned(arms))
+        for arm in arms:
+            lr = self._search(arm, clock)
+            jobs = [Job(lr, seed) for seed in range(self._seeds(arm))]
+            done += self._finish(self.folder / "runs", arm, jobs, clock, full=True)
         return done
 
-    def config_of(self, name: str) -> ConfigDict:
-        """The training configuration of an objective."""
-        fields = self.config.to_dict()
-        changed = fields["study"]["objectives"][name]
-        if not isinstance(changed, dict):
-            raise InputError(f"config.study.objectives.{name}={changed!r}. Expected changed keys of config.loss")
-        fields["loss"] |= changed
-        return complete(fields)
+    def _seeds(self, arm):
+        return self.config.study.more_seeds.get(arm.objective, self.config.study.seeds)
 
-    def _planned(self) -> int:
-        study = self.config.study
-        seeds = sum(study.more_seeds.get(name, study.seeds) for name in study.objectives)
-        return seeds + len(study.objectives) * (len(study.lrs) if len(study.lrs) > 1 else 0)
+    def _planned(self, arms):
+        tried = len(self.config.study.lrs) if len(self.config.study.lrs) > 1 else 0
+        return sum(self._seeds(arm) + tried for arm in arms)
 
-    def _search(self, name: str, config: ConfigDict, clock: "Clock") -> float:
+    def _search(self, arm: Arm, clock: "Clock") -> float:
         """The rate with the best mean zero-shot top-1 on the selecting parts; the lower one wins a tie."""
         lrs = sorted(self.config.study.lrs) or [self.config.optim.lr]
         if len(lrs) == 1:
             return lrs[0]
         jobs = [Job(lr, self.config.study.search_seed) for lr in lrs]
-        tried = self._finish(self.folder / "search", name, config, jobs, clock, full=False)
+        tried = self._finish(self.folder / "search", arm, jobs, clock, full=False)
         names = self.config.study.select_on or list(self._selecting)
         scores = {r["lr"]: np.mean([r["curve"][-1][f"zero_shot/{n}"] for n in names]) for r in tried}
         return max(scores, key=lambda lr: (scores[lr], -lr))
 
-    def _finish(
-        self, folder: Path, name: str, config: ConfigDict, jobs: list[Job], clock: "Clock", full: bool
-    ) -> list[dict]:
+    def _finish(self, folder: Path, arm: Arm, jobs: list[Job], clock: "Clock", full: bool) -> list[dict]:
         """The jobs' runs, those read that are there."""
-        wanted = _identity(config)
-        read = {job: _read(_file(folder, name, job), wanted) for job in jobs}
+        config = self._configs[arm]
+        wanted = results.identity(config)
+        read = {job: results.read(results.file_of(folder, arm, job), wanted) for job in jobs}
         known = {job: found for job, found in read.items() if found is not None}
         missing = [job for job in jobs if job not in known]
         clock.skip(len(jobs) - len(missing))
-        programs = None
+        if missing:
+            data = self._arrays(config)
         for start in range(0, len(missing), self.config.study.at_once):
             some = missing[start : start + self.config.study.at_once]
-            if programs is None:  # compiled only where something is to be trained
-                programs = Programs(self._model(config), config, self._count)
-            began, results = time.monotonic(), self._train(programs, config, some, full)
+            began = time.monotonic()
+            found = self._train(self._compiled(config, len(data["image"])), config, data, some, full)
             seconds = (time.monotonic() - began) / len(some)
             for job in some:
-                result = {"objective": name, "lr": job.lr, "seed": job.seed, "seconds": seconds, **results[job]}
-                make_folder(folder)
-                write_whole(_file(folder, name, job), json.dumps(result | {"config": wanted}, indent=1))
+                result = arm._asdict() | {"lr": job.lr, "seed": job.seed, "seconds": seconds, **found[job]}
+                results.write(results.file_of(folder, arm, job), result | {"config": wanted})
                 known[job] = result
-                clock.did(f"{folder.name} {name} seed {job.seed} lr {job.lr:g}: {_summary(result)}")
+                clock.did(f"{folder.name} {arm} seed {job.seed} lr {job.lr:g}: {_summary(result)}")
         return [known[job] for job in jobs]
 
-    def _train(self, programs: Programs, config: ConfigDict, jobs: list[Job], full: bool) -> dict[Job, dict]:
+    def _compiled(self, config: ConfigDict, count: int) -> Programs:
+        """The programs of a configuration, which arms share that differ in their data alone."""
+        fields = config.to_dict() | {"study": None, "eval": None}
+        fields["data"] = fields["data"] | {"train": None, "val": None}
+        key = json.dumps([fields, count], default=str)
+        if key not in self._programs:
+            self._programs[key] = Programs(self._model(config), config, count)
+        return self._programs[key]
+
+    def _train(
+        self, programs: Programs, config: ConfigDict, data: dict, jobs: list[Job], full: bool
+    ) -> dict[Job, dict]:
         curves, finals = {job: [] for job in jobs}, {job: {} for job in jobs}
 
         def seen(job, state, metrics):
@@ -147,16 +156,18 @@ class Study:
             point = {"epoch": epoch, "step": epoch * programs.steps_per_epoch}
             point |= {f"train/{key}": value for key, value in metrics.items()}
             if last or (full and epoch % config.eval.every_epochs == 0):
-                model = self._embedder.of(state)
+                model = self._embedder.of(state())
                 point |= measure.zero_shot(model, self._selecting)
                 if full:
                     point |= measure.pairs(model, *self._val)
+                    point |= measure.graded(model, *self._val, self._truth) if self._truth is not None else {}
             curves[job].append(point)
             if last and full:
                 finals[job] = measure.labelled(model, self._selecting, self._reported, self.config.study.probe_l2)
-                finals[job] |= {k: v for k, v in point.items() if k.startswith(("retrieval", "geometry", "gradient"))}
+                kinds = ("retrieval", "geometry", "gradient", "truth")
+                finals[job] |= {k: v for k, v in point.items() if k.startswith(kinds)}
 
-        programs.train(jobs, self._data, config.epochs, seen)
+        programs.train(jobs, data, config.epochs, seen)
         return {job: {"curve": curves[job], "final": finals[job]} for job in jobs}
 
 
@@ -185,36 +196,6 @@ class Clock:
         seconds = round(left * (time.monotonic() - self._start) / self._done)
         of = f"{self._skipped + self._done}/{self._total}"
         print(f"{of}  {line}  {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left", flush=True)
-
-
-def _identity(config: ConfigDict) -> dict:
-    """What makes two runs the same: all of the configuration but what is looked at, printed or planned."""
-    fields = json.loads(json.dumps(config.to_dict()))
-    kept = {k: v for k, v in fields.items() if k not in ("log_every", "checkpoint", "plan", "study", "seed")}
-    study = {k: fields["study"][k] for k in ("limit", "search_seed", "select_on", "select_share", "pairs", "probe_l2")}
-    return kept | {"study": study}
-
-
-def _file(folder: Path, name: str, job: Job) -> Path:
-    return inside(folder, f"{name}-lr{job.lr:g}-seed{job.seed}.json")
-
-
-def _read(file: Path, wanted: dict) -> dict | None:
-    if not file.exists():
-        return None
-    try:
-        found = json.loads(file.read_text())
-        known = {"objective", "lr", "seed", "seconds", "curve", "final"} <= found.keys() and found["config"].keys()
-    except (ValueError, KeyError, AttributeError, RecursionError):
-        known = None
-    if not known:
-        raise InputError(f"{file} is there already, and no run of a study; take another --workdir, or move it away")
-    if found["config"] != wanted:
-        differing = sorted(k for k in wanted.keys() | found["config"].keys() if wanted.get(k) != found["config"].get(k))
-        raise InputError(
-            f"{file} is of another configuration ({', '.join(differing)}); take another --workdir, or remove it"
-        )
-    return {key: value for key, value in found.items() if key != "config"}
 
 
 def _summary(result: dict) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -80,7 +81,7 @@ class Programs:
     def train(self, jobs: list[Job], data: dict, epochs: int, seen: Callable) -> None:
         """Trains the jobs together, and calls seen(job, state, metrics) for each after every epoch.
 
-        data: as `batches.batch_of`; metrics: the epoch's means, {name: float}.
+        data: as `batches.batch_of`; state: returns the job's; metrics: the epoch's means, {name: float}.
         """
         many = len(jobs) > 1
         init, epoch = self._many if many else self._one
@@ -91,6 +92,7 @@ class Programs:
         states = init(seeds, lrs)
         for _ in range(epochs):
             states, metrics = epoch(states, seeds, data)
+            numbers = {key: np.ravel(value) for key, value in metrics.items()}
             for i, job in enumerate(jobs):
-                state, numbers = jax.tree.map(lambda x, i=i: x[i] if many else x, (states, metrics))
-                seen(job, state, {key: float(value) for key, value in numbers.items()})
+                state = lambda i=i: jax.tree.map(lambda x: x[i], states) if many else states  # noqa: E731, B023
+                seen(job, state, {key: float(value[i]) for key, value in numbers.items()})

@@ -111,6 +111,7 @@ def _model(config: ConfigDict) -> tuple[Session, steps.TrainState]:
     config = configs.complete(config.to_dict())
     with config.ignore_type():
         config.data.mean, config.data.std = tuple(read.view.mean), tuple(read.view.std)
+        config.data.squash = read.view.squash
     session = Session(config, read.tokenizer, architecture=read.config, trains=False)
     variables = read.variables
     state = steps.TrainState(

@@ -66,8 +66,12 @@ def _transformer(layers: int, width: int, mlp_width: int | None, length: int) ->
 
 def _vit(config: VitConfig, embed_dim: int) -> int:
     patches = config.grid**2 * 3 * config.patch_size**2 * config.width
-    tower = _transformer(config.layers, config.width, config.mlp_width, config.grid**2 + 1)
-    return 2 * patches + 3 * (tower + config.width * embed_dim)
+    tokens, width, mlp = config.grid**2, config.width, config.mlp_width or 4 * config.width
+    if config.pool == "map":  # a probe attends; keys, values, both products of attention, its output, an MLP
+        head = 2 * tokens * width**2 + 2 * tokens * width + width**2 + 2 * width * mlp
+    else:
+        tokens, head = tokens + 1, width * embed_dim
+    return 2 * patches + 3 * (_transformer(config.layers, width, mlp, tokens) + head)
 
 
 def _resnet(config: ResNetConfig, embed_dim: int) -> int:

@@ -18,7 +18,7 @@ from rankclip_jax.models import ClipConfig
 from rankclip_jax.train.step import TrainState
 from rankclip_jax.weights import pretrained
 
-TOWERS = {"both": ("visual", "text", "logit_scale"), "vision": ("visual",), "text": ("text",)}
+TOWERS = {"both": ("visual", "text", "logit_scale", "logit_bias"), "vision": ("visual",), "text": ("text",)}
 
 
 def read(config: ConfigDict) -> pretrained.Pretrained | None:
@@ -72,8 +72,10 @@ def apply(state: TrainState, start: pretrained.Pretrained, ours: ClipConfig, con
             notes.append(f"{name} fresh")
             return fresh
         value = theirs.get(name)
+        if value is None and name == "logit_bias":  # of SigLIP's loss, which the other was not trained with
+            return fresh
         if value is not None and value.shape != fresh.shape:
-            resized = _resized(name, value, fresh.shape)
+            resized = _resized(name, value, fresh.shape, ours, start.config)
             if resized is not None:
                 notes.append(f"{name} resized from {value.shape} to {fresh.shape}")
             else:
@@ -91,7 +93,8 @@ def apply(state: TrainState, start: pretrained.Pretrained, ours: ClipConfig, con
         theirs = by_name(models.stack_layers(theirs) if scanned else theirs)
         taken[collection] = jax.tree_util.tree_map_with_path(lambda p, x, t=theirs: place(p, x, t), fresh)
         here = by_name(fresh)
-        misfits += [f"{name} is not here" for name in theirs if name.split("/")[0] in towers and name not in here]
+        gone = [name for name in theirs if name.split("/")[0] in towers and name not in here]
+        misfits += [f"{name} is not here" for name in gone if name != "logit_bias"]
     if misfits:
         raise InputError(
             f"config.init_from = {start.path} does not fit config.model: {'; '.join(misfits)}. Set config.model to its "
@@ -111,6 +114,8 @@ def _unlike(ours: ClipConfig, theirs: ClipConfig, towers: Collection[str]) -> li
         if tower not in towers:
             continue
         transformer = not isinstance(here, models.ResNetConfig)
+        if getattr(here, "pool", None) != getattr(there, "pool", None):
+            found.append(f"{tower} is of another kind (pool {getattr(there, 'pool', None)!r} there)")
         if type(here) is type(there) and here.heads != there.heads:
             found.append(f"{tower} has {there.heads} heads there, {here.heads} here")
         if transformer and ours.activation != theirs.activation:
@@ -118,21 +123,26 @@ def _unlike(ours: ClipConfig, theirs: ClipConfig, towers: Collection[str]) -> li
     return list(dict.fromkeys(found))
 
 
-def _resized(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+def _resized(
+    name: str, value: np.ndarray, shape: tuple[int, ...], ours: ClipConfig, theirs: ClipConfig
+) -> np.ndarray | None:
     """Position embeddings `value` for another length; None if `name` is something else or cannot be resized."""
     if not name.endswith("positional_embedding") or value.shape[1:] != shape[1:]:
         return None
     if name == "text/positional_embedding":  # attention is causal: the first positions mean the same in a shorter text
-        return value[: shape[0]] if shape[0] < value.shape[0] else None
-    return resize_grid(value, math.isqrt(shape[0] - 1))
+        return value[: shape[0]] if ours.text.causal and shape[0] < value.shape[0] else None
+    tokens, their_tokens = (int(getattr(of.vision, "pool", None) != "map") for of in (ours, theirs))
+    if tokens != their_tokens:
+        return None
+    return resize_grid(value, math.isqrt(shape[0] - tokens), tokens)
 
 
-def resize_grid(positions_LxD: np.ndarray, grid: int) -> np.ndarray:
-    """Position embeddings of a class (or mean) token and g x g cells -> (1 + grid * grid, D).
+def resize_grid(positions_LxD: np.ndarray, grid: int, tokens: int = 1) -> np.ndarray:
+    """Position embeddings of a class (or mean) token, where there is one, and g x g cells -> (1 + grid * grid, D).
 
     Antialiased bicubic over the cells, as open_clip does (PyTorch's `interpolate`, antialias=True); the first stays.
     """
-    first, cells = positions_LxD[:1], positions_LxD[1:]
+    first, cells = positions_LxD[:tokens], positions_LxD[tokens:]
     old = math.isqrt(len(cells))
     cells = jax.image.resize(jnp.asarray(cells).reshape(old, old, -1), (grid, grid, cells.shape[-1]), "cubic")
     return np.concatenate([first, np.asarray(cells).reshape(grid * grid, -1)])

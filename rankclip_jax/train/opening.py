@@ -100,7 +100,7 @@ def open_session(
 
     session = Session(config, Tokenizer.from_json(processes.from_first(tokenizer)))
     unit = session.unit_captions, session.context_length
-    session.config = resolve.packing(config, *unit, lambda: _caption_lengths(session, data.source), resumes)
+    session.config = resolve.packing(session.config, *unit, lambda: _caption_lengths(session, data.source), resumes)
     return session
 
 

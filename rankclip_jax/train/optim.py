@@ -35,7 +35,7 @@ def decay_mask(params: Mapping, recipe: str = "standard") -> dict:
 
 
 # What follows the last block of a tower.
-_HEADS = ("ln_post", "proj", "attnpool", "ln_final", "text_projection")
+_HEADS = ("ln_post", "proj", "attnpool", "ln_final", "text_projection", "head")
 
 
 def layer_scales(params: Mapping, decay: float) -> dict:

@@ -70,9 +70,15 @@ def _settle(config: ConfigDict, pairs: int, old: ConfigDict | None, origin: Pret
             raise InputError("config.model.name=None. Expected a preset, since config.data.format=shapes")
         _take(config.model, _ON_CPU if platform == "cpu" else _LARGE if pairs >= _MANY else _SMALL)
     if origin and "visual" in TOWERS[config.init_towers]:
-        for key, usual in (("mean", view.MEAN), ("std", view.STD)):
-            theirs = tuple(getattr(origin.view, key))
-            config.data[key] = config.data[key] or (theirs if theirs != usual else None)
+        seen = origin.view
+    else:
+        own = {key: config.model[key] for key in ("name", "image_size", "embed_dim")}
+        seen = view.usual(models.configure(**own, vision=config.model.vision.to_dict()).vision)
+    for key, of_clip in (("mean", view.MEAN), ("std", view.STD)):
+        theirs = tuple(getattr(seen, key))
+        config.data[key] = config.data[key] or (theirs if theirs != of_clip else None)
+    if config.data.squash is None:
+        config.data.squash = seen.squash
     if config.batch_size is None:
         unit = batch_shards(mesh) * config.accumulate
         most = _BATCH.get(platform, 128) * batch_shards(mesh)
@@ -210,8 +216,8 @@ def of_source(origin: Pretrained) -> dict[str, Any]:
 
 
 def _alike(preset: models.ClipConfig, config: models.ClipConfig) -> tuple[bool, int]:
-    same_kind = type(preset.vision) is type(config.vision)
-    if not same_kind:
+    kinds = [(type(of.vision), getattr(of.vision, "pool", None), of.text.pool) for of in (preset, config)]
+    if kinds[0] != kinds[1]:
         return False, 0
     return True, -len(_changed(preset.vision, config.vision)) - len(_changed(preset.text, config.text))
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from rankclip_jax.parallel import processes, sharding
 from rankclip_jax.parallel.mesh import batch_shards, make_mesh, to_devices, to_host
 from rankclip_jax.train import flops
 from rankclip_jax.train import step as steps
+from rankclip_jax.weights import view as weights_view
 
 _EVAL_ROWS = 256  # a device
 
@@ -66,12 +67,12 @@ class Session:
         Raises:
           InputError: the configuration does not fit itself, the devices or the processes.
         """
-        self.config = config
         self.tokenizer: Any = tokenizer  # a Tokenizer, but for a plan
         self.mesh = make_mesh(config.mesh, devices)
         self.devices = devices_of(self.mesh)
         self.process = (jax.process_index(), jax.process_count())
         self.model = build_model(config, tokenizer, self.devices, architecture)
+        self.config = config = _without_packing(config, self.model)
         if batch_shards(self.mesh) % jax.process_count():
             raise InputError(
                 f"config.mesh splits a batch in {batch_shards(self.mesh)}, over {jax.process_count()} processes. Each "
@@ -128,6 +129,13 @@ class Session:
         rows = packing.scaled(self.config.model.pack_rows, tokens_UxcxL.shape[1])
         return packing.pack(tokens_UxcxL, n_Uxc, rows)
 
+    def eval_batches(self, source: Any, batch_size: int) -> Iterator[dict]:
+        """Every sample of `source` once, with config.data's evaluation view."""
+        from input_pipeline import pipeline
+
+        squash = self.config.data.squash or weights_view.usual(self.model.config.vision).squash
+        return pipeline.eval_batches(source, **self.view(batch_size), squash=squash)
+
     def encode_images(self, state: steps.TrainState, batch: dict) -> np.ndarray:
         """One batch of this process's share -> float32 (b, D) on the host."""
         return to_host(self._embed(state, to_devices(_pictures(batch), self.mesh)), self.mesh)
@@ -167,9 +175,7 @@ class Session:
         Raises:
           InputError: a batch has fewer than two samples that can be read.
         """
-        from input_pipeline import pipeline
-
-        batches = evaluation.agreed(pipeline.eval_batches(source, **self.view(self.local_batch)))
+        batches = evaluation.agreed(self.eval_batches(source, self.local_batch))
         parts, numbers = [], {}
         for batch in itertools.islice(batches, max(1, source.size // self.config.batch_size)):
             tokens = self.tokenizer(batch["caption"], self.context_length)
@@ -201,16 +207,27 @@ class Session:
 
     def encoder(self, state: steps.TrainState) -> evaluation.Encoder:
         """What the evaluations need of the model."""
-        from input_pipeline import pipeline
-
         state = dataclasses.replace(state, params=self._gather(state.params))  # once, not in every batch
         return evaluation.Encoder(
             images=lambda batch: self.encode_images(state, batch),
             texts=lambda texts: self.encode_texts(state, texts),
-            batches=lambda source: pipeline.eval_batches(source, **self.view(self.eval_batch)),
+            batches=lambda source: self.eval_batches(source, self.eval_batch),
             image_side=self.side,
             device=self.mesh.local_devices[0],
         )
+
+
+def _without_packing(config: ConfigDict, model: models.CLIP) -> ConfigDict:
+    """With model.pack_text off where the text tower attends both ways, over the padding too."""
+    if model.config.text.causal:
+        return config
+    if config.model.pack_text == "on":
+        raise InputError(
+            "config.model.pack_text=on. Expected auto or off: SigLIP's text tower attends both ways, also to padding"
+        )
+    config = configs.complete(config.to_dict())
+    config.model.pack_text = "off"
+    return config
 
 
 def _check_batch(config: ConfigDict, mesh: jax.sharding.Mesh, model: models.CLIP) -> None:
@@ -250,8 +267,8 @@ def image_side(config: ConfigDict) -> int:
     try:
         if config.model.name is None:
             return config.model.image_size or 0  # settled once the data are open; only drawn scenes depend on it
-        fields = {"image_size": config.model.image_size, "vision": config.model.vision.to_dict()}
-        return models.configure(config.model.name, **fields).vision.image_size
+        fields = {key: config.model[key] for key in ("name", "image_size", "embed_dim")}
+        return models.configure(**fields, vision=config.model.vision.to_dict()).vision.image_size
     except ValueError as error:
         raise InputError(f"config.model: {error}") from None
 

@@ -173,7 +173,9 @@ def train_step_function(
             where = params_shardings(grads, mesh, config.sharding)
             grads = jax.lax.with_sharding_constraint(grads, where)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = clamp_logit_scale(optax.apply_updates(state.params, updates))
+        params = optax.apply_updates(state.params, updates)
+        if not model.config.siglip:  # whose authors do not: its published scales are above 100
+            params = clamp_logit_scale(params)
         metrics = {"loss": loss, **parts, "grad_norm": optax.tree.norm(grads), "logit_scale": _scale(state.params)}
         if "logit_bias" in state.params:
             metrics["logit_bias"] = state.params["logit_bias"]

@@ -166,8 +166,13 @@ def from_open_clip(model_cfg: Mapping, highest_id: int | None = None) -> ClipCon
 
 
 def to_open_clip(config: ClipConfig) -> dict | None:
-    """open_clip's 'model_cfg'; None for a ResNet that it cannot describe (stem 'small', or not 4 stages)."""
+    """open_clip's 'model_cfg'; None for a ResNet that it cannot describe (stem 'small', or not 4 stages).
+
+    Raises ValueError for SigLIP's towers: open_clip takes its pictures' from timm, under other names.
+    """
     vision, text = config.vision, config.text
+    if not text.causal or (isinstance(vision, VitConfig) and vision.pool == "map"):
+        raise ValueError("open_clip has SigLIP's towers under other names; use --to hf")
     if isinstance(vision, ResNetConfig):
         if vision.stem != "imagenet" or len(vision.layers) != 4:
             return None
@@ -214,30 +219,54 @@ _HF_TEXT = {
     "vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407,
     "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
 }  # fmt: skip
+_HF_SIGLIP: dict[str, dict] = {
+    "vision_config": {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+    "text_config": {
+        "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "vocab_size": 32000,
+        "max_position_embeddings": 64, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
+    },
+}  # fmt: skip
+_OF_HF: dict[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh"}
+_TO_HF = {"gelu_tanh": "gelu_pytorch_tanh"}
+SIGLIP_EOS = 1  # </s> of SigLIP, <eos> of SigLIP 2
 
 
 def from_hugging_face(config: Mapping, highest_id: int | None = None) -> ClipConfig:
-    """The architecture of a Hugging Face CLIP folder's `config.json`.
+    """The architecture of the `config.json` of a Hugging Face CLIP or SigLIP folder.
 
     Raises ValueError for another model type, or naming a field whose value is not supported.
     """
-    if config.get("model_type") != "clip":
-        raise ValueError(f"unsupported model_type {config.get('model_type')!r}; expected 'clip'")
+    kind = config.get("model_type")
+    if kind == "siglip2":
+        raise ValueError(
+            "a NaFlex checkpoint of SigLIP 2 (model_type 'siglip2') is not supported: its pictures have any ratio; use "
+            "one of fixed resolution, such as google/siglip2-base-patch16-256"
+        )
+    if kind not in ("clip", "siglip"):
+        raise ValueError(f"unsupported model_type {kind!r}; expected 'clip' or 'siglip'")
+    siglip = kind == "siglip"
     # Old files have their changes in *_config_dict, which takes precedence.
-    vision = _HF_VISION | config.get("vision_config", {}) | (config.get("vision_config_dict") or {})
-    text = _HF_TEXT | config.get("text_config", {}) | (config.get("text_config_dict") or {})
+    vision, text = (
+        defaults | (_HF_SIGLIP[tower] if siglip else {}) | config.get(tower, {}) | (config.get(f"{tower}_dict") or {})
+        for tower, defaults in (("vision_config", _HF_VISION), ("text_config", _HF_TEXT))
+    )
+    eps = 1e-6 if siglip else 1e-5
     for tower in (vision, text):
-        if tower["layer_norm_eps"] != 1e-5:
-            raise ValueError(f"unsupported layer_norm_eps {tower['layer_norm_eps']}; expected 1e-5")
+        if tower["layer_norm_eps"] != eps:
+            raise ValueError(f"unsupported layer_norm_eps {tower['layer_norm_eps']}; expected {eps:g}")
     if vision.get("num_channels", 3) != 3:
         raise ValueError(f"unsupported num_channels {vision['num_channels']}; expected 3")
     if vision["hidden_act"] != text["hidden_act"]:
         raise ValueError(f"unsupported: different activations, {vision['hidden_act']!r} and {text['hidden_act']!r}")
+    if siglip and not vision.get("vision_use_head", True):
+        raise ValueError("unsupported vision_use_head False; expected True")
     eot_id = text["eos_token_id"]
-    if eot_id == 2:  # old versions write 2 for any tokenizer; transformers then pools at the highest id
+    if siglip:
+        eot_id = SIGLIP_EOS  # which no tower looks for; config.json has CLIP's
+    elif eot_id == 2:  # old versions write 2 for any tokenizer; transformers then pools at the highest id
         eot_id = text["vocab_size"] - 1 if highest_id is None else highest_id
     return ClipConfig(
-        config.get("projection_dim", 512),
+        (text.get("projection_size") or text["hidden_size"]) if siglip else config.get("projection_dim", 512),
         VitConfig(
             vision["image_size"],
             vision["patch_size"],
@@ -245,6 +274,7 @@ def from_hugging_face(config: Mapping, highest_id: int | None = None) -> ClipCon
             vision["num_hidden_layers"],
             vision["num_attention_heads"],
             _mlp(vision["hidden_size"], vision["intermediate_size"]),
+            "map" if siglip else "class",
         ),
         TextConfig(
             text["hidden_size"],
@@ -254,27 +284,38 @@ def from_hugging_face(config: Mapping, highest_id: int | None = None) -> ClipCon
             text["vocab_size"],
             eot_id,
             _mlp(text["hidden_size"], text["intermediate_size"]),
+            "last" if siglip else "eot",
         ),
-        text["hidden_act"],
+        _OF_HF.get(text["hidden_act"], text["hidden_act"]),
     )
 
 
-def to_hugging_face(config: ClipConfig, bos_id: int | None = None) -> dict:
-    """The contents of `config.json`. Raises ValueError for a model that `transformers.CLIPModel` cannot represent."""
+def to_hugging_face(config: ClipConfig, bos_id: int | None = None, pad_id: int | None = None) -> dict:
+    """The contents of `config.json`.
+
+    Raises ValueError for a model that neither `transformers.CLIPModel` nor `SiglipModel` can represent.
+    """
     vision, text = config.vision, config.text
     if isinstance(vision, ResNetConfig):
         raise ValueError("Hugging Face's CLIP has no ResNet tower; write the openai layout instead")
-    if text.eot_id == 2 and text.vocab_size > 3:
+    if config.siglip:
+        kind, name, top, both = "siglip", "SiglipModel", {}, {}
+        of_text = {"projection_size": config.embed_dim} | ({} if pad_id is None else {"pad_token_id": pad_id})
+    elif vision.pool == "map" or not text.causal:
+        raise ValueError("one tower is SigLIP's and one CLIP's, which transformers has no model for; use --to orbax")
+    elif text.eot_id == 2 and text.vocab_size > 3:
         raise ValueError("with an end-of-text id of 2 transformers pools at the highest id; use another id")
-    shared = {"hidden_act": config.activation, "layer_norm_eps": 1e-5, "projection_dim": config.embed_dim}
+    else:
+        kind, name, of_text, both = "clip", "CLIPModel", {}, {"projection_dim": config.embed_dim}
+        top = both | {"logit_scale_init_value": math.log(1 / 0.07)}
+    shared = {"hidden_act": _TO_HF.get(config.activation, config.activation), "layer_norm_eps": text.norm_eps} | both
     return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config.embed_dim,
-        "logit_scale_init_value": math.log(1 / 0.07),
+        "architectures": [name],
+        "model_type": kind,
+        **top,
         "dtype": "float32",
         "vision_config": {
-            "model_type": "clip_vision_model",
+            "model_type": f"{kind}_vision_model",
             "hidden_size": vision.width,
             "intermediate_size": vision.mlp_width or 4 * vision.width,
             "num_hidden_layers": vision.layers,
@@ -284,7 +325,7 @@ def to_hugging_face(config: ClipConfig, bos_id: int | None = None) -> dict:
             **shared,
         },
         "text_config": {
-            "model_type": "clip_text_model",
+            "model_type": f"{kind}_text_model",
             "hidden_size": text.width,
             "intermediate_size": text.mlp_width or 4 * text.width,
             "num_hidden_layers": text.layers,
@@ -294,5 +335,6 @@ def to_hugging_face(config: ClipConfig, bos_id: int | None = None) -> dict:
             "bos_token_id": bos_id if bos_id is not None else max(text.eot_id - 1, 0),
             "eos_token_id": text.eot_id,
             **shared,
+            **of_text,
         },
     }

@@ -29,13 +29,15 @@ def write(model: Pretrained, folder: str | Path, layout: str) -> None:
       layout: "hf", for transformers; "openai", for open_clip and OpenAI's code; "orbax", for JAX.
 
     Raises:
-      InputError: an unknown layout, a model that it does not support (Hugging Face and ResNets), or a file of the same
-        name that `write` did not write.
+      InputError: an unknown layout, a model that it does not support (Hugging Face and ResNets, open_clip and
+        SigLIP), or a file of the same name that `write` did not write.
     """
     if layout not in LAYOUTS:
         raise InputError(f"unknown layout {layout!r}. Expected one of {', '.join(LAYOUTS)}")
     if layout == "hf" and isinstance(model.config.vision, ResNetConfig):
         raise InputError(f"{model.path} has a ResNet, which Hugging Face's CLIP does not support; use --to openai")
+    if layout == "openai" and not model.config.text.causal:
+        raise InputError(f"{model.path} is a SigLIP, whose towers open_clip has under other names; use --to hf")
     owned = Owned(folder, "convert")
     folder = owned.folder
     tokenizer = None if model.tokenizer is None else model.tokenizer.to_dict()
@@ -47,7 +49,8 @@ def write(model: Pretrained, folder: str | Path, layout: str) -> None:
         owned.claim(names)
         if layout == "hf":
             bos_id = model.tokenizer.start_id if model.tokenizer else None
-            formats.write_hf(folder, model.config, model.variables, bos_id)
+            pad_id = model.tokenizer.pad_id if model.tokenizer else None
+            formats.write_hf(folder, model.config, model.variables, bos_id, pad_id)
         elif layout == "openai":
             formats.write_openai(folder, model.config, model.variables)
             _complete_open_clip_config(folder / "open_clip_config.json", model.view, tokenizer is not None)
@@ -62,7 +65,8 @@ def write(model: Pretrained, folder: str | Path, layout: str) -> None:
     _write_json(folder / "preprocessor_config.json", preprocess.to_hugging_face(model.view))
     if tokenizer is not None:
         _write_json(folder / "tokenizer.json", tokenizer)
-        _write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, model.config.text.context_length))
+        described = _tokenizer_config(tokenizer, model.config.text.context_length, _special(model))
+        _write_json(folder / "tokenizer_config.json", described)
     write_whole(folder / "README.md", card(model, layout))
 
 
@@ -76,18 +80,29 @@ def _names(layout: str, tokenizer: bool) -> list[str]:
     return [*weights[layout], "preprocessor_config.json", *texts, "README.md"]
 
 
-def _tokenizer_config(tokenizer: dict, context_length: int) -> dict:
+def _special(model: Pretrained) -> dict[str, str]:
+    """Tokens by what transformers calls them. CLIP does not see what follows the first end-of-text, so padding with it
+    changes nothing."""
+    words = model.tokenizer
+    assert words is not None
+    of = {"eos_token": words.end, "unk_token": words.end, "pad_token": words.end}
+    if words.start_id is not None:
+        of["bos_token"] = START
+    if not model.config.text.causal:  # whose padding is seen
+        of["pad_token"] = next(token for token, id in words.vocabulary().items() if id == words.pad_id)
+    if "<unk>" in words.vocabulary() and words.start_id is None:
+        of["unk_token"] = "<unk>"
+    return of
+
+
+def _tokenizer_config(tokenizer: dict, context_length: int, special: dict[str, str]) -> dict:
     # transformers' CLIPTokenizer builds its own tokenizer from vocabulary and merges, and supports only OpenAI's kind.
     # The general class reads any other tokenizer.json as it is.
     bpe = tokenizer["model"]
     openai_kind = bpe.get("end_of_word_suffix") == "</w>" and END in bpe.get("vocab", {})
     return {
         "tokenizer_class": "CLIPTokenizer" if openai_kind else "PreTrainedTokenizerFast",
-        "bos_token": START,
-        "eos_token": END,
-        "unk_token": END,
-        # The model does not see what follows the first end-of-text, so padding with it changes nothing.
-        "pad_token": END,
+        **special,
         "model_max_length": context_length,
     }
 
@@ -123,6 +138,14 @@ _OURS = """import rankclip_jax
 
 model = rankclip_jax.load("FOLDER")
 model.encode_image(image), model.encode_text(["a photo of a cat"])"""
+
+
+_USE_SIGLIP = """from transformers import SiglipModel, SiglipProcessor
+
+model, processor = SiglipModel.from_pretrained("FOLDER"), SiglipProcessor.from_pretrained("FOLDER")
+how = dict(padding="max_length", truncation=True)  # the model was trained with this padding
+inputs = processor(text=["a photo of a cat"], images=image, return_tensors="pt", **how)
+z = model(**inputs)  # z.image_embeds, z.text_embeds, z.logits_per_image"""
 
 
 def card(model: Pretrained, layout: str) -> str:
@@ -162,11 +185,12 @@ def card(model: Pretrained, layout: str) -> str:
             lines += [f"## Results at step {model.step}", "", *_table(("metric", "value"), results)]
     else:
         lines += [f"Converted from `{model.path.name}`, which has no information about its training.", ""]
-    use = [_OURS] if alone else [_USE[layout], _OURS]
+    theirs = _USE_SIGLIP if config.siglip else _USE.get(layout, "")
+    use = [_OURS] if alone else [theirs, _OURS]
     lines += ["## Use", ""]
     for code in use:
         lines += ["```python", code, "```", ""]
-    if model.tokenizer is not None and layout != "orbax":
+    if model.tokenizer is not None and model.tokenizer.start_id is not None and layout != "orbax":
         lines += [
             "Before training, HTML entities and broken Unicode in texts were repaired (ftfy, `html.unescape`). "
             "`rankclip_jax` does this automatically; with other libraries, do it yourself.",

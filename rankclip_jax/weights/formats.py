@@ -15,7 +15,7 @@ from rankclip_jax.common.files import whole, write_whole
 from rankclip_jax.common.foreign_files import beginning, read_json, refuse_stand_in
 from rankclip_jax.models import ClipConfig
 from rankclip_jax.models.presets import Activation
-from rankclip_jax.weights import architecture, layouts, orbax_folder
+from rankclip_jax.weights import architecture, big_vision, layouts, orbax_folder
 from rankclip_jax.weights.torch_file import read_torch_file
 
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -39,10 +39,10 @@ def read(
     """Reads a CLIP from a file or folder.
 
     Args:
-      path: a Hugging Face folder (config.json and model.safetensors or pytorch_model.bin, sharded or not), an open_clip
-        folder (open_clip_config.json), a folder of `write_orbax`, or a file: OpenAI's `.pt` (TorchScript or state
-        dict), a checkpoint of the RankCLIP code, open_clip or Lightning, a `.safetensors` of either layout. A config
-        file next to a file is used.
+      path: a Hugging Face folder of a CLIP or SigLIP (config.json and model.safetensors or pytorch_model.bin, sharded
+        or not), an open_clip folder (open_clip_config.json), a folder of `write_orbax`, or a file: OpenAI's `.pt`
+        (TorchScript or state dict), a checkpoint of the RankCLIP code, open_clip or Lightning, a `.safetensors` of
+        either layout, SigLIP's `.npz` of big_vision. A config file next to a file is used.
       config: overrides config files and shapes.
       activation: of files without a config: 'quick_gelu' (OpenAI, RankCLIP) or 'gelu' (most of open_clip's models).
       highest_id: of the tokenizer, for what pools at a text's highest id (architecture.py); None: the vocabulary's.
@@ -63,6 +63,9 @@ def read(
         if (path / orbax_folder.CONFIG).is_file():
             return orbax_folder.read_orbax(path)
         folder, weights = (path, _weights_in(path)) if path.is_dir() else (path.parent, path)
+        if weights.suffix == ".npz":
+            config, state = big_vision.read_npz(weights)
+            return config, layouts.from_state(state, config, layouts.big_vision)
         state = _without_wrappers(_read_state(weights))
         hugging_face = any(k.startswith(("vision_model.", "text_model.")) for k in state)
         if config is None:
@@ -77,14 +80,18 @@ def read(
         raise ValueError(str(e) if str(e).startswith(str(path)) else f"{path}: {e}") from e
 
 
-def write_hf(folder: str | Path, config: ClipConfig, variables: Mapping, bos_id: int | None = None) -> None:
-    """Writes `config.json` and `model.safetensors` (float32) for `transformers.CLIPModel`.
+def write_hf(
+    folder: str | Path, config: ClipConfig, variables: Mapping, bos_id: int | None = None, pad_id: int | None = None
+) -> None:
+    """Writes `config.json` and `model.safetensors` (float32) for `transformers.CLIPModel` or `SiglipModel`.
 
-    variables: {'params': ...}, unrolled or scanned. bos_id: the tokenizer's start id, only recorded: the model does not
-    use it. Raises ValueError for a ResNet, which Hugging Face does not support.
+    variables: {'params': ...}, unrolled or scanned. bos_id, pad_id: the tokenizer's, only recorded: the model does not
+    use them. Raises ValueError for a ResNet, which Hugging Face does not support.
     """
-    described = architecture.to_hugging_face(config, bos_id)
+    described = architecture.to_hugging_face(config, bos_id, pad_id)
     state = layouts.to_state(variables, config, layouts.hugging_face)
+    if config.siglip:
+        state |= {name: state[name].reshape(1) for name in ("logit_scale", "logit_bias")}
     folder = _new_folder(folder)
     _write_weights(folder / "model.safetensors", state)
     _write_json(folder / "config.json", described)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rankclip_jax.common import hub
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.tokenizer import files_of_tokenizer
+from rankclip_jax.common.tokenizer import SENTENCEPIECE, files_of_tokenizer
 from rankclip_jax.weights import formats, orbax_folder, view
 
 _PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
@@ -29,7 +29,8 @@ def needed(names: Collection[str]) -> list[str]:
 
     Raises InputError if it has no weights of a layout that `formats.read` knows.
     """
-    few = [name for name in _PREPROCESSING if name in names] + files_of_tokenizer(names)
+    few = [name for name in _PREPROCESSING if name in names]
+    few += files_of_tokenizer(names) or [name for name in names if name == SENTENCEPIECE]
     if orbax_folder.CONFIG in names:
         return [orbax_folder.CONFIG, *few, *(name for name in names if name.startswith(f"{orbax_folder.ARRAYS}/"))]
     weights = next((name for name in formats.WEIGHTS if name in names), None)
@@ -46,6 +47,6 @@ def _check(folder: Path) -> None:
     try:
         hugging_face = not (folder / "open_clip_config.json").exists()
         if config := formats.config_in(folder, hugging_face):
-            view.of_folder(folder, config.vision.image_size)
+            view.of_folder(folder, config.vision)
     except ValueError as error:
         raise InputError(str(error)) from None

@@ -64,6 +64,10 @@ _HUGGING_FACE = [
     (r"/ln_final/", "/final_layer_norm/"),
     (r"/transformer/resblocks_(\d+)/", r"/encoder/layers/\1/"),
     (r"/ln_(\d)/", r"/layer_norm\1/"),
+    (r"/attnpool/c_proj/", "/head/attention/out_proj/"),
+    (r"/attnpool/([qkv]_proj)/", r"/head/attention/\1/"),
+    (r"/attnpool/ln/", "/head/layernorm/"),
+    (r"/attnpool/", "/head/"),
     (r"/attn/", "/self_attn/"),
     (r"/mlp/c_fc/", "/mlp/fc1/"),
     (r"/mlp/c_proj/", "/mlp/fc2/"),
@@ -71,15 +75,53 @@ _HUGGING_FACE = [
 
 
 def hugging_face(path: str, ndim: int) -> Place:
-    """Place in the state dict of `transformers.CLIPModel`, which supports only vision transformers."""
+    """Place in the state dict of `transformers.CLIPModel` or `SiglipModel`, which have vision transformers only."""
     for pattern, new in _HUGGING_FACE:
         path = re.sub(pattern, new, path)
     *modules, leaf = path.split("/")
-    return Place(".".join([*modules, _LEAVES.get(leaf, leaf)]), _AXES[ndim] if leaf == "kernel" else None)
+    axes = _AXES[ndim] if leaf == "kernel" else None
+    if modules[-2:-1] == ["attention"] and modules[-1] != "out_proj":  # SigLIP's head is an nn.MultiheadAttention
+        fused = ".".join([*modules[:-1], "in_proj_weight" if leaf == "kernel" else "in_proj_bias"])
+        return Place(fused, axes, "qkv".index(modules[-1][0]))
+    return Place(".".join([*modules, _LEAVES.get(leaf, leaf)]), axes)
 
 
-# Tensors that are not weights: sizes that OpenAI registered as buffers, masks, position ids, batch counters. And the
-# bias of SigLIP's loss: no embedding and no softmax depends on it.
+_BIG_VISION = [
+    (r"^visual/", "img/"),
+    (r"^text/", "txt/"),
+    (r"^logit_scale$", "t"),
+    (r"^logit_bias$", "b"),
+    (r"/conv1/", "/embedding/"),
+    (r"/positional_embedding$", "/pos_embedding"),
+    (r"/token_embedding/", "/Embed_0/"),
+    (r"^img/ln_post/", "img/Transformer/encoder_norm/"),
+    (r"^txt/ln_final/", "txt/Encoder_0/encoder_norm/"),
+    (r"^img/transformer/resblocks_(\d+)/", r"img/Transformer/encoderblock_\1/"),
+    (r"^txt/transformer/resblocks_(\d+)/", r"txt/Encoder_0/encoderblock_\1/"),
+    (r"/mlp/c_fc/", "/MlpBlock_0/Dense_0/"),
+    (r"/mlp/c_proj/", "/MlpBlock_0/Dense_1/"),
+    (r"/ln_1/", "/LayerNorm_0/"),
+    (r"/ln_2/", "/LayerNorm_1/"),
+    (r"/attnpool/ln/", "/attnpool/LayerNorm_0/"),
+    (r"/(attn|attnpool)/(q|k|v|out|c)_proj/", r"/\1/MultiHeadDotProductAttention_0/\2/"),
+    (r"/q/", "/query/"),
+    (r"/k/", "/key/"),
+    (r"/v/", "/value/"),
+    (r"/c/", "/out/"),
+    (r"/attn/", "/"),
+    (r"/attnpool/", "/MAPHead_0/"),
+]
+
+
+def big_vision(path: str, ndim: int) -> Place:
+    """Place in big_vision's two towers, as `big_vision.read_npz` gives them: in flax's axes, as here."""
+    for pattern, new in _BIG_VISION:
+        path = re.sub(pattern, new, path)
+    return Place(path)
+
+
+# Tensors that are not weights: sizes that OpenAI registered as buffers, masks, position ids, batch counters. And, of
+# CLIP's towers, the bias of SigLIP's loss: no embedding and no softmax depends on it.
 IGNORED = re.compile(
     r"input_resolution|context_length|vocab_size|(.*\.)?attn_mask|.*\.position_ids|.*\.num_batches_tracked|logit_bias"
 )

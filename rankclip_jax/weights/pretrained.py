@@ -11,7 +11,7 @@ from rankclip_jax import models
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.foreign_files import read_json
-from rankclip_jax.common.tokenizer import Tokenizer, files_of_tokenizer
+from rankclip_jax.common.tokenizer import NO_SENTENCEPIECE, SENTENCEPIECE, Tokenizer, files_of_tokenizer
 from rankclip_jax.models.presets import Activation
 from rankclip_jax.weights import checkpoint, formats, hub
 from rankclip_jax.weights import view as preprocess
@@ -64,6 +64,8 @@ def read(path: str | Path, tokenizer: str | None = None, activation: Activation 
     has_words = folder.is_dir() and files_of_tokenizer([file.name for file in folder.iterdir()])
     words = Tokenizer.load(folder) if has_words else None
     given = Tokenizer.load(tokenizer) if tokenizer else None
+    if not words and not given and (folder / SENTENCEPIECE).is_file():
+        raise InputError(f"{path}: {NO_SENTENCEPIECE}")
     if words and given and words.vocabulary() != given.vocabulary():
         raise InputError(f"{path} has its own tokenizer, and {tokenizer} has other ids; do not give the latter")
     words = words or given
@@ -74,12 +76,14 @@ def read(path: str | Path, tokenizer: str | None = None, activation: Activation 
     end = words.eot_id if words and words.highest_id() == words.eot_id else None
     try:
         config, variables = formats.read(found, activation=activation, highest_id=end)
-        view = preprocess.of_folder(folder, config.vision.image_size)
+        view = preprocess.of_folder(folder, config.vision)
     except (ValueError, OSError) as error:
         raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     if words:
-        if max(words.start_id, words.eot_id) < config.text.vocab_size:
+        if max(words.start_id or 0, words.eot_id, words.pad_id) < config.text.vocab_size:
             words = words.within(config.text.vocab_size)
+            if not config.text.causal:  # the tower pools no end, and its config need not name it
+                config = dataclasses.replace(config, text=dataclasses.replace(config.text, eot_id=words.eot_id))
         if words.eot_id != config.text.eot_id or words.vocab_size > config.text.vocab_size:
             raise InputError(
                 f"tokenizer {tokenizer or folder} has {words.vocab_size} ids, end-of-text {words.eot_id}; the model "
@@ -111,7 +115,10 @@ def _workdir(path: Path, tokenizer: Tokenizer | None) -> Pretrained:
     step, variables = found
     config = models.build(**configs.network(run.model), vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id).config
     variables = {name: models.unstack_layers(tree) for name, tree in variables.items()}
-    variables["params"].pop("logit_bias", None)  # of SigLIP's loss; affects neither embeddings nor a softmax
+    if not config.siglip:
+        variables["params"].pop("logit_bias", None)  # of SigLIP's loss; affects neither embeddings nor a softmax
     side = config.vision.image_size
-    view = preprocess.View(side, side, run.data.mean or preprocess.MEAN, run.data.std or preprocess.STD)
+    normal = run.data.mean or preprocess.MEAN, run.data.std or preprocess.STD
+    squash = run.data.squash or preprocess.usual(config.vision).squash
+    view = preprocess.View(side, side, *normal, squash=squash)
     return Pretrained(path, config, variables, view, tokenizer, run, step)

@@ -1,4 +1,4 @@
-"""CLIP's image preprocessing for evaluation, on the host with PIL, as transformers' `CLIPImageProcessor`."""
+"""Image preprocessing for evaluation, on the host with PIL, as transformers' `CLIPImageProcessor` and SigLIP's."""
 
 import dataclasses
 import math
@@ -12,17 +12,25 @@ from PIL import Image
 from rankclip_jax.common import pictures
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.foreign_files import read_json
+from rankclip_jax.models import ResNetConfig, VitConfig
 from rankclip_jax.models.images import MEAN, STD
+
+HALF = (0.5, 0.5, 0.5)  # SigLIP's mean and deviation
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Short side to `resize` pixels (bicubic), the central `crop` square, then (x / 255 - mean) / std per channel."""
+    """Short side to `resize` pixels (bicubic), the central `crop` square, then (x / 255 - mean) / std per channel.
+
+    squash "bicubic" (SigLIP's) or "bilinear" (SigLIP 2's): the whole image to a square of `crop` pixels, whatever its
+    ratio.
+    """
 
     resize: int
     crop: int
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
+    squash: str = "no"
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """An image -> uint8 (crop, crop, 3); mean and std are applied on the device.
@@ -31,10 +39,10 @@ class View:
         InputError with the reason.
         """
         if isinstance(image, Image.Image):
-            return pictures.centre(pictures.rgb(image), self.resize, self.crop)
+            return self._resized(pictures.rgb(image))
         if isinstance(image, str | os.PathLike):
             try:
-                return pictures.centre(pictures.read(Path(image).read_bytes()), self.resize, self.crop)
+                return self._resized(pictures.read(Path(image).read_bytes()))
             except pictures.BadImageError as error:
                 raise InputError(f"{image}: {error}") from None
             except (OSError, ValueError) as error:
@@ -46,16 +54,29 @@ class View:
                 f"an image must be a PIL image, a path, or a uint8 array (height, width, 3); got "
                 f"{array.dtype} {array.shape}"
             )
-        return pictures.centre(Image.fromarray(array), self.resize, self.crop)
+        return self._resized(Image.fromarray(array))
+
+    def _resized(self, image: Image.Image) -> np.ndarray:
+        if self.squash != "no":
+            return pictures.squashed(image, self.crop, self.squash)
+        return pictures.centre(image, self.resize, self.crop)
 
 
-def of_folder(folder: Path, image_size: int) -> View:
-    """The view of a Hugging Face or open_clip folder's config files; CLIP's own without them.
+def usual(vision: VitConfig | ResNetConfig) -> View:
+    """The view of CLIP's or SigLIP's own models."""
+    side = vision.image_size
+    if isinstance(vision, VitConfig) and vision.pool == "map":
+        return View(side, side, HALF, HALF, "bicubic")
+    return View(side, side)
+
+
+def of_folder(folder: Path, vision: VitConfig | ResNetConfig) -> View:
+    """The view of a Hugging Face or open_clip folder's config files; `usual` without them.
 
     Raises ValueError naming an unsupported field.
     """
     try:
-        view = _of_folder(folder, image_size)
+        view = _of_folder(folder, vision)
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: its preprocessing is damaged ({one_line(error)}); download it again") from None
     for name, values, low in (("mean", view.mean, -math.inf), ("std", view.std, 0)):
@@ -65,28 +86,35 @@ def of_folder(folder: Path, image_size: int) -> View:
     return view
 
 
-def _of_folder(folder: Path, image_size: int) -> View:
+def _of_folder(folder: Path, vision: VitConfig | ResNetConfig) -> View:
     described = _read(folder / "preprocessor_config.json")
     described = described or _read(folder / "processor_config.json").get("image_processor", {})
     if described:
-        return _of_hugging_face(described, image_size)
+        siglip = str(described.get("image_processor_type", "")).startswith("Siglip")
+        return (_of_siglip if siglip else _of_hugging_face)(described, vision.image_size)
     described = _read(folder / "open_clip_config.json").get("preprocess_cfg") or {}
-    for key, usual in (("interpolation", "bicubic"), ("resize_mode", "shortest"), ("mode", "RGB")):
-        if described.get(key, usual) != usual:
-            raise ValueError(f"open_clip_config.json: unsupported {key} = {described[key]!r}; expected {usual!r}")
-    return View(image_size, image_size, tuple(described.get("mean") or MEAN), tuple(described.get("std") or STD))
+    for key, ours in (("interpolation", "bicubic"), ("resize_mode", "shortest"), ("mode", "RGB")):
+        if described.get(key, ours) != ours:
+            raise ValueError(f"open_clip_config.json: unsupported {key} = {described[key]!r}; expected {ours!r}")
+    own = usual(vision)
+    mean, std = (tuple(described.get(key) or getattr(own, key)) for key in ("mean", "std"))
+    return dataclasses.replace(own, mean=mean, std=std)
 
 
 def to_hugging_face(view: View) -> dict:
     """The contents of `preprocessor_config.json`."""
+    square = {"height": view.crop, "width": view.crop}
+    if view.squash == "no":
+        kind, how = "CLIPImageProcessor", Image.Resampling.BICUBIC
+        cut = {"size": {"shortest_edge": view.resize}, "do_center_crop": True, "crop_size": square}
+    else:
+        kind, how, cut = "SiglipImageProcessor", Image.Resampling[view.squash.upper()], {"size": square}
     return {
-        "image_processor_type": "CLIPImageProcessor",
+        "image_processor_type": kind,
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": view.resize},
-        "resample": int(Image.Resampling.BICUBIC),
-        "do_center_crop": True,
-        "crop_size": {"height": view.crop, "width": view.crop},
+        **cut,
+        "resample": int(how),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -95,14 +123,28 @@ def to_hugging_face(view: View) -> dict:
     }
 
 
-def _of_hugging_face(described: Mapping, image_size: int) -> View:
-    defaults = to_hugging_face(View(224, 224))
+def _of_siglip(described: Mapping, side: int) -> View:
+    how = "bilinear" if described.get("resample") == Image.Resampling.BILINEAR else "bicubic"
+    square = {"height": side, "width": side}
+    found = _given(described, to_hugging_face(View(side, side, HALF, HALF, how)))
+    if found["size"] not in (square, side):
+        raise ValueError(f"preprocessor_config.json: size {found['size']!r}; expected the model's, {square!r}")
+    return View(side, side, tuple(found["image_mean"]), tuple(found["image_std"]), how)
+
+
+def _given(described: Mapping, defaults: dict) -> dict:
+    """The defaults with what a file gives in their place. Raises ValueError for a field that must have its default."""
     found = defaults | {k: v for k, v in described.items() if k in defaults and v is not None}
     for key in ("do_resize", "resample", "do_center_crop", "do_rescale", "rescale_factor", "do_normalize"):
-        if abs(found[key] - defaults[key]) > 1e-6:
+        if key in defaults and abs(found[key] - defaults[key]) > 1e-6:
             raise ValueError(
                 f"preprocessor_config.json: unsupported {key} = {found[key]!r}; expected {defaults[key]!r}"
             )
+    return found
+
+
+def _of_hugging_face(described: Mapping, image_size: int) -> View:
+    found = _given(described, to_hugging_face(View(224, 224)))
     size, crop = found["size"], found["crop_size"]
     resize = size.get("shortest_edge") if isinstance(size, Mapping) else size
     side = crop.get("height") if isinstance(crop, Mapping) else crop

@@ -12,20 +12,21 @@ from pathlib import Path
 
 import pytest
 
+from rankclip_jax import config as configs
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
-from tests.commands.test_train import SMALL, finish, numbers
+from rankclip_jax.train import loop
+from tests.commands.test_train import NO_EVALUATION, SMALL, TRANSFORMER, numbers
 from tests.support.real_clients import real_clients
 from tests.support.source_files import samples, write_tar
 
 REPO = Path(__file__).parents[2]
-OF_TARS = [flag for flag in SMALL if "data." not in flag and "eval." not in flag] + [
+OF_TARS = [flag for flag in SMALL if ".data." not in flag and ".eval." not in flag] + [
+    *TRANSFORMER,
+    *NO_EVALUATION,
+    "--config.loss.objective=clip",  # whose step JAX can cache
     "--config.data.format=webdataset",
     "--config.batch_size=16",
-    "--config.data.val=None",
-    "--config.eval.zero_shot={}",
-    "--config.eval.retrieval={}",
-    "--config.eval.geometry={}",
     "--config.eval.suite=None",
     "--config.checkpoint.keep=50",
 ]
@@ -75,14 +76,13 @@ def test_a_copy_that_stays_takes_only_its_own_clean_up_back(tmp_path, bucket):
         bucket.refused = None
         command = [sys.executable, "-c", script]
         env = os.environ | {"PYTHONPATH": str(REPO)}
-        child = subprocess.Popen(
-            command, cwd=tmp_path, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        child = subprocess.Popen(command, cwd=tmp_path, env=env, text=True, **pipes)
         copy = Path(child.stdout.readline().strip())
         assert (tmp_path / "of_others").exists() and copy.exists()
         bucket.refused = refused
-        said = child.communicate("\n", timeout=60)[0]
-        assert (f"not all of {copy} could be brought to the bucket, so it stays: " in said) == stays
+        said = child.communicate("\n", timeout=60)[1]
+        assert (f"not all of {copy} could be copied to the bucket, so it stays: " in said) == stays
         assert (copy / "metrics.jsonl").exists() == copy.parent.exists() == stays
         assert not (tmp_path / "of_others").exists()
         shutil.rmtree(copy.parent, ignore_errors=True)
@@ -119,7 +119,8 @@ def test_a_run_in_a_bucket_loses_its_machine_and_has_the_numbers_of_a_local_one(
     (folder / "tars").mkdir(parents=True)
     write_tar(folder / "tars", samples(96))
     with real_clients(folder, tmp_path) as (_, enter, env):
-        env["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+        env |= dict(XDG_CACHE_HOME=str(tmp_path / "cache"), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"))
+        env |= dict(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0", JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0")
 
         def command(module, *flags):
             return [*enter, sys.executable, "-m", f"rankclip_jax.{module}", *flags]
@@ -164,16 +165,18 @@ def test_a_run_in_a_bucket_loses_its_machine_and_has_the_numbers_of_a_local_one(
 
 
 @pytest.mark.slow
-def test_checkpoints_elsewhere_tell_whose_they_are_when_the_workdir_is_lost(tmp_path):
-    kept = f"--config.checkpoint.folder={tmp_path / 'kept'}"
-    code, said = finish(tmp_path / "whole")
-    assert code == 0, said
-    code, said = finish(tmp_path / "lost", kept)
-    assert code == 0, said
+def test_checkpoints_elsewhere_tell_whose_they_are_when_the_workdir_is_lost(tmp_path, capsys):
+    flags = (*SMALL[1:], *TRANSFORMER, *NO_EVALUATION, f"--config.checkpoint.folder={tmp_path / 'kept'}")
+
+    def train(name, *changes):
+        fields = [flag.removeprefix("--config.") for flag in (*flags, *changes)]
+        loop.train(configs.load("configs/shapes.py", fields), tmp_path / name)
+
+    train("lost")
     assert {"config.json", "tokenizer.json", "18"} <= {path.name for path in (tmp_path / "kept").iterdir()}
     shutil.rmtree(tmp_path / "kept" / "18")
-    code, said = finish(tmp_path / "other", kept, "--config.seed=7")
-    assert code == 1 and "holds a run with another configuration (config.seed: 0 -> 7)" in said, said
-    code, said = finish(tmp_path / "again", kept)
-    assert code == 0 and "resuming from step 16" in said, said
-    assert numbers(tmp_path / "again")[-1] == numbers(tmp_path / "whole")[-1]
+    with pytest.raises(InputError, match=r"holds a run with another configuration \(config.seed: 0 -> 7\)"):
+        train("other", "--config.seed=7")
+    train("again")
+    assert "resuming from step 16" in capsys.readouterr().out
+    assert numbers(tmp_path / "again")[-1] == numbers(tmp_path / "lost")[-1]

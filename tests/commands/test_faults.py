@@ -10,12 +10,12 @@ import pytest
 @pytest.mark.slow
 def test_killed_poisoned_and_robbed_a_run_ends_with_the_same_numbers():
     # In a separate process: it forks, which a process whose JAX is at work must not.
-    command = [sys.executable, "-m", "benchmarks.faults", "--seed=1", "--kills=3", "--only"]
+    command = [sys.executable, "-m", "benchmarks.faults", "--seed=1", "--kills=2", "--only"]
     cases = ["SIGKILL", "SIGTERM at", "NaN", "vanish"]
     done = subprocess.run([*command, *cases], cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     killed, terminated, nan, vanished = done.stdout.splitlines()[2:]
-    assert "3 kills" in killed and "all resumed with the same numbers" in killed
+    assert "2 kills" in killed and "all resumed with the same numbers" in killed
     assert "exit 75 with step" in terminated and terminated.endswith("resumed with the same numbers |")
     assert "gradient norm nan; stopped" in nan and nan.endswith("then same numbers |")
     assert "not one batch of good samples" in vanished and vanished.endswith("then same numbers |")

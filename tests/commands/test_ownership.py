@@ -1,7 +1,6 @@
 """Nothing that is not ours is deleted, emptied or replaced: every command that writes, among files of others."""
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -12,10 +11,10 @@ import pytest
 from PIL import Image
 
 import rankclip_jax
-from input_pipeline import download, prepare, shards
+from input_pipeline import download, prepare
 from notebooks import launch
 from rankclip_jax import convert, doctor, embed
-from rankclip_jax.common import files, ownership
+from rankclip_jax.common import ownership
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.ownership import MARKER, Owned
 from rankclip_jax.inference import collection, store
@@ -26,44 +25,13 @@ from rankclip_jax.train import __main__ as train
 from rankclip_jax.train import workdir as workdirs
 from rankclip_jax.weights import checkpoint, export, pretrained
 from rankclip_jax.weights.saving import Checkpoints
-from tests.commands.test_train import SMALL
-from tests.input_pipeline.test_download import Server, Web, env, web  # noqa: F401 -- fixtures
+from tests.commands.test_train import SMALL, TRANSFORMER
 from tests.study.test_study import SMOKE
+from tests.support.foreign import FOREIGN, contents, fill
 from tests.support.made_models import VIT, make_workdir
-from tests.support.small_files import small_files
 from tests.weights.test_checkpoint import abstract, config, save, saved_steps, state_of
 
 REPO = Path(__file__).parents[2]
-# Of somebody else, with the names and endings that our commands use.
-FOREIGN = (
-    "mine.tar", "00000.tar", "00000.parquet", "00001.tar", "urls.parquet", "00000_stats.json", "x_stats.json",
-    "00000.tfrecord.part", "notes.part", "config.json.part", "metrics.part", "manifest.json", "bad_samples.jsonl",
-    "tokenizer.json", "contact_sheet.png", "_tmp/0.feather", "_tmp/precious", "_download/notes.txt",
-    "config.json", "metrics.jsonl", "eval.json", "eval/zero_shot_seen.npz", "curves.png", "train.log", "profile/trace",
-    "checkpoints/1000/model.pt", "checkpoints/5.orbax-checkpoint-tmp/x", "checkpoints/my.orbax-checkpoint-tmp-7/x",
-    "results.json", "results.md", "dynamics.png", "runs/other.json", "search/other.json",
-    "report.html", "README.md", "model.safetensors", "open_clip_config.json", "open_clip_model.safetensors",
-    "preprocessor_config.json", "rankclip_jax.json", "variables/x", "variables.orbax-checkpoint-tmp/x",
-    "photos.npz.parts/0.npz", "photos.npz.bad_samples.jsonl", "photos.npz.unfinished", "about.json",
-    "bin/python", "lib/x", "pyvenv.cfg",
-)  # fmt: skip
-
-
-def fill(folder, names=FOREIGN):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        text = '{"name": "of a web site"}' if name.endswith(".json") else f"the only copy of {name}"
-        (folder / name).write_text(text)
-    return folder
-
-
-def contents(folder):
-    """What is below a folder: name -> bytes, the target of a link, or None for a folder."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +75,9 @@ def run(monkeypatch, model):
 
 
 def training(workdir, *flags):
-    short = ("steps=4", "data.val=None", "eval.zero_shot={}", "eval.diagnostics=False", "checkpoint.keep=2")
-    return (*SMALL, *(f"--config.{flag}" for flag in short), f"--workdir={workdir}", *flags)
+    short = ("steps=4", "loss.objective=clip", "data.val=None", "eval.zero_shot={}", "eval.diagnostics=False")
+    short = (*TRANSFORMER, *(f"--config.{flag}" for flag in (*short, "checkpoint.keep=2")))
+    return (*SMALL, *short, f"--workdir={workdir}", *flags)
 
 
 def studying(workdir):
@@ -321,7 +290,7 @@ def test_links_are_not_followed(run, world, tmp_path):
         refused(name, tmp_path / "tars", *COMMANDS["download"](world, out), "--shard-size=3")
 
 
-# Downloads: what img2dataset does is simulated here, and real in the slow test at the end.
+# Downloads: what img2dataset does is simulated here, and real in tests/input_pipeline/test_img2dataset.py.
 
 
 def downloaded(world, out, finished=(0, 1, 2)):
@@ -369,25 +338,6 @@ def test_a_download_resumes_next_to_files_of_others(marker, run, world, tmp_path
             downloaded(world, out)
         assert contents(out) == before
         (out / name).unlink()
-
-
-@pytest.mark.slow
-def test_img2dataset_itself_leaves_the_files_of_others(web, env, tmp_path):  # noqa: F811
-    (tmp_path / "list.tsv").write_text("".join(f"picture {i}\t{web}/small/{i}.jpg\n" for i in range(6)))
-    options = download._flags().parse_args([str(tmp_path / "list.tsv"), str(tmp_path / "out")])
-    vars(options).update(shard_size=3, processes=1, threads=4, env=env)
-    before = contents(fill(tmp_path / "out", ["mine.tar"]))
-    with pytest.raises(InputError, match="holds files that download did not write"):
-        download.download(options.urls, options.out_dir, options)
-    assert contents(tmp_path / "out") == before
-    options.out_dir = tmp_path / "new"
-    assert download.download(options.urls, options.out_dir, options)[0] == {"images": 6}
-    mine = ["mine.tar", "x.parquet", "_download/notes.txt"]
-    before = contents(fill(options.out_dir, mine))
-    (options.out_dir / "00001_stats.json").unlink()
-    assert download.download(options.urls, options.out_dir, options)[0] == {"images": 6}
-    after = contents(options.out_dir)
-    assert after.keys() == before.keys() and all(after[name] == before[name] for name in (*mine, "00000.tar"))
 
 
 # Folders of before there were markers.
@@ -482,52 +432,6 @@ def test_a_strangers_folder_in_the_way_of_a_save_is_refused(name, tmp_path):
         Checkpoints(tmp_path, config(), start=1)
     assert contents(tmp_path / "checkpoints") == before
     assert checkpoint.restore(tmp_path, config(), abstract(state_of(0))).step == 1
-
-
-# Files whole or not at all.
-
-
-def test_a_file_is_whole_or_not_there(tmp_path):
-    path = tmp_path / "a.json"
-    files.write_whole(path, "old")
-    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
-    with pytest.raises(KeyboardInterrupt), files.whole(path) as part:
-        part.write_text("half")
-        raise KeyboardInterrupt
-    with small_files(1000), pytest.raises(InputError, match=r"^cannot write .*a\.json: File too large; make room"):
-        files.write_whole(path, b"x" * 2000)
-    with pytest.raises(FileNotFoundError), files.whole(path):
-        open(tmp_path / "of somebody else")  # whose error it is, is said by its name
-    assert contents(tmp_path) == {"a.json": b"old"}
-    for other in (tmp_path, Path("/dev/null")):
-        with pytest.raises(InputError, match="it is no file"):
-            files.write_whole(other, "x")
-    with pytest.raises(InputError, match=r"^cannot write .*/gone/a: No such file or directory$"):
-        files.write_whole(tmp_path / "gone/a", "x")
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def test_a_temporary_name_of_somebody_else_is_not_overwritten(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.secrets, "token_hex", lambda n: "0" * 2 * n)
-    before = contents(fill(tmp_path, [f".a.json.{'0' * 16}.part", "a.json.part", "a.part"]))
-    with pytest.raises(InputError, match="File exists"):
-        files.write_whole(tmp_path / "a.json", "x")
-    monkeypatch.undo()
-    files.write_whole(tmp_path / "a.json", "x")
-    assert contents(tmp_path) == before | {"a.json": b"x"}
-
-
-def test_a_temporary_name_of_the_callers_own_is_replaced_and_a_link_there_not_followed(tmp_path):
-    fill(tmp_path, ["victim"])
-    (tmp_path / "0.tfrecord.part").symlink_to("victim")
-    shards.write_shard(tmp_path / "0.tfrecord", [b"x"])
-    assert contents(tmp_path).keys() == {"victim", "0.tfrecord"}
-    assert (tmp_path / "victim").read_text() == "the only copy of victim"
 
 
 def test_exports_are_read_back_after_being_replaced(world, tmp_path):

@@ -11,6 +11,7 @@ from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.parallel import processes
 from rankclip_jax.train import loop
+from tests.commands.test_train import NO_EVALUATION, TRANSFORMER
 
 
 @pytest.mark.slow
@@ -31,7 +32,8 @@ def test_two_processes_train_evaluate_and_save_as_one_does(tmp_path, capsys, mon
 @pytest.mark.slow
 def test_two_processes_agree_on_what_does_not_fit(tmp_path):
     # Seven rows of 24 tokens for a device's 16 captions: some batches need eight, of one device or both.
-    flags = ["--config.model.pack_text=on", "--config.model.pack_rows=(7,16)", "--config.eval.every_epochs=2"]
+    flags = ["--config.model.pack_text=on", "--config.model.pack_rows=(7,16)", *TRANSFORMER]
+    flags += [*NO_EVALUATION, "--config.loss.objective=clip"]
     one, two = tmp_path / "one", tmp_path / "two"
     trainings.train(one, 1, 2, *flags)
     trainings.train(two, 2, 2, *flags)

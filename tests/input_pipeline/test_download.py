@@ -1,101 +1,16 @@
 import gzip
-import io
 import json
-import subprocess
 import sys
-import tarfile
-import threading
-import time
-from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from input_pipeline import download, download_stats, url_list
 from rankclip_jax.common.errors import InputError
 
 REPO = Path(__file__).parents[2]
-DRIVER = REPO / "input_pipeline/img2dataset_driver.py"
-
-
-def picture(size, seed, kind="JPEG"):
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(out, kind)
-    return out.getvalue()
-
-
-SMALL = {f"/small/{i}.jpg": picture((60, 40), i) for i in range(6)}
-LARGE = {f"/large/{i}.jpg": picture((640, 480), i) for i in range(3)}
-PNG = picture((60, 40), 9, "PNG")
-
-
-ASKED = Counter()
-
-
-class Web(BaseHTTPRequestHandler):
-    """Good images, and what else the web has."""
-
-    def do_GET(self):
-        ASKED[self.path] += 1
-        good = (SMALL | LARGE | {"/drawing.png": PNG}).get(self.path)
-        half = SMALL["/small/0.jpg"][:400]
-        match self.path.strip("/").split("/")[0]:
-            case _ if good is not None:
-                self.answer(good)
-            case "page":
-                self.answer(b"<!DOCTYPE html><html><body>This image has moved.</body></html>")
-            case "half":
-                self.answer(half)
-            case "cut":
-                self.answer(half, length=2 * len(half))
-            case "mute":
-                time.sleep(5)
-            case "slow":
-                self.drip(b"x" * 1000)
-            case "noai":
-                self.answer(good or SMALL["/small/1.jpg"], header=("X-Robots-Tag", "noai"))
-            case _:
-                self.send_error(404)
-
-    def answer(self, data, length=None, header=None):
-        self.send_response(200)
-        self.send_header("Content-Length", str(length or len(data)))
-        if header:
-            self.send_header(*header)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def drip(self, data):
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        try:
-            for byte in data:
-                self.wfile.write(bytes([byte]))
-                time.sleep(0.1)
-        except OSError:
-            pass  # the other side had enough
-
-    def log_message(self, *_):
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads, request_queue_size = True, 64
-
-
-@pytest.fixture(scope="module")
-def web():
-    server = Server(("127.0.0.1", 0), Web)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
 
 
 def listed(path, out, **columns):
@@ -255,22 +170,6 @@ def test_the_table_adds_up(tmp_path):
     assert "the same command resumes" in text and "train with" not in text
 
 
-def fetch_with_limits(url, timeout):
-    """What the driver's urlopen makes of an answer, in a process of its own."""
-    script = (
-        "import runpy, sys, urllib.request; runpy.run_path(sys.argv[1], run_name='worker')\n"
-        "print(len(urllib.request.urlopen(sys.argv[2], timeout=float(sys.argv[3])).read()))"
-    )
-    return subprocess.run([sys.executable, "-c", script, DRIVER, url, str(timeout)], capture_output=True, text=True)
-
-
-def test_an_answer_is_bounded_in_time_and_must_be_whole(web):
-    assert int(fetch_with_limits(f"{web}/large/0.jpg", 5).stdout) == len(LARGE["/large/0.jpg"])
-    assert "TimeoutError: slower than 0.75 s" in fetch_with_limits(f"{web}/slow", 0.25).stderr
-    assert "IncompleteRead" in fetch_with_limits(f"{web}/cut", 5).stderr
-    assert "timed out" in fetch_with_limits(f"{web}/mute", 0.2).stderr
-
-
 def test_an_environment_that_has_img2dataset_is_used(tmp_path, monkeypatch):
     def environment(name, has_it):
         python = tmp_path / name / "bin/python"
@@ -312,63 +211,3 @@ def test_wrong_input_is_said_in_one_line(tmp_path, monkeypatch):
     assert "no column 'x'" in refused(tmp_path / "list.tsv", tmp_path / "out", "--url-column", "x")
     assert refused(tmp_path / "list.tsv", tmp_path / "out", "--quality", "0") == 2
     assert "no img2dataset in" in refused(tmp_path / "list.tsv", tmp_path / "out")
-
-
-@pytest.fixture(scope="module")
-def env(tmp_path_factory):
-    """An environment that has img2dataset: the user's, or one made as the documents say."""
-    try:
-        download.find_python(download.ENV)
-        return download.ENV
-    except InputError:
-        folder = tmp_path_factory.mktemp("env")
-    made = subprocess.run(download.INSTALL.format(folder), shell=True, capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"needs img2dataset: {made.stderr[-300:]}")
-    return folder
-
-
-@pytest.mark.slow
-def test_what_can_be_had_is_there_and_what_not_is_counted_by_reason(web, env, tmp_path):
-    good = [*SMALL, *LARGE, "/drawing.png"]
-    bad = ["/dead/1.jpg", "/dead/2.jpg", "/page/x", "/half/x", "/cut/x", "/mute/x", "/slow/x", "/noai/x"]
-    urls = [web + path for path in [*good, *bad]]
-    urls += ["http://127.0.0.1:1/refused.jpg", "http://no-such-host.invalid/x.jpg"]
-    (tmp_path / "list.tsv").write_text("".join(f'a "{i}\t{url}\n' for i, url in enumerate(urls)))
-    options = download._flags().parse_args([str(tmp_path / "list.tsv"), str(tmp_path / "out")])
-    vars(options).update(shard_size=10, short_side=120, processes=1, threads=20, timeout=2, retries=0, env=env)
-    counts, total = download.download(options.urls, options.out_dir, options)
-    assert total == len(urls) == counts.total()
-    assert counts == {
-        "images": len(good),
-        "HTTP Error 404: Not Found": 2,
-        "not an image, or a broken one": 2,  # the page and the half
-        "the connection broke off": 1,
-        "no answer in time": 1,
-        "slower than 6 s": 1,
-        "the site asks not to use it (X-Robots-Tag)": 1,
-        "the host refuses connections": 1,
-        "no such host any more": 1,
-    }
-    found = {}
-    for path in sorted((tmp_path / "out").glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                found[member.name] = tar.extractfile(member).read()
-    images = {found[f"{key}.txt"].decode(): found[f"{key}.jpg"] for key in {name.split(".")[0] for name in found}}
-    assert sorted(images) == sorted(f'a "{i}' for i in range(len(good)))
-    for i, path in enumerate(good):
-        image = Image.open(io.BytesIO(images[f'a "{i}']))
-        assert image.size == ((160, 120) if path in LARGE else (60, 40))
-        if path in SMALL:
-            assert images[f'a "{i}'] == SMALL[path]
-
-    # The second shard is lost in the middle of writing: only its URLs are asked for again.
-    (tmp_path / "out/00001_stats.json").unlink()
-    (tmp_path / "out/00001.tar").write_bytes(b"torn")
-    before = ASKED.copy()
-    assert download.download(options.urls, options.out_dir, options) == (counts, total)
-    assert {path for path in ASKED - before} == set(bad)
-    with pytest.raises(InputError, match="was downloaded with another --short-side; give another folder"):
-        options.short_side = 99
-        download.download(options.urls, options.out_dir, options)

@@ -181,6 +181,22 @@ def test_evaluation_sees_what_clips_image_processor_sees():
     np.testing.assert_allclose(images.normalize(fits[2]), expected, atol=1.001 / 255 / min(images.STD))
 
 
+@pytest.mark.parametrize("squash", ["bicubic", "bilinear"])
+def test_evaluation_sees_what_siglips_image_processor_sees(squash):
+    side = 48
+    sizes = [(48, 48), (60, 90), (33, 170), (170, 33), (30, 20), (200, 70), (151, 225), (2, 900), (900, 1)]
+    for pixels in (make(*size) for size in sizes for make in (picture, noise)):
+        how = Image.Resampling[squash.upper()]  # as transformers' SiglipImageProcessor: tests/weights/test_siglip.py
+        expected = np.asarray(Image.fromarray(pixels).resize((side, side), how))
+        options = dict(side=side, exact=True, squash=squash)
+        on_host = transforms.view(tf.constant(pixels), transforms.whole_window, canvas=None, **options)["image"]
+        np.testing.assert_array_equal(on_host, expected)
+        for canvas in (232, 84):
+            sent = transforms.view(tf.constant(pixels), transforms.whole_window, canvas=canvas, **options)
+            batch = on_canvas([{key: x.numpy() for key, x in sent.items()}], canvas)
+            assert difference(images.views(batch, side)[0, 0], expected).max() <= 1
+
+
 def test_a_window_that_fits_is_cut_out_exactly_and_a_larger_one_is_close():
     pixels, side, canvas = picture(400, 600), 24, 48
     small = (101.0, 203.0, 30.0, 35.0)

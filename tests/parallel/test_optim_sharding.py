@@ -18,7 +18,7 @@ def config(**fields):
     return complete({"optim": fields}).optim
 
 
-@pytest.mark.parametrize("name", ["ViT-tiny", "RN-tiny"])
+@pytest.mark.parametrize("name", ["ViT-tiny", "RN-tiny", "SigLIP-B/16"])
 @pytest.mark.parametrize("scan", [False, True])
 def test_decay_is_on_matrices_only(name, scan):
     model = models.build(name, scan_layers=scan)
@@ -27,7 +27,7 @@ def test_decay_is_on_matrices_only(name, scan):
     jax.tree_util.tree_map_with_path(
         lambda path, leaf, yes: decayed.update({path_name(path): yes}), params, optim.decay_mask(params)
     )
-    never = ("bias", "scale", "logit_scale", "class_embedding", "positional_embedding")
+    never = ("bias", "scale", "logit_scale", "logit_bias", "class_embedding", "positional_embedding", "probe")
     for path, yes in decayed.items():
         assert yes == (path.split("/")[-1] not in never), path
     assert sum(decayed.values()) >= 10
@@ -86,7 +86,7 @@ def test_rules_place_parameters_and_complain_when_they_do_not_fit():
         sharding.state_shardings(state, mesh, ((".*", ("fsdp", None)),))
 
 
-@pytest.mark.parametrize("name", ["ViT-B/32", "RN50"])
+@pytest.mark.parametrize("name", ["ViT-B/32", "RN50", "SigLIP-B/16"])
 @pytest.mark.parametrize("scan", [False, True])
 def test_kinds_split_what_they_should(name, scan):
     mesh = make_mesh({"data": 2, "fsdp": 2, "model": 2})
@@ -108,3 +108,7 @@ def test_kinds_split_what_they_should(name, scan):
     mlp = (blocks["resblocks"] if scan else blocks["resblocks_0"])["mlp"]
     assert mlp["c_fc"]["kernel"].spec[-2:] == (None, "model") and mlp["c_proj"]["kernel"].spec[-2:] == ("model", None)
     assert mlp["c_fc"]["bias"].spec[-1] == "model"
+    if name == "SigLIP-B/16":
+        pool = placed["visual"]["attnpool"]
+        assert pool["k_proj"]["kernel"].spec == pool["mlp"]["c_fc"]["kernel"].spec == P(None, "model")
+        assert pool["c_proj"]["kernel"].spec == pool["mlp"]["c_proj"]["kernel"].spec == P("model", None)

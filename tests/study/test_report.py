@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import scipy.stats
-from ml_collections import ConfigDict
 from PIL import Image
 
 from rankclip_jax import figures
+from rankclip_jax.config import complete
 from rankclip_jax.study import report
 
 VALUES = {"clip": [[0.1, 0.2], [0.3, 0.5], [0.2, 0.2]], "rankclip": [[0.4, 0.6]]}  # a list a seed, a value a step
@@ -19,14 +19,15 @@ def made_runs():
             curve = [
                 {"step": 10 * (i + 1), "zero_shot/toys": v, "geometry/modality_gap": v} for i, v in enumerate(values)
             ]
-            runs.append(dict(objective=objective, seed=seed, lr=1e-3, seconds=1.0, curve=curve, final=curve[-1]))
+            run = dict(condition="", objective=objective, seed=seed, lr=1e-3, seconds=1.0)
+            runs.append(run | dict(curve=curve, final=curve[-1]))
     return [run | {"final": {k: v for k, v in run["final"].items() if k != "step"}} for run in runs]
 
 
 def test_a_band_is_the_interval_of_the_mean_over_the_seeds(tmp_path, monkeypatch):
     drawn, bands = [], figures.bands
     monkeypatch.setattr(figures, "bands", lambda panels: drawn.append(panels) or bands(panels))
-    config = ConfigDict(dict(study=dict(baseline="clip", objectives={"clip": {}, "rankclip": {}})))
+    config = complete({"study": {"objectives": {"clip": {}, "rankclip": {}}}})
     report.write(tmp_path, config, made_runs())
     assert [list(panels) for panels in drawn] == [["toys, top-1 %"], ["modality gap"]]
     for panels, scale in zip(drawn, (100, 1), strict=True):

@@ -62,8 +62,9 @@ def make_world(root: Path) -> None:
     (cifar10 / "classes.json").write_text(json.dumps([_name(i) for i in range(4)]))
     (cifar10 / "templates.json").write_text(json.dumps(["a photo of {}"]))
     (root / "Train_GCC-training.tsv").write_text("a caption\thttp://127.0.0.1:9/a.jpg\n" * 3)
-    # The documented models: the demo's ResNet, and the ViT that data of one's own gets.
-    own = resolve.resolve(configs.load("own", ["data.train=mine.csv"]), pairs=16)
+    # The documented models: the demo's ResNet, and the ViT that data of one's own gets, with fewer layers.
+    few = ["model.vision={'layers':1}", "model.text={'layers':1}"]
+    own = resolve.resolve(configs.load("own", ["data.train=mine.csv", *few]), pairs=16)
     make_workdir(root / "runs" / "shapes", configs.load("shapes").model.to_dict())
     make_workdir(root / "own_model", own.model.to_dict(), data=dict(format="csv", train="mine.csv"))
     shutil.copy(root / "own_model" / "tokenizer.json", root / "tokenizer.json")

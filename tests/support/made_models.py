@@ -20,6 +20,7 @@ VIT = dict(
     vision=dict(layers=2, width=64, heads=1),
     text=dict(layers=2, width=64, heads=1),
 )
+SIGLIP = VIT | dict(name="SigLIP-B/16", embed_dim=64, vision=VIT["vision"] | dict(patch_size=8))
 RESNET = dict(
     name="RN-tiny",
     image_size=16,

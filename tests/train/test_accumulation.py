@@ -45,7 +45,8 @@ OPTIONS = [
 ]
 
 
-CASES = [(1, options) for options in OPTIONS]
+QUICK = (OPTIONS[0], dict(objective="rankclip", list_size=4), dict(objective="siglip"))
+CASES = [(1, options) if options in QUICK else pytest.param(1, options, marks=pytest.mark.slow) for options in OPTIONS]
 CASES += [pytest.param(4, options, marks=pytest.mark.slow) for options in OPTIONS if len(options) == 1]
 
 

@@ -22,7 +22,7 @@ RECORDS = {"cuda": H100, "tpu": V5E}
 BY_CUDNN = {name for name in PROGRAMS if name.startswith(("step", "validation", "embed", "study"))}
 BY_CUDNN -= {"step: float32", "step: float32 ResNet", "step: XLA's attention"}
 WITHOUT_RANKING = {"step: clip", "step: cyclip", "step: siglip", "embed images", "embed texts", "restoring"}
-QUICK = ("step: base", "step: packed", "step: ResNet", *(set(backends.OTHERS) - {"the doctor's step"}))
+QUICK = ("step: base", "step: packed", "step: ResNet", "step: SigLIP", *(set(backends.OTHERS) - {"the doctor's step"}))
 
 
 @pytest.fixture
@@ -73,10 +73,8 @@ SHAPES = ["model.image_size=16", "model.vision={'layers':(1,1),'width':8,'stem':
 FEW = ["steps=3", "batch_size=16", "data.train=48", "data.val=16", "eval.zero_shot={}", "log_every=1"]
 
 
-@pytest.mark.parametrize(
-    "name, changes",
-    [pytest.param("shapes", [*SHAPES, "optim.warmup_steps=1"], marks=pytest.mark.slow), ("cc3m", CC3M)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name, changes", [("shapes", [*SHAPES, "optim.warmup_steps=1"]), ("cc3m", CC3M)])
 def test_three_steps_as_on_an_accelerator(name, changes, tmp_path, as_an_accelerator):
     config = configs.load(f"configs/{name}.py", [*FEW, *changes])
     assert config.model.dtype == ("bfloat16" if name == "cc3m" else "float32")
@@ -85,7 +83,7 @@ def test_three_steps_as_on_an_accelerator(name, changes, tmp_path, as_an_acceler
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
 
 
-COMPILED = ("step: base", "step: packed", "step: ResNet", "loss", "embed texts")
+COMPILED = ("step: base", "step: packed", "step: ResNet", "step: SigLIP", "loss", "embed texts")
 SCRIPT = """
 import sys
 from rankclip_jax.parallel.mesh import make_mesh

@@ -15,7 +15,7 @@ from rankclip_jax.train import init_from, loop, optim
 from rankclip_jax.train import step as steps
 from rankclip_jax.train.session import build_model
 from rankclip_jax.weights import export, pretrained
-from tests.support.made_models import RESNET, VIT, make_config, make_workdir
+from tests.support.made_models import RESNET, SIGLIP, VIT, make_config, make_workdir
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,23 @@ def test_everything_comes_along_from_any_layout_also_scanned_and_sharded(workdir
         assert_same(unstack_layers(jax.device_get(state.params)), params)
         assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, fresh)
         assert state.step == 0
+
+
+def test_a_siglip_brings_its_bias_and_its_grid_and_no_other_kind(tmp_path):
+    source = pretrained.read(make_workdir(tmp_path / "run", SIGLIP))
+    params = source.variables["params"]
+    _, state = start(make_config(SIGLIP, init_from=str(tmp_path / "run")))
+    assert_same(state.params, params)
+    assert "logit_bias" in params
+    _, state = start(make_config(SIGLIP | dict(image_size=48), init_from=str(tmp_path / "run")))
+    cells = params["visual"]["positional_embedding"].reshape(4, 4, 64)  # of all its positions, none is a class token's
+    expected = jax.image.resize(cells, (6, 6, 64), "cubic").reshape(36, 64)
+    np.testing.assert_array_equal(state.params["visual"]["positional_embedding"], expected)
+    shorter = make_config(SIGLIP | dict(context_length=12), init_from=str(tmp_path / "run"))
+    with pytest.raises(InputError, match=r"text/positional_embedding is \(16, 64\) there, \(12, 64\) here"):
+        start(shorter)  # the last position is pooled, and there is none of that meaning in a shorter text
+    with pytest.raises(InputError, match=r"visual is of another kind \(pool 'map' there\); .*text is of another kind"):
+        start(make_config(VIT, init_from=str(tmp_path / "run")))
 
 
 def test_a_resnet_brings_its_statistics(workdirs):

@@ -10,12 +10,10 @@ from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.train import loop
 from rankclip_jax.train import workdir as workdirs
-from tests.commands.test_train import SMALL, numbers
+from tests.commands.test_train import NO_EVALUATION, SMALL, TRANSFORMER, numbers
 
-QUICK = [flag.removeprefix("--config.") for flag in SMALL[1:] if ".eval." not in flag]
-# A transformer, which compiles faster than a ResNet.
-QUICK += ["model.name=ViT-tiny", "model.vision={'layers':1,'width':32,'heads':2,'patch_size':8}"]
-QUICK += ["data.val=None", "eval.zero_shot={}", "data.train=96", "eval.geometry={}", "checkpoint.every_steps=None"]
+QUICK = [flag.removeprefix("--config.") for flag in (*SMALL[1:], *TRANSFORMER, *NO_EVALUATION)]
+QUICK += ["data.train=96", "checkpoint.every_steps=None"]
 
 
 def quick(*changes):

@@ -14,6 +14,7 @@ from rankclip_jax import config as configs
 from rankclip_jax import convert
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import END, START, Tokenizer
+from rankclip_jax.models import PRESETS
 from rankclip_jax.train import loop
 from rankclip_jax.weights import export, pretrained
 from rankclip_jax.weights import view as preprocess
@@ -244,6 +245,7 @@ def test_other_preprocessing_is_refused_by_name(source, tmp_path, change, messag
     [
         ({"resample": "bicubic"}, "its preprocessing is damaged"),
         ({"image_mean": 3}, "its preprocessing is damaged"),
+        ({"image_processor_type": "SiglipImageProcessor", "size": {"height": 1}}, "size .*; expected the model's"),
         ({"image_mean": [1]}, r"the preprocessing's mean is \(1,\); expected 3 numbers$"),
         ({"image_std": [1, 0, 1]}, r"the preprocessing's std is \(1, 0, 1\); expected 3 numbers above 0"),
     ],
@@ -251,7 +253,7 @@ def test_other_preprocessing_is_refused_by_name(source, tmp_path, change, messag
 def test_damaged_preprocessing_is_one_line(tmp_path, change, message):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(change))
     with pytest.raises(ValueError, match=message):
-        preprocess.of_folder(tmp_path, 224)
+        preprocess.of_folder(tmp_path, PRESETS["ViT-B/32"].vision)
 
 
 def test_mean_and_deviation_come_from_the_folder(source, png, tmp_path):

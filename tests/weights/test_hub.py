@@ -105,12 +105,12 @@ def test_a_tokenizer_alone_is_fetched_alone(online, exported, tmp_path):
 
 
 def test_no_weights_are_fetched_of_what_is_no_clip(online, exported, tmp_path):
-    folder = tmp_path / "siglip"
+    folder = tmp_path / "naflex"
     shutil.copytree(exported, folder)
     text = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(text.replace('"model_type": "clip"', '"model_type": "siglip"'))
+    (folder / "config.json").write_text(text.replace('"model_type": "clip"', '"model_type": "siglip2"'))
     online.repos[ID] = folder
-    with pytest.raises(InputError, match=f"^{ID} on the Hugging Face hub: .*unsupported model_type 'siglip'"):
+    with pytest.raises(InputError, match=f"^{ID} on the Hugging Face hub: .*a NaFlex checkpoint of SigLIP 2 "):
         rankclip_jax.load(ID)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").unlink()
@@ -141,6 +141,7 @@ def test_other_layouts_on_the_hub(online, source, tmp_path, layout):
          ["config.json", "model.safetensors"]),
         (["open_clip_model.safetensors", "open_clip_config.json", "open_clip_pytorch_model.bin", "config.json"],
          ["open_clip_config.json", "open_clip_model.safetensors"]),
+        (["model.safetensors", "config.json", "spiece.model"], ["config.json", "spiece.model", "model.safetensors"]),
         (["open_clip_pytorch_model.bin", "sub/model.safetensors"], ["open_clip_pytorch_model.bin"]),
     ],
 )  # fmt: skip

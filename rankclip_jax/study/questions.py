@@ -1,0 +1,82 @@
+"""The answers of a study to the questions of config.study.questions: contrasts of arms, tested together.
+
+A contrast is a formula over arms, such as "noisy/rankclip - noisy/clip - clean/rankclip + clean/clip", in one metric.
+Its value is taken seed by seed, so that the common luck of a seed cancels. Two-sided t-tests; Holm's method corrects
+for the number of all contrasts of all questions (Holm 1979, Scandinavian Journal of Statistics 6).
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+from ml_collections import ConfigDict
+
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.study.arms import Arm
+from rankclip_jax.study.statistics import Estimate, estimate
+
+_TERM = re.compile(r"\s*([+-]?)\s*([\w.]+(?:/[\w.]+)?)")
+
+
+class Answer(NamedTuple):
+    """One contrast: its estimate, p and Holm's p (None: fewer than two seeds)."""
+
+    question: str
+    label: str
+    metric: str
+    estimate: Estimate
+    p: float | None
+    holm: float | None
+
+
+def terms(formula: str, arms: list[Arm]) -> list[tuple[int, Arm]]:
+    """[(1 or -1, arm)]. Raises InputError for a formula that is none, or names what the study does not train."""
+    known, found, at = {str(arm): arm for arm in arms}, [], 0
+    while at < len(formula.rstrip()):
+        match = _TERM.match(formula, at)
+        if not match or (found and not match[1]):
+            raise InputError(f"config.study.questions: {formula!r}. Expected a formula such as 'a/rankclip - a/clip'")
+        if match[2] not in known:
+            raise InputError(f"config.study.questions: no arm {match[2]!r}. Expected one of {', '.join(known)}")
+        found.append((-1 if match[1] == "-" else 1, known[match[2]]))
+        at = match.end()
+    return found
+
+
+def answers(questions: ConfigDict, arms: list[Arm], runs: list[dict]) -> list[Answer]:
+    """Every contrast of every question, over the seeds that all its arms have."""
+    found = []
+    for question, asked in questions.items():
+        for label, formula in asked.contrasts.items():
+            values = {}
+            for sign, arm in terms(formula, arms):
+                own = {r["seed"]: sign * r["final"][asked.metric] for r in runs if _arm(r) == arm}
+                values = {s: values[s] + own[s] for s in values.keys() & own.keys()} if values else own
+            seen = [values[seed] for seed in sorted(values)]
+            found.append(Answer(question, label, asked.metric, estimate(seen), _p(seen), None))
+    corrected = holm([answer.p for answer in found])
+    return [answer._replace(holm=p) for answer, p in zip(found, corrected, strict=True)]
+
+
+def _arm(run):
+    return Arm(run["condition"], run["objective"])
+
+
+def _p(values):
+    if len(values) < 2:
+        return None
+    if np.ptp(values) == 0:
+        return float(values[0] == 0)
+    return float(scipy.stats.ttest_1samp(values, 0).pvalue)
+
+
+def holm(ps: Sequence[float | None]) -> list[float | None]:
+    """Holm's corrected p of each: the i-th smallest of n times (n - i + 1), and never below a smaller one's."""
+    known = sorted((p, i) for i, p in enumerate(ps) if p is not None)
+    result: list[float | None] = [None] * len(ps)
+    least = 0.0
+    for rank, (p, i) in enumerate(known):
+        result[i] = least = max(least, min(1.0, p * (len(known) - rank)))
+    return result
