@@ -61,10 +61,10 @@ def _shards(path: str, text_member: str, hint: str) -> tuple[str, tar.Members, l
         raise InputError(f"no such file: {lacking[0]}, one of the {len(shards)} shards of {counted}")
     endings = {"image": tuple(suffix[1:] for suffix in ENDINGS), text_member: (text_member,)}
     members = tar.open_members(shards, endings)
-    whole = (members.index.columns["length"] >= 0).all(axis=1)
-    if not whole.all():
-        where = members.where(int(np.flatnonzero(~whole)[0]))
-        raise InputError(f"{where} has no image or no .{text_member}")
+    for file, start in enumerate(members.index.starts):
+        lacking_N = np.flatnonzero((members.index.of_shard(file) < 0).any(axis=1))
+        if len(lacking_N):
+            raise InputError(f"{members.where(int(start + lacking_N[0]))} has no image or no .{text_member}")
     texts = members.alone([text_member])
     found: list[str] = []
     for sample in read_each(texts.read, members.index.size, members.where, texts.ahead):

@@ -148,7 +148,7 @@ def _remove_unfinished(owned, shards):
 
 def _run(python, arguments, out_dir, log, total):
     """Runs img2dataset with its output in `log`, and shows the progress by finished shards."""
-    driver = Path(__file__).with_name("img2dataset_driver.py")
+    driver, index = Path(__file__).with_name("img2dataset_driver.py"), _Index(out_dir)
     done = sum(stats["count"] for stats in download_stats.finished(out_dir))
     with open(log, "w") as out, progress("download", total, unit="URLs", done=done) as bar:
         # A session of its own, so that all of its processes can be ended at once.
@@ -163,17 +163,43 @@ def _run(python, arguments, out_dir, log, total):
             while child.poll() is None:
                 time.sleep(0.5)
                 finished = download_stats.finished(out_dir)
+                index.add_finished()
                 done = sum(stats["count"] for stats in finished)
                 images = sum(stats["successes"] for stats in finished)
                 bar.set_postfix_str(f"{images / done:.0%} of them images" if done else "", refresh=False)
                 bar.update(done - bar.n)
+            index.add_finished()
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
+            index.close()
     if child.returncode:
         last = (log.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
         raise InputError(f"img2dataset failed: {last}; {log} has more, and the same command resumes")
+
+
+class _Index:
+    """The index of the tars with the usual keys, written as they are finished."""
+
+    def __init__(self, out_dir: Path):
+        self._out_dir, self._known, self._indexer = out_dir, set(), None
+
+    def add_finished(self):
+        new = [name for name in download_stats.names(self._out_dir) if name not in self._known]
+        self._known.update(new)
+        if new and self._indexer is None:
+            from input_pipeline.sources import tar  # and TensorFlow, while img2dataset is at work
+            from input_pipeline.sources.offset_index import Indexer
+
+            self._indexer = Indexer(tar.usual_kind(), self._out_dir, new)
+        else:
+            for name in new:
+                self._indexer.add(name)
+
+    def close(self):
+        if self._indexer:
+            self._indexer.close()
 
 
 def _flags():

@@ -27,6 +27,13 @@ def finished(out_dir: Path) -> list[dict]:
     return [stats for path in paths if (stats := read(path)) is not None]
 
 
+def names(out_dir: Path) -> list[str]:
+    """The names of the finished shards' tars."""
+    paths = (path for path in sorted(out_dir.glob("*_stats.json")) if NAME.fullmatch(path.name))
+    tars = ((path, path.name.removesuffix("_stats.json") + ".tar") for path in paths)
+    return [name for path, name in tars if (out_dir / name).is_file() and read(path) is not None]
+
+
 def read(path: Path) -> dict | None:
     """The contents of one _stats.json; None if it is incomplete."""
     try:

@@ -26,6 +26,8 @@ from input_pipeline.encode import encode
 from input_pipeline.inspection import inspect
 from input_pipeline.manifest import Manifest
 from input_pipeline.rows import in_order, read_rows
+from input_pipeline.sources import tfrecord
+from input_pipeline.sources.offset_index import Indexer
 from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import BadImageError
@@ -58,7 +60,7 @@ class Options:
 
 
 def prepare(source: sources.Source, out_dir: Path, options: Options, described: dict, workers: int) -> Manifest:
-    """Writes `source` to `out_dir` as 00000.tfrecord and so on, with manifest.json and bad_samples.jsonl.
+    """Writes `source` to `out_dir` as 00000.tfrecord and so on, their index, manifest.json and bad_samples.jsonl.
 
     A record has img2dataset's keys: the image under jpg, png or webp; txt, key, width, height, original_width,
     original_height, sha256 (of the image's bytes), and tokens with a tokenizer. Finished shards that match the
@@ -82,6 +84,7 @@ def prepare(source: sources.Source, out_dir: Path, options: Options, described: 
     manifest = Manifest(out_dir, described | _settings(source, options), others)
     manifest.add_lost([{"row": None, "detail": "", **dataclasses.asdict(one)} for one in source.lost])
     finished = {shard["name"] for shard in manifest.shards}
+    index = Indexer(tfrecord.kind(), out_dir, [shard["name"] for shard in manifest.shards if shard["samples"]])
     if options.tokenizer:
         options.tokenizer.save(out_dir / "tokenizer.json")
     with ThreadPoolExecutor(workers) as pool, progress("prepare", source.size, unit="rows", done=manifest.rows) as bar:
@@ -94,9 +97,13 @@ def prepare(source: sources.Source, out_dir: Path, options: Options, described: 
                     written = shards.write_shard(out_dir / name, job.records(number, rows))
                     shard = {"name": name, "rows": [rows.start, rows.stop], **written, "lengths": job.lengths}
                     manifest.add(shard, job.bad_samples)
+                    if written["samples"]:
+                        index.add(name)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+        finally:
+            index.close()
     manifest.finish()
     return manifest
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from input_pipeline import cpu_only
 from input_pipeline.sources import drawn, folder, mixture, parquet, table, tar, tfds, tfrecord
+from input_pipeline.sources.offset_index import Peers
 from input_pipeline.sources.source import (
     Ahead,
     Blocks,
@@ -25,7 +26,7 @@ from input_pipeline.sources.source import (
 )
 from rankclip_jax.common.errors import InputError
 
-__all__ = ["Ahead", "Blocks", "Lost", "Source", "open_pictures", "open_source", "started_ahead", "told"]
+__all__ = ["Ahead", "Blocks", "Lost", "Peers", "Source", "open_pictures", "open_source", "started_ahead", "told"]
 
 
 def open_source(
@@ -34,6 +35,7 @@ def open_source(
     *,
     image_side: int,
     split: str = "train",
+    peers: Peers | None = None,
 ) -> Source:
     """Opens config.data's `train` or `val`.
 
@@ -43,20 +45,22 @@ def open_source(
         weight, and changes to `spec` (mixture.py).
       image_side: side of the scenes drawn by `shapes`, pixels.
       split: train | val: the stream of scenes for `shapes`.
+      peers: the other processes of a run, with which it shares the work of indexing shards.
 
     Raises:
       InputError: unknown format, missing file, column or key, or no rows.
     """
     cpu_only()
     if isinstance(path, Mapping | ConfigDict):
-        return mixture.open_mixture(spec, path, functools.partial(open_source, image_side=image_side, split=split))
+        open_one = functools.partial(open_source, image_side=image_side, split=split, peers=peers)
+        return mixture.open_mixture(spec, path, open_one)
     match spec.format:
         case "csv":
             return _checked(table.open_table(spec, path), spec.get("captions_per_line"))
         case "tfrecord":
-            return _with_text(tfrecord.open_tfrecord(spec, path), spec, spec.get("encoding"))
+            return _with_text(tfrecord.open_tfrecord(spec, path, peers=peers), spec, spec.get("encoding"))
         case "webdataset":
-            return _with_text(tar.open_webdataset(spec, path), spec)
+            return _with_text(tar.open_webdataset(spec, path, peers=peers), spec)
         case "folder":
             return _with_text(folder.open_folder(spec, path), spec, spec.get("encoding"))
         case "parquet":

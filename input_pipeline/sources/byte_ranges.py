@@ -18,6 +18,8 @@ from input_pipeline.sources.source import Ahead, require
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.storage import ReadAhead, is_remote
 
+_GROUP = 128  # arrays of a list that are added one by one
+
 
 def byte_ranges(paths: Sequence[str], sizes: Sequence[int], reads: ReadAhead) -> Callable:
     """Returns ops (file, int32; begin, int64; length, int64) -> string scalar. Files must not shrink afterwards."""
@@ -59,14 +61,34 @@ def ahead_of(
     return Ahead(start, reads.check) if held or any(map(is_remote, paths)) else None
 
 
+def tensor_list(arrays: Sequence[np.ndarray], dtype: tf.DType, shape: list[int]) -> tf.Tensor:
+    """A TensorList of arrays, without a copy of those that are mapped. `shape`: of each, -1 where it varies."""
+
+    def listed(some):
+        made = tf.raw_ops.EmptyTensorList(element_shape=shape, max_num_elements=-1, element_dtype=dtype)
+        for array in some:
+            # DLPack shares the mapping; tf.constant and ImmutableConst copy the file into memory. DLPack refuses a
+            # read-only array, so a mapping must be copy-on-write.
+            shared = isinstance(array, np.memmap)
+            one = tf.experimental.dlpack.from_dlpack(array.__dlpack__()) if shared else tf.constant(array, dtype)
+            made = tf.raw_ops.TensorListPushBack(input_handle=made, tensor=one)
+        return made
+
+    # Each operation copies the list: in groups, since one by one 40,000 files would take a minute.
+    groups = [listed(arrays[at : at + _GROUP]) for at in range(0, len(arrays), _GROUP)] or [listed([])]
+    join = functools.partial(tf.raw_ops.TensorListConcatLists, element_dtype=dtype)
+    while len(groups) > 1:
+        pairs = zip(groups[::2], groups[1::2], strict=False)
+        groups = [join(input_a=a, input_b=b) for a, b in pairs] + (groups[-1:] if len(groups) % 2 else [])
+    return groups[0]
+
+
 def _mapped(paths, sizes):
-    files = tf.raw_ops.EmptyTensorList(element_shape=[-1], max_num_elements=-1, element_dtype=tf.uint8)
-    for path, size in zip(paths, sizes, strict=True):
-        # An empty file cannot be mapped and has no rows. DLPack shares the mapping; tf.constant and ImmutableConst copy
-        # the file into memory. DLPack refuses a read-only array, so this one is copy-on-write and never written.
-        mapped = np.memmap(path, np.uint8, "c") if size else np.zeros(0, np.uint8)
-        file = tf.experimental.dlpack.from_dlpack(mapped.__dlpack__())
-        files = tf.raw_ops.TensorListPushBack(input_handle=files, tensor=file)
+    # An empty file cannot be mapped and has no rows.
+    arrays = [
+        np.memmap(p, np.uint8, "c") if size else np.zeros(0, np.uint8) for p, size in zip(paths, sizes, strict=True)
+    ]
+    files = tensor_list(arrays, tf.uint8, [-1])
 
     def read(file, begin, length):
         whole = tf.raw_ops.TensorListGetItem(input_handle=files, index=file, element_shape=[-1], element_dtype=tf.uint8)

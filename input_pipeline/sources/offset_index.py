@@ -1,113 +1,182 @@
-"""The offset of each sample in its shard: found once by scanning the shards, then cached in a file next to them.
+"""The index of a set: taken from index files, or made by scanning the shards, each process its share.
 
-The index of a set is one .npz in `.rankclip_index` of the first shard's folder. If that is not writable, and for
-buckets, it is in the user's cache folder. A shard with the same size and modification time counts as unchanged. Only
-changed shards are scanned again.
+A shard with the same size and modification time (in a bucket: the same generation) counts as unchanged. Only changed
+shards are scanned again.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import mmap
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
+from input_pipeline.sources.index_file import DAMAGED, fits
+from input_pipeline.sources.index_places import Found, Kind, Place, Writer, cache_folder, places
+from input_pipeline.sources.offsets import OffsetIndex
 from input_pipeline.sources.paths import stamps
 from input_pipeline.sources.source import Lost
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.files import whole
+from rankclip_jax.common.ownership import INDEX
 from rankclip_jax.common.progress import progress
 
 Bytes = Any  # gives [begin:end] of a file: mmap, memoryview or _Window
 _REMOTE_WINDOW = 8 << 20  # bytes per request to a bucket; local files are memory-mapped
 
 
-@dataclasses.dataclass(frozen=True)
-class Scan:
-    """Contents of one shard. `columns`: arrays with one item per sample; `lost`: each `where` is the shard."""
+class Scan(NamedTuple):
+    """Contents of one shard.
 
-    columns: dict[str, np.ndarray]
+    Attributes:
+      begin, length: integers (rows,) or (rows, M), the members of each row; -1: it has none.
+      lost: each `where` is the shard.
+    """
+
+    begin: np.ndarray
+    length: np.ndarray
     lost: tuple[Lost, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class OffsetIndex:
-    """Samples of all shards, in order.
+class Peers(NamedTuple):
+    """The processes of a run, each of which indexes its share.
 
     Attributes:
-      paths: the F shards.
-      sizes: of each shard, bytes.
-      starts: int64 (F,), the first row of each shard.
-      columns: arrays (rows, ...), as in `Scan`.
-      lost: unreachable samples.
+      process: (the index of this one, how many there are).
+      folder: that all of them share.
+      all_of: an integer (0 <= value < 2^62) of each process -> those of all, in order; waits for all of them.
     """
 
-    paths: list[str]
-    sizes: list[int]
-    starts: np.ndarray
-    columns: dict[str, np.ndarray]
-    lost: list[Lost]
-
-    @property
-    def size(self) -> int:
-        return len(next(iter(self.columns.values())))
-
-    def arrays(self) -> list[np.ndarray]:
-        """The offsets, without the names of the shards."""
-        return [self.starts, *self.columns.values()]
-
-    def file_of(self, row: int) -> int:
-        """The index of the shard with this row."""
-        return int(np.searchsorted(self.starts, row, side="right")) - 1
-
-    def file_in_graph(self, row: tf.Tensor) -> tf.Tensor:
-        """`file_of` as TensorFlow ops, int32."""
-        return tf.searchsorted(self.starts, [row], side="right")[0] - 1
+    process: tuple[int, int]
+    folder: str
+    all_of: Callable[[int], list[int]]
 
 
-def offset_index(kind: str, paths: Sequence[str], scan: Callable, cache_dir: str | None = None) -> OffsetIndex:
-    """Reads or builds the index of `paths`.
+def offset_index(
+    kind: Kind, paths: Sequence[str], cache_dir: str | None = None, peers: Peers | None = None
+) -> OffsetIndex:
+    """Reads or makes the index of `paths`.
 
     Args:
-      kind: identifies the content of the index; part of the file name.
-      scan: (bytes by slices, size, path) -> Scan.
-      cache_dir: folder for the index, instead of the defaults.
+      cache_dir: config.data.cache_dir.
+      peers: None: this process is alone.
     """
-    stamps_F = stamps(paths)
-    name = hashlib.sha256("\n".join([kind, *paths]).encode()).hexdigest()[:20] + ".npz"
-    known = _load(name, paths, cache_dir)
-    scans = [known.get((path, *stamp)) for path, stamp in zip(paths, stamps_F, strict=True)]
-    new = [i for i, one in enumerate(scans) if one is None]
-    if new:
+    shards = _Shards(kind, paths, cache_dir, peers)
+    if peers and peers.process[1] > 1:
+        shards.exchange(peers)
+    shards.scan(shards.missing())
+    entries = [entry for entry in shards.entries if entry is not None]  # all of them
+    return OffsetIndex(kind, paths, shards.sizes, entries, shards.records_of, shards.verified)
 
-        def scan_shard(i):
-            with open_slices(paths[i], stamps_F[i][0]) as data:
-                return scan(data, stamps_F[i][0], paths[i])
 
-        with progress("index", len(new), unit="files") as bar, ThreadPoolExecutor() as pool:
-            for i, result in zip(new, pool.map(scan_shard, new), strict=True):
-                scans[i] = result
+class Indexer:
+    """Writes the index of a local folder's shards as they are finished, beside them: `add` each, then `close`."""
+
+    def __init__(self, kind: Kind, folder: str | os.PathLike, finished: Sequence[str] = ()):
+        """`finished`: names of shards that are there already."""
+        self._kind, self._folder = kind, os.path.abspath(folder)
+        place = Place(os.path.join(self._folder, INDEX), self._folder)
+        self._writer = Writer(kind, [place])
+        self._paths = [os.path.join(self._folder, name) for name in finished]
+        self._found = Found(kind, [place])
+        self._entries, _ = self._found.entries(self._paths, stamps(self._paths))
+        for name, entry in zip(finished, self._entries, strict=True):
+            if entry is None:
+                self.add(name)
+
+    def add(self, name: str) -> None:
+        """A shard that is there now. Whether it can be read at all is for others to say."""
+        path = os.path.join(self._folder, name)
+        self._paths.append(path)
+        with contextlib.suppress(InputError):
+            (stamp,) = stamps([path])
+            self._writer.add(path, stamp, *_scanned(self._kind, path, stamp[0]))
+
+    def close(self) -> None:
+        """Writes what is left, and removes what described these shards before."""
+        self._writer.flush()
+        self._found.remove_replaced(self._paths, [*self._entries, *self._writer.entries.values()])
+
+
+class _Shards:
+    """The shards of a set, and what is known of each.
+
+    Attributes:
+      sizes: bytes.
+      entries: where the records of each are, or None.
+      verified: whether all records that were found were compared with their checksums.
+    """
+
+    def __init__(self, kind: Kind, paths: Sequence[str], cache_dir: str | None, peers: Peers | None):
+        self._kind, self._given, self._cache_dir = kind, paths, cache_dir
+        self._stamps = stamps(paths)
+        self.sizes = [size for size, _ in self._stamps]
+        self._paths = [path if storage.is_remote(path) else os.path.abspath(path) for path in paths]
+        self._read, self._write = places(self._paths[0], cache_dir)
+        if peers:
+            self._read.append(Place(peers.folder))
+        self._found = Found(kind, self._read)
+        self.entries, self.verified = self._found.entries(self._paths, self._stamps)
+
+    def missing(self) -> list[int]:
+        return [number for number, entry in enumerate(self.entries) if entry is None]
+
+    def records_of(self, number: int) -> np.ndarray:
+        """The records of a shard, scanned."""
+        return _scanned(self._kind, self._given[number], self.sizes[number])[0]
+
+    def scan(self, numbers: Sequence[int]) -> None:
+        """Scans these shards and writes their index."""
+        if not numbers:
+            return
+        writer, before = Writer(self._kind, self._write), _of_before(self._kind, self._given, self._cache_dir)
+
+        def scanned(number):
+            known = before.get((self._given[number], *self._stamps[number]))
+            return known or _scanned(self._kind, self._given[number], self.sizes[number])
+
+        with progress("index", len(numbers), unit="files") as bar, ThreadPoolExecutor() as pool:
+            for number, (records, lost) in zip(numbers, pool.map(scanned, numbers), strict=True):
+                writer.add(self._paths[number], self._stamps[number], records, lost)
                 bar.update()
-    index = OffsetIndex(
-        list(paths),
-        [size for size, _ in stamps_F],
-        np.cumsum([0] + [_rows(one) for one in scans[:-1]], dtype=np.int64),
-        {key: np.concatenate([one.columns[key] for one in scans]) for key in scans[0].columns},
-        [lost for one in scans for lost in one.lost],
-    )
-    if new:
-        files = [[p, *s, _rows(one)] for p, s, one in zip(paths, stamps_F, scans, strict=True)]
-        _store(name, index, files, cache_dir)
-    return index
+        writer.flush()
+        for number in numbers:
+            self.entries[number] = writer.entries[self._paths[number]]
+        self._found.remove_replaced(self._paths, self.entries)
+
+    def exchange(self, peers: Peers) -> None:
+        """Scans this process's share of what is missing, and learns the others'.
+
+        What a process finds on its machine alone (a cache) others may lack. Then each passes on all of its share.
+        """
+        missing = self.missing()
+        said = peers.all_of(2 * zlib.crc32(repr(missing).encode()) + 1 if missing else 0)
+        if not any(said):
+            return
+        alike = len(set(said)) == 1
+        index, count = peers.process
+        share = (missing if alike else range(len(self._paths)))[index::count]
+        self.scan([number for number in share if self.entries[number] is None])
+        writer = Writer(self._kind, [Place(peers.folder)])
+        for number in share:
+            entry = self.entries[number]
+            assert entry is not None  # scanned above
+            file, shard = entry
+            if file.records is not None and not (file.path and storage.is_remote(file.path)):  # a bucket is seen by all
+                records = file.records[shard.first : shard.first + shard.rows]
+                writer.add(self._paths[number], self._stamps[number], records, shard.lost)
+        writer.flush()
+        peers.all_of(0)
+        self._found = Found(self._kind, self._read)
+        entries, self.verified = self._found.entries(self._paths, self._stamps)
+        self.entries = [new or old for new, old in zip(entries, self.entries, strict=True)]
 
 
 def open_slices(path: str, size: int) -> contextlib.AbstractContextManager:
@@ -140,45 +209,39 @@ class _Window:
         self._bytes = b""
 
 
-def _rows(scan):
-    return len(next(iter(scan.columns.values())))
+def local_folders(paths: Sequence[str], cache_dir: str | None) -> list[Path]:
+    """Local folders for data derived from the shards, in order of preference."""
+    own = Path(cache_folder(None if cache_dir and storage.is_remote(cache_dir) else cache_dir))
+    beside = [] if storage.is_remote(paths[0]) else [Path(paths[0]).parent / INDEX]
+    return [own] if cache_dir else [*beside, own]
 
 
-def cache_folders(paths: Sequence[str], cache_dir: str | None) -> list[Path]:
-    """Folders for data derived from the shards, in order of preference."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankclip_jax"
-    beside = [] if storage.is_remote(paths[0]) else [Path(paths[0]).parent / ".rankclip_index"]
-    return [Path(cache_dir)] if cache_dir else [*beside, home]
+def _scanned(kind: Kind, path: str, size: int) -> tuple[np.ndarray, tuple[tuple[str, int], ...]]:
+    """(the records of a shard, int64 (rows, 2 M); (reason, samples) of what is lost)"""
+    with open_slices(path, size) as data:
+        begin, length, lost = kind.scan(data, size, path)
+    records = np.concatenate([one.reshape(-1, kind.members) for one in (begin, length)], axis=1, dtype=np.int64)
+    return records, tuple((one.reason, one.samples) for one in lost)
 
 
-def _load(name, paths, cache_dir):
-    """(path, size, time) -> Scan of the cached index; empty if there is none, or it is unreadable."""
-    for folder in cache_folders(paths, cache_dir):
+def _of_before(kind, paths, cache_dir):
+    """(path, size, time) -> as _scanned, of an index of an earlier version; empty if there is none that can be read."""
+    name = hashlib.sha256("\n".join([kind.name, *paths]).encode()).hexdigest()[:20] + ".npz"
+    for folder in local_folders(paths, cache_dir):
         try:
             with np.load(folder / name, allow_pickle=False) as stored:
-                columns = {key: stored[key] for key in stored.files if key != "meta"}
                 meta = json.loads(stored["meta"].tobytes())
-            lost = [Lost(**one) for one in meta["lost"]]
+                columns = [stored[key].reshape(-1, kind.members) for key in ("begin", "length")]
+            records = np.concatenate(columns, axis=1, dtype=np.int64)
+            if len(records) != sum(rows for *_, rows in meta["files"]):
+                continue
             known, start = {}, 0
             for path, size, time, rows in meta["files"]:
-                part = {key: column[start : start + rows] for key, column in columns.items()}
-                known[path, size, time] = Scan(part, tuple(one for one in lost if one.where == path))
+                lost = tuple((str(one["reason"]), int(one["samples"])) for one in meta["lost"] if one["where"] == path)
+                if fits(records[start : start + rows], size, kind.frame):
+                    known[path, size, time] = records[start : start + rows], lost
                 start += rows
             return known
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        except (*DAMAGED, EOFError, zipfile.BadZipFile):
             continue
     return {}
-
-
-def _store(name, index, files, cache_dir):
-    meta = json.dumps(dict(files=files, lost=[dataclasses.asdict(one) for one in index.lost])).encode()
-    for folder in cache_folders(index.paths, cache_dir):
-        # Several processes may do this at once: each writes its own file, and the last rename wins.
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with whole(folder / name) as part, open(part, "wb") as out:
-                np.savez(out, meta=np.frombuffer(meta, np.uint8), **index.columns)
-            return
-        except (OSError, InputError):
-            continue
-    # No writable folder: the next start builds it again.

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from input_pipeline.sources import row_groups
 from input_pipeline.sources.byte_ranges import Files
-from input_pipeline.sources.offset_index import cache_folders
+from input_pipeline.sources.offset_index import local_folders
 from input_pipeline.sources.paths import expand, stamps
 from input_pipeline.sources.row_groups import opened
 from input_pipeline.sources.source import Ahead, Blocks, Reading, Source, all_ahead, captions_in_json, keys
@@ -122,6 +122,7 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = T
         where,
         captions=lambda: (),
         index=rows.arrays,
+        digest=rows.digest,
         ahead=all_ahead([rows.ahead, pictures.ahead]),
         text=Reading(lambda row: caption_of(rows.texts.read(row)), rows.texts.ahead),
         blocks=rows.blocks,
@@ -142,8 +143,8 @@ class _Rows(NamedTuple):
     Attributes:
       read, paths, texts: give the strings image, path, caption and captions; path; caption and captions.
       starts, has_paths: the first row of each file; whether images may be given as paths.
-      arrays: for a Source's index.
-      size, ahead, blocks: as a Source's.
+      arrays: a Source's index.
+      size, digest, ahead, blocks: as a Source's.
     """
 
     size: int
@@ -152,7 +153,8 @@ class _Rows(NamedTuple):
     read: Callable
     paths: Callable
     texts: Reading
-    arrays: Callable[[], list[np.ndarray]]
+    arrays: Callable[[], list[Any]]
+    digest: Callable[[], list[np.ndarray]] | None = None
     ahead: Ahead | None = None
     blocks: Blocks | None = None
 
@@ -162,9 +164,9 @@ def _unpacked_rows(files: list[str], columns: list[_Columns], cache_dir: str | N
     tars = _unpacked(files, columns, cache_dir)
     members = open_members(tars, {kind: (kind,) for kind in kinds}, cache_dir, optional=kinds)
     index, paths, texts = members.index, members.alone(["path"]).read, members.alone(["caption", "captions"])
-    has_paths = bool((index.columns["length"][:, kinds.index("path")] > 0).any())
+    has_paths = index.some_row_has([kinds.index("path")])
     read = members.read if captions else members.alone(["image", "path"]).read
-    return _Rows(index.size, index.starts, has_paths, read, paths, texts, index.arrays)
+    return _Rows(index.size, index.starts, has_paths, read, paths, texts, index.arrays, index.digest)
 
 
 def _as_it_is(files: list[str], heads: list[_Head], columns: list[_Columns], spec: ConfigDict) -> _Rows:
@@ -178,7 +180,7 @@ def _as_it_is(files: list[str], heads: list[_Head], columns: list[_Columns], spe
     pictures = groups.pictures
     has_paths = any(_has_paths(head.schema.field(one.image).type) for head, one in zip(heads, columns, strict=True))
     reads = pictures.read, pictures.read, groups.texts
-    return _Rows(groups.size, groups.starts_F, has_paths, *reads, groups.arrays, pictures.ahead, groups.blocks)
+    return _Rows(groups.size, groups.starts_F, has_paths, *reads, groups.arrays, None, pictures.ahead, groups.blocks)
 
 
 def _has_paths(kind: pa.DataType) -> bool:
@@ -256,7 +258,7 @@ def _cache_key(columns: _Columns) -> tuple:
 
 def _unpacked(files: list[str], columns: list[_Columns], cache_dir: str | None) -> list[str]:
     """Paths of the tars; missing ones are written."""
-    folders = cache_folders(files, cache_dir)
+    folders = local_folders(files, cache_dir)
     names = [
         hashlib.sha256(repr((file, stamp, _cache_key(one))).encode()).hexdigest()[:20] + ".tar"
         for file, stamp, one in zip(files, stamps(files), columns, strict=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline.sources.offset_index import OffsetIndex
+from input_pipeline.sources.offsets import OffsetIndex
 from input_pipeline.sources.source import Blocks
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError

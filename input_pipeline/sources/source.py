@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -12,7 +12,7 @@ import tensorflow as tf
 from rankclip_jax.common.json_rows import find, strings
 
 _BLOCKS, _BLOCK_ROWS = 256, 256  # what a tokenizer is trained on
-_TOGETHER, _GROUPS = 32, 8  # rows whose reads are started at a time, and how many such groups may wait
+_TOGETHER, _AT_ONCE, _GROUPS = 32, 4, 8  # rows whose reads are started at a time; such groups at once, and waiting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,9 @@ class Source:
       labels: int32 (size,) of a labelled csv.
       lost: unreachable samples, which have no row.
       shares: of a mixture, (rows, rows per epoch) for each part; None: every row once per epoch.
-      index: identifies the rows, not their location (fingerprint.py): strings, and arrays with at least one axis.
+      index: identifies the rows, not their location (fingerprint.py): strings, arrays with at least one axis, and
+        (number of bytes, arrays that have as many together).
+      digest: the same, shorter, of shards; None: `index` is short enough.
       ahead: None where all is local.
       text: reads {"caption"} alone; None: there is no cheaper way than `read`.
       blocks: of shards that were opened with config.data.shuffle=blocks.
@@ -130,7 +132,8 @@ class Source:
     labels: np.ndarray | None = None
     lost: tuple[Lost, ...] = ()
     shares: tuple[tuple[int, int], ...] | None = None
-    index: Callable[[], Iterable[str | np.ndarray]] = tuple
+    index: Callable[[], Iterable[Any]] = tuple
+    digest: Callable[[], Iterable[str | np.ndarray]] | None = None
     ahead: Ahead | None = None
     text: Reading | None = None
     blocks: Blocks | None = None
@@ -171,8 +174,10 @@ def started_ahead(data: tf.data.Dataset, ahead: Ahead | None, row_of: Callable |
         return numbers
 
     pairs = data.map(lambda number: (number, tf.cast(row_of(number) if row_of else number, tf.int64)))
-    started = pairs.batch(_TOGETHER).map(
-        lambda *pair: tf.ensure_shape(tf.numpy_function(start, pair, tf.int64), [None])
+    started = pairs.batch(_TOGETHER).map(  # several at once, since an index may have to be read first
+        lambda *pair: tf.ensure_shape(tf.numpy_function(start, pair, tf.int64), [None]),
+        num_parallel_calls=_AT_ONCE,
+        deterministic=True,
     )
     return started.prefetch(_GROUPS).unbatch()
 

@@ -21,7 +21,9 @@ from ml_collections import ConfigDict
 
 from input_pipeline.sources import tar_headers as headers
 from input_pipeline.sources.byte_ranges import ahead_of, byte_ranges, from_python
-from input_pipeline.sources.offset_index import Bytes, OffsetIndex, Scan, offset_index, open_slices
+from input_pipeline.sources.index_places import Kind
+from input_pipeline.sources.offset_index import Bytes, Peers, Scan, offset_index, open_slices
+from input_pipeline.sources.offsets import OffsetIndex
 from input_pipeline.sources.paths import expand
 from input_pipeline.sources.shard_blocks import shard_blocks
 from input_pipeline.sources.source import (
@@ -40,6 +42,7 @@ from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS
 
+_CAPTIONS = "txt", "caption"  # extensions, in order of preference
 _LARGEST = 2**31 - 1  # bytes of a member in the index; larger members have this length too, and are bad samples
 
 
@@ -48,7 +51,7 @@ class Members:
     """Samples of tars by number.
 
     Attributes:
-      index: columns begin and length, (rows, kinds of members), -1 for a missing member.
+      index: where the members are, in the order of `wanted`.
       read: ops, row (int64 scalar) -> {name: bytes (string scalar)}.
       ahead: as a Source's.
       alone: names -> a Reading of these members only, without reading the others.
@@ -64,7 +67,8 @@ class Members:
     def where(self, row: int) -> str:
         """The location of a sample: file and key."""
         file = self.index.file_of(row)
-        path, begins = self.index.paths[file], self.index.columns["begin"][row]
+        path, (record,) = self.index.paths[file], self.index.of_rows([row])[1]
+        begins = record[: len(record) // 2]
         if storage.is_remote(path):  # without reading all of the tar; a long name is cut off
             names = _names_before(path, [int(begin) for begin in begins if begin >= headers.BLOCK])
         else:
@@ -74,7 +78,9 @@ class Members:
         return f"{path} key {common.rpartition('.')[0] or found[0]}"
 
 
-def open_webdataset(spec: ConfigDict, path: str | Sequence[str], captions: bool = True) -> Source:
+def open_webdataset(
+    spec: ConfigDict, path: str | Sequence[str], captions: bool = True, peers: Peers | None = None
+) -> Source:
     """Opens tars of images and captions. `spec`: image_key, caption_key, hint, cache_dir of config.data.
 
     A caption may be compressed (txt.gz). caption_key=json:caption is the field `caption` of the .json members, which
@@ -83,20 +89,17 @@ def open_webdataset(spec: ConfigDict, path: str | Sequence[str], captions: bool 
     Raises:
       InputError: no tar, a compressed tar, or no sample with an image or a caption under these keys.
     """
-    caption_keys = keys(spec.get("caption_key"), ("txt", "caption"))
+    caption_keys = keys(spec.get("caption_key"), _CAPTIONS)
     endings, fields = zip(*(key.partition(":")[::2] for key in caption_keys), strict=True)
     if "json" in endings and not all(fields):
         raise InputError(
             f"config.data.caption_key={','.join(caption_keys)} names the .json members, but not the caption's field in "
             "them. Expected for example json:caption"
         )
-    wanted = {
-        "image": keys(spec.get("image_key"), tuple(ending[1:] for ending in ENDINGS)),
-        "caption": (*endings, *(f"{ending}.gz" for ending in endings)),
-    }
+    wanted = _wanted(spec.get("image_key"), endings)
     paths = expand(path, endings=(".tar",), hint=spec.get("hint"))
     may_lack = () if captions else ("caption",)
-    members = open_members(paths, wanted, spec.get("cache_dir"), may_lack=may_lack, spec=spec)
+    members = open_members(paths, wanted, spec.get("cache_dir"), may_lack=may_lack, peers=peers, spec=spec)
 
     def with_caption(members_read):
         def read(row):
@@ -116,10 +119,26 @@ def open_webdataset(spec: ConfigDict, path: str | Sequence[str], captions: bool 
         captions=lambda: (),
         lost=tuple(index.lost),
         index=index.arrays,
+        digest=index.digest,
         ahead=pictures.ahead,
         text=Reading(with_caption(text.read), text.ahead),
         blocks=members.blocks,
     )
+
+
+def usual_kind() -> Kind:
+    """The index of tars of images and captions under the usual keys."""
+    return _kind(_wanted(None, _CAPTIONS), ())
+
+
+def _wanted(image_key, endings):
+    images = keys(image_key, tuple(ending[1:] for ending in ENDINGS))
+    return {"image": images, "caption": (*endings, *(f"{ending}.gz" for ending in endings))}
+
+
+def _kind(wanted: Mapping[str, tuple[str, ...]], optional: tuple[str, ...]) -> Kind:
+    name = f"tar samples {list(wanted.items())} {optional}"  # in the order of the members
+    return Kind(name, len(wanted), 0, "<i4", functools.partial(_scan, wanted, optional))
 
 
 def open_members(
@@ -128,6 +147,7 @@ def open_members(
     cache_dir: str | None = None,
     optional: tuple[str, ...] = (),
     may_lack: tuple[str, ...] = (),
+    peers: Peers | None = None,
     spec: Mapping[str, Any] = {},
 ) -> Members:
     """Opens tars by the numbers of their samples.
@@ -136,34 +156,33 @@ def open_members(
       wanted: name -> lower-case extensions after the first dot of a member's name; the first that a sample has is used.
       optional: names that a sample may lack; it then has empty bytes.
       may_lack: the same of names by which samples are paired all the same.
+      peers: of a run of many processes.
       spec: shuffle, block_rows, window_mb of config.data.
 
     Raises:
       InputError: a compressed tar, or no sample with a member of one of the extensions.
     """
-    kind = f"tar samples {list(wanted.items())} {optional}"  # in the order of the columns
-    index = offset_index(kind, paths, functools.partial(_scan, wanted, optional), cache_dir)
+    index = offset_index(_kind(wanted, optional), paths, cache_dir, peers)
     if not index.size and index.lost:
         raise InputError(f"{index.lost[0].where} has no sample: {index.lost[0].reason}")
     lackable = (*optional, *may_lack)
-    for name, found_N in zip(wanted, index.columns["length"].T, strict=True):
-        if name not in lackable and not (found_N >= 0).any():
+    for i, name in enumerate(wanted):
+        if name not in lackable and not index.some_row_has([i]):
             inside = "; a field of .json members is config.data.caption_key=json:FIELD" if name == "caption" else ""
             raise InputError(f"{paths[0]}: no sample has {_named(name)} that ends in {_dotted(wanted[name])}{inside}")
     required = [i for i, name in enumerate(wanted) if name not in lackable]
-    if index.size and not (index.columns["length"][:, required] >= 0).all(axis=1).any():
+    if index.size and not index.some_row_has(required):
         kinds = " and ".join(f"{_named(name)} ({_dotted(wanted[name])})" for name in wanted if name not in lackable)
         raise InputError(f"{paths[0]}: no sample has both {kinds} under one name")
     reads = storage.ReadAhead()
     fetch = byte_ranges(index.paths, index.sizes, reads)
-    begin_NxM, length_NxM = tf.constant(index.columns["begin"]), tf.constant(index.columns["length"])
     far = tf.constant(np.iinfo(np.int64).max)
 
     def alone(names):
         columns = [list(wanted).index(name) for name in names]
 
         def read(row):
-            begin_M, length_M = begin_NxM[row], tf.cast(length_NxM[row], tf.int64)
+            file, begin_M, length_M = index.in_graph(row)
             for i, name in enumerate(wanted):
                 if name not in lackable:
                     require(length_M[i] >= 0, f"no {name}: no member ends in {_dotted(wanted[name])}")
@@ -174,25 +193,25 @@ def open_members(
             # Members of a sample are adjacent, so one range contains all of them.
             end = tf.maximum(tf.reduce_max(begin_M + length_M), 0)
             first = tf.minimum(tf.reduce_min(tf.where(begin_M < 0, far, begin_M)), end)  # the end where there is none
-            span = fetch_row(row, index.file_in_graph(row), first, end - first)
+            span = fetch_row(row, file, first, end - first)
             begin_M, length_M = tf.maximum(begin_M - first, 0), tf.maximum(length_M, 0)
             return {name: tf.strings.substr(span, begin_M[i], length_M[i]) for i, name in enumerate(names)}
 
         def start(rows):
-            for row, first, end in zip(rows, *(ends_R.tolist() for ends_R in spans(rows, columns)), strict=True):
+            for file, first, end in zip(*(of_R.tolist() for of_R in spans(rows, columns)), strict=True):
                 if first < end:
-                    reads.start(index.paths[index.file_of(row)], first, end)
+                    reads.start(index.paths[file], first, end)
 
         return Reading(read, ahead_of(index.paths, reads, start, held is not None))
 
     def spans(rows, columns):
-        begin_RxM = index.columns["begin"][rows][:, columns]
-        length_RxM = index.columns["length"][rows][:, columns].astype(np.int64)
+        file_R, records_RxK = index.of_rows(rows)
+        begin_RxM, length_RxM = (half[:, columns] for half in np.split(records_RxK, 2, axis=1))
         first_R = np.where(begin_RxM < 0, np.iinfo(np.int64).max, begin_RxM).min(axis=1)
-        return first_R, (begin_RxM + np.where(length_RxM < _LARGEST, length_RxM, 0)).max(axis=1)
+        return file_R, first_R, (begin_RxM + np.where(length_RxM < _LARGEST, length_RxM, 0)).max(axis=1)
 
     def span(rows):
-        first_R, end_R = spans(rows, range(len(wanted)))
+        _, first_R, end_R = spans(rows, range(len(wanted)))
         return int(first_R.min()), int(end_R.max())
 
     held = shard_blocks(spec, index, span, reads)
@@ -231,11 +250,10 @@ def _scan(wanted: Mapping[str, tuple[str, ...]], optional: tuple[str, ...], data
     except headers.TornError as error:
         torn = error
     samples, apart = pairing.finish()
-    shape = (-1, len(wanted))
-    found: dict[str, np.ndarray] = {
-        "begin": np.array([sample.begins for sample in samples], np.int64).reshape(shape),
-        "length": np.array([sample.lengths for sample in samples], np.int32).reshape(shape),
-    }
+    begins, lengths = (
+        np.array([of(sample) for sample in samples], np.int64).reshape(-1, len(wanted))
+        for of in (lambda sample: sample.begins, lambda sample: sample.lengths)
+    )
     lost = []
     if apart:
         names = " and ".join(name for name in wanted if name not in optional)
@@ -246,7 +264,7 @@ def _scan(wanted: Mapping[str, tuple[str, ...]], optional: tuple[str, ...], data
     elif torn:
         estimate = max(1, round((size - torn.at) * len(samples) / torn.at)) if torn.at else 1
         lost.append(Lost(path, f"{torn}; the {size - torn.at:,} bytes from there are lost", estimate))
-    return Scan(found, tuple(lost))
+    return Scan(begins, lengths, tuple(lost))
 
 
 def _names_before(path, begins):

@@ -16,7 +16,8 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline.sources.byte_ranges import ahead_of, from_python
-from input_pipeline.sources.offset_index import Bytes, Scan, offset_index
+from input_pipeline.sources.index_places import Kind
+from input_pipeline.sources.offset_index import Bytes, Peers, Scan, offset_index
 from input_pipeline.sources.paths import expand
 from input_pipeline.sources.shard_blocks import shard_blocks
 from input_pipeline.sources.source import Ahead, Blocks, Lost, Source, keys
@@ -35,7 +36,7 @@ class Records:
       read: ops, row (int64 scalar) -> the record (string scalar); a wrong checksum raises DataLossError.
       where: the location of a record: file, number in the file, byte.
       lost: unreachable records.
-      index, ahead, blocks: as a Source's.
+      index, digest, ahead, blocks: as a Source's.
     """
 
     size: int
@@ -44,6 +45,7 @@ class Records:
     lost: tuple[Lost, ...]
     index: Callable[[], list[np.ndarray]]
     ahead: Ahead | None = None
+    digest: Callable[[], list[np.ndarray]] | None = None
     blocks: Blocks | None = None
 
     def first(self, count: int) -> list[bytes]:
@@ -55,7 +57,9 @@ class Records:
         return found
 
 
-def open_tfrecord(spec: ConfigDict, path: str | Sequence[str], captions: bool = True) -> Source:
+def open_tfrecord(
+    spec: ConfigDict, path: str | Sequence[str], captions: bool = True, peers: Peers | None = None
+) -> Source:
     """Opens shards. `spec`: image_key, caption_key, hint, cache_dir of config.data.
 
     A record may have several captions, and `tokens`, int64 (L,): the token ids of its caption. captions=False: none of
@@ -67,7 +71,7 @@ def open_tfrecord(spec: ConfigDict, path: str | Sequence[str], captions: bool = 
     paths = expand(path, endings=(".tfrecord", ".tfrecords"), hint=spec.get("hint"))
     image_keys = keys(spec.get("image_key"), ("jpg", "jpeg", "png", "webp"))
     caption_keys = keys(spec.get("caption_key"), ("txt", "caption"))
-    records = open_records(paths, spec.get("cache_dir"), spec=spec)
+    records = open_records(paths, spec.get("cache_dir"), peers=peers, spec=spec)
     return examples(records, image_keys, caption_keys, needed=("image_key", "caption_key")[: 1 + captions])
 
 
@@ -116,15 +120,22 @@ def examples(
         captions=lambda: (),
         lost=records.lost,
         index=records.index,
+        digest=records.digest,
         ahead=records.ahead,
         blocks=records.blocks,
     )
+
+
+def kind() -> Kind:
+    """The index of TFRecord shards."""
+    return Kind("tfrecord", 1, _FRAME, "<i8", _scan)
 
 
 def open_records(
     paths: list[str],
     cache_dir: str | None = None,
     part: Callable | None = None,
+    peers: Peers | None = None,
     spec: Mapping[str, Any] = {},
 ) -> Records:
     """Opens TFRecord files of any content by record number.
@@ -136,27 +147,26 @@ def open_records(
     Raises:
       InputError: a compressed file, or no record in any file.
     """
-    index = offset_index("tfrecord", paths, _scan, cache_dir)
+    index = offset_index(kind(), paths, cache_dir, peers)
     rows_N = part(index) if part else None
     size = index.size if rows_N is None else len(rows_N)
     if not size:
         more = f", nor have the other {len(paths) - 1} files" if len(paths) > 1 else ""
         raise InputError(f"{paths[0]} has no TFRecords{more}")
     paths_F, wanted_N = tf.constant(paths), None if rows_N is None else tf.constant(rows_N)
-    begin_N, length_N = (tf.constant(index.columns[key]) for key in ("begin", "length"))
-
     reads = storage.ReadAhead()
 
     def read(row):
-        row = row if wanted_N is None else wanted_N[row]
+        file, begin_1, length_1 = index.in_graph(row if wanted_N is None else wanted_N[row])
+        begin, length = begin_1[0], length_1[0]
         if ahead:
-            return from_python(fetch, row, index.file_in_graph(row), begin_N[row], length_N[row])
+            return from_python(fetch, row, file, begin, length)
         # One read of exactly this record: a larger buffer would also fetch its neighbours.
         dataset = tf.raw_ops.TFRecordDatasetV2(
-            filenames=[paths_F[index.file_in_graph(row)]],
+            filenames=[paths_F[file]],
             compression_type="",
-            buffer_size=length_N[row] + _FRAME,
-            byte_offsets=[begin_N[row]],
+            buffer_size=length + _FRAME,
+            byte_offsets=[begin],
         )
         only = dict(output_types=[tf.string], output_shapes=[()])
         dataset = tf.raw_ops.TakeDataset(input_dataset=dataset, count=1, **only)
@@ -170,25 +180,26 @@ def open_records(
         return frame[12:-4]
 
     def start(rows):
-        for row in rows if rows_N is None else rows_N[rows]:
-            begin, length = (int(index.columns[key][row]) for key in ("begin", "length"))
-            reads.start(paths[index.file_of(row)], begin, begin + length + _FRAME)
+        file_R, records_Rx2 = index.of_rows(rows if rows_N is None else rows_N[rows])
+        for file, (begin, length) in zip(file_R.tolist(), records_Rx2.tolist(), strict=True):
+            reads.start(paths[file], begin, begin + length + _FRAME)
 
     def where(row):
         row = row if rows_N is None else rows_N[row]
         file = index.file_of(row)
-        return f"{paths[file]} record {row - index.starts[file]} (byte {index.columns['begin'][row]})"
+        return f"{paths[file]} record {row - index.starts[file]} (byte {index.of_rows([row])[1][0, 0]})"
 
-    def arrays():
-        return index.arrays() + ([] if rows_N is None else [rows_N])
+    def with_rows(arrays):
+        return lambda: arrays() + ([] if rows_N is None else [rows_N])
 
     def span(rows):
-        begin_N, length_N = index.columns["begin"], index.columns["length"]
-        return int(begin_N[rows[0]]), int(begin_N[rows[-1]] + length_N[rows[-1]]) + _FRAME
+        _, records_Rx2 = index.of_rows(rows)
+        return int(records_Rx2[0, 0]), int(records_Rx2[-1].sum()) + _FRAME
 
     held = shard_blocks(spec, index, span, reads)
-    ahead = ahead_of(paths, reads, start, held is not None)
-    return Records(size, read, where, tuple(index.lost), arrays, ahead, held.blocks if held else None)
+    ahead, blocks = ahead_of(paths, reads, start, held is not None), held.blocks if held else None
+    arrays, digest = with_rows(index.arrays), with_rows(index.digest)
+    return Records(size, read, where, tuple(index.lost), arrays, ahead, digest, blocks)
 
 
 def _first_with_bytes(candidates):
@@ -220,8 +231,7 @@ def _scan(data: Bytes, size: int, path: str) -> Scan:
         if at > size:  # the last record is longer than what is left
             at, head_Nx12 = begins.pop(), head_Nx12[:-1]
         lost = (Lost(path, f"truncated inside the record at byte {at}; it and everything after it are lost", 1),)
-    columns = dict(begin=np.array(begins, np.int64), length=head_Nx12[:, :8].copy().view("<i8").reshape(-1))
-    return Scan(columns, lost)
+    return Scan(np.array(begins, np.int64), head_Nx12[:, :8].copy().view("<i8").reshape(-1), lost)
 
 
 def _crc_table():

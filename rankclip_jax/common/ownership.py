@@ -16,6 +16,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import make_folder, write_whole
 
 MARKER = ".rankclip_jax"  # JSON: command -> names, relative to the folder
+INDEX = ".rankclip_index"  # the folder of what is known of the shards in a folder, ours by its name
 
 
 def inside(folder: Path, name: object) -> Path:
@@ -57,7 +58,7 @@ class Owned:
         self.known = command in listed  # whether the command was at work here before
         self._own = set(listed.get(command, ()))
         if alone and not self.known:
-            ours = {name.split("/")[0] for names in listed.values() for name in names} | {MARKER}
+            ours = {name.split("/")[0] for names in listed.values() for name in names} | {MARKER, INDEX}
             strangers = sorted(set(_entries(self.folder)) - ours)
             if strangers:
                 raise InputError(f"{folder} holds files that {command} did not write ({strangers[0]} ...); {alone}")

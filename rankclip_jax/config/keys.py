@@ -247,7 +247,7 @@ KEYS = dict(
         # blocks: streams of which each gives its share of a batch, and each process reads some. None: the greatest
         # common divisor of 64 and the batch, less where there are few blocks
         lanes=integer(None, 1),
-        # for offsets of shards and unpacked Parquet; None: next to the data, or ~/.cache
+        # for the index of shards (it may be in a bucket) and unpacked Parquet; None: next to the data, or ~/.cache
         cache_dir=path(None),
         # share of the image's area that a training crop covers
         crop_scale=pair((0.9, 1.0), "(low, high) with 0 < low <= high <= 1", lambda low, high: 0 < low <= high <= 1),

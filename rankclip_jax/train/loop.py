@@ -1,6 +1,7 @@
 """A training run: open the data, open the state (opening.py), run the steps, finish. Data flows one way."""
 
 import contextlib
+import functools
 import shlex
 import sys
 import time
@@ -48,10 +49,10 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         saving.probe(folder)
     old = workdirs.check_same_run(workdir, config)
     origin = None if old else init_from.read(config)
-    config, data = opening.open_data(config, old, origin)
+    config, data = opening.open_data(config, old, origin, workdir)
     record = opening.data_record(data)
     if old:
-        workdirs.check_same_data(workdir, record)
+        workdirs.check_same_data(workdir, record, functools.partial(opening.data_record_of_before, data))
     tx = optim.make_optimizer(config.optim, data.total_steps, data.steps_per_epoch)
     session = opening.open_session(config, workdir, data, origin, resumes=old is not None)
     config = session.config

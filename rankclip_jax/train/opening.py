@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from optax import GradientTransformation
@@ -18,6 +19,7 @@ from optax import GradientTransformation
 from rankclip_jax import evaluation
 from rankclip_jax.common import packing, storage
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.ownership import INDEX
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.parallel import processes
 from rankclip_jax.train import init_from, resolve
@@ -54,11 +56,15 @@ class Start(NamedTuple):
 
 
 def open_data(
-    config: ConfigDict, old: ConfigDict | None = None, origin: pretrained.Pretrained | None = None
+    config: ConfigDict,
+    old: ConfigDict | None = None,
+    origin: pretrained.Pretrained | None = None,
+    workdir: Path | None = None,
 ) -> tuple[ConfigDict, Data]:
     """The data of a configuration: for training, validation and evaluation, all opened before anything is trained.
 
-    Args, and the configuration that is returned: as of resolve.resolve.
+    `workdir`: where processes exchange what they find. Other args, and the configuration returned: as of
+    resolve.resolve.
 
     Raises:
       InputError: something cannot be read, or is too small. A set of config.eval.suite that is not there is only named.
@@ -68,15 +74,19 @@ def open_data(
     if config.data.train is None:
         raise InputError("config.data.train=None. Expected what to train on: rankclip train mine.csv")
     synonyms = captions.read_synonyms(config.data.synonyms) if config.data.synonyms else None
-    config = resolve.order(config, old)
-    source = sources.open_source(config.data, config.data.train, image_side=image_side(config))
+    config, peers = resolve.order(config, old), None
+    if workdir:
+        folder = storage.join(storage.origin(workdir) or str(workdir.resolve()), INDEX)
+        peers = sources.Peers(jax.process_index(), jax.process_count(), folder, processes.of_all)
+    source = sources.open_source(config.data, config.data.train, image_side=image_side(config), peers=peers)
     config = resolve.resolve(config, source.size, old, origin)
     config = resolve.lanes(config, len(source.blocks.first) if source.blocks else 0)
     side = image_side(config)
     steps_per_epoch = source.size // config.batch_size
     if not steps_per_epoch:
         raise InputError(f"config.batch_size={config.batch_size} is more than the {source.size} training samples")
-    val = config.data.val and sources.open_source(config.data, config.data.val, image_side=side, split="val")
+    val = config.data.val
+    val = val and sources.open_source(config.data, val, image_side=side, split="val", peers=peers)
     if val and val.size < 2:
         raise InputError(f"config.data.val has {val.size} sample(s). Expected at least 2, or None")
     kinds = [kind for kind in evaluation.KINDS if kind == "zero_shot" or config.eval.every[kind] is not None]
@@ -161,15 +171,21 @@ def data_record(data: Data) -> dict[str, dict | None]:
     Raises:
       InputError: the processes see different data.
     """
-    from input_pipeline.sources.fingerprint import fingerprint
-
-    def of(source):
-        return {"samples": source.size, "fingerprint": fingerprint(source)} if source else None
-
-    record = {"train": of(data.source), "val": of(data.val)}
+    record = {"train": _described(data.source), "val": _described(data.val)}
     if len(set(processes.of_all(zlib.crc32(str(record).encode())))) > 1:
         raise InputError("the processes see different data in config.data.train or config.data.val")
     return record
+
+
+def data_record_of_before(data: Data, name: str) -> dict | None:
+    """What an earlier version stored about config.data.train or .val."""
+    return _described(data.source if name == "train" else data.val, before=True)
+
+
+def _described(source: Any, before: bool = False) -> dict | None:
+    from input_pipeline.sources.fingerprint import fingerprint
+
+    return {"samples": source.size, "fingerprint": fingerprint(source, before)} if source else None
 
 
 def run_length(config: ConfigDict, steps_per_epoch: int) -> tuple[int, float]:

@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -110,17 +110,18 @@ def check_length(workdir: Path, step: int, old: tuple[int, float], new: tuple[in
         )
 
 
-def check_same_data(workdir: Path, found: Mapping[str, dict | None]) -> None:
+def check_same_data(workdir: Path, found: Mapping[str, dict | None], of_before: Callable[[str], dict | None]) -> None:
     """Raises InputError where a run resumes with other data than it began with.
 
     Args:
       found: {"train": {"samples", "fingerprint"}, "val": the same, or None}. A run older than data.json takes any.
+      of_before: name -> what an earlier version would have stored; it is asked where the data differ.
     """
     path = workdir / _DATA
     began = json.loads(path.read_text()) if path.exists() else {}
     for name, now in found.items():
         before = began.get(name)
-        if before and now and before != now:
+        if before and now and before != now and before != of_before(name):
             more = f"{before['samples']:,} samples" if before["samples"] != now["samples"] else "the same number"
             raise InputError(
                 f"config.data.{name} has other data than the run in {workdir} began with: {now['samples']:,} samples, "

@@ -69,7 +69,7 @@ def records(folder):
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.suffix != ".index"}
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
 
 
 ALL = ("--config.data.max_bad_fraction=1.0",)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
+from rankclip_jax.common.ownership import INDEX
 from rankclip_jax.common.storage import listing, reading
 from rankclip_jax.common.storage.place import is_remote, join, name_of, parent, place_of
 
@@ -125,7 +126,8 @@ def _fetch(url, folder):
     for file in listing.files_below(url):
         name = file.path[len(url) + 1 :]
         parts = name.split("/")
-        if parts[0] != CHECKPOINTS and name not in _LEFT and not any(part in ("", ".", "..") for part in parts):
+        stays = parts[0] in (CHECKPOINTS, INDEX) or name in _LEFT
+        if not stays and not any(part in ("", ".", "..") for part in parts):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             _copy(file, folder / name)
 
