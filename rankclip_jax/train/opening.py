@@ -77,7 +77,7 @@ def open_data(
     config, peers = resolve.order(config, old), None
     if workdir:
         folder = storage.join(storage.origin(workdir) or str(workdir.resolve()), INDEX)
-        peers = sources.Peers(jax.process_index(), jax.process_count(), folder, processes.of_all)
+        peers = sources.Peers((jax.process_index(), jax.process_count()), folder, processes.of_all)
     source = sources.open_source(config.data, config.data.train, image_side=image_side(config), peers=peers)
     config = resolve.resolve(config, source.size, old, origin)
     config = resolve.lanes(config, len(source.blocks.first) if source.blocks else 0)
