@@ -1,5 +1,4 @@
-"""Images a second from a bucket on the loopback, and from the disk beside it, by rows and by blocks: what latency costs,
-and how many bytes and requests.
+"""Images a second from a bucket on the loopback and from the disk beside it, by rows and by blocks: what latency costs.
 
 python -m benchmarks.buckets [--rows 4000] [--latency 0 0.05]
 
@@ -37,7 +36,7 @@ FORMATS = {
 
 
 def jpegs(rows: int) -> list[tuple[bytes, str]]:
-    """[(JPEG of 400 x 300, caption)]: sixteen different pictures, again and again."""
+    """[(JPEG of 400 x 300, caption)]: sixteen pictures, again and again, each with its number behind the picture."""
     import io
 
     import numpy as np
@@ -48,7 +47,7 @@ def jpegs(rows: int) -> list[tuple[bytes, str]]:
         out = io.BytesIO()
         Image.fromarray(photograph(np.random.default_rng(i), 300, 400)).save(out, "JPEG", quality=90)
         made.append(out.getvalue())
-    return [(made[i % 16], f"a photograph of number {i} among many others") for i in range(rows)]
+    return [(made[i % 16] + i.to_bytes(4), f"a photograph of number {i} among many others") for i in range(rows)]
 
 
 class Server:
