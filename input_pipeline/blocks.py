@@ -31,6 +31,7 @@ class BlockOrder:
       blocks: of the source.
       lanes: how many.
       window_blocks: blocks of a window of a lane, at most.
+      window_places: of such a window.
       window_bytes: of such a window, roughly.
     """
 
@@ -43,14 +44,14 @@ class BlockOrder:
         windows = -(-own // max(int(window_bytes / lanes / mean), 1))  # in an epoch, of like size
         self.window_blocks = -(-own // windows)
         self._own, self._windows = own, -(-own // self.window_blocks)
-        self.window_bytes = self.window_blocks * mean
+        self.window_places, self.window_bytes = self.window_blocks * self._places, self.window_blocks * mean
         self._permuted = functools.lru_cache(3)(lambda epoch: shuffled(count, seed, epoch).astype(np.int32))
         self.window = functools.lru_cache(4 * lanes)(self._window)
 
     def number_at(self, position: int) -> int:
         """The number of the window with a position; they are counted on from epoch to epoch."""
         epoch, place = divmod(position, self._own * self._places)
-        return epoch * self._windows + place // (self.window_blocks * self._places)
+        return epoch * self._windows + place // self.window_places
 
     def begin(self, number: int) -> int:
         """The first position of a window."""

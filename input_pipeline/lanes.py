@@ -1,6 +1,7 @@
 """A process's part of the order of blocks (blocks.py): the good samples of its lanes, and how far it has read them."""
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -9,6 +10,7 @@ import tensorflow as tf
 from input_pipeline.blocks import BlockOrder
 
 _AT_LEAST = 16  # samples that are decoded at a time
+_AT_MOST = 2 * (os.cpu_count() or 1)  # of one lane, which is enough to keep the processors busy
 
 
 class LaneStream:
@@ -25,7 +27,9 @@ class LaneStream:
         self._order, self._lanes = order, range(index * lanes, (index + 1) * lanes)
         self.position = position or (0,) * lanes
         self._rows = batch_size // lanes  # of a lane in a batch
-        self._at_once = max(self._rows, -(-_AT_LEAST // lanes))
+        self._at_once = max(min(self._rows, _AT_MOST), -(-_AT_LEAST // lanes))
+        self._few = 2 * self._at_once  # rows after which those before them are read
+        self._behind = -(-self._few // order.window_places)  # windows that may be in use before the one that is begun
         self._start, self._span = tf.Variable(np.zeros(lanes, np.int64)), tf.Variable(0, dtype=tf.int64)
 
     def begin(self, batches: int) -> None:
@@ -56,17 +60,17 @@ class LaneStream:
 
     @tf.autograph.experimental.do_not_convert
     def _piece(self, i, start, span, number):
-        """(places, rows) of the first few rows of a window, or of the others: by then those before it are taken."""
+        """(places, rows) of the first few rows of a window; then of the others, when the window before is read."""
         lane, (windows, rest) = self._lanes[i], divmod(int(number), 2)
-        window, few = self._order.number_at(int(start)) + windows, 2 * self._at_once
+        window = self._order.number_at(int(start)) + windows
         positions, rows = self._from(lane, window, start)
         if rest:
-            self._drop(lane, window - 1)
+            self._drop(lane, window - self._behind)
             if self._order.begin(window + 1) < start + span:
                 self._hold(lane, window + 1, start)
         else:
             self._hold(lane, window, start)
-        part = slice(few, None) if rest else slice(few)
+        part = slice(self._few, None) if rest else slice(self._few)
         return positions[part] * self._order.lanes + lane, rows[part]
 
     def _from(self, lane, window, start):

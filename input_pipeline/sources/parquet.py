@@ -71,7 +71,7 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = T
     image_keys = keys(spec.get("image_key"), ("image", "jpg"))
     caption_keys = keys(spec.get("caption_key"), ("caption", "txt"))
     with ThreadPoolExecutor(32) as pool:
-        heads = list(pool.map(_head, files))
+        heads = list(pool.map(_head, files, (size for size, _ in stamps(files))))
     columns = [
         _columns(file, schema, image_keys, caption_keys, captions)
         for file, (_, _, schema) in zip(files, heads, strict=True)
@@ -188,9 +188,9 @@ def _has_paths(kind: pa.DataType) -> bool:
     return _is_string(kind) or (pa.types.is_struct(kind) and kind.get_field_index("path") >= 0)
 
 
-def _head(file: str) -> _Head:
-    with opened(file) as parquet:
-        return _Head(stamps([file])[0][0], parquet.metadata, parquet.schema_arrow)
+def _head(file: str, size: int) -> _Head:
+    with opened(file, size) as parquet:
+        return _Head(size, parquet.metadata, parquet.schema_arrow)
 
 
 def _columns(

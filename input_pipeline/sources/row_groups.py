@@ -45,17 +45,17 @@ class File(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(path: str, known: File | None = None) -> Iterator[pq.ParquetFile]:
-    """The open file, of which the whole is never in memory; of a known one the footer is not read again.
+def opened(
+    path: str, size: int | None = None, metadata: pq.FileMetaData | None = None
+) -> Iterator[pq.ParquetFile]:
+    """The open file, of which the whole is never in memory. What is known of it, in bytes and metadata, is not asked.
 
     Raises:
       DamagedError: it is no Parquet, also where that shows only as it is read.
     """
-    metadata = known.metadata if known else None
     try:
         if storage.is_remote(path):
-            size = known.size if known else stamps([path])[0][0]
-            file = pa.PythonFile(storage.RemoteFile(path, size))
+            file = pa.PythonFile(storage.RemoteFile(path, size or stamps([path])[0][0]))
             with pq.ParquetFile(file, metadata=metadata, pre_buffer=True) as parquet:
                 yield parquet
         else:
@@ -137,7 +137,7 @@ class _Groups:
         file, g = self._groups[group]
         columns = [file.columns[name] for name in self._names if name in file.columns]
         try:
-            with opened(file.path, file) as parquet:
+            with opened(file.path, file.size, file.metadata) as parquet:
                 return parquet.read_row_group(g, columns=list(dict.fromkeys(columns)))
         except OSError as error:
             raise DamagedError(f"{file.path} cannot be read: {error.strerror}") from None

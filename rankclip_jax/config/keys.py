@@ -238,14 +238,15 @@ KEYS = dict(
         # csv: folder of the images, relative to the file; None: the file's own
         image_folder=path(None),
         data_dir=path(None),  # tfds: where the sets were prepared; None: TFDS's default
-        # auto | rows | blocks: the order of the training data. blocks: of tars, TFRecord and Parquet, block by block in
-        # random order, with one request each, and rows in random order within windows of blocks; auto: where such
-        # shards are not local, and in a mixture without weights
+        # auto | rows | blocks: what is shuffled in training: all rows; or blocks of tars, TFRecord and Parquet, read in
+        # one request each, and rows within windows of blocks (docs/input_pipeline.md). auto: blocks where not all of
+        # such shards are local, but in a mixture by weights rows
         shuffle=choice("auto", "rows", "blocks"),
-        block_rows=integer(64, 1),  # blocks: neighbouring rows of a shard in a block; Parquet: a row group is one
-        window_mb=integer(1024, 1),  # blocks: MiB of the blocks whose rows are shuffled; two such windows are in memory
-        # blocks: streams of which each gives its share of a batch, and each process reads some. None: the greatest
-        # common divisor of 64 and the batch, less where there are few blocks
+        block_rows=integer(64, 1),  # neighbouring rows of a shard that are a block; in Parquet a row group is one
+        # MiB of blocks, of all lanes together, whose rows are shuffled; two such windows are in memory
+        window_mb=integer(1024, 1),
+        # with blocks: streams, each of which gives an equal share of every batch; a process reads some of them. None:
+        # the greatest common divisor of 64 and the batch, less where there are few blocks
         lanes=integer(None, 1),
         # for the index of shards (it may be in a bucket) and unpacked Parquet; None: next to the data, or ~/.cache
         cache_dir=path(None),

@@ -24,6 +24,10 @@ def arms_of(config: ConfigDict) -> list[Arm]:
     study = config.study
     if not study.objectives:
         raise InputError("config.study.objectives is empty: name them, as configs/study_shapes.py does")
+    for key, what in (("objectives", "keys of config.loss"), ("conditions", "groups of the configuration")):
+        for name, given in study[key].items():
+            if not isinstance(given, ConfigDict):
+                raise InputError(f"config.study.{key}.{name}={given!r}. Expected changed {what}")
     conditions = {name: given.to_dict() for name, given in study.conditions.items()} or {"": {}}
     named = {"baseline": [study.baseline], "more_seeds": list(study.more_seeds)}
     chosen = {name: list(given.pop("objectives", study.objectives)) for name, given in conditions.items()}

@@ -149,7 +149,7 @@ def lanes(config: ConfigDict, blocks: int) -> ConfigDict:
             most = max(blocks // _LANE_BLOCKS, count)
             data.lanes = math.gcd(64, batch, 1 << most.bit_length() - 1)
     if batch % data.lanes:
-        raise InputError(f"config.data.lanes={data.lanes} does not divide config.batch_size={batch}")
+        raise InputError(f"config.data.lanes={data.lanes}. Expected a divisor of config.batch_size={batch}")
     if data.lanes % count:
         fit = [n for n in range(count, batch + 1, count) if batch % n == 0]
         near = min(fit, key=lambda n: abs(n - data.lanes), default=None)

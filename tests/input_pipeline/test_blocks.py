@@ -163,6 +163,14 @@ def test_no_more_is_read_than_is_needed_and_two_windows_are_held():
     assert len(again.holds) <= 64 + 16, "one window again"
 
 
+@pytest.mark.parametrize("window_rows", [1, 16, 64])
+def test_windows_that_are_smaller_than_a_batch_are_held_while_they_are_in_use(window_rows):
+    made = Made([4] * 96)
+    came = run(made, 2, 12, batch=64, span=12, window_rows=window_rows)
+    assert sorted(row for rows, _, _ in came[:6] for row in rows) == list(range(384))
+    assert made.missed == 0 and len(made.holds) <= 2 * 96
+
+
 def test_a_lane_without_a_good_row_says_so_and_keeps_its_place():
     made = Made([4] * 64)
     bad = made.order(4, 64).window(2, 0)[1][:8].tolist()  # all of two batches

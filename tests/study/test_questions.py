@@ -43,6 +43,8 @@ def test_a_condition_changes_what_it_names_and_trains_what_it_lists():
         ({"conditions": {"a": {"objectives": ["klip"]}}}, "conditions.a.objectives: unknown objective 'klip'"),
         ({"conditions": {"a": {"model": {"image_size": 64}}}}, "conditions.a changes the network"),
         ({"conditions": {"a": {"optim": {"rate": 1}}}}, "optim.rate"),
+        ({"conditions": {"a": 3}}, "conditions.a=3. Expected changed groups of the configuration"),
+        ({"objectives": {"clip": 3}}, "objectives.clip=3. Expected changed keys of config.loss"),
     ],
 )
 def test_wrong_conditions_say_what_is_wrong(study, message):

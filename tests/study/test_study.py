@@ -301,9 +301,8 @@ def test_a_study_resumes_where_it_stopped_and_reports(study, monkeypatch, capsys
     scores = {r["lr"]: r["curve"][-1]["zero_shot/seen"] for r in searched}
     assert found[0]["lr"] == max(scores, key=lambda lr: (scores[lr], -lr)) and len(scores) == 2
     # Another configuration is refused, not mixed in.
-    study.config.optim.b1 = 0.8
     with pytest.raises(InputError, match=r"another configuration \(optim\)"):
-        study.run()
+        Study(smoke("optim.b1=0.8"), study.folder).run()
 
 
 def test_wrong_studies_say_what_is_wrong(tmp_path):
