@@ -66,7 +66,7 @@ def open_source(
         case "parquet":
             return _with_text(parquet.open_parquet(spec, path), spec)
         case "tfds":
-            return _with_text(tfds.open_tfds(spec, path), spec)
+            return _with_text(tfds.open_tfds(spec, path, peers), spec)
         case "shapes":
             return drawn.open_drawn(path, image_side, split)
     known = "csv, tfrecord, webdataset, folder, parquet, tfds or shapes"

@@ -54,11 +54,9 @@ class Files:
             self._reads.start(path.decode())
 
 
-def ahead_of(
-    paths: Sequence[str], reads: ReadAhead, start: Callable[[np.ndarray], None], held: bool = False
-) -> Ahead | None:
-    """An Ahead with `start`; None if all files are local, and no blocks of them are `held`."""
-    return Ahead(start, reads.check) if held or any(map(is_remote, paths)) else None
+def ahead_of(paths: Sequence[str], reads: ReadAhead, start: Callable[[np.ndarray], None], far: bool) -> Ahead | None:
+    """An Ahead with `start`; None if all files are local, and (not `far`) so is their index and no blocks are held."""
+    return Ahead(start, reads.check) if far or any(map(is_remote, paths)) else None
 
 
 def tensor_list(arrays: Sequence[np.ndarray], dtype: tf.DType, shape: list[int]) -> tf.Tensor:

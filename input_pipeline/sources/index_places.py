@@ -6,7 +6,9 @@ user's cache; of a run of many processes also in its workdir.
 
 import contextlib
 import dataclasses
+import functools
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +24,7 @@ from rankclip_jax.common.files import whole
 from rankclip_jax.common.ownership import INDEX
 
 AT_ONCE = 64 << 20  # bytes of records: up to here an index is read whole and verified before it is used
+_EVERY = 300  # seconds; what was scanned before is kept if a process is killed
 _READS = 32
 
 
@@ -104,19 +107,19 @@ class Found:
                     if path is not None:
                         found.setdefault(path, Entry(file, shard))
         used = {id(entry.file): entry.file for entry in found.values()}
-        verified = sum(file.nbytes for file in used.values()) <= AT_ONCE
-        if verified:
-            with ThreadPoolExecutor(_READS) as pool:
-                loaded = dict(zip(used, pool.map(_loaded, used.values()), strict=True))
-            found = {path: Entry(loaded[id(entry.file)], entry.shard) for path, entry in found.items()}
-            found = {path: entry for path, entry in found.items() if self._is_sound(entry)}
-        return [found.get(path) for path in paths], verified
+        verify = sum(file.nbytes for file in used.values()) <= AT_ONCE
+        with ThreadPoolExecutor(_READS) as pool:
+            ready = dict(zip(used, pool.map(functools.partial(_ready, whole=verify), used.values()), strict=True))
+        valid: dict[str, Entry] = {}
+        for path, (listed, shard) in found.items():
+            file = ready[id(listed)]
+            if file and (not verify or self._is_sound(file, shard)):
+                valid[path] = Entry(file, shard)
+        return [valid.get(path) for path in paths], verify
 
-    def _is_sound(self, entry: Entry) -> bool:
-        records, shard = entry.file.records, entry.shard
-        if records is None:
-            return False
-        mine = records[shard.first : shard.first + shard.rows]
+    def _is_sound(self, file: IndexFile, shard: Shard) -> bool:
+        assert file.records is not None
+        mine = file.records[shard.first : shard.first + shard.rows]
         return index_file.sound(mine, shard.checks, shard.size, self._kind.frame)
 
     def remove_replaced(self, paths: Sequence[str], entries: Sequence[Entry | None]) -> None:
@@ -132,14 +135,15 @@ class Found:
                         storage.delete(file.path)
 
 
-def _loaded(file: IndexFile) -> IndexFile:
-    if file.path is None or not storage.is_remote(file.path) or not file.total:
-        return file
+def _ready(file: IndexFile, whole: bool) -> IndexFile | None:
+    """The file, mapped; of a bucket, if it is wanted `whole`, read. None: it went."""
     try:
-        data = storage.read(file.path, file.begin, file.begin + file.nbytes)
-    except InputError:
+        if file.records is None and whole:
+            data = storage.read(str(file.path), file.begin, file.begin + file.nbytes)
+            return dataclasses.replace(file, memory=np.frombuffer(data, "<i8").reshape(file.total, file.width))
         return file
-    return dataclasses.replace(file, memory=np.frombuffer(data, "<i8").reshape(file.total, file.width))
+    except index_file.DAMAGED:
+        return None
 
 
 def _listed(folder: str, kind: str) -> list[tuple[str, int]]:
@@ -161,6 +165,7 @@ class Writer:
         """`where`: the first that can be written is used; in none of them, what is added stays in memory."""
         self.entries: dict[str, Entry] = {}
         self._kind, self._where = kind, where
+        self._flushed = time.monotonic()
         self._bytes = self._kept = 0  # waiting; held in memory though they are written, since a bucket is far
         self._waiting: list[tuple[str, tuple[int, int], np.ndarray, tuple[tuple[str, int], ...]]] = []
 
@@ -170,12 +175,12 @@ class Writer:
         """`lost`: (reason, samples)."""
         self._waiting.append((path, stamp, records_RxK, lost))
         self._bytes += records_RxK.nbytes
-        if self._bytes >= AT_ONCE:
+        if self._bytes >= AT_ONCE or time.monotonic() - self._flushed >= _EVERY:
             self.flush()
 
     def flush(self) -> None:
         """Writes what was added since the last time."""
-        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        waiting, self._waiting, self._bytes, self._flushed = self._waiting, [], 0, time.monotonic()
         if not waiting:
             return
         records = [np.ascontiguousarray(one, "<i8") for _, _, one, _ in waiting]

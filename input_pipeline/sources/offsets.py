@@ -32,6 +32,8 @@ class OffsetIndex:
       starts: int64 (F,), the first row of each shard.
       size: number of rows.
       lost: unreachable samples.
+      reads: of the shards and, where it is far, of the index.
+      far: whether the index is in a bucket, and too large to be held.
     """
 
     def __init__(
@@ -54,11 +56,11 @@ class OffsetIndex:
         self._lock = threading.Lock()
         self._chunks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._scanned: dict[int, np.ndarray] = {}  # of files in a bucket that proved damaged
-        self._reads = ReadAhead()
+        self.reads = ReadAhead()
         files = {id(entry.file): entry.file for entry in entries}
         mapped = [file.records for file in files.values() if file.records is not None]
-        self._mapped = len(mapped) == len(files)
-        if self._mapped:
+        self.far = len(mapped) < len(files)
+        if not self.far:
             numbers = {key: number for number, key in enumerate(files)}
             self._lists = tensor_list(mapped, tf.int64, [-1, 2 * kind.members])
             self._file_F = tf.constant([numbers[id(entry.file)] for entry in entries], tf.int32)
@@ -86,34 +88,32 @@ class OffsetIndex:
         Raises:
           InputError: its index is damaged, and the shard has other rows than when it was indexed.
         """
-        shard = self._entries[file].shard
-        end = shard.rows if end is None else min(end, shard.rows)
-        records = self._whole(file)
-        if records is not None:
-            return records[begin:end]
-        first, last = begin // CHUNK, -(-end // CHUNK)
-        self._start(file, range(first, last))
-        chunks = [self._chunk(file, number) for number in range(first, last)]
-        return np.concatenate([np.zeros((0, 2 * self._kind.members), np.int64), *chunks])[begin - first * CHUNK :][
-            : max(end - begin, 0)
-        ]
+        rows = self._entries[file].shard.rows
+        return self.of_rows(self.starts[file] + np.arange(begin, rows if end is None else min(end, rows)))[1]
 
     def of_rows(self, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(int64 (n,), the shard of each row; int64 (n, 2 M), as of_shard). Raises as of_shard."""
         rows = np.asarray(rows, np.int64).reshape(-1)
         file_N = np.searchsorted(self.starts, rows, side="right") - 1
-        places = list(zip(file_N.tolist(), (rows - self.starts[file_N]).tolist(), strict=True))
-        if not self._mapped:
-            for file, row in places:
-                self._start(file, [row // CHUNK])
-        records = [self.of_shard(file, row, row + 1) for file, row in places]
-        return file_N, np.concatenate([np.zeros((0, 2 * self._kind.members), np.int64), *records])
+        own_N = rows - self.starts[file_N]
+        if self.far:
+            for chunk in dict.fromkeys(zip(file_N.tolist(), (own_N // CHUNK).tolist(), strict=True)):
+                self._start(*chunk)
+        records_NxK = np.empty((len(rows), 2 * self._kind.members), np.int64)
+        for file in np.unique(file_N).tolist():
+            mine_N = file_N == file
+            records, own = self._whole(file), own_N[mine_N]
+            if records is None:
+                records_NxK[mine_N] = [self._chunk(file, row // CHUNK)[row % CHUNK] for row in own.tolist()]
+            else:
+                records_NxK[mine_N] = records[own]
+        return file_N, records_NxK
 
     def in_graph(self, row: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Ops, int64 scalar -> (the row's shard, int32; first bytes, int64 (M,); lengths, int64 (M,))."""
         row, members = tf.cast(row, tf.int64), self._kind.members
         file = self.file_in_graph(row)
-        if self._mapped:
+        if not self.far:
             with tf.control_dependencies(self._checked_in_graph(file)):
                 records = tf.raw_ops.TensorListGetItem(
                     input_handle=self._lists,
@@ -152,11 +152,10 @@ class OffsetIndex:
                 self._known_F[file] = True
         return records
 
-    def _start(self, file: int, numbers: Iterable[int]) -> None:
-        if self._entries[file].file.records is None and file not in self._scanned:
-            for number in numbers:
-                if (file, number) not in self._chunks:
-                    self._reads.start(*self._span(file, number))
+    def _start(self, file: int, number: int) -> None:
+        remote = self._entries[file].file.records is None and file not in self._scanned
+        if remote and (file, number) not in self._chunks:
+            self.reads.start(*self._span(file, number))
 
     def _span(self, file: int, number: int) -> tuple[str, int, int]:
         source, shard = self._entries[file]
@@ -172,7 +171,7 @@ class OffsetIndex:
                 self._chunks.move_to_end((file, number))
                 return held
         try:
-            data = self._reads.take(*self._span(file, number))
+            data = self.reads.take(*self._span(file, number))
         except MissingError:
             data = b""
         records = np.frombuffer(data, "<i8").reshape(-1, 2 * self._kind.members)

@@ -174,7 +174,7 @@ def open_members(
     if index.size and not index.some_row_has(required):
         kinds = " and ".join(f"{_named(name)} ({_dotted(wanted[name])})" for name in wanted if name not in lackable)
         raise InputError(f"{paths[0]}: no sample has both {kinds} under one name")
-    reads = storage.ReadAhead()
+    reads = index.reads
     fetch = byte_ranges(index.paths, index.sizes, reads)
     far = tf.constant(np.iinfo(np.int64).max)
 
@@ -202,7 +202,7 @@ def open_members(
                 if first < end:
                     reads.start(index.paths[file], first, end)
 
-        return Reading(read, ahead_of(index.paths, reads, start, held is not None))
+        return Reading(read, ahead_of(index.paths, reads, start, index.far or held is not None))
 
     def spans(rows, columns):
         file_R, records_RxK = index.of_rows(rows)

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from input_pipeline.sources.offset_index import Peers
 from input_pipeline.sources.source import Source, keys
 from input_pipeline.sources.tfrecord import Records, examples, open_records
 from rankclip_jax.common import storage
@@ -23,7 +24,7 @@ _PATH = re.compile(r"(.+?(?::\d+\.\d+\.\d+)?):([A-Za-z_]\w*(?:\[.*\])?(?:\+.*)?)
 _CAPTIONS = ("caption", "captions", "captions/text", "caption/text", "text")
 
 
-def open_tfds(spec: ConfigDict, path: str) -> Source:
+def open_tfds(spec: ConfigDict, path: str, peers: Peers | None = None) -> Source:
     """Opens NAME[/CONFIG][:VERSION]:SPLIT, or the folder of a prepared set instead of its name; SPLIT as train[:90%].
 
     `spec`: image_key and caption_key (of a feature inside another: captions/text), data_dir, cache_dir of config.data.
@@ -46,7 +47,7 @@ def open_tfds(spec: ConfigDict, path: str) -> Source:
         if not found[-1]:
             raise _lacking(path, " or ".join(wanted), features, f"; set config.data.{option}")
     several = any(features[key].shape == (None,) for key in found[1])
-    return examples(_records(builder, split, remote, spec.get("cache_dir")), found[0], found[1], several)
+    return examples(_records(builder, split, remote, spec.get("cache_dir"), peers), found[0], found[1], several)
 
 
 def open_labels(path: str, data_dir: str | None) -> tuple[Source, list[str]]:
@@ -120,7 +121,9 @@ def _described(folder: str) -> Iterator[str]:
         yield copy
 
 
-def _records(builder: Any, split: Any, remote: str | None, cache_dir: str | None) -> Records:
+def _records(
+    builder: Any, split: Any, remote: str | None, cache_dir: str | None, peers: Peers | None = None
+) -> Records:
     instructions = [(one.filename, one.skip, one.take) for one in split.file_instructions]
     if remote:
         instructions = [(storage.join(remote, os.path.basename(name)), *span) for name, *span in instructions]
@@ -139,7 +142,7 @@ def _records(builder: Any, split: Any, remote: str | None, cache_dir: str | None
         ends = [*index.starts[1:], index.size]
         return _rows(files, instructions, index.starts, ends)
 
-    return open_records(files, cache_dir, part)
+    return open_records(files, cache_dir, part, peers)
 
 
 def _rows(files, instructions, starts, ends):

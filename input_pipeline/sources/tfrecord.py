@@ -154,12 +154,12 @@ def open_records(
         more = f", nor have the other {len(paths) - 1} files" if len(paths) > 1 else ""
         raise InputError(f"{paths[0]} has no TFRecords{more}")
     paths_F, wanted_N = tf.constant(paths), None if rows_N is None else tf.constant(rows_N)
-    reads = storage.ReadAhead()
+    reads, remote = index.reads, any(map(storage.is_remote, paths))
 
     def read(row):
         file, begin_1, length_1 = index.in_graph(row if wanted_N is None else wanted_N[row])
         begin, length = begin_1[0], length_1[0]
-        if ahead:
+        if remote or held:
             return from_python(fetch, row, file, begin, length)
         # One read of exactly this record: a larger buffer would also fetch its neighbours.
         dataset = tf.raw_ops.TFRecordDatasetV2(
@@ -197,7 +197,7 @@ def open_records(
         return int(records_Rx2[0, 0]), int(records_Rx2[-1].sum()) + _FRAME
 
     held = shard_blocks(spec, index, span, reads)
-    ahead, blocks = ahead_of(paths, reads, start, held is not None), held.blocks if held else None
+    ahead, blocks = ahead_of(paths, reads, start, index.far or held is not None), held.blocks if held else None
     arrays, digest = with_rows(index.arrays), with_rows(index.digest)
     return Records(size, read, where, tuple(index.lost), arrays, ahead, digest, blocks)
 

@@ -12,6 +12,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.parallel import processes
 from rankclip_jax.train import loop
 from tests.commands.test_train import NO_EVALUATION, TRANSFORMER
+from tests.support.source_files import samples, write_tfrecord
 
 
 @pytest.mark.slow
@@ -41,6 +42,22 @@ def test_two_processes_agree_on_what_does_not_fit(tmp_path):
     assert found["numbers"] < trainings.RTOL_NUMBERS and found["state"] < trainings.ATOL_STATE
     padded = [row["padded_steps"] for row in map(json.loads, open(two / "metrics.jsonl")) if "padded_steps" in row]
     assert set(padded) == {0, 1}
+
+
+@pytest.mark.slow
+def test_two_processes_index_the_shards_together(tmp_path):
+    runs = []
+    for count in (1, 2):
+        data, run = tmp_path / f"data{count}", tmp_path / f"run{count}"
+        data.mkdir()
+        flags = ["--config.data.format=tfrecord", f"--config.data.train={write_tfrecord(data, samples(192))}"]
+        trainings.train(run, count, 2, *flags, *NO_EVALUATION)
+        runs.append(run)
+        # One shard each: beside the shards, and in the workdir for the other process.
+        assert len(list((data / ".rankclip_index").glob("*.index"))) == count
+        assert len(list((run / ".rankclip_index").glob("*.index"))) == (2 if count > 1 else 0)
+    found = trainings.differences(*runs)
+    assert found["numbers"] < trainings.RTOL_NUMBERS and found["state"] < trainings.ATOL_STATE
 
 
 def test_where_another_number_of_processes_resumes():

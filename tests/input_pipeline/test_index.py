@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from input_pipeline import prepare, sources
+from input_pipeline import prepare, rows, sources
 from input_pipeline.sources import fingerprint, index_file, index_places, offset_index, offsets, tar, tfrecord
 from input_pipeline.sources.offset_index import Peers
 from rankclip_jax.common.errors import InputError
@@ -123,6 +123,18 @@ def test_an_index_in_a_bucket_of_shards_on_a_disk(at_once, bucket, tmp_path, mon
     assert not (tmp_path / "data" / ".rankclip_index").exists()
 
 
+@pytest.mark.parametrize("layout", KINDS)
+def test_an_index_that_cannot_be_reached_makes_no_bad_samples(layout, bucket, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    path = WRITERS[layout](tmp_path / "data", samples(20))
+    opened(layout, path, cache_dir="gs://mine/cache")
+    monkeypatch.setattr(index_places, "AT_ONCE", 0)
+    source = opened(layout, path, cache_dir="gs://mine/cache")
+    bucket.refused = 403
+    with pytest.raises(InputError, match=r"gs://mine/cache/.*: no permission"):
+        list(rows.read_rows(source, range(11, 20)))
+
+
 def test_where_the_data_cannot_be_written_the_index_is_in_the_cache(tmp_path, monkeypatch, scanned):
     made = samples(6)
     path = WRITERS["webdataset"](tmp_path, made)
@@ -137,6 +149,19 @@ def test_where_the_data_cannot_be_written_the_index_is_in_the_cache(tmp_path, mo
     # Nowhere: it is made at each start.
     (tmp_path / "file").touch()
     assert read_all(opened("webdataset", path, cache_dir=str(tmp_path / "file"))) == made and len(scanned) == 6
+
+
+def test_what_was_scanned_is_kept_though_the_rest_fails(tmp_path, monkeypatch, scanned):
+    paths, _ = many(tmp_path, 4)
+    data = Path(paths[2]).read_bytes()
+    Path(paths[2]).write_bytes(b"\x1f\x8b" + data[2:])
+    monkeypatch.setattr(index_places, "_EVERY", 0)
+    scanned.clear()
+    with pytest.raises(InputError, match="00002.tfrecord is compressed"):
+        offset_index.offset_index(tfrecord.kind(), paths)
+    Path(paths[2]).write_bytes(data)
+    scanned.clear()
+    assert offset_index.offset_index(tfrecord.kind(), paths).size == 12 and sorted(scanned) == ["00002", "00003"]
 
 
 def test_a_moved_folder_keeps_its_index_and_another_set_of_the_same_names_is_not_mistaken_for_it(tmp_path, scanned):
