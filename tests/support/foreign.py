@@ -2,6 +2,8 @@
 
 import os
 
+from rankclip_jax.common.ownership import INDEX
+
 # Of somebody else, with the names and endings that our commands use.
 FOREIGN = (
     "mine.tar", "00000.tar", "00000.parquet", "00001.tar", "urls.parquet", "00000_stats.json", "x_stats.json",
@@ -26,9 +28,10 @@ def fill(folder, names=FOREIGN):
 
 
 def contents(folder):
-    """What is below a folder: name -> bytes, the target of a link, or None for a folder."""
+    """What is below a folder: name -> bytes, the target of a link, or None for a folder; without an index of shards."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        if not name.startswith(INDEX):  # which has the shards' times
+            found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
     return found
