@@ -1,4 +1,4 @@
-"""Images a second from a bucket on the loopback, and from the disk beside it: what latency costs, and how many bytes.
+"""Images a second from a bucket on the loopback and from the disk beside it, by rows and by blocks: what latency costs.
 
 python -m benchmarks.buckets [--rows 4000] [--latency 0 0.05]
 
@@ -7,6 +7,7 @@ the processors, which the disk does not. Shards are indexed, and Parquet is unpa
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -21,15 +23,20 @@ from ml_collections import ConfigDict
 
 from benchmarks.input_pipeline import photograph
 from input_pipeline import pipeline, sources
+from input_pipeline.blocks import BlockOrder
 from rankclip_jax.common.tokenizer import Tokenizer
 from tests.support.source_files import KEYS, write_parquet, write_tar, write_tfrecord
 
-BATCH = 64
-FORMATS = {"webdataset": write_tar, "tfrecord": write_tfrecord, "parquet": write_parquet}
+BATCH, LANES, WINDOW_MB = 64, 4, 64  # a window is half of the set
+FORMATS = {
+    "webdataset": write_tar,
+    "tfrecord": write_tfrecord,
+    "parquet": functools.partial(write_parquet, group=64),
+}
 
 
 def jpegs(rows: int) -> list[tuple[bytes, str]]:
-    """[(JPEG of 400 x 300, caption)]: sixteen different pictures, again and again."""
+    """[(JPEG of 400 x 300, caption)]: sixteen pictures, again and again, each with its number behind the picture."""
     import io
 
     import numpy as np
@@ -40,7 +47,7 @@ def jpegs(rows: int) -> list[tuple[bytes, str]]:
         out = io.BytesIO()
         Image.fromarray(photograph(np.random.default_rng(i), 300, 400)).save(out, "JPEG", quality=90)
         made.append(out.getvalue())
-    return [(made[i % 16], f"a photograph of number {i} among many others") for i in range(rows)]
+    return [(made[i % 16] + i.to_bytes(4), f"a photograph of number {i} among many others") for i in range(rows)]
 
 
 class Server:
@@ -63,20 +70,36 @@ class Server:
         self._process.wait()
 
 
-def measure(kind: str, path: str, cache: Path, batches: int) -> tuple[float, float]:
-    """(images a second after the first batch, seconds from opening the indexed set to the first batch)"""
-    spec = ConfigDict(KEYS | dict(format=kind, cache_dir=str(cache)))
-    begin = time.perf_counter()
-    source = sources.open_source(spec, path, image_side=224)
-    view = dict(batch_size=BATCH, image_side=224, context_length=32, crop_scale=(0.5, 1.0), canvas=408)
-    stream = pipeline.TrainBatches(source, TOKENIZER, **view, seed=0, batches=batches)
-    next(stream)
-    first = time.perf_counter() - begin
-    begin = time.perf_counter()
-    for _ in range(batches - 1):
+class Set:
+    """A set in one place and one order."""
+
+    def __init__(self, kind: str, path: str, cache: Path, shuffle: str):
+        """`cache`: of its index, and of unpacked Parquet."""
+        keys = dict(format=kind, cache_dir=str(cache), shuffle=shuffle, block_rows=64, window_mb=WINDOW_MB)
+        self._spec, self._path = ConfigDict(KEYS | keys), path
+
+    def opened(self, batches: int, start=0) -> tuple[pipeline.TrainBatches, float]:
+        """(the batches after the first one, seconds until that was there)"""
+        begin, order = time.perf_counter(), None
+        source = sources.open_source(self._spec, self._path, image_side=224)
+        if self._spec.shuffle == "blocks":
+            order = BlockOrder(source.blocks, seed=0, lanes=LANES, window_bytes=WINDOW_MB << 20)
+        view = dict(batch_size=BATCH, image_side=224, context_length=32, crop_scale=(0.5, 1.0), canvas=408)
+        options = dict(seed=0, start=start, order=order, batches=batches)
+        stream = pipeline.TrainBatches(source, TOKENIZER, **view, **options)
         next(stream)
-    assert not stream.bad.count
-    return (batches - 1) * BATCH / (time.perf_counter() - begin), first
+        return stream, time.perf_counter() - begin
+
+    def measure(self, batches: int) -> tuple[float, float, Any]:
+        """(images a second after the first batch, seconds to the first batch, the position in the middle)"""
+        stream, first = self.opened(batches)
+        begin = time.perf_counter()
+        for number in range(1, batches):
+            next(stream)
+            if number == batches // 2:
+                middle = stream.position
+        assert not stream.bad.count
+        return (batches - 1) * BATCH / (time.perf_counter() - begin), first, middle
 
 
 TOKENIZER = Tokenizer.train(["a photograph of number 0123456789 among many others"], 300)
@@ -88,32 +111,32 @@ def main():
     parser.add_argument("--latency", type=float, nargs="+", default=[0.0, 0.05], help="seconds a request")
     flags = parser.parse_args()
     made, batches = jpegs(flags.rows), flags.rows // BATCH
-    print("| | from | images/s | first batch, s | requests | bytes / bytes wanted |")
-    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    print("| | from | order | images/s | first batch, s | resumed, s | requests | bytes / bytes wanted |")
+    print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as scratch:
         for kind, write in FORMATS.items():
             folder = Path(scratch) / kind
             folder.mkdir()
             path = write(folder, made)
             wanted = sum(len(image) + len(caption) for image, caption in made[: batches * BATCH])
-            cache = Path(scratch) / f"{kind}.cache"
-            measure(kind, path, cache, 2)  # indexes
-            rate, first = measure(kind, path, cache, batches)
-            print(f"| {kind} | disk | {rate:.0f} | {first:.1f} | | |", flush=True)
-            for latency in flags.latency:
-                cache = Path(scratch) / f"{kind}.{latency}.cache"
-                server = Server(Path(scratch), latency)
-                remote = path.replace(scratch, "gs://bucket")
-                measure(kind, remote, cache, 2)  # indexes
-                indexed = server.counted()
-                rate, first = measure(kind, remote, cache, batches)
-                found = server.counted()
-                share = f"{found['bytes'] / wanted:.3f}"
-                if kind == "parquet":  # read once, to unpack it
-                    share = f"{indexed['bytes'] / wanted:.3f} once"
-                where = f"bucket, {1000 * latency:.0f} ms"
-                print(f"| {kind} | {where} | {rate:.0f} | {first:.1f} | {found['requests']} | {share} |", flush=True)
-                server.close()
+            for latency in (None, *flags.latency):
+                for shuffle in ("rows", "blocks"):
+                    cache = Path(scratch) / f"{kind}.{latency}.{shuffle}"
+                    server = None if latency is None else Server(Path(scratch), latency)
+                    at = Set(kind, path.replace(scratch, "gs://bucket") if server else path, cache, shuffle)
+                    at.opened(2)  # indexes, or unpacks
+                    counted = [server.counted()] if server else []
+                    rate, first, middle = at.measure(batches)
+                    counted += [server.counted()] if server else []
+                    _, resumed = at.opened(batches // 2, middle)
+                    cells = [kind, "disk" if latency is None else f"bucket, {1000 * latency:.0f} ms", shuffle]
+                    cells += [f"{rate:.0f}", f"{first:.1f}", f"{resumed:.1f}", "", ""]
+                    if server:
+                        once = kind == "parquet" and shuffle == "rows"  # which was read before, to unpack it
+                        found, share = counted[not once], counted[not once]["bytes"] / wanted
+                        cells[-2:] = [str(found["requests"]), f"{share:.3f}" + ", once" * once]
+                        server.close()
+                    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

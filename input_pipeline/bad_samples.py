@@ -21,6 +21,7 @@ class BadSamples:
     the source cannot reach at all (Source.lost) are recorded and counted at the start.
 
     Attributes:
+      seen: samples read so far.
       count: samples skipped so far; repeated rows count each time.
       reasons: reason -> number of distinct rows, including earlier parts of the run.
     """
@@ -31,7 +32,7 @@ class BadSamples:
         Raises:
           InputError: more than `max_fraction` of the samples are lost from the start.
         """
-        self.count, self._seen = 0, 0
+        self.count, self.seen = 0, 0
         self._source, self._path, self._max_fraction = source, path, max_fraction
         self._named, self.reasons = set(), Counter()
         if path and path.exists():
@@ -58,14 +59,14 @@ class BadSamples:
         Raises:
           InputError: more than `max_fraction` of at least 100 samples were bad.
         """
-        self._seen += good + len(dropped)
+        self.seen += good + len(dropped)
         self.count += len(dropped)
         for position in dropped:
             row = int(row_of(position))
             detail, reason = why_dropped(sample, position, self._source.ahead)
             self._name(row, self._source.where(row), reason, detail)
-        if dropped and self._seen >= 100 and self.count > self._max_fraction * self._seen:
-            raise InputError(self._too_many(f"{self.count} of {self._seen} samples are unusable"))
+        if dropped and self.seen >= 100 and self.count > self._max_fraction * self.seen:
+            raise InputError(self._too_many(f"{self.count} of {self.seen} samples are unusable"))
 
     def summary(self) -> str:
         """Number of bad rows by reason, in one line."""

@@ -1,8 +1,12 @@
 """The shuffled order of the training stream, computed from the position without a list."""
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
 import tensorflow as tf
 
-from input_pipeline.sources import Source
+from input_pipeline.sources import Source, started_ahead
 
 _shuffled = tf.random.experimental.index_shuffle
 
@@ -30,3 +34,61 @@ def row_at(source: Source, stream: tf.Tensor, seed: int) -> tf.Tensor:
 
 def _key(seed, epoch):
     return tf.cast(tf.stack([tf.cast(seed, tf.int64), epoch]), tf.uint32)
+
+
+def place_of(position: Any, batch_size: int, process: tuple[int, int]) -> Any:
+    """Position in the stream of all processes, for `position` in that of one, which reads `batch_size` per batch."""
+    index, count = process
+    return (position // batch_size * count + index) * batch_size + position % batch_size
+
+
+class RowStream:
+    """A process's part of the order of rows: good samples, and how far it has read.
+
+    A place is a position in the stream of all processes.
+
+    Attributes:
+      position: in this process's stream.
+    """
+
+    def __init__(self, source: Source, seed: int, position: int, batch_size: int, process: tuple[int, int]):
+        """`batch_size`, `process`: as of pipeline.TrainBatches."""
+        self._source, self._seed, self.position = source, seed, position
+        self._batch_size, self._process = batch_size, process
+        self._from, self._span = (tf.Variable(0, dtype=tf.int64) for _ in range(2))
+
+    def begin(self, batches: int) -> None:
+        """Before an iterator of `samples` is made: it reads so many batches at most, from `position` on."""
+        self._from.assign(self.position)
+        self._span.assign(batches * self._batch_size)
+
+    def samples(self, sample: Callable, _good: dict) -> tf.data.Dataset:
+        """The good ones of sample(place, row)."""
+
+        def place_at(position):
+            return place_of(position, self._batch_size, self._process)
+
+        def read(position):
+            return sample(place_at(position), self.row_of(place_at(position)))
+
+        data = tf.data.Dataset.from_tensors(0)
+        data = data.flat_map(lambda _: tf.data.Dataset.range(self._from, self._from + self._span))
+        data = started_ahead(data, self._source.ahead, lambda position: self.row_of(place_at(position)))
+        return data.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).ignore_errors()
+
+    def places(self) -> Iterator[int]:
+        """What comes next."""
+        for position in range(self.position, self.position + self._source.size):
+            yield place_of(position, self._batch_size, self._process)
+
+    def row_of(self, place: tf.Tensor) -> tf.Tensor:
+        """The row at a place."""
+        return row_at(self._source, place, self._seed)
+
+    def passed(self, places: np.ndarray) -> list[int]:
+        """Moves `position` behind a batch with samples of these places; returns the places that were passed over."""
+        stride = self._batch_size * self._process[1]
+        begin, last = self.position, int(places[-1])
+        self.position = last // stride * self._batch_size + last % self._batch_size + 1
+        passed = place_of(np.arange(begin, self.position), self._batch_size, self._process)
+        return np.setdiff1d(passed, places).tolist()

@@ -3,7 +3,7 @@
 The training stream is endless. Position p belongs to epoch p // size. Every epoch contains every row once, in an order
 computed from (seed, epoch) without a list (order.py). So a batch is a function of its first position, and resuming at
 any position costs nothing. Every process reads a contiguous share of the rows of each batch, so a batch is the same
-with any number of processes.
+with any number of processes. Shards that are slow to read row by row have another order, of blocks (blocks.py).
 
 Batches of b images have one of two forms (made by transforms.py, used by rankclip_jax/models/images.py):
 
@@ -14,6 +14,7 @@ Batches of b images have one of two forms (made by transforms.py, used by rankcl
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from input_pipeline import cpu_only, order, transforms
+from input_pipeline import cpu_only, transforms
 from input_pipeline.bad_samples import BadSamples, reason_of_failure
+from input_pipeline.blocks import BlockOrder
 from input_pipeline.captions import augment
+from input_pipeline.lanes import LaneStream
+from input_pipeline.order import RowStream, place_of
 from input_pipeline.sources import Source, started_ahead
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
@@ -36,7 +40,9 @@ class TrainBatches:
     """Iterator over batches: images as above, and "tokens" int32 (b, L), or (b, 2, L) with two views.
 
     Attributes:
-      position: this process's position in its stream after the last returned batch; pass it as `start` to resume.
+      position: this process's position in its stream after the last returned batch, in the order of blocks those of
+        its lanes; pass it as `start` to resume.
+      read: samples that this process has read so far.
       bad: the skipped samples (BadSamples).
     """
 
@@ -50,7 +56,8 @@ class TrainBatches:
         context_length: int,
         crop_scale: tuple[float, float],
         seed: int,
-        start: int = 0,
+        start: int | tuple[int, ...] = 0,
+        order: BlockOrder | None = None,
         process: tuple[int, int] = (0, 1),
         bad_path: Path | None = None,
         max_bad_fraction: float = 1.0,
@@ -64,18 +71,19 @@ class TrainBatches:
 
         With `two_views` each image has a second window and each caption an edited version (captions.py, with the table
         `synonyms`). With `recover_truncated` the readable part of a truncated JPEG is used. `batches`: how many are
-        wanted at most, so that none is read for nothing.
+        wanted at most, so that none is read for nothing. `order`: of a source's blocks; None: of its rows.
         """
         cpu_only()
-        self.position = start
-        self.bad = BadSamples(source, bad_path, max_bad_fraction)
+        self._stream: RowStream | LaneStream
+        if order:
+            self._stream = LaneStream(order, start if isinstance(start, tuple) else (), batch_size, process)
+        else:
+            self._stream = RowStream(source, seed, start if isinstance(start, int) else 0, batch_size, process)
+        self.bad, self._source = BadSamples(source, bad_path, max_bad_fraction), source
 
-        def row_of(position):
-            return order.row_at(source, _place(position, batch_size, process), seed)
-
-        def sample(position):
-            raw = source.read(row_of(position))
-            key = tf.stack([tf.constant(seed, tf.int64), _place(position, batch_size, process)])
+        def sample(place, row):
+            raw = source.read(row)
+            key = tf.stack([tf.constant(seed, tf.int64), place])
             views = transforms.view(
                 raw["image"],
                 lambda size: transforms.random_windows(size, crop_scale, key, 2 if two_views else 1),
@@ -87,14 +95,14 @@ class TrainBatches:
             text = {"caption": _one_of(raw["caption"], key)}
             if "tokens" in raw and not two_views:
                 text["tokens"] = raw["tokens"]
-            return views | text | {"position": position}
+            return views | text | {"position": place}
 
-        def tokens_of(captions, positions):
+        def tokens_of(captions, places):
             texts = [c.decode(errors="replace") for c in captions]
             if two_views:
                 edited = [
                     augment(text, np.random.default_rng((seed, place)), synonyms)
-                    for text, place in zip(texts, _place(positions, batch_size, process), strict=True)
+                    for text, place in zip(texts, places.clip(0), strict=True)  # -1: no sample
                 ]
                 texts = [text for pair in zip(texts, edited, strict=True) for text in pair]
             return tokenizer(texts, context_length).reshape(*shape)
@@ -106,29 +114,33 @@ class TrainBatches:
             return batch | {"tokens": tf.ensure_shape(ids, shape)}
 
         shape = (batch_size, 2, context_length) if two_views else (batch_size, context_length)
-        self._source, self._row_of, self._sample = source, row_of, sample
+        self._sample = lambda place: sample(place, tf.constant(self._stream.row_of(place), tf.int64))
         self._tokenizer, self._context_length = tokenizer, context_length
-        good = self._one_good(source, start)
-        if "tokens" in good:
-            self._check_tokens(good["tokens"].numpy(), good["caption"].numpy())
         # If every sample is bad, `ignore_errors` searches for a good one forever. So it gets a span of positions; when
         # that yields no more batches, the next span begins where the last batch ended.
-        self._from, self._full = tf.Variable(start, dtype=tf.int64), _SPAN_BATCHES * batch_size
-        self._span = tf.Variable(min(self._full, (batches or _SPAN_BATCHES) * batch_size), dtype=tf.int64)
-        data = tf.data.Dataset.from_tensors(0)
-        data = data.flat_map(lambda _: tf.data.Dataset.range(self._from, self._from + self._span))
-        data = started_ahead(data, source.ahead, row_of)
-        data = data.map(sample, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).ignore_errors()
+        self._stream.begin(min(_SPAN_BATCHES, batches or _SPAN_BATCHES))
+        good = self._one_good()
+        if "tokens" in good:
+            self._check_tokens(good["tokens"].numpy(), good["caption"].numpy())
+        data = self._stream.samples(sample, good)
         self._data = _padded_batches(data, batch_size, canvas, drop_remainder=True).map(tokenize).prefetch(2)
         self._iterator = self._data.as_numpy_iterator()
 
-    def _one_good(self, source, start):
+    @property
+    def position(self) -> int | tuple[int, ...]:
+        return self._stream.position
+
+    @property
+    def read(self) -> int:
+        return self.bad.seen
+
+    def _one_good(self):
         reasons = []
-        for position in range(start, start + min(source.size, 100)):
-            reason = reason_of_failure(self._sample, position, source.ahead)
+        for place in itertools.islice(self._stream.places(), min(self._source.size, 100)):
+            reason = reason_of_failure(self._sample, place, self._source.ahead)
             if reason is None:
-                return self._sample(tf.constant(position, tf.int64))
-            reasons.append(f"{source.where(int(self._row_of(position)))}: {reason}")
+                return self._sample(tf.constant(place, tf.int64))
+            reasons.append(f"{self._source.where(int(self._stream.row_of(place)))}: {reason}")
         raise InputError(f"the first {len(reasons)} samples are all unusable; for example {reasons[0]}")
 
     def _check_tokens(self, stored, caption):
@@ -144,25 +156,28 @@ class TrainBatches:
         return self
 
     def __next__(self) -> dict:
-        batch = next(self._iterator, None)
+        batch = self._read()
         if batch is None:
-            self._from.assign(self.position)
-            self._span.assign(self._full)
+            self._stream.begin(_SPAN_BATCHES)
             self._iterator = self._data.as_numpy_iterator()
-            batch = next(self._iterator, None)
+            batch = self._read()
         if batch is None:
+            places = itertools.islice(self._stream.places(), 100)
+            reasons = (reason_of_failure(self._sample, place, self._source.ahead) for place in places)
             raise InputError(
                 f"not one batch of good samples in {_SPAN_BATCHES} batches; the next one fails with: "
-                f"{reason_of_failure(self._sample, self.position, self._source.ahead)}"
+                f"{next(filter(None, reasons), None)}"
             )
         if "caption" in batch:  # once a batch, since parts of the data may come from different tokenizers
             self._check_tokens(batch["tokens"][0], batch.pop("caption")[0])
         came = batch.pop("position")
-        end = int(came[-1]) + 1
-        dropped = sorted(set(range(self.position, end)) - set(came.tolist()))
-        self.bad.check(len(came), dropped, self._row_of, self._sample)
-        self.position = end
+        self.bad.check(len(came), self._stream.passed(came), self._stream.row_of, self._sample)
         return batch
+
+    def _read(self):
+        """The next batch of the span; None: there is none, or a lane has no more."""
+        batch = next(self._iterator, None)
+        return None if batch is None or batch["position"].min() < 0 else batch
 
 
 def eval_batches(
@@ -187,7 +202,7 @@ def eval_batches(
     bad = BadSamples(source)
 
     def row_of(position):
-        return _place(position, batch_size, process)
+        return place_of(position, batch_size, process)
 
     def sample(position):
         raw = source.read(row_of(position))
@@ -222,12 +237,6 @@ def eval_batches(
         position = batch.pop("position")
         yield batch | {"caption": captions, "row": np.where(mask, row_of(position), -1), "mask": mask}
     bad.check(len(came), sorted(set(range(mine)) - set(came)), row_of, sample)
-
-
-def _place(position, batch_size, process):
-    """Position in the stream of all processes, for `position` in that of one, which reads `batch_size` per batch."""
-    index, count = process
-    return (position // batch_size * count + index) * batch_size + position % batch_size
 
 
 def resume_at(positions: list[int], batch_size: int, process: tuple[int, int]) -> tuple[int, int]:

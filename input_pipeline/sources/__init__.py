@@ -14,6 +14,7 @@ from input_pipeline.sources import drawn, folder, mixture, parquet, table, tar, 
 from input_pipeline.sources.offset_index import Peers
 from input_pipeline.sources.source import (
     Ahead,
+    Blocks,
     Lost,
     Reading,
     Source,
@@ -26,7 +27,7 @@ from input_pipeline.sources.source import (
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import MAX_FILE_MB
 
-__all__ = ["Ahead", "Lost", "Peers", "Source", "open_pictures", "open_source", "started_ahead", "told"]
+__all__ = ["Ahead", "Blocks", "Lost", "Peers", "Source", "open_pictures", "open_source", "started_ahead", "told"]
 
 
 def open_source(

@@ -69,7 +69,7 @@ class Files:
 
 
 def ahead_of(paths: Sequence[str], reads: ReadAhead, start: Callable[[np.ndarray], None], far: bool) -> Ahead | None:
-    """An Ahead with `start`; None if all files are local, and so is (not `far`) their index."""
+    """An Ahead with `start`; None if all files are local, and (not `far`) so is their index and no blocks are held."""
     return Ahead(start, reads.check) if far or any(map(is_remote, paths)) else None
 
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline.sources.fingerprint import fingerprint
-from input_pipeline.sources.source import Ahead, Reading, Source, all_ahead
+from input_pipeline.sources.source import Ahead, Blocks, Reading, Source, all_ahead
 from rankclip_jax.common.errors import InputError
 
 
@@ -59,6 +59,7 @@ def open_mixture(spec: ConfigDict, parts: Mapping[str, Mapping], open_one: Calla
         digest=lambda: [fingerprint(source) for source in sources],
         shares=tuple(zip(sizes.tolist(), _shares(given, sizes.sum()), strict=True)) if given else None,
         ahead=_ahead([source.ahead for source in sources], starts, sizes),
+        blocks=None if given else _blocks([source.blocks for source in sources], starts),
         text=Reading(_read([read for read, _ in texts], starts), _ahead([ahead for _, ahead in texts], starts, sizes)),
     )
 
@@ -69,6 +70,23 @@ def _ahead(aheads, starts, sizes):
 
     parts = zip(aheads, starts, sizes, strict=True)
     return all_ahead([ahead and of_part(ahead, start, size) for ahead, start, size in parts])
+
+
+def _blocks(parts, starts):
+    if not all(parts):
+        return None
+    counts = np.cumsum([0] + [len(part.first) for part in parts])
+
+    def of_part(method):
+        def call(block, user):
+            part = int(np.searchsorted(counts, block, side="right")) - 1
+            getattr(parts[part], method)(block - counts[part], user)
+
+        return call
+
+    first_N = np.concatenate([part.first + start for part, start in zip(parts, starts, strict=True)])
+    rows_N = np.concatenate([part.rows for part in parts])
+    return Blocks(first_N, rows_N, sum(part.size for part in parts), of_part("hold"), of_part("drop"))
 
 
 def _read(reads, starts):

@@ -1,34 +1,38 @@
 """Parquet files with a column of encoded images and a column of captions.
 
-Parquet compresses hundreds of rows together, so reading one row costs as much as its whole group. So every file is
+Parquet compresses hundreds of rows together, so reading one row costs as much as its whole group. In the order of
+blocks the groups are the blocks, and the files are read as they are (row_groups.py). In the order of rows every file is
 unpacked once into a tar, which the graph reads by row (tar.py). The tars are next to the data, or in
 config.data.cache_dir, and take as much space as the images.
 """
 
-import contextlib
+import functools
 import hashlib
 import io
 import json
 import os
 import shutil
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow as tf
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from input_pipeline.sources import row_groups
 from input_pipeline.sources.byte_ranges import Files
 from input_pipeline.sources.offset_index import local_folders
 from input_pipeline.sources.paths import expand, stamps
-from input_pipeline.sources.source import Reading, Source, captions_in_json, keys
+from input_pipeline.sources.row_groups import opened
+from input_pipeline.sources.source import Ahead, Blocks, Reading, Source, all_ahead, captions_in_json, keys
 from input_pipeline.sources.tar import open_members
-from rankclip_jax.common import storage
-from rankclip_jax.common.errors import InputError, one_line
+from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.progress import progress
 
@@ -58,7 +62,7 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = T
     write it. A caption is a string, a list of strings, or the value at a path: meta:caption in a struct or in JSON.
     captions=False: no file needs such a column.
 
-    `spec`: image_key, caption_key, hint, cache_dir of config.data.
+    `spec`: image_key, caption_key, hint, cache_dir, shuffle, window_mb of config.data.
 
     Raises:
       InputError: no such file or column, a column of another type, no rows, or not enough disk space to unpack.
@@ -66,27 +70,30 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = T
     files = expand(path, endings=(".parquet",), hint=spec.get("hint"))
     image_keys = keys(spec.get("image_key"), ("image", "jpg"))
     caption_keys = keys(spec.get("caption_key"), ("caption", "txt"))
-    columns = [_columns(file, image_keys, caption_keys, captions) for file in files]
-    cache_dir = spec.get("cache_dir")
-    tars = _unpacked(files, columns, cache_dir)
-    kinds = ("image", "path", "caption", "captions")
-    members = open_members(tars, {kind: (kind,) for kind in kinds}, cache_dir, optional=kinds)
-    if not members.index.size:
+    with ThreadPoolExecutor(32) as pool:
+        heads = list(pool.map(_head, files, (size for size, _ in stamps(files))))
+    columns = [
+        _columns(file, schema, image_keys, caption_keys, captions)
+        for file, (_, _, schema) in zip(files, heads, strict=True)
+    ]
+    if spec.get("shuffle") == "blocks":
+        rows = _as_it_is(files, heads, columns, spec)
+    else:
+        rows = _unpacked_rows(files, columns, spec.get("cache_dir"), captions)
+    if not rows.size:
         raise InputError(f"{files[0]} has no rows")
     folders_F = tf.constant([f"{file.rpartition('/')[0]}/" if "/" in file else "" for file in files])
     several, inside = any(one.several for one in columns), columns[0].inside
-    texts = members.alone(["caption", "captions"])
-    paths = members.alone(["path"])
+    starts_F = tf.constant(rows.starts)
 
     def path_of(row):
-        path = paths.read(row)["path"]
+        path = rows.paths(row)["path"]
         absolute = tf.strings.regex_full_match(path, r"(?s)(/|\w+://).*")
-        folder = tf.where(tf.strings.length(path) > 0, folders_F[members.index.file_in_graph(row)], "")
+        file = tf.searchsorted(starts_F, [row], side="right")[0] - 1
+        folder = tf.where(tf.strings.length(path) > 0, folders_F[file], "")
         return tf.where(absolute, path, tf.strings.join([folder, path]))
 
-    # The tars are local. Images that are given as paths may be remote.
-    has_paths = members.index.some_row_has([kinds.index("path")])
-    pictures = Files(path_of, remote=has_paths)
+    pictures = Files(path_of, remote=rows.has_paths)  # which may lie anywhere
 
     def caption_of(sample):
         caption, captions = sample["caption"], sample["captions"]
@@ -98,34 +105,97 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = T
             )
         return {"caption": caption}
 
-    unpacked = members.read if captions else members.alone(["image", "path"]).read
-
     def read(row):
-        sample = unpacked(row)
+        sample = rows.read(row)
         image = sample["image"]
-        if has_paths:
+        if rows.has_paths:
             image = tf.cond(tf.strings.length(sample["path"]) > 0, lambda: pictures.read(row), lambda: image)
         return {"image": image} | (caption_of(sample) if captions else {})
 
     def where(row):
-        file = members.index.file_of(row)
-        return f"{files[file]} row {row - members.index.starts[file]}"
+        file = int(np.searchsorted(rows.starts, row, side="right")) - 1
+        return f"{files[file]} row {row - rows.starts[file]}"
 
     return Source(
-        members.index.size,
+        rows.size,
         read,
         where,
         captions=lambda: (),
-        index=members.index.arrays,
-        digest=members.index.digest,
-        ahead=pictures.ahead,
-        text=Reading(lambda row: caption_of(texts.read(row))),
+        index=rows.arrays,
+        digest=rows.digest,
+        ahead=all_ahead([rows.ahead, pictures.ahead]),
+        text=Reading(lambda row: caption_of(rows.texts.read(row)), rows.texts.ahead),
+        blocks=rows.blocks,
     )
 
 
-def _columns(file: str, image_keys: tuple[str, ...], caption_keys: tuple[str, ...], captions: bool) -> _Columns:
-    with _opened(file) as parquet:
-        schema = parquet.schema_arrow
+class _Head(NamedTuple):
+    """What the footer of a file says, and its bytes."""
+
+    size: int
+    metadata: pq.FileMetaData
+    schema: pa.Schema
+
+
+class _Rows(NamedTuple):
+    """Rows of files by number: of unpacked ones, or of row groups.
+
+    Attributes:
+      read, paths, texts: give the strings image, path, caption and captions; path; caption and captions.
+      starts, has_paths: the first row of each file; whether images may be given as paths.
+      arrays: a Source's index.
+      size, digest, ahead, blocks: as a Source's.
+    """
+
+    size: int
+    starts: np.ndarray
+    has_paths: bool
+    read: Callable
+    paths: Callable
+    texts: Reading
+    arrays: Callable[[], list[Any]]
+    digest: Callable[[], list[np.ndarray]] | None = None
+    ahead: Ahead | None = None
+    blocks: Blocks | None = None
+
+
+def _unpacked_rows(files: list[str], columns: list[_Columns], cache_dir: str | None, captions: bool) -> _Rows:
+    kinds = ("image", "path", "caption", "captions")
+    tars = _unpacked(files, columns, cache_dir)
+    members = open_members(tars, {kind: (kind,) for kind in kinds}, cache_dir, optional=kinds)
+    index, paths, texts = members.index, members.alone(["path"]).read, members.alone(["caption", "captions"])
+    has_paths = index.some_row_has([kinds.index("path")])
+    read = members.read if captions else members.alone(["image", "path"]).read
+    return _Rows(index.size, index.starts, has_paths, read, paths, texts, index.arrays, index.digest)
+
+
+def _as_it_is(files: list[str], heads: list[_Head], columns: list[_Columns], spec: ConfigDict) -> _Rows:
+    def known(path, head, one):
+        named = {"image": one.image, "path": one.image, "caption": one.caption, "captions": one.caption}
+        strings = {one.image: _image, one.caption: functools.partial(_caption, columns=one)}
+        named, strings = ({k: v for k, v in given.items() if k and v} for given in (named, strings))
+        return row_groups.File(path, head.size, head.metadata, named, strings)
+
+    groups = row_groups.RowGroups(list(map(known, files, heads, columns)), spec)
+    pictures = groups.pictures
+    has_paths = any(_has_paths(head.schema.field(one.image).type) for head, one in zip(heads, columns, strict=True))
+    reads = pictures.read, pictures.read, groups.texts
+    return _Rows(groups.size, groups.starts_F, has_paths, *reads, groups.arrays, None, pictures.ahead, groups.blocks)
+
+
+def _has_paths(kind: pa.DataType) -> bool:
+    kind = _values_of(kind)
+    return _is_string(kind) or (pa.types.is_struct(kind) and kind.get_field_index("path") >= 0)
+
+
+def _head(file: str, size: int) -> _Head:
+    with opened(file, size) as parquet:
+        return _Head(size, parquet.metadata, parquet.schema_arrow)
+
+
+def _columns(
+    file: str, schema: pa.Schema, image_keys: tuple[str, ...], caption_keys: tuple[str, ...], captions: bool
+) -> _Columns:
     image, kind = _column(file, schema, image_keys)
     image, image_kind = image if image in schema.names else image.partition(":")[0], ""
     if pa.types.is_struct(kind):
@@ -180,23 +250,6 @@ def _is_bytes(kind: pa.DataType | None) -> bool:
     return kind is not None and (kind in known or pa.types.is_fixed_size_binary(kind))
 
 
-@contextlib.contextmanager
-def _opened(file):
-    try:
-        if storage.is_remote(file):
-            (size, _), *_ = stamps([file])
-            # Reads the footer, then one row group after the other; the whole file is never in memory.
-            with pq.ParquetFile(pa.PythonFile(storage.RemoteFile(file, size)), pre_buffer=True) as opened:
-                yield opened
-        else:
-            with pq.ParquetFile(file) as opened:
-                yield opened
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # from the system, not from Parquet's decoder
-        raise InputError(f"{file} cannot be read as Parquet: {one_line(error)}") from None
-
-
 def _cache_key(columns: _Columns) -> tuple:
     """Never changes, so that existing tars are found."""
     key = (columns.image + columns.image_kind, columns.caption)
@@ -219,7 +272,7 @@ def _unpacked(files: list[str], columns: list[_Columns], cache_dir: str | None) 
     missing = [i for i, name in enumerate(names) if not (folder / name).exists()]
     rows = needed = 0
     for i in missing:
-        with _opened(files[i]) as parquet:
+        with opened(files[i]) as parquet:
             rows += parquet.metadata.num_rows
             for group in map(parquet.metadata.row_group, range(parquet.metadata.num_row_groups)):
                 needed += sum(group.column(c).total_uncompressed_size for c in range(group.num_columns))
@@ -229,7 +282,8 @@ def _unpacked(files: list[str], columns: list[_Columns], cache_dir: str | None) 
             f"unpacking {files[0]} and the others takes {needed / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB "
             "free; set config.data.cache_dir to a larger disk"
         )
-    with progress(f"unpack Parquet into {folder} ({needed / 1e9:.1f} GB)", rows, unit="rows") as bar:
+    print(f"unpacking {len(missing):,} Parquet files, {needed / 1e9:.3g} GB, once, into {folder}", flush=True)
+    with progress("unpack Parquet", rows, unit="rows") as bar:
         for i in missing:
             _unpack(files[i], columns[i], folder / names[i], bar)
     return [str(folder / name) for name in names]
@@ -237,7 +291,7 @@ def _unpacked(files: list[str], columns: list[_Columns], cache_dir: str | None) 
 
 def _unpack(file: str, columns: _Columns, target: Path, bar: tqdm) -> None:
     names = [columns.image, *([columns.caption] if columns.caption else [])]
-    with whole(target) as part, _opened(file) as parquet, tarfile.open(part, "w") as tar:
+    with whole(target) as part, opened(file) as parquet, tarfile.open(part, "w") as tar:
         row = 0
         groups = range(parquet.num_row_groups)  # one at a time, since prefetched groups stay in memory to the end
         for batch in (one for group in groups for one in parquet.iter_batches(_ROWS, [group], names)):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,6 +77,25 @@ def all_ahead(some: Sequence["Ahead | None"]) -> "Ahead | None":
     return Ahead(start, check) if given else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Runs of neighbouring rows that are read together, N of them, in the order of their rows.
+
+    Attributes:
+      first: int64 (N,), the first row of each.
+      rows: int64 (N,), the rows of each.
+      size: bytes of all blocks, roughly.
+      hold: (block, user) -> None: starts to read a block, whose rows are taken from memory until all users drop it.
+      drop: (block, user) -> None.
+    """
+
+    first: np.ndarray
+    rows: np.ndarray
+    size: int
+    hold: Callable[[int, Hashable], None]
+    drop: Callable[[int, Hashable], None]
+
+
 class Reading(NamedTuple):
     """`read` as a Source's; `ahead`: None where all is local."""
 
@@ -103,6 +122,7 @@ class Source:
       digest: the same, shorter, of shards; None: `index` is short enough.
       ahead: None where all is local.
       text: reads {"caption"} alone; None: there is no cheaper way than `read`.
+      blocks: of shards that were opened with config.data.shuffle=blocks.
     """
 
     size: int
@@ -116,6 +136,7 @@ class Source:
     digest: Callable[[], Iterable[str | np.ndarray]] | None = None
     ahead: Ahead | None = None
     text: Reading | None = None
+    blocks: Blocks | None = None
 
 
 def read_captions(source: Source, block_rows: int | None = None) -> Iterator[str]:

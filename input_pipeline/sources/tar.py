@@ -13,18 +13,30 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline.sources import tar_headers as headers
-from input_pipeline.sources.byte_ranges import ahead_of, byte_ranges
+from input_pipeline.sources.byte_ranges import ahead_of, byte_ranges, from_python
 from input_pipeline.sources.index_places import Kind
 from input_pipeline.sources.offset_index import Bytes, Peers, Scan, offset_index, open_slices
 from input_pipeline.sources.offsets import OffsetIndex
 from input_pipeline.sources.paths import expand
-from input_pipeline.sources.source import Ahead, Lost, Reading, Source, captions_in_json, decoded, keys, require
+from input_pipeline.sources.shard_blocks import shard_blocks
+from input_pipeline.sources.source import (
+    Ahead,
+    Blocks,
+    Lost,
+    Reading,
+    Source,
+    captions_in_json,
+    decoded,
+    keys,
+    require,
+)
 from input_pipeline.sources.tar_samples import Pairing
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
@@ -43,12 +55,14 @@ class Members:
       read: ops, row (int64 scalar) -> {name: bytes (string scalar)}.
       ahead: as a Source's.
       alone: names -> a Reading of these members only, without reading the others.
+      blocks: as a Source's.
     """
 
     index: OffsetIndex
     read: Callable
     ahead: Ahead | None
     alone: Callable[[Sequence[str]], Reading]
+    blocks: Blocks | None
 
     def where(self, row: int) -> str:
         """The location of a sample: file and key."""
@@ -84,6 +98,7 @@ def open_webdataset(
         )
     wanted = _wanted(spec.get("image_key"), endings)
     paths = expand(path, endings=(".tar",), hint=spec.get("hint"))
+<<<<<<< HEAD
     members = open_members(
         paths,
         wanted,
@@ -92,6 +107,10 @@ def open_webdataset(
         peers=peers,
         max_mb=spec.get("max_file_mb") or MAX_FILE_MB,
     )
+=======
+    may_lack = () if captions else ("caption",)
+    members = open_members(paths, wanted, spec.get("cache_dir"), may_lack=may_lack, peers=peers, spec=spec)
+>>>>>>> blocks-index
 
     def with_caption(members_read):
         def read(row):
@@ -114,6 +133,7 @@ def open_webdataset(
         digest=index.digest,
         ahead=pictures.ahead,
         text=Reading(with_caption(text.read), text.ahead),
+        blocks=members.blocks,
     )
 
 
@@ -139,7 +159,11 @@ def open_members(
     optional: tuple[str, ...] = (),
     may_lack: tuple[str, ...] = (),
     peers: Peers | None = None,
+<<<<<<< HEAD
     max_mb: int = MAX_FILE_MB,
+=======
+    spec: Mapping[str, Any] = {},
+>>>>>>> blocks-index
 ) -> Members:
     """Opens tars by the numbers of their samples.
 
@@ -148,7 +172,11 @@ def open_members(
       optional: names that a sample may lack; it then has empty bytes.
       may_lack: the same of names by which samples are paired all the same.
       peers: of a run of many processes.
+<<<<<<< HEAD
       max_mb: config.data.max_file_mb, beyond which a member is a bad sample.
+=======
+      spec: shuffle, block_rows, window_mb of config.data.
+>>>>>>> blocks-index
 
     Raises:
       InputError: a compressed tar, or no sample with a member of one of the extensions.
@@ -186,23 +214,45 @@ def open_members(
             # Members of a sample are adjacent, so one range contains all of them.
             end = tf.maximum(tf.reduce_max(begin_M + length_M), 0)
             first = tf.minimum(tf.reduce_min(tf.where(begin_M < 0, far, begin_M)), end)  # the end where there is none
-            span = fetch(file, first, end - first)
+            span = fetch_row(row, file, first, end - first)
             begin_M, length_M = tf.maximum(begin_M - first, 0), tf.maximum(length_M, 0)
             return {name: tf.strings.substr(span, begin_M[i], length_M[i]) for i, name in enumerate(names)}
 
         def start(rows):
+<<<<<<< HEAD
             file_R, records_RxK = index.of_rows(rows)
             begin_RxM, length_RxM = (half[:, columns] for half in np.split(records_RxK, 2, axis=1))
             first_R = np.where(begin_RxM < 0, np.iinfo(np.int64).max, begin_RxM).min(axis=1)
             end_R = (begin_RxM + np.where(length_RxM <= most, length_RxM, 0)).max(axis=1)
             for file, first, end in zip(file_R.tolist(), first_R.tolist(), end_R.tolist(), strict=True):
+=======
+            for file, first, end in zip(*(of_R.tolist() for of_R in spans(rows, columns)), strict=True):
+>>>>>>> blocks-index
                 if first < end:
                     reads.start(index.paths[file], first, end)
 
-        return Reading(read, ahead_of(index.paths, reads, start, index.far))
+        return Reading(read, ahead_of(index.paths, reads, start, index.far or held is not None))
+
+    def spans(rows, columns):
+        file_R, records_RxK = index.of_rows(rows)
+        begin_RxM, length_RxM = (half[:, columns] for half in np.split(records_RxK, 2, axis=1))
+        first_R = np.where(begin_RxM < 0, np.iinfo(np.int64).max, begin_RxM).min(axis=1)
+        return file_R, first_R, (begin_RxM + np.where(length_RxM < _LARGEST, length_RxM, 0)).max(axis=1)
+
+    def span(rows):
+        _, first_R, end_R = spans(rows, range(len(wanted)))
+        return int(first_R.min()), int(end_R.max())
+
+    held = shard_blocks(spec, index, span, reads)
+
+    def fetch_row(row, file, begin, length):
+        if not held:
+            return fetch(file, begin, length)
+        take = lambda row, file, begin, end: held.take(row, index.paths[file], int(begin), int(end))  # noqa: E731
+        return from_python(take, row, file, begin, begin + length)
 
     read, ahead = alone(list(wanted))
-    return Members(index, read, ahead, alone)
+    return Members(index, read, ahead, alone, held.blocks if held else None)
 
 
 def _named(kind):

@@ -7,7 +7,8 @@ is built, because nothing can be found after a wrong length.
 
 import dataclasses
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -18,9 +19,10 @@ from input_pipeline.sources.byte_ranges import ahead_of, from_python
 from input_pipeline.sources.index_places import Kind
 from input_pipeline.sources.offset_index import Bytes, Peers, Scan, offset_index
 from input_pipeline.sources.paths import expand
-from input_pipeline.sources.source import Ahead, Lost, Source, keys
+from input_pipeline.sources.shard_blocks import shard_blocks
+from input_pipeline.sources.source import Ahead, Blocks, Lost, Source, keys
+from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.storage import is_remote
 
 _FRAME = 16  # bytes around a record: 8 of length and 4 of its checksum in front, 4 of checksum behind
 
@@ -34,7 +36,7 @@ class Records:
       read: ops, row (int64 scalar) -> the record (string scalar); a wrong checksum raises DataLossError.
       where: the location of a record: file, number in the file, byte.
       lost: unreachable records.
-      index, ahead, digest: as a Source's.
+      index, digest, ahead, blocks: as a Source's.
     """
 
     size: int
@@ -44,6 +46,7 @@ class Records:
     index: Callable[[], list[np.ndarray]]
     ahead: Ahead | None = None
     digest: Callable[[], list[np.ndarray]] | None = None
+    blocks: Blocks | None = None
 
     def first(self, count: int) -> list[bytes]:
         """The readable ones of the first `count` records."""
@@ -68,7 +71,7 @@ def open_tfrecord(
     paths = expand(path, endings=(".tfrecord", ".tfrecords"), hint=spec.get("hint"))
     image_keys = keys(spec.get("image_key"), ("jpg", "jpeg", "png", "webp"))
     caption_keys = keys(spec.get("caption_key"), ("txt", "caption"))
-    records = open_records(paths, spec.get("cache_dir"), peers=peers)
+    records = open_records(paths, spec.get("cache_dir"), peers=peers, spec=spec)
     return examples(records, image_keys, caption_keys, needed=("image_key", "caption_key")[: 1 + captions])
 
 
@@ -119,6 +122,7 @@ def examples(
         index=records.index,
         digest=records.digest,
         ahead=records.ahead,
+        blocks=records.blocks,
     )
 
 
@@ -128,12 +132,17 @@ def kind() -> Kind:
 
 
 def open_records(
-    paths: list[str], cache_dir: str | None = None, part: Callable | None = None, peers: Peers | None = None
+    paths: list[str],
+    cache_dir: str | None = None,
+    part: Callable | None = None,
+    peers: Peers | None = None,
+    spec: Mapping[str, Any] = {},
 ) -> Records:
     """Opens TFRecord files of any content by record number.
 
     Args:
       part: OffsetIndex -> int64 numbers of the records to use; None: all.
+      spec: shuffle, block_rows, window_mb of config.data, for all records.
 
     Raises:
       InputError: a compressed file, or no record in any file.
@@ -145,13 +154,13 @@ def open_records(
         more = f", nor have the other {len(paths) - 1} files" if len(paths) > 1 else ""
         raise InputError(f"{paths[0]} has no TFRecords{more}")
     paths_F, wanted_N = tf.constant(paths), None if rows_N is None else tf.constant(rows_N)
-    reads, remote = index.reads, any(map(is_remote, paths))
+    reads, remote = index.reads, any(map(storage.is_remote, paths))
 
     def read(row):
         file, begin_1, length_1 = index.in_graph(row if wanted_N is None else wanted_N[row])
         begin, length = begin_1[0], length_1[0]
-        if remote:
-            return from_python(fetch, file, begin, length)
+        if remote or held:
+            return from_python(fetch, row, file, begin, length)
         # One read of exactly this record: a larger buffer would also fetch its neighbours.
         dataset = tf.raw_ops.TFRecordDatasetV2(
             filenames=[paths_F[file]],
@@ -163,8 +172,9 @@ def open_records(
         dataset = tf.raw_ops.TakeDataset(input_dataset=dataset, count=1, **only)
         return tf.raw_ops.DatasetToSingleElement(dataset=dataset, **only)[0]
 
-    def fetch(file, begin, length):
-        frame = reads.take(paths[file], int(begin), int(begin + length) + _FRAME)
+    def fetch(row, file, begin, length):
+        span = paths[file], int(begin), int(begin + length) + _FRAME
+        frame = held.take(row, *span) if held else reads.take(*span)
         if struct.unpack_from("<I", frame, len(frame) - 4)[0] != _masked(google_crc32c.value(frame[12:-4])):
             raise InputError("the record does not match its checksum")
         return frame[12:-4]
@@ -174,8 +184,6 @@ def open_records(
         for file, (begin, length) in zip(file_R.tolist(), records_Rx2.tolist(), strict=True):
             reads.start(paths[file], begin, begin + length + _FRAME)
 
-    ahead = ahead_of(paths, reads, start, index.far)
-
     def where(row):
         row = row if rows_N is None else rows_N[row]
         file = index.file_of(row)
@@ -184,8 +192,14 @@ def open_records(
     def with_rows(arrays):
         return lambda: arrays() + ([] if rows_N is None else [rows_N])
 
-    lost = tuple(index.lost)
-    return Records(size, read, where, lost, with_rows(index.arrays), ahead, with_rows(index.digest))
+    def span(rows):
+        _, records_Rx2 = index.of_rows(rows)
+        return int(records_Rx2[0, 0]), int(records_Rx2[-1].sum()) + _FRAME
+
+    held = shard_blocks(spec, index, span, reads)
+    ahead, blocks = ahead_of(paths, reads, start, index.far or held is not None), held.blocks if held else None
+    arrays, digest = with_rows(index.arrays), with_rows(index.digest)
+    return Records(size, read, where, tuple(index.lost), arrays, ahead, digest, blocks)
 
 
 def _first_with_bytes(candidates):

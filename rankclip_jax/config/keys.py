@@ -44,14 +44,19 @@ USUAL += ("eval.data_dir", "checkpoint.every_steps", "checkpoint.keep", "checkpo
 
 # Values of keys that a stored configuration lacks, because it is older than they are, where its run did not behave as
 # today's default does. So that old workdirs resume as they began.
-BEFORE: dict[str, Any] = {"model.pack_text": "off", "data.squash": "no"}
+BEFORE: dict[str, Any] = {"model.pack_text": "off", "data.squash": "no", "data.shuffle": "rows"}
 
-# What may be None (pack_text: auto) until a run starts, and is settled there by the data and the devices
+# What may be None (pack_text and shuffle: auto) until a run starts, and is settled there by the data and the devices
 # (train/resolve.py).
 RESOLVED = ("batch_size", "epochs", "log_every", "optim.lr", "optim.warmup_steps", "loss.ramp_epochs")
+<<<<<<< HEAD
 RESOLVED += ("data.mean", "data.std", "data.squash", "eval.every_epochs", "model.pack_text", "model.pack_rows")
 # Groups that also take fields of the preset, which models/presets.py checks.
 OPEN = ("config.model.vision",)
+=======
+RESOLVED += ("data.mean", "data.std", "data.squash", "data.shuffle", "data.lanes")
+RESOLVED += ("eval.every_epochs", "model.pack_text", "model.pack_rows")
+>>>>>>> blocks-index
 # Of config.model, where its name is None.
 ARCHITECTURE = ("name", "image_size", "context_length", "embed_dim", "activation", "vision", "text")
 
@@ -267,6 +272,16 @@ KEYS = dict(
         # csv: folder of the images, relative to the file; None: the file's own
         image_folder=path(None),
         data_dir=path(None),  # tfds: where the sets were prepared; None: TFDS's default
+        # auto | rows | blocks: what is shuffled in training: all rows; or blocks of tars, TFRecord and Parquet, read in
+        # one request each, and rows within windows of blocks (docs/input_pipeline.md). auto: blocks where not all of
+        # such shards are local, but in a mixture by weights rows
+        shuffle=choice("auto", "rows", "blocks"),
+        block_rows=integer(64, 1),  # neighbouring rows of a shard that are a block; in Parquet a row group is one
+        # MiB of blocks, of all lanes together, whose rows are shuffled; two such windows are in memory
+        window_mb=integer(1024, 1),
+        # with blocks: streams, each of which gives an equal share of every batch; a process reads some of them. None:
+        # the greatest common divisor of 64 and the batch, less where there are few blocks
+        lanes=integer(None, 1),
         # for the index of shards (it may be in a bucket) and unpacked Parquet; None: next to the data, or ~/.cache
         cache_dir=path(None),
         # share of the image's area that a training crop covers

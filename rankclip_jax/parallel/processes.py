@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -128,9 +128,10 @@ def from_first(make: Callable[[], str]) -> str:
     return multihost_utils.broadcast_one_to_all(data).astype(np.uint8).tobytes().decode()
 
 
-def of_all(value: int) -> list[int]:
-    """A process's integer (0 <= value < 2^62), from every process in order."""
+def of_all(value: int | Sequence[int]) -> list[int]:
+    """A process's integer (0 <= value < 2^62), or as many from each, from every process in order."""
+    values = [value] if isinstance(value, int) else list(value)
     if jax.process_count() == 1:
-        return [value]
-    halves = multihost_utils.process_allgather(np.array([value >> 31, value & (2**31 - 1)], np.int32))
+        return values
+    halves = multihost_utils.process_allgather(np.array([[v >> 31, v & (2**31 - 1)] for v in values], np.int32))
     return [(int(high) << 31) + int(low) for high, low in halves.reshape(-1, 2)]

@@ -18,8 +18,8 @@ class InputWait:
     """
 
     def __init__(self, batches: Any):
-        """`batches`: an iterator with `position`, the samples that it has read so far (TrainBatches)."""
-        self._batches, self._read = batches, batches.position
+        """`batches`: an iterator with `read`, the samples that it has read so far (TrainBatches)."""
+        self._batches, self._read = batches, batches.read
         self._waits = []
         self._step_end: Future | None = None
         self._thread = ThreadPoolExecutor(1)
@@ -41,7 +41,7 @@ class InputWait:
     def take(self) -> tuple[float, int]:
         """Since the last call: seconds of idle devices, and the samples read by this process, bad ones included."""
         waits, self._waits = self._waits, []
-        read, self._read = self._batches.position - self._read, self._batches.position
+        read, self._read = self._batches.read - self._read, self._batches.read
         return sum(max(0.0, end - max(begin, step_end.result())) for begin, end, step_end in waits), read
 
 

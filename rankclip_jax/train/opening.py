@@ -51,7 +51,7 @@ class Start(NamedTuple):
 
     state: steps.TrainState
     step: int
-    position: int
+    position: int | tuple[int, ...]
     resumed: bool
 
 
@@ -74,12 +74,13 @@ def open_data(
     if config.data.train is None:
         raise InputError("config.data.train=None. Expected what to train on: rankclip train mine.csv")
     synonyms = captions.read_synonyms(config.data.synonyms) if config.data.synonyms else None
-    peers = None
+    config, peers = resolve.order(config, old), None
     if workdir:
         folder = storage.join(storage.origin(workdir) or str(workdir.resolve()), INDEX)
         peers = sources.Peers((jax.process_index(), jax.process_count()), folder, processes.of_all)
     source = sources.open_source(config.data, config.data.train, image_side=image_side(config), peers=peers)
     config = resolve.resolve(config, source.size, old, origin)
+    config = resolve.lanes(config, len(source.blocks.first) if source.blocks else 0)
     side = image_side(config)
     steps_per_epoch = source.size // config.batch_size
     if not steps_per_epoch:
@@ -135,9 +136,17 @@ def open_state(
 
 def open_batches(session: Session, workdir: Path, data: Data, start: Start) -> Any:
     """The batches of the steps that are left (input_pipeline.pipeline.TrainBatches)."""
-    from input_pipeline import pipeline
+    from input_pipeline import blocks, pipeline
 
-    given = session.config.data
+    given, order = session.config.data, None
+    if given.shuffle == "blocks":
+        found, window = data.source.blocks, given.window_mb << 20
+        order = blocks.BlockOrder(found, seed=session.config.seed, lanes=given.lanes, window_bytes=window)
+        held = 2 * order.window_bytes * given.lanes / session.process[1]
+        print(
+            f"{len(found.first):,} blocks of up to {found.rows.max()} rows, in {given.lanes} lanes with windows of "
+            f"{order.window_blocks}: up to {held / 2**20:,.0f} MiB of them are in the memory of a process"
+        )
     return pipeline.TrainBatches(
         data.source,
         session.tokenizer,
@@ -146,6 +155,7 @@ def open_batches(session: Session, workdir: Path, data: Data, start: Start) -> A
         crop_scale=given.crop_scale,
         seed=session.config.seed,
         start=start.position,
+        order=order,
         bad_path=workdir / workdirs.bad_samples(session.process[0]),
         max_bad_fraction=given.max_bad_fraction,
         recover_truncated=given.recover_truncated,
@@ -187,9 +197,13 @@ def run_length(config: ConfigDict, steps_per_epoch: int) -> tuple[int, float]:
     return total_steps, free
 
 
-def _place(restored: checkpoint.Restored, session: Session) -> int:
+def _place(restored: checkpoint.Restored, session: Session) -> int | tuple[int, ...]:
     from input_pipeline import pipeline
 
+    if session.config.data.shuffle == "blocks":
+        index, count = session.process
+        own = session.config.data.lanes // count
+        return tuple(restored.positions[index * own : (index + 1) * own])
     position, passed_over = pipeline.resume_at(restored.positions, session.config.batch_size, session.process)
     if passed_over:
         before, now = len(restored.positions), session.process[1]

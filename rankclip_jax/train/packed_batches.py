@@ -21,7 +21,8 @@ class _Ahead(NamedTuple):
     batch: dict
     packed: Packed | None
     all_fit: jax.Array | None  # of many processes
-    position: int
+    position: int | tuple[int, ...]
+    read: int
     error: Exception | None
 
 
@@ -32,12 +33,12 @@ class PackedBatches:
     that nobody waits for the answer.
 
     Attributes:
-      position: as TrainBatches has it, after the last returned batch.
+      position, read: as TrainBatches has them, after the last returned batch.
     """
 
     def __init__(self, session: Session, batches: Any, count: int):
         """`count`: batches that will be asked for."""
-        self.position = batches.position
+        self.position, self.read = batches.position, batches.read
         self._session, self._batches, self._left = session, batches, count
         self._ahead: deque[_Ahead] = deque()
         self._agree = jax.jit(jnp.all) if session.process[1] > 1 and session.packs else None
@@ -51,7 +52,7 @@ class PackedBatches:
             self._left -= 1
         if not self._ahead:
             raise StopIteration
-        batch, packed, all_fit, self.position, error = self._ahead.popleft()
+        batch, packed, all_fit, self.position, self.read, error = self._ahead.popleft()
         if error:
             raise error
         fits = packed is not None and (all_fit is None or bool(all_fit))
@@ -68,4 +69,4 @@ class PackedBatches:
         if self._agree:
             mine = np.full(self._session.shards, packed is not None)
             all_fit = self._agree(to_devices({"fits": mine}, self._session.mesh)["fits"])
-        return _Ahead(batch, packed, all_fit, self._batches.position, error)
+        return _Ahead(batch, packed, all_fit, self._batches.position, self._batches.read, error)

@@ -6,12 +6,14 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from rankclip_jax import config as configs
 from rankclip_jax import models
 from rankclip_jax.common import packing as packed
+from rankclip_jax.common import storage
 from rankclip_jax.common.devices import devices_of
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.trees import flatten
@@ -30,6 +32,8 @@ _MANY = 20_000  # pairs that a larger model needs
 _BATCH = {"cpu": 64}  # a device; others: 128
 _IMAGES = {"cpu": 50_000}  # that a run sees; others: 32 million
 _EPOCHS = 40  # at most
+_WITH_BLOCKS = {"tfrecord", "webdataset", "parquet"}
+_LANE_BLOCKS = 8  # that a lane has in an epoch, at least: with fewer it would often have no row of its own
 
 
 def resolve(
@@ -101,6 +105,63 @@ def _settle(config: ConfigDict, pairs: int, old: ConfigDict | None, origin: Pret
     if config.loss.ramp_epochs is None:  # so that a run that is made longer keeps the ramp of its first plan
         of = old or config
         config.loss.ramp_epochs = math.ceil(total_steps(of, per_epoch) / per_epoch)
+
+
+def order(config: ConfigDict, old: ConfigDict | None = None) -> ConfigDict:
+    """The configuration with data.shuffle as rows or blocks, which must be known before the data are opened.
+
+    Args, of resolve: config, old.
+
+    Raises:
+      InputError: data.shuffle=blocks for data that have none.
+    """
+    settled = configs.complete((configs.with_stored(config, old) if old else config).to_dict())
+    data = settled.data
+    mixture = isinstance(data.train, ConfigDict)
+    parts = data.train.values() if mixture else [ConfigDict(dict(path=data.train, format=None, weight=None))]
+    formats = {part.format or data.format for part in parts}
+    reason = None
+    if not formats <= _WITH_BLOCKS:
+        reason = f"config.data.format={min(formats - _WITH_BLOCKS, key=str)} has no blocks"
+    elif any(part.weight for part in parts):
+        reason = "a mixture by weights has no order of blocks"
+    if data.shuffle == "blocks" and reason:
+        raise InputError(f"config.data.shuffle=blocks: {reason}. Expected rows, or auto")
+    if data.shuffle == "auto":
+        remote = any(storage.is_remote(part.path) for part in parts)  # of a list, any
+        data.shuffle = "blocks" if remote and not reason else "rows"
+        if remote and processes.is_first():
+            print(f"chosen: data.shuffle={data.shuffle}" + (f": {reason}, so each row is a request" if reason else ""))
+    return settled
+
+
+def lanes(config: ConfigDict, blocks: int) -> ConfigDict:
+    """The configuration with data.lanes, where the order is of blocks.
+
+    Args:
+      blocks: of the data.
+
+    Raises:
+      InputError: they do not divide the batch, or do not divide over the processes.
+    """
+    settled, count = configs.complete(config.to_dict()), jax.process_count()
+    batch, data = settled.batch_size, settled.data
+    if data.shuffle != "blocks":
+        return settled
+    with settled.ignore_type():
+        if data.lanes is None:
+            most = max(blocks // _LANE_BLOCKS, count)
+            data.lanes = math.gcd(64, batch, 1 << most.bit_length() - 1)
+    if batch % data.lanes:
+        raise InputError(f"config.data.lanes={data.lanes}. Expected a divisor of config.batch_size={batch}")
+    if data.lanes % count:
+        fit = [n for n in range(count, batch + 1, count) if batch % n == 0]
+        near = min(fit, key=lambda n: abs(n - data.lanes), default=None)
+        raise InputError(
+            f"config.data.lanes={data.lanes} does not divide over {count} processes, each of which reads whole lanes. "
+            "Start a number that divides it" + (f"; or, in a new run, set config.data.lanes={near}" if near else "")
+        )
+    return settled
 
 
 def packing(

@@ -2,8 +2,8 @@
 
 WORKDIR/checkpoints/STEP (or config.checkpoint.folder/STEP, which may be in a bucket) appears under its name only when
 it is complete. It holds `state` (Orbax, readable on any devices, mesh and sharding), `data` (JSON: each process's place
-in its stream, and the fingerprint of every array). What does not read back bit for bit is damaged: it is named, passed
-over, never deleted. saving.py writes them.
+in its stream, or each lane's, and the fingerprint of every array). What does not read back bit for bit is damaged: it
+is named, passed over, never deleted. saving.py writes them.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ _VARIABLES = "params", "batch_stats", "ema"  # of a state; the last only with co
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds: `positions` are those of the processes that saved it, in their order."""
+    """What a checkpoint holds: `positions` are those of the processes that saved it, in their order, or of lanes."""
 
     step: int
     state: Any

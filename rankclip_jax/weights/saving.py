@@ -80,11 +80,11 @@ class Checkpoints:
             if not self._failed and (error is None or isinstance(error, Preempted) or jax.process_count() == 1):
                 self.close()
 
-    def save(self, step: int, state: Any, position: int) -> None:
+    def save(self, step: int, state: Any, position: int | tuple[int, ...]) -> None:
         """Starts to write; returns as soon as the state is copied, so that the next step may donate it.
 
         Args:
-          position: this process's place in its stream of data.
+          position: this process's place in its stream of data, or in those of its lanes.
 
         Raises:
           InputError: this checkpoint, or the one before, could not be written. Those before it are as they were.

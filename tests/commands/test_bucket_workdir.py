@@ -26,6 +26,8 @@ OF_TARS = [flag for flag in SMALL if ".data." not in flag and ".eval." not in fl
     *NO_EVALUATION,
     "--config.loss.objective=clip",  # whose step JAX can cache
     "--config.data.format=webdataset",
+    "--config.data.shuffle=blocks",
+    "--config.data.block_rows=8",
     "--config.batch_size=16",
     "--config.eval.suite=None",
     "--config.checkpoint.keep=50",

@@ -100,13 +100,13 @@ def write_folder(folder, made):
     return str(root)
 
 
-def write_parquet(folder, made):
+def write_parquet(folder, made, group=7):
     for shard, part in enumerate(halves(made)):
         images = [{"bytes": image, "path": None} for image, _ in part]
         if shard:  # both ways in which people store them
             images = [image["bytes"] for image in images]
         table = pa.table({"id": range(len(part)), "image": images, "caption": [caption for _, caption in part]})
-        pq.write_table(table, folder / f"{shard}.parquet", row_group_size=7)
+        pq.write_table(table, folder / f"{shard}.parquet", row_group_size=group)
     return str(folder)
 
 

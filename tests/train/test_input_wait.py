@@ -16,14 +16,14 @@ class Batches:
     """Each batch takes so many seconds and reads so many samples."""
 
     def __init__(self, clock, script):
-        self.clock, self.script, self.position = clock, iter(script), 7
+        self.clock, self.script, self.read = clock, iter(script), 7
 
     def __next__(self):
         seconds, samples, at_half = next(self.script)
         self.clock.now += seconds / 2
         at_half()
         self.clock.now += seconds / 2
-        self.position += samples
+        self.read += samples
         return samples
 
 

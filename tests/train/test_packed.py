@@ -167,7 +167,7 @@ class Stream:
     """TrainBatches, as far as PackedBatches knows them."""
 
     def __init__(self, batches):
-        self.position, self._batches = 0, iter(batches)
+        self.position, self.read, self._batches = 0, 0, iter(batches)
 
     def __next__(self):
         batch = next(self._batches)

@@ -5,6 +5,7 @@ of buckets through pyarrow's file systems, which know sizes.
 """
 
 from rankclip_jax.common.storage.copies import CHECKPOINTS, fetched, origin, push, shown, workdir
+from rankclip_jax.common.storage.holding import Held
 from rankclip_jax.common.storage.listing import File, check_bucket, exists, files_below, files_in, is_folder, stat
 from rankclip_jax.common.storage.place import is_remote, join, local, name_of, parent
 from rankclip_jax.common.storage.reading import MissingError, ReadAhead, RemoteFile, delete, read, write
@@ -12,6 +13,7 @@ from rankclip_jax.common.storage.reading import MissingError, ReadAhead, RemoteF
 __all__ = [
     "CHECKPOINTS",
     "File",
+    "Held",
     "MissingError",
     "ReadAhead",
     "RemoteFile",

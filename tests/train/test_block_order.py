@@ -1,0 +1,155 @@
+"""The order of a run, settled at its first start; and small runs of blocks that are cut off and resumed."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import processes as trainings
+from rankclip_jax import config as configs
+from rankclip_jax.common.errors import InputError
+from rankclip_jax.train import loop, resolve
+from tests.commands.test_train import numbers
+from tests.input_pipeline.test_block_sources import pictures
+from tests.support.source_files import WRITERS
+from tests.train.test_workdir import quick
+
+TARS, REMOTE = "data.train=/data/*.tar", "data.train=gs://bucket/*.tar"
+PART = {"path": "gs://b/*.tar", "format": "webdataset"}
+
+
+def settled(*changes, old=None):
+    return resolve.order(configs.load("own", list(changes)), old).data.shuffle
+
+
+@pytest.mark.parametrize(
+    "changes, order",
+    [
+        ([TARS], "rows"),
+        ([REMOTE], "blocks"),
+        (["data.train=['/data/0.tar','s3://b/1.tar']"], "blocks"),
+        (["data.train=gs://b/x.parquet"], "blocks"),
+        (["data.train=https://host/x.tfrecord"], "blocks"),
+        (["data.train=gs://b/x.csv"], "rows"),
+        (["data.train=gs://b/set:train", "data.format=tfds"], "rows"),
+        ([REMOTE, "data.shuffle=rows"], "rows"),
+        ([TARS, "data.shuffle=blocks"], "blocks"),
+        ([f"data.train={dict(a=PART, b=PART | {'format': 'parquet'})}"], "blocks"),
+        ([f"data.train={dict(a=PART, b=PART | {'format': 'csv'})}"], "rows"),
+        ([f"data.train={dict(a=PART | {'weight': 1.0}, b=PART | {'weight': 2.0})}"], "rows"),
+    ],
+)
+def test_the_order_is_of_blocks_where_shards_are_not_local(changes, order):
+    assert settled(*changes) == order
+
+
+def test_why_rows_of_a_bucket_keep_their_order_is_said(capsys):
+    settled(f"data.train={dict(a=PART | {'weight': 1.0}, b=PART | {'weight': 2.0})}")
+    assert capsys.readouterr().out == (
+        "chosen: data.shuffle=rows: a mixture by weights has no order of blocks, so each row is a request\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        (["data.train=a.csv"], "config.data.format=csv has no blocks"),
+        (["data.train=9", "data.format=shapes"], "config.data.format=shapes has no blocks"),
+        ([f"data.train={dict(a=PART | {'weight': 1.0})}"], "a mixture by weights has no order of blocks"),
+    ],
+)
+def test_blocks_of_what_has_none_are_refused(changes, why):
+    with pytest.raises(InputError, match=rf"^config\.data\.shuffle=blocks: {why}\. Expected rows, or auto$"):
+        settled(*changes, "data.shuffle=blocks")
+
+
+def test_a_run_keeps_its_order_wherever_its_data_are():
+    first = resolve.order(configs.load("own", [REMOTE]))
+    stored = json.loads(configs.to_json(first))
+    assert settled(TARS, old=configs.completed(stored)) == "blocks"
+    for key in ("shuffle", "block_rows", "window_mb", "lanes"):  # of a run before there were blocks
+        del stored["data"][key]
+    assert settled(REMOTE, old=configs.completed(stored)) == "rows"
+
+
+def lanes(batch, blocks=10_000, *changes):
+    return resolve.lanes(configs.load("own", [REMOTE, "data.shuffle=blocks", f"batch_size={batch}", *changes]), blocks)
+
+
+@pytest.mark.parametrize(
+    "batch, blocks, count",
+    [(4096, 10_000, 64), (96, 10_000, 32), (7, 10_000, 1), (64, 511, 32), (64, 3, 1), (64, 64, 8)],
+)
+def test_lanes_are_a_divisor_of_64_and_of_the_batch(batch, blocks, count):
+    assert lanes(batch, blocks).data.lanes == count
+    assert resolve.lanes(configs.load("own", [TARS, "data.shuffle=rows"]), 0).data.lanes is None
+
+
+def test_lanes_that_do_not_divide_are_refused(monkeypatch):
+    with pytest.raises(InputError, match=r"^config\.data\.lanes=10\. Expected a divisor of config\.batch_size=64$"):
+        lanes(64, 10_000, "data.lanes=10")
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    assert lanes(64, 3).data.lanes == 4  # a lane for each, though there are few blocks
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    with pytest.raises(InputError) as refused:
+        lanes(96)
+    assert str(refused.value) == (
+        "config.data.lanes=32 does not divide over 3 processes, each of which reads whole lanes. Start a number that "
+        "divides it; or, in a new run, set config.data.lanes=24"
+    )
+    assert lanes(96, 10_000, "data.lanes=24").data.lanes == 24
+
+
+def cut_off(whole, cut, step):
+    """A copy of a workdir as it was after this step."""
+    shutil.copytree(whole, cut)
+    for folder in (cut / "checkpoints").iterdir():
+        if folder.name.isdigit() and int(folder.name) > step:
+            shutil.rmtree(folder)
+    lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (cut / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_a_run_that_is_cut_off_has_the_numbers_of_one_that_is_not(kind, tmp_path, capsys):
+    made = pictures(96, side=24)
+    made[5] = (b"no picture", made[5][1])
+    (tmp_path / "data").mkdir()
+    path = WRITERS[kind](tmp_path / "data", made)
+    flags = [f"data.train={path!r}", f"data.format={kind}", "data.shuffle=blocks", "data.block_rows=4", "epochs=2"]
+    config = quick(*flags, "batch_size=16", "data.lanes=8", "checkpoint.every_steps=1", "checkpoint.keep=50")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    loop.train(config, whole)
+    said = capsys.readouterr().out
+    blocks = "14 blocks of up to 7 rows" if kind == "parquet" else "24 blocks of up to 4 rows"
+    assert f"{blocks}, in 8 lanes with windows of" in said
+    cut_off(whole, cut, 5)
+    loop.train(config, cut)
+    assert "resuming from step 5 of 12" in capsys.readouterr().out
+    assert numbers(cut) == numbers(whole) and len(numbers(whole)) >= 12
+    positions = [trainings._positions(workdir, 12) for workdir in (whole, cut)]
+    assert positions[0] == positions[1] and len(positions[0]) == 8
+    stored = json.loads((cut / "config.json").read_text())["data"]
+    assert (stored["shuffle"], stored["lanes"]) == ("blocks", 8)
+
+
+@pytest.mark.slow
+def test_processes_train_on_blocks_as_one_does(tmp_path):
+    path = WRITERS["webdataset"](tmp_path, pictures(96, side=24))
+    flags = [f"data.train={path}", "data.format=webdataset", "data.shuffle=blocks", "data.block_rows=4"]
+    flags += ["data.lanes=8", "data.val=None", "epochs=2", "eval.retrieval={}"]
+    flags = [f"--config.{flag}" for flag in flags]
+    one, two = tmp_path / "one", tmp_path / "two"
+    trainings.train(one, 1, 4, *flags)
+    cut_off(one, two, 3)  # two resume what one has saved
+    said, _ = trainings.train(two, 2, 4, *flags)
+    assert "resuming from step 3 of 6" in said and "of 2 processes" in said
+    losses = [[row["loss"] for row in numbers(workdir) if "loss" in row] for workdir in (one, two)]
+    np.testing.assert_allclose(*losses, rtol=trainings.RTOL_NUMBERS)
+    (_, state), (_, theirs) = (trainings._last_state(workdir) for workdir in (one, two))
+    assert len(losses[0]) == 6
+    assert max(np.abs(state[name] - theirs[name]).max() for name in state) < trainings.ATOL_STATE
+    assert trainings._positions(one, 6) == trainings._positions(two, 6)
