@@ -172,7 +172,7 @@ class ClipConfig:
     def __post_init__(self) -> None:
         _check_sizes(self)
         if self.activation not in get_args(Activation):
-            raise ValueError(f"activation {self.activation!r} is none of {', '.join(get_args(Activation))}")
+            raise ValueError(f"activation={self.activation!r}. Expected one of {', '.join(get_args(Activation))}")
         if isinstance(self.vision, VitConfig) and self.vision.pool == "map" and self.vision.width != self.embed_dim:
             raise ValueError(
                 f"embed_dim {self.embed_dim}: SigLIP's image tower has no projection, so it must be vision's width "

@@ -283,7 +283,7 @@ def test_zero_features_have_a_zero_embedding_and_finite_gradients():
         ({"name": "RN50", "image_size": 240}, "image_size 240 is not a multiple .* stride 32; try 256"),
         ({"vocab_size": 1000}, "end-of-text id 49407 is not in a vocabulary of 1000"),
         ({"vision": {"heads": 7}}, "vision width 768 is not a multiple of its 7 heads"),
-        ({"activation": "relu"}, "activation 'relu' is neither"),
+        ({"activation": "relu"}, "activation='relu'. Expected one of quick_gelu, gelu, gelu_tanh"),
         ({"name": "RN50", "vision": {"stem": "tiny"}}, "stem 'tiny' is neither"),
         ({"dtype": "float16"}, "dtype='float16'. Expected 'float32' or 'bfloat16'"),
     ],
