@@ -62,7 +62,7 @@ def memory(name: str) -> float:
 
 
 def measure(pattern: str, count: int) -> dict:
-    """{"rows", "open", "batch": seconds, "before", "peak": MB} of one of `count` processes."""
+    """{"rows", "open", "used" (processor), "batch": seconds, "before", "peak": MB} of one of `count` processes."""
     from ml_collections import ConfigDict
 
     from input_pipeline import pipeline, sources
@@ -73,15 +73,15 @@ def measure(pattern: str, count: int) -> dict:
     view = dict(image_side=32, context_length=16, crop_scale=(1.0, 1.0), seed=0, canvas=32)
     few = sources.open_source(ConfigDict({"format": "shapes"}), 64, image_side=32)
     next(pipeline.TrainBatches(few, tokenizer, batch_size=BATCH, batches=1, **view))
-    before, begin = memory("VmRSS"), time.perf_counter()
+    before, used, begin = memory("VmRSS"), time.process_time(), time.perf_counter()
     spec = ConfigDict(dict(format="webdataset", image_key=None, caption_key=None))
     peers = sources.Peers((0, count), str(Path(pattern).parent / "run"), lambda value: [value] * count)
     source = sources.open_source(spec, pattern, image_side=32, peers=peers)
     fingerprint(source)
-    opened = time.perf_counter()
+    opened, used = time.perf_counter(), time.process_time() - used
     stream = pipeline.TrainBatches(source, tokenizer, batch_size=BATCH, process=(0, count), batches=1, **view)
     assert next(stream)["image"].shape[0] == BATCH and not stream.bad.count
-    found = dict(rows=source.size, open=opened - begin, batch=time.perf_counter() - opened, before=before)
+    found = dict(rows=source.size, open=opened - begin, used=used, batch=time.perf_counter() - opened, before=before)
     return found | dict(peak=max(memory("VmHWM"), before))
 
 
@@ -96,7 +96,11 @@ def main():
     if flags.one:
         print(json.dumps(measure(str(flags.folder / f"{{00000..{flags.shards - 1:05}}}.tar"), flags.one)))
         return
-    print("| pairs | processes | opened, s | first batch, s | peak, MB | of it the set's |\n" + "| ---: " * 6 + "|")
+    print(
+        "| pairs | processes | opened, s | of a processor, s | first batch, s | peak, MB | of it the set's |\n"
+        + "| ---: " * 7
+        + "|"
+    )
     for pairs in flags.pairs:
         folder = flags.folder / f"{pairs:.0f}_{flags.shards}"
         if not folder.exists():
@@ -108,7 +112,7 @@ def main():
                 sys.exit(done.stderr)
             found = json.loads(done.stdout.splitlines()[-1])
             peak, own = (f"{found['peak'] - less:,.0f}" for less in (0, found["before"]))
-            seconds = f"{found['open']:.1f} | {found['batch']:.1f}"
+            seconds = " | ".join(f"{found[name]:.1f}" for name in ("open", "used", "batch"))
             print(f"| {found['rows'] / 1e6:,.0f} M | {count} | {seconds} | {peak} | {own} |", flush=True)
 
 

@@ -107,7 +107,8 @@ class Found:
                     if path is not None:
                         found.setdefault(path, Entry(file, shard))
         used = {id(entry.file): entry.file for entry in found.values()}
-        verify = sum(file.nbytes for file in used.values()) <= AT_ONCE
+        wanted = sum(shard.rows for _, shard in found.values()) * self._kind.members * 16
+        verify = max(wanted, sum(file.nbytes for file in used.values())) <= AT_ONCE
         with ThreadPoolExecutor(_READS) as pool:
             ready = dict(zip(used, pool.map(functools.partial(_ready, whole=verify), used.values()), strict=True))
         valid: dict[str, Entry] = {}

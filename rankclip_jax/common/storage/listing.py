@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.storage.place import Place, endpoint, explained, is_remote, parent, place_of, store_of
 
+_TOGETHER = 256  # local files that one thread looks at: to start a task takes longer than to look
 _MANY = 8  # files of one folder that are looked for by a listing of it
 _PATIENCE = 60  # seconds
 
@@ -43,8 +44,11 @@ def stat(paths: Sequence[str]) -> list[File | None]:
         found |= dict.fromkeys((path for path in remote if parent(path) == folder), None)
         found |= {file.path: file for file in _listed(folder, recursive=False)}
     single = [path for path in dict.fromkeys(paths) if path not in found]
+    near, far = ([path for path in single if is_remote(path) == remote] for remote in (False, True))
+    groups = [near[at : at + _TOGETHER] for at in range(0, len(near), _TOGETHER)] + [[path] for path in far]
     with ThreadPoolExecutor(32) as pool:
-        found |= zip(single, pool.map(_stat, single), strict=True)
+        for group, files in zip(groups, pool.map(lambda group: list(map(_stat, group)), groups), strict=True):
+            found |= zip(group, files, strict=True)
     return [found[path] for path in paths]
 
 
