@@ -11,6 +11,7 @@ import rankclip_jax
 from rankclip_jax import cli, figures
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.train import evaluate
 from rankclip_jax.weights import mixing, pretrained
 from tests.support.made_models import CAPTIONS, RESNET, VIT, make_workdir
 
@@ -125,19 +126,15 @@ def test_the_curve_has_the_accuracies_of_evaluation(mix, folder, capsys):
     assert [row["alpha"] for row in found["rows"]] == [0, 0.5, 1]
     assert (folder / "curve" / "mix.png").stat().st_size > 5000
     lines = [line.split() for line in said.splitlines()]
-    assert ["alpha", "seen", "top1", "held", "top1"] in lines
+    assert ["alpha", "held", "top1", "seen", "top1"] in lines
     for row, name in zip(found["rows"], ("a", "curve", "b"), strict=True):  # as --mode=eval has it of each model
-        cells = [f"{100 * row[f'zero_shot/{of}/top1']:.2f}" for of in ("seen", "held")]
+        cells = [f"{100 * row[f'zero_shot/{of}/top1']:.2f}" for of in ("held", "seen")]
         assert [f"{row['alpha']:g}", cells[0], "%", cells[1], "%"] in lines
-        words = ["rankclip", "eval", "--config.eval.model=" + name, *sets.split(), "--out", f"{name}.json"]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.argv", words)
-            cli.main()
-        evaluated = json.loads((folder / f"{name}.json").read_text())[name]
-        zero_shot = next(iter(evaluated.values()))["zero_shot"]
-        assert {of: zero_shot[of]["top1"] for of in zero_shot} == {
-            of: row[f"zero_shot/{of}/top1"] for of in ("seen", "held")
-        }
+        overrides = [word.removeprefix("--config.") for word in sets.split() if word.startswith("--config.")]
+        settings = evaluate.settings("shapes", None, [*overrides, f"eval.model={name!r}"])
+        zero_shot = evaluate.evaluate(settings, None)["zero_shot"]
+        assert set(zero_shot) == {"held", "seen"} and len(row) > 5
+        assert all(zero_shot[of][key] == row[f"zero_shot/{of}/{key}"] for of in zero_shot for key in ("top1", "top5"))
     before = (folder / "curve" / "mix.json").read_bytes()
     mix(f"a b --alphas 0,0.5,1 --out curve {sets}")  # its own files are replaced
     assert (folder / "curve" / "mix.json").read_bytes() == before
