@@ -98,19 +98,8 @@ def open_webdataset(
         )
     wanted = _wanted(spec.get("image_key"), endings)
     paths = expand(path, endings=(".tar",), hint=spec.get("hint"))
-<<<<<<< HEAD
-    members = open_members(
-        paths,
-        wanted,
-        spec.get("cache_dir"),
-        may_lack=() if captions else ("caption",),
-        peers=peers,
-        max_mb=spec.get("max_file_mb") or MAX_FILE_MB,
-    )
-=======
     may_lack = () if captions else ("caption",)
     members = open_members(paths, wanted, spec.get("cache_dir"), may_lack=may_lack, peers=peers, spec=spec)
->>>>>>> blocks-index
 
     def with_caption(members_read):
         def read(row):
@@ -159,11 +148,7 @@ def open_members(
     optional: tuple[str, ...] = (),
     may_lack: tuple[str, ...] = (),
     peers: Peers | None = None,
-<<<<<<< HEAD
-    max_mb: int = MAX_FILE_MB,
-=======
     spec: Mapping[str, Any] = {},
->>>>>>> blocks-index
 ) -> Members:
     """Opens tars by the numbers of their samples.
 
@@ -172,11 +157,7 @@ def open_members(
       optional: names that a sample may lack; it then has empty bytes.
       may_lack: the same of names by which samples are paired all the same.
       peers: of a run of many processes.
-<<<<<<< HEAD
-      max_mb: config.data.max_file_mb, beyond which a member is a bad sample.
-=======
-      spec: shuffle, block_rows, window_mb of config.data.
->>>>>>> blocks-index
+      spec: shuffle, block_rows, window_mb and max_file_mb of config.data; a larger member is a bad sample.
 
     Raises:
       InputError: a compressed tar, or no sample with a member of one of the extensions.
@@ -196,7 +177,7 @@ def open_members(
     reads = index.reads
     fetch = byte_ranges(index.paths, reads)
     far = tf.constant(np.iinfo(np.int64).max)
-    most = min(max_mb * 1_000_000, _LARGEST - 1)
+    most = min((spec.get("max_file_mb") or MAX_FILE_MB) * 1_000_000, _LARGEST - 1)
     too_large = f"has more than {most // 1_000_000:,} MB (config.data.max_file_mb)"
 
     def alone(names):
@@ -219,15 +200,7 @@ def open_members(
             return {name: tf.strings.substr(span, begin_M[i], length_M[i]) for i, name in enumerate(names)}
 
         def start(rows):
-<<<<<<< HEAD
-            file_R, records_RxK = index.of_rows(rows)
-            begin_RxM, length_RxM = (half[:, columns] for half in np.split(records_RxK, 2, axis=1))
-            first_R = np.where(begin_RxM < 0, np.iinfo(np.int64).max, begin_RxM).min(axis=1)
-            end_R = (begin_RxM + np.where(length_RxM <= most, length_RxM, 0)).max(axis=1)
-            for file, first, end in zip(file_R.tolist(), first_R.tolist(), end_R.tolist(), strict=True):
-=======
             for file, first, end in zip(*(of_R.tolist() for of_R in spans(rows, columns)), strict=True):
->>>>>>> blocks-index
                 if first < end:
                     reads.start(index.paths[file], first, end)
 
@@ -237,7 +210,7 @@ def open_members(
         file_R, records_RxK = index.of_rows(rows)
         begin_RxM, length_RxM = (half[:, columns] for half in np.split(records_RxK, 2, axis=1))
         first_R = np.where(begin_RxM < 0, np.iinfo(np.int64).max, begin_RxM).min(axis=1)
-        return file_R, first_R, (begin_RxM + np.where(length_RxM < _LARGEST, length_RxM, 0)).max(axis=1)
+        return file_R, first_R, (begin_RxM + np.where(length_RxM <= most, length_RxM, 0)).max(axis=1)
 
     def span(rows):
         _, first_R, end_R = spans(rows, range(len(wanted)))

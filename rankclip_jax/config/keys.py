@@ -49,14 +49,10 @@ BEFORE: dict[str, Any] = {"model.pack_text": "off", "data.squash": "no", "data.s
 # What may be None (pack_text and shuffle: auto) until a run starts, and is settled there by the data and the devices
 # (train/resolve.py).
 RESOLVED = ("batch_size", "epochs", "log_every", "optim.lr", "optim.warmup_steps", "loss.ramp_epochs")
-<<<<<<< HEAD
-RESOLVED += ("data.mean", "data.std", "data.squash", "eval.every_epochs", "model.pack_text", "model.pack_rows")
-# Groups that also take fields of the preset, which models/presets.py checks.
-OPEN = ("config.model.vision",)
-=======
 RESOLVED += ("data.mean", "data.std", "data.squash", "data.shuffle", "data.lanes")
 RESOLVED += ("eval.every_epochs", "model.pack_text", "model.pack_rows")
->>>>>>> blocks-index
+# Groups that also take fields of the preset, which models/presets.py checks.
+OPEN = ("config.model.vision",)
 # Of config.model, where its name is None.
 ARCHITECTURE = ("name", "image_size", "context_length", "embed_dim", "activation", "vision", "text")
 
