@@ -58,7 +58,7 @@ def killed(campaign: "Campaign", moment: str) -> str:
     found = campaign.finished(workdir, **options)
     assert found == expected, f"{workdir}: other numbers"
     assert hits, f"none of {times} kills fell into the {moment}"
-    return f"{hits} kills: resumed with the same numbers"
+    return f"{hits} kill{'s' * (hits > 1)}: resumed with the same numbers"
 
 
 def _steps_saved(workdir: Path) -> int:
