@@ -27,8 +27,8 @@ def text(results: dict) -> str:
             turned = {key: {name: row[key] for name, row in rows.items()} for key in next(iter(rows.values()))}
             parts.append(table(turned, title, percent=False))
         elif rows and kind == "retrieval":
-            short = {name: {short(key): value for key, value in row.items()} for name, row in rows.items()}
-            parts.append(table(short, title))
+            shortened = {name: {short(key): value for key, value in row.items()} for name, row in rows.items()}
+            parts.append(table(shortened, title))
         elif rows:
             parts.append(table(rows, title))
     parts += [f"missing: {name}: {reason}" for name, reason in results.get("missing", {}).items()]
