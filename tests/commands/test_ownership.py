@@ -296,7 +296,7 @@ def test_links_are_not_followed(run, world, tmp_path):
 def downloaded(world, out, finished=(0, 1, 2)):
     """Has the list downloaded, as img2dataset leaves it: the shards in `finished`, and of the next one a beginning."""
 
-    def leaves(python, arguments, out_dir, log, total):
+    def leaves(python, arguments, environment, out_dir, log, total):
         for shard in range(3):
             if shard <= max(finished) + 1 and not (out_dir / f"{shard:05d}_stats.json").exists():
                 (out_dir / f"{shard:05d}.tar").write_text(f"tar {shard}")
