@@ -337,7 +337,7 @@ def test_a_killed_command_resumes_where_it_was(tmp_path):
             out.write(f"{i % 50}.jpg,caption {i}\n")
     for i in range(50):
         (tmp_path / f"{i}.jpg").write_bytes(jpeg(i, (320, 240)))
-    arguments = (tmp_path / "many.csv", tmp_path / "out", "--shard-size", 50, "--short-side", 100)
+    arguments = (tmp_path / "many.csv", tmp_path / "out", "--shard-size", 10, "--short-side", 100)
     child = subprocess.Popen(command(*arguments), cwd=REPO, stderr=subprocess.DEVNULL)
     while not (tmp_path / "out/00002.tfrecord").exists():
         assert child.poll() is None
@@ -345,9 +345,9 @@ def test_a_killed_command_resumes_where_it_was(tmp_path):
     child.send_signal(signal.SIGKILL)
     child.wait()
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tfrecord")}
-    assert 3 <= len(finished) < 14
+    assert 3 <= len(finished) < 70
     done = subprocess.run(command(*arguments), cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 0 and "700 samples in 14 shards" in done.stdout, done.stderr
+    assert done.returncode == 0 and "700 samples in 70 shards" in done.stdout, done.stderr
     # The last one may have got its name and not yet its line in the manifest.
     assert sum(path.stat().st_mtime_ns == mtime for path, mtime in finished.items()) >= len(finished) - 1
     got = records(tmp_path / "out")
