@@ -142,6 +142,7 @@ def check_study(words: list[str], monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(study, "Study", Seen)
+        patch.setattr(study, "_share", lambda processes: None)
         patch.setattr(study.report, "write", lambda *arguments: "")
         call("rankclip_jax.study", words, patch)
 
