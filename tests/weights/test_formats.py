@@ -155,7 +155,7 @@ def test_hugging_face_has_no_resnet(tmp_path):
         ({"vision_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps 1e-06"),
         ({"vision_config": {"hidden_act": "gelu"}}, "different activations, 'gelu' and 'quick_gelu'"),
         ({"vision_config": {"num_channels": 1}}, "num_channels 1"),
-        ({k: {"hidden_act": "relu"} for k in ("text_config", "vision_config")}, "activation 'relu'"),
+        ({k: {"hidden_act": "relu"} for k in ("text_config", "vision_config")}, "activation='relu'"),
         ({"vision_config": {"image_size": 30}}, "image_size 30 is not a multiple"),
         ({"text_config": {"num_hidden_layers": 3}}, "missing tensors: text_model.encoder.layers.2."),
         ({"text_config": {"num_hidden_layers": 1}}, "unknown tensors: text_model.encoder.layers.1."),
