@@ -26,6 +26,7 @@ COMMANDS = {
     "rankclip_jax.train.__main__": (["--config", "x.py"], (configs, "load")),
     "rankclip_jax.study.__main__": (["--config", "x.py"], (configs, "load")),
     "rankclip_jax.report.__main__": (["x"], (runs, "read_run")),
+    "rankclip_jax.train.mix": (["x", "y", "--out", "z"], (pretrained, "read")),
     "rankclip_jax.convert": (["x", "y", "--to", "hf"], (pretrained, "read")),
     "rankclip_jax.embed": (["x", "y", "--out", "z.npz"], (rankclip_jax, "load")),
     "rankclip_jax.doctor": ([], (doctor, "findings")),
