@@ -5,7 +5,6 @@ several of them can train together under vmap.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +19,6 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.study.batches import batch_of, epoch_order
 from rankclip_jax.train import optim
 from rankclip_jax.train import step as steps
-from rankclip_jax.train.schedule import patch_dropout_steps
 
 
 class Job(NamedTuple):
@@ -59,42 +57,39 @@ class Programs:
     """What trains runs of one configuration; states carry a leading axis of jobs where there are several."""
 
     def __init__(self, model: models.CLIP, config: ConfigDict, count: int):
-        """`config`: complete, of one objective; `count`: training pairs."""
+        """`config`: complete, of one objective; `count`: training pairs.
+
+        Raises:
+          InputError: config has what a study does not train.
+        """
+        if config.model.vision.get("patch_dropout"):
+            raise InputError("config.model.vision.patch_dropout: expected 0: a study trains with whole images")
         self.steps_per_epoch = count // config.batch_size
         total = self.steps_per_epoch * config.epochs
         self._tx = with_rate(config.optim, total, self.steps_per_epoch)
-        length = dict(total_steps=total, steps_per_epoch=self.steps_per_epoch)
-        step, whole_step = (
-            steps.train_step_function(model, self._tx, config, None, **length, whole=whole) for whole in (False, True)
+        step = steps.train_step_function(
+            model, self._tx, config, None, total_steps=total, steps_per_epoch=self.steps_per_epoch
         )
-        self._dropping = patch_dropout_steps(config.model.vision, total)
 
         def init(seed, lr):
             state = steps.fresh_state(model, self._tx, seed)
             return dataclasses.replace(state, opt_state=state.opt_state | {"lr": lr})
 
-        def epoch(dropping, state, seed, data):
-            """`dropping`: its first steps, of all, that leave patches out."""
+        def epoch(state, seed, data):
             step_key, order_key, window_key = jax.random.split(jax.random.key(seed), 3)
             number = state.step // self.steps_per_epoch
 
-            def one(step, state, rows_B):
+            def one(state, rows_B):
                 key = jax.random.fold_in(window_key, state.step)
                 batch = batch_of(data, rows_B, key, config.data.crop_scale)
                 return step(state, batch, step_key)
 
-            order_SxB, found = epoch_order(order_key, number, count, config.batch_size), []
-            for each, rows_SxB in ((step, order_SxB[:dropping]), (whole_step, order_SxB[dropping:])):
-                if len(rows_SxB):
-                    state, metrics = jax.lax.scan(functools.partial(one, each), state, rows_SxB)
-                    found.append(metrics)
-            return state, jax.tree.map(lambda *parts: jnp.mean(jnp.concatenate(parts)), *found)
+            order_SxB = epoch_order(order_key, number, count, config.batch_size)
+            state, metrics = jax.lax.scan(one, state, order_SxB)
+            return state, jax.tree.map(jnp.mean, metrics)
 
-        def many(dropping, *given):
-            return jax.vmap(functools.partial(epoch, dropping), (0, 0, None))(*given)
-
-        self._one = jax.jit(init), jax.jit(epoch, static_argnums=0, donate_argnums=1)
-        self._many = jax.jit(jax.vmap(init)), jax.jit(many, static_argnums=0, donate_argnums=1)
+        self._one = jax.jit(init), jax.jit(epoch, donate_argnums=0)
+        self._many = jax.jit(jax.vmap(init)), jax.jit(jax.vmap(epoch, (0, 0, None)), donate_argnums=0)
 
     def train(self, jobs: list[Job], data: dict, epochs: int, seen: Callable) -> None:
         """Trains the jobs together, and calls seen(job, state, metrics) for each after every epoch.
@@ -108,9 +103,8 @@ class Programs:
         if not many:
             lrs, seeds = lrs[0], seeds[0]
         states = init(seeds, lrs)
-        for number in range(epochs):
-            dropping = min(max(self._dropping - number * self.steps_per_epoch, 0), self.steps_per_epoch)
-            states, metrics = epoch(dropping, states, seeds, data)
+        for _ in range(epochs):
+            states, metrics = epoch(states, seeds, data)
             numbers = {key: np.ravel(value) for key, value in metrics.items()}
             for i, job in enumerate(jobs):
                 state = lambda i=i: jax.tree.map(lambda x: x[i], states) if many else states  # noqa: E731, B023

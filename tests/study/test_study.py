@@ -262,23 +262,11 @@ def test_a_scheduled_term_ramps_in(study):
     assert metrics["loss"] == pytest.approx(metrics["clip"] + metrics["rank_in_modal"], rel=1e-5)
 
 
-@pytest.mark.slow
-def test_patches_are_left_out_in_the_first_steps(study):
-    def trained(until):
-        fields = study.config.to_dict()
-        fields["model"]["vision"] |= {"patch_dropout": 0.5, "patch_dropout_until": until}
-        config, found = configs.complete(fields | {"loss": {"objective": "clip"}}), []
-        programs = Programs(build_model(config, study.tokenizer), config, 48)
-        data = study._arrays(config)
-        programs.train([Job(1e-3, 0)], data, 2, lambda job, state, metrics: found.append((state(), metrics)))
-        return [metrics["loss"] for _, metrics in found], found[-1][0]
-
-    (never, never_state), (first, _), (most, _), (always, _) = (trained(until) for until in (0.0, 0.5, 0.75, 1.0))
-    plain = _train(study, [Job(1e-3, 0)], objective="clip")[0][Job(1e-3, 0)]
-    assert never[-1] == plain[1]["loss"]
-    jax.tree.map(np.testing.assert_array_equal, never_state.params, plain[0].params)
-    assert never[0] != first[0] == most[0] == always[0]  # half of all steps are the first of two epochs
-    assert len({first[1], most[1], always[1]}) == 3
+def test_a_study_trains_with_whole_images(study):
+    vision = study.config.model.vision.to_dict() | {"patch_dropout": 0.5}
+    config = configs.complete(study.config.to_dict() | {"model": {"name": study.config.model.name, "vision": vision}})
+    with pytest.raises(InputError, match=r"config\.model\.vision\.patch_dropout: expected 0"):
+        Programs(build_model(config, study.tokenizer), config, 48)
 
 
 @pytest.mark.slow
