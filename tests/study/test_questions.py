@@ -108,10 +108,16 @@ def test_mismatched_pairs_exchange_captions_and_duplicates_nearly_repeat():
     for i in repeated:
         difference = noisy.canvas[i].astype(int) - int(noisy.captions[i])
         assert abs(difference).max() <= 8 and np.ptp(difference) > 0
+        other = int(noisy.captions[i])  # which is still there
+        assert noisy.captions[other] == str(other) and np.array_equal(noisy.canvas[other], clean.canvas[other])
+    assert len(set(noisy.captions)) == 200 - 20
+    assert len(set(spoiled(clean, 0.9, 0.1).captions)) == len(set(spoiled(clean, 0.0, 0.9).captions)) + 160 == 180
     same = spoiled(clean, 0.0, 0.0)
     assert same.captions == clean.captions and np.array_equal(same.canvas, clean.canvas)
     with pytest.raises(InputError, match="more than all pairs"):
         spoiled(clean, 0.6, 0.5)
+    with pytest.raises(InputError, match="or duplicates are all"):
+        spoiled(clean, 0.0, 1.0)
 
 
 def test_the_truth_counts_shared_attributes():
