@@ -164,8 +164,8 @@ def lanes(config: ConfigDict, blocks: int) -> ConfigDict:
     if data.lanes > blocks:  # a lane without a block would be waited for without end
         raise InputError(
             f"config.data.lanes={data.lanes}. Expected at most {blocks}, the blocks of the data, and one for each of "
-            f"{count} process(es). Set config.data.shuffle=rows, or make more blocks: a smaller config.data.block_rows, "
-            "or Parquet of smaller row groups"
+            f"{count} process(es). Set config.data.shuffle=rows, or make more blocks: a smaller "
+            "config.data.block_rows, or Parquet of smaller row groups"
         )
     return settled
 

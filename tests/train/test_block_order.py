@@ -94,7 +94,7 @@ def test_lanes_that_do_not_divide_are_refused(monkeypatch):
         lanes(64, 10, "data.lanes=64")
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     assert lanes(64, 4).data.lanes == 4  # a lane for each, though there are few blocks
-    with pytest.raises(InputError, match=r"^config\.data\.lanes=4\. Expected at most 3, the blocks of the data, and one"):
+    with pytest.raises(InputError, match=r"^config\.data\.lanes=4\. Expected at most 3, the blocks of the data"):
         lanes(64, 3)
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     with pytest.raises(InputError) as refused:
