@@ -92,7 +92,7 @@ def spoiled(pairs: Pairs, mismatched: float, duplicates: float) -> Pairs:
     rows_N = rng.permutation(count)
     first, second = round(mismatched * count), round(duplicates * count)
     if first + second > count or second == count:
-        raise InputError("config.study: mismatched and duplicates are more than all pairs together, or duplicates are all")
+        raise InputError("config.study: mismatched and duplicates are more than all pairs, or duplicates are all")
     from_N = np.arange(count)
     from_N[rows_N[:first]] = np.roll(rows_N[:first], 1)
     captions = [pairs.captions[row] for row in from_N]
