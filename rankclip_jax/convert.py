@@ -39,9 +39,9 @@ def main() -> None:
     if not jax.config.jax_platforms:  # type: ignore[attr-defined]
         jax.config.update("jax_platforms", "cpu")
     with commands.exit_codes():
+        dst = storage.local(flags.dst, "DST")
+        model = pretrained.read(flags.src, flags.tokenizer, flags.activation, flags.ema)
         try:
-            dst = storage.local(flags.dst, "DST")
-            model = pretrained.read(flags.src, flags.tokenizer, flags.activation, flags.ema)
             export.write(model, dst, flags.to)
         except OSError as error:
             raise InputError(f"cannot write {flags.dst}: {error.strerror or error}") from None

@@ -62,7 +62,7 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = T
     write it. A caption is a string, a list of strings, or the value at a path: meta:caption in a struct or in JSON.
     captions=False: no file needs such a column.
 
-    `spec`: image_key, caption_key, hint, cache_dir, shuffle, window_mb of config.data.
+    `spec`: image_key, caption_key, hint, cache_dir, shuffle, window_mb, max_file_mb of config.data.
 
     Raises:
       InputError: no such file or column, a column of another type, no rows, or not enough disk space to unpack.
@@ -79,7 +79,7 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = T
     if spec.get("shuffle") == "blocks":
         rows = _as_it_is(files, heads, columns, spec)
     else:
-        rows = _unpacked_rows(files, columns, spec.get("cache_dir"), captions)
+        rows = _unpacked_rows(files, columns, spec, captions)
     if not rows.size:
         raise InputError(f"{files[0]} has no rows")
     folders_F = tf.constant([f"{file.rpartition('/')[0]}/" if "/" in file else "" for file in files])
@@ -93,7 +93,7 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = T
         folder = tf.where(tf.strings.length(path) > 0, folders_F[file], "")
         return tf.where(absolute, path, tf.strings.join([folder, path]))
 
-    pictures = Files(path_of, remote=rows.has_paths)  # which may lie anywhere
+    pictures = Files(path_of, remote=rows.has_paths, max_mb=spec.get("max_file_mb"))  # which may lie anywhere
 
     def caption_of(sample):
         caption, captions = sample["caption"], sample["captions"]
@@ -159,10 +159,10 @@ class _Rows(NamedTuple):
     blocks: Blocks | None = None
 
 
-def _unpacked_rows(files: list[str], columns: list[_Columns], cache_dir: str | None, captions: bool) -> _Rows:
-    kinds = ("image", "path", "caption", "captions")
+def _unpacked_rows(files: list[str], columns: list[_Columns], spec: ConfigDict, captions: bool) -> _Rows:
+    kinds, cache_dir = ("image", "path", "caption", "captions"), spec.get("cache_dir")
     tars = _unpacked(files, columns, cache_dir)
-    members = open_members(tars, {kind: (kind,) for kind in kinds}, cache_dir, optional=kinds)
+    members = open_members(tars, {kind: (kind,) for kind in kinds}, cache_dir, optional=kinds, spec=spec)
     index, paths, texts = members.index, members.alone(["path"]).read, members.alone(["caption", "captions"])
     has_paths = index.some_row_has([kinds.index("path")])
     read = members.read if captions else members.alone(["image", "path"]).read

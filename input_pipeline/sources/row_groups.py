@@ -123,7 +123,7 @@ class _Groups:
         self._groups, self._first_G, self._names = groups, first_G, names
         self.held, self._failed = storage.Held(self._table), None
         self._recent, self._lock = OrderedDict[int, None](), threading.Lock()
-        self._most = spare + _RECENT_ROWS * len(groups) // max(int(first_G[-1]), 1)
+        self._most = spare + _RECENT_ROWS * len(groups) // max(int(first_G.max(initial=0)), 1)
 
     def reading(self) -> Reading:
         def read(row):

@@ -19,6 +19,13 @@ from collections.abc import Iterator
 
 from rankclip_jax.common.errors import InputError
 
+_FULL, _DENIED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EPERM, errno.EROFS)
+# What the system refuses, and the user can put right -> what cannot be done, and how to put it right.
+_REFUSED = dict.fromkeys((errno.EMFILE, errno.ENFILE), ("opened", "allow more: ulimit -n 8192"))
+_REFUSED |= dict.fromkeys(_FULL, ("written", "make room, and start the same command again"))
+_REFUSED |= dict.fromkeys(_DENIED, ("used", "give this user the permission, or give another path"))
+_REFUSED |= dict.fromkeys((errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP), ("used", "give another path"))
+
 
 def prog(module: str) -> str:
     """How the command was called, for its usage line: `rankclip WORD`, or as `python -m` does."""
@@ -27,19 +34,27 @@ def prog(module: str) -> str:
 
 @contextlib.contextmanager
 def exit_codes(interrupted: str = "stopped") -> Iterator[None]:
-    """Ends the process with 1 and a line for an InputError or too many open files, with 130 and the line `interrupted`
-    for Ctrl-C."""
+    """Ends the process with 1 and a line for an InputError or what the system `refused`, with 130 and the line
+    `interrupted` for Ctrl-C."""
     try:
         yield
     except InputError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
-            raise
-        sys.exit(f"error: {error.filename or 'a file'} cannot be opened: {error.strerror}; allow more: ulimit -n 8192")
+        if said := refused(error):
+            sys.exit(f"error: {said}")
+        raise
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         sys.exit(130)
+
+
+def refused(error: Exception) -> InputError | None:
+    """The line for what the system refused and the user can put right: a permission, a full disk; None for others."""
+    if not isinstance(error, OSError) or error.errno not in _REFUSED:
+        return None
+    what, advice = _REFUSED[error.errno]
+    return InputError(f"{error.filename or 'a file'} cannot be {what}: {error.strerror}; {advice}")
 
 
 def quiet_tensorflow() -> None:

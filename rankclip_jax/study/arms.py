@@ -57,4 +57,5 @@ def merged(fields: Mapping, changes: Mapping) -> dict:
 
 
 def _architecture(config):
-    return {k: v for k, v in network(config.model).items() if k not in ("logit_scale", "logit_bias")}
+    normal = {"mean": config.data.mean, "std": config.data.std}  # by which its pixels are normalised
+    return normal | {k: v for k, v in network(config.model).items() if k not in ("logit_scale", "logit_bias")}

@@ -84,24 +84,26 @@ def read_pairs(
 def spoiled(pairs: Pairs, mismatched: float, duplicates: float) -> Pairs:
     """The pairs as the web has them: shares of them are mismatched, or nearly repeat another pair.
 
-    The captions of the mismatched ones change places among themselves. A duplicate has another pair's caption, and its
-    picture with noise of at most 8 grey levels. Which ones is the same in every run.
+    The captions of the mismatched ones change places among themselves. A duplicate has the caption of one of the other
+    pairs, and its picture with noise of at most 8 grey levels. Which ones is the same in every run. Raises InputError
+    where the shares are more than all, or leave no pair to repeat.
     """
     rng, count = np.random.default_rng(0), len(pairs.captions)
     rows_N = rng.permutation(count)
     first, second = round(mismatched * count), round(duplicates * count)
-    if first + second > count:
-        raise InputError("config.study: mismatched and duplicates are more than all pairs together")
+    if first + second > count or second == count:
+        raise InputError("config.study: mismatched and duplicates are more than all pairs, or duplicates are all")
     from_N = np.arange(count)
     from_N[rows_N[:first]] = np.roll(rows_N[:first], 1)
     captions = [pairs.captions[row] for row in from_N]
     canvas, size = pairs.canvas.copy(), pairs.size.copy()
-    for row, other in zip(rows_N[first : first + second], np.roll(rows_N, 1)[first : first + second], strict=True):
+    others = np.concatenate([rows_N[first + second :], rows_N[:first]])  # which stay as they are
+    for row, other in zip(rows_N[first : first + second], np.resize(others, second), strict=True):
         height, width = size[row] = pairs.size[other]
         picture = pairs.canvas[other, :height, :width] + rng.integers(-8, 9, (height, width, 3))
         canvas[row] = 0
         canvas[row, :height, :width] = picture.clip(0, 255)
-        captions[row] = pairs.captions[other]
+        captions[row] = captions[other]
     return Pairs(canvas, size, captions)
 
 

@@ -1,6 +1,6 @@
 """What a state can do, as numbers: zero-shot, retrieval, linear probe, rank agreement, geometry, gradients of terms."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -22,9 +22,15 @@ _term_gradients = jax.jit(losses.term_gradients)
 class Embedder:
     """A state's towers over any number of pictures or texts, by two programs that serve all objectives."""
 
-    def __init__(self, model: models.CLIP, tokenizer: Tokenizer):
-        """`model`: without a logit bias, which no tower needs."""
-        self._embed, self._tokenizer = steps.make_embed_step(model), tokenizer
+    def __init__(
+        self,
+        model: models.CLIP,
+        tokenizer: Tokenizer,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ):
+        """`model`: without a logit bias, which no tower needs. `mean`, `std`: config.data's, as it was trained."""
+        self._embed, self._tokenizer = steps.make_embed_step(model, mean, std), tokenizer
         self._length = model.config.text.context_length
 
     def of(self, state: steps.TrainState) -> "Embedded":

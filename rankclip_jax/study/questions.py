@@ -31,10 +31,22 @@ class Answer(NamedTuple):
     holm: float | None
 
 
+def check(questions: ConfigDict, arms: list[Arm]) -> None:
+    """Raises InputError for a question that is not {"metric": NAME, "contrasts": {label: formula}}, or as `terms`."""
+    for name, asked in questions.items():
+        of = dict(asked) if isinstance(asked, ConfigDict) else {}
+        if of.keys() != {"metric", "contrasts"} or not isinstance(of["contrasts"], ConfigDict):
+            expected = '{"metric": NAME, "contrasts": {label: formula}}'
+            raise InputError(f"config.study.questions.{name} is no question. Expected {expected}")
+        for formula in asked.contrasts.values():
+            terms(formula, arms)
+
+
 def terms(formula: str, arms: list[Arm]) -> list[tuple[int, Arm]]:
     """[(1 or -1, arm)]. Raises InputError for a formula that is none, or names what the study does not train."""
     known, found, at = {str(arm): arm for arm in arms}, [], 0
-    while at < len(formula.rstrip()):
+    formula = str(formula).strip()
+    while not found or at < len(formula):
         match = _TERM.match(formula, at)
         if not match or (found and not match[1]):
             raise InputError(f"config.study.questions: {formula!r}. Expected a formula such as 'a/rankclip - a/clip'")
@@ -46,15 +58,19 @@ def terms(formula: str, arms: list[Arm]) -> list[tuple[int, Arm]]:
 
 
 def answers(questions: ConfigDict, arms: list[Arm], runs: list[dict]) -> list[Answer]:
-    """Every contrast of every question, over the seeds that all its arms have."""
+    """Every contrast of every question, over the seeds that all its arms have. Raises InputError for no such metric."""
     found = []
     for question, asked in questions.items():
+        if unmeasured := [run for run in runs if asked.metric not in run["final"]]:
+            known = ", ".join(unmeasured[0]["final"])
+            raise InputError(f"config.study.questions.{question}.metric={asked.metric!r}. Expected one of {known}")
         for label, formula in asked.contrasts.items():
-            values = {}
-            for sign, arm in terms(formula, arms):
-                own = {r["seed"]: sign * r["final"][asked.metric] for r in runs if _arm(r) == arm}
-                values = {s: values[s] + own[s] for s in values.keys() & own.keys()} if values else own
-            seen = [values[seed] for seed in sorted(values)]
+            signed = [
+                {r["seed"]: sign * r["final"][asked.metric] for r in runs if _arm(r) == arm}
+                for sign, arm in terms(formula, arms)
+            ]
+            seeds = sorted(set.intersection(*map(set, signed)))
+            seen = [sum(own[seed] for own in signed) for seed in seeds]
             found.append(Answer(question, label, asked.metric, estimate(seen), _p(seen), None))
     corrected = holm([answer.p for answer in found])
     return [answer._replace(holm=p) for answer, p in zip(found, corrected, strict=True)]

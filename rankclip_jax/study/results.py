@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import make_folder, write_whole
 from rankclip_jax.common.ownership import inside
-from rankclip_jax.config import completed
+from rankclip_jax.config import completed, override
+from rankclip_jax.config.keys import BEFORE
 from rankclip_jax.study.arms import Arm
 from rankclip_jax.study.training import Job
 
@@ -18,7 +19,8 @@ _OF_STUDY = ("limit", "mismatched", "duplicates", "search_seed", "select_on", "s
 
 def identity(config: ConfigDict) -> dict:
     """What makes two runs the same: all of an arm's configuration but what is looked at, printed or planned."""
-    fields = json.loads(json.dumps(config.to_dict()))
+    unused = [f"{key}={value!r}" for key, value in BEFORE.items()]  # by a study: new and old runs have one value
+    fields = json.loads(json.dumps(override(config.to_dict(), unused)))
     kept = {k: v for k, v in fields.items() if k not in _NOT_TRAINED}
     return kept | {"study": {k: fields["study"][k] for k in _OF_STUDY}}
 

@@ -42,16 +42,15 @@ class Study:
         self._read = None, None  # what training data were read last, and they
         self._programs: dict[str, Programs] = {}
         self._configs = {arm: config_of(config, arm) for arm in self.arms}
-        for asked in study.questions.values():
-            for formula in asked.contrasts.values():
-                questions.terms(formula, self.arms)
+        questions.check(study.questions, self.arms)
         self.tokenizer = (
             Tokenizer.load(config.tokenizer.path)
             if config.tokenizer.path
             else Tokenizer.train(self._pairs(config).captions, config.tokenizer.vocab_size)
         )
         model = self._model(complete(config.to_dict() | {"loss": {"objective": "clip"}}))
-        self._embedder, self._length = measure.Embedder(model, self.tokenizer), model.config.text.context_length
+        self._embedder = measure.Embedder(model, self.tokenizer, config.data.mean, config.data.std)
+        self._length = model.config.text.context_length
         val = self._pairs_at(config.data.val, "val", config, study.pairs)
         self._val, self._truth = (view_of(val, self._side), val.captions), truth_of(config.data, len(val.captions))
         self._selecting, self._reported = {}, {}

@@ -5,7 +5,6 @@ Or python -m rankclip_jax.train --config configs/shapes.py --workdir DIR [--mode
 
 import argparse
 import ctypes
-import errno
 import sys
 from pathlib import Path
 
@@ -13,13 +12,10 @@ import jax
 
 from rankclip_jax.common import commands, storage
 from rankclip_jax.common.devices import devices_of
-from rankclip_jax.common.errors import InputError
 from rankclip_jax.parallel import compilation_cache, preemption, processes
 from rankclip_jax.parallel.mesh import make_mesh
 from rankclip_jax.train import arguments, evaluate, loop, plan
 from rankclip_jax.train import workdir as workdirs
-
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 
 
 def _keep_freed_memory() -> None:
@@ -86,8 +82,7 @@ def _run(flags: argparse.Namespace, given: arguments.Given, workdir: Path | None
     except preemption.Preempted:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
-            error = InputError(f"cannot write: {error}; make room or make it writable, and start again to resume")
+        error = commands.refused(error) or error
         if jax.distributed.is_initialized():
             processes.stop(error)
         raise error

@@ -142,7 +142,7 @@ def lanes(config: ConfigDict, blocks: int) -> ConfigDict:
       blocks: of the data.
 
     Raises:
-      InputError: they do not divide the batch, or do not divide over the processes.
+      InputError: they do not divide the batch, do not divide over the processes, or are more than the blocks.
     """
     settled, count = configs.complete(config.to_dict()), jax.process_count()
     batch, data = settled.batch_size, settled.data
@@ -160,6 +160,12 @@ def lanes(config: ConfigDict, blocks: int) -> ConfigDict:
         raise InputError(
             f"config.data.lanes={data.lanes} does not divide over {count} processes, each of which reads whole lanes. "
             "Start a number that divides it" + (f"; or, in a new run, set config.data.lanes={near}" if near else "")
+        )
+    if data.lanes > blocks:  # a lane without a block would be waited for without end
+        raise InputError(
+            f"config.data.lanes={data.lanes}. Expected at most {blocks}, the blocks of the data, and one for each of "
+            f"{count} process(es). Set config.data.shuffle=rows, or make more blocks: a smaller "
+            "config.data.block_rows, or Parquet of smaller row groups"
         )
     return settled
 

@@ -52,7 +52,8 @@ def treatments(config: ConfigDict, params: Mapping) -> dict[str, Treatment]:
       params: all parameters of the model, arrays or their shapes.
 
     Raises:
-      InputError: a rule that is no parameter's first, or that freezes some of the blocks that are scanned together.
+      InputError: a rule that is no trainable parameter's first, or that freezes some of the blocks that are scanned
+        together; or nothing is left to train.
     """
     leaves = by_name(params)
     singles = {name: _singles(name, leaf) for name, leaf in leaves.items()}
@@ -71,6 +72,8 @@ def treatments(config: ConfigDict, params: Mapping) -> dict[str, Treatment]:
         return {} if first is None else rules[first][1]
 
     def treat(name: str) -> Treatment:
+        if _is_adapted(config, name):
+            return Treatment(1.0, 0.0, True)
         each = [fields_of(single) for single in singles[name]]
         frozen = {bool(fields.get("freeze")) for fields in each}
         if len(frozen) > 1:
@@ -82,18 +85,26 @@ def treatments(config: ConfigDict, params: Mapping) -> dict[str, Treatment]:
         given = [fields.get("weight_decay") for fields in each]
         decays = [usual if decay is None else decay for decay in given]
         rates = [fields.get("lr", 1.0) for fields in each]
-        base = config.lora is not None and name.startswith(("visual/", "text/"))
         axes = leaves[name].ndim
-        return Treatment(_joined(rates, axes), _joined(decays, axes), base or True in frozen)
+        return Treatment(_joined(rates, axes), _joined(decays, axes), True in frozen)
 
     found = {name: treat(name) for name in leaves}
+    names = [single for name in leaves if not _is_adapted(config, name) for single in singles[name]]
     for number, (pattern, _) in enumerate(config.rules):
         if number not in used:
+            of = "" if config.lora is None else " of an adapter or the logit scale (config.optim.lora)"
             raise InputError(
-                f"config.optim.rules: {pattern!r} is found in no parameter's name, or a rule before it counts for all "
-                f"of them; names are such as {next(iter(singles[min(leaves, key=len)]))} and {max(leaves, key=len)}"
+                f"config.optim.rules: {pattern!r} is found in no parameter's name{of}, or a rule before it counts for "
+                f"all of them; names are such as {min(names, key=len)} and {max(names, key=len)}"
             )
+    if all(treatment.frozen for treatment in found.values()):
+        raise InputError("config.optim freezes all parameters, so nothing would be trained. Expected some that are not")
     return found
+
+
+def _is_adapted(config: ConfigDict, name: str) -> bool:
+    """Whether a parameter is of a tower that stays as it is, since adapters are trained instead."""
+    return config.lora is not None and name.startswith(("visual/", "text/"))
 
 
 def count(config: ConfigDict, params: Mapping) -> int:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rankclip_jax.common.errors import InputError, one_line
-from rankclip_jax.common.foreign_files import refuse_inflating
+from rankclip_jax.common.foreign_files import refuse_inflating, refuse_stand_in
 from rankclip_jax.models import ClipConfig, TextConfig, VitConfig
 from rankclip_jax.weights.architecture import SIGLIP_EOS
 
@@ -19,8 +19,9 @@ _HEADS = r"/MultiHeadDotProductAttention_0/(query|key|value|out)/(kernel|bias)$"
 def read_npz(path: Path) -> tuple[ClipConfig, dict[str, np.ndarray]]:
     """The architecture and the arrays by name (`layouts.big_vision`): blocks unrolled, heads side by side.
 
-    Raises ValueError if the file is damaged, or is not SigLIP's towers.
+    Raises ValueError if the file is damaged, a stand-in (Git LFS), or is not SigLIP's towers.
     """
+    refuse_stand_in(path)
     try:
         refuse_inflating(path)
         with np.load(path, allow_pickle=False) as file:

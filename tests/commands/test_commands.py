@@ -16,14 +16,16 @@ from rankclip_jax import config as configs
 from rankclip_jax import convert, doctor, embed
 from rankclip_jax.common import commands
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.parallel import preemption
+from rankclip_jax.parallel import compilation_cache, preemption, processes
 from rankclip_jax.report import runs
-from rankclip_jax.weights import pretrained
+from rankclip_jax.train import loop
+from rankclip_jax.weights import export, pretrained
 
 REPO = Path(__file__).parents[2]
 # Module, flags, and what it calls first of all that can go wrong.
 COMMANDS = {
     "rankclip_jax.train.__main__": (["--config", "x.py"], (configs, "load")),
+    "rankclip_jax.train.mix": (["x", "y", "--out", "z"], (pretrained, "read")),
     "rankclip_jax.study.__main__": (["--config", "x.py"], (configs, "load")),
     "rankclip_jax.report.__main__": (["x"], (runs, "read_run")),
     "rankclip_jax.train.mix": (["x", "y", "--out", "z"], (pretrained, "read")),
@@ -135,11 +137,44 @@ def test_what_the_system_refuses_while_converting(monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device", "y/model.safetensors")
 
-    monkeypatch.setattr(pretrained, "read", fail)
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied", "x")
+
+    monkeypatch.setattr(pretrained, "read", lambda *_, **__: None)
+    monkeypatch.setattr(export, "write", fail)
     monkeypatch.setattr(sys, "argv", ["convert", "x", "y", "--to", "hf"])
     with pytest.raises(SystemExit) as stop:
         convert.main()
     assert stop.value.code == "error: cannot write y: No space left on device"
+    monkeypatch.setattr(pretrained, "read", denied)
+    with pytest.raises(SystemExit) as stop:
+        convert.main()
+    assert stop.value.code.startswith("error: x cannot be used: Permission denied; ")
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (OSError(13, "Permission denied", "0.tar"), "0.tar cannot be used: Permission denied; give this user the "),
+        (OSError(20, "Not a directory", "a/b"), "a/b cannot be used: Not a directory; give another path"),
+        (OSError(28, "No space left on device"), "a file cannot be written: No space left on device; make room, and "),
+    ],
+)
+def test_what_the_system_refuses_a_command_or_a_training(error, line, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit) as stop, commands.exit_codes():
+        raise error
+    assert stop.value.code.startswith(f"error: {line}")
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(loop, "train", fail)
+    monkeypatch.setattr(processes, "start", lambda *_: None)
+    monkeypatch.setattr(compilation_cache, "enable", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["train", "shapes", "--workdir", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("rankclip_jax.train.__main__").main()
+    assert stop.value.code.startswith(f"error: {line}")
 
 
 @pytest.mark.parametrize("given, used", [(None, "cpu"), ("", "cpu"), ("cuda,cpu", "cuda,cpu")])

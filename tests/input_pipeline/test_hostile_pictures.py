@@ -5,6 +5,8 @@ import io
 import os
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 from ml_collections import ConfigDict
@@ -66,6 +68,19 @@ def test_only_regular_files_of_a_table_are_read(folder):
         f"{folder}/none.jpg; no such file",
     ]
     assert reason_of_failure(csv_of("large.jpg", max_file_mb=102).read, 0) is None
+
+
+@pytest.mark.parametrize("shuffle", ["rows", "blocks"])
+def test_parquet_has_the_limit_of_a_picture_that_is_asked_for(shuffle, folder):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = pa.array([{"bytes": b"x" * 101_000_000, "path": None}, {"bytes": None, "path": "large.jpg"}], kind)
+    pq.write_table(pa.table({"image": images, "caption": ["a", "b"]}), folder / "a.parquet", row_group_size=1)
+    for most, readable in ((100, False), (102, True)):
+        spec = ConfigDict(KEYS | dict(format="parquet", max_file_mb=most, shuffle=shuffle, window_mb=2000))
+        source = sources.open_source(spec, str(folder / "a.parquet"), image_side=8)
+        reasons = [reason_of_failure(source.read, row) for row in range(2)]
+        assert [reason is None for reason in reasons] == [readable] * 2
+        assert all("config.data.max_file_mb" in reason for reason in reasons if reason)
 
 
 def test_only_regular_files_of_a_folder_are_read(folder):

@@ -153,8 +153,9 @@ def test_parquet_without_image_text_or_file_is_a_bad_row(tmp_path):
     good, bad = read("parquet", parquet(tmp_path, pa.array(IMAGES), pa.array(["a", None, "a"]).dictionary_encode()))
     assert [captions for _, captions in good] == [("a",), ("a",)] and bad == ["empty caption"]
     none = pa.array([], pa.binary())
-    with pytest.raises(InputError, match=r"a\.parquet has no rows$"):
-        read("parquet", parquet(tmp_path, none, none))
+    for shuffle in ("rows", "blocks"):
+        with pytest.raises(InputError, match=r"a\.parquet has no rows$"):
+            read("parquet", parquet(tmp_path, none, none), shuffle=shuffle, window_mb=64)
 
 
 def test_a_folders_missing_caption_is_called_that(tmp_path):

@@ -13,6 +13,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.study import measure, questions, report
 from rankclip_jax.study.arms import Arm, arms_of, config_of
 from rankclip_jax.study.data import Pairs, read_pairs, spoiled, truth_of
+from rankclip_jax.study.runs import Study
 
 TWO = {"objectives": {"clip": {"objective": "clip"}, "rankclip": {"objective": "rankclip"}}}
 CONDITIONS = {"clean": {"study": {"mismatched": 0.0}}, "noisy": {"study": {"mismatched": 0.4}, "objectives": ["clip"]}}
@@ -42,6 +43,7 @@ def test_a_condition_changes_what_it_names_and_trains_what_it_lists():
     [
         ({"conditions": {"a": {"objectives": ["klip"]}}}, "conditions.a.objectives: unknown objective 'klip'"),
         ({"conditions": {"a": {"model": {"image_size": 64}}}}, "conditions.a changes the network"),
+        ({"conditions": {"a": {"data": {"mean": (0.5, 0.5, 0.5)}}}}, "conditions.a changes the network"),
         ({"conditions": {"a": {"optim": {"rate": 1}}}}, "optim.rate"),
         ({"conditions": {"a": 3}}, "conditions.a=3. Expected changed groups of the configuration"),
         ({"objectives": {"clip": 3}}, "objectives.clip=3. Expected changed keys of config.loss"),
@@ -57,7 +59,8 @@ def test_a_formula_is_signed_arms():
     arms = [Arm("a", "clip"), Arm("a", "rank"), Arm("", "clip")]
     assert questions.terms("a/rank - a/clip", arms) == [(1, arms[1]), (-1, arms[0])]
     assert questions.terms(" -clip + a/clip ", arms) == [(-1, arms[2]), (1, arms[0])]
-    for wrong, why in (("a/rank a/clip", "Expected a"), ("a/rank -", "Expected a"), ("b/clip", "no arm 'b/clip'")):
+    for wrong, why in (("a/rank a/clip", "Expected a"), ("a/rank -", "Expected a"), ("b/clip", "no arm 'b/clip'"),
+                       (" ", "Expected a"), (3, "no arm '3'")):  # fmt: skip
         with pytest.raises(InputError, match=why):
             questions.terms(wrong, arms)
 
@@ -72,6 +75,18 @@ def test_a_contrast_is_taken_seed_by_seed():
     (found,) = questions.answers(made.study.questions, arms_of(made), runs)
     assert found.estimate.n == 4 and found.estimate.mean == pytest.approx(gain[:4].mean())
     assert found.p == pytest.approx(scipy.stats.ttest_rel(luck[:4] + gain[:4], luck[:4]).pvalue) == found.holm
+
+
+@pytest.mark.parametrize("asked", [3, {"metric": "m"}, {"contrasts": {}}, {"metric": "m", "contrasts": "clip"}])
+def test_what_is_no_question_is_said_before_anything_is_trained(asked, tmp_path):
+    with pytest.raises(InputError, match=r'^config\.study\.questions\.q is no question\. Expected {"metric": NAME, '):
+        Study(config(questions={"q": asked}), tmp_path)
+
+
+def test_a_metric_that_was_not_measured_is_named():
+    made = config(questions={"q": {"metric": "zero_shot/sen", "contrasts": {"d": "rankclip - clip"}}})
+    with pytest.raises(InputError, match=r"questions\.q\.metric='zero_shot/sen'\. Expected one of zero_shot/seen$"):
+        questions.answers(made.study.questions, arms_of(made), [run("", name, 0, 0.5) for name in ("clip", "rankclip")])
 
 
 def test_holm_by_hand():
@@ -108,10 +123,16 @@ def test_mismatched_pairs_exchange_captions_and_duplicates_nearly_repeat():
     for i in repeated:
         difference = noisy.canvas[i].astype(int) - int(noisy.captions[i])
         assert abs(difference).max() <= 8 and np.ptp(difference) > 0
+        other = int(noisy.captions[i])  # which is still there
+        assert noisy.captions[other] == str(other) and np.array_equal(noisy.canvas[other], clean.canvas[other])
+    assert len(set(noisy.captions)) == 200 - 20
+    assert len(set(spoiled(clean, 0.9, 0.1).captions)) == len(set(spoiled(clean, 0.0, 0.9).captions)) + 160 == 180
     same = spoiled(clean, 0.0, 0.0)
     assert same.captions == clean.captions and np.array_equal(same.canvas, clean.canvas)
     with pytest.raises(InputError, match="more than all pairs"):
         spoiled(clean, 0.6, 0.5)
+    with pytest.raises(InputError, match="or duplicates are all"):
+        spoiled(clean, 0.0, 1.0)
 
 
 def test_the_truth_counts_shared_attributes():

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.stats
 from PIL import Image
@@ -14,13 +15,15 @@ from PIL import Image
 from input_pipeline import shapes
 from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.config.keys import BEFORE
 from rankclip_jax.losses import clip_loss, gradient_cosine, rank_consistency, term_gradients
 from rankclip_jax.models import images
-from rankclip_jax.study import report, statistics
+from rankclip_jax.study import report, results, statistics
 from rankclip_jax.study.batches import batch_of, epoch_order, random_window
 from rankclip_jax.study.data import read_labelled, read_pairs, view_of
 from rankclip_jax.study.runs import Study, split
 from rankclip_jax.study.training import Job, Programs
+from rankclip_jax.train import step as steps
 from rankclip_jax.train.session import build_model
 from tests.support.source_files import LAYOUTS, WRITERS, samples
 
@@ -297,10 +300,10 @@ def test_a_study_resumes_where_it_stopped_and_reports(study, monkeypatch, capsys
     assert all(len(r["curve"]) == 2 and 0 <= r["final"]["zero_shot/held_out"] <= 1 for r in found)
     text = report.write(study.folder, study.config, found)
     assert (study.folder / "curves.png").stat().st_size > 5000 and (study.folder / "dynamics.png").exists()
-    results = json.loads((study.folder / "results.json").read_text())["results"]
-    clip, rank = ([r["final"]["geometry/modality_gap"] for r in found if r["objective"] == o] for o in results)
-    assert results["clip"]["metrics"]["geometry/modality_gap"]["mean"] == pytest.approx(np.mean(clip))
-    difference = results["rankclip"]["difference"]["geometry/modality_gap"]
+    written = json.loads((study.folder / "results.json").read_text())["results"]
+    clip, rank = ([r["final"]["geometry/modality_gap"] for r in found if r["objective"] == o] for o in written)
+    assert written["clip"]["metrics"]["geometry/modality_gap"]["mean"] == pytest.approx(np.mean(clip))
+    difference = written["rankclip"]["difference"]["geometry/modality_gap"]
     assert difference["n"] == 1 and difference["mean"] == pytest.approx(rank[0] - clip[0])
     assert "| clip | 2 |" in text and "| rankclip | 1 |" in text and "| rankclip - clip | " in text
     # The rate is the one whose search run did best.
@@ -310,6 +313,28 @@ def test_a_study_resumes_where_it_stopped_and_reports(study, monkeypatch, capsys
     # Another configuration is refused, not mixed in.
     with pytest.raises(InputError, match=r"another configuration \(optim\)"):
         Study(smoke("optim.b1=0.8"), study.folder).run()
+
+
+def test_a_run_from_before_there_were_some_keys_is_read(tmp_path):
+    wanted = results.identity(smoke())
+    old = json.loads(json.dumps(wanted))
+    for key in BEFORE:
+        group, name = key.split(".")
+        del old[group][name]
+    kept = {"objective": "clip", "lr": 1.0, "seed": 0, "seconds": 1.0, "curve": [], "final": {}}
+    results.write(tmp_path / "run.json", kept | {"config": old})
+    assert results.read(tmp_path / "run.json", wanted) == kept | {"condition": ""}
+
+
+def test_models_are_measured_with_the_pixels_that_they_were_trained_with(tmp_path):
+    mean, std = np.array([0.9, 0.1, 0.5], np.float32), np.array([0.5, 0.2, 0.3], np.float32)
+    made = Study(smoke(f"data.mean={tuple(mean.tolist())}", f"data.std={tuple(std.tolist())}"), tmp_path)
+    model = made._model(made._configs[made.arms[0]])
+    state = steps.fresh_state(model, optax.identity(), 0)
+    side = model.config.vision.image_size
+    images = np.random.default_rng(0).integers(0, 256, (3, side, side, 3)).astype(np.uint8)
+    expected = model.apply({"params": state.params}, (images / np.float32(255) - mean) / std, method="encode_image")
+    assert np.allclose(made._embedder.of(state).images(images), expected, atol=1e-5)
 
 
 def test_wrong_studies_say_what_is_wrong(tmp_path):

@@ -179,6 +179,16 @@ def test_adapters_need_a_whole_trained_model(given, message):
         complete(given | {"optim": {"lora": 8}})
 
 
+@pytest.mark.parametrize(
+    "rule", [("ln_final", {"freeze": False}), ("token_embedding", {"weight_decay": 0.0}), ("c_fc/bias", {"lr": 0.1})]
+)
+def test_a_rule_for_what_adapters_leave_as_it_is_is_refused(rule):
+    config = complete(dict(model=VIT, optim=dict(lora=3, rules=[rule]), init_from="a model"))
+    _, variables = make_variables(config, Tokenizer.train(CAPTIONS, 400))
+    with pytest.raises(InputError, match=rf"'{rule[0]}' is found in no parameter's name of an adapter or"):
+        rules.treatments(config.optim, variables["params"])
+
+
 def test_a_rank_above_the_matrices_is_refused():
     config = complete(dict(model=VIT, optim=dict(lora=64), init_from="a model"))
     with pytest.raises(InputError, match=r"config.optim.lora=64. Expected less than the sides of text/.*: 64, 64"):

@@ -178,8 +178,9 @@ def test_what_is_written_with_rules():
 @pytest.mark.parametrize(
     "given, message",
     [
-        ([("vishual/", {"lr": 0.1})], r"'vishual/' is found in no parameter's name.* such as logit_scale and visual/"),
+        ([("vishual/", {"lr": 0.1})], r"'vishual/' is found in no parameter's name.* such as logit_scale and text/"),
         ([("visual/", {"lr": 0.1}), ("c_fc", {"lr": 0.2})], r"'c_fc' is found in no .*, or a rule before it counts"),
+        ([(".", {"freeze": True})], r"^config.optim freezes all parameters, so nothing would be trained"),
         ([("resblocks_1/", {"freeze": True})], r"some blocks of text/transformer .* --config.model.scan_layers=False"),
     ],
 )

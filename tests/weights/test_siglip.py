@@ -170,6 +170,9 @@ def test_big_visions_files_in_half_precision_and_damaged_ones(tmp_path):
     params = formats.read(tmp_path / "half.npz")[1]["params"]
     expected = stored["params/txt/head/kernel"].astype(jnp.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(params["text"]["head"]["kernel"], expected)
+    (tmp_path / "lfs.npz").write_text("version https://git-lfs.github.com/spec/v1\nsize 12345\n")
+    with pytest.raises(ValueError, match=r"lfs.npz is a Git LFS pointer to 12,345 bytes"):
+        formats.read(tmp_path / "lfs.npz")
     (tmp_path / "torn.npz").write_bytes((tmp_path / "half.npz").read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"torn.npz.* is damaged or truncated"):
         formats.read(tmp_path / "torn.npz")
