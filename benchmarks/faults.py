@@ -32,12 +32,25 @@ class Campaign:
 
     def __init__(self, folder: Path, seed: int, kills: int = 50):
         self.folder, self.random, self.kills, self._count = folder, random.Random(seed), kills, 0
-        self.expected = self.finished(self.workdir())
-        begin = time.monotonic()
-        assert self.finished(self.workdir()) == self.expected, "two uninterrupted runs differ"
-        self.seconds = time.monotonic() - begin
-        self.late = self.workdir()  # stopped at step 20 of 24, for what needs a run that has come far
-        self.terminate(self.late, 20)
+
+    @functools.cached_property
+    def expected(self) -> tuple:
+        """What an uninterrupted run leaves."""
+        return self.finished(self.workdir())
+
+    @functools.cached_property
+    def seconds(self) -> float:
+        """Those of an uninterrupted run that finds its programs compiled."""
+        expected, begin = self.expected, time.monotonic()
+        assert self.finished(self.workdir()) == expected, "two uninterrupted runs differ"
+        return time.monotonic() - begin
+
+    @functools.cached_property
+    def late(self) -> Path:
+        """The workdir of a run that was stopped at step 20 of 24."""
+        workdir = self.workdir()
+        self.terminate(workdir, 20)
+        return workdir
 
     def workdir(self) -> Path:
         self._count += 1
@@ -68,15 +81,13 @@ class Campaign:
     def copy(self) -> Path:
         return shutil.copytree(self.late, self.workdir())
 
-    def terminate(self, workdir: Path, step: int, number: int = signal.SIGTERM) -> int:
-        """The signal when `step` was shown; returns the step that it saved."""
-        start = self.start(workdir)
-        assert start.wait(start.reached(step)) is None
-        start.send(number)
+    def terminate(self, workdir: Path, step: int) -> None:
+        """SIGTERM while `step` is computed, which must be saved."""
+        stop = functools.partial(signal.raise_signal, signal.SIGTERM)
+        start = self.start(workdir, before=lambda: moments.before_step_ends(step, stop))
         assert start.wait() == 75, start.text()[-3000:]
-        saved = int(re.search(r"^saved step (\d+)", start.text(), re.MULTILINE)[1])
-        assert (workdir / "checkpoints" / str(saved)).is_dir()
-        return saved
+        assert re.search(rf"^saved step {step} ", start.text(), re.MULTILINE), start.text()[-3000:]
+        assert (workdir / "checkpoints" / str(step)).is_dir()
 
     def sigkill(self) -> str:
         killed, runs, phases, workdir = 0, 0, [], self.workdir()
@@ -107,10 +118,10 @@ class Campaign:
         return f"{killed} kills ({found}) over {runs + 1} runs: all resumed with the same numbers"
 
     def sigterm(self) -> str:
-        saved = []
-        for step in sorted(self.random.sample(range(1, STEPS - 3), max(1, self.kills // 16))):
+        saved = sorted(self.random.sample(range(1, STEPS - 3), max(1, self.kills // 16)))
+        for step in saved:
             workdir = self.workdir()
-            saved.append(self.terminate(workdir, step))
+            self.terminate(workdir, step)
             self.resumes(workdir)
         return f"exit 75 with step {', '.join(map(str, saved))} saved; resumed with the same numbers"
 
@@ -197,16 +208,10 @@ class Campaign:
         return f"{said}; then {self.resumes(workdir)}"
 
     def data_vanishes(self) -> str:
-        workdir = self.workdir()
-        start = self.start(workdir)
-        assert start.wait(start.reached(7)) is None
-        images = self.folder / "images"
-        images.rename(self.folder / "gone")
-        try:
-            assert start.wait() == 1, start.text()[-3000:]
-        finally:
-            (self.folder / "gone").rename(images)
-        return f"`{short(start.error())}`; then {self.resumes(workdir)}"
+        workdir, images, gone = self.workdir(), self.folder / "images", self.folder / "gone"
+        said = self._stops(workdir, before=lambda: moments.before_step_ends(7, lambda: images.rename(gone)))
+        gone.rename(images)
+        return f"{said}; then {self.resumes(workdir)}"
 
     def pair(self, workdir: Path) -> list[Start]:
         """The same run as two processes with a device each."""

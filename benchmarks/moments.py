@@ -1,16 +1,18 @@
 """Cases of benchmarks/faults.py: moments at which a run is stopped, and two runs that share what they write."""
 
+import os
 import re
 import signal
 import subprocess
 import sys
 import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import damage
-from benchmarks.starts import STEPS, Start, flags, outcome_of, saves_begun, short
+from benchmarks.starts import STEPS, flags, outcome_of, short
 
 if TYPE_CHECKING:
     from benchmarks.faults import Campaign
@@ -18,74 +20,117 @@ if TYPE_CHECKING:
 _EPOCH = 6  # steps
 
 
-def _said(start: Start, words: str) -> Callable[[], bool]:
-    return lambda: bool(re.search(f"^{words}", start.text(), re.MULTILINE))
+def before_call(owner: Any, name: str, act: Callable, when: Callable[..., bool] = lambda *args: True) -> None:
+    """From now on act() runs before each call of owner.name whose arguments `when` accepts.
+
+    Called in the process that is to stop: what watches it from outside comes too late on a loaded machine.
+    """
+    whole = getattr(owner, name)
+
+    def both(*args, **kwargs):
+        if when(*args):
+            act()
+        return whole(*args, **kwargs)
+
+    setattr(owner, name, both)
 
 
-def _with_val(campaign: "Campaign") -> list[str]:
-    """Changes to the flags of a run that is also evaluated after every epoch."""
+def before_step_ends(step: int, act: Callable) -> None:
+    """From now on act() runs after `step` was computed, before the run asks whether to stop."""
+    from rankclip_jax.parallel.preemption import Notice
+
+    before_call(Notice, "reached", act, lambda _, now: now == step)
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def _in_compilation(cache: Path) -> None:
+    """A twentieth of a second after the compiler has the step. `cache`: an empty one, so that it must compile."""
+    import jax
+
+    from rankclip_jax.train import loop
+
+    def asked(event: str, **_) -> None:
+        if event.endswith("compile_requests_use_cache"):
+            threading.Timer(0.05, _kill).start()
+
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    before_call(loop, "_compiling", lambda: jax.monitoring.register_event_listener(asked))
+
+
+def _in_first_save() -> None:
+    """When it is written, and has not got its name."""
+
+    def heard(event: str, args: tuple) -> None:
+        if event == "os.rename" and "orbax-checkpoint-tmp" in str(args[0]):
+            _kill()
+
+    sys.addaudithook(heard)
+
+
+def _in_evaluation() -> None:
+    """In that of pictures, after an epoch."""
+    from rankclip_jax.train.session import Session
+
+    before_call(Session, "encode_images", _kill)
+
+
+def _before_first_step() -> None:
+    from rankclip_jax.train import opening
+
+    before_call(opening, "open_batches", _interrupt)
+
+
+def stopped_at_every_moment(campaign: "Campaign") -> str:
+    """One run, evaluated after every epoch, that is stopped at each moment in turn; some times over with more kills."""
     shapes = "{'shapes':{'format':'shapes','path':'seen:40'}}"
-    return [f"--config.data.val={campaign.folder / 'data.csv'}", f"--config.eval.zero_shot={shapes}"]
+    more = [f"--config.data.val={campaign.folder / 'data.csv'}", f"--config.eval.zero_shot={shapes}"]
+    expected, times = campaign.expected_with(more), max(1, campaign.kills // 16)
+    said = ""
+    for _ in range(times):
+        workdir = campaign.workdir()
+        said = _stopped_at_every_moment(campaign, workdir, more)
+        assert campaign.finished(workdir, more) == expected, f"{workdir}: other numbers"
+    runs = f"{times} runs; the last one's" if times > 1 else "one run's"
+    return f"{runs} {said}: resumed with the same numbers"
 
 
-def killed(campaign: "Campaign", moment: str) -> str:
-    """SIGKILL at a moment, some times in one run; it must end with the numbers of the undisturbed one."""
-    options = {"more": _with_val(campaign)} if moment == "evaluation" else {}
-    expected = campaign.expected_with(**options)
-    workdir, hits = campaign.workdir(), 0
-    times = max(1, campaign.kills // 16)
-    for count in range(times):
-        start = campaign.start(workdir, **options)
-        match moment:
-            case "compilation":
-                until, missed = _said(start, "compiling the step"), _said(start, "compiled in")
-            case "first save":
-                seen: set[str] = set()
-                until, missed = (lambda seen=seen: saves_begun(workdir, seen, 1)), (lambda: _steps_saved(workdir) > 0)
-            case "evaluation":
-                end = _EPOCH * (1 + count % 3)
-                until, missed = start.reached(end), _said(start, f"after epoch {end // _EPOCH}")
-            case _:
-                step = campaign.random.randrange(2, STEPS - 1)
-                until, missed = start.reached(step), (lambda: False)
-        code = start.wait(until)
-        if code is not None:  # it was over before: an evaluation that an earlier start has finished
-            assert code == 0, start.text()[-3000:]
-            break
-        start.send(signal.SIGKILL)
-        assert start.wait() == -9
-        hits += not missed()
-    found = campaign.finished(workdir, **options)
-    assert found == expected, f"{workdir}: other numbers"
-    assert hits, f"none of {times} kills fell into the {moment}"
-    return f"{hits} kill{'s' * (hits > 1)}: resumed with the same numbers"
+def _stopped_at_every_moment(campaign: "Campaign", workdir: Path, more: list[str]) -> str:
+    def stop(before: Callable, code: int) -> str:
+        start = campaign.start(workdir, more, before=before)
+        assert (found := start.wait()) == code, (found, start.text()[-3000:])
+        assert "Traceback" not in start.text(), start.text()[-3000:]
+        return start.text()
+
+    def in_epoch(epoch: int, act: Callable, code: int) -> int:
+        step = campaign.random.randrange((epoch - 1) * _EPOCH + 2, epoch * _EPOCH)
+        stop(lambda: before_step_ends(step, act), code)
+        return step
+
+    stop(_before_first_step, 130)
+    said = stop(lambda: _in_compilation(campaign.folder / f"{workdir.name}.cache"), -9)
+    assert "compiling the step" in said and "compiled in" not in said, said[-3000:]
+    stop(_in_first_save, -9)
+    assert not _steps_saved(workdir)
+    killed = [in_epoch(1, _kill, -9)]
+    said = stop(_in_evaluation, -9)
+    assert re.search(rf"^step {_EPOCH}/", said, re.MULTILINE) and "after epoch" not in said, said[-3000:]
+    once = in_epoch(2, _interrupt, 75)
+    assert (workdir / "checkpoints" / str(once)).is_dir()
+    twice = in_epoch(3, lambda: (_interrupt(), _interrupt()), 130)
+    killed.append(in_epoch(4, _kill, -9))
+    return f"kills in steps {killed[0]} and {killed[1]}, Ctrl-C in {once} (saved, exit 75), twice in {twice} (exit 130)"
 
 
 def _steps_saved(workdir: Path) -> int:
     folder = workdir / "checkpoints"
     return sum(path.name.isdigit() for path in folder.iterdir()) if folder.is_dir() else 0
-
-
-def interrupted(campaign: "Campaign") -> str:
-    """Ctrl-C once, twice, and before the first step."""
-    workdir = campaign.workdir()
-    start = campaign.start(workdir)
-    assert start.wait(_said(start, "training a tokenizer|chosen")) is None
-    start.send(signal.SIGINT)
-    before = start.wait()
-    assert before in (75, 130) and "Traceback" not in start.text(), start.text()[-3000:]
-    saved = campaign.terminate(workdir, campaign.random.randrange(2, STEPS - 4), signal.SIGINT)
-    start = campaign.start(workdir)
-    assert start.wait(start.reached(saved + 1)) is None
-    start.send(signal.SIGINT)
-    assert start.wait(_said(start, "saving this step|saved step")) is None
-    start.send(signal.SIGINT)
-    twice = start.wait()
-    assert twice in (75, 130) and "Traceback" not in start.text(), start.text()[-3000:]
-    return (
-        f"before the first step exit {before}; once exit 75 with step {saved} saved; twice exit {twice}; "
-        f"then {campaign.resumes(workdir)}"
-    )
 
 
 def disk_full_at_first_save(campaign: "Campaign", size: str) -> str:
@@ -134,11 +179,12 @@ def index_of_two(campaign: "Campaign") -> str:
 
 def cases(c: "Campaign") -> list[tuple[str, Callable[[], str]]]:
     """(what is done, how it went) of every case."""
-    moments = ("compilation", "first save", "evaluation")
+    every = (
+        "stopped at every moment: Ctrl-C before the first step, once and twice between steps; "
+        "SIGKILL in the compilation, the first save, the evaluation and between steps"
+    )
     return [
-        ("SIGKILL between steps", lambda: killed(c, "steps")),
-        *((f"SIGKILL in the {moment}", lambda moment=moment: killed(c, moment)) for moment in moments),
-        ("Ctrl-C", lambda: interrupted(c)),
+        (every, lambda: stopped_at_every_moment(c)),
         ("disk full at the first save (a tmpfs of 600 kB)", lambda: disk_full_at_first_save(c, "600k")),
         ("three runs index the same tar at once, one is killed", lambda: index_of_two(c)),
     ]

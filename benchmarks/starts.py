@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from rankclip_jax.common import commands
 from rankclip_jax.common.metrics_file import OF_THE_MACHINE
 
 STEPS = 24
@@ -37,9 +38,9 @@ def prepare(folder: Path) -> None:
         for i in range(48):
             Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / "images" / f"{i}.png")
             rows.writerow([f"images/{i}.png", f"picture {i} of {'a red circle' if i % 2 else 'a blue square'}"])
-    import rankclip_jax.train  # noqa: F401 -- first: it quiets TensorFlow
-
-    for module in ("clu.metric_writers", "matplotlib.figure", "input_pipeline.captions", "input_pipeline.pipeline"):
+    commands.quiet_tensorflow()
+    pipeline = ("input_pipeline.captions", "input_pipeline.pipeline", "tensorboard.plugins.hparams.summary_v2")
+    for module in ("rankclip_jax.train.__main__", *pipeline, "matplotlib.figure"):
         importlib.import_module(module)  # imports alone: JAX has no backend yet, so that a fork is safe
 
 
@@ -83,6 +84,7 @@ class Start:
             os.setpgid(0, 0)
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 1), os.dup2(out, 2)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
             code = _run(arguments, before)
         except BaseException as error:
             print(f"the campaign itself failed: {error!r}", file=sys.stderr, flush=True)
