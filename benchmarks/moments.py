@@ -91,6 +91,7 @@ def stopped_at_every_moment(campaign: "Campaign") -> str:
     """One run, evaluated after every epoch, that is stopped at each moment in turn; some times over with more kills."""
     shapes = "{'shapes':{'format':'shapes','path':'seen:40'}}"
     more = [f"--config.data.val={campaign.folder / 'data.csv'}", f"--config.eval.zero_shot={shapes}"]
+    more.append("--config.eval.every_epochs=1")
     expected, times = campaign.expected_with(more), max(1, campaign.kills // 16)
     said = ""
     for _ in range(times):
