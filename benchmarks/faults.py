@@ -1,4 +1,4 @@
-"""What a run survives: python -m benchmarks.faults --seed 0 [--kills 50] [--only WORD ...] [--out table.md]
+"""What a run survives: python -m benchmarks.faults --seed 0 [--kills 50] [--only WORD ...] [--minutes 60]
 
 A small run is killed, terminated, starved of disk, robbed of its data, fed NaNs, and its checkpoints are damaged; each
 time the same command is started again. Every case must end with the numbers of the uninterrupted run, bit for bit:
@@ -6,7 +6,8 @@ each line of metrics.jsonl, and the fingerprint of every array of the last check
 must say so in one line, and the next start, with the cause removed, must end with those numbers.
 
 Each start is a separate process, forked from one that has imported the modules, which is most of a start's time.
-Full and read-only disks need root (a tmpfs is mounted) and are skipped otherwise. Do not edit the sources meanwhile.
+Full and read-only disks need root (a tmpfs is mounted) and are skipped otherwise. What has not begun after --minutes
+counts as broken. Do not edit the sources meanwhile.
 """
 
 import argparse
@@ -290,9 +291,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose name holds one of these words")
+    parser.add_argument("--minutes", type=float, default=60, help="no case begins later (60)")
     parser.add_argument("--out", type=Path, help="a Markdown file for the table")
     options = parser.parse_args()
-    broken = 0
+    broken, begin = 0, time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         campaign = Campaign(Path(folder), options.seed, options.kills)
@@ -300,6 +302,7 @@ def main() -> None:
         for name, case in cases(campaign):
             if any(words in name for words in options.only):
                 try:
+                    assert time.monotonic() < begin + 60 * options.minutes, "out of time"
                     how = case()
                 except Exception as error:
                     how, broken = f"**BROKEN**: {' '.join(f'{type(error).__name__}: {error}'.split())}", broken + 1
@@ -307,6 +310,8 @@ def main() -> None:
                 print(lines[-1], flush=True)
                 if options.out:
                     options.out.write_text("\n".join(lines) + "\n")
+    minutes = (time.monotonic() - begin) / 60
+    print(f"\nseed {options.seed}, {options.kills} kills, {minutes:.0f} minutes, {broken} broken")
     sys.exit(1 if broken else 0)
 
 

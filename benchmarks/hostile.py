@@ -1,8 +1,9 @@
-"""What other people's files can do: python -m benchmarks.hostile --seed 0 [--files 1000] [--out table.md]
+"""What other people's files can do: python -m benchmarks.hostile --seed 0 [--files 1000] [--minutes 20]
 
 Good files of every kind are changed at random, and some are made to do harm. Each is read in a child process with
 limits on time and memory. A file may be read, it may be refused in one line, and of data each row that is not read must
-be counted. A traceback, a hang, a signal, too much memory or a row that vanishes breaks a promise: exit code 1.
+be counted. A traceback, a hang, a signal, too much memory or a row that vanishes breaks a promise: exit code 1. So does
+a campaign for which --minutes were too few.
 """
 
 import argparse
@@ -271,13 +272,18 @@ def files(folder: Path, seed: int, count: int) -> Iterator[tuple[str, Path]]:
             yield kind, path
 
 
-def campaign(folder: Path, seed: int, count: int) -> tuple[dict[str, Counter], dict[str, list[float]], list[str]]:
-    """Outcomes by kind; the most seconds and MB by kind; what was broken, in words."""
+def campaign(
+    folder: Path, seed: int, count: int, end: float
+) -> tuple[dict[str, Counter], dict[str, list[float]], list[str]]:
+    """Outcomes by kind; the most seconds and MB by kind; what was broken, in words. Stops at time.monotonic() `end`."""
     _import_all()
     outcomes: dict[str, Counter] = {}
     most: dict[str, list[float]] = {}
     broken, child = [], None
     for number, (kind, path) in enumerate(files(folder, seed, count)):
+        if time.monotonic() > end:
+            broken.append(f"out of time after {number} files")
+            break
         child = child or Child(folder / "children.log")
         begin = time.monotonic()
         outcome, said, memory = child.read(kind, path)
@@ -299,11 +305,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--files", type=int, default=1000, help="changed files (1000)")
+    parser.add_argument("--minutes", type=float, default=20, help="the most that it takes (20)")
     parser.add_argument("--out", type=Path, help="a Markdown file for the table")
-    options = parser.parse_args()
+    options, begin = parser.parse_args(), time.monotonic()
     kept = Path(tempfile.mkdtemp(prefix="hostile."))
     with tempfile.TemporaryDirectory(dir=kept) as folder:
-        outcomes, most, broken = campaign(Path(folder), options.seed, options.files)
+        outcomes, most, broken = campaign(Path(folder), options.seed, options.files, begin + 60 * options.minutes)
     names = ("read", "counted", "refused", "broken")
     lines = ["| kind | files | read | rows counted | refused | broken | longest | most memory |", "|---" * 8 + "|"]
     for kind, found in outcomes.items():
@@ -312,6 +319,8 @@ def main() -> None:
     print("\n".join(lines))
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")
+    files, minutes = sum(found.total() for found in outcomes.values()), (time.monotonic() - begin) / 60
+    print(f"\nseed {options.seed}, {files:,} files, {minutes:.0f} minutes, {len(broken)} broken")
     if not broken:
         shutil.rmtree(kept)
     sys.exit(1 if broken else 0)

@@ -1,14 +1,16 @@
 """The whole training step, ours and that of transformers.CLIPModel, in turn: python -m benchmarks.train_step.
 
-    python -m benchmarks.train_step [--models ViT-B/32 RN50] [--batch 16] [--rounds 5]
+    python -m benchmarks.train_step [--models ViT-B/32 RN50] [--batch 8 32] [--rounds 5] [--minutes 25]
+    python -m benchmarks.train_step --only rankclip "transformers, compiled" --batch 32    # where memory is short
     python -m benchmarks.train_step --parts 1 2 4 8    # our step, the batch in so many parts (config.accumulate)
     python -m benchmarks.train_step --dropout 0 0.5    # with such shares of the patches left out
     python -m benchmarks.train_step --scaling          # memory and traffic of 1 to 256 devices, compiled only
 
-Each contender lives in a process of its own and does one step when it is its turn, so that a machine whose speed drifts
-slows all of them and each one's memory is its own. A step is forward, backward and AdamW on made pictures and texts:
-float32 on a CPU; bfloat16 (in PyTorch: autocast) on a GPU. PyTorch runs its model as it is and, where torch.compile
-works, compiled; transformers has no counterpart to RN50. Both have one device. Needs no TensorFlow.
+Each contender lives in a process of its own and does one step when it is its turn, so that a machine whose speed
+drifts slows all of them and each one's memory is its own; all are in memory together. A step is forward, backward and
+AdamW on made pictures and texts: float32 on a CPU; bfloat16 (in PyTorch: autocast) on a GPU. PyTorch runs its model as
+it is and, where torch.compile works, compiled; transformers has no counterpart to RN50. Both have one device. The
+tables share the minutes equally; where they are too few, medians are those of fewer rounds. Needs no TensorFlow.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from rankclip_jax.train.targets import Target
 ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_ARENA_MAX": "1",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "XLA_CLIENT_MEM_FRACTION": "0.92",  # JAX would stop at three quarters, PyTorch does not
 }
@@ -148,13 +151,14 @@ def table(made: list[dict]) -> list[str]:
     return lines
 
 
-def compare(name: str, contenders: list[str], batch: int | None, rounds: int) -> None:
-    """Prints a table of the contenders for one model; the first is the measure of the others."""
-    facts, found = measure(name, contenders, batch, rounds)
+def compare(name: str, contenders: list[str], batch: int, rounds: int, end: float) -> None:
+    """Prints a table of the contenders for one model; the first is the measure of the others. `end`: as of Child."""
+    facts, found = measure(name, contenders, batch, rounds, end=end)
     made = rows(facts, found)
     if made:
+        rounds = min(len(result["seconds"]) for result in found.values() if "error" not in result)
         print(f"\n{name}, batch {facts['batch']}, {facts['device']}, median of {rounds} interleaved rounds\n")
-        print("\n".join(table(made)))
+        print("\n".join(table(made)), flush=True)
 
 
 PAIRS = 16  # a device, in `scaling`
@@ -184,21 +188,25 @@ def main() -> None:
     """Runs what the flags ask for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["ViT-B/32", "RN50"])
-    parser.add_argument("--batch", type=int, default=0, help="default: 16 on a CPU, 256 on a GPU")
+    parser.add_argument("--batch", type=int, nargs="+", default=[0], help="default: 16 on a CPU, 256 on a GPU")
+    parser.add_argument("--only", nargs="+", choices=[*OURS, *PYTORCH], default=[*OURS, *PYTORCH])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=25, help="the most that it takes (25)")
     parser.add_argument("--parts", type=int, nargs="+", help="compare these numbers of parts instead")
     parser.add_argument("--dropout", type=float, nargs="+", help="compare these shares of patches left out instead")
     parser.add_argument("--scaling", action="store_true")
     flags = parser.parse_args()
     if flags.scaling:
         return scaling()
-    for name in flags.models:
-        contenders = [*OURS, *(PYTORCH if name == "ViT-B/32" else ())]
+    tables = [(name, batch) for name in flags.models for batch in flags.batch]
+    begin = time.monotonic()
+    for number, (name, batch) in enumerate(tables, 1):
+        contenders = [one for one in flags.only if one in OURS or name == "ViT-B/32"]
         if flags.parts:
             contenders = [f"rankclip, {parts} parts" for parts in flags.parts]
         if flags.dropout:
             contenders = [f"rankclip, dropout {share:g}" for share in flags.dropout]
-        compare(name, contenders, flags.batch, flags.rounds)
+        compare(name, contenders, batch, flags.rounds, begin + 60 * flags.minutes * number / len(tables))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def main() -> None:
         parser.error("give --out FILE to embed DATA, --search QUERY to search it, or both")
     if flags.top < 1:
         parser.error(f"--top {flags.top}: expected at least 1")
+    commands.keep_freed_memory()
     commands.quiet_tensorflow()  # for shards
     with commands.exit_codes("stopped; the same command resumes"):
         try:

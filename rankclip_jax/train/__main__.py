@@ -4,7 +4,6 @@ Or python -m rankclip_jax.train --config configs/shapes.py --workdir DIR [--mode
 """
 
 import argparse
-import ctypes
 import sys
 from pathlib import Path
 
@@ -16,19 +15,6 @@ from rankclip_jax.parallel import compilation_cache, preemption, processes
 from rankclip_jax.parallel.mesh import make_mesh
 from rankclip_jax.train import arguments, evaluate, loop, plan
 from rankclip_jax.train import workdir as workdirs
-
-
-def _keep_freed_memory() -> None:
-    """Lets glibc reuse large buffers between steps, for training on a CPU.
-
-    Otherwise it returns each of them to the system, which clears its pages again in the next step: a third of
-    the step's processor time, measured with the demo's models on two cores.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is not None and hasattr(libc, "mallopt"):
-        m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
-        libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 def main() -> None:
@@ -51,7 +37,7 @@ def main() -> None:
     if flags.mode != "eval":  # which can do with config.eval.model alone
         if not (flags.what or flags.config or flags.workdir):
             parser.error("give an experiment (shapes), data of your own (mine.csv), or the --workdir of a run")
-    _keep_freed_memory()
+    commands.keep_freed_memory()
     commands.quiet_tensorflow()
     with commands.exit_codes("stopped; the same command resumes from the last checkpoint"):
         given = arguments.read(flags, [key.removeprefix("--config.") for key in keys])

@@ -41,7 +41,7 @@ def started(folder, monkeypatch):
     monkeypatch.setattr(evaluate, "evaluate", lambda *given: seen.append(("eval", *given)))
     monkeypatch.setattr(plan, "plan", lambda *given: seen.append(("plan", *given)))
     monkeypatch.setattr(train.processes, "start", lambda *_: None)
-    monkeypatch.setattr(train, "_keep_freed_memory", lambda: None)
+    monkeypatch.setattr(train.commands, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(train.compilation_cache, "enable", lambda platform: None)
 
     def run(words):

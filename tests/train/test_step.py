@@ -1,4 +1,7 @@
 import functools
+import os
+import subprocess
+import sys
 from typing import NamedTuple
 
 import jax
@@ -153,6 +156,27 @@ def test_objectives_compute_only_their_terms(loss, parts):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_fresh_state_compiled_quickly_has_the_usual_bits():
+    script = (
+        "import jax, numpy as np\n"
+        "from tests.train.test_step import SMALL, TEXT\n"
+        "from rankclip_jax import config, models\n"
+        "from rankclip_jax.parallel.mesh import make_mesh\n"
+        "from rankclip_jax.train import optim, step\n"
+        "tx = optim.make_optimizer(config.complete({'optim': {'warmup_steps': 2}}).optim, 100)\n"
+        "for name, sizes in SMALL.items():\n"
+        "    model = models.build(name, text=TEXT, **sizes)\n"
+        "    quick = step.init_state(model, tx, 3, make_mesh({'data': -1}, jax.devices()[:1]), None)\n"
+        "    usual = jax.jit(lambda: step.fresh_state(model, tx, 3))()\n"
+        "    jax.tree.map(np.testing.assert_array_equal, quick, usual)\n"
+        "print('equal')"
+    )
+    environment = os.environ | {"XLA_FLAGS": ""}  # and not the tests' own level
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout.endswith("equal\n"), done.stderr
+
+
 def test_siglip_learns_its_bias():
     start = dict(logit_scale=np.log(10), logit_bias=-10.0)
     fields = {"loss": {"objective": "siglip", "terms": {"in_modal": 0.1}}, "optim": {"lr": 0.1, "warmup_steps": 0}}

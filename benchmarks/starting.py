@@ -1,0 +1,138 @@
+"""Seconds from a command to its first step, and where they go: python -m benchmarks.starting [--against CHECKOUT].
+
+    python -m benchmarks.starting [--only demo] [--rounds 5]
+    git worktree add ../before v0.1.0 && python -m benchmarks.starting --against ../before
+
+The demo, and ViT-B/32 (configs/cc3m.py in float32, batch 8) on 300 tars of 10,000 pairs each, which are simulated as in
+benchmarks/scale.py, their index included. Each start is a process of its own, ended when step 1 is shown; those of the
+two checkouts take turns. The page cache is warm. About a minute a round, twice that with --against.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import scale
+
+REPO = Path(__file__).parents[1]
+# Prints a line at the end of each part: what it was, the time, and the seconds of processor.
+CHILD = """
+import json, os, resource, sys, time
+def mark(part):
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print(json.dumps(["part", part, time.time(), used.ru_utime + used.ru_stime]), flush=True)
+def after(owner, name, part):
+    whole = getattr(owner, name)
+    def both(*args, **kwargs):
+        found = whole(*args, **kwargs)
+        mark(part)
+        return found
+    setattr(owner, name, both)
+from rankclip_jax.train import __main__ as train, loop, opening, recorder
+mark("Python, JAX and our imports")
+opened = opening.open_data
+def open_data(*args, **kwargs):
+    import tensorflow
+    mark("TensorFlow's import")
+    return opened(*args, **kwargs)
+opening.open_data = open_data
+after(opening, "open_data", "opening the data")
+after(opening, "open_session", "tokenizer and model")
+after(opening, "open_state", "parameters")
+after(opening, "open_batches", "the pipeline")
+compiling = loop._compiling
+def _compiling(*args):
+    mark("loggers and first batch")
+    return compiling(*args)
+loop._compiling = _compiling
+after(recorder.Recorder, "take", "compilation of the step")
+def write(*args, **kwargs):
+    mark("step 1")
+    os._exit(0)
+recorder.Recorder.write = write
+sys.argv = ["rankclip train", *sys.argv[1:]]
+train.main()
+"""
+
+
+def commands(folder: Path) -> dict[str, list[str]]:
+    """The command lines, without --workdir. Writes what they read."""
+    from rankclip_jax.common.tokenizer import Tokenizer
+
+    scale.make(folder / "shards", 300, 10_000)
+    Tokenizer.train([f"picture {number}" for number in range(1000)], 512).save(folder / "tokenizer.json")
+    return {
+        "demo": ["shapes"],
+        "shards": [
+            "--config=configs/cc3m.py",
+            "--config.batch_size=8",
+            "--config.log_every=1",
+            "--config.model.dtype=float32",
+            f"--config.tokenizer.path={folder / 'tokenizer.json'}",
+            "--config.data.format=webdataset",
+            f"--config.data.train={folder / 'shards'}/*.tar",
+            "--config.data.val=None",
+        ],
+    }
+
+
+def start(checkout: Path, words: list[str]) -> dict[str, tuple[float, float]]:
+    """Part -> (seconds, seconds of processor) of one start."""
+    with tempfile.TemporaryDirectory() as workdir:
+        command = [sys.executable, "-u", "-c", CHILD, *words, f"--workdir={workdir}/run"]
+        environment = os.environ | {"PYTHONPATH": str(checkout)}
+        begin = time.time()
+        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    marks = [json.loads(line)[1:] for line in done.stdout.splitlines() if line.startswith('["part"')]
+    if done.returncode or not marks or marks[-1][0] != "step 1":
+        sys.exit(f"the start failed: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    found, wall, used = {}, begin, 0.0
+    for part, now, processor in marks:
+        found[part] = now - wall, processor - used
+        wall, used = now, processor
+    return found | {"together": (wall - begin, used)}
+
+
+def table(found: dict[str, list[dict]]) -> list[str]:
+    """Medians over the rounds, as lines of Markdown; `found`: "before" (perhaps) and "now" -> its starts."""
+    median = {
+        name: {part: [statistics.median(one[part][i] for one in starts) for i in (0, 1)] for part in starts[0]}
+        for name, starts in found.items()
+    }
+    heads = [f"{name}, s (of processor)" for name in median] + ["now / before"] * (len(median) - 1)
+    lines = [f"| part | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for part in median["now"]:
+        cells = [f"{of[part][0]:.2f} ({of[part][1]:.2f})" for of in median.values()]
+        if "before" in median:
+            cells.append(f"{median['now'][part][0] / median['before'][part][0]:.2f}")
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    """Prints a table for each command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="a checkout of another version")
+    parser.add_argument("--only", choices=["demo", "shards"])
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    checkouts = {"before": options.against.resolve()} if options.against else {}
+    checkouts["now"] = REPO
+    with tempfile.TemporaryDirectory() as folder:
+        for name, words in commands(Path(folder)).items():
+            if options.only in (None, name):
+                found = {which: [] for which in checkouts}
+                for _ in range(options.rounds):
+                    for which, checkout in checkouts.items():
+                        found[which].append(start(checkout, words))
+                print(f"\n{name}, median of {options.rounds} rounds\n\n" + "\n".join(table(found)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
