@@ -98,7 +98,7 @@ def run_by_ray(
         threads = threads or max(1, min([8, *(int(node["CPU"]) for node in nodes)]))
         gpus = int(any(node.get("GPU") for node in nodes))
         remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=TRIES - 1)(_call)
-        shared, left = ray.put(work), iter(tasks)
+        shared, left = ray.put((work, os.getcwd())), iter(tasks)
         while True:
             most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)) // threads)
             running += [remote.remote(shared, task, threads) for task in itertools.islice(left, most - len(running))]
@@ -120,7 +120,10 @@ def run_by_ray(
             ray.shutdown()
 
 
-def _call(work, task, threads):
+def _call(shared, task, threads):
+    work, folder = shared
+    with contextlib.suppress(OSError):  # elsewhere, paths must be absolute
+        os.chdir(folder)
     return work(task, threads)
 
 
