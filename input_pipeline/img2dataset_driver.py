@@ -10,6 +10,7 @@ Argument: JSON of img2dataset.download's arguments. Nothing of this project is i
 """
 
 import http.client
+import importlib
 import io
 import ipaddress
 import json
@@ -158,10 +159,10 @@ class Limited:
 
 
 if __name__ == "__main__":
-    from img2dataset import main
-
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    arguments, make = json.loads(sys.argv[1]), main.Downloader
+    arguments = json.loads(sys.argv[1])
+    main = importlib.import_module("img2dataset.main")  # which the package hides behind a function of this name
+    make = main.Downloader
     if arguments["distributor"] == "ray":
         import ray
 

@@ -131,13 +131,17 @@ def embed_to_folder(
 def _list_bad(model, pictures, out, where):
     """Lists what was left out, and says what was written."""
     count, bad, example = 0, 0, ""
-    with whole(out / store.BAD) as part, open(part, "w", encoding="utf-8") as file:
+    with (
+        whole(out / store.BAD) as part,
+        open(part, "w", encoding="utf-8") as file,
+        ThreadPoolExecutor(32) as pool,  # a bucket answers slowly
+    ):
         for place, reason in pictures.lost:
             line = json.dumps({"row": None, "where": place, "reason": reason})
             file.write(line + "\n")
             example = example or line
-        for number in range(store.shards(pictures.size)):
-            rows, lines = store.read_bad(storage.join(where, store.shard(number)))
+        paths = [storage.join(where, store.shard(number)) for number in range(store.shards(pictures.size))]
+        for rows, lines in pool.map(store.read_bad, paths):
             file.writelines(line + "\n" for line in lines)
             count, bad, example = count + rows, bad + len(lines), example or next(iter(lines), "")
     if not count:

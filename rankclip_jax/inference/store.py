@@ -144,8 +144,10 @@ def read_bad(path: str) -> tuple[int, list[str]]:
     import pyarrow.parquet as pq
 
     try:
-        where = storage.RemoteFile(path, storage.stat([path])[0].size) if storage.is_remote(path) else path
-        found = pq.read_metadata(where)
+        (there,) = storage.stat([path])
+        if there is None:
+            raise InputError(f"no such file: {path}")
+        found = pq.read_metadata(storage.RemoteFile(path, there.size) if storage.is_remote(path) else path)
         return found.num_rows, json.loads(found.metadata[_BAD.encode()])
     except (pa.ArrowException, OSError, ValueError, KeyError, AttributeError) as error:
         raise error if isinstance(error, InputError) else _foreign(path, one_line(error)) from None
