@@ -27,7 +27,8 @@ def example(features: dict) -> bytes:
         return tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
 
     named = {key: feature(value) for key, value in features.items()}
-    return tf.train.Example(features=tf.train.Features(feature=named)).SerializeToString()
+    # Otherwise the order of the features depends on the process.
+    return tf.train.Example(features=tf.train.Features(feature=named)).SerializeToString(deterministic=True)
 
 
 def name(number: int) -> str:
