@@ -115,6 +115,8 @@ def prepare(
                 for entry, bad_samples, records in done:
                     manifest.add(entry, bad_samples)
                     if records:
+                        if where == str(out_dir) and not (out_dir / entry["name"]).exists():
+                            raise InputError(f"{out_dir} is no folder that the workers share; give one, or a bucket")
                         index.add(entry["name"], records)
                     storage.push(out_dir, every=10)
                     if run:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -31,27 +31,30 @@ def run(work: Callable[[T, int], R], tasks: Iterable[T], *, workers: int, thread
     Raises:
       InputError: as `work`; or workers were killed TRIES times over the same task.
     """
-    waiting, killed = deque(enumerate(tasks)), Counter()
-    while waiting:
-        running: dict[Future, tuple[int, T]] = {}
+    left, killed, unfinished = enumerate(tasks), Counter(), dict[int, T]()
+    while True:
+        running: dict[Future, int] = {}
         with _processes(workers) as pool:
             try:
-                while waiting or running:
-                    while waiting and len(running) < workers:
-                        number, task = waiting.popleft()
-                        running[pool.submit(work, task, threads)] = (number, task)
+                for number, task in unfinished.items():
+                    running[pool.submit(work, task, threads)] = number
+                while True:
+                    for number, task in itertools.islice(left, workers - len(running)):
+                        unfinished[number] = task
+                        running[pool.submit(work, task, threads)] = number
+                    if not running:
+                        return
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         result = future.result()
-                        del running[future]
+                        del unfinished[running.pop(future)]
                         yield result
             except BrokenProcessPool:
-                killed.update(number for number, _ in running.values())
+                killed.update(list(unfinished))
                 if max(killed.values()) >= TRIES:
                     raise InputError(
                         f"a worker process was killed {TRIES} times over the same task (for its memory?); give fewer "
                         "--workers, and start the same command again: what is finished is kept"
                     ) from None
-                waiting.extendleft(sorted(running.values(), key=lambda item: item[0], reverse=True))
 
 
 @contextlib.contextmanager
