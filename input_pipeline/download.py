@@ -26,12 +26,20 @@ ENV = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankcl
 INSTALL = "python3 -m venv {0} && {0}/bin/pip install 'img2dataset>=1.47,<2' standard-imghdr"
 
 
-def find_python(env: Path | None) -> Path:
-    """A Python that has img2dataset: that of the environment `env`; None: this one, or that in ENV.
+def find_python(env: Path | None, distributor: str = "multiprocessing") -> Path:
+    """A Python that has img2dataset and its distributor: that of the environment `env`; None: this one, or that in ENV.
 
     It depends on a hundred packages that training does not need (OpenCV, pandas, wandb). Raises InputError with the
     command that installs it.
     """
+    python = _find_img2dataset(env)
+    look = f"import {distributor}"
+    if distributor != "multiprocessing" and subprocess.run([python, "-c", look], capture_output=True).returncode:
+        raise InputError(f"{python} has no {distributor}; install it: {python} -m pip install {distributor}")
+    return python
+
+
+def _find_img2dataset(env):
     if env is None and importlib.util.find_spec("img2dataset"):
         return Path(sys.executable)
     env = env or ENV
@@ -73,7 +81,7 @@ def download(urls: Path, out_dir: Path, options: argparse.Namespace) -> tuple[Co
         _remove_unfinished(owned, shards)
         print(f"{total:,} URLs" + (f"; {left_out:,} rows without a URL or a caption left out" if left_out else ""))
         if total:
-            python = find_python(options.env)
+            python = find_python(options.env, options.distributor)
             try:
                 private = {"RANKCLIP_DOWNLOAD_PRIVATE": "1"} if options.private else {}
                 _run(python, _arguments(out_dir, own, options), private, out_dir, own / "img2dataset.log", total)
@@ -109,6 +117,7 @@ def _arguments(out_dir, own, options):
         "encode_quality": options.quality,
         "number_sample_per_shard": options.shard_size,
         "processes_count": options.processes,
+        "distributor": options.distributor,
         "thread_count": options.threads,
         "timeout": options.timeout,
         "retries": options.retries,
@@ -221,6 +230,12 @@ def _flags():
     parser.add_argument("--quality", type=int, default=95, help="of written JPEGs (95)")
     parser.add_argument("--shard-size", type=int, default=10_000, help="URLs per shard (10000)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="worker processes (one per core)")
+    parser.add_argument(
+        "--distributor",
+        choices=["multiprocessing", "pyspark", "ray"],
+        default="multiprocessing",
+        help="of img2dataset: what runs the worker processes (multiprocessing)",
+    )
     parser.add_argument("--threads", type=int, default=64, help="downloads at once in each process (64)")
     parser.add_argument("--timeout", type=int, default=10, help="seconds without an answer (10)")
     parser.add_argument("--retries", type=int, default=1, help="after a failed download (1)")

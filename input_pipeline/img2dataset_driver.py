@@ -3,12 +3,14 @@
 img2dataset's timeout applies to each packet: a host that sends a byte now and then, of its headers or of the image,
 blocks a thread, and with it a shard, forever. It also reads responses of any size into memory, and follows redirects to
 ftp and into the network of this machine. This driver limits the time and the size of each image, and where it may come
-from. The worker processes import this file too, so the limits also apply there.
+from. The limits travel with the tasks, as the text of this file, so they apply in every worker process, also on other
+machines.
 
 Argument: JSON of img2dataset.download's arguments. Nothing of this project is imported.
 """
 
 import http.client
+import importlib
 import io
 import ipaddress
 import json
@@ -19,6 +21,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from urllib.parse import urlsplit
 
 TIMEOUTS, BYTES = 3, 100_000_000  # per image: time as a multiple of img2dataset's timeout, and size
@@ -126,6 +129,7 @@ def _urlopen_with_limits(request, timeout):
     return response
 
 
+_urlopen_with_limits.limits = True
 urllib.request.urlopen = _urlopen_with_limits
 
 
@@ -136,8 +140,33 @@ def _end_with(parent):
     os.killpg(0, signal.SIGKILL)
 
 
-if __name__ == "__main__":
-    from img2dataset import download
+class Limited:
+    """An img2dataset.downloader.Downloader that sets the limits in its process first."""
 
+    def __init__(self, downloader, limits: str, private: bool) -> None:
+        self.downloader, self.limits, self.private = downloader, limits, private
+
+    def __call__(self, task) -> tuple:
+        """(whether it worked, what was done), as the downloader."""
+        import os
+        import urllib.request
+
+        if not hasattr(urllib.request.urlopen, "limits"):
+            if self.private:
+                os.environ["RANKCLIP_DOWNLOAD_PRIVATE"] = "1"
+            exec(self.limits, {"__name__": "limits"})
+        return self.downloader(task)
+
+
+if __name__ == "__main__":
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    download(**json.loads(sys.argv[1]))
+    arguments = json.loads(sys.argv[1])
+    main = importlib.import_module("img2dataset.main")  # which the package hides behind a function of this name
+    make = main.Downloader
+    if arguments["distributor"] == "ray":
+        import ray
+
+        ray.init(None if "RAY_ADDRESS" in os.environ else "local", num_cpus=arguments["processes_count"])
+    limits = Path(__file__).read_text(encoding="utf-8")
+    main.Downloader = lambda *given, **named: Limited(make(*given, **named), limits, PRIVATE in os.environ)
+    main.download(**arguments)

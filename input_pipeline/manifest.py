@@ -1,4 +1,7 @@
-"""manifest.json and bad_samples.jsonl of a folder of shards: finished shards with checksums, and skipped rows."""
+"""manifest.json and bad_samples.jsonl of a folder of shards: finished shards with checksums, and skipped rows.
+
+Of a folder in a bucket, `folder` is the local copy of storage.output; the shards are in the bucket.
+"""
 
 import hashlib
 import json
@@ -8,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from input_pipeline import shards
-from rankclip_jax.common import files
+from rankclip_jax.common import files, storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.progress import progress
@@ -39,16 +42,22 @@ class Manifest:
             raise InputError(f"{folder} has shards ({strangers[0]} ...) but no manifest.json; give another folder")
         if old is not None:
             self._check_settings(old["settings"])
+        self._url = storage.origin(folder)
+        there = {storage.name_of(file.path): file.size for file in storage.files_in(self._url)} if self._url else {}
         self._owned = Owned(folder, "prepare", alone="give a new OUT_DIR")
         names = shards.names(settings["rows"], settings["shard_size"])
-        parts = [shards.part_of(folder / name).name for name in names]
-        self._owned.claim(["manifest.json", "bad_samples.jsonl", *others, *names, *parts])
-        for part in parts:  # left by a killed run
-            self._owned.remove(part)
+        self._parts = [shards.part_of(folder / name).name for name in names]
+        self._owned.claim(["manifest.json", "bad_samples.jsonl", *others, *names, *self._parts])
+        self.remove_parts()
         if old is not None:
-            self.shards = self._intact(old["shards"])
+            self.shards = self._intact(old["shards"], there)
         self._write(complete=False)
         self._take_back_bad_samples()
+
+    def remove_parts(self) -> None:
+        """Removes the incomplete shards that a killed worker left."""
+        for part in self._parts:
+            self._owned.remove(part)
 
     @property
     def rows(self) -> int:
@@ -82,7 +91,11 @@ class Manifest:
         files.write_whole(path, "".join(json.dumps(sample) + "\n" for sample in lost) + before)
 
     def finish(self) -> None:
-        """Marks the folder as complete."""
+        """Marks the folder as complete, and puts the bad samples in order."""
+        path = self._folder / "bad_samples.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        row_of = {line: json.loads(line)["row"] for line in lines}
+        files.write_whole(path, "".join(sorted(lines, key=lambda line: -1 if row_of[line] is None else row_of[line])))
         self._write(complete=True)
 
     def _read(self):
@@ -99,12 +112,20 @@ class Manifest:
         keys = sorted(key for key in old | self.settings if old.get(key) != self.settings.get(key))
         changes = "; ".join(f"{key}: {old.get(key)!r} -> {self.settings.get(key)!r}" for key in keys)
         if changes:
-            raise InputError(f"{self._folder} has shards of other settings ({changes}); give another folder")
+            where = storage.shown(self._folder)
+            raise InputError(f"{where} has shards of other settings ({changes}); give another folder")
 
-    def _intact(self, old):
+    def _intact(self, old, there):
+        """The shards that are as the manifest says: of a bucket, `there`, by name and size."""
+
+        def is_whole(shard):
+            if self._url:
+                return there.get(shard["name"]) == (shard["bytes"] if shard["samples"] else None)
+            return is_intact(self._folder / shard["name"], shard)
+
         kept = []
         with progress("verify", len(old), unit="shards") as bar, ThreadPoolExecutor() as pool:
-            intact = pool.map(lambda shard: is_intact(self._folder / shard["name"], shard), old)
+            intact = pool.map(is_whole, old)
             for shard, good in zip(old, intact, strict=True):
                 if good:
                     kept.append(shard)

@@ -1,24 +1,24 @@
 """Converts a data set to TFRecord shards, or inspects it: python -m input_pipeline.prepare SOURCE OUT_DIR."""
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import os
 import sys
-import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rankclip_jax.common import commands, packing
+from rankclip_jax.common import commands, packing, storage, tasks
 
 if __name__ == "__main__":
     commands.quiet_tensorflow()  # before its import
 
-from PIL import Image, ImageFile
 from tqdm import tqdm
 
 from input_pipeline import caption_lengths, shards, sources
@@ -26,6 +26,7 @@ from input_pipeline.encode import encode
 from input_pipeline.inspection import inspect
 from input_pipeline.manifest import Manifest
 from input_pipeline.rows import in_order, read_rows
+from input_pipeline.shard_tasks import Shard, Task, Worker, opened, write
 from input_pipeline.sources import tfrecord
 from input_pipeline.sources.offset_index import Indexer
 from rankclip_jax import config as configs
@@ -59,7 +60,14 @@ class Options:
     max_bad_fraction: float = 0.1
 
 
-def prepare(source: sources.Source, out_dir: Path, options: Options, described: dict, workers: int) -> Manifest:
+def prepare(
+    source: sources.Source,
+    out_dir: Path,
+    options: Options,
+    described: dict,
+    workers: int,
+    run: Callable[[Iterator[Task]], Generator[Shard]] | None = None,
+) -> Manifest:
     """Writes `source` to `out_dir` as 00000.tfrecord and so on, their index, manifest.json and bad_samples.jsonl.
 
     A record has img2dataset's keys: the image under jpg, png or webp; txt, key, width, height, original_width,
@@ -67,8 +75,10 @@ def prepare(source: sources.Source, out_dir: Path, options: Options, described: 
     manifest are kept, so the same command resumes.
 
     Args:
+      out_dir: local; or the copy of a folder in a bucket (storage.output), where the shards are written.
       described: other settings that must not change for a resumption, such as the source's path; kept in the manifest.
       workers: threads that decode and encode, both of which Pillow does outside Python's lock.
+      run: tasks -> their results, in any order; None: one after the other, in this process.
 
     Returns:
       The finished manifest.
@@ -83,24 +93,38 @@ def prepare(source: sources.Source, out_dir: Path, options: Options, described: 
     others = ("tokenizer.json",) if options.tokenizer else ()
     manifest = Manifest(out_dir, described | _settings(source, options), others)
     manifest.add_lost([{"row": None, "detail": "", **dataclasses.asdict(one)} for one in source.lost])
-    finished = {shard["name"] for shard in manifest.shards}
-    index = Indexer(tfrecord.kind(), out_dir, [shard["name"] for shard in manifest.shards if shard["samples"]])
+    finished, where = {shard["name"] for shard in manifest.shards}, storage.shown(out_dir)
+    index = Indexer(tfrecord.kind(), where, [shard["name"] for shard in manifest.shards if shard["samples"]])
     if options.tokenizer:
         options.tokenizer.save(out_dir / "tokenizer.json")
     with ThreadPoolExecutor(workers) as pool, progress("prepare", source.size, unit="rows", done=manifest.rows) as bar:
-        job = _Job(source, options, pool, workers, bar, rows=manifest.rows, bad=manifest.bad.total())
-        try:
+        job = Job(source, options, pool, workers, bar, rows=manifest.rows, bad=manifest.bad.total())
+
+        def missing():
+            before = (manifest.rows, manifest.bad.total())
             for number, name in enumerate(shards.names(source.size, options.shard_size)):
                 begin = number * options.shard_size
                 if name not in finished:
                     rows = range(begin, min(begin + options.shard_size, source.size))
-                    written = shards.write_shard(out_dir / name, job.records(number, rows))
-                    shard = {"name": name, "rows": [rows.start, rows.stop], **written, "lengths": job.lengths}
-                    manifest.add(shard, job.bad_samples)
-                    if written["samples"]:
-                        index.add(name)
+                    yield Task(number, rows, rows, before)
+                    before = None
+
+        storage.push(out_dir)  # whose folder it is
+        try:
+            with contextlib.closing(run(missing()) if run else (write(job, where, task) for task in missing())) as done:
+                for entry, bad_samples, records in done:
+                    manifest.add(entry, bad_samples)
+                    if records:
+                        if where == str(out_dir) and not (out_dir / entry["name"]).exists():
+                            raise InputError(f"{out_dir} is no folder that the workers share; give one, or a bucket")
+                        index.add(entry["name"], records)
+                    storage.push(out_dir, every=10)
+                    if run:
+                        bar.update(entry["rows"][1] - entry["rows"][0])
+                        _check_bad(manifest, options, bad_samples)
         except BaseException:
             pool.shutdown(cancel_futures=True)
+            manifest.remove_parts()
             raise
         finally:
             index.close()
@@ -108,7 +132,26 @@ def prepare(source: sources.Source, out_dir: Path, options: Options, described: 
     return manifest
 
 
-class _Job:
+def _check_bad(manifest, options, bad_samples):
+    """Raises InputError for too many bad rows in the finished shards before the first that is not."""
+    rows = bad = 0
+    for shard in manifest.shards:
+        if shard["rows"][0] != rows:
+            break
+        rows, bad = shard["rows"][1], bad + sum(shard["bad"].values())
+    if bad_samples and rows >= 100 and bad > options.max_bad_fraction * rows:
+        raise too_many(bad, rows, options, bad_samples[-1])
+
+
+def too_many(bad: int, rows: int, options: Options, example: dict) -> InputError:
+    """The line for too many bad rows."""
+    return InputError(
+        f"{bad} of {rows} rows are unusable, more than config.data.max_bad_fraction = {options.max_bad_fraction}; "
+        f"for example {example['where']}: {example['reason']}"
+    )
+
+
+class Job:
     """Yields the records of one shard after the other, and counts bad rows over all shards."""
 
     def __init__(
@@ -171,10 +214,7 @@ class _Job:
         self._bar.set_postfix_str(f"{self._bad:,} bad" if self._bad else "", refresh=False)
         self._bar.update(rows)
         if bad and self._rows >= 100 and self._bad > self._options.max_bad_fraction * self._rows:
-            raise InputError(
-                f"{self._bad} of {self._rows} rows are unusable, more than config.data.max_bad_fraction = "
-                f"{self._options.max_bad_fraction}; for example {where}: {row.reason}"
-            )
+            raise too_many(self._bad, self._rows, self._options, sample)
 
 
 def _record(row, key, tokens):
@@ -198,13 +238,13 @@ def lost(source: sources.Source) -> str:
     return ";".join(f" {line}" for line in sources.told(source.lost))
 
 
-def summary(manifest: Manifest, out_dir: Path) -> str:
+def summary(manifest: Manifest, out_dir: str) -> str:
     """Describes the result, and how to train on it."""
     samples, size = (sum(shard[key] for shard in manifest.shards) for key in ("samples", "bytes"))
     files = sum(shard["samples"] > 0 for shard in manifest.shards)
     lines = [f"{samples:,} samples in {files:,} shards, {size / 1e6:,.1f} MB: {out_dir}"]
     if manifest.bad:
-        lines.append(f"{manifest.bad.total():,} rows left out, listed in {out_dir / 'bad_samples.jsonl'}:")
+        lines.append(f"{manifest.bad.total():,} rows left out, listed in {storage.join(out_dir, 'bad_samples.jsonl')}:")
         lines += [f"{count:>10,}  {reason}" for reason, count in manifest.bad.most_common()]
     lengths: Counter = Counter()
     for shard in manifest.shards:  # read again from JSON, whose keys are strings; older manifests have none
@@ -216,7 +256,7 @@ def summary(manifest: Manifest, out_dir: Path) -> str:
             lines.append(caption_lengths.packed(lengths, manifest.settings["context_length"]))
     train = f"--config.data.format=tfrecord '--config.data.train={out_dir}/*.tfrecord'"
     if "tokenizer" in manifest.settings:
-        train += f" --config.tokenizer.path={out_dir / 'tokenizer.json'}"
+        train += f" --config.tokenizer.path={storage.join(out_dir, 'tokenizer.json')}"
         train += f" --config.model.context_length={manifest.settings['context_length']}"
     return "\n".join([*lines, f"train with: {train}"])
 
@@ -229,7 +269,7 @@ def _flags():
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SOURCE", help="as config.data.train: a path, glob or {a..b} range")
-    parser.add_argument("out_dir", metavar="OUT_DIR", nargs="?", help="local folder for the shards")
+    parser.add_argument("out_dir", metavar="OUT_DIR", nargs="?", help="folder for the shards: local, gs:// or s3://")
     parser.add_argument("--format", help="of the source, as config.data.format; default: inferred from SOURCE")
     parser.add_argument("--inspect", action="store_true", help="print statistics of SOURCE, draw examples into OUT_DIR")
     parser.add_argument("--sample", type=int, help="with --inspect: the most rows to inspect, evenly spaced")
@@ -238,14 +278,16 @@ def _flags():
     parser.add_argument("--shard-size", type=int, default=10_000, help="rows per shard (10000)")
     parser.add_argument("--tokenizer", help="also store the captions' ids: tokenizer.json or hub id")
     parser.add_argument("--context-length", type=int, default=77, help="ids per caption (77)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads (one per core)")
+    parser.add_argument("--workers", type=int, help="processes that write shards (one per 8 cores)")
+    parser.add_argument("--threads", type=int, help="threads of each of them (its share of the cores)")
+    parser.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=tasks.RAY_HELP)
     return parser
 
 
 def _check(parser, flags):
     if flags.out_dir is None and not flags.inspect:
         parser.error("OUT_DIR is missing")
-    for name in ("sample", "short_side", "shard_size", "context_length", "workers"):
+    for name in ("sample", "short_side", "shard_size", "context_length", "workers", "threads"):
         value = getattr(flags, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1; got {value}")
@@ -261,28 +303,36 @@ def main() -> None:
         if not flag.startswith("--config.data."):
             parser.error(f"unknown flag {flag}")
     _check(parser, flags)
-    out_dir = Path(flags.out_dir or ".")
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # pictures.py has its own limit
-    with commands.exit_codes("stopped; the same command resumes after the finished shards"):
-        if flags.out_dir and "://" in flags.out_dir:
-            raise InputError(f"OUT_DIR must be a local folder; copy it to {flags.out_dir} when it is complete")
+    workers = flags.workers or max(1, (os.cpu_count() or 1) // 8)
+    threads = flags.threads or max(1, (os.cpu_count() or 1) // workers)
+    with (
+        commands.exit_codes("stopped; the same command resumes after the finished shards"),
+        storage.output(flags.out_dir or ".", "prepare") as out_dir,
+    ):
         kind = flags.format or guess_format(flags.source)
         overrides = [f"data.train={flags.source}", *(flag.removeprefix("--config.") for flag in rest)]
         data = configs.complete(configs.override({"data": {"format": kind}}, overrides)).data
-        ImageFile.LOAD_TRUNCATED_IMAGES = data.recover_truncated  # Pillow has only one setting per process
-        source = sources.open_source(data, data.train, image_side=flags.short_side or 64)
+        source = opened(data.to_json(), flags.short_side)
         tokenizer = Tokenizer.load(flags.tokenizer) if flags.tokenizer else None
         if flags.inspect:
-            inspect(source, flags.source, out_dir, tokenizer, flags.sample, flags.workers, flags.context_length)
+            inspect(source, flags.source, out_dir, tokenizer, flags.sample, threads, flags.context_length)
             return
         options = Options(
             flags.shard_size, flags.short_side, flags.quality, tokenizer, flags.context_length, data.max_bad_fraction
         )
         described = {"source": flags.source, "format": kind, "keys": rest}
-        print(summary(prepare(source, out_dir, options, described, flags.workers), out_dir))
+        worker = Worker(data.to_json(), source.size, options, storage.shown(out_dir))
+        run = None
+        if flags.ray is not None:
+            run = functools.partial(tasks.run_by_ray, worker, address=flags.ray, threads=flags.threads)
+        elif workers > 1:
+            run = functools.partial(tasks.run, worker, workers=workers, threads=threads)
+        print(summary(prepare(source, out_dir, options, described, threads, run), storage.shown(out_dir)))
         if source.lost:
             print(f"lost:{lost(source)}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    from input_pipeline import prepare as command  # what is pickled for workers is of a module with a name
+
+    command.main()

@@ -1,15 +1,19 @@
 """Writes TFRecord shards that get their names only when complete."""
 
+import contextlib
 import errno
 import hashlib
 import itertools
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import tensorflow as tf
 
-from rankclip_jax.common import files
+from input_pipeline.sources import tfrecord
+from input_pipeline.sources.offset_index import Scanned, scanned
+from rankclip_jax.common import files, storage
 
 
 def example(features: dict) -> bytes:
@@ -23,7 +27,8 @@ def example(features: dict) -> bytes:
         return tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
 
     named = {key: feature(value) for key, value in features.items()}
-    return tf.train.Example(features=tf.train.Features(feature=named)).SerializeToString()
+    # Otherwise the order of the features depends on the process.
+    return tf.train.Example(features=tf.train.Features(feature=named)).SerializeToString(deterministic=True)
 
 
 def name(number: int) -> str:
@@ -63,6 +68,24 @@ def write_shard(path: Path, records: Iterable[bytes]) -> dict:
             digest = hashlib.file_digest(written, "sha256").hexdigest()
             size = written.tell()
     return {"samples": samples, "bytes": size, "sha256": digest}
+
+
+def put_shard(path: str, records: Iterable[bytes]) -> tuple[dict, Scanned | None]:
+    """As `write_shard`, also to a bucket, by way of this machine's disk; and the records' places, for the index.
+
+    Raises:
+      InputError: as `write_shard`, or the bucket cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        local = Path(path)
+        if storage.is_remote(path):
+            local = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rankclip_jax.")), local.name)
+        written = write_shard(local, records)
+        if not written["samples"]:
+            return written, None
+        if storage.is_remote(path):
+            storage.write(path, local.read_bytes())
+        return written, scanned(tfrecord.kind(), str(local), written["bytes"])
 
 
 def part_of(path: Path) -> Path:

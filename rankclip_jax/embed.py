@@ -1,19 +1,21 @@
 """The command line: embed a collection of images, and search it by text.
 
 python -m rankclip_jax.embed MODEL DATA --out photos.npz
+python -m rankclip_jax.embed MODEL DATA --out gs://mine/photos --ray
 python -m rankclip_jax.embed MODEL photos.npz --search "a dog on a beach" like_this.jpg --png matches.png
 rankclip search MODEL DATA "a dog on a beach"
 """
 
 import argparse
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 import rankclip_jax
-from rankclip_jax.common import commands, storage
+from rankclip_jax.common import commands, storage, tasks
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.pictures import ENDINGS
 from rankclip_jax.config.key import character, encoding
@@ -33,7 +35,7 @@ def main() -> None:
         "data", help="a folder of images, a table (.csv ...), shards (.tar, .tfrecord, .parquet); or a file of --out"
     )
     parser.add_argument("queries", nargs="*", metavar="QUERY", help="as --search")
-    parser.add_argument("--out", help="the file to write: .npz or .parquet")
+    parser.add_argument("--out", help="the file to write: .npz or .parquet; or a folder of Parquet, also gs:// or s3://")
     parser.add_argument(
         "--search", nargs="+", metavar="QUERY", default=[], help="print the best matches of each text or image file"
     )
@@ -44,29 +46,36 @@ def main() -> None:
     parser.add_argument("--encoding", help="of a table that is not UTF-8, for example latin-1")
     parser.add_argument("--tokenizer", help="a tokenizer.json or hub id, if MODEL has none")
     parser.add_argument("--activation", choices=["quick_gelu", "gelu"], default="quick_gelu", help="as in convert")
+    parser.add_argument("--workers", type=int, default=1, help="processes that write a folder's shards (1)")
+    parser.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=tasks.RAY_HELP)
     flags = parser.parse_intermixed_args()
     queries = [*flags.search, *flags.queries]
     if not (flags.out or queries):
         parser.error("give --out FILE to embed DATA, --search QUERY to search it, or both")
+    if (flags.workers != 1 or flags.ray is not None) and not (flags.out and store.is_folder(flags.out)):
+        parser.error("--workers and --ray write shards: give --out FOLDER")
+    if flags.workers < 1:
+        parser.error(f"--workers {flags.workers}: expected at least 1")
     if flags.top < 1:
         parser.error(f"--top {flags.top}: expected at least 1")
     commands.keep_freed_memory()
     commands.quiet_tensorflow()  # for shards
     with commands.exit_codes("stopped; the same command resumes"):
         try:
-            flags.out = flags.out and storage.local(flags.out, "--out")
+            if flags.out and not store.is_folder(flags.out):
+                storage.local(flags.out, "--out")
             flags.png = flags.png and storage.local(flags.png, "--png")
             flags.delimiter = character(",").check(flags.delimiter, "--delimiter")
             flags.encoding = encoding(None).check(flags.encoding, "--encoding")
             model = rankclip_jax.load(flags.model, tokenizer=flags.tokenizer, activation=flags.activation)
             if flags.out:
                 _embed(model, flags)
-            if queries and (flags.out or store.is_store(Path(flags.data))):
-                _search(model, *_stored(model, flags.out or Path(flags.data)), queries, flags.top, flags.png)
+            if queries and (flags.out or store.is_store(flags.data)):
+                _search(model, *_stored(model, flags.out or flags.data), queries, flags.top, flags.png)
             elif queries:
                 pictures = open_pictures(flags.data, flags.image_key, flags.delimiter, flags.encoding)
                 embeddings = collection.encode(model, pictures)
-                _search(model, embeddings, lambda: pictures, queries, flags.top, flags.png)
+                _search(model, [embeddings], lambda: pictures, queries, flags.top, flags.png)
         except OSError as error:  # a folder that is not there, a full disk
             said = f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
             raise InputError(said) from None
@@ -80,32 +89,45 @@ def _embed(model: Model, flags: argparse.Namespace) -> None:
         "encoding": flags.encoding,
         "model": model.fingerprint(),
     }
-    pictures = open_pictures(flags.data, flags.image_key, flags.delimiter, flags.encoding)
-    collection.embed(model, pictures, flags.out, about | {"size": pictures.size})
+    opening = (flags.data, flags.image_key, flags.delimiter, flags.encoding)
+    pictures = open_pictures(*opening)
+    about["size"] = pictures.size
+    if not store.is_folder(flags.out):
+        collection.embed(model, pictures, Path(flags.out), about)
+        return
+    with storage.output(flags.out, "embed") as out:
+        loading = (flags.model, flags.tokenizer, flags.activation)
+        worker, run = collection.Worker(loading, opening, about, storage.shown(out)), None
+        if flags.ray is not None:
+            run = functools.partial(tasks.run_by_ray, worker, address=flags.ray)
+        elif flags.workers > 1:
+            threads = max(1, (os.cpu_count() or 1) // flags.workers)
+            run = functools.partial(tasks.run, worker, workers=flags.workers, threads=threads)
+        collection.embed_to_folder(model, pictures, out, about, run)
 
 
-def _stored(model: Model, path: Path) -> tuple[store.Embeddings, Callable[[], Pictures]]:
-    embeddings = store.read(path)
-    about = embeddings.about
+def _stored(model: Model, path: str) -> tuple[Iterable[store.Embeddings], Callable[[], Pictures]]:
+    about = store.about_of(path)
     if about["model"] != model.fingerprint():
         raise InputError(f"{path} was embedded with another model than {model.source.path}; embed the collection again")
     keys = about["image_key"], about["delimiter"], about.get("encoding")
-    return embeddings, lambda: open_pictures(about["data"], *keys)
+    return store.chunks(path), lambda: open_pictures(about["data"], *keys)
 
 
 def _search(
     model: Model,
-    embeddings: store.Embeddings,
+    embeddings: Iterable[store.Embeddings],
     pictures: Callable[[], Pictures],
     queries: list[str],
     top: int,
     png: Path | None,
 ) -> None:
-    found_QxK, cosines_QxK = search.best(embeddings, np.concatenate([_encoded(model, one) for one in queries]), top)
+    z_QxD = np.concatenate([_encoded(model, one) for one in queries])
+    matches, found_QxK, cosines_QxK = search.best(embeddings, z_QxD, top)
     for query, found, cosines in zip(queries, found_QxK, cosines_QxK, strict=True):
-        print(search.table(query, embeddings, found, cosines))
+        print(search.table(query, matches, found, cosines))
     if png:
-        search.draw(png, queries, embeddings, pictures(), found_QxK, cosines_QxK)
+        search.draw(png, queries, matches, pictures(), found_QxK, cosines_QxK)
         print(f"drawn: {png}")
 
 

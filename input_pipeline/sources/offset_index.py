@@ -28,6 +28,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.ownership import INDEX
 from rankclip_jax.common.progress import progress
 
+Scanned = tuple[np.ndarray, tuple[tuple[str, int], ...]]
 Bytes = Any  # gives [begin:end] of a file: mmap, memoryview or _Window
 _REMOTE_WINDOW = 8 << 20  # bytes per request to a bucket; local files are memory-mapped
 
@@ -77,27 +78,27 @@ def offset_index(
 
 
 class Indexer:
-    """Writes the index of a local folder's shards as they are finished, beside them: `add` each, then `close`."""
+    """Writes the index of a folder's shards as they are finished, beside them: `add` each, then `close`."""
 
     def __init__(self, kind: Kind, folder: str | os.PathLike, finished: Sequence[str] = ()):
         """`finished`: names of shards that are there already."""
-        self._kind, self._folder = kind, os.path.abspath(folder)
-        place = Place(os.path.join(self._folder, INDEX), self._folder)
+        self._kind, self._folder = kind, str(folder) if storage.is_remote(folder) else os.path.abspath(folder)
+        place = Place(storage.join(self._folder, INDEX), self._folder)
         self._writer = Writer(kind, [place])
-        self._paths = [os.path.join(self._folder, name) for name in finished]
+        self._paths = [storage.join(self._folder, name) for name in finished]
         self._found = Found(kind, [place])
         self._entries, _ = self._found.entries(self._paths, stamps(self._paths))
         for name, entry in zip(finished, self._entries, strict=True):
             if entry is None:
                 self.add(name)
 
-    def add(self, name: str) -> None:
-        """A shard that is there now. Whether it can be read at all is for others to say."""
-        path = os.path.join(self._folder, name)
+    def add(self, name: str, found: Scanned | None = None) -> None:
+        """A shard that is there now. Whether it can be read at all is for others to say. `found`: as of `scanned`."""
+        path = storage.join(self._folder, name)
         self._paths.append(path)
         with contextlib.suppress(InputError):
             (stamp,) = stamps([path])
-            self._writer.add(path, stamp, *_scanned(self._kind, path, stamp[0]))
+            self._writer.add(path, stamp, *(found or scanned(self._kind, path, stamp[0])))
 
     def close(self) -> None:
         """Writes what is left, and removes what described these shards before."""
@@ -130,7 +131,7 @@ class _Shards:
 
     def records_of(self, number: int) -> np.ndarray:
         """The records of a shard, scanned."""
-        return _scanned(self._kind, self._given[number], self.sizes[number])[0]
+        return scanned(self._kind, self._given[number], self.sizes[number])[0]
 
     def scan(self, numbers: Sequence[int]) -> None:
         """Scans these shards and writes their index."""
@@ -138,13 +139,13 @@ class _Shards:
             return
         writer, before = Writer(self._kind, self._write), _of_before(self._kind, self._given, self._cache_dir)
 
-        def scanned(number):
+        def records(number):
             known = before.get((self._given[number], *self._stamps[number]))
-            return known or _scanned(self._kind, self._given[number], self.sizes[number])
+            return known or scanned(self._kind, self._given[number], self.sizes[number])
 
         with progress("index", len(numbers), unit="files") as bar, ThreadPoolExecutor() as pool:
-            for number, (records, lost) in zip(numbers, pool.map(scanned, numbers), strict=True):
-                writer.add(self._paths[number], self._stamps[number], records, lost)
+            for number, (found, lost) in zip(numbers, pool.map(records, numbers), strict=True):
+                writer.add(self._paths[number], self._stamps[number], found, lost)
                 bar.update()
         writer.flush()
         for number in numbers:
@@ -216,7 +217,7 @@ def local_folders(paths: Sequence[str], cache_dir: str | None) -> list[Path]:
     return [own] if cache_dir else [*beside, own]
 
 
-def _scanned(kind: Kind, path: str, size: int) -> tuple[np.ndarray, tuple[tuple[str, int], ...]]:
+def scanned(kind: Kind, path: str, size: int) -> Scanned:
     """(the records of a shard, int64 (rows, 2 M); (reason, samples) of what is lost)"""
     with open_slices(path, size) as data:
         begin, length, lost = kind.scan(data, size, path)
@@ -225,7 +226,7 @@ def _scanned(kind: Kind, path: str, size: int) -> tuple[np.ndarray, tuple[tuple[
 
 
 def _of_before(kind, paths, cache_dir):
-    """(path, size, time) -> as _scanned, of an index of an earlier version; empty if there is none that can be read."""
+    """(path, size, time) -> as `scanned`, of an index of an earlier version; empty if none can be read."""
     name = hashlib.sha256("\n".join([kind.name, *paths]).encode()).hexdigest()[:20] + ".npz"
     for folder in local_folders(paths, cache_dir):
         try:

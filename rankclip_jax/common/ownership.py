@@ -16,6 +16,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import make_folder, write_whole
 
 MARKER = ".rankclip_jax"  # JSON: command -> names, relative to the folder
+ORIGIN = ".in_bucket.json"  # of a local copy: where the folder is (storage/copies.py)
 INDEX = ".rankclip_index"  # the folder of what is known of the shards in a folder, ours by its name
 
 
@@ -54,11 +55,11 @@ class Owned:
           InputError: with `alone`, the folder is not empty and not the command's; or its marker is damaged.
         """
         self.folder, self._command = Path(folder), command
-        listed = _read(self.folder)
-        self.known = command in listed  # whether the command was at work here before
-        self._own = set(listed.get(command, ()))
+        there = listed(self.folder)
+        self.known = command in there  # whether the command was at work here before
+        self._own = set(there.get(command, ()))
         if alone and not self.known:
-            ours = {name.split("/")[0] for names in listed.values() for name in names} | {MARKER, INDEX}
+            ours = {name.split("/")[0] for names in there.values() for name in names} | {MARKER, INDEX, ORIGIN}
             strangers = sorted(set(_entries(self.folder)) - ours)
             if strangers:
                 raise InputError(f"{folder} holds files that {command} did not write ({strangers[0]} ...); {alone}")
@@ -82,11 +83,11 @@ class Owned:
     def wrote(self, names: Iterable[str]) -> None:
         """Lists names that the command has just written where nothing was."""
         make_folder(self.folder)
-        listed = _read(self.folder)  # again: another command may have been here since
-        self._own = {*listed.get(self._command, ()), *names}
-        if self._own != set(listed.get(self._command, ())) or not (self.folder / MARKER).exists():
-            listed[self._command] = sorted(self._own)
-            write_whole(self.folder / MARKER, json.dumps(listed, indent=0) + "\n")
+        there = listed(self.folder)  # again: another command may have been here since
+        self._own = {*there.get(self._command, ()), *names}
+        if self._own != set(there.get(self._command, ())) or not (self.folder / MARKER).exists():
+            there[self._command] = sorted(self._own)
+            write_whole(self.folder / MARKER, json.dumps(there, indent=0) + "\n")
 
     def remove(self, name: str) -> None:
         """Removes a file of the command, or a folder of nothing but such files; nothing where there is none.
@@ -124,16 +125,17 @@ class Owned:
             self.folder.rmdir()
 
 
-def _read(folder: Path) -> dict[str, list[str]]:
+def listed(folder: Path) -> dict[str, list[str]]:
+    """What is ours in a folder: {command: names}. Raises InputError where the marker is damaged."""
     marker = folder / MARKER
     if not os.path.lexists(marker):
         return _of_before(folder)
     try:
-        listed = json.loads(inside(folder, MARKER).read_text(encoding="utf-8"))
-        for name in (name for names in listed.values() for name in names):
+        found = json.loads(inside(folder, MARKER).read_text(encoding="utf-8"))
+        for name in (name for names in found.values() for name in names):
             if not _is_plain(name):
                 raise ValueError(f"{str(name)[:200]!r} is no name of a file here")
-        return {command: list(names) for command, names in listed.items()}
+        return {command: list(names) for command, names in found.items()}
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{marker} is damaged ({error}); move it away, or give another folder") from None
 

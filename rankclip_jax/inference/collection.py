@@ -1,20 +1,26 @@
-"""Embeds a collection of images in parts, so that a stopped run resumes."""
+"""Embeds a collection of images in parts, so that a stopped run resumes: to one file, or to a folder of shards."""
 
+import contextlib
+import dataclasses
+import functools
 import itertools
 import json
 import sys
+import tempfile
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.files import whole, write_whole
 from rankclip_jax.common.ownership import Owned, inside
 from rankclip_jax.common.progress import progress
 from rankclip_jax.inference import store
-from rankclip_jax.inference.model import Model
-from rankclip_jax.inference.pictures import Pictures
+from rankclip_jax.inference.model import Model, load
+from rankclip_jax.inference.pictures import Pictures, open_pictures
 
 PART = 512  # images per part: the most that a stopped run repeats
 
@@ -69,6 +75,147 @@ def embed(model: Model, pictures: Pictures, out: Path, about: dict) -> None:
     count = store.write(out, (_part(folder, start)[0] for start in starts), about, folder / "unfinished")
     parts.dissolve()
     print(f"wrote {out}: {count:,} embeddings of {model.source.config.embed_dim} dimensions")
+
+
+def embed_to_folder(
+    model: Model,
+    pictures: Pictures,
+    out: Path,
+    about: dict,
+    run: Callable[[Iterator[int]], Generator[int]] | None = None,
+) -> None:
+    """Writes the embeddings of all images to a folder of Parquet shards of `store.SHARD` images (without the unusable,
+    which `store.BAD` lists with their reasons). Memory does not depend on the number of images.
+
+    Finished shards are kept, so the same command resumes.
+
+    Args:
+      out: local; or the copy of a folder in a bucket (storage.output), where the shards are written.
+      about: as of `embed`.
+      run: numbers of shards -> those that are written, in any order; None: one after the other, in this process.
+
+    Raises:
+      InputError: the folder is of another run or has files of others, or no image could be used.
+    """
+    where, names = storage.shown(out), [store.shard(number) for number in range(store.shards(pictures.size))]
+    owned = Owned(out, "embed", alone="move them away, or give another --out")
+    _same_run(out, about, store.ABOUT)
+    owned.claim([store.ABOUT, store.BAD, *names, *map(_part_of, names)])
+    if not (out / store.ABOUT).exists():
+        write_whole(out / store.ABOUT, json.dumps(about))
+    storage.push(out)
+    there = {storage.name_of(path) for path in store.files(where)}
+    missing = [number for number, name in enumerate(names) if name not in there]
+    if len(missing) < len(names):
+        print(f"resuming: {len(names) - len(missing)} of {len(names)} shards of {where} are done")
+
+    def rows_of(number):
+        return range(number * store.SHARD, min((number + 1) * store.SHARD, pictures.size))
+
+    with ThreadPoolExecutor() as threads, progress("embed", sum(len(rows_of(number)) for number in missing)) as bar:
+
+        def written():
+            for number in missing:
+                write_shard(model, pictures, where, number, about, threads, bar.update)
+                yield number
+
+        with contextlib.closing(run(iter(missing)) if run else written()) as done:
+            for number in done:
+                if run:
+                    bar.update(len(rows_of(number)))
+    for name in names:
+        owned.remove(_part_of(name))
+    _list_bad(model, pictures, out, where)
+
+
+def _list_bad(model, pictures, out, where):
+    """Lists what was left out, and says what was written."""
+    count, bad, example = 0, 0, ""
+    with (
+        whole(out / store.BAD) as part,
+        open(part, "w", encoding="utf-8") as file,
+        ThreadPoolExecutor(32) as pool,  # a bucket answers slowly
+    ):
+        for place, reason in pictures.lost:
+            line = json.dumps({"row": None, "where": place, "reason": reason})
+            file.write(line + "\n")
+            example = example or line
+        paths = [storage.join(where, store.shard(number)) for number in range(store.shards(pictures.size))]
+        for rows, lines in pool.map(store.read_bad, paths):
+            file.writelines(line + "\n" for line in lines)
+            count, bad, example = count + rows, bad + len(lines), example or next(iter(lines), "")
+    if not count:
+        raise InputError(f"none of the {pictures.size} images could be used; for example {_place_and_reason(example)}")
+    if example:
+        listed, left_out = storage.join(where, store.BAD), bad + len(pictures.lost)
+        print(f"{left_out} images were left out, for example {_place_and_reason(example)}; all are listed in {listed}")
+    print(f"wrote {where}: {count:,} embeddings of {model.source.config.embed_dim} dimensions")
+
+
+def write_shard(
+    model: Model,
+    pictures: Pictures,
+    where: str,
+    number: int,
+    about: dict,
+    threads: ThreadPoolExecutor,
+    done: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Writes a shard to the folder `where`, local or in a bucket, whole or not at all. done(n): n more images."""
+    begin, bad = number * store.SHARD, []
+
+    def parts():
+        for start in range(begin, min(begin + store.SHARD, pictures.size), PART):
+            rows = range(start, min(start + PART, begin + store.SHARD, pictures.size))
+            *columns, lines = _embed_rows(model, pictures, rows, threads)
+            bad.extend(lines)
+            yield store.Embeddings(columns[0], np.array(columns[1], np.int64), columns[2], about)
+            done(len(rows))
+
+    name = store.shard(number)
+    if not storage.is_remote(where):
+        store.write(Path(where, name), parts(), about, Path(where, _part_of(name)), bad)
+        return
+    with tempfile.TemporaryDirectory(prefix="rankclip_jax.") as folder:
+        store.write(Path(folder, name), parts(), about, None, bad)
+        storage.write(storage.join(where, name), Path(folder, name).read_bytes())
+
+
+def _part_of(name: str) -> str:
+    return f"_{name}.part"
+
+
+@dataclasses.dataclass(frozen=True)
+class Worker:
+    """What a worker of `embed_to_folder` needs to know, which may lie on another machine. It loads the model once.
+
+    Attributes:
+      model: path, tokenizer and activation, as of `load`.
+      pictures: the arguments of open_pictures.
+      about: as of `embed`.
+      where: the folder of the shards, which all workers can write.
+    """
+
+    model: tuple
+    pictures: tuple
+    about: dict
+    where: str
+
+    def __call__(self, number: int, threads: int) -> int:
+        """Writes the shard."""
+        model, pictures = _of_worker(self.model, self.pictures)
+        found = {"model": model.fingerprint(), "size": pictures.size}
+        if found != {key: self.about[key] for key in found}:
+            raise InputError("a worker finds another model or collection: every machine needs the same files")
+        with ThreadPoolExecutor(threads) as pool:
+            write_shard(model, pictures, self.where, number, self.about, pool)
+        return number
+
+
+@functools.lru_cache(maxsize=1)
+def _of_worker(model, pictures):
+    path, tokenizer, activation = model
+    return load(path, tokenizer=tokenizer, activation=activation), open_pictures(*pictures)
 
 
 def encode(model: Model, pictures: Pictures) -> store.Embeddings:
@@ -132,8 +279,8 @@ def _part(folder: Path, start: int) -> tuple[store.Embeddings, list[str]]:
         raise InputError(f"{file} is damaged ({one_line(error)}); delete it, and run the same command again") from None
 
 
-def _same_run(folder: Path, about: dict) -> None:
-    stored = folder / "about.json"
+def _same_run(folder: Path, about: dict, name: str = "about.json") -> None:
+    stored = folder / name
     if stored.exists():
         try:
             old = dict(json.loads(stored.read_text()))

@@ -1,6 +1,6 @@
 """Searches a file of embeddings for the images nearest to a text; prints and draws them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,26 @@ from rankclip_jax.inference.store import Embeddings
 _SIDE = 256  # pixels of a drawn picture, at most
 
 
-def best(embeddings: Embeddings, z_txt_TxD: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and cosines, (T, k), of the k = min(top, n) nearest rows, nearest first; ties in file order."""
-    scores_TxN = z_txt_TxD @ embeddings.z.T
-    found_TxK = np.argsort(-scores_TxN, axis=1, kind="stable")[:, :top]
-    return found_TxK, np.take_along_axis(scores_TxN, found_TxK, axis=1)
+def best(chunks: Iterable[Embeddings], z_txt_TxD: np.ndarray, top: int) -> tuple[Embeddings, np.ndarray, np.ndarray]:
+    """The k = min(top, n) nearest rows of each text, nearest first; ties in the order of the chunks.
+
+    One chunk at a time is in memory.
+
+    Returns:
+      The matches; indices into them, and cosines, (T, k).
+    """
+    best_T: list[list[tuple[float, int, str]]] = [[] for _ in z_txt_TxD]
+    for chunk in chunks:
+        scores_TxN = z_txt_TxD @ chunk.z.T
+        found_TxK = np.argsort(-scores_TxN, axis=1, kind="stable")[:, :top]
+        for text, found_K in enumerate(found_TxK):
+            new = [(float(scores_TxN[text, i]), int(chunk.rows[i]), chunk.names[i]) for i in found_K]
+            best_T[text] = sorted([*best_T[text], *new], key=lambda match: -match[0])[:top]  # which is stable
+    cosines_TxK = np.array([[cosine for cosine, _, _ in best] for best in best_T])
+    matches = [match for best in best_T for match in best]
+    found_TxK = np.arange(len(matches)).reshape(cosines_TxK.shape)
+    rows, names = np.array([row for _, row, _ in matches], np.int64), [name for *_, name in matches]
+    return Embeddings(np.zeros((len(matches), 0), np.float32), rows, names, {}), found_TxK, cosines_TxK
 
 
 def table(text: str, embeddings: Embeddings, found_K: np.ndarray, cosines_K: np.ndarray) -> str:

@@ -142,8 +142,9 @@ def test_search_finds_the_nearest(run, model, folder, tmp_path, capsys):
 
 def test_ties_come_in_the_files_order_and_top_may_exceed():
     same = np.tile(np.float32([[0.6, 0.8]]), (3, 1))
-    found, cosines = search.best(store.Embeddings(same, np.arange(3), list("abc"), {}), np.float32([[1, 0]]), 10)
-    assert found.tolist() == [[0, 1, 2]] and np.allclose(cosines, 0.6)
+    stored = store.Embeddings(same, np.arange(3), list("abc"), {})
+    matches, found, cosines = search.best([stored], np.float32([[1, 0]]), 10)
+    assert [matches.names[i] for i in found[0]] == list("abc") and np.allclose(cosines, 0.6)
 
 
 def test_what_is_wrong_is_one_line(run, model, folder, tmp_path, monkeypatch):

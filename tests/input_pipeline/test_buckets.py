@@ -17,6 +17,7 @@ from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
 from tests.support.bucket import FAULTS
+from tests.support.s3 import served_s3
 from tests.support.source_files import KEYS, LAYOUTS, WRITERS, read_all, samples, write_csv, write_tar, write_tfrecord
 
 
@@ -194,18 +195,7 @@ def test_pictures_over_http(bucket, tmp_path):
 
 
 def test_s3_by_motos_server(tmp_path, monkeypatch):
-    server = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
-    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    settings = dict(AWS_ACCESS_KEY_ID="a", AWS_SECRET_ACCESS_KEY="b", AWS_REGION="us-east-1")
-    settings |= dict(AWS_ENDPOINT_URL=f"http://{host}:{port}", XDG_CACHE_HOME=str(tmp_path / "cache"))
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    try:
-        client = boto3.client("s3", endpoint_url=settings["AWS_ENDPOINT_URL"], region_name="us-east-1")
-        client.create_bucket(Bucket="mine")
+    with served_s3(tmp_path, monkeypatch) as client:
         made = samples(5)
         for layout in ("webdataset", "tfrecord", "csv", "parquet"):
             folder = tmp_path / layout
@@ -218,5 +208,3 @@ def test_s3_by_motos_server(tmp_path, monkeypatch):
             opened("webdataset", "s3://other/0.tar")
         with pytest.raises(InputError, match="no such file: s3://mine/0.tar"):
             opened("webdataset", "s3://mine/0.tar")
-    finally:
-        running.stop()

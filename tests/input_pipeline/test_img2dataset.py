@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -120,6 +121,37 @@ def test_what_can_be_had_is_there_and_what_not_is_counted_by_reason(web, env, tm
     with pytest.raises(InputError, match="was downloaded with another --short-side; give another folder"):
         options.short_side = 99
         download.download(options.urls, options.out_dir, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distributor", ["multiprocessing", "ray", "pyspark"])
+def test_limits_hold_in_the_workers_of_every_distributor(distributor, web, env, tmp_path):
+    try:
+        download.find_python(env, distributor)
+    except InputError as error:
+        pytest.skip(str(error))
+    if distributor == "pyspark" and not shutil.which("java"):
+        pytest.skip("needs java")
+    urls = [*(f"{web}{path}" for path in SMALL), f"{web}/slow/x", f"{web}/to/ftp://127.0.0.1/x.jpg"]
+    (tmp_path / "list.tsv").write_text("".join(f"picture {i}\t{url}\n" for i, url in enumerate(urls)))
+    options = download._flags().parse_args([str(tmp_path / "list.tsv"), str(tmp_path / "out")])
+    vars(options).update(shard_size=3, processes=2, threads=4, timeout=4, retries=0, env=env, distributor=distributor)
+    options.private = True
+    counts, _ = download.download(options.urls, options.out_dir, options)
+    assert counts == {"images": len(SMALL), "slower than 12 s": 1, "redirected to ftp": 1}
+    options.private, options.out_dir = False, tmp_path / "public"
+    ASKED.clear()
+    assert download.download(options.urls, options.out_dir, options)[0] == {"not a public address": len(urls)}
+    assert not ASKED
+
+
+def test_a_distributor_that_is_not_there_is_named(tmp_path):
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\ncase "$2" in *img2dataset*) exit 0;; esac\nexit 1\n')
+    python.chmod(0o755)
+    with pytest.raises(InputError, match=f"^{python} has no ray; install it: {python} -m pip install ray$"):
+        download.find_python(tmp_path, "ray")
 
 
 @pytest.mark.slow

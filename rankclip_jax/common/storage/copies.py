@@ -1,7 +1,9 @@
-"""Local copies of what programs need as local files: weights, tokenizers, the small files of a workdir in a bucket.
+"""Local copies of what programs need as local files: weights, tokenizers, the small files of a workdir or of an output
+folder in a bucket.
 
-A workdir in a bucket is worked in as a local folder, which notes where it belongs (`origin`). Its checkpoints are
-written to and read from the bucket itself and are no part of the copy.
+Such a folder in a bucket is worked in as a local one, which notes where it belongs (ORIGIN: {"url": ..., "files":
+{name: [size, time] of what the bucket has}}). Checkpoints are written to and read from the bucket itself and are no
+part of the copy.
 """
 
 import atexit
@@ -11,19 +13,20 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
-from rankclip_jax.common.ownership import INDEX
+from rankclip_jax.common.ownership import INDEX, MARKER, ORIGIN, listed
 from rankclip_jax.common.storage import listing, reading
 from rankclip_jax.common.storage.place import is_remote, join, name_of, parent, place_of
 
 CHECKPOINTS = "checkpoints"
-_ORIGIN = ".in_bucket.json"  # {"url": ..., "files": {name: [size, time] of what the bucket has}}
-_LEFT = (_ORIGIN, ".lock")  # what stays on this machine
+_LEFT = (ORIGIN, ".lock")  # what stays on this machine
 _CHUNK = 64 << 20
+_LARGE = (".tfrecord", ".parquet")  # of what is written, this goes to the bucket itself
 _BESIDE = (".json", ".txt")  # what says what a file of weights is
 
 
@@ -48,7 +51,7 @@ def fetched(path: str) -> Path:
     if not any(local.iterdir()):
         listing.check_bucket(path)
         raise InputError(f"no such file or folder: {path}")
-    write_whole(local / _ORIGIN, json.dumps({"url": path, "files": {}}))
+    write_whole(local / ORIGIN, json.dumps({"url": path, "files": {}}))
     return local
 
 
@@ -70,10 +73,44 @@ def workdir(path: str | Path | None) -> Iterator[Path | None]:
         )
     folder = _temporary(name_of(url))
     _fetch(url, folder)
-    known = {name: _stamp(folder / name) for name in _names(folder)}
-    write_whole(folder / _ORIGIN, json.dumps({"url": url, "files": known}))
-    try:
+    with _worked_in(folder, url):
         yield folder
+
+
+@contextlib.contextmanager
+def output(path: str | Path, command: str) -> Iterator[Path]:
+    """The local folder for what a command writes: itself, or a copy of its small files in a bucket, which gets what
+    was written at the end. Shards go to the bucket itself, `shown(folder)`.
+
+    Raises:
+      InputError: it cannot be reached, is an http address, or holds what none of our commands wrote; or as `push`,
+        with what was raised in the block.
+    """
+    if not is_remote(path):
+        yield Path(path)
+        return
+    url = str(path).rstrip("/")
+    reading.writable(url)
+    folder = _temporary(name_of(url))
+    there = {file.path[len(url) + 1 :]: file for file in listing.files_below(url)}
+    if there and MARKER not in there:
+        raise InputError(f"{url} holds files that {command} did not write ({min(there)} ...); give a new folder")
+    if there:
+        _copy(there[MARKER], folder / MARKER)
+        for name in [name for names in listed(folder).values() for name in names]:
+            if name in there and not name.endswith(_LARGE):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                _copy(there[name], folder / name)
+    with _worked_in(folder, url):
+        yield folder
+
+
+@contextlib.contextmanager
+def _worked_in(folder, url):
+    known = {name: _stamp(folder / name) for name in _names(folder)}
+    write_whole(folder / ORIGIN, json.dumps({"url": url, "files": known}))
+    try:
+        yield
     except InputError as error:
         _push_at_the_end(folder)
         raise InputError(str(error).replace(str(folder), url)) from None
@@ -85,32 +122,35 @@ def workdir(path: str | Path | None) -> Iterator[Path | None]:
 
 def origin(folder: str | Path) -> str | None:
     """Where the local copy of a workdir belongs; None: the folder is no copy."""
-    note = Path(folder) / _ORIGIN
+    note = Path(folder) / ORIGIN
     return json.loads(note.read_text())["url"] if note.is_file() else None
 
 
 def shown(folder: str | Path) -> str:
-    """How a workdir is called in messages: by its name in the bucket, if it is in one."""
+    """Where a folder is: its name in the bucket, if it is the copy of one."""
     return origin(folder) or str(folder)
 
 
-def push(folder: str | Path) -> None:
-    """Copies to the bucket what changed in the local copy of a workdir; does nothing for a local one.
+def push(folder: str | Path, every: float = 0.0) -> None:
+    """Copies to the bucket what changed in the local copy of a folder; does nothing for a local one.
+
+    `every`: seconds; nothing is copied sooner after the last time.
 
     Raises:
       InputError: the bucket cannot be reached or written.
     """
     folder = Path(folder)
-    if origin(folder) is None:
+    noted = folder / ORIGIN
+    if origin(folder) is None or time.time() - noted.stat().st_mtime < every:
         return
-    note = json.loads((folder / _ORIGIN).read_text())
+    note = json.loads(noted.read_text())
     # The configuration last: it says that all is there.
     for name in sorted(_names(folder), key=lambda name: (name == "config.json", name)):
         stamp = _stamp(folder / name)
         if note["files"].get(name) != stamp:
             reading.write(join(note["url"], name), (folder / name).read_bytes())
             note["files"][name] = stamp
-    write_whole(folder / _ORIGIN, json.dumps(note))
+    write_whole(noted, json.dumps(note))
 
 
 def _push_at_the_end(folder):

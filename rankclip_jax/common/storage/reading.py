@@ -32,7 +32,7 @@ def write(path: str, data: bytes) -> None:
     if not is_remote(path):
         Path(path).write_bytes(data)
         return
-    store, key = store_of(_writable(path))
+    store, key = store_of(writable(path))
     with _errors_in_one_line(path):
         store.write(key, data).result()
 
@@ -42,12 +42,13 @@ def delete(path: str) -> None:
     if not is_remote(path):
         Path(path).unlink(missing_ok=True)
         return
-    store, key = store_of(_writable(path))
+    store, key = store_of(writable(path))
     with _errors_in_one_line(path):
         store.write(key, None).result()
 
 
-def _writable(path: str) -> Place:
+def writable(path: str) -> Place:
+    """`place_of` a path that is to be written. Raises InputError for an http address."""
     place = place_of(path)
     if place.scheme.startswith("http"):
         raise InputError(f"{path}: nothing can be written to an http address; give a local path, gs:// or s3://")
