@@ -144,7 +144,7 @@ class Transformer(nn.Module):
                     variable_axes={"params": 0},
                     split_rngs={"params": True},
                     in_axes=nn.broadcast,
-                    length=len(jax.tree.leaves(given[name])[0]) if len(parts) > 1 else self.layers,
+                    length=self.layers if name == "resblocks" else len(jax.tree.leaves(given[name])[0]),
                 )
                 x = scan(block(name), x, positions_BxL)[0]
             return x

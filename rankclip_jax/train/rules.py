@@ -112,11 +112,11 @@ def freezes(config: ConfigDict) -> bool:
 
 def trained_names(config: ConfigDict, params: Mapping) -> set[str]:
     """Names of the trained parameters, of each block; of an adapter that of its matrix, whose gradient is computed."""
-    found = set()
-    for name, treatment in treatments(config, params).items():
-        singles = _singles(name, by_name(params)[name])
-        flags = treatment.frozen if isinstance(treatment.frozen, tuple) else [treatment.frozen] * len(singles)
-        found.update(single for single, frozen in zip(singles, flags, strict=True) if not frozen)
+    found, treated = set(), treatments(config, params)
+    for name, leaf in by_name(params).items():
+        singles, frozen = _singles(name, leaf), treated[name].frozen
+        flags = frozen if isinstance(frozen, tuple) else [frozen] * len(singles)
+        found.update(single for single, stays in zip(singles, flags, strict=True) if not stays)
     return found
 
 
