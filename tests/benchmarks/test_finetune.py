@@ -15,7 +15,8 @@ def test_its_recipes_are_the_lines_of_the_tutorial():
     lines = {}
     for words in commands(REPO / "docs" / "tutorials.md"):
         if words[:2] == ["rankclip", "train"] and "--workdir" in words:
-            lines[words[words.index("--workdir") + 1]] = [word for word in words if word.startswith("--config.")]
+            own = [" ".join(word.split()) for word in words if word.startswith("--config.")]
+            lines[words[words.index("--workdir") + 1]] = own
     assert sorted(lines["runs/start"]) == sorted(finetune.START)
     for recipe, flags in finetune.RECIPES.items():
         assert sorted(lines[f"runs/{recipe}"]) == sorted(flags), recipe

@@ -287,7 +287,7 @@ def test_the_speed_is_of_the_operations_that_were_done(tmp_path):
 
 
 def test_the_model_card_says_it():
-    told = [export._training(config_of(share), 3) for share in (0.0, 0.25)]
+    told = [export._training(config_of(share), 3, False) for share in (0.0, 0.25)]
     assert "patch dropout" not in told[0] and told[1]["patch dropout"] == "0.25"
 
 
