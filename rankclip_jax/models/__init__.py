@@ -16,7 +16,7 @@ axis when scanned; `stack_layers` and `unstack_layers` go from one to the other.
 from rankclip_jax.models.attention import choose_attention
 from rankclip_jax.models.clip import CLIP, build
 from rankclip_jax.models.presets import PRESETS, ClipConfig, ResNetConfig, TextConfig, VitConfig, configure
-from rankclip_jax.models.transformer import stack_layers, unstack_layers
+from rankclip_jax.models.transformer import cut_layers, part_start, stack_layers, uncut_layers, unstack_layers
 
 __all__ = [
     "CLIP",
@@ -28,6 +28,9 @@ __all__ = [
     "build",
     "choose_attention",
     "configure",
+    "cut_layers",
+    "part_start",
     "stack_layers",
+    "uncut_layers",
     "unstack_layers",
 ]

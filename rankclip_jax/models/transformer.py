@@ -1,7 +1,7 @@
 """The pre-norm transformer of both towers, and its two parameter layouts: unrolled and scanned."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -135,14 +135,19 @@ class Transformer(nn.Module):
             )
 
         if self.scan_layers:
-            scan = nn.scan(
-                lambda block, x, positions: (block(x, positions), None),
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=nn.broadcast,
-                length=self.layers,
-            )
-            return scan(block("resblocks"), x_BxLxD, positions_BxL)[0]
+            x = x_BxLxD
+            given = self.variables.get("params", {})
+            parts = sorted((name for name in given if _PART.fullmatch(name)), key=part_start) or ["resblocks"]
+            for name in parts:
+                scan = nn.scan(
+                    lambda block, x, positions: (block(x, positions), None),
+                    variable_axes={"params": 0},
+                    split_rngs={"params": True},
+                    in_axes=nn.broadcast,
+                    length=self.layers if name == "resblocks" else len(jax.tree.leaves(given[name])[0]),
+                )
+                x = scan(block(name), x, positions_BxL)[0]
+            return x
         x = x_BxLxD
         for i in range(self.layers):
             x = block(f"resblocks_{i}")(x, positions_BxL)
@@ -168,6 +173,38 @@ def unstack_layers(tree: dict) -> dict:
     if "resblocks" in tree:
         for i in range(len(jax.tree.leaves(tree["resblocks"])[0])):
             out[f"resblocks_{i}"] = jax.tree.map(lambda x, i=i: x[i], tree["resblocks"])
+    return out
+
+
+# A stack may be cut in parts, of which some are frozen: resblocks_from_<number of its first block>.
+_PART = re.compile(r"resblocks_from_(\d+)")
+
+
+def part_start(name: str) -> int | None:
+    """The first block of the part of a stack that is in a name, such as of a parameter; None: no part is."""
+    found = _PART.search(name)
+    return int(found[1]) if found else None
+
+
+def cut_layers(tree: dict, starts: Sequence[int]) -> dict:
+    """Scanned parameters with the stack cut before the blocks `starts`. A model applies them as they are."""
+    if not isinstance(tree, dict):
+        return tree
+    out = {k: cut_layers(v, starts) for k, v in tree.items() if k != "resblocks"}
+    if "resblocks" in tree:
+        for begin, end in zip([0, *starts], [*starts, None], strict=True):
+            out[f"resblocks_from_{begin}"] = jax.tree.map(lambda x, b=begin, e=end: x[b:e], tree["resblocks"])
+    return out
+
+
+def uncut_layers(tree: dict) -> dict:
+    """The inverse of `cut_layers`."""
+    if not isinstance(tree, dict):
+        return tree
+    parts = sorted((name for name in tree if _PART.fullmatch(name)), key=part_start)
+    out = {name: uncut_layers(branch) for name, branch in tree.items() if name not in parts}
+    if parts:
+        out["resblocks"] = jax.tree.map(lambda *x: jnp.concatenate(x), *(tree[name] for name in parts))
     return out
 
 

@@ -65,7 +65,10 @@ def state_shardings(abstract_state: Any, mesh: Mesh, rules: str | Sequence | Non
         if leaf.ndim == 0:
             return whole
         name = path_name(path)
-        other = name.startswith("opt_state/") and shapes.get(_parameter(name, shapes)) != leaf.shape
+        own = shapes.get(_parameter(name, shapes) or "", ())
+        # Of scanned blocks of which some are frozen, an optimiser has the others alone.
+        stack = "/resblocks/" in name and leaf.ndim > 1 and own[1:] == leaf.shape[1:]
+        other = name.startswith("opt_state/") and own != leaf.shape and not stack
         for pattern, spec in pairs:
             if re.search(pattern, name):
                 used.add(pattern)

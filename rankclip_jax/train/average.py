@@ -17,10 +17,12 @@ from rankclip_jax.train import rules
 def begin(params: Mapping, batch_stats: Mapping, config: ConfigDict) -> dict:
     """{"params", "batch_stats"} before the first step: copies, since a step donates its state.
 
-    Without frozen weights, which are their own average, and without what is empty. `config`: config.optim.
+    Without frozen weights, which are their own average, and without what is empty. Stacks of scanned blocks of which
+    some are frozen are whole. `config`: config.optim.
     """
-    trained, _ = rules.split(params, config)
-    return jax.tree.map(jnp.copy, nested(by_name({"params": trained, "batch_stats": batch_stats})))
+    treated = rules.treatments(config, params)
+    trained = {name: x for name, x in by_name(params).items() if treated[name].frozen is not True}
+    return jax.tree.map(jnp.copy, nested(by_name({"params": nested(trained), "batch_stats": batch_stats})))
 
 
 def update(average: Mapping, params: Mapping, batch_stats: Mapping, step: jax.Array, decay: float) -> dict:

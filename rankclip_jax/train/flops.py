@@ -1,6 +1,7 @@
 """How many operations a training step takes, and how many the devices could do: model FLOPs utilisation."""
 
 import re
+from collections.abc import Collection, Sequence
 
 from rankclip_jax.common.devices import Devices
 from rankclip_jax.models import ClipConfig, ResNetConfig, VitConfig
@@ -41,7 +42,12 @@ def peak_tflops(device_kind: str) -> float | None:
 
 
 def step_flops(
-    config: ClipConfig, batch: int, views: int = 1, text_rows: int | None = None, patches: int | None = None
+    config: ClipConfig,
+    batch: int,
+    views: int = 1,
+    text_rows: int | None = None,
+    patches: int | None = None,
+    trained: Collection[str] | None = None,
 ) -> float:
     """Floating-point operations of a training step: matrix products and convolutions of the towers, and of the loss.
 
@@ -49,52 +55,130 @@ def step_flops(
     activations and softmax, which are 0.2 to 1.5 % of what XLA counts. All rows count that the text tower computes:
     `text_rows` where captions are packed; None: a row for each caption, padding included. `patches`: of an image that a
     ViT looks at; None: all.
+
+    A layer counts once forward, once for the gradient of its weights if they are trained, and once for that of its
+    input if anything before it in its tower is trained; a frozen tower so counts its forward pass alone. `trained`:
+    names of trained parameters, blocks unrolled (rules.trained_names); None: all. A matrix with adapters (LoRA) is a
+    trained one, since its gradient is computed; the adapters' own products are not counted.
     """
-    vision, text, d = config.vision, config.text, config.embed_dim
-    picture = _vit(vision, d, patches) if isinstance(vision, VitConfig) else _resnet(vision, d)
-    row = 3 * _transformer(text.layers, text.width, text.mlp_width, text.context_length)
+    image, text = (_Tower(name, trained) for name in ("visual", "text"))
+    if isinstance(config.vision, VitConfig):
+        _vit(image, config.vision, config.embed_dim, patches)
+    else:
+        _resnet(image, config.vision, config.embed_dim)
+    own = config.text
+    text.uses("token_embedding", "positional_embedding")
+    _transformer(text, own.layers, own.width, own.mlp_width, own.context_length)
+    row, text.total = text.total, 0
+    text.uses("ln_final")
+    text.layer("text_projection" if own.causal else "head", own.width * config.embed_dim)
     pairs = batch * views
-    towers = pairs * (picture + 3 * text.width * d) + (pairs if text_rows is None else text_rows) * row
+    towers = pairs * (image.total + text.total) + (pairs if text_rows is None else text_rows) * row
     return 2.0 * towers + 24.0 * batch**2 * config.embed_dim
 
 
-# Multiply-adds a picture or text. A layer costs its forward pass three times, once more for the gradient of its input
-# and once for that of its weights; the first layer of a tower has no gradient of its input.
+class _Tower:
+    """Adds up, layer by layer, the multiply-adds of a tower for a picture or text: forward and backward.
+
+    Attributes:
+      live: whether what was computed so far depends on trained parameters.
+    """
+
+    def __init__(self, name: str, trained: Collection[str] | None):
+        self.total, self.live = 0, False
+        self._trained = None if trained is None else {x.removeprefix(f"{name}/") for x in trained}
+
+    def uses(self, *names: str) -> None:
+        """Parameters, or modules with some, without products that count."""
+        trained = self._trained
+        ends = tuple(f"{name}/" for name in names)
+        self.live = self.live or trained is None or any(x in names or x.startswith(ends) for x in trained)
+
+    def layers(self, names: Sequence[str], products: int) -> None:
+        """Layers of so many products each, with the same input."""
+        live = self.live
+        for name in names:
+            weights = self._trained is None or not self._trained.isdisjoint((name, f"{name}/kernel"))
+            self.total += products * (1 + weights + live)
+        self.uses(*names)
+
+    def layer(self, name: str, products: int) -> None:
+        self.layers([name], products)
+
+    def attention(self, products: int) -> None:
+        """Products of activations, both of which have gradients."""
+        self.total += products * (1 + 2 * self.live)
 
 
-def _transformer(layers: int, width: int, mlp_width: int | None, length: int) -> int:
-    weights = 4 * width**2 + 2 * width * (mlp_width or 4 * width)
-    return layers * (length * weights + 2 * length**2 * width)
+def _transformer(tower: _Tower, layers: int, width: int, mlp_width: int | None, length: int) -> None:
+    mlp = mlp_width or 4 * width
+    for i in range(layers):
+        block = f"transformer/resblocks_{i}"
+        tower.uses(f"{block}/ln_1")
+        tower.layers([f"{block}/attn/{x}_proj" for x in "qkv"], length * width**2)
+        tower.attention(2 * length**2 * width)
+        tower.layer(f"{block}/attn/out_proj", length * width**2)
+        tower.uses(f"{block}/ln_2")
+        tower.layer(f"{block}/mlp/c_fc", length * width * mlp)
+        tower.layer(f"{block}/mlp/c_proj", length * width * mlp)
 
 
-def _vit(config: VitConfig, embed_dim: int, patches: int | None) -> int:
+def _vit(tower: _Tower, config: VitConfig, embed_dim: int, patches: int | None) -> None:
     tokens, width, mlp = patches or config.grid**2, config.width, config.mlp_width or 4 * config.width
-    first = tokens * 3 * config.patch_size**2 * width
-    if config.pool == "map":  # a probe attends; keys, values, both products of attention, its output, an MLP
-        head = 2 * tokens * width**2 + 2 * tokens * width + width**2 + 2 * width * mlp
-    else:
-        tokens, head = tokens + 1, width * embed_dim
-    return 2 * first + 3 * (_transformer(config.layers, width, mlp, tokens) + head)
+    tower.layer("conv1", tokens * 3 * config.patch_size**2 * width)
+    tower.uses("class_embedding", "positional_embedding", "ln_pre")
+    length = tokens + (config.pool == "class")
+    _transformer(tower, config.layers, width, config.mlp_width, length)
+    tower.uses("ln_post")
+    if config.pool == "class":
+        tower.layer("proj", width * embed_dim)
+        return
+    tower.layers(["attnpool/k_proj", "attnpool/v_proj"], tokens * width**2)  # a probe attends over all tokens
+    tower.uses("attnpool/probe", "attnpool/q_proj")
+    tower.attention(2 * tokens * width)
+    tower.layer("attnpool/c_proj", width**2)
+    tower.uses("attnpool/ln")
+    tower.layer("attnpool/mlp/c_fc", width * mlp)
+    tower.layer("attnpool/mlp/c_proj", width * mlp)
 
 
-def _resnet(config: ResNetConfig, embed_dim: int) -> int:
-    width, channels, total = config.width, config.width, 0
+def _resnet(tower: _Tower, config: ResNetConfig, embed_dim: int) -> None:
+    width, channels, side = config.width, config.width, config.image_size
+
+    def conv(name, norm, products):
+        tower.layer(name, products)
+        tower.uses(norm)
+
     if config.stem == "small":
-        side, first = config.image_size, _conv3(config.image_size, 1) * 3 * width
+        conv("conv1", "bn1", _conv3(side, 1) * 3 * width)
     else:
-        side, first = config.image_size // 2, _conv3(config.image_size, 2) * 3 * (width // 2)
-        total += _conv3(side, 1) * (width // 2) * (width // 2 + width)
+        conv("conv1", "bn1", _conv3(side, 2) * 3 * (width // 2))
+        side //= 2
+        conv("conv2", "bn2", _conv3(side, 1) * (width // 2) ** 2)
+        conv("conv3", "bn3", _conv3(side, 1) * (width // 2) * width)
         side //= 2
     for stage, blocks in enumerate(config.layers):
         planes = width * 2**stage
         for block in range(blocks):
-            total += side**2 * channels * planes + _conv3(side, 1) * planes**2
+            of, before = f"layer{stage + 1}_{block}", tower.live
+            conv(f"{of}/conv1", f"{of}/bn1", side**2 * channels * planes)
+            conv(f"{of}/conv2", f"{of}/bn2", _conv3(side, 1) * planes**2)
             side //= 2 if stage and not block else 1  # by an average pool, after the 3x3 convolution
-            total += side**2 * 4 * planes * (planes + (channels if not block else 0))
+            conv(f"{of}/conv3", f"{of}/bn3", side**2 * planes * 4 * planes)
+            if not block:
+                after, tower.live = tower.live, before  # the shortcut has the block's input
+                conv(f"{of}/downsample_0", f"{of}/downsample_1", side**2 * channels * 4 * planes)
+                tower.live = tower.live or after
             channels = 4 * planes
-    tokens = side**2 + 1  # of the attention pool, one of which asks
-    total += channels**2 * (1 + 2 * tokens) + 2 * tokens * channels + channels * embed_dim
-    return 2 * first + 3 * total
+    tokens, live = side**2 + 1, tower.live  # of the attention pool, one of which asks
+    tower.uses("attnpool/positional_embedding")
+    tower.layer("attnpool/q_proj", channels**2)
+    tower.live, asked = live, tower.live
+    tower.uses("attnpool/positional_embedding")
+    tower.layers(["attnpool/k_proj", "attnpool/v_proj"], tokens * channels**2)
+    tower.live = tower.live or asked
+    tower.attention(2 * tokens * channels)
+    tower.layer("attnpool/c_proj", channels * embed_dim)
 
 
 def _conv3(side: int, stride: int) -> int:

@@ -28,16 +28,17 @@ def make_optimizer(
     rate = learning_rate(config, total_steps, steps_per_epoch)
 
     def of(params: optax.Params) -> optax.GradientTransformation:
-        treated = rules.treatments(config, params)
+        every = rules.treatments(config, params)
+        treated = {name: _of_trained(treatment) for name, treatment in every.items()}
         clip = [optax.clip_by_global_norm(config.grad_clip_norm)] if config.grad_clip_norm else []
         step = optax.chain(_DIRECTIONS[config.name](config), _decay(treated), optax.scale_by_learning_rate(rate))
         chain: optax.GradientTransformation = optax.chain(*clip, step)
         if config.layer_lr_decay is not None or any("lr" in fields for _, fields in config.rules):
             chain = optax.chain(chain, optax.stateless(lambda updates, _: _scale(updates, treated)))
         if not any(treatment.frozen for treatment in treated.values()):
-            return chain
+            return _of_trained_blocks(chain, every)
         labels = _by_name(lambda name, _: "freeze" if treated[name].frozen else "train", params)
-        return optax.partition({"train": chain, "freeze": optax.set_to_zero()}, labels)
+        return _of_trained_blocks(optax.partition({"train": chain, "freeze": optax.set_to_zero()}, labels), every)
 
     def update(
         grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None
@@ -45,6 +46,27 @@ def make_optimizer(
         return of(params).update(grads, state, params)
 
     return optax.GradientTransformation(lambda params: of(params).init(params), update)
+
+
+def _of_trained(treatment: rules.Treatment) -> rules.Treatment:
+    """That of the trained blocks alone, of a stack of which some are frozen."""
+    lr, decay, frozen = treatment
+    return rules.Treatment(rules.take_trained(lr, frozen), rules.take_trained(decay, frozen), frozen is True)
+
+
+def _of_trained_blocks(inner: optax.GradientTransformation, treated: dict) -> optax.GradientTransformation:
+    """`inner` of stacks' trained blocks, of which alone there are moments, under the stack's name."""
+    if not any(isinstance(treatment.frozen, tuple) for treatment in treated.values()):
+        return inner
+
+    def taken(tree):
+        return _by_name(lambda name, x: rules.take_trained(x, treated[name].frozen), tree)
+
+    def update(grads, state, params=None):
+        updates, state = inner.update(taken(grads), state, taken(params))
+        return _by_name(lambda name, x: rules.fill_frozen(x, treated[name].frozen), updates), state
+
+    return optax.GradientTransformation(lambda params: inner.init(taken(params)), update)
 
 
 def _by_name(function: Callable, *trees: optax.Params) -> optax.Params:

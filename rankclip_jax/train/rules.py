@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from rankclip_jax import models
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.trees import by_name, path_name
 from rankclip_jax.weights import lora
@@ -36,12 +38,13 @@ _STACK = "/resblocks/"  # of scanned blocks, with a leading axis over them
 class Treatment(NamedTuple):
     """Of one leaf: the factor on the learning rate, the weight decay (0: none), and whether it stays as it is.
 
-    Where they differ among scanned blocks, `lr` and `weight_decay` are float32 arrays that broadcast over the leaf.
+    Where they differ among scanned blocks, `lr` and `weight_decay` are float32 arrays that broadcast over the leaf, and
+    `frozen` has a bool for each block.
     """
 
     lr: float | np.ndarray
     weight_decay: float | np.ndarray
-    frozen: bool
+    frozen: bool | tuple[bool, ...]
 
 
 def treatments(config: ConfigDict, params: Mapping) -> dict[str, Treatment]:
@@ -52,8 +55,7 @@ def treatments(config: ConfigDict, params: Mapping) -> dict[str, Treatment]:
       params: all parameters of the model, arrays or their shapes.
 
     Raises:
-      InputError: a rule that is no trainable parameter's first, or that freezes some of the blocks that are scanned
-        together; or nothing is left to train.
+      InputError: a rule that is no trainable parameter's first, or nothing is left to train.
     """
     leaves = by_name(params)
     singles = {name: _singles(name, leaf) for name, leaf in leaves.items()}
@@ -75,18 +77,14 @@ def treatments(config: ConfigDict, params: Mapping) -> dict[str, Treatment]:
         if _is_adapted(config, name):
             return Treatment(1.0, 0.0, True)
         each = [fields_of(single) for single in singles[name]]
-        frozen = {bool(fields.get("freeze")) for fields in each}
-        if len(frozen) > 1:
-            raise InputError(
-                f"config.optim.rules freezes some blocks of {name.partition(_STACK)[0]} and not others, which are "
-                "scanned together; give --config.model.scan_layers=False"
-            )
+        flags = tuple(bool(fields.get("freeze")) for fields in each)
         usual = config.weight_decay if _DECAYED[config.recipe].search(lora.matrix(name)) else 0.0
         given = [fields.get("weight_decay") for fields in each]
         decays = [usual if decay is None else decay for decay in given]
         rates = [fields.get("lr", 1.0) for fields in each]
         axes = leaves[name].ndim
-        return Treatment(_joined(rates, axes), _joined(decays, axes), True in frozen)
+        frozen = flags if len(set(flags)) > 1 else flags[0]
+        return Treatment(_joined(rates, axes), _joined(decays, axes), frozen)
 
     found = {name: treat(name) for name in leaves}
     names = [single for name in leaves if not _is_adapted(config, name) for single in singles[name]]
@@ -97,7 +95,7 @@ def treatments(config: ConfigDict, params: Mapping) -> dict[str, Treatment]:
                 f"config.optim.rules: {pattern!r} is found in no parameter's name{of}, or a rule before it counts for "
                 f"all of them; names are such as {min(names, key=len)} and {max(names, key=len)}"
             )
-    if all(treatment.frozen for treatment in found.values()):
+    if all(treatment.frozen is True for treatment in found.values()):
         raise InputError("config.optim freezes all parameters, so nothing would be trained. Expected some that are not")
     return found
 
@@ -110,7 +108,26 @@ def _is_adapted(config: ConfigDict, name: str) -> bool:
 def count(config: ConfigDict, params: Mapping) -> int:
     """The number of trained parameters."""
     treated = treatments(config, params)
-    return sum(leaf.size for name, leaf in by_name(params).items() if not treated[name].frozen)
+
+    def share(frozen):
+        return np.mean(np.logical_not(frozen))
+
+    return round(sum(leaf.size * share(treated[name].frozen) for name, leaf in by_name(params).items()))
+
+
+def freezes(config: ConfigDict) -> bool:
+    """Whether config.optim asks for something to be frozen."""
+    return bool(config.freeze or config.lora or any(fields.get("freeze") for _, fields in config.rules))
+
+
+def trained_names(config: ConfigDict, params: Mapping) -> set[str]:
+    """Names of the trained parameters, of each block; of an adapter that of its matrix, whose gradient is computed."""
+    found, treated = set(), treatments(config, params)
+    for name, leaf in by_name(params).items():
+        singles, frozen = _singles(name, leaf), treated[name].frozen
+        flags = frozen if isinstance(frozen, tuple) else [frozen] * len(singles)
+        found.update(single for single, stays in zip(singles, flags, strict=True) if not stays)
+    return found
 
 
 def decay_mask(params: Mapping, recipe: str = "standard") -> dict:
@@ -120,25 +137,67 @@ def decay_mask(params: Mapping, recipe: str = "standard") -> dict:
 
 
 def split(params: Mapping, config: ConfigDict) -> tuple[dict, dict]:
-    """(what is trained, what is frozen): two trees like `params`, each with None in the other's places."""
-    treated = treatments(config, params)
+    """(what is trained, what is frozen): two trees like `params`, each with None in the other's places.
+
+    A stack of which some blocks are frozen is cut (models.cut_layers) where that changes.
+    """
+    treated, cut = treatments(config, params), dict(params)
+    for tower in FROZEN.values():
+        flags = [treatment.frozen for name, treatment in treated.items() if lora.matrix(name).startswith(f"{tower}/")]
+        if starts := sorted({begin for each in flags if isinstance(each, tuple) for begin, _, _ in _runs(each)} - {0}):
+            cut[tower] = models.cut_layers(cut[tower], starts)
+            if "lora" in cut:
+                cut["lora"] = cut["lora"] | {tower: models.cut_layers(cut["lora"][tower], starts)}
+
+    def is_frozen(name: str) -> bool:
+        start = models.part_start(name)
+        if start is None:
+            return treated[name].frozen is True
+        flags = treated[name.replace(f"/resblocks_from_{start}/", _STACK)].frozen
+        return flags[start] if isinstance(flags, tuple) else flags
 
     def part(frozen: bool) -> dict:
         return jax.tree_util.tree_map_with_path(
-            lambda path, x: x if treated[path_name(path)].frozen == frozen else None, params
+            lambda path, x: x if is_frozen(path_name(path)) == frozen else None, cut
         )
 
     return part(False), part(True)
 
 
 def join(trained: Mapping, frozen: Mapping) -> dict:
-    """The inverse of `split`."""
+    """The inverse of `split`, but for the cuts."""
     return jax.tree.map(lambda x, y: y if x is None else x, trained, frozen, is_leaf=lambda x: x is None)
 
 
 def is_stack(name: str) -> bool:
     """Whether a leaf has a leading axis over scanned blocks."""
     return _STACK in name
+
+
+def take_trained(x: Any, frozen: bool | tuple[bool, ...]) -> Any:
+    """Of a leaf, a gradient or a factor on it, the blocks that are trained; `x` itself where that does not differ."""
+    if not isinstance(frozen, tuple) or not np.ndim(x):
+        return x
+    parts = [x[begin:end] for begin, end, frozen in _runs(frozen) if not frozen]
+    return parts[0] if len(parts) == 1 else (np if isinstance(x, np.ndarray) else jnp).concatenate(parts)
+
+
+def fill_frozen(x: jax.Array, frozen: bool | tuple[bool, ...]) -> jax.Array:
+    """The inverse of `take_trained`, with zeros for the blocks that are frozen."""
+    if not isinstance(frozen, tuple):
+        return x
+    parts, used = [], 0
+    for begin, end, stays in _runs(frozen):
+        count = end - begin
+        parts.append(jnp.zeros((count, *x.shape[1:]), x.dtype) if stays else x[used : used + count])
+        used += 0 if stays else count
+    return jnp.concatenate(parts)
+
+
+def _runs(flags: tuple[bool, ...]) -> list[tuple[int, int, bool]]:
+    """(first, one behind the last, flag) of each run of equal flags."""
+    starts = [i for i in range(len(flags)) if not i or flags[i] != flags[i - 1]]
+    return [(begin, end, flags[begin]) for begin, end in zip(starts, [*starts[1:], len(flags)], strict=True)]
 
 
 def _singles(name: str, leaf: Any) -> list[str]:

@@ -21,7 +21,7 @@ from rankclip_jax.common.packing import Packed
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.parallel import processes, sharding
 from rankclip_jax.parallel.mesh import batch_shards, make_mesh, to_devices, to_host
-from rankclip_jax.train import flops
+from rankclip_jax.train import flops, rules
 from rankclip_jax.train import step as steps
 from rankclip_jax.weights import view as weights_view
 from rankclip_jax.weights.lora import Adapted
@@ -118,7 +118,16 @@ class Session:
         rows = units * self.unit_rows if packs else None
         views = 1 + self.config.data.two_views
         patches = None if whole else self.model.config.kept_patches(self.config.model.vision.patch_dropout)
-        return flops.step_flops(self.model.config, self.config.batch_size, views, rows, patches) / 1e12
+        size = self.config.batch_size
+        return flops.step_flops(self.model.config, size, views, rows, patches, self._trained) / 1e12
+
+    @functools.cached_property
+    def _trained(self) -> set[str] | None:
+        """Names of what is trained; None: all."""
+        if not rules.freezes(self.config.optim):
+            return None
+        shapes = jax.eval_shape(lambda: self.model.init(jax.random.key(0), *self.model.example_inputs()))
+        return rules.trained_names(self.config.optim, shapes["params"])
 
     def pack(self, tokens: np.ndarray, parts: int = 1) -> Packed | None:
         """This process's tokens (b, L) or (b, V, L), packed for its devices and for `parts` parts of the batch, as

@@ -17,7 +17,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.packing import Packed
 from rankclip_jax.common.trees import overlaid
 from rankclip_jax.losses import RANKING, LossSpec, clip_loss, rank_weight, weighted_loss
-from rankclip_jax.models import CLIP, images
+from rankclip_jax.models import CLIP, images, uncut_layers
 from rankclip_jax.parallel.mesh import batch_axes
 from rankclip_jax.parallel.sharding import gather, params_shardings, state_shardings
 from rankclip_jax.train import average, rules
@@ -219,7 +219,8 @@ def train_step_function(
 
         value, grads = loss_and_grads(embed, loss_of, trained, rows, config.accumulate, constrain)
         loss, (parts, batch_stats) = value
-        grads = rules.join(grads, jax.tree.map(jnp.zeros_like, frozen))  # the optimiser leaves these out
+        zeros = jax.tree.map(jnp.zeros_like, frozen)
+        grads = uncut_layers(rules.join(grads, zeros))  # the optimiser leaves out what is frozen
         if mesh is not None:  # each device updates its own part
             where = params_shardings(grads, mesh, config.sharding)
             grads = jax.lax.with_sharding_constraint(grads, where)

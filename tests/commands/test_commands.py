@@ -26,7 +26,6 @@ REPO = Path(__file__).parents[2]
 # Module, flags, and what it calls first of all that can go wrong.
 COMMANDS = {
     "rankclip_jax.train.__main__": (["--config", "x.py"], (configs, "load")),
-    "rankclip_jax.train.mix": (["x", "y", "--out", "z"], (pretrained, "read")),
     "rankclip_jax.study.__main__": (["--config", "x.py"], (configs, "load")),
     "rankclip_jax.report.__main__": (["x"], (runs, "read_run")),
     "rankclip_jax.train.mix": (["x", "y", "--out", "z"], (pretrained, "read")),

@@ -257,6 +257,22 @@ def test_the_tutorials(tmp_path, monkeypatch, capsys):
     assert "tensor([[" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_recipes_of_finetuning(world, monkeypatch):
+    """Each trains: the line of the page with what the table adds to it."""
+    monkeypatch.chdir(world)
+    Path("vit-b-32").symlink_to("own_model")
+    text = (REPO / "docs" / "finetuning.md").read_text()
+    recipes = re.findall(r"^\| [^|]+ \| `(--config[^`]+)` \|$", text, re.MULTILINE)
+    line = shlex.split(blocks(REPO / "docs" / "finetuning.md", "bash")[0])
+    assert len(recipes) >= 6
+    recipes += [f"--config.optim.name={name}" for name in ("lion", "adafactor", "muon")]
+    recipes += ["--config.model.vision.patch_dropout=0.5", "--config.loss.objective=siglip"]
+    for number, added in enumerate(recipes):
+        words = [f"runs/recipe{number}" if word == "runs/tuned" else word for word in line]
+        run([*words, *shlex.split(added)], monkeypatch, short_training)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in RUN and blocks(page, "python")], ids=name)
 def test_python_blocks(page, world, monkeypatch):
     monkeypatch.chdir(world)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import sys
 
 import jax
@@ -31,16 +32,21 @@ CASES = {
     "adafactor": dict(name="adafactor"),
     "muon, scanned": dict(name="muon"),
     "last blocks, averaged": dict(rules=LAST, ema=0.9),
+    "last blocks, averaged, scanned": dict(rules=LAST, ema=0.9),
     "adapters, averaged": dict(lora=4, ema=0.9),
+    "adapters of the last blocks, scanned": dict(lora=4, rules=[("resblocks_0/", {"freeze": True})]),
+    "SigLIP": dict(rules=[("attnpool|head|logit", {"lr": 2.0}), ("conv1|embedding", {"freeze": True})], ema=0.9),
 }
+SIGLIP = dict(image_size=16, embed_dim=32, vision=dict(width=32, layers=2, heads=2, patch_size=8))
 
 
-def prepared(optimiser, devices=8, **more):
+def prepared(optimiser, devices=8, scan=False, siglip=False, **more):
     """(config, fresh state, step) on a mesh of devices; of several, everything is split."""
     axes, kind = ({"data": 2, "fsdp": 4}, "fsdp") if devices == 8 else ({"data": 1}, None)
     config = dict(batch_size=16, optim={"lr": 1e-3, "warmup_steps": 1} | optimiser, mesh=axes, sharding=kind)
     config = complete(config | (dict(init_from="a model") if "lora" in optimiser else {}) | more)
-    model = models.build("ViT-tiny", text=TEXT, scan_layers=optimiser.get("name") == "muon", **MODEL)
+    name, fields = ("SigLIP-B/16", SIGLIP) if siglip else ("ViT-tiny", MODEL)
+    model = models.build(name, text=TEXT, scan_layers=scan, **fields)
     model = lora.Adapted(model, config.optim.lora) if config.optim.lora else model
     mesh, tx = make_mesh(axes, jax.devices()[:devices]), optim.make_optimizer(config.optim, 100)
     state = steps.init_state(model, tx, 0, mesh, kind, config.optim)
@@ -65,9 +71,9 @@ def assert_same(a, b):
 @pytest.mark.parametrize("case", CASES)
 def test_eight_devices_equal_one_and_a_resumed_run_an_uninterrupted_one(case, tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "_SMALL", 0)
-    losses = {}
+    losses, loss = {}, dict(objective="siglip" if case == "SigLIP" else "rankclip")
     for devices in (1, 8):
-        config, state, step, mesh = prepared(CASES[case], devices)
+        config, state, step, mesh = prepared(CASES[case], devices, "scanned" in case, case == "SigLIP", loss=loss)
         before, losses[devices] = jax.device_get(state), []
         with Checkpoints(tmp_path / str(devices), config.checkpoint) as checkpoints:
             for number in range(4):
@@ -83,11 +89,46 @@ def test_eight_devices_equal_one_and_a_resumed_run_an_uninterrupted_one(case, tm
     assert losses[8] == pytest.approx(losses[1], rel=2e-4)
     treated, after, start = rules.treatments(config.optim, state.params), by_name(state.params), by_name(before.params)
     moved = {name for name in after if (np.asarray(after[name]) != start[name]).any()}
-    assert moved == {name for name, treatment in treated.items() if not treatment.frozen}
+    assert moved == {name for name, treatment in treated.items() if treatment.frozen is not True}
     if config.optim.ema:  # of what is trained, between the start and the end
         average = by_name(state.ema["params"])
         assert average.keys() == moved
         assert all((np.asarray(average[name]) != np.asarray(after[name])).any() for name in moved)
+
+
+MIXED = [(r"resblocks_1/.*mlp|visual/.*_0/attn/q", {"freeze": True}), ("resblocks_2/", {"lr": 0.3}), LAST[1]]
+
+
+@pytest.mark.parametrize("optimiser", [
+    dict(rules=LAST), dict(rules=MIXED, eps=1e-4), dict(rules=MIXED, name="adafactor"), dict(rules=MIXED, name="muon"),
+], ids=str)  # fmt: skip
+def test_scanned_layers_train_as_unrolled_ones_do(optimiser):
+    """With some of the blocks frozen, also of one kind of matrix, and in the middle: the stack is cut."""
+    found = {}
+    for scan in (False, True):
+        deep = dict(vision=dict(layers=3), text=TEXT | dict(layers=3), image_size=16)
+        optim_of = dict(lr=1e-3, warmup_steps=1, eps=1e-4, schedule="constant", layer_lr_decay=0.9) | optimiser
+        config = complete(dict(batch_size=16, optim=optim_of))
+        network = models.build("ViT-tiny", scan_layers=scan, **deep)
+        mesh, tx = make_mesh({"data": 1}, jax.devices()[:1]), optim.make_optimizer(config.optim, 100)
+        plain = models.build("ViT-tiny", **deep)
+        params = plain.init(jax.random.key(0), *plain.example_inputs())["params"]
+        params = models.stack_layers(params) if scan else params
+        before = jax.device_get(params)
+        state = steps.TrainState(np.int32(0), params, {}, tx.init(params))
+        step = steps.make_train_step(network, tx, config, mesh, total_steps=100, steps_per_epoch=2)
+        for number in range(2):
+            state, _ = step(jax.device_put(state), batch(number, mesh))
+        size = sum(x.size for x in jax.tree.leaves(state.opt_state))
+        after, names = models.unstack_layers(jax.device_get(state.params)), by_name(before).keys()
+        assert by_name(state.params).keys() == names
+        found[scan] = by_name(after), by_name(models.unstack_layers(before)), size, rules.count(config.optim, params)
+    (a, start, *sizes), (b, *_) = found[False], found[True]
+    assert sizes == list(found[True][2:])  # as many moments, and as many parameters said to be trained
+    single = re.compile(optimiser["rules"][0][0])
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], atol=1e-6, err_msg=name)
+        assert (b[name] == start[name]).all() == bool(single.search(name)), name
 
 
 @functools.cache
@@ -97,8 +138,8 @@ def flops(case):
         "all": {},
         "last block": dict(rules=[(r"resblocks_0/|conv1|embedding|ln_pre", {"freeze": True})]),
         "heads": dict(rules=[("ln_post|/proj$|text_proj|ln_final|logit", {"freeze": False}), (".", {"freeze": True})]),
-    }[case]
-    _, state, step, mesh = prepared(optimiser, 1, loss=dict(objective="clip"))
+    }[case.removesuffix(", scanned")]
+    _, state, step, mesh = prepared(optimiser, 1, "scanned" in case, loss=dict(objective="clip"))
     moments = sum(x.size for name, x in by_name(state.opt_state).items() if "/mu/" in name or "/nu/" in name)
     return step.lower(state, batch(0, mesh)).cost_analysis()["flops"], moments, state.params
 
@@ -112,6 +153,9 @@ def test_what_is_frozen_costs_nothing():
     assert fewer == 2 * (sum(own.values()) - frozen)
     # Forward and backward are 3 parts of each of two blocks; of the first only the forward part is left: 4 of 6.
     assert 0.6 < last / every < 0.75
+    # Scanned, each part of the stack is one block, so that XLA's count, of one round of a loop, is of all blocks.
+    scanned, same, _ = flops("last block, scanned")
+    assert same == fewer and 0.97 < scanned / last < 1.03
 
 
 def test_with_heads_alone_only_the_forward_pass_is_left():

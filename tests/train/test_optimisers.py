@@ -163,6 +163,25 @@ def test_beside_what_is_frozen_the_rest_moves_as_alone(name):
             np.testing.assert_allclose(found[key], alone[key], rtol=1e-4, atol=1e-6, err_msg=key)
 
 
+@pytest.mark.parametrize("flags", ["100", "010", "101", "011"])
+@pytest.mark.parametrize("name", NAMES)
+def test_of_a_stack_the_trained_blocks_alone_have_moments(name, flags):
+    """Three scanned blocks, of which those with a 1 are frozen."""
+    frozen = tuple(flag == "1" for flag in flags)
+    given = [(f"resblocks_{i}/", {"freeze": True}) for i in range(3) if frozen[i]] + [(".", {"lr": 0.5})]
+    params, grads = {STACK: drawn(0)[STACK]}, [{STACK: drawn(seed)[STACK]} for seed in (1, 2)]
+    own = {STACK.replace("resblocks", f"resblocks_{i}"): i for i in range(3)}
+    apart = [{key: tree[STACK][i] for key, i in own.items()} for tree in (params, *grads)]
+    found = steps_of(config(name=name, rules=given), params, grads)[-1][STACK]
+    expected = steps_of(config(name=name, rules=given), apart[0], apart[1:])[-1]
+    for key, i in own.items():
+        np.testing.assert_allclose(found[i], expected[key], rtol=1e-4, atol=1e-6)
+        assert (found[i] == np.float32(params[STACK][i])).all() == frozen[i]
+    sizes = [sum(x.size for x in jax.tree.leaves(optim.make_optimizer(config(name=name, rules=rule), 10).init(
+        nested({STACK: jnp.float32(params[STACK])})))) for rule in (given, [])]  # fmt: skip
+    assert sizes[0] <= sizes[1] * 0.7  # two thirds or one third, and counts
+
+
 def test_what_is_written_with_rules():
     params = nested(drawn(0))
     assert rules.treatments(config(freeze="text"), params) == rules.treatments(
@@ -181,7 +200,6 @@ def test_what_is_written_with_rules():
         ([("vishual/", {"lr": 0.1})], r"'vishual/' is found in no parameter's name.* such as logit_scale and text/"),
         ([("visual/", {"lr": 0.1}), ("c_fc", {"lr": 0.2})], r"'c_fc' is found in no .*, or a rule before it counts"),
         ([(".", {"freeze": True})], r"^config.optim freezes all parameters, so nothing would be trained"),
-        ([("resblocks_1/", {"freeze": True})], r"some blocks of text/transformer .* --config.model.scan_layers=False"),
     ],
 )
 def test_rules_that_do_not_fit_the_model_are_refused(given, message):

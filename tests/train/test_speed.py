@@ -1,21 +1,25 @@
 """What makes a step fast changes none of its numbers, and is there: fused attention, donation, policies, traces."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rankclip_jax import config as configs
 from rankclip_jax import models
 from rankclip_jax.common.devices import Devices
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.common.trees import by_name, nested, overlaid
 from rankclip_jax.config import complete
 from rankclip_jax.parallel import compilation_cache
 from rankclip_jax.parallel.mesh import make_mesh
 from rankclip_jax.train import flops, optim
 from rankclip_jax.train import step as steps
 from rankclip_jax.train.profile import Trace
-from rankclip_jax.train.session import build_model
+from rankclip_jax.train.session import Session, Vocabulary, build_model
 from tests.train.test_step import SMALL, TEXT
 
 
@@ -137,6 +141,54 @@ def test_operations_are_those_that_xla_counts(name):
     ours = flops.step_flops(model.config, 2) - 24 * 4 * model.config.embed_dim  # the loss, which they lack
     assert 0.98 < ours / counted <= 1
     assert flops.step_flops(model.config, 2, views=2) == 2 * ours + 24 * 4 * model.config.embed_dim
+
+
+SOME = {
+    "LiT": ("ViT-tiny", r"^text/"),
+    "last blocks": ("ViT-tiny", r"resblocks_[23]/|ln_post|ln_final|proj$|text_projection"),
+    "heads": ("ViT-tiny", r"ln_post|ln_final|visual/proj|text_projection"),
+    "values in the middle, and norms": ("ViT-tiny", r"visual/.*resblocks_2/attn/v_proj|text/.*resblocks_1/ln_2"),
+    "matrices with adapters": ("ViT-tiny", r"(attn|mlp)/.*kernel$"),
+    "MAP": ("SigLIP-B/16", r"attnpool|head"),
+    "last stage": ("RN-tiny", r"layer4|attnpool|text_projection"),
+    "shortcuts": ("RN-tiny", r"layer2_0/downsample|ln_final"),
+    "text": ("RN-tiny", r"^text/"),
+}
+
+
+@pytest.mark.parametrize("case", SOME)
+def test_operations_of_what_is_frozen_are_not_counted(case):
+    name, pattern = SOME[case]
+    small = dict(vision=dict(layers=4), text=dict(layers=3)) if name != "RN-tiny" else {}
+    model = models.build(name, **small)
+    images, tokens = model.example_inputs(2)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images, tokens)
+    every = by_name(variables["params"])
+    trained = {key: x for key, x in every.items() if re.search(pattern, key)}
+
+    def towers(trained, variables):
+        own = variables | {"params": overlaid(variables["params"], nested(trained))}
+        z_img, z_txt, _ = model.apply(own, images, tokens)
+        return (z_img * z_txt).sum()  # a gradient needs both
+
+    counted = jax.jit(jax.grad(towers)).lower(trained, variables).cost_analysis()["flops"]
+    loss = 24 * 4 * model.config.embed_dim
+    ours = flops.step_flops(model.config, 2, trained=trained) - loss
+    assert 0.97 < ours / counted <= 1.001
+    assert flops.step_flops(model.config, 2, trained=every) == flops.step_flops(model.config, 2)
+    forward = flops.step_flops(model.config, 2, trained=()) - loss
+    assert forward < ours < flops.step_flops(model.config, 2) - loss
+
+
+def test_a_session_counts_what_its_rules_train():
+    def tflop(scan=True, **optim):
+        model = {"name": "ViT-tiny", "scan_layers": scan, "vision": {"layers": 2}, "text": {"layers": 2}}
+        given = {"batch_size": 16, "model": model, "optim": optim, "init_from": "a model"}
+        return Session(configs.complete(given), Vocabulary(64, 63)).step_tflop(False)
+
+    last = [(r"resblocks_0/|conv1|embedding|ln_pre", {"freeze": True})]
+    assert tflop(rules=last) == tflop(False, rules=last) < tflop(lora=4) < tflop() == tflop(False)
+    assert tflop(freeze="vision") == tflop(rules=[("^visual/", {"freeze": True})]) < 0.7 * tflop()
 
 
 def test_the_compilation_cache_keeps_out_of_cpus(monkeypatch):
