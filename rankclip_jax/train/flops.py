@@ -1,6 +1,7 @@
 """How many operations a training step takes, and how many the devices could do: model FLOPs utilisation."""
 
 import re
+from collections.abc import Collection
 
 from rankclip_jax.common.devices import Devices
 from rankclip_jax.models import ClipConfig, ResNetConfig, VitConfig
@@ -41,25 +42,33 @@ def peak_tflops(device_kind: str) -> float | None:
 
 
 def step_flops(
-    config: ClipConfig, batch: int, views: int = 1, text_rows: int | None = None, patches: int | None = None
+    config: ClipConfig,
+    batch: int,
+    views: int = 1,
+    text_rows: int | None = None,
+    patches: int | None = None,
+    frozen: Collection[str] = (),
 ) -> float:
     """Floating-point operations of a training step: matrix products and convolutions of the towers, and of the loss.
 
     Forward and backward. Recomputation under remat or accumulation is not counted, as is the custom; nor are norms,
     activations and softmax, which are 0.2 to 1.5 % of what XLA counts. All rows count that the text tower computes:
     `text_rows` where captions are packed; None: a row for each caption, padding included. `patches`: of an image that a
-    ViT looks at; None: all.
+    ViT looks at; None: all. `frozen`: those of "vision" and "text" that have a forward pass alone.
     """
     vision, text, d = config.vision, config.text, config.embed_dim
-    picture = _vit(vision, d, patches) if isinstance(vision, VitConfig) else _resnet(vision, d)
-    row = 3 * _transformer(text.layers, text.width, text.mlp_width, text.context_length)
+    first, others = _vit(vision, d, patches) if isinstance(vision, VitConfig) else _resnet(vision, d)
+    picture = first + others if "vision" in frozen else 2 * first + 3 * others
+    passes = 1 if "text" in frozen else 3
+    row = passes * _transformer(text.layers, text.width, text.mlp_width, text.context_length)
     pairs = batch * views
-    towers = pairs * (picture + 3 * text.width * d) + (pairs if text_rows is None else text_rows) * row
+    towers = pairs * (picture + passes * text.width * d) + (pairs if text_rows is None else text_rows) * row
     return 2.0 * towers + 24.0 * batch**2 * config.embed_dim
 
 
-# Multiply-adds a picture or text. A layer costs its forward pass three times, once more for the gradient of its input
-# and once for that of its weights; the first layer of a tower has no gradient of its input.
+# Multiply-adds of the forward pass of a picture or text, of a picture's first layer and of the others. A layer costs it
+# three times, once more for the gradient of its input and once for that of its weights; a first layer has no gradient
+# of its input.
 
 
 def _transformer(layers: int, width: int, mlp_width: int | None, length: int) -> int:
@@ -67,17 +76,17 @@ def _transformer(layers: int, width: int, mlp_width: int | None, length: int) ->
     return layers * (length * weights + 2 * length**2 * width)
 
 
-def _vit(config: VitConfig, embed_dim: int, patches: int | None) -> int:
+def _vit(config: VitConfig, embed_dim: int, patches: int | None) -> tuple[int, int]:
     tokens, width, mlp = patches or config.grid**2, config.width, config.mlp_width or 4 * config.width
     first = tokens * 3 * config.patch_size**2 * width
     if config.pool == "map":  # a probe attends; keys, values, both products of attention, its output, an MLP
         head = 2 * tokens * width**2 + 2 * tokens * width + width**2 + 2 * width * mlp
     else:
         tokens, head = tokens + 1, width * embed_dim
-    return 2 * first + 3 * (_transformer(config.layers, width, mlp, tokens) + head)
+    return first, _transformer(config.layers, width, mlp, tokens) + head
 
 
-def _resnet(config: ResNetConfig, embed_dim: int) -> int:
+def _resnet(config: ResNetConfig, embed_dim: int) -> tuple[int, int]:
     width, channels, total = config.width, config.width, 0
     if config.stem == "small":
         side, first = config.image_size, _conv3(config.image_size, 1) * 3 * width
@@ -94,7 +103,7 @@ def _resnet(config: ResNetConfig, embed_dim: int) -> int:
             channels = 4 * planes
     tokens = side**2 + 1  # of the attention pool, one of which asks
     total += channels**2 * (1 + 2 * tokens) + 2 * tokens * channels + channels * embed_dim
-    return 2 * first + 3 * total
+    return first, total
 
 
 def _conv3(side: int, stride: int) -> int:

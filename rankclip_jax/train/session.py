@@ -21,7 +21,7 @@ from rankclip_jax.common.packing import Packed
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.parallel import processes, sharding
 from rankclip_jax.parallel.mesh import batch_shards, make_mesh, to_devices, to_host
-from rankclip_jax.train import flops
+from rankclip_jax.train import flops, rules
 from rankclip_jax.train import step as steps
 from rankclip_jax.weights import view as weights_view
 from rankclip_jax.weights.lora import Adapted
@@ -118,7 +118,19 @@ class Session:
         rows = units * self.unit_rows if packs else None
         views = 1 + self.config.data.two_views
         patches = None if whole else self.model.config.kept_patches(self.config.model.vision.patch_dropout)
-        return flops.step_flops(self.model.config, self.config.batch_size, views, rows, patches) / 1e12
+        sizes = self.config.batch_size, views, rows, patches
+        return flops.step_flops(self.model.config, *sizes, self._frozen) / 1e12
+
+    @functools.cached_property
+    def _frozen(self) -> list[str]:
+        """The towers of which nothing is trained, by config.optim.freeze or rules."""
+        optim = self.config.optim
+        if optim.freeze is None and not optim.rules:
+            return []
+        params = jax.eval_shape(self.model.init, jax.random.key(0), *self.model.example_inputs())["params"]
+        trained, _ = rules.split(params, optim)
+        parts = {tower: (trained[name], trained.get("lora", {}).get(name)) for tower, name in rules.FROZEN.items()}
+        return [tower for tower, trees in parts.items() if not jax.tree.leaves(trees)]
 
     def pack(self, tokens: np.ndarray, parts: int = 1) -> Packed | None:
         """This process's tokens (b, L) or (b, V, L), packed for its devices and for `parts` parts of the batch, as

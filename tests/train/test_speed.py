@@ -12,10 +12,10 @@ from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.config import complete
 from rankclip_jax.parallel import compilation_cache
 from rankclip_jax.parallel.mesh import make_mesh
-from rankclip_jax.train import flops, optim
+from rankclip_jax.train import flops, optim, rules
 from rankclip_jax.train import step as steps
 from rankclip_jax.train.profile import Trace
-from rankclip_jax.train.session import build_model
+from rankclip_jax.train.session import Session, Vocabulary, build_model
 from tests.train.test_step import SMALL, TEXT
 
 
@@ -137,6 +137,42 @@ def test_operations_are_those_that_xla_counts(name):
     ours = flops.step_flops(model.config, 2) - 24 * 4 * model.config.embed_dim  # the loss, which they lack
     assert 0.98 < ours / counted <= 1
     assert flops.step_flops(model.config, 2, views=2) == 2 * ours + 24 * 4 * model.config.embed_dim
+
+
+@pytest.mark.parametrize("name", ["RN-tiny", "ViT-tiny"])
+@pytest.mark.parametrize("frozen", ["vision", "text"])
+def test_of_a_frozen_tower_the_forward_pass_counts(name, frozen):
+    model = models.build(name)
+    images, tokens = model.example_inputs(2)
+    statistics = dict(jax.eval_shape(model.init, jax.random.key(0), images, tokens))
+    params = statistics.pop("params")
+    fixed = {rules.FROZEN[frozen]: params[rules.FROZEN[frozen]]}
+
+    def towers(trained, fixed, statistics):
+        z_img, z_txt, _ = model.apply({"params": trained | fixed, **statistics}, images, tokens)
+        return z_img.sum() + z_txt.sum()
+
+    trained = {key: tree for key, tree in params.items() if key not in fixed}
+    counted = jax.jit(jax.value_and_grad(towers)).lower(trained, fixed, statistics).cost_analysis()["flops"]
+    ours = flops.step_flops(model.config, 2, frozen=[frozen]) - 24 * 4 * model.config.embed_dim
+    assert 0.98 < ours / counted <= 1
+
+
+@pytest.mark.parametrize(
+    "optim, frozen",
+    [
+        ({}, ()),
+        ({"freeze": "vision"}, ("vision",)),
+        ({"rules": [("^text/", {"freeze": True})]}, ("text",)),
+        ({"freeze": "text", "rules": [("ln_final", {"freeze": False})]}, ()),
+        ({"lora": 2}, ()),
+        ({"lora": 2, "freeze": "text"}, ("text",)),
+    ],
+)
+def test_a_session_counts_what_is_trained(optim, frozen):
+    config = complete({"batch_size": 16, "model": {"name": "ViT-tiny"}, "optim": optim, "init_from": "a model"})
+    session = Session(config, Vocabulary(64, 63))
+    assert session.step_tflop(False) == flops.step_flops(session.model.config, 16, frozen=frozen) / 1e12
 
 
 def test_the_compilation_cache_keeps_out_of_cpus(monkeypatch):
