@@ -96,7 +96,22 @@ def open_data(
         if own in config.eval[kind]:
             raise InputError(f"config.eval.{kind}.{own}: {reason}")
         print(f"missing: {name}: {reason}")
+    _check_best(config, sets)
     return config, Data(source, val, sets, synonyms, steps_per_epoch, run_length(config, steps_per_epoch)[0])
+
+
+def _check_best(config: ConfigDict, sets: evaluation.Sets) -> None:
+    """Raises InputError where config.checkpoint.best is of nothing that this training evaluates."""
+    best = config.checkpoint.best
+    if best is None:
+        return
+    names = [f"{kind}/{name}/" for kind, found in sets.opened.items() for name in found]
+    names += ["val/"] if config.data.val is not None else []
+    shifted = [f"robustness/{name}/" for name in sets.opened["zero_shot"]]
+    averages = "/ema/" in f"{best}/" and config.optim.ema is None
+    if averages or not best.startswith((*names, *shifted)):
+        why = "config.optim.ema=None" if averages else f"it evaluates {', '.join(names) or 'nothing'}"
+        raise InputError(f"config.checkpoint.best={best!r} is no number of this training's evaluations: {why}")
 
 
 def open_session(
