@@ -276,7 +276,7 @@ KEYS = dict(
         # MiB of blocks, of all lanes together, whose rows are shuffled; two such windows are in memory
         window_mb=integer(1024, 1),
         # with blocks: streams, each of which gives an equal share of every batch; a process reads some of them. None:
-        # the greatest common divisor of 64 and the batch, less where there are few blocks
+        # the greatest common divisor of 64 and the batch, less where blocks are few, or large for a window
         lanes=integer(None, 1),
         # for the index of shards (it may be in a bucket) and unpacked Parquet; None: next to the data, or ~/.cache
         cache_dir=path(None),

@@ -80,7 +80,8 @@ def open_data(
         peers = sources.Peers((jax.process_index(), jax.process_count()), folder, processes.of_all)
     source = sources.open_source(config.data, config.data.train, image_side=image_side(config), peers=peers)
     config = resolve.resolve(config, source.size, old, origin)
-    config = resolve.lanes(config, len(source.blocks.first) if source.blocks else 0)
+    blocks, size = (len(source.blocks.first), source.blocks.size) if source.blocks else (0, 0)
+    config = resolve.lanes(config, blocks, size)
     side = image_side(config)
     steps_per_epoch = source.size // config.batch_size
     if not steps_per_epoch:
