@@ -101,8 +101,9 @@ def page() -> str:
     """The whole of docs/config.md."""
     source = SOURCE.read_text()
     found = tables(source)
-    may_change = re.search(r"^MAY_CHANGE = \((.*)\)", source, re.MULTILINE).group(1)
-    groups = ", ".join(f"`{name}`" for name in re.findall(r'"([\w.]+)"', may_change))
+    may_change = " ".join(re.findall(r"^MAY_CHANGE \+?= \((.*)\)", source, re.MULTILINE))
+    names = [name for name in re.findall(r'"([\w.]+)"', may_change) if name not in ("epochs", "steps")]
+    groups = ", ".join(f"`{name}`" for name in names)
     out = [HEAD.format(may_change=groups), "## The run", ""]
     rows = found["KEYS"]
     tops = [row for row in rows if "." not in row[0]]

@@ -276,7 +276,7 @@ KEYS = dict(
         # MiB of blocks, of all lanes together, whose rows are shuffled; two such windows are in memory
         window_mb=integer(1024, 1),
         # with blocks: streams, each of which gives an equal share of every batch; a process reads some of them. None:
-        # the greatest common divisor of 64 and the batch, less where there are few blocks
+        # the greatest common divisor of 64 and the batch, less where blocks are few, or large for a window
         lanes=integer(None, 1),
         # for the index of shards (it may be in a bucket) and unpacked Parquet; None: next to the data, or ~/.cache
         cache_dir=path(None),
@@ -340,7 +340,9 @@ KEYS = dict(
         keep=integer(2, 1),  # number of latest checkpoints kept
         # also save at every multiple of this number of steps, and keep these permanently
         keep_every=integer(None, 1),
-        best=string(None),  # metric (as in metrics.jsonl) whose best checkpoint is also kept
+        # metric of an evaluation (as in metrics.jsonl) whose best checkpoint is also kept: the one where it is highest,
+        # a validation loss lowest
+        best=string(None),
     ),
     study=dict(  # settings of python -m rankclip_jax.study
         objectives={},  # name -> changed keys of config.loss

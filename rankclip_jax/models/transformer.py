@@ -1,7 +1,7 @@
 """The pre-norm transformer of both towers, and its two parameter layouts: unrolled and scanned."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import flax.linen as nn
 import jax
@@ -136,8 +136,7 @@ class Transformer(nn.Module):
 
         if self.scan_layers:
             x = x_BxLxD
-            given = self.variables.get("params", {})
-            parts = sorted((name for name in given if _PART.fullmatch(name)), key=part_start) or ["resblocks"]
+            parts = _parts(self.variables.get("params", {})) or ["resblocks"]
             for name in parts:
                 scan = nn.scan(
                     lambda block, x, positions: (block(x, positions), None),
@@ -186,6 +185,11 @@ def part_start(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def _parts(names: Iterable[str]) -> list[str]:
+    """Those that are parts of a stack, in its order."""
+    return [name for _, name in sorted((int(found[1]), name) for name in names if (found := _PART.fullmatch(name)))]
+
+
 def cut_layers(tree: dict, starts: Sequence[int]) -> dict:
     """Scanned parameters with the stack cut before the blocks `starts`. A model applies them as they are."""
     if not isinstance(tree, dict):
@@ -201,7 +205,7 @@ def uncut_layers(tree: dict) -> dict:
     """The inverse of `cut_layers`."""
     if not isinstance(tree, dict):
         return tree
-    parts = sorted((name for name in tree if _PART.fullmatch(name)), key=part_start)
+    parts = _parts(tree)
     out = {name: uncut_layers(branch) for name, branch in tree.items() if name not in parts}
     if parts:
         out["resblocks"] = jax.tree.map(lambda *x: jnp.concatenate(x), *(tree[name] for name in parts))

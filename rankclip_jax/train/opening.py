@@ -80,7 +80,8 @@ def open_data(
         peers = sources.Peers((jax.process_index(), jax.process_count()), folder, processes.of_all)
     source = sources.open_source(config.data, config.data.train, image_side=image_side(config), peers=peers)
     config = resolve.resolve(config, source.size, old, origin)
-    config = resolve.lanes(config, len(source.blocks.first) if source.blocks else 0)
+    blocks, size = (len(source.blocks.first), source.blocks.size) if source.blocks else (0, 0)
+    config = resolve.lanes(config, blocks, size)
     side = image_side(config)
     steps_per_epoch = source.size // config.batch_size
     if not steps_per_epoch:
@@ -96,7 +97,22 @@ def open_data(
         if own in config.eval[kind]:
             raise InputError(f"config.eval.{kind}.{own}: {reason}")
         print(f"missing: {name}: {reason}")
+    _check_best(config, sets)
     return config, Data(source, val, sets, synonyms, steps_per_epoch, run_length(config, steps_per_epoch)[0])
+
+
+def _check_best(config: ConfigDict, sets: evaluation.Sets) -> None:
+    """Raises InputError where config.checkpoint.best is of nothing that this training evaluates."""
+    best = config.checkpoint.best
+    if best is None:
+        return
+    names = [f"{kind}/{name}/" for kind, found in sets.opened.items() for name in found]
+    names += ["val/"] if config.data.val is not None else []
+    shifted = [f"robustness/{name}/" for name in sets.opened["zero_shot"]]
+    averages = "/ema/" in f"{best}/" and config.optim.ema is None
+    if averages or not best.startswith((*names, *shifted)):
+        why = "config.optim.ema=None" if averages else f"it evaluates {', '.join(names) or 'nothing'}"
+        raise InputError(f"config.checkpoint.best={best!r} is no number of this training's evaluations: {why}")
 
 
 def open_session(

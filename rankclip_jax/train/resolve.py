@@ -135,11 +135,12 @@ def order(config: ConfigDict, old: ConfigDict | None = None) -> ConfigDict:
     return settled
 
 
-def lanes(config: ConfigDict, blocks: int) -> ConfigDict:
+def lanes(config: ConfigDict, blocks: int, size: int) -> ConfigDict:
     """The configuration with data.lanes, where the order is of blocks.
 
     Args:
       blocks: of the data.
+      size: bytes of all of them. Each lane holds one block at least, so a window has room for as many as lanes are.
 
     Raises:
       InputError: they do not divide the batch, do not divide over the processes, or are more than the blocks.
@@ -150,7 +151,8 @@ def lanes(config: ConfigDict, blocks: int) -> ConfigDict:
         return settled
     with settled.ignore_type():
         if data.lanes is None:
-            most = max(blocks // _LANE_BLOCKS, count)
+            room = (data.window_mb << 20) * blocks // max(size, 1)
+            most = max(min(blocks // _LANE_BLOCKS, room), count)
             data.lanes = math.gcd(64, batch, 1 << most.bit_length() - 1)
     if batch % data.lanes:
         raise InputError(f"config.data.lanes={data.lanes}. Expected a divisor of config.batch_size={batch}")

@@ -130,12 +130,6 @@ def trained_names(config: ConfigDict, params: Mapping) -> set[str]:
     return found
 
 
-def decay_mask(params: Mapping, recipe: str = "standard") -> dict:
-    """A tree like `params`, True where weight decay applies without a rule."""
-    decayed = _DECAYED[recipe]
-    return jax.tree_util.tree_map_with_path(lambda p, _: bool(decayed.search(path_name(p))), params)
-
-
 def split(params: Mapping, config: ConfigDict) -> tuple[dict, dict]:
     """(what is trained, what is frozen): two trees like `params`, each with None in the other's places.
 

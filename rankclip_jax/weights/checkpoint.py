@@ -10,9 +10,10 @@ import contextlib
 import functools
 import json
 import logging
+import re
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from rankclip_jax.weights import late_callbacks
 from rankclip_jax.weights.fingerprint import fingerprints
 
 SCORES = "scores.json"  # beside the checkpoints: {metric: {step: its value}}
+_LOSSES = re.compile(r"val/(clip|siglip|rank_\w+|cyclic_\w+)(/ema)?")  # of config.best; lower values are better
 _VARIABLES = "params", "batch_stats", "ema"  # of a state; the last only with config.optim.ema
 
 
@@ -202,8 +204,15 @@ def scores(folder: epath.Path, metric: str | None) -> dict[int, float]:
 def _by_worth(folder, metric) -> tuple[epath.Path, list[int]]:
     """The steps to try: the one with the best metric, if any was evaluated, then from the newest on."""
     there, known = steps(folder), scores(folder, metric)
-    best = sorted((step for step in there if step in known), key=lambda step: (known[step], step))[-1:]
+    step = best_step({step: score for step, score in known.items() if step in there}, metric)
+    best = [] if step is None else [step]
     return folder, best + [step for step in there if step not in best]
+
+
+def best_step(scores: Mapping[int, float], metric: str | None) -> int | None:
+    """The step whose value of the metric is best, the latest of equal ones: the highest, or of a loss the lowest."""
+    sign = -1 if metric and _LOSSES.fullmatch(metric) else 1
+    return max(scores, key=lambda step: (sign * scores[step], step), default=None)
 
 
 def crc32(data: dict) -> int:

@@ -36,9 +36,9 @@ _WRITTEN = {"state", "data", "metrics", "_CHECKPOINT_METADATA", "commit_success"
 class Checkpoints:
     """Writes the checkpoints of a run, in the background.
 
-    Keeps the latest `config.keep`, every multiple of `config.keep_every`, the one whose metric `config.best` is
-    highest, and the last from which a run can be lengthened. As a context: a failed save is told once, by the
-    exception, and at the end all is written.
+    Keeps the latest `config.keep`, every multiple of `config.keep_every`, the best by `config.best`
+    (`checkpoint.best_step`), and the last from which a run can be lengthened. As a context: a failed save is told once,
+    by the exception, and at the end all is written.
     """
 
     def __init__(self, workdir: str | Path, config: ConfigDict, start: int | None = None, free: int | None = None):
@@ -116,7 +116,7 @@ class Checkpoints:
         """
         if self._best not in numbers or step != self._saved:
             return
-        before = self._best_step()
+        before = checkpoint.best_step(self._scores, self._best)
         self._scores[step] = float(numbers[self._best])
         try:
             self._manager.wait_until_finished()
@@ -142,15 +142,12 @@ class Checkpoints:
             threading.Thread(target=_end_with_main_thread, daemon=True).start()
         return _cannot_save(self._folder, error)
 
-    def _best_step(self) -> int | None:
-        return max(self._scores, key=lambda step: (self._scores[step], step), default=None)
-
     def _kept(self, steps: Sequence[int]) -> set[int]:
         """Those of the saved steps that stay; what is no checkpoint of ours is not ours to remove."""
         multiples = [step for step in steps if self._every and step % self._every == 0]
         free = [step for step in steps if step <= self._free]
         kept = {*sorted(steps)[-self._latest :], *multiples, *sorted(free)[-1:], *self._strangers}
-        return {step for step in steps if step in kept or step == self._best_step()}
+        return {step for step in steps if step in kept or step == checkpoint.best_step(self._scores, self._best)}
 
 
 @dataclasses.dataclass

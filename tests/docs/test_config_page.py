@@ -15,6 +15,8 @@ spec.loader.exec_module(config_page)
 def test_the_page_is_that_of_the_code():
     again = "run: python docs/config_page.py > docs/config.md"
     assert (DOCS / "config.md").read_text() == config_page.page(), again
+    always = [f"`{key}`" for key in config_keys.MAY_CHANGE if key not in ("epochs", "steps")]  # which it names apart
+    assert f"may change only these keys:\n{', '.join(always)}." in config_page.page()
 
 
 def test_every_key_is_there_with_its_default_and_a_comment():

@@ -6,7 +6,6 @@ from jax.sharding import PartitionSpec as P
 
 from rankclip_jax import models
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.trees import path_name
 from rankclip_jax.config import complete
 from rankclip_jax.parallel import sharding
 from rankclip_jax.parallel.mesh import make_mesh
@@ -18,15 +17,17 @@ def config(**fields):
     return complete({"optim": fields}).optim
 
 
+def decayed_in(params, **fields):
+    """Name -> whether weight decay applies."""
+    return {name: treatment.weight_decay > 0 for name, treatment in rules.treatments(config(**fields), params).items()}
+
+
 @pytest.mark.parametrize("name", ["ViT-tiny", "RN-tiny", "SigLIP-B/16"])
 @pytest.mark.parametrize("scan", [False, True])
 def test_decay_is_on_matrices_only(name, scan):
     model = models.build(name, scan_layers=scan)
     params = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
-    decayed = {}
-    jax.tree_util.tree_map_with_path(
-        lambda path, leaf, yes: decayed.update({path_name(path): yes}), params, rules.decay_mask(params)
-    )
+    decayed = decayed_in(params)
     never = ("bias", "scale", "logit_scale", "logit_bias", "class_embedding", "positional_embedding", "probe")
     for path, yes in decayed.items():
         assert yes == (path.split("/")[-1] not in never), path
@@ -38,13 +39,13 @@ def test_decay_is_on_matrices_only(name, scan):
 def test_the_released_recipe_decays_whatever_has_no_such_name_in_torch(name, scan):
     model = models.build(name, scan_layers=scan)
     params = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
-    leaves = jax.tree_util.tree_leaves_with_path(rules.decay_mask(params, "released"))
-    for path, decayed in leaves:
-        theirs = openai(path_name(path).replace("resblocks/", "resblocks_0/"), 2).key
+    found = decayed_in(params, recipe="released")
+    for name, decayed in found.items():
+        theirs = openai(name.replace("resblocks/", "resblocks_0/"), 2).key
         assert decayed == (not any(part in theirs for part in ("bn", "ln", "bias", "logit_scale"))), theirs
-    more = sum(yes for _, yes in leaves) - sum(jax.tree.leaves(rules.decay_mask(params)))
+    more = sum(found.values()) - sum(decayed_in(params).values())
     # Two towers' positions and the class; or the texts', the attention pool's, and a gain for each of four shortcuts.
-    assert more == (3 if name == "ViT-tiny" else 6)
+    assert more == (3 if isinstance(model.config.vision, models.VitConfig) else 6)
 
 
 def test_clipping_bounds_the_gradient_norm():

@@ -74,8 +74,9 @@ def test_a_run_keeps_its_order_wherever_its_data_are():
     assert settled(REMOTE, old=configs.completed(stored)) == "rows"
 
 
-def lanes(batch, blocks=10_000, *changes):
-    return resolve.lanes(configs.load("own", [REMOTE, "data.shuffle=blocks", f"batch_size={batch}", *changes]), blocks)
+def lanes(batch, blocks=10_000, *changes, size=0):
+    given = [REMOTE, "data.shuffle=blocks", f"batch_size={batch}", *changes]
+    return resolve.lanes(configs.load("own", given), blocks, size)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,13 @@ def lanes(batch, blocks=10_000, *changes):
 )
 def test_lanes_are_a_divisor_of_64_and_of_the_batch(batch, blocks, count):
     assert lanes(batch, blocks).data.lanes == count
-    assert resolve.lanes(configs.load("own", [TARS, "data.shuffle=rows"]), 0).data.lanes is None
+    assert resolve.lanes(configs.load("own", [TARS, "data.shuffle=rows"]), 0, 0).data.lanes is None
+
+
+@pytest.mark.parametrize("megabytes, count", [(1, 64), (16, 64), (17, 32), (60, 16), (1000, 1), (2000, 1)])
+def test_a_window_has_room_for_a_block_of_each_lane(megabytes, count):
+    assert lanes(64, 1000, "data.window_mb=1024", size=1000 * megabytes << 20).data.lanes == count
+    assert lanes(64, 1000, "data.lanes=64", size=1000 * megabytes << 20).data.lanes == 64  # if so given
 
 
 def test_lanes_that_do_not_divide_are_refused(monkeypatch):

@@ -103,6 +103,23 @@ def test_plans_and_studies_say_what_they_need():
         opening.open_data(configs.load("own"))
 
 
+def test_a_best_checkpoint_by_what_is_not_evaluated_is_refused_at_the_start():
+    def opened(*changes):
+        small = ["data.train=128", "data.val=16", "eval.retrieval={}", "eval.geometry={}"]
+        return opening.open_data(configs.load("shapes", [*small, *changes]))
+
+    for best in ("zero_shot/seen/top1", "val/clip"):
+        opened(f"checkpoint.best={best}")
+    opened("checkpoint.best=val/clip/ema", "optim.ema=0.9")
+    for best, why in (
+        ("zero_shot/sen/top1", "it evaluates zero_shot/held_out/, zero_shot/seen/, val/"),
+        ("loss", "it evaluates zero_shot/held_out/"),
+        ("zero_shot/seen/ema/top1", "config.optim.ema=None"),
+    ):
+        with pytest.raises(InputError, match=rf"^config.checkpoint.best='{best}' is no number of this .*: {why}"):
+            opened(f"checkpoint.best={best}")
+
+
 CHANGES = {
     "context_length": 20,
     "embed_dim": 96,

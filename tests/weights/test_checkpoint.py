@@ -137,6 +137,23 @@ def test_the_latest_the_best_and_every_so_many_are_kept(tmp_path):
     assert checkpoint.restore_variables(tmp_path, best, variables).step == 7
 
 
+@pytest.mark.parametrize("metric", ["val/clip", "val/siglip/ema", "val/rank_in_modal"])
+def test_the_best_validation_loss_is_the_lowest(metric, tmp_path):
+    checkpoints = Checkpoints(tmp_path, config(keep=1, best=metric))
+    for step, loss in ((1, 0.5), (2, 0.4), (3, 0.9), (4, 0.7)):
+        checkpoints.save(step, state_of(step), step)
+        checkpoints.score(step, {metric: loss})
+    checkpoints.close()
+    assert saved_steps(tmp_path) == [2, 4]
+    assert checkpoint.read_variables(tmp_path, config(best=metric))[0] == 2
+
+
+def test_the_best_of_a_measure_of_the_validation_is_the_highest():
+    assert checkpoint.best_step({1: 0.5, 2: 0.4}, "val/spearman_in_modal") == 1
+    assert checkpoint.best_step({1: 0.5, 2: 0.5}, "zero_shot/rank_1/top1") == 2
+    assert checkpoint.best_step({}, "x") is None
+
+
 def test_what_a_cut_off_save_left_is_cleared_away(tmp_path):
     save(tmp_path, {1: state_of(1)})
     shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp")
