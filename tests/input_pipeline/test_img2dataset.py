@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from input_pipeline import download
+from input_pipeline import download, sources  # noqa: F401 (TensorFlow, before the clock of a download starts)
 from rankclip_jax.common.errors import InputError
 from tests.support.foreign import contents, fill
 from tests.support.web import ASKED, LARGE, SMALL, Server, Web
