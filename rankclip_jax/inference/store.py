@@ -96,7 +96,10 @@ def shards(size: int) -> int:
 def about_of(path: str) -> dict:
     """The metadata of what `chunks` reads. Raises InputError as `chunks`."""
     if not is_folder(path):
-        return next(chunks(path)).about
+        first = next(chunks(path), None)
+        if first is None:
+            raise _foreign(path, "it is empty")
+        return first.about
     about = _about(path)
     if about is None:
         raise InputError(f"no such folder of embeddings: {path}")
