@@ -160,7 +160,7 @@ def _about(folder: str) -> dict | None:
     """The metadata of a folder of shards; None: it is none."""
     try:
         about = json.loads(storage.read(storage.join(folder, ABOUT)))
-        return about if _KEYS | {"size"} <= about.keys() else None
+        return about if _KEYS <= about.keys() and isinstance(about.get("size"), int) else None
     except storage.MissingError:
         return None
     except (ValueError, AttributeError, RecursionError) as error:
