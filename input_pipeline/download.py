@@ -26,20 +26,12 @@ ENV = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankcl
 INSTALL = "python3 -m venv {0} && {0}/bin/pip install 'img2dataset>=1.47,<2' standard-imghdr"
 
 
-def find_python(env: Path | None, distributor: str = "multiprocessing") -> Path:
-    """A Python that has img2dataset and its distributor: that of the environment `env`; None: this one, or that in ENV.
+def find_python(env: Path | None) -> Path:
+    """A Python that has img2dataset: that of the environment `env`; None: this one, or that in ENV.
 
     It depends on a hundred packages that training does not need (OpenCV, pandas, wandb). Raises InputError with the
     command that installs it.
     """
-    python = _find_img2dataset(env)
-    look = f"import {distributor}"
-    if distributor != "multiprocessing" and subprocess.run([python, "-c", look], capture_output=True).returncode:
-        raise InputError(f"{python} has no {distributor}; install it: {python} -m pip install {distributor}")
-    return python
-
-
-def _find_img2dataset(env):
     if env is None and importlib.util.find_spec("img2dataset"):
         return Path(sys.executable)
     env = env or ENV
@@ -51,6 +43,13 @@ def _find_img2dataset(env):
     except OSError:
         pass
     raise InputError(f"no img2dataset in {env}; install it: {INSTALL.format(shlex.quote(str(env)))}")
+
+
+def check_distributor(python: Path, distributor: str) -> None:
+    """Raises InputError, with the command that installs it, where `python` has no such distributor."""
+    look = [python, "-c", f"import {distributor}"]
+    if distributor != "multiprocessing" and subprocess.run(look, capture_output=True).returncode:
+        raise InputError(f"{python} has no {distributor}; install it: {python} -m pip install {distributor}")
 
 
 def download(urls: Path, out_dir: Path, options: argparse.Namespace) -> tuple[Counter, int]:
@@ -81,7 +80,8 @@ def download(urls: Path, out_dir: Path, options: argparse.Namespace) -> tuple[Co
         _remove_unfinished(owned, shards)
         print(f"{total:,} URLs" + (f"; {left_out:,} rows without a URL or a caption left out" if left_out else ""))
         if total:
-            python = find_python(options.env, options.distributor)
+            python = find_python(options.env)
+            check_distributor(python, options.distributor)
             try:
                 private = {"RANKCLIP_DOWNLOAD_PRIVATE": "1"} if options.private else {}
                 _run(python, _arguments(out_dir, own, options), private, out_dir, own / "img2dataset.log", total)

@@ -99,7 +99,7 @@ def _embed(model: Model, flags: argparse.Namespace) -> None:
         loading = (flags.model, flags.tokenizer, flags.activation)
         worker, run = collection.Worker(loading, opening, about, storage.shown(out)), None
         if flags.ray is not None:
-            run = functools.partial(tasks.run_by_ray, worker, address=flags.ray)
+            run = functools.partial(tasks.run_by_ray, worker, address=flags.ray, gpu=True)
         elif flags.workers > 1:
             threads = max(1, (os.cpu_count() or 1) // flags.workers)
             run = functools.partial(tasks.run, worker, workers=flags.workers, threads=threads)

@@ -82,14 +82,14 @@ def _end_with(alive):
 
 
 def run_by_ray(
-    work: Callable[[T, int], R], tasks: Iterable[T], *, address: str, threads: int | None = None
+    work: Callable[[T, int], R], tasks: Iterable[T], *, address: str, threads: int | None = None, gpu: bool = False
 ) -> Generator[R]:
     """As `run`, by Ray.
 
     Args:
       address: of the cluster; "": that of RAY_ADDRESS or of this machine; if none is running, one is started.
-      threads: processors of each task; None: as many as the smallest node has, at most 8. Where the cluster has GPUs,
-        a task also has one of them.
+      threads: processors of each task; None: as many as the smallest node has, at most 8.
+      gpu: each task has a GPU, where the cluster has some.
 
     Raises:
       InputError: as `work`; there is no Ray, or no cluster; or the workers of a task were killed TRIES times.
@@ -99,7 +99,7 @@ def run_by_ray(
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         threads = threads or max(1, min([8, *(int(node["CPU"]) for node in nodes)]))
-        gpus = int(any(node.get("GPU") for node in nodes))
+        gpus = int(gpu and any(node.get("GPU") for node in nodes))
         remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=TRIES - 1)(_call)
         shared, left = ray.put((work, os.getcwd())), iter(tasks)
         while True:

@@ -85,7 +85,7 @@ def embed_to_folder(
     run: Callable[[Iterator[int]], Generator[int]] | None = None,
 ) -> None:
     """Writes the embeddings of all images to a folder of Parquet shards of `store.SHARD` images (without the unusable,
-    which `store.BAD` lists with their reasons). Memory does not depend on the number of images.
+    which `store.BAD` lists with their reasons). Memory does not grow with the number of images.
 
     Finished shards are kept, so the same command resumes.
 

@@ -96,7 +96,10 @@ def shards(size: int) -> int:
 def about_of(path: str) -> dict:
     """The metadata of what `chunks` reads. Raises InputError as `chunks`."""
     if not is_folder(path):
-        return next(chunks(path)).about
+        first = next(chunks(path), None)
+        if first is None:
+            raise _foreign(path, "it is empty")
+        return first.about
     about = _about(path)
     if about is None:
         raise InputError(f"no such folder of embeddings: {path}")
@@ -157,7 +160,7 @@ def _about(folder: str) -> dict | None:
     """The metadata of a folder of shards; None: it is none."""
     try:
         about = json.loads(storage.read(storage.join(folder, ABOUT)))
-        return about if _KEYS | {"size"} <= about.keys() else None
+        return about if _KEYS <= about.keys() and isinstance(about.get("size"), int) else None
     except storage.MissingError:
         return None
     except (ValueError, AttributeError, RecursionError) as error:

@@ -22,6 +22,7 @@ from rankclip_jax.common.pictures import read, read_file
 from rankclip_jax.inference import collection, search, store
 from rankclip_jax.inference.pictures import Pictures
 from tests.support.made_models import VIT, make_workdir
+from tests.support.rays import two_workers_of_ray
 from tests.support.s3 import served_s3
 
 D = 16
@@ -278,14 +279,9 @@ def test_a_killed_worker_changes_nothing(engine, photos, tmp_path, monkeypatch):
         atol=1e-6,
     )
     if engine == "ray":
-        import ray
-
         (tmp_path / "killed").unlink()
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-        try:
+        with two_workers_of_ray(monkeypatch):
             assert made(tmp_path / "ray", functools.partial(tasks.run_by_ray, address="", threads=1)) == two
-        finally:
-            ray.shutdown()
         assert (tmp_path / "killed").exists()
     with pytest.raises(InputError, match="another model or collection"):
         collection.Worker((str(workdir), None, "quick_gelu"), opening, about | {"size": 3}, "")(0, 1)

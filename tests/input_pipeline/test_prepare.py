@@ -49,7 +49,7 @@ def mixed(tmp_path):
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["prepare", *map(str, arguments), "--workers", "3"])
+    monkeypatch.setattr(sys, "argv", ["prepare", *map(str, arguments), "--threads", "3"])
     prepare.main()
 
 

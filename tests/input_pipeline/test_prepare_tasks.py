@@ -15,6 +15,7 @@ from PIL import Image
 from input_pipeline import prepare, shard_tasks, shards, sources
 from rankclip_jax.common import storage, tasks
 from rankclip_jax.common.errors import InputError
+from tests.support.rays import two_workers_of_ray
 from tests.support.s3 import served_s3
 
 ROWS, SIZE, BAD = 40, 6, (3, 17, 18, 31)
@@ -84,10 +85,9 @@ def test_a_killed_process_changes_nothing(data, tmp_path, monkeypatch):
 
 
 def test_a_killed_worker_of_ray_changes_nothing(data, tmp_path, monkeypatch):
-    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray")
     run(monkeypatch, data, tmp_path / "one")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
+    with two_workers_of_ray(monkeypatch):
         by_ray = functools.partial(tasks.run_by_ray, address="", threads=1)
         prepared_with_a_kill(data, tmp_path / "two", by_ray, tmp_path / "killed")
         assert (tmp_path / "killed").exists()
@@ -101,8 +101,6 @@ def test_a_killed_worker_of_ray_changes_nothing(data, tmp_path, monkeypatch):
         with pytest.raises(InputError, match="every machine needs the same source"):
             worker = shard_tasks.Worker(_spec(data).to_json(), ROWS + 1, prepare.Options(), str(tmp_path))
             list(by_ray(worker, [shard_tasks.Task(0, range(2), range(2), None)]))
-    finally:
-        ray.shutdown()
 
 
 def _spec(data):
@@ -203,7 +201,7 @@ def test_a_bucket_is_written_by_processes_too(data, tmp_path, monkeypatch, bucke
     bucket.requests.clear()
     spec = prepare.configs.complete({"data": {"format": "tfrecord"}}).data
     assert sources.open_source(spec, "gs://mine/out", image_side=8).size == 36
-    assert not bucket.read_bytes("out/0")  # the index tells where the rows are
+    assert not bucket.read_bytes("out/00006")  # the index tells where its rows are; the first rows tell the keys
 
 
 def test_a_bucket_with_files_of_others_is_refused(data, monkeypatch, bucket):
