@@ -136,8 +136,8 @@ class Transformer(nn.Module):
 
         if self.scan_layers:
             x = x_BxLxD
-            parts = _parts(self.variables.get("params", {})) or ["resblocks"]
-            for name in parts:
+            given = self.variables.get("params", {})
+            for name in _parts(given) or ["resblocks"]:
                 scan = nn.scan(
                     lambda block, x, positions: (block(x, positions), None),
                     variable_axes={"params": 0},
