@@ -55,7 +55,7 @@ COLUMNS = ("recipe", "loss", "seed", "trained", "step_ms", "states_mib", "new", 
 
 
 def train(*words: str) -> None:
-    """`rankclip train` in this process, so that all is imported once. It joins no others, which JAX allows only once."""
+    """`rankclip train` in this process, so that all is imported once; it joins no others, which JAX allows once."""
     from rankclip_jax.parallel import processes
     from rankclip_jax.train import __main__ as command
 

@@ -1,7 +1,7 @@
 """The pre-norm transformer of both towers, and its two parameter layouts: unrolled and scanned."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import flax.linen as nn
 import jax
@@ -137,8 +137,7 @@ class Transformer(nn.Module):
         if self.scan_layers:
             x = x_BxLxD
             given = self.variables.get("params", {})
-            parts = sorted((name for name in given if _PART.fullmatch(name)), key=part_start) or ["resblocks"]
-            for name in parts:
+            for name in _parts(given) or ["resblocks"]:
                 scan = nn.scan(
                     lambda block, x, positions: (block(x, positions), None),
                     variable_axes={"params": 0},
@@ -180,6 +179,12 @@ def unstack_layers(tree: dict) -> dict:
 _PART = re.compile(r"resblocks_from_(\d+)")
 
 
+def _parts(names: Iterable[str]) -> list[str]:
+    """Those of the parts of a stack, in their order."""
+    starts = {int(found[1]): name for name in names if (found := _PART.fullmatch(name))}
+    return [starts[start] for start in sorted(starts)]
+
+
 def part_start(name: str) -> int | None:
     """The first block of the part of a stack that is in a name, such as of a parameter; None: no part is."""
     found = _PART.search(name)
@@ -201,7 +206,7 @@ def uncut_layers(tree: dict) -> dict:
     """The inverse of `cut_layers`."""
     if not isinstance(tree, dict):
         return tree
-    parts = sorted((name for name in tree if _PART.fullmatch(name)), key=part_start)
+    parts = _parts(tree)
     out = {name: uncut_layers(branch) for name, branch in tree.items() if name not in parts}
     if parts:
         out["resblocks"] = jax.tree.map(lambda *x: jnp.concatenate(x), *(tree[name] for name in parts))
