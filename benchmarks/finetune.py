@@ -55,10 +55,11 @@ COLUMNS = ("recipe", "loss", "seed", "trained", "step_ms", "states_mib", "new", 
 
 
 def train(*words: str) -> None:
-    """`rankclip train` in this process, so that it is imported once."""
+    """`rankclip train` in this process, so that all is imported once; it joins no others, which JAX allows once."""
+    from rankclip_jax.parallel import processes
     from rankclip_jax.train import __main__ as command
 
-    with mock.patch.object(sys, "argv", ["rankclip train", *words]):
+    with mock.patch.object(sys, "argv", ["rankclip train", *words]), mock.patch.object(processes, "start"):
         command.main()
 
 
@@ -100,15 +101,15 @@ def costs(workdir: Path) -> dict:
 
 
 def measure(
-    folder: Path, work: Path, *, steps: int, start_steps: int, seeds: int, rows: int, keys: Sequence[str] = ()
+    folder: Path, work: Path, *, steps: int, start_steps: int, seeds: int, rows: int
 ) -> tuple[tuple[float, float], list[dict]]:
-    """-> (accuracies of the starting model, a row of COLUMNS for each run). `keys`: added to every training."""
+    """-> (accuracies of the starting model, a row of COLUMNS for each run)."""
     from rankclip_jax.train import evaluate
 
     work.mkdir(parents=True, exist_ok=True)
     start, experiment = work / "start", f"configs/finetune.py:dir={folder},start={work / 'start'}"
-    common = ["--config.log=()", *keys]
-    train("shapes", f"--workdir={start}", *START, f"--config.steps={start_steps}", *common)
+    length = [f"--config.steps={start_steps}", f"--config.optim.warmup_steps={min(50, start_steps // 4)}"]
+    train("shapes", f"--workdir={start}", *START, *length, "--config.log=()")
     fewer = labels(folder, work, rows)
     sets = [f"eval.model={start}", fewer.removeprefix("--config.")]
     found = evaluate.evaluate(evaluate.settings(experiment, None, sets), None)["zero_shot"]
@@ -119,8 +120,8 @@ def measure(
         for recipe, own in RECIPES.items():
             for loss in LOSSES:
                 workdir = work / f"{recipe}-{loss}-{seed}"
-                run = [f"--config.steps={steps}", f"--config.seed={seed}", "--config.data.val=None", fewer]
-                train(f"{experiment},objective={loss}", f"--workdir={workdir}", *own, *run, *common)
+                run = [f"--config.steps={steps}", f"--config.seed={seed}", "--config.data.val=None", "--config.log=()"]
+                train(f"{experiment},objective={loss}", f"--workdir={workdir}", *own, *run, fewer)
                 new, kept = accuracies(workdir)
                 row = {"recipe": recipe, "loss": loss, "seed": seed, "new": new, "kept": kept} | costs(workdir)
                 result.append(row)

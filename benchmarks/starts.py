@@ -91,7 +91,7 @@ class Start:
             code = 99
         os._exit(code)
 
-    def wait(self, until: Callable[[], bool] = lambda: False, timeout: float = 1200) -> int | None:
+    def wait(self, until: Callable[[], bool] = lambda: False, timeout: float = 3600) -> int | None:
         """The exit code (-9: killed), or None as soon as `until()`."""
         while time.monotonic() < self.begin + timeout:
             pid, status = os.waitpid(self.pid, os.WNOHANG)

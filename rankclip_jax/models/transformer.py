@@ -179,6 +179,12 @@ def unstack_layers(tree: dict) -> dict:
 _PART = re.compile(r"resblocks_from_(\d+)")
 
 
+def _parts(names: Iterable[str]) -> list[str]:
+    """Those of the parts of a stack, in their order."""
+    starts = {int(found[1]): name for name in names if (found := _PART.fullmatch(name))}
+    return [starts[start] for start in sorted(starts)]
+
+
 def part_start(name: str) -> int | None:
     """The first block of the part of a stack that is in a name, such as of a parameter; None: no part is."""
     found = _PART.search(name)

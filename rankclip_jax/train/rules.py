@@ -172,8 +172,8 @@ def take_trained(x: Any, frozen: bool | tuple[bool, ...]) -> Any:
     """Of a leaf, a gradient or a factor on it, the blocks that are trained; `x` itself where that does not differ."""
     if not isinstance(frozen, tuple) or not np.ndim(x):
         return x
-    parts = [x[begin:end] for begin, end, frozen in _runs(frozen) if not frozen]
-    return parts[0] if len(parts) == 1 else (np if isinstance(x, np.ndarray) else jnp).concatenate(parts)
+    parts = [x[begin:end] for begin, end, stays in _runs(frozen) if not stays]
+    return np.concatenate(parts) if isinstance(x, np.ndarray) else jnp.concatenate(parts)
 
 
 def fill_frozen(x: jax.Array, frozen: bool | tuple[bool, ...]) -> jax.Array:

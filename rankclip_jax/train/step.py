@@ -177,6 +177,7 @@ def train_step_function(
     ramp_epochs = spec.ramp_epochs or -(-total_steps // steps_per_epoch)
     side, patches = model.config.vision.image_size, model.config.vision.grid**2
     kept = None if whole else model.config.kept_patches(config.model.vision.patch_dropout)
+    on_cpu = mesh is not None and devices_of(mesh).platform == "cpu"
 
     def constrain(tree):
         if mesh is None:
@@ -224,11 +225,14 @@ def train_step_function(
         if mesh is not None:  # each device updates its own part
             where = params_shardings(grads, mesh, config.sharding)
             grads = jax.lax.with_sharding_constraint(grads, where)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        opt_state, grad_norm = state.opt_state, optax.tree.norm(grads)
+        if on_cpu and config.optim.grad_clip_norm is None:
+            opt_state = _counters_after(grad_norm, opt_state)
+        updates, opt_state = tx.update(grads, opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if not model.config.siglip:  # whose authors do not: its published scales are above 100
             params = clamp_logit_scale(params)
-        metrics = {"loss": loss, **parts, "grad_norm": optax.tree.norm(grads), "logit_scale": _scale(state.params)}
+        metrics = {"loss": loss, **parts, "grad_norm": grad_norm, "logit_scale": _scale(state.params)}
         if "logit_bias" in state.params:
             metrics["logit_bias"] = state.params["logit_bias"]
         if spec.objective in RANKING:
@@ -239,6 +243,16 @@ def train_step_function(
         return dataclasses.replace(state, **new), metrics
 
     return train_step
+
+
+def _counters_after(grad_norm: jax.Array, opt_state: optax.OptState) -> optax.OptState:
+    """The same opt_state, whose counters wait for the norm of the gradients, and so for all that reads the weights.
+
+    XLA on a CPU would else copy each weight in each step, since it cannot prove that the weight is read before it is
+    replaced. What clips gradients waits for the norm anyway. A norm that is no number ends the run; it moves them.
+    """
+    late = jnp.isnan(grad_norm).astype(jnp.int32)
+    return jax.tree.map(lambda x: x + late if jnp.issubdtype(x.dtype, jnp.integer) else x, opt_state)
 
 
 def clamp_logit_scale(params: dict) -> dict:

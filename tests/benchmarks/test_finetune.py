@@ -60,12 +60,10 @@ def test_it_measures(tmp_path, monkeypatch, capsys):
             csv.writer(file).writerows(row[columns] for row in table)
     (folder / "classes.json").write_text('["cat", "dog"]')
     (folder / "templates.json").write_text('["a photo of a {}"]')
-    monkeypatch.setattr("rankclip_jax.parallel.processes.start", lambda *flags: None)  # for fresh processes
     monkeypatch.setattr(finetune, "RECIPES", {name: finetune.RECIPES[name] for name in ("last", "lora")})
     monkeypatch.chdir(REPO)
     shutil.copy(REPO / "docs" / "finetuning.md", tmp_path)
-    sizes = dict(steps=2, start_steps=2, seeds=1, rows=8)
-    before, found = finetune.measure(folder, tmp_path / "work", **sizes, keys=["--config.optim.warmup_steps=1"])
+    before, found = finetune.measure(folder, tmp_path / "work", steps=2, start_steps=2, seeds=1, rows=8)
     assert 0 <= before[0] <= 100 and [row["recipe"] for row in found] == ["last", "last", "lora", "lora"]
     assert all(0 <= row["new"] <= 100 and 0 <= row["kept"] <= 100 and row["step_ms"] > 0 for row in found)
     last, _, lora, _ = found

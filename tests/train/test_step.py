@@ -1,5 +1,6 @@
 import functools
 import os
+import re
 import subprocess
 import sys
 from typing import NamedTuple
@@ -175,6 +176,23 @@ def test_a_fresh_state_compiled_quickly_has_the_usual_bits():
     environment = os.environ | {"XLA_FLAGS": ""}  # and not the tests' own level
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.stdout.endswith("equal\n"), done.stderr
+
+
+def test_on_a_cpu_no_weight_is_copied_in_a_step(monkeypatch):
+    model = models.build("ViT-tiny", text=TEXT, **SMALL["ViT-tiny"])
+    config, mesh = complete({"batch_size": 4, "optim": {"warmup_steps": 2}}), make_mesh({"data": -1}, jax.devices()[:1])
+    tx = optim.make_optimizer(config.optim, 100)
+    pictures, tokens = jax.ShapeDtypeStruct((4, 16, 16, 3), np.uint8), jax.ShapeDtypeStruct((4, 8), np.int32)
+
+    def copied():
+        step = steps.make_train_step(model, tx, config, mesh, total_steps=100, steps_per_epoch=2)
+        state = steps.abstract_state(model, tx, mesh, None)
+        program = step.lower(state, {"image": pictures, "tokens": tokens}).compile().as_text()
+        return re.findall(r" copy\(%\S*kernel", program)
+
+    assert not copied()
+    monkeypatch.setattr(steps, "_counters_after", lambda norm, opt_state: opt_state)
+    assert copied()
 
 
 def test_siglip_learns_its_bias():
