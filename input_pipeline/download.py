@@ -47,7 +47,7 @@ def find_python(env: Path | None) -> Path:
 
 def check_distributor(python: Path, distributor: str) -> None:
     """Raises InputError, with the command that installs it, where `python` has no such distributor."""
-    look = [python, "-c", f"import {distributor}"]
+    look = [str(python), "-c", f"import {distributor}"]
     if distributor != "multiprocessing" and subprocess.run(look, capture_output=True).returncode:
         raise InputError(f"{python} has no {distributor}; install it: {python} -m pip install {distributor}")
 

@@ -193,7 +193,8 @@ def part_start(name: str) -> int | None:
 
 def _parts(names: Iterable[str]) -> list[str]:
     """Those that are parts of a stack, in its order."""
-    return [name for _, name in sorted((int(found[1]), name) for name in names if (found := _PART.fullmatch(name)))]
+    starts = {name: int(found[1]) for name in names if (found := _PART.fullmatch(name))}
+    return sorted(starts, key=starts.__getitem__)
 
 
 def cut_layers(tree: dict, starts: Sequence[int]) -> dict:
