@@ -191,12 +191,6 @@ def part_start(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _parts(names: Iterable[str]) -> list[str]:
-    """Those that are parts of a stack, in its order."""
-    starts = {name: int(found[1]) for name in names if (found := _PART.fullmatch(name))}
-    return sorted(starts, key=starts.__getitem__)
-
-
 def cut_layers(tree: dict, starts: Sequence[int]) -> dict:
     """Scanned parameters with the stack cut before the blocks `starts`. A model applies them as they are."""
     if not isinstance(tree, dict):
