@@ -149,11 +149,13 @@ def _ready(file: IndexFile, whole: bool) -> IndexFile | None:
 
 def _listed(folder: str, kind: str) -> list[tuple[str, int]]:
     """(path, size) of the index files of a kind; none where the folder cannot be read."""
+    found = []
     try:
         if storage.is_remote(folder):
             found = [(file.path, file.size) for file in storage.files_in(folder)]
-        else:
-            found = [(item.path, item.stat().st_size) for item in os.scandir(folder) if item.is_file()]
+        for item in () if storage.is_remote(folder) else os.scandir(folder):
+            with contextlib.suppress(FileNotFoundError):  # another run has replaced it just now
+                found += [(item.path, item.stat().st_size)] if item.is_file() else []
     except (OSError, InputError):
         return []
     return sorted(item for item in found if index_file.is_named(storage.name_of(item[0]), kind))

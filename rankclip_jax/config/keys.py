@@ -340,8 +340,8 @@ KEYS = dict(
         keep=integer(2, 1),  # number of latest checkpoints kept
         # also save at every multiple of this number of steps, and keep these permanently
         keep_every=integer(None, 1),
-        # metric of an evaluation (as in metrics.jsonl) whose best checkpoint is also kept: the one where it is highest,
-        # a validation loss lowest
+        # metric of an evaluation (as in metrics.jsonl) whose best checkpoint is also kept: the one where it is highest;
+        # where validation losses, alignment, uniformity or a drop in robustness are lowest
         best=string(None),
     ),
     study=dict(  # settings of python -m rankclip_jax.study

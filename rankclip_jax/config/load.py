@@ -165,7 +165,7 @@ def complete(config: Mapping) -> ConfigDict:
     _check_schedule(merged.optim)
     with merged.ignore_type():
         merged.optim.rules = tuple(_parameter_rule(number, *rule) for number, rule in enumerate(merged.optim.rules))
-    _check_start(merged)
+    _check_lora(merged)
     return merged
 
 
@@ -204,10 +204,7 @@ def _parameter_rule(number: int, pattern: str, fields: Mapping) -> tuple[str, di
     return pattern, {name: checked[name] for name in fields}
 
 
-def _check_start(config: ConfigDict) -> None:
-    for key, usual in (("init_towers", "both"), ("init_skip", ())):
-        if config.init_from is None and config[key] != usual:
-            raise InputError(f"config.{key}={config[key]!r}. Expected {usual!r}, since config.init_from=None")
+def _check_lora(config: ConfigDict) -> None:
     if config.optim.lora is None:
         return
     for key, wrong, expected in (

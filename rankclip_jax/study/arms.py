@@ -39,12 +39,20 @@ def arms_of(config: ConfigDict) -> list[Arm]:
 
 
 def config_of(config: ConfigDict, arm: Arm) -> ConfigDict:
-    """The training configuration of an arm. Raises InputError where its condition changes the network."""
+    """The training configuration of an arm. Raises InputError for what a study does not train, or where its condition
+    changes the network."""
     changes = config.study.conditions[arm.condition].to_dict() if arm.condition else {}
     changes.pop("objectives", None)
     fields = merged(config.to_dict(), changes)
     fields["loss"] = fields["loss"] | config.study.objectives[arm.objective].to_dict()
     made = complete(fields)
+    for key, value, how in (
+        ("steps", made.steps, "for config.epochs"),
+        ("init_from", made.init_from, "from scratch"),
+        ("data.two_views", made.data.two_views, "on one view of each picture"),
+    ):
+        if value:
+            raise InputError(f"config.{key}={value!r} is not for a study, which trains {how}")
     if _architecture(made) != _architecture(config):
         raise InputError(f"config.study.conditions.{arm.condition} changes the network. A study compares one network")
     return made

@@ -140,7 +140,7 @@ def lanes(config: ConfigDict, blocks: int, size: int) -> ConfigDict:
 
     Args:
       blocks: of the data.
-      size: bytes of all of them. Each lane holds one block at least, so a window has room for as many as lanes are.
+      size: bytes of all of them. Each lane holds at least one, so the run takes no more lanes than fit a window.
 
     Raises:
       InputError: they do not divide the batch, do not divide over the processes, or are more than the blocks.
@@ -163,11 +163,11 @@ def lanes(config: ConfigDict, blocks: int, size: int) -> ConfigDict:
             f"config.data.lanes={data.lanes} does not divide over {count} processes, each of which reads whole lanes. "
             "Start a number that divides it" + (f"; or, in a new run, set config.data.lanes={near}" if near else "")
         )
-    if data.lanes > blocks:  # a lane without a block would be waited for without end
+    if data.lanes > blocks:  # the run would wait forever for a lane without a block
         raise InputError(
-            f"config.data.lanes={data.lanes}. Expected at most {blocks}, the blocks of the data, and one for each of "
-            f"{count} process(es). Set config.data.shuffle=rows, or make more blocks: a smaller "
-            "config.data.block_rows, or Parquet of smaller row groups"
+            f"config.data.lanes={data.lanes}. Expected at most {blocks}, the number of blocks of the data. Set "
+            "config.data.shuffle=rows; or make more blocks: a smaller config.data.block_rows, or Parquet of smaller "
+            "row groups"
         )
     return settled
 

@@ -31,7 +31,10 @@ from rankclip_jax.weights import late_callbacks
 from rankclip_jax.weights.fingerprint import fingerprints
 
 SCORES = "scores.json"  # beside the checkpoints: {metric: {step: its value}}
-_LOSSES = re.compile(r"val/(clip|siglip|rank_\w+|cyclic_\w+)(/ema)?")  # of config.best; lower values are better
+# The metrics of config.best of which lower values are better: losses, distances, and what robustness loses.
+_LOWER = re.compile(
+    r"val/(clip|siglip|rank_\w+|cyclic_\w+)(/ema)?|(val|geometry/.+)/(alignment|uniformity_\w+)(/ema)?|robustness/.+/drop"
+)
 _VARIABLES = "params", "batch_stats", "ema"  # of a state; the last only with config.optim.ema
 
 
@@ -210,8 +213,8 @@ def _by_worth(folder, metric) -> tuple[epath.Path, list[int]]:
 
 
 def best_step(scores: Mapping[int, float], metric: str | None) -> int | None:
-    """The step whose value of the metric is best, the latest of equal ones: the highest, or of a loss the lowest."""
-    sign = -1 if metric and _LOSSES.fullmatch(metric) else 1
+    """The step whose value of the metric is best, the latest of equal ones: the highest, or (_LOWER) the lowest."""
+    sign = -1 if metric and _LOWER.fullmatch(metric) else 1
     return max(scores, key=lambda step: (sign * scores[step], step), default=None)
 
 

@@ -165,6 +165,23 @@ def test_what_was_scanned_is_kept_though_the_rest_fails(tmp_path, monkeypatch, s
     assert offset_index.offset_index(tfrecord.kind(), paths).size == 12 and sorted(scanned) == ["00002", "00003"]
 
 
+def test_an_index_that_goes_while_it_is_looked_for_costs_no_other(tmp_path, monkeypatch, scanned):
+    paths, _ = many(tmp_path, 4)
+    monkeypatch.setattr(index_places, "_EVERY", 0)  # a file for each shard
+    offset_index.offset_index(tfrecord.kind(), paths)
+    scanned.clear()
+    listing = os.scandir
+
+    def scandir(folder):
+        items = sorted(listing(folder), key=lambda item: item.name)
+        if Path(folder).name == ".rankclip_index":
+            os.unlink(items[0].path)  # by another run
+        return items
+
+    monkeypatch.setattr(index_places.os, "scandir", scandir)
+    assert offset_index.offset_index(tfrecord.kind(), paths).size == 12 and len(scanned) == 1
+
+
 def test_a_moved_folder_keeps_its_index_and_another_set_of_the_same_names_is_not_mistaken_for_it(tmp_path, scanned):
     made = samples(6)
     (tmp_path / "here").mkdir()

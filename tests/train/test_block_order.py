@@ -97,11 +97,11 @@ def test_a_window_has_room_for_a_block_of_each_lane(megabytes, count):
 def test_lanes_that_do_not_divide_are_refused(monkeypatch):
     with pytest.raises(InputError, match=r"^config\.data\.lanes=10\. Expected a divisor of config\.batch_size=64$"):
         lanes(64, 10_000, "data.lanes=10")
-    with pytest.raises(InputError, match=r"^config\.data\.lanes=64\. Expected at most 10, the blocks of the data"):
+    with pytest.raises(InputError, match=r"^config\.data\.lanes=64\. Expected at most 10, the number of blocks"):
         lanes(64, 10, "data.lanes=64")
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     assert lanes(64, 4).data.lanes == 4  # a lane for each, though there are few blocks
-    with pytest.raises(InputError, match=r"^config\.data\.lanes=4\. Expected at most 3, the blocks of the data"):
+    with pytest.raises(InputError, match=r"^config\.data\.lanes=4\. Expected at most 3, the number of blocks"):
         lanes(64, 3)
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     with pytest.raises(InputError) as refused:

@@ -148,7 +148,9 @@ def test_the_best_validation_loss_is_the_lowest(metric, tmp_path):
     assert checkpoint.read_variables(tmp_path, config(best=metric))[0] == 2
 
 
-def test_the_best_of_a_measure_of_the_validation_is_the_highest():
+def test_which_way_a_metric_is_better():
+    for lower in ("val/alignment", "geometry/a/b/uniformity_text", "geometry/a/ema/alignment", "robustness/a/drop"):
+        assert checkpoint.best_step({1: 0.5, 2: 0.4, 3: 0.4, 4: 0.6}, lower) == 3
     assert checkpoint.best_step({1: 0.5, 2: 0.4}, "val/spearman_in_modal") == 1
     assert checkpoint.best_step({1: 0.5, 2: 0.5}, "zero_shot/rank_1/top1") == 2
     assert checkpoint.best_step({}, "x") is None
