@@ -31,15 +31,15 @@ def reader(source: Source) -> Callable[[int], bytes]:
     return read
 
 
-def captions(source: Source) -> Callable[[int], str]:
-    """Returns caption(row) -> its caption, the first of several; "" for a row without a good one."""
+def captions(source: Source) -> Callable[[int], tuple[str, ...]]:
+    """Returns captions(row) -> its captions; () for a row without a good one."""
     read = source.text.read if source.text else source.read
 
-    def caption(row: int) -> str:
+    def texts(row: int) -> tuple[str, ...]:
         try:
-            texts = tf.reshape(read(tf.constant(row, tf.int64))["caption"], [-1]).numpy()
+            found = tf.reshape(read(tf.constant(row, tf.int64))["caption"], [-1]).numpy()
         except tf.errors.OpError:
-            return ""
-        return texts[0].decode(errors="replace").strip() if len(texts) else ""
+            return ()
+        return tuple(text.decode(errors="replace").strip() for text in found)
 
-    return caption
+    return texts

@@ -18,10 +18,11 @@ from rankclip_jax.common import commands, packing
 if __name__ == "__main__":
     commands.quiet_tensorflow()  # before its import
 
+import numpy as np
 from PIL import Image, ImageFile
 from tqdm import tqdm
 
-from input_pipeline import caption_lengths, shards, sources
+from input_pipeline import caption_lengths, filtering, shards, sources
 from input_pipeline.encode import encode
 from input_pipeline.inspection import inspect
 from input_pipeline.manifest import Manifest
@@ -59,7 +60,14 @@ class Options:
     max_bad_fraction: float = 0.1
 
 
-def prepare(source: sources.Source, out_dir: Path, options: Options, described: dict, workers: int) -> Manifest:
+def prepare(
+    source: sources.Source,
+    out_dir: Path,
+    options: Options,
+    described: dict,
+    workers: int,
+    wanted: filtering.Filter | None = None,
+) -> Manifest:
     """Writes `source` to `out_dir` as 00000.tfrecord and so on, their index, manifest.json and bad_samples.jsonl.
 
     A record has img2dataset's keys: the image under jpg, png or webp; txt, key, width, height, original_width,
@@ -69,6 +77,7 @@ def prepare(source: sources.Source, out_dir: Path, options: Options, described: 
     Args:
       described: other settings that must not change for a resumption, such as the source's path; kept in the manifest.
       workers: threads that decode and encode, both of which Pillow does outside Python's lock.
+      wanted: leaves out good rows; None: all are written.
 
     Returns:
       The finished manifest.
@@ -80,22 +89,28 @@ def prepare(source: sources.Source, out_dir: Path, options: Options, described: 
     unreachable = sum(part.samples for part in source.lost)
     if unreachable > options.max_bad_fraction * (source.size + unreachable):
         raise InputError(f"more lost than config.data.max_bad_fraction = {options.max_bad_fraction};{lost(source)}")
-    others = ("tokenizer.json",) if options.tokenizer else ()
-    manifest = Manifest(out_dir, described | _settings(source, options), others)
+    others = (*(["tokenizer.json"] if options.tokenizer else []), *([filtering.FILE] if wanted else []))
+    settings = described | _settings(source, options) | (wanted.settings() if wanted else {})
+    manifest = Manifest(out_dir, settings, others)
+    left_out = wanted.stored(source, out_dir, workers) if wanted else None
+    total, done = source.size, manifest.rows - manifest.left_out.total()
+    total -= sum(left_out.counts(range(total)).values()) if left_out else 0
     manifest.add_lost([{"row": None, "detail": "", **dataclasses.asdict(one)} for one in source.lost])
     finished = {shard["name"] for shard in manifest.shards}
     index = Indexer(tfrecord.kind(), out_dir, [shard["name"] for shard in manifest.shards if shard["samples"]])
     if options.tokenizer:
         options.tokenizer.save(out_dir / "tokenizer.json")
-    with ThreadPoolExecutor(workers) as pool, progress("prepare", source.size, unit="rows", done=manifest.rows) as bar:
-        job = _Job(source, options, pool, workers, bar, rows=manifest.rows, bad=manifest.bad.total())
+    with ThreadPoolExecutor(workers) as pool, progress("prepare", total, unit="rows", done=done) as bar:
+        job = _Job(source, options, pool, workers, bar, rows=done, bad=manifest.bad.total())
         try:
             for number, name in enumerate(shards.names(source.size, options.shard_size)):
                 begin = number * options.shard_size
                 if name not in finished:
                     rows = range(begin, min(begin + options.shard_size, source.size))
-                    written = shards.write_shard(out_dir / name, job.records(number, rows))
+                    kept = left_out.kept(rows) if left_out else rows
+                    written = shards.write_shard(out_dir / name, job.records(number, begin, kept))
                     shard = {"name": name, "rows": [rows.start, rows.stop], **written, "lengths": job.lengths}
+                    shard |= {"left_out": left_out.counts(rows)} if left_out else {}
                     manifest.add(shard, job.bad_samples)
                     if written["samples"]:
                         index.add(name)
@@ -127,7 +142,7 @@ class _Job:
         self.bad_samples: list[dict] = []  # of the shard last written
         self.lengths: Counter = Counter()  # of its captions: tokens, at most the context; without a tokenizer, words
 
-    def records(self, shard: int, numbers: range) -> Iterator[bytes]:
+    def records(self, shard: int, begin: int, numbers: range | np.ndarray) -> Iterator[bytes]:
         self.bad_samples, self.lengths = [], Counter()
         digits = len(str(self._options.shard_size - 1))
         rows = read_rows(self._source, numbers)
@@ -136,7 +151,7 @@ class _Job:
             good = [row for row in chunk if row.reason is None]
             tokens = self._tokens(good)
             for row, ids in zip(good, tokens, strict=True):
-                yield _record(row, f"{shard:05d}{row.number - numbers.start:0{digits}d}", ids)
+                yield _record(row, f"{shard:05d}{row.number - begin:0{digits}d}", ids)
             self._count(len(chunk), [row for row in chunk if row.reason is not None])
 
     def _encode(self, chunk):
@@ -206,6 +221,9 @@ def summary(manifest: Manifest, out_dir: Path) -> str:
     if manifest.bad:
         lines.append(f"{manifest.bad.total():,} rows left out, listed in {out_dir / 'bad_samples.jsonl'}:")
         lines += [f"{count:>10,}  {reason}" for reason, count in manifest.bad.most_common()]
+    if manifest.left_out:
+        lines.append(f"{manifest.left_out.total():,} good rows left out:")
+        lines += [f"{count:>10,}  {reason}" for reason, count in manifest.left_out.most_common()]
     lengths: Counter = Counter()
     for shard in manifest.shards:  # read again from JSON, whose keys are strings; older manifests have none
         lengths.update({int(length): count for length, count in shard.get("lengths", {}).items()})
@@ -238,6 +256,8 @@ def _flags():
     parser.add_argument("--shard-size", type=int, default=10_000, help="rows per shard (10000)")
     parser.add_argument("--tokenizer", help="also store the captions' ids: tokenizer.json or hub id")
     parser.add_argument("--context-length", type=int, default=77, help="ids per caption (77)")
+    parser.add_argument("--min-score", metavar="FILE:COSINE", help="leave out pairs below a cosine in a file of embed")
+    parser.add_argument("--dedup", choices=filtering.DEDUP, help="leave out repeated pictures: same bytes, or alike")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads (one per core)")
     return parser
 
@@ -249,6 +269,10 @@ def _check(parser, flags):
         value = getattr(flags, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+    try:
+        flags.min_score = flags.min_score and filtering.parsed(flags.min_score)
+    except ValueError:
+        parser.error(f"--min-score {flags.min_score}: expected FILE:COSINE, such as scores.parquet:0.28")
     if not 1 <= flags.quality <= 100:
         parser.error(f"--quality must be 1 to 100; got {flags.quality}")
 
@@ -272,14 +296,19 @@ def main() -> None:
         ImageFile.LOAD_TRUNCATED_IMAGES = data.recover_truncated  # Pillow has only one setting per process
         source = sources.open_source(data, data.train, image_side=flags.short_side or 64)
         tokenizer = Tokenizer.load(flags.tokenizer) if flags.tokenizer else None
+        wanted = None
+        if flags.min_score or flags.dedup:
+            of = flags.min_score and filtering.scores(*flags.min_score, source, data, data.max_bad_fraction)
+            wanted = filtering.Filter(of, flags.dedup)
         if flags.inspect:
-            inspect(source, flags.source, out_dir, tokenizer, flags.sample, flags.workers, flags.context_length)
+            length = flags.context_length
+            inspect(source, flags.source, out_dir, tokenizer, flags.sample, flags.workers, length, wanted)
             return
         options = Options(
             flags.shard_size, flags.short_side, flags.quality, tokenizer, flags.context_length, data.max_bad_fraction
         )
         described = {"source": flags.source, "format": kind, "keys": rest}
-        print(summary(prepare(source, out_dir, options, described, flags.workers), out_dir))
+        print(summary(prepare(source, out_dir, options, described, flags.workers, wanted), out_dir))
         if source.lost:
             print(f"lost:{lost(source)}", file=sys.stderr)
 

@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=10, help="number of matches (default 10)")
     parser.add_argument("--png", help="also draw the matches into this file")
     parser.add_argument("--image-key", help="column, feature or member of the image; default: the format's default")
+    parser.add_argument("--caption-key", help="the same of the caption, whose cosine is written beside the embedding")
     parser.add_argument("--delimiter", default=",", help="separator of a csv (default ,; a tab is '\\t')")
     parser.add_argument("--encoding", help="of a table that is not UTF-8, for example latin-1")
     parser.add_argument("--tokenizer", help="a tokenizer.json or hub id, if MODEL has none")
@@ -63,7 +64,7 @@ def main() -> None:
             if queries and (flags.out or store.is_store(Path(flags.data))):
                 _search(model, *_stored(model, flags.out or Path(flags.data)), queries, flags.top, flags.png)
             elif queries:
-                pictures = open_pictures(flags.data, flags.image_key, flags.delimiter, flags.encoding)
+                pictures = _opened(flags)
                 embeddings = collection.encode(model, pictures)
                 _search(model, embeddings, lambda: pictures, queries, flags.top, flags.png)
         except OSError as error:  # a folder that is not there, a full disk
@@ -75,12 +76,17 @@ def _embed(model: Model, flags: argparse.Namespace) -> None:
     about = {
         "data": flags.data if storage.is_remote(flags.data) else os.path.realpath(os.path.expanduser(flags.data)),
         "image_key": flags.image_key,
+        "caption_key": flags.caption_key,
         "delimiter": flags.delimiter,
         "encoding": flags.encoding,
         "model": model.fingerprint(),
     }
-    pictures = open_pictures(flags.data, flags.image_key, flags.delimiter, flags.encoding)
+    pictures = _opened(flags)
     collection.embed(model, pictures, flags.out, about | {"size": pictures.size})
+
+
+def _opened(flags: argparse.Namespace) -> Pictures:
+    return open_pictures(flags.data, flags.image_key, flags.delimiter, flags.encoding, flags.caption_key)
 
 
 def _stored(model: Model, path: Path) -> tuple[store.Embeddings, Callable[[], Pictures]]:
@@ -88,7 +94,7 @@ def _stored(model: Model, path: Path) -> tuple[store.Embeddings, Callable[[], Pi
     about = embeddings.about
     if about["model"] != model.fingerprint():
         raise InputError(f"{path} was embedded with another model than {model.source.path}; embed the collection again")
-    keys = about["image_key"], about["delimiter"], about.get("encoding")
+    keys = about["image_key"], about["delimiter"], about.get("encoding"), about.get("caption_key")
     return embeddings, lambda: open_pictures(about["data"], *keys)
 
 
