@@ -1,7 +1,7 @@
 """Pictures that come again: with the same bytes, or looking the same at another size or quality.
 
 A look is a dHash (64 bits: whether each cell of a 9 x 8 thumbnail is brighter than its left neighbour) and a 4 x 4
-thumbnail in colour. Two pictures look the same if at most 5 bits and on average 3 of 255 levels differ.
+thumbnail in colour. Two pictures look the same if at most 5 bits and on average 6 of 255 levels differ.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from PIL import Image
 
 from rankclip_jax.common import pictures
 
-_BITS, _LEVELS = 5, 3  # of what looks the same: bits that differ at most, and levels on average
+_BITS, _LEVELS = 5, 6  # of what looks the same: bits that differ at most, and levels on average
 _BRIGHTER = 2  # levels: less is the noise of a JPEG in an even area
 _CELLS = 4 * 4 * 3
 
