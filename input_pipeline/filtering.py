@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -127,12 +127,15 @@ def _looks(source: Source, numbers: np.ndarray, workers: int) -> Looks:
     with ThreadPoolExecutor(workers) as pool, progress("compare", len(numbers)) as bar:
         for begin in range(0, len(numbers), _AT_ONCE):
             rows = read_rows(source, numbers[begin : begin + _AT_ONCE])
-            chunks = iter(lambda rows=rows: list(itertools.islice(rows, _CHUNK)), [])
-            for found in in_order(pool, of, chunks, ahead=2 * workers):
+            for found in in_order(pool, of, _chunks(rows), ahead=2 * workers):
                 for number, one in found:
                     looks.add(number, one)
                 bar.update(len(found))
     return looks
+
+
+def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    return iter(lambda: list(itertools.islice(rows, _CHUNK)), [])
 
 
 def parsed(given: str) -> tuple[str, float]:

@@ -298,8 +298,11 @@ def main() -> None:
         tokenizer = Tokenizer.load(flags.tokenizer) if flags.tokenizer else None
         wanted = None
         if flags.min_score or flags.dedup:
-            of = flags.min_score and filtering.scores(*flags.min_score, source, data, data.max_bad_fraction)
-            wanted = filtering.Filter(of, flags.dedup)
+            scores = None
+            if flags.min_score:
+                file, least = flags.min_score
+                scores = filtering.scores(file, least, source, data, data.max_bad_fraction)
+            wanted = filtering.Filter(scores, flags.dedup)
         if flags.inspect:
             length = flags.context_length
             inspect(source, flags.source, out_dir, tokenizer, flags.sample, flags.workers, length, wanted)

@@ -5,6 +5,7 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -132,7 +133,7 @@ def _cosines(model, z_NxD, captions):
     return np.where(counts_N > 0, sums_N / np.maximum(counts_N, 1), np.nan).astype(np.float32)
 
 
-def _write_part(path: Path, z_NxD: np.ndarray, rows: list[int], names: list[str], cosines, bad: list[str]) -> None:
+def _write_part(path: Path, z_NxD: np.ndarray, rows: list, names: list, cosines: Any, bad: list) -> None:
     with whole(path) as part, open(part, "wb") as file:
         names, bad = np.array(names, dtype=str), np.array(bad, dtype=str)
         scores = {} if cosines is None else {"cosine": cosines}

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rankclip_jax import config as configs
@@ -91,7 +91,7 @@ def _folder(path: str) -> Pictures:
     return Pictures(len(files), lambda row: _readable(files[row]), image, (), captions, captioned)
 
 
-def _good(captions) -> tuple[str, ...]:
+def _good(captions: Iterable[str]) -> tuple[str, ...]:
     """The captions that say something, as the sources' rule is."""
     return tuple(text for caption in captions if (text := caption.strip()))
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -76,16 +77,16 @@ def is_store(path: Path) -> bool:
 
 def _write_npz(path: Path, parts: Iterable[Embeddings], about: dict) -> int:
     parts = list(parts)
-    cosines = {"cosine": np.concatenate([part.cosines for part in parts])} if parts[0].cosines is not None else {}
+    columns: dict[str, Any] = {
+        "embedding": np.concatenate([part.z for part in parts]),
+        "row": np.concatenate([part.rows for part in parts]),
+        "name": np.array([name for part in parts for name in part.names], dtype=str),
+        "about": json.dumps(about),
+    }
+    cosines = [part.cosines for part in parts if part.cosines is not None]
+    columns |= {"cosine": np.concatenate(cosines)} if cosines else {}
     with open(path, "wb") as out:
-        np.savez(
-            out,
-            **cosines,
-            embedding=np.concatenate([part.z for part in parts]),
-            row=np.concatenate([part.rows for part in parts]),
-            name=np.array([name for part in parts for name in part.names], dtype=str),
-            about=json.dumps(about),
-        )
+        np.savez(out, **columns)
     return sum(len(part.names) for part in parts)
 
 
