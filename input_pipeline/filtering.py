@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
@@ -191,7 +192,7 @@ def scores(file: str, least: float, source: Source, data: ConfigDict, most_witho
 
 
 def _read(path: Path) -> tuple[np.ndarray, Any, np.ndarray, int]:
-    """(rows, names, cosines, images of the collection) in a file of embed; float32 cosines."""
+    """(rows, names, cosines, images of the collection) in a file of embed, or a folder of Parquet; float32 cosines."""
     columns = "row", "name", "cosine"
     try:
         if path.suffix == ".npz":
@@ -200,9 +201,11 @@ def _read(path: Path) -> tuple[np.ndarray, Any, np.ndarray, int]:
                 found = {key: arrays[key] for key in columns if key in arrays}
                 about = json.loads(str(arrays["about"]))
         else:
-            schema = pq.read_schema(path)
-            table = pq.read_table(path, columns=[key for key in columns if key in schema.names])
-            found = {key: table[key].to_numpy() for key in table.column_names}
+            shards = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+            schema = pq.read_schema(shards[0])
+            there = [key for key in columns if key in schema.names]
+            table = pa.concat_tables([pq.read_table(shard, columns=there) for shard in shards])
+            found = {key: table[key].to_numpy() for key in there}
             about = json.loads(schema.metadata[b"rankclip_jax"])
         size, rows, names = int(about["size"]), found["row"], found["name"]
     except FileNotFoundError:

@@ -106,6 +106,18 @@ def test_good_rows_without_a_score_are_left_out_with_that_reason(table, tmp_path
     assert left_out == {"no score in s.npz": 2, "cosine below 0.1": 1}
 
 
+def test_scores_may_be_a_folder_of_shards(table, tmp_path, monkeypatch):
+    (tmp_path / "scores").mkdir()
+    for i, rows in enumerate(([0, 1, 2, 3], [4, 5, 6, 7])):
+        scored(tmp_path / f"scores/0000{i}.parquet", [f"images/{i}" for i in rows], SCORES[rows], 8, rows)
+    run(monkeypatch, table, tmp_path / "out", "--min-score", f"{tmp_path}/scores/:0.28")
+    assert numbers(tmp_path / "out") == [0, 2, 4, 6]
+    shutil.rmtree(tmp_path / "scores")
+    (tmp_path / "scores").mkdir()
+    message = refused(monkeypatch, table, tmp_path / "new", "--min-score", f"{tmp_path}/scores:0.28")
+    assert "scores is not a file of rankclip_jax.embed" in message
+
+
 def test_wrong_scores_end_in_one_line(table, tmp_path, monkeypatch):
     out, names = tmp_path / "out", [f"images/{i}" for i in range(8)]
 
