@@ -14,6 +14,7 @@ import resource
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -23,7 +24,7 @@ import torch
 from ml_collections import ConfigDict
 from PIL import Image
 
-from input_pipeline import cpu_only, decode, pipeline, sources
+from input_pipeline import cpu_only, decode, pipeline, sources, transforms
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.models.images import MEAN, STD
 
@@ -64,6 +65,23 @@ def ours(path: Path, side: int, canvas: int | None):
     tokenizer = Tokenizer.train(source.captions(), 600)
     options = dict(batch_size=BATCH, image_side=side, context_length=32, crop_scale=(0.5, 1.0), seed=0)
     return pipeline.TrainBatches(source, tokenizer, canvas=canvas, **options)
+
+
+def one_window(size_2, scale, key, count=1):
+    """In place of transforms.random_windows: no random numbers, and nothing made of them."""
+    return tf.constant([[8.0, 8.0, 200.0, 200.0]] * count)
+
+
+def decoded_only(image, windows_of, **_):
+    """In place of transforms.view: the decoder without checks, as of pictures that all fit the canvas."""
+    pixels = tf.ensure_shape(decode.jpeg(image), (None, None, 3))
+    return {"image": pixels, "size": tf.shape(pixels)[:2], "windows": one_window(None, None, None)}
+
+
+def ours_without(name: str, instead, path: Path, side: int, canvas: int):
+    """`ours`, with a function of transforms.py replaced: what it costs is the difference."""
+    with mock.patch.object(transforms, name, instead):  # while the graph is made
+        return ours(path, side, canvas)
 
 
 def bare_decode(path: Path):
@@ -130,6 +148,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1280, help="measured a contender and round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="of PyTorch's DataLoader")
+    parser.add_argument("--steps", action="store_true", help="not the others, but ours without parts: what they cost")
     flags = parser.parse_args()
     cpu_only()
     width, height = (int(x) for x in flags.size.split("x"))
@@ -138,13 +157,14 @@ def main() -> None:
         path = make_set(Path(folder), flags.pictures, width, height)
         size = np.mean([file.stat().st_size for file in Path(folder).glob("*.jpg")])
         print(f"{flags.pictures} JPEGs of {width} x {height}, {size / 1000:.1f} kB each; {cores} cores", flush=True)
-        loader, pids = pytorch(path, flags.side, flags.workers)
-        contenders = {
-            "bare decode": (bare_decode(path), []),
-            "ours, device": (ours(path, flags.side, flags.canvas), []),
-            "ours, host": (ours(path, flags.side, None), []),
-            "PyTorch": (loader, pids),
-        }
+        device = path, flags.side, flags.canvas
+        contenders = {"bare decode": (bare_decode(path), []), "ours, device": (ours(*device), [])}
+        if flags.steps:
+            contenders["one window"] = ours_without("random_windows", one_window, *device), []
+            contenders["decode alone"] = ours_without("view", decoded_only, *device), []
+        else:
+            contenders["ours, host"] = ours(path, flags.side, None), []
+            contenders["PyTorch"] = pytorch(path, flags.side, flags.workers)
         measured = {name: [] for name in contenders}
         for round_number in range(flags.rounds):
             for name, (batches, workers) in contenders.items():
@@ -162,8 +182,9 @@ def main() -> None:
     print(f"\n{'':14}{'images/s a core':>16}{'x PyTorch':>11}{'% of bare decode':>18}{'processor ms an image':>23}")
     for name, (rate, cpu) in medians.items():
         share = 100 * rate / medians["bare decode"][0]
-        print(f"{name:14}{rate:16.0f}{rate / medians['PyTorch'][0]:11.2f}{share:18.0f}{cpu:23.2f}")
-    del contenders, loader  # ends the workers
+        times = "" if flags.steps else f"{rate / medians['PyTorch'][0]:.2f}"
+        print(f"{name:14}{rate:16.0f}{times:>11}{share:18.0f}{cpu:23.2f}")
+    contenders.clear()  # ends the workers
 
 
 if __name__ == "__main__":

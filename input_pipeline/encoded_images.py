@@ -1,5 +1,6 @@
 """Reads the encoded image, or the caption, of any row of a source, for use without TensorFlow."""
 
+import functools
 from collections.abc import Callable
 
 import tensorflow as tf
@@ -14,32 +15,42 @@ def reader(source: Source) -> Callable[[int], bytes]:
 
     read raises InputError with the reason for an unusable row, and ConnectionError where the store stopped answering.
     """
-    read_image = tf.function(lambda row: source.read(row)["image"])
-    graph = read_image.get_concrete_function(tf.TensorSpec((), tf.int64))  # traced once, before threads call it
+    graph = _traced(lambda row: source.read(row)["image"])
 
     def read(row: int) -> bytes:
         try:
             return graph(tf.constant(row, tf.int64)).numpy()
         except tf.errors.OpError as error:
-            try:
-                if source.ahead:
-                    source.ahead.check()
-            except InputError as refused:
-                raise ConnectionError(str(refused)) from None
+            _check(source.ahead)
             raise InputError(in_words(error)) from None
 
     return read
 
 
-def captions(source: Source) -> Callable[[int], str]:
-    """Returns caption(row) -> its caption, the first of several; "" for a row without a good one."""
-    read = source.text.read if source.text else source.read
+def _traced(read):
+    """Once, before threads call it."""
+    return tf.function(read).get_concrete_function(tf.TensorSpec((), tf.int64))
 
-    def caption(row: int) -> str:
+
+def _check(ahead):
+    try:
+        if ahead:
+            ahead.check()
+    except InputError as refused:
+        raise ConnectionError(str(refused)) from None
+
+
+def captions(source: Source) -> Callable[[int], tuple[str, ...]]:
+    """Returns captions(row) -> its captions, () for a row without a good one. Raises ConnectionError as `reader`."""
+    read, ahead = source.text or (source.read, source.ahead)
+    graph = functools.cache(lambda: _traced(lambda row: tf.reshape(read(row)["caption"], [-1])))  # if it is asked for
+
+    def texts(row: int) -> tuple[str, ...]:
         try:
-            texts = tf.reshape(read(tf.constant(row, tf.int64))["caption"], [-1]).numpy()
+            found = graph()(tf.constant(row, tf.int64)).numpy()
         except tf.errors.OpError:
-            return ""
-        return texts[0].decode(errors="replace").strip() if len(texts) else ""
+            _check(ahead)
+            return ()
+        return tuple(text.decode(errors="replace").strip() for text in found)
 
-    return caption
+    return texts

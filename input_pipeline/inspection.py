@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from input_pipeline import contact_sheet, overview
+from input_pipeline.filtering import Filter
 from input_pipeline.rows import captions_of
 from input_pipeline.sources import Source
 from rankclip_jax.common import files, pictures
@@ -26,10 +27,11 @@ def inspect(
     sample: int | None,
     workers: int,
     context_length: int,
+    wanted: Filter | None = None,
 ) -> None:
     """Prints statistics of `source`; writes contact_sheet.png of evenly spaced good rows, and bad_samples.jsonl.
 
-    `sample`: the most rows to inspect; None: all.
+    `sample`: the most rows to inspect; None: all. `wanted`: what it leaves out is counted and marked.
     """
 
     def read(row):
@@ -38,7 +40,16 @@ def inspect(
     owned = Owned(out_dir, "prepare --inspect")
     owned.check([_SHEET, _BAD])
     seen = overview.survey(source, tokenizer=tokenizer, sample=sample, workers=workers)
+    scores = wanted.scores if wanted else None
+    if scores and len(seen.good_rows):
+        cosines = scores.cosines[seen.good_rows]
+        seen.measures["cosine"] = cosines[~np.isnan(cosines)].astype(np.float64)
     print(f"{name}\n" + overview.text(seen, lambda row: captions_of(read(row)), context_length))
+    left_out = wanted.left_out(source, overview.sampled(source.size, sample), workers) if wanted else None
+    if left_out:
+        counts = left_out.counts(seen.good_rows)
+        print(f"\nleft out by --min-score and --dedup: {sum(counts.values()):,} of {len(seen.good_rows):,} good rows")
+        print("\n".join(overview.share(count, len(seen.good_rows), reason) for reason, count in counts.items()))
     bad = [{"row": None, "detail": "", **dataclasses.asdict(one)} for one in source.lost]
     for row, reason, detail in seen.bad_rows:
         bad.append({"row": row, "where": source.where(row), "reason": reason, "detail": detail})
@@ -58,7 +69,11 @@ def inspect(
         row = int(seen.good_rows[place])
         found = read(row)
         image = pictures.read(found["image"])
-        examples.append((image, captions_of(found)[0], f"row {row:,} · {image.width} x {image.height}"))
+        notes = [f"row {row:,} · {image.width} x {image.height}"]
+        notes += [f"cosine {scores.cosines[row]:.3f}"] if scores else []
+        reason = left_out.reason(row) if left_out else None
+        notes += [f"left out: {reason}"] if reason else []
+        examples.append((image, captions_of(found)[0], "\n".join(notes)))
     owned.claim([_SHEET])
     path = out_dir / _SHEET
     with files.whole(path) as part:

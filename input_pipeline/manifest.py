@@ -24,6 +24,7 @@ class Manifest:
       settings: determine the contents; all shards of a folder have the same settings.
       shards: one dict each, in order: name, rows [begin, end), samples, bytes, sha256, bad (reason -> count).
       bad: reason -> count over all shards.
+      left_out: the same of good rows, by --min-score and --dedup.
     """
 
     def __init__(self, folder: Path, settings: dict, others: tuple[str, ...] = ()):
@@ -66,6 +67,10 @@ class Manifest:
     @property
     def bad(self) -> Counter:
         return sum((Counter(shard["bad"]) for shard in self.shards), Counter())
+
+    @property
+    def left_out(self) -> Counter:
+        return sum((Counter(shard.get("left_out", {})) for shard in self.shards), Counter())
 
     def add(self, shard: dict, bad_samples: list[dict]) -> None:
         """Records a finished shard and its bad samples, dicts of row, where, reason, detail.
@@ -140,6 +145,7 @@ class Manifest:
             "complete": complete,
             "samples": sum(shard["samples"] for shard in self.shards),
             "bad": dict(self.bad),
+            **({"left_out": dict(self.left_out)} if self.left_out else {}),
             "settings": self.settings,
             "shards": self.shards,
         }
@@ -165,7 +171,7 @@ def _checked(manifest: dict) -> list[dict]:
         begin, end = shard["rows"]
         if shard["name"] != shards.name(begin // settings["shard_size"]) or not 0 <= begin < end <= settings["rows"]:
             raise ValueError(f"shard {shard['name']!r} of rows {begin} to {end}")
-        sum((shard["samples"], shard["bytes"], *shard["bad"].values()))  # numbers
+        sum((shard["samples"], shard["bytes"], *shard["bad"].values(), *shard.get("left_out", {}).values()))  # numbers
     return list(manifest["shards"])
 
 

@@ -51,9 +51,14 @@ class Overview:
     good_rows: np.ndarray
 
 
+def sampled(rows: int, most: int | None) -> range:
+    """The numbers of all rows, or of at most `most`, evenly spaced."""
+    return range(0, rows, -(-rows // most) if most else 1)
+
+
 def survey(source: Source, *, tokenizer: Tokenizer | None, sample: int | None, workers: int) -> Overview:
     """Decodes every row, or at most `sample` evenly spaced rows, by `workers` threads."""
-    numbers = range(0, source.size, -(-source.size // sample) if sample else 1)
+    numbers = sampled(source.size, sample)
     bad, kinds, bad_rows = Counter({one.reason: 0 for one in source.lost}), Counter(), []
     for one in source.lost:
         bad[one.reason] += one.samples
@@ -147,12 +152,12 @@ def text(overview: Overview, captions_of: Callable[[int], tuple[str, ...]], cont
     part = "" if looked_at == overview.rows else f", {looked_at:,} of them inspected, evenly spaced"
     looked_at, of = looked_at + overview.lost, overview.rows + overview.lost
     lines = [f"{of:,} rows{part}: {good:,} good, {looked_at - good:,} bad"]
-    lines += [_count(count, looked_at, reason) for reason, count in overview.bad.most_common(_REASONS)]
+    lines += [share(count, looked_at, reason) for reason, count in overview.bad.most_common(_REASONS)]
     if len(overview.bad) > _REASONS:
         lines.append(f"{'':>18}  and {len(overview.bad) - _REASONS:,} other reasons")
     if not good:
         return "\n".join(lines)
-    lines += ["", "images", *(_count(count, good, kind) for kind, count in overview.kinds.most_common())]
+    lines += ["", "images", *(share(count, good, kind) for kind, count in overview.kinds.most_common())]
     percentiles = (0, 5, 25, 50, 75, 95, 100)
     heads = ("least", *(f"{p} %" for p in percentiles[1:-1]), "most", "mean")
     lines += ["", " " * 14 + "".join(f"{head:>10}" for head in heads)]
@@ -164,12 +169,12 @@ def text(overview: Overview, captions_of: Callable[[int], tuple[str, ...]], cont
     lines += ["", f"{captions:,} captions{several}"]
     tokens = overview.measures.get("tokens")
     if tokens is not None:
-        lines.append(_count(int((tokens > 77).sum()), captions, "of more than 77 tokens, which CLIP cuts"))
+        lines.append(share(int((tokens > 77).sum()), captions, "of more than 77 tokens, which CLIP cuts"))
     of = {"images": good, "captions": captions, "pairs": captions}
-    lines += [_count(count, of[what], f"{what} that came before") for what, count in overview.repeated.items()]
+    lines += [share(count, of[what], f"{what} that came before") for what, count in overview.repeated.items()]
     for hashed, row, count in overview.frequent:
         caption = next(" ".join(caption.split()) for caption in captions_of(row) if _hash(caption.encode()) == hashed)
-        lines.append(_count(count, captions, f'"{caption[:60]}{"..." if len(caption) > 60 else ""}"'))
+        lines.append(share(count, captions, f'"{caption[:60]}{"..." if len(caption) > 60 else ""}"'))
     unit = "words" if tokens is None else "tokens"
     counts = Counter(overview.measures[unit].astype(int).tolist())
     lines += ["", *caption_lengths.histogram(counts, unit)]
@@ -178,8 +183,9 @@ def text(overview: Overview, captions_of: Callable[[int], tuple[str, ...]], cont
     return "\n".join(lines)
 
 
-def _count(count, of, what):
-    return f"{count:>10,}  {count / of:>6.1%}  {what}"
+def share(number: int, of: int, what: str) -> str:
+    """A line: how many, which share, of what."""
+    return f"{number:>10,}  {number / of:>6.1%}  {what}"
 
 
 def _short(number):

@@ -19,9 +19,10 @@ from rankclip_jax.common import commands, packing, storage, tasks
 if __name__ == "__main__":
     commands.quiet_tensorflow()  # before its import
 
+import numpy as np
 from tqdm import tqdm
 
-from input_pipeline import caption_lengths, shards, sources
+from input_pipeline import caption_lengths, filtering, shards, sources
 from input_pipeline.encode import encode
 from input_pipeline.inspection import inspect
 from input_pipeline.manifest import Manifest
@@ -67,6 +68,7 @@ def prepare(
     described: dict,
     workers: int,
     run: Callable[[Iterator[Task]], Generator[Shard]] | None = None,
+    wanted: filtering.Filter | None = None,
 ) -> Manifest:
     """Writes `source` to `out_dir` as 00000.tfrecord and so on, their index, manifest.json and bad_samples.jsonl.
 
@@ -79,6 +81,7 @@ def prepare(
       described: other settings that must not change for a resumption, such as the source's path; kept in the manifest.
       workers: threads that decode and encode, both of which Pillow does outside Python's lock.
       run: tasks -> their results, in any order; None: one after the other, in this process.
+      wanted: leaves out good rows; None: all are written.
 
     Returns:
       The finished manifest.
@@ -90,29 +93,36 @@ def prepare(
     unreachable = sum(part.samples for part in source.lost)
     if unreachable > options.max_bad_fraction * (source.size + unreachable):
         raise InputError(f"more lost than config.data.max_bad_fraction = {options.max_bad_fraction};{lost(source)}")
-    others = ("tokenizer.json",) if options.tokenizer else ()
-    manifest = Manifest(out_dir, described | _settings(source, options), others)
+    others = (*(["tokenizer.json"] if options.tokenizer else []), *([filtering.FILE] if wanted else []))
+    settings = described | _settings(source, options) | (wanted.settings() if wanted else {})
+    manifest = Manifest(out_dir, settings, others)
+    left_out = wanted.stored(source, out_dir, workers) if wanted else None
+    total, done = source.size, manifest.rows - manifest.left_out.total()
+    total -= sum(left_out.counts(range(total)).values()) if left_out else 0
     manifest.add_lost([{"row": None, "detail": "", **dataclasses.asdict(one)} for one in source.lost])
     finished, where = {shard["name"] for shard in manifest.shards}, storage.shown(out_dir)
     index = Indexer(tfrecord.kind(), where, [shard["name"] for shard in manifest.shards if shard["samples"]])
     if options.tokenizer:
         options.tokenizer.save(out_dir / "tokenizer.json")
-    with ThreadPoolExecutor(workers) as pool, progress("prepare", source.size, unit="rows", done=manifest.rows) as bar:
-        job = Job(source, options, pool, workers, bar, rows=manifest.rows, bad=manifest.bad.total())
+    with ThreadPoolExecutor(workers) as pool, progress("prepare", total, unit="rows", done=done) as bar:
+        job = Job(source, options, pool, workers, bar, rows=done, bad=manifest.bad.total())
 
         def missing():
-            before = (manifest.rows, manifest.bad.total())
+            before = (done, manifest.bad.total())
             for number, name in enumerate(shards.names(source.size, options.shard_size)):
                 begin = number * options.shard_size
                 if name not in finished:
                     rows = range(begin, min(begin + options.shard_size, source.size))
-                    yield Task(number, rows, rows, before)
+                    yield Task(number, rows, left_out.kept(rows) if left_out else rows, before)
                     before = None
 
         storage.push(out_dir)  # whose folder it is
         try:
-            with contextlib.closing(run(missing()) if run else (write(job, where, task) for task in missing())) as done:
-                for entry, bad_samples, records in done:
+            results = run(missing()) if run else (write(job, where, task) for task in missing())
+            with contextlib.closing(results):
+                for entry, bad_samples, records in results:
+                    if left_out:
+                        entry["left_out"] = left_out.counts(range(*entry["rows"]))
                     manifest.add(entry, bad_samples)
                     if records:
                         if where == str(out_dir) and not (out_dir / entry["name"]).exists():
@@ -120,7 +130,7 @@ def prepare(
                         index.add(entry["name"], records)
                     storage.push(out_dir, every=10)
                     if run:
-                        bar.update(entry["rows"][1] - entry["rows"][0])
+                        bar.update(entry["samples"] + len(bad_samples))
                         _check_bad(manifest, options, bad_samples)
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -134,11 +144,12 @@ def prepare(
 
 def _check_bad(manifest, options, bad_samples):
     """Raises InputError for too many bad rows in the finished shards before the first that is not."""
-    rows = bad = 0
+    rows = bad = end = 0
     for shard in manifest.shards:
-        if shard["rows"][0] != rows:
+        if shard["rows"][0] != end:
             break
-        rows, bad = shard["rows"][1], bad + sum(shard["bad"].values())
+        here = sum(shard["bad"].values())
+        end, rows, bad = shard["rows"][1], rows + shard["samples"] + here, bad + here
     if bad_samples and rows >= 100 and bad > options.max_bad_fraction * rows:
         raise too_many(bad, rows, options, bad_samples[-1])
 
@@ -170,7 +181,7 @@ class Job:
         self.bad_samples: list[dict] = []  # of the shard last written
         self.lengths: Counter = Counter()  # of its captions: tokens, at most the context; without a tokenizer, words
 
-    def records(self, shard: int, numbers: range) -> Iterator[bytes]:
+    def records(self, shard: int, begin: int, numbers: range | np.ndarray) -> Iterator[bytes]:
         self.bad_samples, self.lengths = [], Counter()
         digits = len(str(self._options.shard_size - 1))
         rows = read_rows(self._source, numbers)
@@ -179,7 +190,7 @@ class Job:
             good = [row for row in chunk if row.reason is None]
             tokens = self._tokens(good)
             for row, ids in zip(good, tokens, strict=True):
-                yield _record(row, f"{shard:05d}{row.number - numbers.start:0{digits}d}", ids)
+                yield _record(row, f"{shard:05d}{row.number - begin:0{digits}d}", ids)
             self._count(len(chunk), [row for row in chunk if row.reason is not None])
 
     def _encode(self, chunk):
@@ -246,6 +257,9 @@ def summary(manifest: Manifest, out_dir: str) -> str:
     if manifest.bad:
         lines.append(f"{manifest.bad.total():,} rows left out, listed in {storage.join(out_dir, 'bad_samples.jsonl')}:")
         lines += [f"{count:>10,}  {reason}" for reason, count in manifest.bad.most_common()]
+    if manifest.left_out:
+        lines.append(f"{manifest.left_out.total():,} good rows left out:")
+        lines += [f"{count:>10,}  {reason}" for reason, count in manifest.left_out.most_common()]
     lengths: Counter = Counter()
     for shard in manifest.shards:  # read again from JSON, whose keys are strings; older manifests have none
         lengths.update({int(length): count for length, count in shard.get("lengths", {}).items()})
@@ -278,6 +292,8 @@ def _flags():
     parser.add_argument("--shard-size", type=int, default=10_000, help="rows per shard (10000)")
     parser.add_argument("--tokenizer", help="also store the captions' ids: tokenizer.json or hub id")
     parser.add_argument("--context-length", type=int, default=77, help="ids per caption (77)")
+    parser.add_argument("--min-score", metavar="FILE:COSINE", help="leave out pairs below a cosine in a file of embed")
+    parser.add_argument("--dedup", choices=filtering.DEDUP, help="leave out repeated pictures: same bytes, or alike")
     parser.add_argument("--workers", type=int, help="processes that write shards (one per 8 cores)")
     parser.add_argument("--threads", type=int, help="threads of each of them (its share of the cores)")
     parser.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=tasks.RAY_HELP)
@@ -291,6 +307,10 @@ def _check(parser, flags):
         value = getattr(flags, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+    try:
+        flags.min_score = flags.min_score and filtering.parsed(flags.min_score)
+    except ValueError:
+        parser.error(f"--min-score {flags.min_score}: expected FILE:COSINE, such as scores.parquet:0.28")
     if not 1 <= flags.quality <= 100:
         parser.error(f"--quality must be 1 to 100; got {flags.quality}")
 
@@ -314,8 +334,16 @@ def main() -> None:
         data = configs.complete(configs.override({"data": {"format": kind}}, overrides)).data
         source = opened(data.to_json(), flags.short_side)
         tokenizer = Tokenizer.load(flags.tokenizer) if flags.tokenizer else None
+        wanted = None
+        if flags.min_score or flags.dedup:
+            scores = None
+            if flags.min_score:
+                file, least = flags.min_score
+                scores = filtering.scores(file, least, source, data, data.max_bad_fraction)
+            wanted = filtering.Filter(scores, flags.dedup)
         if flags.inspect:
-            inspect(source, flags.source, out_dir, tokenizer, flags.sample, threads, flags.context_length)
+            length = flags.context_length
+            inspect(source, flags.source, out_dir, tokenizer, flags.sample, threads, length, wanted)
             return
         options = Options(
             flags.shard_size, flags.short_side, flags.quality, tokenizer, flags.context_length, data.max_bad_fraction
@@ -327,7 +355,7 @@ def main() -> None:
             run = functools.partial(tasks.run_by_ray, worker, address=flags.ray, threads=flags.threads)
         elif workers > 1:
             run = functools.partial(tasks.run, worker, workers=workers, threads=threads)
-        print(summary(prepare(source, out_dir, options, described, threads, run), storage.shown(out_dir)))
+        print(summary(prepare(source, out_dir, options, described, threads, run, wanted), storage.shown(out_dir)))
         if source.lost:
             print(f"lost:{lost(source)}", file=sys.stderr)
 

@@ -34,7 +34,7 @@ class Row:
     detail: str = ""
 
 
-def read_rows(source: Source, numbers: range) -> Iterator[Row]:
+def read_rows(source: Source, numbers: range | np.ndarray) -> Iterator[Row]:
     """Yields a Row for each of `numbers`, in order; unreadable rows have a reason."""
 
     def read(number):
@@ -42,13 +42,16 @@ def read_rows(source: Source, numbers: range) -> Iterator[Row]:
         label = sample.get("label", -1)
         return {"row": number, "image": sample["image"], "caption": sample["caption"], "label": label}
 
-    data = tf.data.Dataset.range(numbers.start, numbers.stop, numbers.step)
+    if isinstance(numbers, range):
+        data = tf.data.Dataset.range(numbers.start, numbers.stop, numbers.step)
+    else:
+        data = tf.data.Dataset.from_tensor_slices(np.asarray(numbers, np.int64))
     data = (
         started_ahead(data, source.ahead)
         .map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         .ignore_errors()
     )
-    expected = iter(numbers)
+    expected = iter(numbers if isinstance(numbers, range) else numbers.tolist())
     for sample in _samples(data):
         # A failed row leaves a gap and is read once more, alone, for its reason.
         for number in expected:

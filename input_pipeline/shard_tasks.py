@@ -44,7 +44,7 @@ class Shard(NamedTuple):
 def write(job: Any, where: str, task: Task) -> Shard:
     """Writes a shard to the folder `where`, local or in a bucket; `job`: a prepare.Job."""
     name = shards.name(task.number)
-    written, records = shards.put_shard(storage.join(where, name), job.records(task.number, task.rows))
+    written, records = shards.put_shard(storage.join(where, name), job.records(task.number, task.span.start, task.rows))
     entry = {"name": name, "rows": [task.span.start, task.span.stop], **written, "lengths": dict(job.lengths)}
     return Shard(entry, job.bad_samples, records)
 

@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=10, help="number of matches (default 10)")
     parser.add_argument("--png", help="also draw the matches into this file")
     parser.add_argument("--image-key", help="column, feature or member of the image; default: the format's default")
+    parser.add_argument("--caption-key", help="the same of the caption, whose cosine is written beside the embedding")
     parser.add_argument("--delimiter", default=",", help="separator of a csv (default ,; a tab is '\\t')")
     parser.add_argument("--encoding", help="of a table that is not UTF-8, for example latin-1")
     parser.add_argument("--tokenizer", help="a tokenizer.json or hub id, if MODEL has none")
@@ -73,7 +74,7 @@ def main() -> None:
             if queries and (flags.out or store.is_store(flags.data)):
                 _search(model, *_stored(model, flags.out or flags.data), queries, flags.top, flags.png)
             elif queries:
-                pictures = open_pictures(flags.data, flags.image_key, flags.delimiter, flags.encoding)
+                pictures = open_pictures(*_opening(flags))
                 embeddings = collection.encode(model, pictures)
                 _search(model, [embeddings], lambda: pictures, queries, flags.top, flags.png)
         except OSError as error:  # a folder that is not there, a full disk
@@ -85,13 +86,16 @@ def _embed(model: Model, flags: argparse.Namespace) -> None:
     about = {
         "data": flags.data if storage.is_remote(flags.data) else os.path.realpath(os.path.expanduser(flags.data)),
         "image_key": flags.image_key,
+        "caption_key": flags.caption_key,
         "delimiter": flags.delimiter,
         "encoding": flags.encoding,
         "model": model.fingerprint(),
     }
-    opening = (flags.data, flags.image_key, flags.delimiter, flags.encoding)
+    opening = _opening(flags)
     pictures = open_pictures(*opening)
     about["size"] = pictures.size
+    if collection.is_scored(model, pictures):
+        about["cosines"] = True
     if not store.is_folder(flags.out):
         collection.embed(model, pictures, Path(flags.out), about)
         return
@@ -106,11 +110,15 @@ def _embed(model: Model, flags: argparse.Namespace) -> None:
         collection.embed_to_folder(model, pictures, out, about, run)
 
 
+def _opening(flags: argparse.Namespace) -> tuple:
+    return flags.data, flags.image_key, flags.delimiter, flags.encoding, flags.caption_key
+
+
 def _stored(model: Model, path: str) -> tuple[Iterable[store.Embeddings], Callable[[], Pictures]]:
     about = store.about_of(path)
     if about["model"] != model.fingerprint():
         raise InputError(f"{path} was embedded with another model than {model.source.path}; embed the collection again")
-    keys = about["image_key"], about["delimiter"], about.get("encoding")
+    keys = about["image_key"], about["delimiter"], about.get("encoding"), about.get("caption_key")
     return store.chunks(path), lambda: open_pictures(about["data"], *keys)
 
 

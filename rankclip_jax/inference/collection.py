@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,8 +26,18 @@ from rankclip_jax.inference.pictures import Pictures, open_pictures
 PART = 512  # images per part: the most that a stopped run repeats
 
 
+def is_scored(model: Model, pictures: Pictures) -> bool:
+    """Whether each image has a cosine with its caption; stderr says so where only the tokenizer is missing."""
+    if pictures.captioned() and not model.source.tokenizer:
+        print(f"no cosines with the captions: {model.source.path} has no tokenizer; give --tokenizer", file=sys.stderr)
+        return False
+    return pictures.captioned()
+
+
 def embed(model: Model, pictures: Pictures, out: Path, about: dict) -> None:
     """Writes the embeddings of all images to `out` (.npz or .parquet; see `store.write`).
+
+    With "cosines" in `about` (`is_scored`) also the cosine of each image with its caption; of several, their mean.
 
     Finished parts stay in OUT.parts until the end, and a restarted run resumes from them. Unusable images are left out
     and listed with the reason in OUT.bad_samples.jsonl.
@@ -59,7 +70,8 @@ def embed(model: Model, pictures: Pictures, out: Path, about: dict) -> None:
     with ThreadPoolExecutor() as threads, progress("embed", left) as bar:
         for start in missing:
             rows = range(start, min(start + PART, pictures.size))
-            _write_part(folder / f"{start}.npz", *_embed_rows(model, pictures, rows, threads))
+            found = _embed_rows(model, pictures, rows, threads, "cosines" in about)
+            _write_part(folder / f"{start}.npz", *found)
             bar.update(len(rows))
 
     lost = [json.dumps({"row": None, "where": where, "reason": reason}) for where, reason in pictures.lost]
@@ -167,9 +179,9 @@ def write_shard(
     def parts():
         for start in range(begin, min(begin + store.SHARD, pictures.size), PART):
             rows = range(start, min(start + PART, begin + store.SHARD, pictures.size))
-            *columns, lines = _embed_rows(model, pictures, rows, threads)
+            z, good, names, cosines, lines = _embed_rows(model, pictures, rows, threads, "cosines" in about)
             bad.extend(lines)
-            yield store.Embeddings(columns[0], np.array(columns[1], np.int64), columns[2], about)
+            yield store.Embeddings(z, np.array(good, np.int64), names, about, cosines)
             done(len(rows))
 
     name = store.shard(number)
@@ -228,7 +240,7 @@ def encode(model: Model, pictures: Pictures) -> store.Embeddings:
     with ThreadPoolExecutor() as threads, progress("embed", pictures.size) as bar:
         for start in range(0, pictures.size, PART):
             rows = range(start, min(start + PART, pictures.size))
-            *part, reasons = _embed_rows(model, pictures, rows, threads)
+            *part, _, reasons = _embed_rows(model, pictures, rows, threads, scored=False)
             parts.append(part)
             bad += reasons
             bar.update(len(rows))
@@ -241,7 +253,7 @@ def encode(model: Model, pictures: Pictures) -> store.Embeddings:
     return store.Embeddings(np.concatenate(z), np.array(rows, np.int64), names, {})
 
 
-def _embed_rows(model, pictures, rows, threads):
+def _embed_rows(model, pictures, rows, threads, scored):
     good, bad = [], []
 
     def prepare(row):
@@ -259,13 +271,24 @@ def _embed_rows(model, pictures, rows, threads):
                 bad.append(json.dumps({"row": row, "where": pictures.name(row), "reason": reason}))
 
     z_NxD = model.encode_views(views())
-    return z_NxD, good, [pictures.name(row) for row in good], bad
+    cosines = _cosines(model, z_NxD, list(threads.map(pictures.captions, good))) if scored else None
+    return z_NxD, good, [pictures.name(row) for row in good], cosines, bad
 
 
-def _write_part(path: Path, z_NxD: np.ndarray, rows: list[int], names: list[str], bad: list[dict]) -> None:
+def _cosines(model, z_NxD, captions):
+    """float32 (N,): the mean of each row's cosines with its captions; NaN without one."""
+    rows_T = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
+    z_txt_TxD = model.encode_captions(itertools.chain.from_iterable(captions))
+    cosines_T = np.einsum("td,td->t", z_NxD[rows_T], z_txt_TxD, dtype=np.float64)
+    sums_N, counts_N = (np.bincount(rows_T, weights, len(captions)) for weights in (cosines_T, None))
+    return np.where(counts_N > 0, sums_N / np.maximum(counts_N, 1), np.nan).astype(np.float32)
+
+
+def _write_part(path: Path, z_NxD: np.ndarray, rows: list, names: list, cosines: Any, bad: list) -> None:
     with whole(path) as part, open(part, "wb") as file:
         names, bad = np.array(names, dtype=str), np.array(bad, dtype=str)
-        np.savez(file, embedding=z_NxD, row=np.array(rows, np.int64), name=names, bad=bad)
+        scores = {} if cosines is None else {"cosine": cosines}
+        np.savez(file, embedding=z_NxD, row=np.array(rows, np.int64), name=names, bad=bad, **scores)
 
 
 def _part(folder: Path, start: int) -> tuple[store.Embeddings, list[str]]:
@@ -273,7 +296,8 @@ def _part(folder: Path, start: int) -> tuple[store.Embeddings, list[str]]:
     file = folder / f"{start}.npz"
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            found = store.Embeddings(arrays["embedding"], arrays["row"], arrays["name"].tolist(), {})
+            names, cosines = arrays["name"].tolist(), arrays.get("cosine")
+            found = store.Embeddings(arrays["embedding"], arrays["row"], names, {}, cosines)
             return found, arrays["bad"].tolist()
     except Exception as error:  # whatever NumPy raises on a damaged file
         raise InputError(f"{file} is damaged ({one_line(error)}); delete it, and run the same command again") from None

@@ -122,23 +122,31 @@ class Model:
             ids_NxL = _check_ids(np.asarray(texts), config)
             with progress("encode texts", len(ids_NxL), unit="texts") as bar:
                 return self._encode(ids_NxL, lambda rows: self._packed(np.stack(rows)), bar.update)
-        tokenizer = self.source.tokenizer
+        prepare = self._tokenized()
+        if isinstance(texts, str):
+            texts = [texts]
+        with progress("encode texts", _length(texts), unit="texts") as bar:
+            return self._encode(texts, prepare, bar.update)
+
+    def encode_captions(self, texts: Iterable[str]) -> np.ndarray:
+        """As `encode_text`, of several texts. Prints nothing."""
+        return self._encode(texts, self._tokenized(), lambda count: None)
+
+    def _tokenized(self) -> Callable:
+        tokenizer, length = self.source.tokenizer, self.source.config.text.context_length
         if tokenizer is None:
             raise InputError(
                 f"{self.source.path} has no tokenizer; give load(..., tokenizer=) a tokenizer.json or a hub id. "
                 'For a model with the vocabulary of OpenAI\'s CLIP, use "openai/clip-vit-base-patch32"'
             )
-        if isinstance(texts, str):
-            texts = [texts]
 
         def prepare(some: Sequence) -> np.ndarray | Packed:
             odd = next((text for text in some if not isinstance(text, str)), None)
             if odd is not None:
                 raise InputError(f"a text must be a str; got {type(odd).__name__}")
-            return self._packed(tokenizer(list(some), config.context_length))
+            return self._packed(tokenizer(list(some), length))
 
-        with progress("encode texts", _length(texts), unit="texts") as bar:
-            return self._encode(texts, prepare, bar.update)
+        return prepare
 
     def zero_shot(self, images: Any, classnames: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
         """Probabilities, float32 (n, classes), rows sum to 1: the softmax of the scaled cosines with the classes.

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from rankclip_jax import config as configs
@@ -21,19 +21,29 @@ class Pictures:
       size: number of images.
       name: i -> a readable name of image i.
       image: i -> image i as a path or a PIL image; raises InputError if it cannot be read.
-      caption: i -> the caption of image i, the first of several; "" where there is none.
       lost: (where, reason) of what has no number: bad rows of a table, unreachable samples of shards.
+      captions: i -> the captions of image i; () where there are none.
+      captioned: whether the collection has captions; of shards, whether some of 64 evenly spaced images have.
     """
 
     size: int
     name: Callable[[int], str]
     image: Callable[[int], object]
     lost: tuple[tuple[str, str], ...] = ()
-    caption: Callable[[int], str] = lambda row: ""
+    captions: Callable[[int], tuple[str, ...]] = lambda row: ()
+    captioned: Callable[[], bool] = lambda: False
+
+    def caption(self, i: int) -> str:
+        """The first caption of image i; "" where there is none."""
+        return next(iter(self.captions(i)), "")
 
 
 def open_pictures(
-    data: str, image_key: str | None = None, delimiter: str = ",", encoding: str | None = None
+    data: str,
+    image_key: str | None = None,
+    delimiter: str = ",",
+    encoding: str | None = None,
+    caption_key: str | None = None,
 ) -> Pictures:
     """Opens a collection.
 
@@ -41,7 +51,7 @@ def open_pictures(
       data: a folder (all images below it, by name), a table with a column of paths relative to the file
         (common/tables.py), or shards: a .tar, .tfrecord or .parquet, also as a glob or {00000..00099} range. They need
         TensorFlow.
-      image_key: column, feature or member of the image; None: the format's default.
+      image_key, caption_key: column, feature or member; None: the format's default.
       delimiter, encoding: of a table, as tables.read_table.
 
     Raises:
@@ -52,27 +62,38 @@ def open_pictures(
     if path.is_dir() if not storage.is_remote(data) else storage.is_folder(data):
         return _folder(data)
     if data.lower().endswith(tables.ENDINGS):
-        return _table(data, image_key, delimiter, encoding)
+        return _table(data, image_key, delimiter, encoding, caption_key)
     if kind := SHARDS.get(path.suffix[1:].lower()):
-        return _shards(data, kind, image_key)
+        return _shards(data, kind, image_key, caption_key)
     shards = ", ".join(f".{ending}" for ending in SHARDS)
     known = f"a folder, a table ({', '.join(tables.ENDINGS)}), or shards ({shards})"
     raise InputError(f"cannot open {data}. Expected {known}")
 
 
 def _folder(path: str) -> Pictures:
-    files = folders.pictures_below(path)
+    names = list(folders.files_below(path))
+    files = sorted(filter(folders.is_picture, names))
+    texts = {os.path.splitext(name)[0]: name for name in names if name.lower().endswith(".txt")}
     if not files:
         raise InputError(f"{path} has no images ({', '.join(ENDINGS)}); for shards give their pattern, {path}/*.tar")
 
-    def caption(row):
-        beside = storage.join(path, f"{os.path.splitext(files[row])[0]}.txt")
-        return storage.read(beside).decode(errors="replace").strip() if storage.exists(beside) else ""
+    def beside(row):
+        return texts.get(os.path.splitext(files[row])[0])
+
+    def captions(row):
+        text = storage.read(storage.join(path, beside(row))) if beside(row) else b""
+        return _good([text.decode(errors="replace").removeprefix("\ufeff")])
 
     def image(row):
         return _file(storage.join(path, files[row]))
 
-    return Pictures(len(files), lambda row: _readable(files[row]), image, caption=caption)
+    captioned = functools.cache(lambda: any(map(beside, range(len(files)))))
+    return Pictures(len(files), lambda row: _readable(files[row]), image, (), captions, captioned)
+
+
+def _good(captions: Iterable[str]) -> tuple[str, ...]:
+    """The captions that say something, as the sources' rule is."""
+    return tuple(text for caption in captions if (text := caption.strip()))
 
 
 def _readable(name: str) -> str:
@@ -94,7 +115,9 @@ def _file(path: str) -> object:
         raise ConnectionError(str(error)) from None
 
 
-def _table(file: str, image_key: str | None, delimiter: str, encoding: str | None) -> Pictures:
+def _table(
+    file: str, image_key: str | None, delimiter: str, encoding: str | None, caption_key: str | None
+) -> Pictures:
     keys = (image_key,) if image_key else tables.IMAGE_KEYS
     data = storage.read(file) if storage.is_remote(file) else None
     table = tables.read_table(file, keys, None, delimiter=delimiter, encoding=encoding, data=data)
@@ -105,29 +128,36 @@ def _table(file: str, image_key: str | None, delimiter: str, encoding: str | Non
 
     @functools.cache
     def texts():
+        named = (caption_key,) if caption_key else tables.CAPTION_KEYS
         try:
-            rows = tables.read_table(file, keys, delimiter=delimiter, encoding=encoding, data=data)
+            rows = tables.read_table(file, keys, named, delimiter=delimiter, encoding=encoding, data=data)
         except InputError:  # a table of images alone
+            if caption_key:
+                raise
             return {}
         assert rows.texts is not None
         return dict(zip(rows.numbers.tolist(), rows.texts, strict=True))
 
-    def caption(row):
+    def captions(row):
         text = texts().get(int(table.numbers[row]))
-        text = "" if text is None else text.as_py()
-        return text if isinstance(text, str) else text[0]
+        text = () if text is None else text.as_py()
+        return _good([text] if isinstance(text, str) else text)
 
     lost = tuple((f"{file} row {number}", reason) for number, reason in table.bad)
-    return Pictures(len(names), name, lambda row: _file(tables.image_path(table.folder, name(row))), lost, caption)
+    image = lambda row: _file(tables.image_path(table.folder, name(row)))  # noqa: E731
+    return Pictures(len(names), name, image, lost, captions, lambda: bool(texts()))
 
 
-def _shards(pattern: str, kind: str, image_key: str | None) -> Pictures:
+def _shards(pattern: str, kind: str, image_key: str | None, caption_key: str | None) -> Pictures:
     from input_pipeline import encoded_images, sources  # TensorFlow
 
-    spec = configs.complete({"data": {"format": kind, "image_key": image_key}}).data
+    keys = {"image_key": image_key, "caption_key": caption_key}
+    spec = configs.complete({"data": {"format": kind, **keys}}).data
     source = sources.open_pictures(spec, pattern)
     read = encoded_images.reader(source)
 
     lost = tuple((one.where, one.reason) for one in source.lost)
     name, captions = lambda i: _readable(source.where(i)), encoded_images.captions(source)
-    return Pictures(source.size, name, lambda i: opened(read(i)), lost, captions)
+    some = {i * source.size // 64 for i in range(64)}
+    captioned = functools.cache(lambda: any(captions(i) for i in sorted(some)))
+    return Pictures(source.size, name, lambda i: opened(read(i)), lost, captions, captioned)

@@ -31,12 +31,14 @@ class Embeddings:
       rows: int64 (n,), numbers of the images in the collection.
       names: of the images.
       about: metadata: collection and model.
+      cosines: float32 (n,), of each image and its caption, NaN without one; None: of a collection without captions.
     """
 
     z: np.ndarray
     rows: np.ndarray
     names: list[str]
     about: dict
+    cosines: np.ndarray | None = None
 
 
 def write(
@@ -51,8 +53,8 @@ def write(
     `unfinished`: the file's name until it is complete (files.whole). `bad`: of a shard, lines about what is not in it,
     which `parts` may add to; `read_bad` finds them.
 
-    An .npz has arrays `embedding` (n, D) float32, `row` (n,) int64, `name` (n,) str and `about` (JSON); a Parquet file
-    has the same three columns, and `about` in its schema's metadata.
+    An .npz has arrays `embedding` (n, D) float32, `row` (n,) int64, `name` (n,) str, of a captioned collection `cosine`
+    (n,) float32, and `about` (JSON); a Parquet file has the same columns, and `about` in its schema's metadata.
     """
     with whole(path, unfinished) as part:
         return _write_parquet(part, parts, about, bad) if path.suffix == ".parquet" else _write_npz(part, parts, about)
@@ -190,14 +192,16 @@ def is_store(data: str) -> bool:
 
 def _write_npz(path: Path, parts: Iterable[Embeddings], about: dict) -> int:
     parts = list(parts)
+    columns: dict[str, Any] = {
+        "embedding": np.concatenate([part.z for part in parts]),
+        "row": np.concatenate([part.rows for part in parts]),
+        "name": np.array([name for part in parts for name in part.names], dtype=str),
+        "about": json.dumps(about),
+    }
+    cosines = [part.cosines for part in parts if part.cosines is not None]
+    columns |= {"cosine": np.concatenate(cosines)} if cosines else {}
     with open(path, "wb") as out:
-        np.savez(
-            out,
-            embedding=np.concatenate([part.z for part in parts]),
-            row=np.concatenate([part.rows for part in parts]),
-            name=np.array([name for part in parts for name in part.names], dtype=str),
-            about=json.dumps(about),
-        )
+        np.savez(out, **columns)
     return sum(len(part.names) for part in parts)
 
 
@@ -210,10 +214,13 @@ def _write_parquet(path: Path, parts: Iterable[Embeddings], about: dict, bad: Se
         if writer is None:
             width = part.z.shape[1]
             fields = [("name", pa.string()), ("row", pa.int64()), ("embedding", pa.list_(pa.float32(), width))]
+            fields += [("cosine", pa.float32())] if part.cosines is not None else []
             schema = pa.schema(fields, metadata={"rankclip_jax": json.dumps(about)})
             writer = pq.ParquetWriter(path, schema)
         embedding = pa.FixedSizeListArray.from_arrays(pa.array(part.z.ravel()), width)
-        writer.write_table(pa.table([pa.array(part.names, pa.string()), pa.array(part.rows), embedding], schema))
+        columns = [pa.array(part.names, pa.string()), pa.array(part.rows), embedding]
+        columns += [pa.array(part.cosines)] if part.cosines is not None else []
+        writer.write_table(pa.table(columns, schema))
         count += len(part.names)
     if writer is not None:
         if bad is not None:

@@ -120,33 +120,40 @@ def test_a_run_in_a_bucket_loses_its_machine_and_has_the_numbers_of_a_local_one(
     folder = tmp_path / "bucket"
     (folder / "tars").mkdir(parents=True)
     write_tar(folder / "tars", samples(96))
-    with real_clients(folder, tmp_path) as (_, enter, env):
-        env |= dict(XDG_CACHE_HOME=str(tmp_path / "cache"), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"))
+    with real_clients(folder, tmp_path) as (seen, enter, env):
+        env |= dict(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"))
         env |= dict(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0", JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0")
+
+        def on_machine(name):
+            """With what a machine holds of its own."""
+            (tmp_path / name).mkdir()
+            env.update(XDG_CACHE_HOME=str(tmp_path / name / "cache"), TMPDIR=str(tmp_path / name))
 
         def command(module, *flags):
             return [*enter, sys.executable, "-m", f"rankclip_jax.{module}", *flags]
 
         def run(module, *flags):
-            done = subprocess.run(
-                command(module, *flags), cwd=REPO, env=env, capture_output=True, text=True, timeout=400
-            )
+            done = subprocess.run(command(module, *flags), cwd=REPO, env=env, capture_output=True, text=True)
             return done.returncode, done.stdout + done.stderr
 
         local = tmp_path / "local"
+        on_machine("one")
         code, said = run("train", *OF_TARS, f"--config.data.train={folder}/tars/*.tar", f"--workdir={local}")
         assert code == 0, said
+        assert not seen.requests
         train = [*OF_TARS, "--config.data.train=gs://mine/tars/*.tar", "--workdir=gs://mine/run"]
         first = subprocess.Popen(
             command("train", *train), cwd=REPO, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        for _ in range(1200):
+        for _ in range(6000):
             if first.poll() is not None or list(folder.glob("run/checkpoints/[468]/commit_success.txt")):
                 break
             time.sleep(0.1)
         assert first.poll() is None, "it ended before it could be cut off"
         first.send_signal(signal.SIGKILL)
         first.wait()
+        shutil.rmtree(tmp_path / "one")
+        on_machine("another")
         code, said = run("train", *train)
         assert code == 0, said
         assert re.search(r"resuming from step ([4-9]|1\d) of 18 in gs://mine/run", said), said
@@ -156,10 +163,13 @@ def test_a_run_in_a_bucket_loses_its_machine_and_has_the_numbers_of_a_local_one(
         assert stored[0].pop("data") != stored[1].pop("data") and stored[0] == stored[1]
         other = run("train", *train, "--config.seed=7")
         assert other[0] == 1 and "gs://mine/run holds a run with another configuration" in other[1], other
-        own = "--config.eval.geometry={'own':{'format':'shapes','path':41}}"
-        code, said = run("train", "--workdir=gs://mine/run", "--mode=eval", own)
-        assert code == 0 and "step 18 of gs://mine/run" in said, said
-        assert json.loads((folder / "run/eval.json").read_text())
+        for workdir, tars in (("gs://mine/run", "gs://mine/tars"), (local, folder / "tars")):
+            own = {"own": {"format": "webdataset", "path": f"{tars}/*.tar"}}
+            code, said = run("train", f"--workdir={workdir}", "--mode=eval", f"--config.eval.geometry={own}")
+            assert code == 0 and f"step 18 of {workdir}" in said, said
+        measured = [json.loads((where / "eval.json").read_text())["run"]["18"] for where in (folder / "run", local)]
+        assert measured[0]["geometry"]["own"] == measured[1]["geometry"]["own"]
+        assert {name.split("/")[1] for kind, name, _ in seen.requests if kind == "write"} >= {"checkpoints"}
         code, said = run("report", "gs://mine/run", "--out", str(tmp_path / "report.html"))
         assert code == 0 and (tmp_path / "report.html").stat().st_size > 10_000, said
         code, said = run("convert", "gs://mine/run", str(tmp_path / "exported"), "--to", "openai")

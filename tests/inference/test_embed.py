@@ -1,5 +1,7 @@
 """Collections to embeddings and back by text: a folder, a csv, shards; interrupted, damaged, searched, drawn."""
 
+import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -374,3 +376,62 @@ def test_a_file_name_that_is_not_utf_8_is_escaped(run, folder, tmp_path, capsys,
     run(folder, "--out", out, "--search", "a text", "--top", 11)
     assert store.read(out).names.count("a\\xff.png") == 1
     assert "a\\xff.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", store.ENDINGS)
+def test_captioned_collections_get_the_cosine_of_each_pair(run, model, folder, tmp_path, monkeypatch, ending):
+    monkeypatch.setattr(collection, "PART", 4)
+    names = names_below(folder)
+    texts = [["a cat", "two dogs on a beach", " "], ["the small blue star"], *(["a red circle"] for _ in names[2:])]
+    lines = [json.dumps({"image": name, "caption": some}) for name, some in zip(names, texts, strict=True)]
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    run(folder / "data.jsonl", "--out", tmp_path / f"e{ending}")
+    z_img = model.encode_image([folder / name for name in names]).astype(np.float64)
+    z_txt = [model.encode_text([text for text in some if text.strip()]).astype(np.float64) for some in texts]
+    expected = [np.mean([z @ one for one in some]) for z, some in zip(z_img, z_txt, strict=True)]
+    found = tmp_path / f"e{ending}"
+    with np.load(found) if ending == ".npz" else contextlib.nullcontext(pq.read_table(found)) as columns:
+        cosines = np.asarray(columns["cosine"])
+    assert cosines.dtype == np.float32
+    np.testing.assert_allclose(cosines, expected, atol=1e-6)
+    assert store.read(found).names == names  # read as before
+
+
+def test_pairs_without_a_caption_have_none_and_collections_without_no_column(
+    run, model, folder, tmp_path, monkeypatch, capsys
+):
+    names = names_below(folder)
+    run(folder, "--out", tmp_path / "bare.npz")
+    (folder / f"{names[2][:-4]}.txt").write_text("a photo of a cat\n")
+    (folder / f"{names[3][:-4]}.txt").write_text(" \n")
+    run(folder, "--out", tmp_path / "one.npz")
+    with np.load(tmp_path / "bare.npz") as bare, np.load(tmp_path / "one.npz") as one:
+        assert "cosine" not in bare
+        assert np.flatnonzero(np.isfinite(one["cosine"])).tolist() == [2]
+        cosine = model.encode_text("a photo of a cat")[0].astype(np.float64) @ model.encode_image(folder / names[2])[0]
+        np.testing.assert_allclose(one["cosine"][2], cosine, atol=1e-6)
+    capsys.readouterr()
+    monkeypatch.setattr(model, "source", dataclasses.replace(model.source, tokenizer=None))
+    run(folder, "--out", tmp_path / "no.npz")
+    assert "no cosines with the captions: " in capsys.readouterr().err
+    with np.load(tmp_path / "no.npz") as no:
+        assert "cosine" not in no
+
+
+def test_a_run_of_before_captions_were_read_is_not_mixed(run, folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        patch.setattr(store, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(folder, "--out", tmp_path / "e.npz")
+    (folder / "00.txt").write_text("a cat")
+    with pytest.raises(SystemExit, match=r"belongs to another run \(cosines: None -> True\)"):
+        run(folder, "--out", tmp_path / "e.npz")
+
+
+def test_the_column_of_captions_may_have_another_name(run, model, folder, tmp_path):
+    names = names_below(folder)
+    (folder / "data.csv").write_text("image,alt\n" + "".join(f"{name},a cat\n" for name in names))
+    run(folder / "data.csv", "--out", tmp_path / "e.npz", "--caption-key", "alt")
+    with np.load(tmp_path / "e.npz") as found:
+        assert np.isfinite(found["cosine"]).all()
+    with pytest.raises(SystemExit, match="has no column 'title'"):
+        run(folder / "data.csv", "--out", tmp_path / "f.npz", "--caption-key", "title")

@@ -26,6 +26,7 @@ STAND_INS = {
     "DATA": "data",
     "gs://BUCKET/": "",
     "openai/clip-vit-base-patch32": "tokenizer.json",
+    "scores.parquet:0.28": "scores.parquet:-1",  # of random weights
 }
 
 

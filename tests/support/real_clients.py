@@ -20,7 +20,10 @@ _HOSTS = ("storage.googleapis.com", "www.googleapis.com", "oauth2.googleapis.com
 
 @contextlib.contextmanager
 def real_clients(folder, scratch):
-    """Yields (Bucket, the beginning of a command that sees it, its environment); skips the test if that cannot be."""
+    """Yields (the Bucket that Google's clients see, the beginning of a command that sees it, its environment).
+
+    Skips the test if that cannot be. TensorStore is told another address, of a Bucket of the same folder.
+    """
     pytest.importorskip("google.cloud.storage")
     pytest.importorskip("cryptography")
     if os.geteuid() or not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"]).returncode:
@@ -35,12 +38,12 @@ def real_clients(folder, scratch):
     hosts = scratch / "hosts"
     hosts.write_text("127.0.0.1 localhost " + " ".join(_HOSTS) + "\n")
     enter = f'mount --bind "{hosts}" /etc/hosts && exec "$@"'
-    with Bucket(folder) as plain, Bucket(folder, port=443, cert=(certificate, key)):
+    with Bucket(folder) as plain, Bucket(folder, port=443, cert=(certificate, key)) as secure:
         names = ("CURL_CA_BUNDLE", "TENSORSTORE_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
         env = os.environ | plain.environment | dict.fromkeys(names, str(certificate))
         env |= dict(NO_GCE_CHECK="true", STORAGE_EMULATOR_HOST="https://storage.googleapis.com", JAX_PLATFORMS="cpu")
         env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-        yield plain, ["unshare", "-m", "bash", "-c", enter, "bash"], env
+        yield secure, ["unshare", "-m", "bash", "-c", enter, "bash"], env
 
 
 def _certificate(scratch):
