@@ -61,34 +61,33 @@ train.main()
 """
 
 
-def commands(folder: Path) -> dict[str, list[str]]:
-    """The command lines, without --workdir. Writes what they read."""
+def command(name: str, folder: Path) -> list[str]:
+    """The words of the command line, without --workdir. Writes what it reads."""
     from rankclip_jax.common.tokenizer import Tokenizer
 
+    if name == "demo":
+        return ["shapes"]
     scale.make(folder / "shards", 300, 10_000)
     Tokenizer.train([f"picture {number}" for number in range(1000)], 512).save(folder / "tokenizer.json")
-    return {
-        "demo": ["shapes"],
-        "shards": [
-            "--config=configs/cc3m.py",
-            "--config.batch_size=8",
-            "--config.log_every=1",
-            "--config.model.dtype=float32",
-            f"--config.tokenizer.path={folder / 'tokenizer.json'}",
-            "--config.data.format=webdataset",
-            f"--config.data.train={folder / 'shards'}/*.tar",
-            "--config.data.val=None",
-        ],
-    }
+    return [
+        "--config=configs/cc3m.py",
+        "--config.batch_size=8",
+        "--config.log_every=1",
+        "--config.model.dtype=float32",
+        f"--config.tokenizer.path={folder / 'tokenizer.json'}",
+        "--config.data.format=webdataset",
+        f"--config.data.train={folder / 'shards'}/*.tar",
+        "--config.data.val=None",
+    ]
 
 
 def start(checkout: Path, words: list[str]) -> dict[str, tuple[float, float]]:
     """Part -> (seconds, seconds of processor) of one start."""
     with tempfile.TemporaryDirectory() as workdir:
-        command = [sys.executable, "-u", "-c", CHILD, *words, f"--workdir={workdir}/run"]
+        words = [sys.executable, "-u", "-c", CHILD, *words, f"--workdir={workdir}/run"]
         environment = os.environ | {"PYTHONPATH": str(checkout)}
         begin = time.time()
-        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+        done = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True)
     marks = [json.loads(line)[1:] for line in done.stdout.splitlines() if line.startswith('["part"')]
     if done.returncode or not marks or marks[-1][0] != "step 1":
         sys.exit(f"the start failed: {done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -124,14 +123,13 @@ def main() -> None:
     options = parser.parse_args()
     checkouts = {"before": options.against.resolve()} if options.against else {}
     checkouts["now"] = REPO
-    with tempfile.TemporaryDirectory() as folder:
-        for name, words in commands(Path(folder)).items():
-            if options.only in (None, name):
-                found = {which: [] for which in checkouts}
-                for _ in range(options.rounds):
-                    for which, checkout in checkouts.items():
-                        found[which].append(start(checkout, words))
-                print(f"\n{name}, median of {options.rounds} rounds\n\n" + "\n".join(table(found)), flush=True)
+    for name in [options.only] if options.only else ["demo", "shards"]:
+        with tempfile.TemporaryDirectory() as folder:
+            words, found = command(name, Path(folder)), {which: [] for which in checkouts}
+            for _ in range(options.rounds):
+                for which, checkout in checkouts.items():
+                    found[which].append(start(checkout, words))
+        print(f"\n{name}, median of {options.rounds} rounds\n\n" + "\n".join(table(found)), flush=True)
 
 
 if __name__ == "__main__":
