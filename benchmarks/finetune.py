@@ -6,7 +6,7 @@ CLIP's loss and with RankCLIP's, by several seeds. Of each run: the time of a st
 the memory of weights and moments, zero-shot accuracy on the new pictures, and on the shapes: what was forgotten.
 
 Writes docs/finetuning.csv, a row for each run, and the table into docs/finetuning.md. Finished runs are kept in --work:
-the same command resumes. The defaults take about 12 minutes on two cores.
+the same command resumes. After each run it says how long the others will take.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def costs(workdir: Path) -> dict:
 def measure(
     folder: Path, work: Path, *, steps: int, start_steps: int, seeds: int, rows: int
 ) -> tuple[tuple[float, float], list[dict]]:
-    """-> (accuracies of the starting model, a row of COLUMNS for each run)."""
+    """Trains what is not yet trained. -> (accuracies of the starting model, a row of COLUMNS for each run)."""
     from rankclip_jax.train import evaluate
 
     work.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,7 @@ def main() -> None:
     about = (
         f"`python -m benchmarks.finetune`: {flags.start_steps} steps on shapes, then {flags.steps} on CIFAR-10 with "
         f"captions, {flags.rows:,} test pictures, {flags.seeds} seeds, {os.cpu_count()} CPU cores. "
-        "Means with 95 % intervals (Student's t)."
+        "Means with 95 % intervals (Student's t); [finetuning.csv](finetuning.csv) has each run."
     )
     sizes = dict(steps=flags.steps, start_steps=flags.start_steps, seeds=flags.seeds, rows=flags.rows)
     write(flags.pages, *measure(folder, work, **sizes), about)

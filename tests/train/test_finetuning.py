@@ -100,10 +100,13 @@ MIXED = [(r"resblocks_1/.*mlp|visual/.*_0/attn/q", {"freeze": True}), ("resblock
 
 
 @pytest.mark.parametrize("optimiser", [
-    dict(rules=LAST), dict(rules=MIXED, eps=1e-4), dict(rules=MIXED, name="adafactor"), dict(rules=MIXED, name="muon"),
-], ids=str)  # fmt: skip
+    dict(rules=LAST), dict(rules=MIXED), dict(rules=MIXED, name="muon"),
+], ids=["last", "mixed", "mixed, muon"])  # fmt: skip
 def test_scanned_layers_train_as_unrolled_ones_do(optimiser):
-    """With some of the blocks frozen, also of one kind of matrix, and in the middle: the stack is cut."""
+    """With some of the blocks frozen, also of one kind of matrix, and in the middle: the stack is cut.
+
+    eps above the gradients that are 0 but for rounding, as those of the keys' biases.
+    """
     found = {}
     for scan in (False, True):
         deep = dict(vision=dict(layers=3), text=TEXT | dict(layers=3), image_size=16)
