@@ -18,7 +18,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.train import loop
 from tests.commands.test_train import NO_EVALUATION, SMALL, TRANSFORMER, numbers
 from tests.support.real_clients import real_clients
-from tests.support.source_files import samples, write_tar
+from tests.support.source_files import samples, write_csv, write_tar
 
 REPO = Path(__file__).parents[2]
 OF_TARS = [flag for flag in SMALL if ".data." not in flag and ".eval." not in flag] + [
@@ -120,6 +120,7 @@ def test_a_run_in_a_bucket_loses_its_machine_and_has_the_numbers_of_a_local_one(
     folder = tmp_path / "bucket"
     (folder / "tars").mkdir(parents=True)
     write_tar(folder / "tars", samples(96))
+    write_csv(folder, samples(24, seed=1))
     with real_clients(folder, tmp_path) as (seen, enter, env):
         env |= dict(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "compiled"))
         env |= dict(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0", JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0")
@@ -163,8 +164,8 @@ def test_a_run_in_a_bucket_loses_its_machine_and_has_the_numbers_of_a_local_one(
         assert stored[0].pop("data") != stored[1].pop("data") and stored[0] == stored[1]
         other = run("train", *train, "--config.seed=7")
         assert other[0] == 1 and "gs://mine/run holds a run with another configuration" in other[1], other
-        for workdir, tars in (("gs://mine/run", "gs://mine/tars"), (local, folder / "tars")):
-            own = {"own": {"format": "webdataset", "path": f"{tars}/*.tar"}}
+        for workdir, place in (("gs://mine/run", "gs://mine"), (local, folder)):
+            own = {"own": {"format": "csv", "path": f"{place}/data.csv"}}
             code, said = run("train", f"--workdir={workdir}", "--mode=eval", f"--config.eval.geometry={own}")
             assert code == 0 and f"step 18 of {workdir}" in said, said
         measured = [json.loads((where / "eval.json").read_text())["run"]["18"] for where in (folder / "run", local)]
