@@ -39,7 +39,7 @@ def prepare(folder: Path) -> None:
             Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / "images" / f"{i}.png")
             rows.writerow([f"images/{i}.png", f"picture {i} of {'a red circle' if i % 2 else 'a blue square'}"])
     commands.quiet_tensorflow()
-    pipeline = ("input_pipeline.captions", "input_pipeline.pipeline", "tensorboard.plugins.hparams.summary_v2")
+    pipeline = ("input_pipeline.captions", "input_pipeline.pipeline", "clu.metric_writers")
     for module in ("rankclip_jax.train.__main__", *pipeline, "matplotlib.figure"):
         importlib.import_module(module)  # imports alone: JAX has no backend yet, so that a fork is safe
 

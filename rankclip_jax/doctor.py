@@ -150,10 +150,10 @@ def pipeline(pictures: int = 400) -> Iterator[Finding]:
     rate = health.jpegs_per_second(pictures)
     yield Finding("decoding", f"{rate:,.0f} JPEGs of 400 x 300 a second on {cores} cores")
     try:
-        from tensorboard.plugins.hparams import summary_v2  # noqa: F401 -- what the trainer imports
+        from clu import metric_writers  # noqa: F401 -- what the trainer imports
     except Exception as error:  # tensorboard absent, or one of its own packages is
-        asked = next(line for line in jax_install.requirements() if Requirement(line).name == "tensorboard")
-        remedy = f"pip install --force-reinstall '{asked}'"
+        asked = [f"'{line}'" for line in jax_install.requirements() if Requirement(line).name in ("clu", "tensorboard")]
+        remedy = f"pip install --force-reinstall {' '.join(asked)}"
         yield Finding("TensorBoard events", f"cannot be written: {one_line(error, kind=True)}", remedy)
 
 

@@ -59,13 +59,9 @@ def refused(error: Exception) -> InputError | None:
 
 
 def quiet_tensorflow() -> None:
-    """Keeps TensorFlow's greetings, oneDNN's among them, off the console, and Keras out: it only reads files.
-
-    Before its import, two fifths of whose time Keras 3 would take. It is asked for Keras 2, which is rarely there.
-    """
+    """Keeps TensorFlow's greetings, oneDNN's among them, off the console: it only reads files. Before its import."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
 
 def keep_freed_memory() -> None:

@@ -30,26 +30,17 @@ class TensorBoard:
     """Event files in the workdir: `tensorboard --logdir runs` shows them."""
 
     def __init__(self, workdir: Path, settings: Mapping[str, Any]):
-        import tensorflow as tf  # as the pipeline does
-        from tensorboard.plugins.hparams import summary_v2  # and not its `api`, which imports Keras: seconds
+        from clu import metric_writers  # imports TensorFlow, as the pipeline does
 
-        self._summary, self._events = tf.summary, tf.summary.create_file_writer(str(workdir))
+        self._events = metric_writers.SummaryWriter(str(workdir))
         plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
-        with self._events.as_default():
-            summary_v2.hparams(plain)
+        self._events.write_hparams(plain)
+        self.numbers = self._events.write_scalars
         self.close = self._events.close
-
-    def numbers(self, step: int, numbers: Mapping[str, float]) -> None:
-        """As of Logger."""
-        with self._events.as_default(step):
-            for name, number in numbers.items():
-                self._summary.scalar(name, number)
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """As of Logger."""
-        with self._events.as_default(step):
-            for name, pixels_HxWx3 in images.items():
-                self._summary.image(name, pixels_HxWx3[None])
+        self._events.write_images(step, {name: pixels_HxWx3[None] for name, pixels_HxWx3 in images.items()})
         self._events.flush()
 
 

@@ -22,7 +22,7 @@ def only(findings, what):
 @pytest.fixture
 def without_tensorboard(tmp_path, monkeypatch):
     """An installation without tensorboard: all of site-packages but this, by links."""
-    site = Path(importlib.metadata.distribution("jax").locate_file(""))
+    site = Path(importlib.metadata.distribution("clu").locate_file(""))
     bare = tmp_path / "site"
     bare.mkdir()
     for entry in site.iterdir():
@@ -129,9 +129,9 @@ def test_tensorflow_at_work_before_us(monkeypatch):
     assert "after being initialized" in finding.found and "before TensorFlow" in finding.remedy
 
 
-def test_tensorboard_that_cannot_write(monkeypatch):
+def test_clu_that_cannot_write(monkeypatch):
     pytest.importorskip("tensorflow")
-    monkeypatch.setitem(sys.modules, "tensorboard.plugins.hparams", None)
+    monkeypatch.setitem(sys.modules, "clu", None)
     finding = only(doctor.pipeline(pictures=4), "TensorBoard events")
     assert "cannot be written" in finding.found and "tensorboard" in finding.remedy
 
