@@ -11,7 +11,7 @@ import pytest
 
 REPO = Path(__file__).parents[2]
 SCRIPT = """
-import os, pathlib, sys, time
+import os, pathlib, signal, sys, time
 from rankclip_jax.common import tasks
 
 def work(folder, threads):
@@ -20,6 +20,7 @@ def work(folder, threads):
         time.sleep(1)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     list(tasks.run(work, [sys.argv[1]] * 2, workers=2, threads=1))
 """
 
