@@ -9,6 +9,7 @@ import types
 import weakref
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow.dataset
 import pytest
@@ -33,7 +34,7 @@ class FakeModel:
 
     def __init__(self):
         config = types.SimpleNamespace(embed_dim=D)
-        self.source = types.SimpleNamespace(config=config, view=self.view, path="fake")
+        self.source = types.SimpleNamespace(config=config, view=self.view, path="fake", tokenizer="one")
         self.seen = 0
 
     @staticmethod
@@ -43,6 +44,10 @@ class FakeModel:
     def encode_views(self, views):
         z = [self.of(int(view[0, 0, 0])) for view in views]
         self.seen += len(z)
+        return np.stack(z) if z else np.zeros((0, D), np.float32)
+
+    def encode_captions(self, texts):
+        z = [self.of(len(text)) for text in texts]
         return np.stack(z) if z else np.zeros((0, D), np.float32)
 
     def encode_text(self, text):
@@ -96,6 +101,19 @@ def names(folder):
 
 
 WRITTEN = [".rankclip_jax", "00000.parquet", "00001.parquet", "00002.parquet", "_about.json", "_bad_samples.jsonl"]
+
+
+def test_a_captioned_collection_has_a_cosine_of_each_pair_in_a_folder_too(run, photos, tmp_path):
+    """Also where a whole shard has no picture."""
+    for i in (0, 3, 5, 8):
+        (photos / f"{i:02}.txt").write_text("a" * (i + 1))
+    run(photos, "--out", tmp_path / "made")
+    run(photos, "--out", tmp_path / "one.parquet")
+    expected = [float(FakeModel.of(i) @ FakeModel.of(i + 1)) if i in (0, 3) else np.nan for i in GOOD]
+    for made in "made", "one.parquet":
+        table = pyarrow.dataset.dataset(tmp_path / made, exclude_invalid_files=False).to_table(["row", "cosine"])
+        assert table["row"].to_pylist() == GOOD
+        np.testing.assert_allclose(table["cosine"].to_numpy(), expected, rtol=1e-6)
 
 
 def test_a_folder_is_a_data_set_of_parquet(run, photos, tmp_path, capsys):
@@ -258,6 +276,7 @@ def test_a_killed_worker_changes_nothing(engine, photos, tmp_path, monkeypatch):
     if engine == "ray":
         pytest.importorskip("ray")
     monkeypatch.setattr(store, "SHARD", 4)
+    jax.devices()  # eight, for all tests of this process; the workers have one
     monkeypatch.setenv("XLA_FLAGS", "")
     workdir = make_workdir(tmp_path / "run", VIT)
     model, opening = rankclip_jax.load(workdir), (str(photos), None, ",", None)

@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -193,14 +194,19 @@ def s3(tmp_path, monkeypatch):
         yield client
 
 
-def test_a_bucket_is_written_by_processes_too(data, tmp_path, monkeypatch, bucket):
-    run(monkeypatch, data, tmp_path / "one")
-    run(monkeypatch, data, "gs://mine/out", "--workers", 2)
+def test_a_bucket_is_written_by_processes_too_also_without_repeated_pictures(data, tmp_path, monkeypatch, bucket):
+    shutil.copy(data.parent / "5.jpg", data.parent / "20.jpg")
+    run(monkeypatch, data, tmp_path / "one", "--dedup", "exact")
+    run(monkeypatch, data, "gs://mine/out", "--dedup", "exact", "--workers", 2)
     assert files(bucket.folder / "out") == files(tmp_path / "one")
+    manifest = json.loads((bucket.folder / "out/manifest.json").read_text())
+    assert manifest["left_out"] == {"the same picture came before": 1}
+    assert sum(shard["samples"] for shard in manifest["shards"]) == ROWS - len(BAD) - 1
+    assert manifest["shards"][20 // SIZE]["left_out"] == {"the same picture came before": 1}
     assert list((bucket.folder / "out/.rankclip_index").iterdir())
     bucket.requests.clear()
     spec = prepare.configs.complete({"data": {"format": "tfrecord"}}).data
-    assert sources.open_source(spec, "gs://mine/out", image_side=8).size == 36
+    assert sources.open_source(spec, "gs://mine/out", image_side=8).size == 35
     assert not bucket.read_bytes("out/00006")  # the index tells where its rows are; the first rows tell the keys
 
 
