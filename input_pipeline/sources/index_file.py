@@ -105,7 +105,7 @@ def table(kind: str, width: int, shards: Sequence[Shard]) -> bytes:
 
 
 def read(path: str, size: int, kind: str, width: int) -> IndexFile:
-    """Reads the table of a file of `size` bytes. Raises one of DAMAGED where it is none of this kind, or damaged."""
+    """Reads the table of a file of `size` bytes. Raises one of DAMAGED for another kind of file, or a damaged one."""
     start = storage.read(path, 0, min(size, _FIRST if storage.is_remote(path) else _HEAD.size))
     magic, check, length, text = _HEAD.unpack_from(start)
     if magic != _MAGIC or not text <= length <= size:

@@ -72,6 +72,7 @@ def _digits(text, base):
 
 
 def name_of(head: bytes) -> str:
+    """The name in a header of 512 bytes, behind ustar's prefix; bytes that are not UTF-8 are replaced."""
     name, prefix = (head[a:b].split(b"\0")[0].decode(errors="replace") for a, b in ((0, 100), (345, 500)))
     return f"{prefix}/{name}" if prefix and head[257:263] == b"ustar\0" else name
 

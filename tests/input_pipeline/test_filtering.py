@@ -78,7 +78,7 @@ def test_what_has_the_score_stays(table, tmp_path, monkeypatch, capsys, kind):
 
 
 def test_a_table_whose_rows_embed_counts_otherwise(table, tmp_path, monkeypatch):
-    """Embed counts images; a row whose caption is missing, or is of too few fields, is none of a pair's."""
+    """Embed counts images; a row without a caption, or with too few fields, is not a pair."""
     lines = table.read_text(encoding="utf-8").splitlines(keepends=True)
     lines[3:3] = ["images/7\n", "images/6,\n"]  # a bad row for both; an empty caption, which is one's bad row alone
     table.write_text("".join(lines), encoding="utf-8")

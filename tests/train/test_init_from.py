@@ -72,7 +72,7 @@ def test_a_siglip_brings_its_bias_and_its_grid_and_no_other_kind(tmp_path):
     np.testing.assert_array_equal(state.params["visual"]["positional_embedding"], expected)
     shorter = make_config(SIGLIP | dict(context_length=12), init_from=str(tmp_path / "run"))
     with pytest.raises(InputError, match=r"text/positional_embedding is \(16, 64\) there, \(12, 64\) here"):
-        start(shorter)  # the last position is pooled, and there is none of that meaning in a shorter text
+        start(shorter)  # the last position is pooled, which a shorter text does not have
     with pytest.raises(InputError, match=r"visual is of another kind \(pool 'map' there\); .*text is of another kind"):
         start(make_config(VIT, init_from=str(tmp_path / "run")))
 
