@@ -15,7 +15,7 @@ def get_config(dir: str = "data/cifar10", start: str = "runs/start", objective: 
             batch_size=None,
             epochs=2,
             log_every=None,
-            loss=dict(objective=objective),
+            loss=dict(objective=objective, schedule=None),
             model=dict(name=None),  # that of `start`
             # For the small model of the tutorial. Of OpenAI's, 1e-5: config.optim.lr=None.
             optim=dict(lr=3e-4, weight_decay=0.1, warmup_steps=None, grad_clip_norm=1.0),

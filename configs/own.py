@@ -13,7 +13,7 @@ def get_config(objective: str = "rankclip") -> ConfigDict:
             batch_size=None,
             epochs=None,
             log_every=None,
-            loss=dict(objective=objective),
+            loss=dict(objective=objective, schedule=None),
             model=dict(name=None),
             optim=dict(lr=None, weight_decay=0.1, warmup_steps=None, grad_clip_norm=1.0),
             # No flip: it would make captions of "left" and of writing wrong.

@@ -48,7 +48,7 @@ BEFORE: dict[str, Any] = {"model.pack_text": "off", "data.squash": "no", "data.s
 
 # What may be None (pack_text and shuffle: auto) until a run starts, and is settled there by the data and the devices
 # (train/resolve.py).
-RESOLVED = ("batch_size", "epochs", "log_every", "optim.lr", "optim.warmup_steps", "loss.ramp_epochs")
+RESOLVED = ("batch_size", "epochs", "log_every", "optim.lr", "optim.warmup_steps", "loss.schedule", "loss.ramp_epochs")
 RESOLVED += ("data.mean", "data.std", "data.squash", "data.shuffle", "data.lanes")
 RESOLVED += ("eval.every_epochs", "model.pack_text", "model.pack_rows")
 # Groups that also take fields of the preset, which models/presets.py checks.
@@ -154,8 +154,9 @@ KEYS = dict(
         terms={},
         lambda_in=real(1 / 16, 0),  # weight of the in-modal ranking term. [p] [c]
         lambda_cross=real(1 / 16, 0),  # weight of the cross-modal ranking term. [p] [c]
-        # ramp: 0 to 2 over the epochs | constant: 1. [c]; [p] v2 constant
-        schedule=choice("ramp", *SCHEDULES),
+        # ramp: 0 in the first epoch, to 2 over the others | constant: 1 | None: ramp, of a run of one epoch constant.
+        # [c]; [p] v2 constant
+        schedule=choice("ramp", *SCHEDULES, None),
         # epochs of the ramp, which then keeps its last weight; None: those of the run
         ramp_epochs=integer(None, 1),
         # None | "log": list position k has weight 1 / log(k + 1). [c]; [p] v2 "log"

@@ -21,6 +21,7 @@ from rankclip_jax.config.keys import ARCHITECTURE
 from rankclip_jax.parallel import processes
 from rankclip_jax.parallel.mesh import batch_shards, make_mesh
 from rankclip_jax.train.init_from import TOWERS
+from rankclip_jax.train.step import loss_spec
 from rankclip_jax.weights import view
 from rankclip_jax.weights.pretrained import Pretrained
 
@@ -55,8 +56,9 @@ def resolve(
     with settled.ignore_type():
         _settle(settled, pairs, old, origin)
     if old is None and processes.is_first():
-        for group in ("model", "batch_size epochs log_every optim.warmup_steps optim.lr"):
+        for group in ("model", "batch_size epochs log_every optim.warmup_steps optim.lr loss.schedule"):
             _tell(config, settled, group.split())
+        _warn_of_ramp(settled)
     return settled
 
 
@@ -105,6 +107,19 @@ def _settle(config: ConfigDict, pairs: int, old: ConfigDict | None, origin: Pret
     if config.loss.ramp_epochs is None:  # so that a run that is made longer keeps the ramp of its first plan
         of = old or config
         config.loss.ramp_epochs = math.ceil(total_steps(of, per_epoch) / per_epoch)
+    if config.loss.schedule is None:
+        config.loss.schedule = "ramp" if config.loss.ramp_epochs > 1 else "constant"
+
+
+def _warn_of_ramp(config: ConfigDict) -> None:
+    """Says so where the ramp, which begins with the second epoch, leaves terms out of the whole run."""
+    if config.loss.ramp_epochs == 1:
+        terms = [term for term, weight in loss_spec(config).weights(0.0).items() if weight == 0]
+        if terms:
+            print(
+                f"{', '.join(terms)}: weight 0 in all of this run, since it has one epoch, and their ramp begins with "
+                "the second. To train them: --config.loss.schedule=constant"
+            )
 
 
 def order(config: ConfigDict, old: ConfigDict | None = None) -> ConfigDict:
@@ -200,7 +215,7 @@ def packing(
 def require(config: ConfigDict, who: str) -> None:
     """Raises InputError where `who`, which opens no data, needs what is open."""
     given = flatten(config.to_dict())
-    for key in ("batch_size", "epochs", "model.name", "optim.lr", "optim.warmup_steps"):
+    for key in ("batch_size", "epochs", "model.name", "optim.lr", "optim.warmup_steps", "loss.schedule"):
         if given[key] is None:
             raise InputError(f"config.{key}=None. Expected a value: {who} does not settle it, as training does")
 

@@ -40,9 +40,30 @@ def test_any_number_of_pairs_gives_a_run(monkeypatch, platform, pairs):
     assert steps / settled.log_every <= 100 and (steps < 50 or steps / settled.log_every >= 25)
     assert 5 <= steps // steps_per_epoch // settled.eval.every_epochs <= 20 or settled.epochs < 10
     assert settled.loss.ramp_epochs == settled.epochs
+    assert settled.loss.schedule == ("ramp" if settled.epochs > 1 else "constant")
     assert (given.batch_size, given.model.name) == (None, None)  # not changed in place
     fields = {key: configs.network(settled.model)[key] for key in ("image_size", "vision", "text")}
     assert isinstance(models.configure(settled.model.name, **fields).vision, models.VitConfig)  # which has exports
+
+
+RAMPED = {"in_modal": {"weight": 1.0, "schedule": "ramp"}}
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (["steps=3"], ["in_modal, cross_modal: weight 0 in all of this run", "--config.loss.schedule=constant"]),
+        (["steps=3", "loss.objective=clip", f"loss.terms={RAMPED}"], ["in_modal: weight 0"]),
+        (["steps=3", "loss.schedule=None"], ["loss.schedule=constant"]),
+        (["steps=3", "loss.schedule=constant"], []),
+        (["steps=3", "loss.objective=clip"], []),
+        (["epochs=2"], []),
+    ],
+)
+def test_a_run_of_one_epoch_says_that_its_ramp_never_begins(capsys, changes, said):
+    resolve.resolve(configs.load("shapes", ["batch_size=16", "loss.schedule=ramp", *changes]), 64)
+    printed = capsys.readouterr().out
+    assert all(words in printed for words in said) and ("schedule=" in printed) == bool(said)
 
 
 def test_the_numbers_of_the_issue(monkeypatch):
