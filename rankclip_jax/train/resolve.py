@@ -215,7 +215,7 @@ def packing(
 def require(config: ConfigDict, who: str) -> None:
     """Raises InputError where `who`, which opens no data, needs what is open."""
     given = flatten(config.to_dict())
-    for key in ("batch_size", "epochs", "model.name", "optim.lr", "optim.warmup_steps", "loss.schedule"):
+    for key in ("batch_size", "epochs", "model.name", "optim.lr", "optim.warmup_steps"):
         if given[key] is None:
             raise InputError(f"config.{key}=None. Expected a value: {who} does not settle it, as training does")
 

@@ -117,7 +117,8 @@ def loss_spec(config: ConfigDict) -> LossSpec:
     Raises:
       InputError: all of its weights are 0, or config.data.two_views lacks the contrastive term that it adds to.
     """
-    spec = LossSpec(**config.loss.to_dict())
+    loss = config.loss.to_dict()
+    spec = LossSpec(**loss | {"schedule": loss["schedule"] or "ramp"})  # None where no training settled it
     try:
         weights = spec.weights()
     except ValueError as error:

@@ -12,6 +12,7 @@ from rankclip_jax.common.devices import Devices
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.train import loop, opening, resolve
 from rankclip_jax.train import workdir as workdirs
+from rankclip_jax.train.step import loss_spec
 from rankclip_jax.weights import export, pretrained, view
 from tests.support.made_models import RESNET, VIT, make_workdir
 
@@ -64,6 +65,10 @@ def test_a_run_of_one_epoch_says_that_its_ramp_never_begins(capsys, changes, sai
     resolve.resolve(configs.load("shapes", ["batch_size=16", "loss.schedule=ramp", *changes]), 64)
     printed = capsys.readouterr().out
     assert all(words in printed for words in said) and ("schedule=" in printed) == bool(said)
+
+
+def test_what_is_evaluated_needs_no_schedule():
+    assert own().loss.schedule is None and loss_spec(own()).schedule == "ramp"
 
 
 def test_the_numbers_of_the_issue(monkeypatch):
