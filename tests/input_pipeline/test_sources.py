@@ -436,13 +436,15 @@ def test_a_mixture_of_every_layout_from_the_configuration(tmp_path):
 
 
 def test_wrong_mixtures_are_refused():
+    complete = lambda train: config.complete(dict(data=dict(train=train)))  # noqa: E731
     for weights, message in (
-        ((1, None), "give all parts a weight, or none"),
-        ((1, 0), "must be a positive number; got 0"),
+        ((1, None), "config.data.train.b.weight=None. Expected a number above 0, as other parts have a weight"),
+        ((None, 1), "config.data.train.a.weight=None. Expected a number above 0, as other parts have a weight"),
+        ((1, 0), "config.data.train.b.weight=0. Expected a number above 0"),
+        ((float("inf"), 1), "config.data.train.a.weight=inf. Expected a number above 0"),
     ):
         with pytest.raises(InputError, match=message):
-            mixed((5, 5), weights)
-    complete = lambda train: config.complete(dict(data=dict(train=train)))  # noqa: E731
+            complete({name: dict(path="x", weight=weight) for name, weight in zip("ab", weights, strict=True)})
     with pytest.raises(InputError, match=r"config.data.train.a.wieght does not exist; the nearest key is .*weight"):
         complete(dict(a=dict(path="x", wieght=1)))
     with pytest.raises(InputError, match="config.data.train.a='x.csv'. Expected a group of keys"):
