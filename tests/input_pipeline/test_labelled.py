@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 
 import numpy as np
@@ -179,6 +180,24 @@ def test_halves_of_a_sample_shift_no_label_and_no_caption(tmp_path, ending):
     assert source.size == 1 and sum(lost.samples for lost in source.lost) == 1
 
 
+@pytest.mark.parametrize("number", [str(2**31), "-1", "1000000", "9" * 5000, "1_0", "\u0663", "1.0", "", "1 2", "nan"])
+def test_a_class_number_that_is_none_is_one_line_with_shard_key_and_value(tmp_path, number):
+    root = write_clip_benchmark(tmp_path)
+    (root / "classnames.txt").unlink()
+    write_tar(root / "test" / "1.tar", [("s4", 10, "cls", "2"), ("s5", 10, "cls", number)])
+    said = rf"1.tar key s5: expected a class number in .cls; got {re.escape(repr(number[:20]))}"
+    with pytest.raises(InputError, match=f"{said}: not a whole number from 0, below 1,000,000$"):
+        labelled.open_labelled(spec(format="clip_benchmark", path=str(root)), image_side=16)
+
+
+def test_a_negative_class_number_is_refused_in_a_probe_too(tmp_path):
+    path = write_csv(tmp_path)
+    path.write_text(path.read_text().replace(",2\n", ",-1\n"))
+    fields = eval_set("linear_probe", dict(path=str(path), train=str(path)))
+    with pytest.raises(InputError, match=r"labels.csv has label -1 \(.*row 4.*\), but the set names 2 classes"):
+        labelled.open_train_and_test(fields, image_side=16)
+
+
 def broken(tmp_path, what):
     root = write_clip_benchmark(tmp_path / "wds")
     shard = root / "test" / "1.tar"
@@ -263,8 +282,7 @@ def test_captions_that_do_not_fit_are_named(tmp_path):
         open_captioned(path=str(tmp_path / "c.csv"))
 
 
-@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
-def test_tfds_sets_are_read_in_order(file_format, tmp_path):
+def prepared_greys(folder, labels, file_format="tfrecord"):
     class Greys(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
 
@@ -278,10 +296,24 @@ def test_tfds_sets_are_read_in_order(file_format, tmp_path):
 
         def _generate_examples(self):
             for i, grey in enumerate(GREYS):
-                yield i, {"image": np.full((20, 24, 1), grey, np.uint8), "label": LABELS[i]}
+                yield i, {"image": np.full((20, 24, 1), grey, np.uint8), "label": labels[i]}
 
-    builder = Greys(data_dir=str(tmp_path), file_format=file_format)
+    builder = Greys(data_dir=str(folder), file_format=file_format)
     builder.download_and_prepare()  # in an order of TFDS's own
+    return builder
+
+
+def test_a_label_that_tfds_keeps_secret_is_a_bad_row(tmp_path, capsys):
+    builder = prepared_greys(tmp_path, [-1, *LABELS[1:]])
+    source = labelled.open_labelled(spec(format="tfds", path=f"{builder.data_dir}:test"), image_side=16).source
+    batches = list(pipeline.eval_batches(source, batch_size=7, image_side=16))
+    assert [batch["mask"].sum() for batch in batches] == [6] and batches[0]["label"].min() >= -1
+    assert "its label is none of the 3 classes" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_tfds_sets_are_read_in_order(file_format, tmp_path):
+    builder = prepared_greys(tmp_path, LABELS, file_format)
     found = labelled.open_labelled(spec(format="tfds", path=f"{builder.data_dir}:test"), image_side=16)
     if file_format == "tfrecord":
         in_order = builder.as_dataset("test", read_config=tfds.ReadConfig(interleave_cycle_length=1))
