@@ -116,18 +116,21 @@ def truth_of(data: ConfigDict, count: int) -> np.ndarray | None:
     return truth("val", count)
 
 
-def view_of(pairs: Pairs, side: int) -> np.ndarray:
-    """The pairs' pictures in the evaluation view, uint8 (N, side, side, 3)."""
-    view = View(side, side)
+def view_of(pairs: Pairs, side: int, squash: str = "no") -> np.ndarray:
+    """The pairs' pictures in the evaluation view, uint8 (N, side, side, 3). `squash`: config.data.squash, settled."""
+    view = View(side, side, squash=squash)
     return np.stack([view(c[:h, :w]) for c, (h, w) in zip(pairs.canvas, pairs.size, strict=True)])
 
 
-def read_labelled(name: str, spec: ConfigDict, *, side: int) -> Labelled:
-    """The set config.eval.zero_shot.NAME. Raises InputError for what `open_labelled` refuses, or as `read_pairs`."""
+def read_labelled(name: str, spec: ConfigDict, *, side: int, squash: str = "no") -> Labelled:
+    """The set config.eval.zero_shot.NAME, in the view of `view_of`.
+
+    Raises InputError for what `open_labelled` refuses, or as `read_pairs`.
+    """
     from input_pipeline.labelled import open_labelled
 
     found = open_labelled(spec, image_side=side)
-    classes, view = prompts_of(name, spec, found), View(side, side)
+    classes, view = prompts_of(name, spec, found), View(side, side, squash=squash)
     images_N, labels_N = [], []
     for row in _rows(found.source, found.source.size):
         label = int(classes.class_of_label[row.label])

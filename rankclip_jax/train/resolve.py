@@ -69,16 +69,7 @@ def _settle(config: ConfigDict, pairs: int, old: ConfigDict | None, origin: Pret
         if config.data.format == "shapes":  # which draws scenes as large as the model wants them
             raise InputError("config.model.name=None. Expected a preset, since config.data.format=shapes")
         _take(config.model, _ON_CPU if platform == "cpu" else _LARGE if pairs >= _MANY else _SMALL)
-    if origin and "visual" in TOWERS[config.init_towers]:
-        seen = origin.view
-    else:
-        own = {key: config.model[key] for key in ("name", "image_size", "embed_dim")}
-        seen = view.usual(models.configure(**own, vision=configs.network(config.model)["vision"]).vision)
-    for key, of_clip in (("mean", view.MEAN), ("std", view.STD)):
-        theirs = tuple(getattr(seen, key))
-        config.data[key] = config.data[key] or (theirs if theirs != of_clip else None)
-    if config.data.squash is None:
-        config.data.squash = seen.squash
+    settle_view(config, origin.view if origin and "visual" in TOWERS[config.init_towers] else None)
     if config.batch_size is None:
         unit = batch_shards(mesh) * config.accumulate
         most = _BATCH.get(platform, 128) * batch_shards(mesh)
@@ -105,6 +96,19 @@ def _settle(config: ConfigDict, pairs: int, old: ConfigDict | None, origin: Pret
     if config.loss.ramp_epochs is None:  # so that a run that is made longer keeps the ramp of its first plan
         of = old or config
         config.loss.ramp_epochs = math.ceil(total_steps(of, per_epoch) / per_epoch)
+
+
+def settle_view(config: ConfigDict, seen: view.View | None = None) -> None:
+    """Writes what config.data leaves open of how the model sees pictures: as `seen` has it; None: as usual for its
+    kind."""
+    if seen is None:
+        own = {key: config.model[key] for key in ("name", "image_size", "embed_dim")}
+        seen = view.usual(models.configure(**own, vision=configs.network(config.model)["vision"]).vision)
+    with config.ignore_type():
+        for key, of_clip in (("mean", view.MEAN), ("std", view.STD)):
+            theirs = tuple(getattr(seen, key))
+            config.data[key] = config.data[key] or (theirs if theirs != of_clip else None)
+        config.data.squash = config.data.squash or seen.squash
 
 
 def order(config: ConfigDict, old: ConfigDict | None = None) -> ConfigDict:

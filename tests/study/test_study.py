@@ -337,6 +337,35 @@ def test_models_are_measured_with_the_pixels_that_they_were_trained_with(tmp_pat
     assert np.allclose(made._embedder.of(state).images(images), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("changes, how", [([], "no"), (["data.squash=bilinear"], "bilinear"), (["siglip"], "bicubic")])
+def test_pictures_are_measured_in_the_view_of_a_training(tmp_path, changes, how):
+    """CLIP's central square, or SigLIP's squashed one: as asked for, or as usual for the model's kind."""
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (20, 44, 3)).astype(np.uint8)) for _ in range(4)]
+    rows = ["image,caption,label"]
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png,picture {number},{'ab'[number % 2]}")
+    (tmp_path / "all.csv").write_text("\n".join(rows))
+    table = str(tmp_path / "all.csv")
+    files = [f"data.train={table}", f"data.val={table}", "data.format=csv", "data.canvas=44", "batch_size=4"]
+    files += [f"eval.zero_shot={{'a': {{'path': {table!r}}}}}", "study.pairs=4"]
+    if changes == ["siglip"]:
+        changes = ["model.vision.pool=map", "model.text.pool=last"]
+    made = Study(smoke(*files, *changes), tmp_path / "study")
+    if how == "no":
+        whole = [picture.resize((16 * 44 // 20, 16), Image.Resampling.BICUBIC) for picture in pictures]
+        expected = [np.asarray(picture.crop((9, 0, 25, 16))) for picture in whole]  # (35 - 16) // 2
+    else:
+        expected = [np.asarray(picture.resize((16, 16), Image.Resampling[how.upper()])) for picture in pictures]
+    assert np.array_equal(made._val[0], expected)
+    labelled = np.concatenate([made._selecting["a"].images, made._reported["a"].images])
+    assert np.array_equal(labelled, expected)
+    half = (0.5, 0.5, 0.5) if how == "bicubic" else None
+    assert made._configs[made.arms[0]].data.mean == made.config.data.std == half
+    assert results.identity(made.config)["data"]["squash"] == how
+
+
 def test_wrong_studies_say_what_is_wrong(tmp_path):
     with pytest.raises(InputError, match=r"config\.study\.objectives is empty"):
         Study(configs.complete({"data": {"format": "shapes", "train": 10, "val": 5}}), tmp_path)
