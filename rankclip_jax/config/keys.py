@@ -206,7 +206,7 @@ KEYS = dict(
         data_dir=path(None),  # tfds: where the sets were prepared; None: TFDS's default
         # auto | rows | blocks: what is shuffled in training: all rows; or blocks of tars, TFRecord and Parquet, read in
         # one request each, and rows within windows of blocks (docs/input_pipeline.md). auto: blocks where not all of
-        # such shards are local, but in a mixture by weights rows
+        # such shards are local, but rows in a mixture by weights, and where blocks are fewer than processes
         shuffle=choice("auto", "rows", "blocks"),
         block_rows=integer(64, 1),  # neighbouring rows of a shard that are a block; in Parquet a row group is one
         # MiB of blocks, of all lanes together, whose rows are shuffled; two such windows are in memory

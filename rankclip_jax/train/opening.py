@@ -79,11 +79,18 @@ def open_data(
     if config.eval.model is not None:
         raise InputError(f"config.eval.model={config.eval.model!r}. Expected None in training; or --mode=eval")
     synonyms = captions.read_synonyms(config.data.synonyms) if config.data.synonyms else None
-    config, peers = resolve.order(config, old), None
+    given, config, peers = config, resolve.order(config, old), None
     if workdir:
         folder = storage.join(storage.origin(workdir) or str(workdir.resolve()), INDEX)
         peers = sources.Peers((jax.process_index(), jax.process_count()), folder, processes.of_all)
-    source = sources.open_source(config.data, config.data.train, image_side=image_side(config), peers=peers)
+
+    def opened(config):
+        return sources.open_source(config.data, config.data.train, image_side=image_side(config), peers=peers)
+
+    source = opened(config)
+    if source.blocks:
+        config = resolve.order(given, old, len(source.blocks.first))
+        source = source if config.data.shuffle == "blocks" else opened(config)
     config = resolve.resolve(config, source.size, old, origin)
     blocks, size = (len(source.blocks.first), source.blocks.size) if source.blocks else (0, 0)
     config = resolve.lanes(config, blocks, size)

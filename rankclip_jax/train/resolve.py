@@ -111,10 +111,12 @@ def settle_view(config: ConfigDict, seen: view.View | None = None) -> None:
         config.data.squash = config.data.squash or seen.squash
 
 
-def order(config: ConfigDict, old: ConfigDict | None = None) -> ConfigDict:
+def order(config: ConfigDict, old: ConfigDict | None = None, blocks: int | None = None) -> ConfigDict:
     """The configuration with data.shuffle as rows or blocks, which must be known before the data are opened.
 
-    Args, of resolve: config, old.
+    Args:
+      config, old: of resolve.
+      blocks: of the data, once they were opened as blocks: auto takes rows where some process would have none.
 
     Raises:
       InputError: data.shuffle=blocks for data that have none.
@@ -129,12 +131,15 @@ def order(config: ConfigDict, old: ConfigDict | None = None) -> ConfigDict:
         reason = f"config.data.format={min(formats - _WITH_BLOCKS, key=str)} has no blocks"
     elif any(part.weight for part in parts):
         reason = "a mixture by weights has no order of blocks"
+    elif blocks is not None and blocks < jax.process_count() and data.shuffle == "auto":
+        reason = f"the data have {blocks} blocks, fewer than the {jax.process_count()} processes"
     if data.shuffle == "blocks" and reason:
         raise InputError(f"config.data.shuffle=blocks: {reason}. Expected rows, or auto")
     if data.shuffle == "auto":
         remote = any(storage.is_remote(part.path) for part in parts)  # of a list, any
         data.shuffle = "blocks" if remote and not reason else "rows"
-        if remote and processes.is_first():
+        settles = data.shuffle == "rows" or blocks is not None
+        if remote and settles and processes.is_first():
             print(f"chosen: data.shuffle={data.shuffle}" + (f": {reason}, so each row is a request" if reason else ""))
     return settled
 

@@ -349,7 +349,7 @@ def test_pictures_are_measured_in_the_view_of_a_training(tmp_path, changes, how)
     (tmp_path / "all.csv").write_text("\n".join(rows))
     table = str(tmp_path / "all.csv")
     files = [f"data.train={table}", f"data.val={table}", "data.format=csv", "data.canvas=44", "batch_size=4"]
-    files += [f"eval.zero_shot={{'a': {{'path': {table!r}}}}}", "study.pairs=4"]
+    files += [f"eval.zero_shot={{'a': {{'path': {table!r}}}}}", "study.pairs=4", "study.select_on=()"]
     if changes == ["siglip"]:
         changes = ["model.vision.pool=map", "model.text.pool=last"]
     made = Study(smoke(*files, *changes), tmp_path / "study")
