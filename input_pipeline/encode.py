@@ -52,10 +52,9 @@ def encode(image: bytes | np.ndarray, *, short_side: int | None = None, quality:
     kept = _KEPT.get(kind or "") if scale == 1.0 and ordinary else None
     if kept and kind != "MPO" and getattr(opened, "is_animated", False):  # MPO: a JPEG followed by more JPEGs
         kept = None
-    held = pictures.held_by(image, width * height) if kind in ("JPEG", "MPO") and isinstance(image, bytes) else 0
     # A JPEG may be decoded at a smaller size, which is cheaper: at twice the size, the bicubic filter does the rest.
     opened.draft(None, (1, 1) if kept else (2 * size[0], 2 * size[1]))
-    with pictures.room(opened, held):
+    with pictures.room(opened):
         pictures.loaded(opened)
         if kept and isinstance(image, bytes):
             return Encoded(image, kept, width, height, width, height)

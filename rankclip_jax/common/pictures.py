@@ -109,6 +109,8 @@ def opened(picture: bytes | np.ndarray) -> Image.Image:
         raise BadImageError(WRONG_SIZE, f"{image.width} x {image.height}")
     if too_many_scans(picture, image.width * image.height, _jpegs_in(image)):
         raise BadImageError(MANY_SCANS, f"{image.width} x {image.height}")
+    if image.format in ("JPEG", "MPO"):  # for `room`, also once it is to be decoded at a smaller size
+        image.held = held_by(picture, image.width * image.height)  # type: ignore[attr-defined]
     return image
 
 
@@ -158,12 +160,9 @@ class _Room:
 room_for = _Room(MAX_PIXELS)  # room_for(pixels): as `room`
 
 
-def room(image: Image.Image, held: int = 0) -> contextlib.AbstractContextManager:
-    """A context in which to decode an image and what is made of it. It waits until there is room for a large one.
-
-    `held`: as `held_by` gives it, of a JPEG that is decoded at a smaller size.
-    """
-    return room_for(max(image.width * image.height, held))
+def room(image: Image.Image) -> contextlib.AbstractContextManager:
+    """A context in which to decode an image and what is made of it. It waits until there is room for a large one."""
+    return room_for(max(image.width * image.height, getattr(image, "held", 0)))
 
 
 def held_by(jpeg: bytes, pixels: int) -> int:
@@ -194,8 +193,9 @@ def loaded(image: Image.Image) -> Image.Image:
       BadImageError: truncated or broken.
     """
     try:
-        _scale_transparent_colour(image)
-        image.load()
+        with room(image):
+            _scale_transparent_colour(image)
+            image.load()
     except Exception as error:  # as above: an OSError for a truncated file, anything for a broken one
         said = one_line(error)
         raise BadImageError("truncated image" if "truncated" in said else "broken image", said) from None

@@ -1,5 +1,6 @@
 """Pictures that wait, fill the memory or take the processor: bad samples with a reason, the same by every reader."""
 
+import contextlib
 import csv
 import io
 import os
@@ -13,7 +14,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 from PIL import Image
 
-from input_pipeline import decode, sources, transforms
+from input_pipeline import decode, encode, sources, transforms
 from input_pipeline.bad_samples import reason_of_failure
 from rankclip_jax.common import pictures, tables
 from rankclip_jax.common.errors import InputError
@@ -179,6 +180,16 @@ def test_a_large_picture_has_the_view_of_any_other(kind, exact, monkeypatch):
     # A JPEG that goes row by row is decoded at an eighth of its sides; all of another is held all the same.
     assert max(entered) == 300 * 400
     assert exact or (min(entered) <= 300 * 400 // 16) == (kind == "baseline")
+
+
+@pytest.mark.parametrize("progressive, held", [(True, 300 * 400), (False, 38 * 50)])
+def test_a_jpeg_that_is_decoded_smaller_waits_for_what_its_decoder_holds(progressive, held, monkeypatch):
+    entered = []
+    monkeypatch.setattr(pictures, "room_for", lambda pixels: entered.append(pixels) or contextlib.nullcontext())
+    out = io.BytesIO()
+    Image.new("RGB", (300, 400)).save(out, "JPEG", progressive=progressive)
+    encode.encode(out.getvalue(), short_side=16)
+    assert entered and set(entered) == {held}
 
 
 def test_a_large_jpeg_that_is_broken_is_a_bad_sample_with_the_usual_reason(monkeypatch):
