@@ -51,7 +51,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def _arguments(spec: str, text: str, known: Sequence[str]) -> dict[str, str]:
-    """ "objective=clip,model=RN50" -> what get_config takes by these names."""
+    """"objective=clip,model=RN50" -> what get_config takes by these names."""
     given = {}
     for part in text.split(",") if text else ():
         name, equals, value = part.partition("=")
