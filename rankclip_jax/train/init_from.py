@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def apply(state: TrainState, start: pretrained.Pretrained, ours: ClipConfig, con
       InputError: names every parameter that does not fit, or a pattern of config.init_skip that matches none.
     """
     taking = _Taking(start, ours, config)
-    taken = {
+    taken: dict[str, Any] = {
         collection: taking.of(collection, fresh)
         for collection, fresh in (("params", state.params), ("batch_stats", state.batch_stats))
     }

@@ -234,7 +234,7 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
     return found | _compiled(step, state, _batch(config, session), target)
 
 
-def _batch(config, session) -> dict:
+def _batch(config, session):
     """The shapes and shardings of a training batch, as the pipeline and train/packed_batches.py give it."""
     import jax
     import numpy as np
@@ -256,8 +256,8 @@ def _batch(config, session) -> dict:
     return batch | {"image": array(np.uint8, views, side, side, 3)}
 
 
-def _of_states(state) -> dict[str, int]:
-    """Bytes of a device."""
+def _of_states(state):
+    """{part of the state: bytes on a device}"""
     import jax
 
     parts = dict(
@@ -269,7 +269,7 @@ def _of_states(state) -> dict[str, int]:
     }
 
 
-def _compiled(step, state, batch, target: Target | None) -> dict:
+def _compiled(step, state, batch, target):
     """What the compiler says of the program: memory, operations, collectives."""
     import jax
 

@@ -208,7 +208,7 @@ def train_step_function(
     return train_step
 
 
-def _updated(state, grads, model, tx, config, mesh) -> tuple[dict, optax.OptState, jax.Array]:
+def _updated(state, grads, model, tx, config, mesh):
     """(parameters, opt_state, norm of the gradients) after the optimiser's step."""
     if mesh is not None:  # each device updates its own part
         where = params_shardings(grads, mesh, config.sharding)
