@@ -37,7 +37,7 @@ SETS = {  # constant -> (heading, what it is)
         "What a rule says of parameters. It has at least one of these, and what it lacks is as for all.",
     ),
     "ZERO_SHOT_SET": ("config.eval.zero_shot.NAME", "A labelled set for zero-shot classification."),
-    "LINEAR_PROBE_SET": ("config.eval.linear_probe.NAME", "The keys of a zero-shot set, and:"),
+    "LINEAR_PROBE_SET": ("config.eval.linear_probe.NAME", "The keys of a zero-shot set but those of its prompts, and:"),
     "CAPTIONED_SET": ("config.eval.retrieval.NAME", "A set of images with captions."),
     "GEOMETRY_SET": ("config.eval.geometry.NAME", "The keys of a retrieval set, and:"),
 }

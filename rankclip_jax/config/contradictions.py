@@ -89,7 +89,10 @@ def _ignored_of_set(kind: str, fields: ConfigDict, where: str) -> Iterator[Ignor
         if key in fields and fields.format != format and fields[key] != EVAL_SETS[kind][key].default:
             default = EVAL_SETS[kind][key].default
             yield Ignored(fields, key, f"{where}.{key}", default, f"{where}.format={fields.format}")
-    if fields.get("protocol_set") and fields.protocol is None:
+    for key in ("templates", "protocol", "protocol_set") if kind == "linear_probe" else ():
+        if fields[key] is not None:
+            yield Ignored(fields, key, f"{where}.{key}", None, "a linear probe has no prompts")
+    if kind == "zero_shot" and fields.protocol_set and fields.protocol is None:
         yield Ignored(fields, "protocol_set", f"{where}.protocol_set", None, f"{where}.protocol=None")
 
 

@@ -143,9 +143,19 @@ MEANS_NOTHING = [
         {"eval": {"retrieval": {"x": {"format": "csv"}}}},
     ),
     (
-        {"eval": {"linear_probe": {"x": CSV_SET | {"protocol_set": "dtd"}}}},
-        "config.eval.linear_probe.x.protocol_set='dtd'. Expected None, since config.eval.linear_probe.x.protocol=None",
-        {"eval": {"linear_probe": {"x": {"protocol": "openai"}}}},
+        {"eval": {"zero_shot": {"x": CSV_SET | {"protocol_set": "dtd"}}}},
+        "config.eval.zero_shot.x.protocol_set='dtd'. Expected None, since config.eval.zero_shot.x.protocol=None",
+        {"eval": {"zero_shot": {"x": {"protocol": "openai"}}}},
+    ),
+    (
+        {"eval": {"linear_probe": {"x": CSV_SET | {"protocol": "openai"}}}},
+        "config.eval.linear_probe.x.protocol='openai'. Expected None, since a linear probe has no prompts",
+        {"eval": {"linear_probe": {"x": {"protocol": None}}}},
+    ),
+    (
+        {"eval": {"linear_probe": {"x": CSV_SET | {"templates": "prompts.json"}}}},
+        "config.eval.linear_probe.x.templates='prompts.json'. Expected None, since a linear probe has no prompts",
+        {"eval": {"linear_probe": {"x": {"templates": None}}}},
     ),
 ]
 
