@@ -1,4 +1,4 @@
-"""Writes docs/config.md from the source of rankclip_jax/config/keys.py: python docs/config_page.py > docs/config.md
+"""Writes docs/config.md from keys.py and fields.py of rankclip_jax/config: python docs/config_page.py > docs/config.md
 
 The comments next to the keys are the documentation. A test compares the page with them.
 """
@@ -9,14 +9,16 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[1] / "rankclip_jax" / "config" / "keys.py"
+FOLDER = Path(__file__).parents[1] / "rankclip_jax" / "config"
+SOURCE = "".join((FOLDER / name).read_text() for name in ("keys.py", "fields.py"))
 HEAD = """# Every key of the configuration
 
-Generated from the comments in `rankclip_jax/config/keys.py` by `python docs/config_page.py > docs/config.md`.
+Generated from the comments in `rankclip_jax/config/keys.py` and `fields.py`:
+`python docs/config_page.py > docs/config.md`.
 
 Set a key on the command line, `--config.optim.lr=1e-3`, or in a file like those in `configs/`, which contains only the
 changed keys. A value is a Python literal; anything else is read as a string. An unknown key is an error that names the
-closest existing key.
+closest existing key, and so is a key that means nothing beside the others, such as `init_towers` without `init_from`.
 
 A resumed run may change only these keys:
 {may_change}.
@@ -35,7 +37,7 @@ SETS = {  # constant -> (heading, what it is)
         "What a rule says of parameters. It has at least one of these, and what it lacks is as for all.",
     ),
     "ZERO_SHOT_SET": ("config.eval.zero_shot.NAME", "A labelled set for zero-shot classification."),
-    "LINEAR_PROBE_SET": ("config.eval.linear_probe.NAME", "The keys of a zero-shot set, and:"),
+    "LINEAR_PROBE_SET": ("config.eval.linear_probe.NAME", "The keys of a zero-shot set but those of its prompts, and:"),
     "CAPTIONED_SET": ("config.eval.retrieval.NAME", "A set of images with captions."),
     "GEOMETRY_SET": ("config.eval.geometry.NAME", "The keys of a retrieval set, and:"),
 }
@@ -99,9 +101,8 @@ def tables(source: str) -> dict[str, list[tuple[str, str | None, str]]]:
 
 def page() -> str:
     """The whole of docs/config.md."""
-    source = SOURCE.read_text()
-    found = tables(source)
-    may_change = " ".join(re.findall(r"^MAY_CHANGE \+?= \((.*)\)", source, re.MULTILINE))
+    found = tables(SOURCE)
+    may_change = " ".join(re.findall(r"^MAY_CHANGE \+?= \((.*)\)", SOURCE, re.MULTILINE))
     names = [name for name in re.findall(r'"([\w.]+)"', may_change) if name not in ("epochs", "steps")]
     groups = ", ".join(f"`{name}`" for name in names)
     out = [HEAD.format(may_change=groups), "## The run", ""]

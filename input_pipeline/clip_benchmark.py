@@ -1,11 +1,10 @@
 """CLIP_benchmark's WebDataset layout: classnames.txt, zeroshot_classification_templates.txt, test/nshards.txt, and
 test/0.tar ... with an image and .cls (or .txt, one caption per line) per sample."""
 
-from collections.abc import Callable
-
 import numpy as np
 import tensorflow as tf
 
+from input_pipeline.labelled_tables import MOST_CLASSES
 from input_pipeline.rows import read_each
 from input_pipeline.sources import Source, tar
 from rankclip_jax.common import storage
@@ -21,27 +20,17 @@ def labels(path: str, hint: str) -> tuple[Source, list[str] | None, list[str] | 
     """
     root, members, classes = _shards(path, "cls", hint)
     labels_N = np.array([_class_number(text, members, row) for row, text in enumerate(classes)], np.int32)
-
-    def read(row):
-        sample = members.read(row)
-        number = tf.strings.to_number(tf.strings.strip(sample["cls"]), tf.int32)
-        return {"image": sample["image"], "caption": "", "label": number}
-
     names, templates = (
         _lines(storage.join(root, f)) for f in ("classnames.txt", "zeroshot_classification_templates.txt")
     )
     templates = templates and [template.replace("{c}", "{}") for template in templates]
-    return _source(members, read, labels_N), names, templates
+    return _source(members, labels_N), names, templates
 
 
 def captions(path: str, hint: str) -> tuple[Source, list[list[str]]]:
     """(images, the captions of each image). Raises as above."""
     _, members, texts = _shards(path, "txt", hint)
-
-    def read(row):
-        return {"image": members.read(row)["image"], "caption": ""}
-
-    return _source(members, read), [text.split("\n") for text in texts]
+    return _source(members, np.full(members.index.size, -1, np.int32)), [text.split("\n") for text in texts]
 
 
 def _shards(path: str, text_member: str, hint: str) -> tuple[str, tar.Members, list[str]]:
@@ -76,17 +65,25 @@ def _shards(path: str, text_member: str, hint: str) -> tuple[str, tar.Members, l
     return root, members, found
 
 
-def _source(members: tar.Members, read: Callable, labels_N: np.ndarray | None = None) -> Source:
-    lost = tuple(members.index.lost)
-    size, ahead = members.index.size, members.ahead
-    return Source(size, read, members.where, captions=lambda: (), labels=labels_N, lost=lost, ahead=ahead)
+def _source(members: tar.Members, labels_N: np.ndarray) -> Source:
+    images, labels = members.alone(["image"]), tf.constant(labels_N)
+
+    def read(row):
+        row = tf.cast(row, tf.int64)
+        return images.read(row) | {"caption": "", "label": labels[row]}
+
+    size, lost = members.index.size, tuple(members.index.lost)
+    return Source(size, read, members.where, captions=lambda: (), labels=labels_N, lost=lost, ahead=images.ahead)
 
 
 def _class_number(text: str, members: tar.Members, row: int) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise InputError(f"{members.where(row)}: expected a class number in .cls; got {text[:20]!r}") from None
+    digits = text.strip()
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 20 and int(digits) < MOST_CLASSES):
+        raise InputError(
+            f"{members.where(row)}: expected a class number in .cls; got {text[:20]!r}: not a whole number from "
+            f"0, below {MOST_CLASSES:,}"
+        )
+    return int(digits)
 
 
 def _lines(path: str) -> list[str] | None:

@@ -1,8 +1,12 @@
 """Decodes pictures to uint8 RGB in the pipeline's graph, by the rule of rankclip_jax/common/pictures.py.
 
 JPEG (grey and colour), PNG of 8 bits a channel without a palette, and WebP are decoded by TensorFlow, where that
-gives Pillow's pixels; everything else by the reader itself, which decodes large pictures one at a time.
+gives Pillow's pixels; everything else, and large PNG and WebP, by the reader itself. Large pictures wait for their
+room (pictures.py).
 """
+
+import functools
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -38,13 +42,29 @@ def jpeg(image: tf.Tensor, log2_ratio: tf.Tensor | None = None, recover: bool = 
       log2_ratio: int32 scalar, 0 to 3: the decoder scales the image down by 1, 2, 4 or 8; sizes are rounded up.
       recover: decode the readable part of a truncated JPEG.
     """
+    # TensorFlow's default transform is slightly faster, and up to 13 grey levels off.
     options = dict(channels=3, dct_method="INTEGER_ACCURATE", try_recover_truncated=recover)
 
     def scaled(ratio):
-        # TensorFlow's default transform is slightly faster, and up to 13 grey levels off.
         return lambda: tf.io.decode_jpeg(image, ratio=ratio, **options)
 
-    return scaled(1)() if log2_ratio is None else tf.switch_case(log2_ratio, [scaled(r) for r in (1, 2, 4, 8)])
+    def at_once():
+        return scaled(1)() if log2_ratio is None else tf.switch_case(log2_ratio, [scaled(r) for r in (1, 2, 4, 8)])
+
+    size_2 = tf.io.extract_jpeg_shape(image)[:2]
+    given = [image, tf.reduce_prod(tf.cast(size_2, tf.int64)), 0 if log2_ratio is None else log2_ratio]
+    waits = lambda: tf.numpy_function(functools.partial(_jpeg_in_its_room, options=options), given, tf.uint8)  # noqa: E731
+    return tf.ensure_shape(tf.cond(_is_large(*tf.unstack(size_2)), waits, at_once), (None, None, 3))
+
+
+@tf.autograph.experimental.do_not_convert
+def _jpeg_in_its_room(data, pixels, log2_ratio, options):
+    data = np.asarray(data, object).item()
+    with pictures.room_for(max(pictures.held_by(data, int(pixels)), int(pixels) >> 2 * int(log2_ratio))):
+        try:
+            return tf.io.decode_jpeg(data, ratio=1 << int(log2_ratio), **options).numpy()
+        except tf.errors.InvalidArgumentError:
+            raise pictures.BadImageError("broken or truncated JPEG") from None
 
 
 def decode(image: tf.Tensor, recover: bool = False) -> tf.Tensor:
@@ -58,11 +78,9 @@ def decode(image: tf.Tensor, recover: bool = False) -> tf.Tensor:
         return image
     head = _head(image)
     # TensorFlow returns a wrong alpha for palettes and for depths other than 8 bits.
-    png = tf.reduce_all(head[:8] == list(b"\x89PNG\r\n\x1a\n")) & (head[24] == 8) & (head[25] != 3)
-    png &= ~_is_large(*_png_size(head))
-    webp = tf.reduce_all(tf.gather(head, (0, 1, 2, 3, 8, 9, 10, 11)) == list(b"RIFFWEBP"))
+    png = _is_png(head) & (head[24] == 8) & (head[25] != 3) & ~_is_large(*_png_size(head))
     animated = (head[15] == ord("X")) & (head[20] // 2 % 2 == 1)
-    webp &= ~animated & ~_is_large(*_webp_size(head))
+    webp = _is_webp(head) & ~animated & ~_is_large(*_webp_size(head))
     kind = tf.where(is_jpeg(image), 0, tf.where(png, 1, tf.where(webp, 2, 3)))
     branches = [
         lambda: _jpeg(image, recover),
@@ -73,9 +91,30 @@ def decode(image: tf.Tensor, recover: bool = False) -> tf.Tensor:
     return tf.ensure_shape(tf.switch_case(kind, branches), (None, None, 3))
 
 
+def decoded_to(made: Callable, image: tf.Tensor, recover: bool = False) -> tf.Tensor:
+    """made(uint8 (H, W, 3)) -> uint8 (h, w, 3), a function of arrays, of a picture that is decoded as above."""
+    function = tf.autograph.experimental.do_not_convert(made)
+    return tf.ensure_shape(tf.numpy_function(function, [decode(image, recover)], tf.uint8), (None, None, 3))
+
+
 def _jpeg(image, recover):
     with tf.control_dependencies([jpeg_size(image)]):
         return jpeg(image, recover=recover)
+
+
+def is_large(image: tf.Tensor) -> tf.Tensor:
+    """Whether encoded bytes are a JPEG (grey or colour), PNG or WebP that waits for its room, by the header."""
+    head = _head(image)
+    jpeg = tf.cond(is_jpeg(image), lambda: _is_large(*tf.unstack(tf.io.extract_jpeg_shape(image)[:2])), lambda: False)
+    return jpeg | (_is_png(head) & _is_large(*_png_size(head))) | (_is_webp(head) & _is_large(*_webp_size(head)))
+
+
+def _is_png(head):
+    return tf.reduce_all(head[:8] == list(b"\x89PNG\r\n\x1a\n"))
+
+
+def _is_webp(head):
+    return tf.reduce_all(tf.gather(head, (0, 1, 2, 3, 8, 9, 10, 11)) == list(b"RIFFWEBP"))
 
 
 def _png_size(head):

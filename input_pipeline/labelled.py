@@ -73,15 +73,19 @@ def open_labelled(spec: ConfigDict, *, image_side: int) -> LabelledSet:
         found = dataclasses.replace(found, names=read_list(spec.classes, "classes"), from_file=True)
     if spec.templates:
         found = dataclasses.replace(found, templates=read_list(spec.templates, "templates"))
+    _check_labels(found, spec.path, spec.classes or "the set")
+    return found
+
+
+def _check_labels(found: LabelledSet, path: str, names_of: str) -> None:
     labels = found.source.labels
     if labels is not None and len(labels) and not 0 <= labels.min() <= labels.max() < len(found.names):
         row = int(np.flatnonzero((labels < 0) | (labels >= len(found.names)))[0])
         raise InputError(
-            f"{spec.path} has label {labels[row]} ({found.source.where(row)}), "
-            f"but {spec.classes or 'the set'} names {len(found.names)} classes"
+            f"{path} has label {labels[row]} ({found.source.where(row)}), "
+            f"but {names_of} names {len(found.names)} classes"
             + ("; class numbers start at 0, and these seem to start at 1" if labels.min() == 1 else "")
         )
-    return found
 
 
 def open_train_and_test(spec: ConfigDict, *, image_side: int) -> tuple[LabelledSet, LabelledSet]:
@@ -94,6 +98,8 @@ def open_train_and_test(spec: ConfigDict, *, image_side: int) -> tuple[LabelledS
             f"{spec.train} ({len(train.names)} classes) and {spec.path} ({len(test.names)}) have different classes; "
             "a linear probe needs the same"
         )
+    for found, path in ((train, spec.train), (test, spec.path)):
+        _check_labels(found, path, "the set")
     return train, test
 
 

@@ -21,7 +21,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tables import CAPTION_KEYS
 
 _NUMBER = re.compile(r"[+-]?\d+(\.0*)?")  # 3.0: as pandas writes a column with a gap
-_MOST_CLASSES = 1_000_000
+MOST_CLASSES = 1_000_000
 
 
 def labels(spec: ConfigDict, path: str) -> tuple[Source, list[str]]:
@@ -87,8 +87,8 @@ def _classes_of(
         names = folders.in_order(others)
         return names, _places(found, names)
     labels = np.array(list(numbers.values()))
-    if labels.max() >= _MOST_CLASSES:
-        raise InputError(f"{path} has label {labels.max()}. Expected class numbers from 0, below {_MOST_CLASSES:,}")
+    if labels.max() >= MOST_CLASSES:
+        raise InputError(f"{path} has label {labels.max()}. Expected class numbers from 0, below {MOST_CLASSES:,}")
     tell_first(path, labels)
     if not (classes or spec.protocol or "train" in spec):
         raise InputError(

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from input_pipeline.decode import decode, is_jpeg, jpeg, jpeg_size
+from input_pipeline.decode import decode, is_jpeg, is_large, jpeg, jpeg_size
 from rankclip_jax.common import pictures
 
 _LOG_ASPECT = math.log(4 / 3)
@@ -90,6 +90,25 @@ def view(
       With a canvas: "image" uint8 (h, w, 3), h and w at most C; "size" int32 (2,) = (h, w); "windows" float32
       (V, 4), in its pixels. Without: "image" uint8 (side, side, 3), or (V, side, side, 3) if there are more.
     """
+
+    def usual():
+        return _view(image, windows_of, side, canvas, exact, recover, squash)
+
+    def in_its_room():
+        made = tf.numpy_function(functools.partial(_exact_of, side=side, squash=squash), [image], tf.uint8)
+        found = {"image": tf.ensure_shape(made, (side, side, 3))}
+        return found | ({"size": tf.fill((2,), side), "windows": _of_all(side)} if canvas else {})
+
+    if not exact or image.dtype == tf.uint8:
+        return usual()
+    return tf.cond(is_large(image), in_its_room, usual)
+
+
+def _of_all(side):
+    return tf.constant([[0.0, 0.0, side, side]])
+
+
+def _view(image, windows_of, side, canvas, exact, recover, squash):
     pixels, windows = _decoded(image, windows_of, side, None if exact else canvas, recover)
     if canvas is None:
         exactly = exact and [_exact(pixels, side, squash)]
@@ -97,7 +116,7 @@ def view(
         return {"image": tf.stack(resized) if len(resized) > 1 else resized[0]}
 
     def here():
-        return _exact(pixels, side, squash), tf.constant([[0.0, 0.0, side, side]])
+        return _exact(pixels, side, squash), _of_all(side)
 
     def whole():
         return pixels, windows
@@ -169,7 +188,17 @@ def _exact(pixels_HxWx3, side, squash):
 
 @tf.autograph.experimental.do_not_convert
 def _exact_by_pil(pixels, side, squash):
-    image = Image.fromarray(pixels)
+    return _exact_view(Image.fromarray(pixels), side, squash)
+
+
+@tf.autograph.experimental.do_not_convert
+def _exact_of(data, side, squash):
+    """All of a large picture's way, so that no thread holds its pixels while it waits for another's."""
+    with pictures.opened(np.asarray(data, object).item()) as image, pictures.room(image):
+        return _exact_view(pictures.rgb(image), side, squash)
+
+
+def _exact_view(image, side, squash):
     return pictures.centre(image, side, side) if squash == "no" else pictures.squashed(image, side, squash)
 
 

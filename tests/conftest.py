@@ -23,7 +23,7 @@ from tests.support.open_clip_models import import_open_clip
 # Minutes long: they go first, so that no worker has one left when the others are done.
 LONG = (
     "test_notebook.py", "test_faults.py", "test_two_processes.py", "test_docs.py", "test_train.py", "test_study.py",
-    "test_bucket_workdir.py", "test_gpu.py", "test_ownership.py", "test_packed.py",
+    "test_bucket_workdir.py", "test_gpu.py", "test_ownership.py", "test_ownership_resumed.py", "test_packed.py",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline.sources.offset_index import Peers
-from input_pipeline.sources.source import Source, keys
+from input_pipeline.sources.source import Source, keys, require
 from input_pipeline.sources.tfrecord import Records, examples, open_records
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
@@ -62,11 +62,14 @@ def open_labels(path: str, data_dir: str | None) -> tuple[Source, list[str]]:
     records = _records(builder, split, remote, None)
     kinds = {"image": tf.io.FixedLenFeature((), tf.string), "label": tf.io.FixedLenFeature((), tf.int64)}
 
+    names = list(features["label"].names or map(str, range(features["label"].num_classes)))
+
     def read(row):
         sample = tf.io.parse_single_example(records.read(row), kinds)
-        return {"image": sample["image"], "caption": "", "label": tf.cast(sample["label"], tf.int32)}
+        label = sample["label"]  # -1 in a split whose labels are kept secret
+        require((label >= 0) & (label < len(names)), f"its label is none of the {len(names)} classes")
+        return {"image": sample["image"], "caption": "", "label": tf.cast(label, tf.int32)}
 
-    names = list(features["label"].names or map(str, range(features["label"].num_classes)))
     return Source(records.size, read, records.where, lambda: (), lost=records.lost, ahead=records.ahead), names
 
 

@@ -13,8 +13,8 @@ JPEG, PNG, WebP, GIF, BMP and TIFF of 1 to MAX_PIXELS pixels are opened, nothing
   LittleCMS; other colour profiles are not applied;
 - orientation in EXIF is not applied, as in CLIP's and open_clip's own training. Pillow turns TIFFs itself.
 
-A small file can cost seconds and gigabytes. So a JPEG's scans times its pixels are limited (`too_many_scans`), and
-pictures of more than LARGE pixels are decoded one at a time (`room`).
+A small file can cost seconds and gigabytes. So a JPEG's scans times its pixels are limited (`too_many_scans`), and of
+pictures of more than LARGE pixels a process decodes at a time no more than have MAX_PIXELS together (`room`).
 
 The pipeline decodes what is most frequent in its graph (input_pipeline/decode.py), to the same pixels.
 """
@@ -23,6 +23,7 @@ import contextlib
 import io
 import os
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin
@@ -45,7 +46,6 @@ NO_IMAGE = "not an image (JPEG, PNG, WebP, GIF, BMP or TIFF)"
 
 _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT, _STRIPS, _TILES = 262, 258, 339, 273, 324  # tags of TIFF
 _STRIP = 1024  # rows of a large picture that are converted at a time
-_one_at_a_time = threading.RLock()
 
 
 class BadImageError(InputError):
@@ -109,6 +109,8 @@ def opened(picture: bytes | np.ndarray) -> Image.Image:
         raise BadImageError(WRONG_SIZE, f"{image.width} x {image.height}")
     if too_many_scans(picture, image.width * image.height, _jpegs_in(image)):
         raise BadImageError(MANY_SCANS, f"{image.width} x {image.height}")
+    if image.format in ("JPEG", "MPO"):  # for `room`, also once it is to be decoded at a smaller size
+        image.held = held_by(picture, image.width * image.height)  # type: ignore[attr-defined]
     return image
 
 
@@ -129,9 +131,59 @@ def _jpegs_in(image: Image.Image) -> float:
     return 1 if image.format in ("JPEG", "MPO") else float("inf")
 
 
+class _Room:
+    """Pixels of large pictures that threads hold at a time, at most `size`; a thread enters once, and then at will."""
+
+    def __init__(self, size: int):
+        self._size = self._free = size
+        self._change, self._own = threading.Condition(), threading.local()
+
+    @contextlib.contextmanager
+    def __call__(self, pixels: int) -> Iterator[None]:
+        if pixels <= LARGE or getattr(self._own, "inside", False):
+            yield
+            return
+        pixels = min(pixels, self._size)  # arrays that are given may have more
+        with self._change:
+            self._change.wait_for(lambda: pixels <= self._free)
+            self._free -= pixels
+        self._own.inside = True
+        try:
+            yield
+        finally:
+            self._own.inside = False
+            with self._change:
+                self._free += pixels
+                self._change.notify_all()
+
+
+room_for = _Room(MAX_PIXELS)  # room_for(pixels): as `room`
+
+
 def room(image: Image.Image) -> contextlib.AbstractContextManager:
-    """A context in which to decode an image and what is made of it: of large ones, one is in it at a time."""
-    return _one_at_a_time if image.width * image.height > LARGE else contextlib.nullcontext()
+    """A context in which to decode an image and what is made of it. It waits until there is room for a large one."""
+    return room_for(max(image.width * image.height, getattr(image, "held", 0)))
+
+
+def held_by(jpeg: bytes, pixels: int) -> int:
+    """Of a JPEG's `pixels`, those that its decoder holds whatever the size at which it decodes: all, or 0.
+
+    It goes row by row through a JPEG that is not progressive and whose first scan has all components.
+    """
+    at, components = 2, 0
+    while at + 4 <= len(jpeg) and jpeg[at] == 0xFF:
+        kind, length = jpeg[at + 1], int.from_bytes(jpeg[at + 2 : at + 4])
+        if kind == 0xFF:  # padding
+            at += 1
+            continue
+        if kind in (0xC0, 0xC1):
+            components = jpeg[at + 9] if at + 9 < len(jpeg) else 0
+        elif kind == 0xDA:
+            return 0 if at + 4 < len(jpeg) and jpeg[at + 4] == components else pixels
+        elif 0xC2 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # other frames; tables
+            return pixels
+        at += 2 + length
+    return pixels
 
 
 def loaded(image: Image.Image) -> Image.Image:
@@ -141,8 +193,9 @@ def loaded(image: Image.Image) -> Image.Image:
       BadImageError: truncated or broken.
     """
     try:
-        _scale_transparent_colour(image)
-        image.load()
+        with room(image):
+            _scale_transparent_colour(image)
+            image.load()
     except Exception as error:  # as above: an OSError for a truncated file, anything for a broken one
         said = one_line(error)
         raise BadImageError("truncated image" if "truncated" in said else "broken image", said) from None

@@ -1,9 +1,10 @@
-"""Every configuration key with its default and a comment. docs/config.md is generated from this file."""
+"""Every configuration key with its default and a comment. docs/config.md is generated from this file and fields.py."""
 
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from rankclip_jax.config.fields import FORMATS
 from rankclip_jax.config.key import (
     Key,
     boolean,
@@ -59,72 +60,7 @@ ARCHITECTURE = ("name", "image_size", "context_length", "embed_dim", "activation
 # Listed here so that reading a configuration does not import JAX; a test compares them with rankclip_jax/losses.
 OBJECTIVES = ("clip", "rankclip", "rank", "siglip", "cyclip")
 SCHEDULES = ("ramp", "constant")
-FORMATS = ("csv", "tfrecord", "webdataset", "folder", "parquet", "tfds", "shapes")
 TERMS = ("clip", "siglip", "cross_modal", "in_modal", "cyclic_cross_modal", "cyclic_in_modal")
-
-# One source of a mixture (config.data.train.NAME). None: the value of config.data.
-MIXTURE_PART = dict(
-    path=paths(None),  # as config.data.train
-    # share of the samples, relative to the others; None, for all sources: its number of rows
-    weight=real(None, above=0),
-    format=choice(None, *FORMATS),  # as config.data.format
-    image_key=string(None),  # as config.data.image_key
-    caption_key=string(None),  # as config.data.caption_key
-    captions_per_line=boolean(None),  # as config.data.captions_per_line
-    delimiter=character(None),  # as config.data.delimiter
-    encoding=encoding(None),  # as config.data.encoding
-    image_folder=path(None),  # as config.data.image_folder
-    data_dir=path(None),  # as config.data.data_dir
-)
-# One labelled set for zero-shot classification (config.eval.zero_shot.NAME).
-ZERO_SHOT_SET = dict(
-    # csv (any table) | folder | clip_benchmark | tfds | shapes (input_pipeline/labelled.py)
-    format=choice("csv", "folder", "clip_benchmark", "tfds", "shapes"),
-    path=paths(None),  # the file or folder; tfds: "NAME:SPLIT"; shapes: "seen" or "held_out", also "seen:COUNT"
-    image_key=string(None),  # csv: the column of paths; None: image or file_name
-    label_key=string("label"),  # csv: the column of class names, or of class numbers, starting at 0
-    image_folder=path(None),  # csv: as config.data.image_folder
-    delimiter=character(","),  # csv: as config.data.delimiter
-    encoding=encoding(None),  # csv: as config.data.encoding
-    data_dir=path(None),  # tfds: where the sets were prepared; None: TFDS's default
-    classes=path(None),  # JSON list of class names, in label order; None: those of the set or the protocol
-    templates=path(None),  # JSON list of prompts with {}; None: the same, or "a photo of a {}."
-    protocol=choice(None, "openai", "simple"),  # openai | simple: class names and prompts of evaluation/protocols
-    protocol_set=string(None),  # the set's name in the protocol; None: NAME
-    hint=string(None),  # message for users who do not have the data
-)
-# One set for a linear probe (config.eval.linear_probe.NAME), tested on `path`.
-LINEAR_PROBE_SET = ZERO_SHOT_SET | dict(
-    train=paths(None),  # as `path`: the training images
-    metric=choice("top1", "mean_per_class"),  # top1 | mean_per_class: selects the regularisation
-)
-# One set of images with captions (config.eval.retrieval.NAME).
-CAPTIONED_SET = dict(
-    # csv (any table; the rows of one image are its captions) | clip_benchmark | tfds | shapes
-    format=choice("csv", "clip_benchmark", "tfds", "shapes"),
-    path=paths(None),  # the file or folder; tfds: "NAME:SPLIT"; shapes: a number of scenes
-    image_key=string(None),  # csv: the column of paths; None: image or file_name
-    caption_key=string(None),  # csv: the column of captions; None: caption or text
-    image_folder=path(None),  # csv: as config.data.image_folder
-    delimiter=character(","),  # csv: as config.data.delimiter
-    encoding=encoding(None),  # csv: as config.data.encoding
-    data_dir=path(None),  # tfds: where the sets were prepared; None: TFDS's default
-    hint=string(None),  # message for users who do not have the data
-)
-# The same for config.eval.geometry.NAME.
-GEOMETRY_SET = CAPTIONED_SET | dict(
-    sample=integer(1000, 3),  # number of images, from the first, each with its first caption
-)
-# What a rule of config.optim.rules says of the parameters whose names its regex is found in.
-PARAMETER_RULE = dict(
-    lr=real(1.0, above=0),  # a factor on the learning rate
-    # also of biases, norms and embeddings; None: that of config.optim, on matrices
-    weight_decay=real(None, 0),
-    freeze=boolean(False),  # True: no gradient, no moments, no change
-)
-EVAL_SETS = dict(
-    zero_shot=ZERO_SHOT_SET, linear_probe=LINEAR_PROBE_SET, retrieval=CAPTIONED_SET, geometry=GEOMETRY_SET
-)
 
 
 # Every key. Groups whose keys are the user's own (names, axes, fields of a preset) are plain dicts: {}.
@@ -271,7 +207,7 @@ KEYS = dict(
         data_dir=path(None),  # tfds: where the sets were prepared; None: TFDS's default
         # auto | rows | blocks: what is shuffled in training: all rows; or blocks of tars, TFRecord and Parquet, read in
         # one request each, and rows within windows of blocks (docs/input_pipeline.md). auto: blocks where not all of
-        # such shards are local, but in a mixture by weights rows
+        # such shards are local, but rows in a mixture by weights, and where blocks are fewer than processes
         shuffle=choice("auto", "rows", "blocks"),
         block_rows=integer(64, 1),  # neighbouring rows of a shard that are a block; in Parquet a row group is one
         # MiB of blocks, of all lanes together, whose rows are shuffled; two such windows are in memory

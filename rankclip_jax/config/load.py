@@ -16,23 +16,11 @@ from ml_collections import ConfigDict
 
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.trees import flatten
-from rankclip_jax.config import experiments
+from rankclip_jax.config import contradictions, experiments
+from rankclip_jax.config.fields import EVAL_SETS, MIXTURE_PART, PARAMETER_RULE
 from rankclip_jax.config.guess import guess_format
 from rankclip_jax.config.key import Key, integer, real
-from rankclip_jax.config.keys import (
-    ARCHITECTURE,
-    BEFORE,
-    EVAL_SETS,
-    KEYS,
-    MAY_CHANGE,
-    MIXTURE_PART,
-    OPEN,
-    PARAMETER_RULE,
-    RESOLVED,
-    SCHEDULES,
-    TERMS,
-    defaults,
-)
+from rankclip_jax.config.keys import ARCHITECTURE, BEFORE, KEYS, MAY_CHANGE, OPEN, RESOLVED, SCHEDULES, TERMS, defaults
 
 _OF_TRAINING = tuple(cast(Any, KEYS["model"])["vision"])  # what config.model.vision holds beside fields of the preset
 
@@ -77,11 +65,13 @@ def _arguments(spec: str, text: str, known: Sequence[str]) -> dict[str, str]:
 def completed(stored: Mapping) -> ConfigDict:
     """The configuration of a run that may be older than some keys: these have the value of its time (keys.BEFORE).
 
-    Raises: as `complete`.
+    What it ignored has its default. Raises: as `complete`.
     """
     known = flatten(stored)
     older = {key: value for key, value in BEFORE.items() if key not in known}
-    return complete(override(json.loads(json.dumps(stored)), [f"{key}={value!r}" for key, value in older.items()]))
+    merged = _typed(override(json.loads(json.dumps(stored)), [f"{key}={value!r}" for key, value in older.items()]))
+    contradictions.forget_ignored(merged)
+    return complete(merged.to_dict())
 
 
 def with_stored(config: ConfigDict, stored: ConfigDict) -> ConfigDict:
@@ -137,15 +127,22 @@ def complete(config: Mapping) -> ConfigDict:
     """Returns the defaults with `config` merged over them.
 
     Raises:
-      InputError: a key that does not exist, a value of the wrong type or outside its range, or keys that contradict
-        each other.
+      InputError: a key that does not exist, a value of the wrong type or outside its range, keys that contradict each
+        other, or one that means nothing beside the others.
     """
+    merged = _typed(config)
+    contradictions.check(merged)
+    return merged
+
+
+def _typed(config: Mapping) -> ConfigDict:
+    """As `complete`, each key checked alone."""
     _check_names(config, "config")
     merged = ConfigDict(_merged(KEYS, config, "config"))
     with merged.ignore_type():
         for kind in EVAL_SETS:
             for name, given in merged.eval[kind].items():
-                merged.eval[kind][name] = eval_set(kind, given, f"config.eval.{kind}.{name}")
+                merged.eval[kind][name] = ConfigDict(_merged(EVAL_SETS[kind], given, f"config.eval.{kind}.{name}"))
         train = merged.data.train
         if merged.data.format is None and isinstance(train, str | tuple):
             merged.data.format = guess_format(train if isinstance(train, str) else train[0])
@@ -160,12 +157,8 @@ def complete(config: Mapping) -> ConfigDict:
             raise InputError(f"config.mesh.{axis}=0. Expected a number of devices, or -1 for all remaining")
     for name, count in merged.study.more_seeds.items():
         integer(1, 1).check(count, f"config.study.more_seeds.{name}")
-    if merged.batch_size == 1:
-        raise InputError("config.batch_size=1. A contrastive or ranking loss needs at least 2 pairs")
-    _check_schedule(merged.optim)
     with merged.ignore_type():
         merged.optim.rules = tuple(_parameter_rule(number, *rule) for number, rule in enumerate(merged.optim.rules))
-    _check_lora(merged)
     return merged
 
 
@@ -177,24 +170,6 @@ def _check_names(given: Mapping, where: str) -> None:
             _check_names(value, f"{where}.{name}")
 
 
-def _check_schedule(optim: ConfigDict) -> None:
-    if optim.schedule == "wsd" and optim.decay_steps is None:
-        raise InputError(
-            "config.optim.decay_steps=None. Expected the number of last steps in which the rate falls, since "
-            "config.optim.schedule=wsd"
-        )
-    if optim.schedule != "wsd" and optim.decay_steps is not None:
-        raise InputError(
-            f"config.optim.decay_steps={optim.decay_steps}. Expected None, since config.optim.schedule="
-            f"{optim.schedule}; wsd has decay_steps"
-        )
-    if optim.recipe == "released" and optim.schedule != "cosine":
-        raise InputError(
-            f"config.optim.schedule={optim.schedule}. Expected cosine, since config.optim.recipe=released; or "
-            "config.optim.recipe=standard"
-        )
-
-
 def _parameter_rule(number: int, pattern: str, fields: Mapping) -> tuple[str, dict]:
     where = f"config.optim.rules[{number}]"
     checked = _merged(PARAMETER_RULE, fields, where)
@@ -204,24 +179,12 @@ def _parameter_rule(number: int, pattern: str, fields: Mapping) -> tuple[str, di
     return pattern, {name: checked[name] for name in fields}
 
 
-def _check_lora(config: ConfigDict) -> None:
-    if config.optim.lora is None:
-        return
-    for key, wrong, expected in (
-        ("init_from", config.init_from is None, "a trained model"),
-        ("init_towers", config.init_towers != "both", "both"),
-        ("init_skip", bool(config.init_skip), "()"),
-    ):
-        if wrong:
-            raise InputError(
-                f"config.{key}={config[key]!r}. Expected {expected}, since config.optim.lora={config.optim.lora} "
-                "freezes the towers as they start and trains adapters"
-            )
-
-
 def eval_set(kind: str, given: Mapping, where: str | None = None) -> ConfigDict:
     """The fields of one set of config.eval.KIND, complete and checked; raises as `complete` does."""
-    return ConfigDict(_merged(EVAL_SETS[kind], given, where or f"config.eval.{kind}"))
+    where = where or f"config.eval.{kind}"
+    fields = ConfigDict(_merged(EVAL_SETS[kind], given, where))
+    contradictions.check_set(kind, fields, where)
+    return fields
 
 
 def _term_weight(weight: Any, term: str) -> float | ConfigDict:

@@ -8,6 +8,27 @@ from ml_collections import ConfigDict
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.config import complete, network
 
+# Keys that a study cannot obey, what they must be, and why.
+_MUST_BE = (
+    ("steps", (None,), "trains for config.epochs"),
+    ("init_from", (None,), "trains from scratch"),
+    ("sharding", (None, "replicated"), "trains on one device"),
+    ("data.two_views", (False,), "trains on one view of each picture"),
+    ("data.resize", ("device",), "resizes on the device"),
+    ("data.shuffle", ("auto", "rows"), "shuffles all pairs, which are in memory"),
+    ("eval.retrieval", ({},), "evaluates data.val and eval.zero_shot"),
+    ("eval.linear_probe", ({},), "evaluates data.val and eval.zero_shot"),
+    ("eval.geometry", ({},), "evaluates data.val and eval.zero_shot"),
+    ("eval.diagnostics", (False,), "evaluates data.val and eval.zero_shot"),
+    ("checkpoint.folder", (None,), "keeps no checkpoints"),
+    ("checkpoint.every_steps", (None,), "keeps no checkpoints"),
+    ("checkpoint.keep_every", (None,), "keeps no checkpoints"),
+    ("checkpoint.best", (None,), "keeps no checkpoints"),
+    ("profile", (None,), "traces no steps"),
+)
+# What is read and made once for all arms: no condition may change it.
+_OF_ALL = ("data.val", "data.canvas", "data.squash", "tokenizer", "eval.zero_shot", "eval.suite", "eval.data_dir")
+
 
 class Arm(NamedTuple):
     """An objective under a condition ("": the configuration as it is); `str` gives it as config.study names it."""
@@ -46,13 +67,14 @@ def config_of(config: ConfigDict, arm: Arm) -> ConfigDict:
     fields = merged(config.to_dict(), changes)
     fields["loss"] = fields["loss"] | config.study.objectives[arm.objective].to_dict()
     made = complete(fields)
-    for key, value, how in (
-        ("steps", made.steps, "for config.epochs"),
-        ("init_from", made.init_from, "from scratch"),
-        ("data.two_views", made.data.two_views, "on one view of each picture"),
-    ):
-        if value:
-            raise InputError(f"config.{key}={value!r} is not for a study, which trains {how}")
+    for key, allowed, how in _MUST_BE:
+        if _at(made, key) not in allowed:
+            raise InputError(f"config.{key}={_at(made, key)!r} is not for a study, which {how}")
+    if made.eval.every_epochs is None:
+        raise InputError("config.eval.every_epochs=None. Expected a number: a study does not settle it")
+    for key in _OF_ALL:
+        if _at(made, key) != _at(config, key):
+            raise InputError(f"config.study.conditions.{arm.condition} changes config.{key}, which is one for all arms")
     if _architecture(made) != _architecture(config):
         raise InputError(f"config.study.conditions.{arm.condition} changes the network. A study compares one network")
     return made
@@ -62,6 +84,12 @@ def merged(fields: Mapping, changes: Mapping) -> dict:
     """`fields` with those of `changes`, group by group."""
     deep = lambda old, new: merged(old, new) if isinstance(old, Mapping) and isinstance(new, Mapping) else new  # noqa: E731
     return {**fields, **{key: deep(fields.get(key), value) for key, value in changes.items()}}
+
+
+def _at(config, key):
+    for part in key.split("."):
+        config = config[part]
+    return config.to_dict() if isinstance(config, ConfigDict) else config
 
 
 def _architecture(config):

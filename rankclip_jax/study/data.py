@@ -4,7 +4,7 @@ A sample that cannot be read ends the study with its name: whoever compares obje
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,10 +73,9 @@ def read_pairs(
         raise InputError("config.data: a study reads every row once: leave the weights of the mixture's parts out")
     count = min(source.size, limit or source.size)
     pixels, size, captions = np.zeros((count, canvas, canvas, 3), np.uint8), np.zeros((count, 2), np.int32), []
-    for row in _rows(source, count, data.recover_truncated):
-        picture = _shrunk(row.image, canvas)
-        size[row.number] = picture.shape[:2]
-        pixels[row.number, : picture.shape[0], : picture.shape[1]] = picture
+    for row in _rows(source, count, lambda image: _shrunk(image, canvas), data.recover_truncated):
+        size[row.number] = row.image.shape[:2]
+        pixels[row.number, : row.image.shape[0], : row.image.shape[1]] = row.image
         captions.append(row.captions[0])
     return Pairs(pixels, size, captions)
 
@@ -116,35 +115,38 @@ def truth_of(data: ConfigDict, count: int) -> np.ndarray | None:
     return truth("val", count)
 
 
-def view_of(pairs: Pairs, side: int) -> np.ndarray:
-    """The pairs' pictures in the evaluation view, uint8 (N, side, side, 3)."""
-    view = View(side, side)
+def view_of(pairs: Pairs, side: int, squash: str = "no") -> np.ndarray:
+    """The pairs' pictures in the evaluation view, uint8 (N, side, side, 3). `squash`: config.data.squash, settled."""
+    view = View(side, side, squash=squash)
     return np.stack([view(c[:h, :w]) for c, (h, w) in zip(pairs.canvas, pairs.size, strict=True)])
 
 
-def read_labelled(name: str, spec: ConfigDict, *, side: int) -> Labelled:
-    """The set config.eval.zero_shot.NAME. Raises InputError for what `open_labelled` refuses, or as `read_pairs`."""
+def read_labelled(name: str, spec: ConfigDict, *, side: int, squash: str = "no") -> Labelled:
+    """The set config.eval.zero_shot.NAME, in the view of `view_of`.
+
+    Raises InputError for what `open_labelled` refuses, or as `read_pairs`.
+    """
     from input_pipeline.labelled import open_labelled
 
     found = open_labelled(spec, image_side=side)
-    classes, view = prompts_of(name, spec, found), View(side, side)
+    classes, view = prompts_of(name, spec, found), View(side, side, squash=squash)
     images_N, labels_N = [], []
-    for row in _rows(found.source, found.source.size):
+    for row in _rows(found.source, found.source.size, view):
         label = int(classes.class_of_label[row.label])
         if label >= 0:  # a protocol may leave classes out
-            images_N.append(view(row.image))
+            images_N.append(row.image)
             labels_N.append(label)
     return Labelled(np.stack(images_N), np.array(labels_N), classes.names, classes.templates)
 
 
-def _rows(source: Any, count: int, recover: bool = False) -> Iterator:
-    """The first rows, their images uint8 (H, W, 3)."""
-    from input_pipeline.decode import decode
+def _rows(source: Any, count: int, made: Callable, recover: bool = False) -> Iterator:
+    """The first rows, their images `made` of uint8 (H, W, 3) where they are read: many wait in memory."""
+    from input_pipeline.decode import decoded_to
     from input_pipeline.rows import read_rows
 
     def read(row):
         sample = source.read(row)
-        return sample | {"image": decode(sample["image"], recover)}
+        return sample | {"image": decoded_to(made, sample["image"], recover)}
 
     if source.lost:
         raise InputError(f"{source.lost[0].where}: {source.lost[0].reason}; a study needs every sample")

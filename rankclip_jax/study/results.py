@@ -19,8 +19,8 @@ _OF_STUDY = ("limit", "mismatched", "duplicates", "search_seed", "select_on", "s
 
 def identity(config: ConfigDict) -> dict:
     """What makes two runs the same: all of an arm's configuration but what is looked at, printed or planned."""
-    unused = [f"{key}={value!r}" for key, value in BEFORE.items()]  # by a study: new and old runs have one value
-    fields = json.loads(json.dumps(override(config.to_dict(), unused)))
+    unused = BEFORE | {"data.squash": config.data.squash or BEFORE["data.squash"]}  # but squash: one value for all runs
+    fields = json.loads(json.dumps(override(config.to_dict(), [f"{key}={value!r}" for key, value in unused.items()])))
     kept = {k: v for k, v in fields.items() if k not in _NOT_TRAINED}
     return kept | {"study": {k: fields["study"][k] for k in _OF_STUDY}}
 

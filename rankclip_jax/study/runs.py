@@ -22,6 +22,7 @@ from rankclip_jax.study import measure, questions, report, results
 from rankclip_jax.study.arms import Arm, arms_of, config_of
 from rankclip_jax.study.data import Labelled, read_labelled, read_pairs, spoiled, truth_of, view_of
 from rankclip_jax.study.training import Job, Programs
+from rankclip_jax.train.resolve import settle_view
 from rankclip_jax.train.session import Session, canvas_side, image_side
 
 
@@ -34,6 +35,8 @@ class Study:
 
     def __init__(self, config: ConfigDict, workdir: str | Path):
         """`config`: complete, with config.study. Raises InputError for what cannot be studied."""
+        config = complete(config.to_dict())
+        settle_view(config)
         self.config, self.folder, self.arms = config, Path(workdir), arms_of(config)
         study, self._side = config.study, image_side(config)
         if config.model.pack_text == "on":
@@ -52,10 +55,11 @@ class Study:
         self._embedder = measure.Embedder(model, self.tokenizer, config.data.mean, config.data.std)
         self._length = model.config.text.context_length
         val = self._pairs_at(config.data.val, "val", config, study.pairs)
-        self._val, self._truth = (view_of(val, self._side), val.captions), truth_of(config.data, len(val.captions))
+        view = dict(side=self._side, squash=config.data.squash)
+        self._val, self._truth = (view_of(val, **view), val.captions), truth_of(config.data, len(val.captions))
         self._selecting, self._reported = {}, {}
         for name, spec in suite.zero_shot_sets(config.eval).items():
-            selecting, self._reported[name] = split(read_labelled(name, spec, side=self._side), study.select_share)
+            selecting, self._reported[name] = split(read_labelled(name, spec, **view), study.select_share)
             self._selecting[name] = selecting
         if unknown := sorted(set(study.select_on) - set(self._selecting)):
             known = ", ".join(self._selecting)

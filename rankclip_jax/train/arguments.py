@@ -73,7 +73,7 @@ def sets(flags: argparse.Namespace, alone: bool, otherwise: Sequence[str] = ()) 
     """
     overrides = []
     if alone and (flags.labels or flags.retrieval or flags.imagenet):
-        overrides += ["eval.suite=None", *(f"eval.{kind}={{}}" for kind in evaluation.KINDS)]
+        overrides += ["eval.suite=None", "eval.data_dir=None", *(f"eval.{kind}={{}}" for kind in evaluation.KINDS)]
     if captioned := flags.retrieval or otherwise:
         overrides.append(f"eval.retrieval={dict(map(_captioned, captioned))!r}")
     if flags.labels:

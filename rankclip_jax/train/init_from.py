@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,55 +60,75 @@ def apply(state: TrainState, start: pretrained.Pretrained, ours: ClipConfig, con
     Raises:
       InputError: names every parameter that does not fit, or a pattern of config.init_skip that matches none.
     """
-    towers, notes, unused = TOWERS[config.init_towers], [], set(config.init_skip)
-    scanned = config.model.scan_layers
-    misfits = _unlike(ours, start.config, towers)
+    taking = _Taking(start, ours, config)
+    taken: dict[str, Any] = {
+        collection: taking.of(collection, fresh)
+        for collection, fresh in (("params", state.params), ("batch_stats", state.batch_stats))
+    }
+    taking.check()
+    step = "" if start.step is None else f", step {start.step}"
+    print(f"starting from {start.path}{step} ({config.init_towers})" + "".join(f"; {note}" for note in taking.notes))
+    if isinstance(state, AveragedState):
+        taken["ema"] = average.begin(taken["params"], taken["batch_stats"], config.optim)
+    return dataclasses.replace(state, **taken)  # moments start at zero whatever the parameters
 
-    def place(path, fresh, theirs):
-        name = path_name(path)
-        if name.split("/")[0] not in towers:
+
+class _Taking:
+    """What is taken from a model, leaf by leaf. `notes`: what was not taken as it is; `misfits`: what does not fit."""
+
+    def __init__(self, start: pretrained.Pretrained, ours: ClipConfig, config: ConfigDict):
+        self._start, self._ours, self._config = start, ours, config
+        self._towers = TOWERS[config.init_towers]
+        self._unused = set(config.init_skip)
+        self.notes, self.misfits = [], _unlike(ours, start.config, self._towers)
+
+    def of(self, collection: str, fresh: dict) -> dict:
+        """The tree `fresh`, with the start's values where they are taken."""
+        theirs = self._start.variables.get(collection, {})
+        theirs = by_name(models.stack_layers(theirs) if self._config.model.scan_layers else theirs)
+        taken = jax.tree_util.tree_map_with_path(lambda path, x: self._leaf(path_name(path), x, theirs), fresh)
+        here = by_name(fresh)
+        gone = [name for name in theirs if name.split("/")[0] in self._towers and name not in here]
+        self.misfits += [f"{name} is not here" for name in gone if name != "logit_bias"]
+        return taken
+
+    def _leaf(self, name, fresh, theirs):
+        if name.split("/")[0] not in self._towers:
             return fresh
-        matching = {pattern for pattern in config.init_skip if re.search(pattern, name)}
-        unused.difference_update(matching)
+        matching = {pattern for pattern in self._config.init_skip if re.search(pattern, name)}
+        self._unused.difference_update(matching)
         if matching:
-            notes.append(f"{name} fresh")
+            self.notes.append(f"{name} fresh")
             return fresh
-        value = theirs.get(name)
-        if value is None and name == "logit_bias":  # of SigLIP's loss, which the other was not trained with
-            return fresh
-        if value is not None and value.shape != fresh.shape:
-            resized = _resized(name, value, fresh.shape, ours, start.config)
-            if resized is not None:
-                notes.append(f"{name} resized from {value.shape} to {fresh.shape}")
-            else:
-                misfits.append(f"{name} is {value.shape} there, {fresh.shape} here")
-            value = resized
-        elif value is None:
-            misfits.append(f"{name} is not there")
+        value = self._fitting(name, theirs.get(name), fresh.shape)
         if value is None:
             return fresh
         return jax.make_array_from_callback(fresh.shape, fresh.sharding, lambda index: value[index])
 
-    taken = {}
-    for collection, fresh in (("params", state.params), ("batch_stats", state.batch_stats)):
-        theirs = start.variables.get(collection, {})
-        theirs = by_name(models.stack_layers(theirs) if scanned else theirs)
-        taken[collection] = jax.tree_util.tree_map_with_path(lambda p, x, t=theirs: place(p, x, t), fresh)
-        here = by_name(fresh)
-        gone = [name for name in theirs if name.split("/")[0] in towers and name not in here]
-        misfits += [f"{name} is not here" for name in gone if name != "logit_bias"]
-    if misfits:
-        raise InputError(
-            f"config.init_from = {start.path} does not fit config.model: {'; '.join(misfits)}. Set config.model to its "
-            "architecture, or name in config.init_skip what shall start fresh"
-        )
-    if unused:
-        raise InputError(f"config.init_skip: {sorted(unused)[0]!r} matches no parameter of the towers taken")
-    step = "" if start.step is None else f", step {start.step}"
-    print(f"starting from {start.path}{step} ({config.init_towers})" + "".join(f"; {note}" for note in notes))
-    if isinstance(state, AveragedState):
-        taken["ema"] = average.begin(taken["params"], taken["batch_stats"], config.optim)
-    return dataclasses.replace(state, **taken)  # moments start at zero whatever the parameters
+    def _fitting(self, name, value, shape):
+        """The start's value in our shape; None, and perhaps a misfit, where there is none."""
+        if value is None:
+            if name != "logit_bias":  # of SigLIP's loss, which the other was not trained with
+                self.misfits.append(f"{name} is not there")
+            return None
+        if value.shape == shape:
+            return value
+        resized = _resized(name, value, shape, self._ours, self._start.config)
+        if resized is None:
+            self.misfits.append(f"{name} is {value.shape} there, {shape} here")
+        else:
+            self.notes.append(f"{name} resized from {value.shape} to {shape}")
+        return resized
+
+    def check(self) -> None:
+        """Raises InputError as `apply` does."""
+        if self.misfits:
+            raise InputError(
+                f"config.init_from = {self._start.path} does not fit config.model: {'; '.join(self.misfits)}. Set "
+                "config.model to its architecture, or name in config.init_skip what shall start fresh"
+            )
+        if self._unused:
+            raise InputError(f"config.init_skip: {sorted(self._unused)[0]!r} matches no parameter of the towers taken")
 
 
 def _unlike(ours: ClipConfig, theirs: ClipConfig, towers: Collection[str]) -> list[str]:

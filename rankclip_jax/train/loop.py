@@ -67,8 +67,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         if start.step >= data.total_steps and not _owes_evaluation(session, workdir, data, start):
             print(f"{storage.shown(workdir)} is trained to its last step, {start.step}")
             return
-        wsd = config.optim.schedule == "wsd"
-        free = int(opening.run_length(config, data.steps_per_epoch)[1]) if wsd else None
+        free = workdirs.kept_for_longer(config, opening.run_length(config, data.steps_per_epoch)[1])
         with Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None, free) as checkpoints:
             batches = opening.open_batches(session, workdir, data, start)
             processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""
@@ -125,6 +124,7 @@ def run_steps(
             epoch_ends = last or step % data.steps_per_epoch == 0
             if epoch_ends or terminated or any(step % n == 0 for n in cadence):
                 recorder.flush()  # raises on a loss that is not finite, before a bad state is saved
+                storage.check_ours(workdir)
                 checkpoints.save(step, state, batches.position)
                 storage.push(workdir)
             if terminated and not last:

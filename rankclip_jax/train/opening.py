@@ -6,12 +6,14 @@ Where it starts, in this order:
   3. otherwise: fresh parameters from config.seed.
 """
 
+import difflib
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from optax import GradientTransformation
@@ -21,6 +23,7 @@ from rankclip_jax.common import packing, storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.ownership import INDEX
 from rankclip_jax.common.tokenizer import Tokenizer
+from rankclip_jax.figures.names import GEOMETRY
 from rankclip_jax.parallel import processes
 from rankclip_jax.train import init_from, resolve
 from rankclip_jax.train import step as steps
@@ -73,12 +76,21 @@ def open_data(
 
     if config.data.train is None:
         raise InputError("config.data.train=None. Expected what to train on: rankclip train mine.csv")
+    if config.eval.model is not None:
+        raise InputError(f"config.eval.model={config.eval.model!r}. Expected None in training; or --mode=eval")
     synonyms = captions.read_synonyms(config.data.synonyms) if config.data.synonyms else None
-    config, peers = resolve.order(config, old), None
+    given, config, peers = config, resolve.order(config, old), None
     if workdir:
         folder = storage.join(storage.origin(workdir) or str(workdir.resolve()), INDEX)
         peers = sources.Peers((jax.process_index(), jax.process_count()), folder, processes.of_all)
-    source = sources.open_source(config.data, config.data.train, image_side=image_side(config), peers=peers)
+
+    def opened(config):
+        return sources.open_source(config.data, config.data.train, image_side=image_side(config), peers=peers)
+
+    source = opened(config)
+    if source.blocks:
+        config = resolve.order(given, old, len(source.blocks.first))
+        source = source if config.data.shuffle == "blocks" else opened(config)
     config = resolve.resolve(config, source.size, old, origin)
     blocks, size = (len(source.blocks.first), source.blocks.size) if source.blocks else (0, 0)
     config = resolve.lanes(config, blocks, size)
@@ -102,16 +114,24 @@ def open_data(
 
 
 def _check_best(config: ConfigDict, sets: evaluation.Sets) -> None:
-    """Raises InputError where config.checkpoint.best is of nothing that this training evaluates."""
+    """Raises InputError where config.checkpoint.best is no number that this training will evaluate."""
     best = config.checkpoint.best
     if best is None:
         return
-    names = [f"{kind}/{name}/" for kind, found in sets.opened.items() for name in found]
-    names += ["val/"] if config.data.val is not None else []
-    shifted = [f"robustness/{name}/" for name in sets.opened["zero_shot"]]
-    averages = "/ema/" in f"{best}/" and config.optim.ema is None
-    if averages or not best.startswith((*names, *shifted)):
-        why = "config.optim.ema=None" if averages else f"it evaluates {', '.join(names) or 'nothing'}"
+    names = evaluation.number_names(config.eval, sets)
+    if config.data.val is not None:
+        z_BxD = jax.ShapeDtypeStruct((config.batch_size, 2), jnp.float32)
+        losses = jax.eval_shape(steps.objective_of(config), {"logit_scale": jnp.float32(0)}, z_BxD, z_BxD)
+        names += [f"val/{key}" for key in (*losses, *(GEOMETRY if config.eval.diagnostics else ()))]
+    if config.optim.ema is not None:
+        names += [f"{name}/ema" if name.startswith("val/") else "/ema/".join(name.rsplit("/", 1)) for name in names]
+    if best not in names:
+        sets_of = dict.fromkeys(f"{name.rpartition('/')[0]}/" for name in names)
+        why = f"it evaluates {', '.join(sets_of) or 'nothing'}"
+        if "/ema/" in f"{best}/" and config.optim.ema is None:
+            why = "config.optim.ema=None"
+        elif near := difflib.get_close_matches(best, names, 1):
+            why += f"; the nearest is {near[0]}"
         raise InputError(f"config.checkpoint.best={best!r} is no number of this training's evaluations: {why}")
 
 

@@ -200,7 +200,6 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
     `target` None: for the fake CPU devices that this process has.
     """
     import jax
-    import numpy as np
 
     from rankclip_jax.losses.sorting import SORTS
     from rankclip_jax.train import optim, rules
@@ -210,7 +209,7 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
     size = config.tokenizer.vocab_size  # of a tokenizer yet to be trained, whose last id ends a text
     words = Vocabulary(None, None) if config.tokenizer.path else Vocabulary(size, size - 1)
     session = Session(config, words, devices=targets.devices(target) if target else jax.devices())
-    model, mesh, side, length = session.model, session.mesh, session.side, session.context_length
+    model, mesh = session.model, session.mesh
     # Of a run whose length is not known, the fewest steps that any schedule takes.
     total = _total_steps(config) or config.optim.warmup_steps + (config.optim.decay_steps or 2)
     a_epoch = config.plan.samples // config.batch_size if config.plan.samples else 1
@@ -221,33 +220,10 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
     tflop = {whole: session.step_tflop(session.packs, whole) for whole in (False, True)}
     # Where there are two programs, that of whole images needs more memory.
     step = steps.make_train_step(model, tx, config, mesh, total_steps=2, steps_per_epoch=1, whole=dropping < 1)
-    where, b = batch_sharding(mesh), config.batch_size
-
-    def array(dtype, *shape):
-        return jax.ShapeDtypeStruct((b, *shape), dtype, sharding=where)
-
-    canvas, views = session.canvas, 1 + config.data.two_views
-    batch = {"tokens": array(np.int32, views, length)}
-    if session.packs:
-        shape = batch_shards(mesh) * config.accumulate, session.unit_captions
-        packed = packing.pack(np.zeros((*shape, length), np.int32), np.ones(shape, int), session.unit_rows)
-        batch["tokens"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), packed)
-    if canvas:
-        batch["image"] = array(np.uint8, canvas, canvas, 3)
-        batch |= {"size": array(np.int32, 2), "windows": array(np.float32, views, 4)}
-    else:
-        batch["image"] = array(np.uint8, views, side, side, 3)
     found = {
         "parameters": sum(p.size for p in jax.tree.leaves(state.params)),
         "trained": rules.count(config.optim, state.params),
-        "of_states": {
-            name: sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(part))
-            for name, part in (
-                ("weights", (state.params, state.batch_stats)),
-                ("moments", state.opt_state),
-                ("averages", getattr(state, "ema", {})),
-            )
-        },
+        "of_states": _of_states(state),
         "flops": (dropping * tflop[False] + (1 - dropping) * tflop[True]) * 1e12,
         "patches": [kept, model.config.vision.grid**2] if dropping else None,
         "text_rows": session.unit_rows if session.packs else session.unit_captions,
@@ -255,17 +231,59 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
         "sort": SORTS[session.devices.platform],
         "bfloat16": session.devices.has_bfloat16,
     }
+    return found | _compiled(step, state, _batch(config, session), target)
+
+
+def _batch(config, session):
+    """The shapes and shardings of a training batch, as the pipeline and train/packed_batches.py give it."""
+    import jax
+    import numpy as np
+
+    where, side, length = batch_sharding(session.mesh), session.side, session.context_length
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=where)
+
+    canvas, views = session.canvas, 1 + config.data.two_views
+    batch = {"tokens": array(np.int32, views, length)}
+    if session.packs:
+        shape = batch_shards(session.mesh) * config.accumulate, session.unit_captions
+        packed = packing.pack(np.zeros((*shape, length), np.int32), np.ones(shape, int), session.unit_rows)
+        batch["tokens"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), packed)
+    if canvas:
+        batch["image"] = array(np.uint8, canvas, canvas, 3)
+        return batch | {"size": array(np.int32, 2), "windows": array(np.float32, views, 4)}
+    return batch | {"image": array(np.uint8, views, side, side, 3)}
+
+
+def _of_states(state):
+    """{part of the state: bytes on a device}"""
+    import jax
+
+    parts = dict(
+        weights=(state.params, state.batch_stats), moments=state.opt_state, averages=getattr(state, "ema", {})
+    )
+    return {
+        name: sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(part))
+        for name, part in parts.items()
+    }
+
+
+def _compiled(step, state, batch, target):
+    """What the compiler says of the program: memory, operations, collectives."""
+    import jax
+
     try:
         compiled = step.lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         first, _, _ = str(error).partition("\n")  # pages of buffers follow
-        return found | {"error": "does not fit: " + first.rpartition("HBM, ")[2]}
+        return {"error": "does not fit: " + first.rpartition("HBM, ")[2]}
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text()
     if memory is None or text is None:
         raise InputError("the compiler of these devices does not say what memory the step needs")
-    return found | {
+    return {
         "cost": {key: cost[key] for key in ("flops", "bytes accessed", "optimal_seconds") if cost.get(key, 0) > 0},
         "cycles": cycles(text)._asdict() if target and target.platform == "tpu" else None,
         "unpriced": sorted(unpriced(text)),

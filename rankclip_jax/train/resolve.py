@@ -71,16 +71,7 @@ def _settle(config: ConfigDict, pairs: int, old: ConfigDict | None, origin: Pret
         if config.data.format == "shapes":  # which draws scenes as large as the model wants them
             raise InputError("config.model.name=None. Expected a preset, since config.data.format=shapes")
         _take(config.model, _ON_CPU if platform == "cpu" else _LARGE if pairs >= _MANY else _SMALL)
-    if origin and "visual" in TOWERS[config.init_towers]:
-        seen = origin.view
-    else:
-        own = {key: config.model[key] for key in ("name", "image_size", "embed_dim")}
-        seen = view.usual(models.configure(**own, vision=configs.network(config.model)["vision"]).vision)
-    for key, of_clip in (("mean", view.MEAN), ("std", view.STD)):
-        theirs = tuple(getattr(seen, key))
-        config.data[key] = config.data[key] or (theirs if theirs != of_clip else None)
-    if config.data.squash is None:
-        config.data.squash = seen.squash
+    settle_view(config, origin.view if origin and "visual" in TOWERS[config.init_towers] else None)
     if config.batch_size is None:
         unit = batch_shards(mesh) * config.accumulate
         most = _BATCH.get(platform, 128) * batch_shards(mesh)
@@ -122,10 +113,25 @@ def _warn_of_ramp(config: ConfigDict) -> None:
             )
 
 
-def order(config: ConfigDict, old: ConfigDict | None = None) -> ConfigDict:
+def settle_view(config: ConfigDict, seen: view.View | None = None) -> None:
+    """Writes what config.data leaves open of how the model sees pictures: as `seen` has it; None: as usual for its
+    kind."""
+    if seen is None:
+        own = {key: config.model[key] for key in ("name", "image_size", "embed_dim")}
+        seen = view.usual(models.configure(**own, vision=configs.network(config.model)["vision"]).vision)
+    with config.ignore_type():
+        for key, of_clip in (("mean", view.MEAN), ("std", view.STD)):
+            theirs = tuple(getattr(seen, key))
+            config.data[key] = config.data[key] or (theirs if theirs != of_clip else None)
+        config.data.squash = config.data.squash or seen.squash
+
+
+def order(config: ConfigDict, old: ConfigDict | None = None, blocks: int | None = None) -> ConfigDict:
     """The configuration with data.shuffle as rows or blocks, which must be known before the data are opened.
 
-    Args, of resolve: config, old.
+    Args:
+      config, old: of resolve.
+      blocks: of the data, once they were opened as blocks: auto takes rows where some process would have none.
 
     Raises:
       InputError: data.shuffle=blocks for data that have none.
@@ -140,12 +146,15 @@ def order(config: ConfigDict, old: ConfigDict | None = None) -> ConfigDict:
         reason = f"config.data.format={min(formats - _WITH_BLOCKS, key=str)} has no blocks"
     elif any(part.weight for part in parts):
         reason = "a mixture by weights has no order of blocks"
+    elif blocks is not None and blocks < jax.process_count() and data.shuffle == "auto":
+        reason = f"the data have {blocks} blocks, fewer than the {jax.process_count()} processes"
     if data.shuffle == "blocks" and reason:
         raise InputError(f"config.data.shuffle=blocks: {reason}. Expected rows, or auto")
     if data.shuffle == "auto":
         remote = any(storage.is_remote(part.path) for part in parts)  # of a list, any
         data.shuffle = "blocks" if remote and not reason else "rows"
-        if remote and processes.is_first():
+        settles = data.shuffle == "rows" or blocks is not None
+        if remote and settles and processes.is_first():
             print(f"chosen: data.shuffle={data.shuffle}" + (f": {reason}, so each row is a request" if reason else ""))
     return settled
 

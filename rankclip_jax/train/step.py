@@ -1,6 +1,7 @@
 """The training step: a pure function of a state and a batch, jitted over a mesh of all devices."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 
@@ -9,18 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from rankclip_jax.common.devices import devices_of
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.packing import Packed
 from rankclip_jax.common.trees import overlaid
 from rankclip_jax.losses import RANKING, LossSpec, clip_loss, rank_weight, weighted_loss
 from rankclip_jax.models import CLIP, images, uncut_layers
 from rankclip_jax.parallel.mesh import batch_axes
 from rankclip_jax.parallel.sharding import gather, params_shardings, state_shardings
-from rankclip_jax.train import average, rules
+from rankclip_jax.train import average, forward, rules
 from rankclip_jax.train.accumulation import loss_and_grads
 from rankclip_jax.weights.lora import Adapted
 
@@ -176,42 +175,13 @@ def train_step_function(
     """
     spec = loss_spec(config)
     ramp_epochs = spec.ramp_epochs or -(-total_steps // steps_per_epoch)
-    side, patches = model.config.vision.image_size, model.config.vision.grid**2
     kept = None if whole else model.config.kept_patches(config.model.vision.patch_dropout)
-    on_cpu = mesh is not None and devices_of(mesh).platform == "cpu"
-
-    def constrain(tree):
-        if mesh is None:
-            return tree
-        parts_sharding = NamedSharding(mesh, PartitionSpec(None, batch_axes(mesh)))
-        return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, parts_sharding), tree)
 
     def train_step(state: TrainState, batch: dict, seed_key: jax.Array) -> tuple[TrainState, dict]:
-        views_BxVxSxSx3 = images.views(batch, side)
-        flat = views_BxVxSxSx3.reshape(-1, side, side, 3)
-        key = jax.random.fold_in(seed_key, state.step)
-        pixels = images.augment(key, flat, flip=config.data.flip, jitter=config.data.color_jitter)
-        rows = {"image": pixels.reshape(views_BxVxSxSx3.shape), "tokens": batch["tokens"]}
-        if kept:  # 0 and 1 are augment's
-            patches_NxK = images.draw_patches(jax.random.fold_in(key, 2), len(flat), patches, kept)
-            rows["patches"] = patches_NxK.reshape(*views_BxVxSxSx3.shape[:2], -1)
+        rows = forward.rows_of(batch, state.step, seed_key, model, config, kept)
         ramp = rank_weight(state.step // steps_per_epoch + 1, ramp_epochs)
-
         used = state.params if mesh is None else gather(state.params, mesh, config.sharding)
         trained, frozen = rules.split(used, config.optim)
-
-        def embed(trained, rows):
-            tokens, some = rows["tokens"], rows.get("patches")
-            (z_img_nxD, z_txt_nxD, _), updated = model.apply(
-                {"params": rules.join(trained, frozen), "batch_stats": state.batch_stats},
-                images.normalize(rows["image"].reshape(-1, side, side, 3), config.data.mean, config.data.std),
-                tokens if isinstance(tokens, Packed) else tokens.reshape(-1, tokens.shape[-1]),
-                train=bool(jax.tree.leaves(trained["visual"])),  # of a frozen tower batch norm's statistics stay too
-                patches_BxK=None if some is None else some.reshape(-1, kept),
-                mutable=["batch_stats"],
-            )
-            z_img_bxVxD, z_txt_bxVxD = (z.reshape(len(rows["image"]), -1, z.shape[-1]) for z in (z_img_nxD, z_txt_nxD))
-            return z_img_bxVxD, z_txt_bxVxD, updated.get("batch_stats", {})
 
         def loss_of(trained, embeds):
             z_img_BxVxD, z_txt_BxVxD, batch_stats = embeds
@@ -219,20 +189,13 @@ def train_step_function(
             loss, parts = _objective(z_img_BxVxD, z_txt_BxVxD, params, spec, ramp, mesh)
             return loss, (parts, batch_stats)
 
+        embed = forward.embed_function(model, config, frozen, state.batch_stats, kept)
+        constrain = functools.partial(forward.constrained, mesh=mesh)
         value, grads = loss_and_grads(embed, loss_of, trained, rows, config.accumulate, constrain)
         loss, (parts, batch_stats) = value
         zeros = jax.tree.map(jnp.zeros_like, frozen)
         grads = uncut_layers(rules.join(grads, zeros))  # the optimiser leaves out what is frozen
-        if mesh is not None:  # each device updates its own part
-            where = params_shardings(grads, mesh, config.sharding)
-            grads = jax.lax.with_sharding_constraint(grads, where)
-        opt_state, grad_norm = state.opt_state, optax.tree.norm(grads)
-        if on_cpu and config.optim.grad_clip_norm is None:
-            opt_state = _counters_after(grad_norm, opt_state)
-        updates, opt_state = tx.update(grads, opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        if not model.config.siglip:  # whose authors do not: its published scales are above 100
-            params = clamp_logit_scale(params)
+        params, opt_state, grad_norm = _updated(state, grads, model, tx, config, mesh)
         metrics = {"loss": loss, **parts, "grad_norm": grad_norm, "logit_scale": _scale(state.params)}
         if "logit_bias" in state.params:
             metrics["logit_bias"] = state.params["logit_bias"]
@@ -244,6 +207,22 @@ def train_step_function(
         return dataclasses.replace(state, **new), metrics
 
     return train_step
+
+
+def _updated(state, grads, model, tx, config, mesh):
+    """(parameters, opt_state, norm of the gradients) after the optimiser's step."""
+    if mesh is not None:  # each device updates its own part
+        where = params_shardings(grads, mesh, config.sharding)
+        grads = jax.lax.with_sharding_constraint(grads, where)
+    opt_state, grad_norm = state.opt_state, optax.tree.norm(grads)
+    on_cpu = mesh is not None and devices_of(mesh).platform == "cpu"
+    if on_cpu and config.optim.grad_clip_norm is None:
+        opt_state = _counters_after(grad_norm, opt_state)
+    updates, opt_state = tx.update(grads, opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    if not model.config.siglip:  # whose authors do not: its published scales are above 100
+        params = clamp_logit_scale(params)
+    return params, opt_state, grad_norm
 
 
 def _counters_after(grad_norm: jax.Array, opt_state: optax.OptState) -> optax.OptState:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -110,6 +111,12 @@ def check_length(workdir: Path, step: int, old: tuple[int, float], new: tuple[in
         )
 
 
+def kept_for_longer(config: ConfigDict, free: float) -> int | None:
+    """The step whose last checkpoint before or at it stays, since the run can be made longer from there; None: there is
+    none, or it is any. `free`: of opening.run_length. Under a cosine, it would be one of the warm-up."""
+    return int(free) if config.optim.schedule != "cosine" and math.isfinite(free) else None
+
+
 def check_same_data(workdir: Path, found: Mapping[str, dict | None], of_before: Callable[[str], dict | None]) -> None:
     """Raises InputError where a run resumes with other data than it began with.
 
@@ -163,7 +170,8 @@ def _beside_checkpoints(config: ConfigDict) -> ConfigDict | None:
 
 @contextlib.contextmanager
 def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
-    """Takes the folder for this start, in the first process; another start in it is refused until the end.
+    """Takes the folder for this start, in the first process; another start in it is refused until the end. In a bucket,
+    where a lock would outlast its machine, another start takes it over, and this one stops at its next save.
 
     Raises:
       InputError: files of others are in the way, or another start is at work.
@@ -181,6 +189,7 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
             ) from None
         except OSError:  # a file system without locks
             pass
+        storage.take(workdir)
         yield
 
 

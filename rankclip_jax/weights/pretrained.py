@@ -116,7 +116,7 @@ def _workdir(path: Path, tokenizer: Tokenizer | None, ema: bool) -> Pretrained:
         stored = read_json(path / "config.json")
     except (OSError, InputError) as error:
         raise InputError(f"{path} is a workdir, but its config.json cannot be read ({error}); restore it") from None
-    run = configs.complete(stored)
+    run = configs.completed(stored)
     if ema and run.optim.ema is None:
         raise InputError(f"{path} has no averaged weights: its run has config.optim.ema=None")
     if tokenizer is None:

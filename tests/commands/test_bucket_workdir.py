@@ -1,5 +1,6 @@
 """A workdir in a bucket: trained, cut off, resumed, evaluated and reported there, with the numbers of a local one."""
 
+import contextlib
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from rankclip_jax import config as configs
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.train import loop
+from rankclip_jax.train import workdir as workdirs
+from rankclip_jax.weights import saving
 from tests.commands.test_train import NO_EVALUATION, SMALL, TRANSFORMER, numbers
 from tests.support.real_clients import real_clients
 from tests.support.source_files import samples, write_csv, write_tar
@@ -91,10 +94,60 @@ def test_a_copy_that_stays_takes_only_its_own_clean_up_back(tmp_path, bucket):
     assert (bucket.folder / "run/metrics.jsonl").read_text() == "not saved yet"
 
 
+def test_the_last_training_that_comes_has_a_workdir_in_a_bucket(bucket, capsys):
+    config, url = configs.complete({}), "gs://mine/run"
+    with pytest.raises(InputError, match=f"^another training began in {url}, and resumes from the last checkpoint; so"):
+        with storage.workdir(url) as first, workdirs.claimed(first, config):
+            (first / "metrics.jsonl").write_text("of the first\n")
+            storage.push(first)
+            storage.check_ours(first)
+            with storage.workdir(url) as looks:  # --mode=eval, or report: takes nothing
+                assert (looks / "metrics.jsonl").read_text() == "of the first\n"
+            storage.check_ours(first)
+            with storage.workdir(url) as second, workdirs.claimed(second, config):
+                (second / "metrics.jsonl").write_text("of the first\nof the second\n")
+                storage.push(second)
+                (first / "metrics.jsonl").write_text("of the first\nand unsaved\n")
+                storage.check_ours(second)
+                bucket.requests.clear()
+                storage.check_ours(first)
+    assert not [name for kind, name, _ in bucket.requests if kind in ("write", "delete")]
+    assert (bucket.folder / "run/metrics.jsonl").read_text() == "of the first\nof the second\n"
+    kept = Path(re.search(r"not all of (.*) could be copied to the bucket, so it stays", capsys.readouterr().err)[1])
+    assert (kept / "metrics.jsonl").read_text() == "of the first\nand unsaved\n"
+    shutil.rmtree(kept.parent)
+    with storage.workdir(url) as again, workdirs.claimed(again, config):  # of a machine that is gone
+        storage.push(again)
+
+
+@pytest.mark.slow
+def test_a_training_that_lost_its_workdir_in_a_bucket_stops_before_it_saves(bucket, capsys, monkeypatch):
+    monkeypatch.setattr(saving, "probe", lambda folder: None)  # Orbax's client is none of this test
+    saved = []
+
+    class Checkpoints(contextlib.nullcontext):
+        def __init__(self, *_):
+            super().__init__(self)
+
+        check = score = lambda *_: None
+
+        def save(self, step, state, position):
+            saved.append(step)
+            if step == 4:
+                storage.write("gs://mine/run/.lock", b"somebody else")
+
+    monkeypatch.setattr(loop, "Checkpoints", Checkpoints)
+    monkeypatch.setattr(loop.opening.checkpoint, "restore", lambda *_: None)
+    fields = [flag.removeprefix("--config.") for flag in (*SMALL[1:], *TRANSFORMER, *NO_EVALUATION)]
+    with pytest.raises(InputError, match="^another training began in gs://mine/run"):
+        with storage.workdir("gs://mine/run") as folder:
+            loop.train(configs.load("configs/shapes.py", fields), folder)
+    assert saved == [2, 4]
+    shutil.rmtree(re.search(r"not all of (\S+)/run could", capsys.readouterr().err)[1])
+
+
 def test_where_no_checkpoints_can_be_saved_is_said_first(tmp_path, bucket, monkeypatch):
     from etils import epath
-
-    from rankclip_jax.weights import saving
 
     with pytest.raises(InputError, match="--workdir=s3://mine/run: Orbax saves no checkpoints there; give gs://"):
         with storage.workdir("s3://mine/run"):

@@ -6,9 +6,11 @@ import pytest
 
 from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.trees import flatten
 from rankclip_jax.config import keys as config_keys
 from rankclip_jax.config.key import Key
 from rankclip_jax.losses.spec import MATRICES, OBJECTIVES
+from rankclip_jax.study.arms import merged
 
 
 def test_a_mistyped_key_names_the_nearest_valid_one():
@@ -78,6 +80,100 @@ def test_a_wrong_value_says_which_and_what_is_expected(wrong, message):
         configs.complete(wrong)
 
 
+CSV_SET, SHAPES_SET = {"path": "x.csv", "delimiter": ";"}, {"format": "shapes", "path": "seen"}
+MEANS_NOTHING = [
+    (
+        {"init_towers": "vision"},
+        "config.init_towers='vision'. Expected 'both', since config.init_from=None",
+        {"init_from": "x"},
+    ),
+    (
+        {"init_skip": ("proj",)},
+        r"config.init_skip=\('proj',\). Expected \(\), since config.init_from=None",
+        {"init_from": "x"},
+    ),
+    (
+        {"model": {"vision": {"patch_dropout_until": 0.5}}},
+        "config.model.vision.patch_dropout_until=0.5. Expected 1.0, since no patches are left out",
+        {"model": {"vision": {"patch_dropout": 0.5}}},
+    ),
+    (
+        {"data": {"synonyms": "words.json"}},
+        "config.data.synonyms='words.json'. Expected None, since config.data.two_views=False",
+        {"data": {"two_views": True}},
+    ),
+    (
+        {"data": {"canvas": 64, "resize": "host"}},
+        "config.data.canvas=64. Expected None, since config.data.resize=host",
+        {"data": {"resize": "device"}},
+    ),
+    (
+        {"eval": {"diagnostics": True}},
+        "config.eval.diagnostics=True. Expected False, since config.data.val=None",
+        {"data": {"val": 64}},
+    ),
+    (
+        {"eval": {"data_dir": "sets"}},
+        "config.eval.data_dir='sets'. Expected None, since config.eval.suite=None",
+        {"eval": {"suite": "mnist"}},
+    ),
+    (
+        {"data": {"image_folder": "pictures"}},
+        "config.data.image_folder='pictures'. Expected None, since config.data.format=shapes",
+        {"data": {"format": "csv", "train": "x.csv"}},
+    ),
+    (
+        {"data": {"format": "webdataset", "delimiter": ";"}},
+        "config.data.delimiter=';'. Expected ',', since config.data.format=webdataset",
+        {"data": {"train": {"a": {"format": "csv", "path": "x"}}}},
+    ),
+    (
+        {"data": {"format": "csv", "train": {"a": {"format": "tfrecord", "path": "x", "data_dir": "y"}}}},
+        "config.data.train.a.data_dir='y'. Expected None, since its format is tfrecord",
+        {"data": {"train": {"a": {"format": "tfds"}}}},
+    ),
+    (
+        {"eval": {"zero_shot": {"x": {"format": "folder", "path": "x", "label_key": "name"}}}},
+        "config.eval.zero_shot.x.label_key='name'. Expected 'label', since config.eval.zero_shot.x.format=folder",
+        {"eval": {"zero_shot": {"x": {"format": "csv"}}}},
+    ),
+    (
+        {"eval": {"retrieval": {"x": SHAPES_SET | {"caption_key": "text"}}}},
+        "config.eval.retrieval.x.caption_key='text'. Expected None, since config.eval.retrieval.x.format=shapes",
+        {"eval": {"retrieval": {"x": {"format": "csv"}}}},
+    ),
+    (
+        {"eval": {"zero_shot": {"x": CSV_SET | {"protocol_set": "dtd"}}}},
+        "config.eval.zero_shot.x.protocol_set='dtd'. Expected None, since config.eval.zero_shot.x.protocol=None",
+        {"eval": {"zero_shot": {"x": {"protocol": "openai"}}}},
+    ),
+    (
+        {"eval": {"linear_probe": {"x": CSV_SET | {"protocol": "openai"}}}},
+        "config.eval.linear_probe.x.protocol='openai'. Expected None, since a linear probe has no prompts",
+        {"eval": {"linear_probe": {"x": {"protocol": None}}}},
+    ),
+    (
+        {"eval": {"linear_probe": {"x": CSV_SET | {"templates": "prompts.json"}}}},
+        "config.eval.linear_probe.x.templates='prompts.json'. Expected None, since a linear probe has no prompts",
+        {"eval": {"linear_probe": {"x": {"templates": None}}}},
+    ),
+]
+
+
+@pytest.mark.parametrize("given, message, needed", MEANS_NOTHING)
+def test_a_key_that_means_nothing_is_refused_and_beside_what_it_needs_taken(given, message, needed):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        configs.complete(given)
+    configs.complete(merged(given, needed))
+
+
+@pytest.mark.parametrize("given, message, needed", MEANS_NOTHING)
+def test_a_run_of_before_that_ignored_a_key_resumes_without_it(given, message, needed):
+    stored = json.loads(json.dumps(merged(configs.complete({}).to_dict(), given)))
+    name = message.partition("=")[0].removeprefix("config.")
+    assert flatten(configs.completed(stored).to_dict())[name] in (None, "both", (), 1.0, False, ",", "label")
+
+
 def declared(keys, prefix=""):
     for name, key in keys.items():
         if isinstance(key, Key):
@@ -124,7 +220,8 @@ def test_every_default_is_a_value_that_its_key_takes(name, key):
 
 @pytest.mark.parametrize("written", ["\t", "\\t", "tab"])
 def test_a_tab_as_shells_pass_it_on(written):
-    assert configs.complete(configs.override({}, [f"data.delimiter={written}"])).data.delimiter == "\t"
+    given = configs.override({}, ["data.format=csv", f"data.delimiter={written}"])
+    assert configs.complete(given).data.delimiter == "\t"
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,26 @@ def test_zero_shot_with_mistakes_a_batch_that_is_not_full_and_fewer_classes_than
     assert results["missing"] == {} and results["robustness"] == {}
 
 
+def test_the_numbers_of_a_training_are_known_before_it_begins(tmp_path):
+    greys = [(10, "ash"), (20, "bone"), (30, "clay")] * 4
+    path = write_set(tmp_path / "x", [(grey, name) for grey, name in greys])
+    files = sorted((tmp_path / "x").rglob("*.png"))
+    table = tmp_path / "pairs.csv"
+    table.write_text("image,caption\n" + "".join(f"{file},a {file.parent.name}\n" for file in files[:7]))
+    sets = {"x": dict(format="folder", path=path)}
+    fields = dict(
+        zero_shot=sets | {"y": sets["x"]},
+        linear_probe={"x": sets["x"] | {"train": path}},
+        retrieval={"pairs": dict(path=str(table))},
+        geometry={"pairs": dict(path=str(table))},
+        robustness=dict(reference="x", shifted=("y", "gone")),
+    )
+    config, model = config_of(**fields), KnownModel()
+    opened = evaluation.open_sets(config, image_side=8)
+    found = evaluation.flat(evaluation.evaluate(config, model.encoder(), opened))
+    assert sorted(evaluation.number_names(config, opened)) == sorted(found) and len(found) > 20
+
+
 def test_a_missing_set_is_named_and_the_others_are_evaluated(tmp_path):
     path = write_set(tmp_path / "x", [(10, "ash"), (20, "bone"), (30, "clay")])
     fields = dict(

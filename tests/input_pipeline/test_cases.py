@@ -119,7 +119,7 @@ def test_what_is_refused_names_the_cause(made, name, keys, message):
 
 @pytest.mark.parametrize("typed", ["\\t", "tab", "\t"])
 def test_a_tab_as_typed_in_a_shell(typed):
-    assert complete({"data": {"delimiter": typed}}).data.delimiter == "\t"
+    assert complete({"data": {"format": "csv", "delimiter": typed}}).data.delimiter == "\t"
 
 
 def zero_shot(**fields):

@@ -1,8 +1,10 @@
 """Pictures that wait, fill the memory or take the processor: bad samples with a reason, the same by every reader."""
 
+import contextlib
 import csv
 import io
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +14,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 from PIL import Image
 
-from input_pipeline import decode, sources
+from input_pipeline import decode, encode, sources, transforms
 from input_pipeline.bad_samples import reason_of_failure
 from rankclip_jax.common import pictures, tables
 from rankclip_jax.common.errors import InputError
@@ -33,6 +35,12 @@ def many_scans(side, scans):
     data = out.getvalue()
     last = data[data.rindex(b"\xff\xda") : -2]
     return data[:-2] + last * (scans - data.count(b"\xff\xda")) + data[-2:]
+
+
+def progressive(side):
+    out = io.BytesIO()
+    Image.new("RGB", (side, side), (90, 120, 200)).save(out, "JPEG", progressive=True, subsampling=0)
+    return out.getvalue()
 
 
 def by_graph(data):
@@ -144,8 +152,86 @@ def test_a_large_picture_is_that_of_pillow(mode, monkeypatch):
         np.testing.assert_array_equal(np.asarray(read(out.getvalue())), np.asarray(expected))
 
 
+@pytest.mark.parametrize("kind", ["baseline", "progressive", "PNG", "WEBP"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_large_picture_has_the_view_of_any_other(kind, exact, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
+    out = io.BytesIO()
+    image = Image.fromarray(pixels).resize((300, 400), Image.Resampling.BICUBIC)
+    image.save(out, "JPEG" if kind in ("baseline", "progressive") else kind, progressive=kind == "progressive")
+
+    def windows(size_2):
+        if exact:
+            return transforms.centre_window(size_2, 32)
+        return transforms.random_windows(size_2, (0.5, 1.0), tf.constant([1, 2], tf.int64))
+
+    def views():
+        for canvas in (None, 64):
+            made = transforms.view(tf.constant(out.getvalue()), windows, side=32, canvas=canvas, exact=exact)
+            yield from made.values()
+
+    usual = list(views())
+    monkeypatch.setattr(pictures, "LARGE", 100), monkeypatch.setattr(decode, "LARGE", 100)
+    entered = []
+    room_for = pictures.room_for
+    monkeypatch.setattr(pictures, "room_for", lambda pixels: entered.append(pixels) or room_for(pixels))
+    for one, other in zip(usual, views(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    # A JPEG that goes row by row is decoded at an eighth of its sides; all of another is held all the same.
+    assert max(entered) == 300 * 400
+    assert exact or (min(entered) <= 300 * 400 // 16) == (kind == "baseline")
+
+
+@pytest.mark.parametrize("progressive, held", [(True, 300 * 400), (False, 38 * 50)])
+def test_a_jpeg_that_is_decoded_smaller_waits_for_what_its_decoder_holds(progressive, held, monkeypatch):
+    entered = []
+    monkeypatch.setattr(pictures, "room_for", lambda pixels: entered.append(pixels) or contextlib.nullcontext())
+    out = io.BytesIO()
+    Image.new("RGB", (300, 400)).save(out, "JPEG", progressive=progressive)
+    encode.encode(out.getvalue(), short_side=16)
+    assert entered and set(entered) == {held}
+
+
+def test_a_large_jpeg_that_is_broken_is_a_bad_sample_with_the_usual_reason(monkeypatch):
+    out = io.BytesIO()
+    Image.effect_noise((80, 60), 90).convert("RGB").save(out, "JPEG")
+    cut = tf.constant(out.getvalue()[:1500])
+    for large in (pictures.LARGE, 100):
+        monkeypatch.setattr(decode, "LARGE", large)
+        assert reason_of_failure(lambda row: decode.decode(cut), 0) == "broken or truncated JPEG"
+        assert decode.decode(cut, recover=True).shape == (60, 80, 3)
+
+
+def test_threads_hold_no_more_pixels_than_one_picture_may_have(monkeypatch):
+    monkeypatch.setattr(pictures, "LARGE", 10)
+    room, inside, sums = pictures._Room(100), [], []
+
+    def work(pixels):
+        with room(pixels), room(pixels):  # decoded, and what is made of it
+            inside.append(min(pixels, 100))
+            sums.append(sum(inside))
+            inside.remove(min(pixels, 100))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, [60, 41, 100, 11, 99, 1000, 30, 30] * 50))
+    assert len(sums) == 400 and max(sums) == 100 and room._free == 100
+    with ThreadPoolExecutor(3) as pool, room(60):
+        order = []
+        waits = pool.submit(lambda: work(41) or order.append("the one that waited"))
+        pool.submit(work, 40).result()  # for which there is room
+        pool.submit(work, 10).result()  # which is not large
+        order.append("these")
+        assert not waits.done()
+    assert order == ["these", "the one that waited"]
+    with pytest.raises(ZeroDivisionError), room(60):
+        1 / 0  # noqa: B018
+    assert room._free == 100
+
+
 @pytest.mark.slow
-def test_many_large_pictures_need_little_more_memory_than_one():
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_many_large_pictures_need_little_more_memory_than_one(kind, exact):
     # In a separate process, as the peak is the process's.
     import subprocess
     import sys
@@ -156,11 +242,12 @@ def test_many_large_pictures_need_little_more_memory_than_one():
         "data = tf.constant(sys.stdin.buffer.read())\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "windows = lambda size: transforms.centre_window(size, 64)\n"
-        "def view(i): return transforms.view(data, windows, side=64, canvas=120, exact=False)\n"
+        f"def view(i): return transforms.view(data, windows, side=64, canvas=120, exact={exact})\n"
         "for _ in tf.data.Dataset.range(8).map(view, num_parallel_calls=8): pass\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
-    done = subprocess.run([sys.executable, "-c", script], input=png(9400, 9400, mode="RGBA"), capture_output=True)
+    data = png(9400, 9400, mode="RGBA") if kind == "PNG" else progressive(9400)
+    done = subprocess.run([sys.executable, "-c", script], input=data, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     one = 9400 * 9400 * 3 / 1024  # KiB of its pixels
     assert int(done.stdout.split()[-1]) < 8 * one  # 8 at once would be more than 16

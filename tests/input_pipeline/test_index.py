@@ -1,13 +1,9 @@
 """The index of shards: made once for all machines, by all processes together, and never wrong."""
 
-import functools
-import hashlib
-import json
 import os
 import resource
 import shutil
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,27 +12,12 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline import prepare, rows, sources
-from input_pipeline.sources import fingerprint, index_file, index_places, offset_index, offsets, tar, tfrecord
-from input_pipeline.sources.offset_index import Peers
+from input_pipeline.sources import index_file, index_places, offset_index, offsets, tar, tfrecord
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.train import workdir
 from tests.support.source_files import KEYS, WRITERS, read_all, samples
 
 KINDS = {"tfrecord": tfrecord.kind, "webdataset": tar.usual_kind}
 ENDINGS = {"tfrecord": "tfrecord", "webdataset": "tar"}
-
-
-@pytest.fixture
-def scanned(monkeypatch):
-    """The names of the shards that are scanned, as they are."""
-    names = []
-
-    def noting(scan):
-        return lambda *args: names.append(Path(args[-1]).stem) or scan(*args)
-
-    for module in (tfrecord, tar):
-        monkeypatch.setattr(module, "_scan", noting(module._scan))
-    return names
 
 
 def opened(layout, path, **options):
@@ -316,39 +297,6 @@ def test_more_shards_than_files_may_be_open(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-class Agreed:
-    """all_of among threads, each of which stands for a process."""
-
-    def __init__(self, count):
-        self._barrier, self._said, self._count = threading.Barrier(count, timeout=60), {}, count
-
-    def of(self, index):
-        calls = iter(range(100))
-
-        def all_of(value):
-            call = next(calls)
-            self._said[call, index] = value
-            self._barrier.wait()
-            return [self._said[call, one] for one in range(self._count)]
-
-        return all_of
-
-
-def together(count, work):
-    """[work(index, all_of)] of `count` processes at once."""
-    agreed, found = Agreed(count), [None] * count
-
-    def run(index):
-        found[index] = work(index, agreed.of(index))
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
 def many(folder, count):
     """`count` shards of TFRecords; (paths, right records)"""
     made = samples(3 * count)
@@ -360,42 +308,6 @@ def many(folder, count):
     alone = offset_index.offset_index(tfrecord.kind(), paths, str(folder / "alone"))
     shutil.rmtree(folder / "alone")
     return paths, records_of(alone)
-
-
-@pytest.mark.parametrize("shared", ["beside", "workdir", "nothing"])
-def test_each_process_indexes_its_share(shared, tmp_path, scanned):
-    paths, right = many(tmp_path, 10)
-    scanned.clear()
-
-    def work(index, all_of, count=2):
-        cache = None if shared == "beside" else str(tmp_path / f"cache{index}")
-        folder = str(tmp_path / ("run" if shared != "nothing" else f"run{index}"))
-        found = offset_index.offset_index(tfrecord.kind(), paths, cache, Peers((index, count), folder, all_of))
-        return records_of(found)
-
-    assert together(2, work) == [right, right]
-    # Where they share nothing each scans the other's half, too.
-    assert sorted(scanned) == sorted([f"{n:05}" for n in range(10)] * (2 if shared == "nothing" else 1))
-    scanned.clear()
-    assert together(2, work) == [right, right] and scanned == []
-    # With another number of processes, on machines that have nothing.
-    shutil.rmtree(tmp_path / "cache0", ignore_errors=True)
-    assert together(3, functools.partial(work, count=3)) == [right] * 3
-    assert scanned == [] or shared == "nothing"
-
-
-def test_what_one_process_knows_alone_it_tells_the_others(tmp_path, scanned):
-    paths, right = many(tmp_path, 10)
-    offset_index.offset_index(tfrecord.kind(), paths[:7], str(tmp_path / "cache0"))
-    scanned.clear()
-
-    def work(index, all_of):
-        peers = Peers((index, 2), str(tmp_path / "run"), all_of)
-        return records_of(offset_index.offset_index(tfrecord.kind(), paths, str(tmp_path / f"cache{index}"), peers))
-
-    assert together(2, work) == [right, right]
-    # Of the even ones the first knows 0 to 6, of the odd ones the second knows none.
-    assert sorted(scanned) == ["00001", "00003", "00005", "00007", "00008", "00009"]
 
 
 def test_what_prepare_writes_needs_no_scan(tmp_path, monkeypatch, scanned, captioned):
@@ -421,84 +333,3 @@ def test_an_index_beside_the_shards_is_in_no_commands_way(captioned, tmp_path, m
     monkeypatch.setattr(sys, "argv", ["prepare", str(captioned), str(tmp_path / "out")])
     prepare.main()
     assert len(files_of(tmp_path / "out" / ".rankclip_index")) == 1
-
-
-def of_before(layout, folder, kind, columns):
-    """The cache of earlier versions: one .npz for the list of shards."""
-    shards = shards_of(layout, folder)
-    name = hashlib.sha256("\n".join([kind, *shards]).encode()).hexdigest()[:20] + ".npz"
-    stats = list(map(os.stat, shards))
-    rows = [10, 10]
-    files = [[path, stat.st_size, stat.st_mtime_ns, n] for path, stat, n in zip(shards, stats, rows, strict=True)]
-    lost = [dict(where=shards[1], reason="torn", samples=3)]
-    meta = np.frombuffer(json.dumps(dict(files=files, lost=lost)).encode(), np.uint8)
-    (Path(folder) / ".rankclip_index").mkdir()
-    with open(Path(folder) / ".rankclip_index" / name, "wb") as out:
-        np.savez(out, meta=meta, **columns)
-    return Path(folder) / ".rankclip_index" / name
-
-
-@pytest.mark.parametrize("layout", KINDS)
-def test_an_index_of_before_is_used(layout, tmp_path, scanned):
-    made = samples(20)
-    path = WRITERS[layout](tmp_path, made)
-    options = dict(cache_dir=str(tmp_path / "cache"))
-    index = index_of(layout, tmp_path, **options)
-    begin, length = np.split(np.concatenate([index.of_shard(0), index.of_shard(1)]), 2, axis=1)
-    if layout == "tfrecord":
-        kind, columns = "tfrecord", dict(begin=begin[:, 0], length=length[:, 0])
-    else:
-        pictures = "'jpg', 'jpeg', 'jpe', 'jfif', 'png', 'webp', 'gif', 'bmp', 'tif', 'tiff'"
-        kind = f"tar samples [('image', ({pictures})), ('caption', ('txt', 'caption', 'txt.gz', 'caption.gz'))] ()"
-        columns = dict(begin=begin, length=length.astype(np.int32))
-    assert KINDS[layout]().name == kind
-    file = of_before(layout, tmp_path, kind, columns)
-    scanned.clear()
-    source = opened(layout, shards_of(layout, tmp_path))
-    assert scanned == [] and [(one.reason, one.samples) for one in source.lost] == [("torn", 3)]
-    assert read_all(source) == made
-    for damaged in (file.read_bytes()[:300], b"", b"PK\3\4" + bytes(500)):
-        shutil.rmtree(file.parent)
-        file.parent.mkdir()
-        file.write_bytes(damaged)
-        assert read_all(opened(layout, shards_of(layout, tmp_path))) == made
-    assert path and len(scanned) == 6
-
-
-@pytest.mark.parametrize("layout", KINDS)
-def test_the_fingerprints_of_before(layout, tmp_path, monkeypatch):
-    WRITERS[layout](tmp_path, samples(20))
-    index = index_of(layout, tmp_path)
-    begin, length = np.split(np.concatenate([index.of_shard(0), index.of_shard(1)]), 2, axis=1)
-    digest = hashlib.blake2b(b"20", digest_size=8)
-    lengths = length.astype(np.int32 if layout == "webdataset" else np.int64)
-    for part in (np.array([0, 10], np.int64), np.ascontiguousarray(begin), np.ascontiguousarray(lengths)):
-        digest.update(part.nbytes.to_bytes(8, "little") + part.tobytes())
-    source = opened(layout, shards_of(layout, tmp_path))
-    assert fingerprint.fingerprint(source) == digest.hexdigest()
-    # Of many rows the checksums stand for the offsets; runs that stored the others resume.
-    monkeypatch.setattr(fingerprint, "_LONG", 19)
-    long = fingerprint.fingerprint(source)
-    assert long != digest.hexdigest() == fingerprint.fingerprint(source, before=True)
-    (tmp_path / "run").mkdir()
-    began = {"train": {"samples": 20, "fingerprint": digest.hexdigest()}}
-    (tmp_path / "run" / "data.json").write_text(json.dumps(began))
-    now = {"train": {"samples": 20, "fingerprint": long}}
-
-    def before(name):
-        return {"samples": 20, "fingerprint": fingerprint.fingerprint(source, before=True)}
-
-    workdir.check_same_data(tmp_path / "run", now, before)
-    with pytest.raises(InputError, match=r"config.data.train has other data than the run"):
-        workdir.check_same_data(tmp_path / "run", now, lambda name: now[name])
-
-
-def test_the_long_fingerprint_notices_a_changed_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(fingerprint, "_LONG", 0)
-    found = []
-    made = samples(20)
-    for name, some in {"a": made, "b": made, "c": [*made[:7], (made[7][0] + b"x", "more"), *made[8:]]}.items():
-        (tmp_path / name).mkdir()
-        WRITERS["tfrecord"](tmp_path / name, some)
-        found.append(fingerprint.fingerprint(opened("tfrecord", shards_of("tfrecord", tmp_path / name))))
-    assert found[0] == found[1] != found[2]

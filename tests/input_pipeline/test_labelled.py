@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 
 import numpy as np
@@ -10,7 +11,6 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from input_pipeline import clip_benchmark, labelled, pipeline
-from input_pipeline.sources import Lost
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.config import eval_set
 from tests.support import cases
@@ -179,6 +179,16 @@ def test_halves_of_a_sample_shift_no_label_and_no_caption(tmp_path, ending):
     assert source.size == 1 and sum(lost.samples for lost in source.lost) == 1
 
 
+@pytest.mark.parametrize("number", [str(2**31), "-1", "1000000", "9" * 5000, "1_0", "\u0663", "1.0", "", "1 2", "nan"])
+def test_a_class_number_that_is_none_is_one_line_with_shard_key_and_value(tmp_path, number):
+    root = write_clip_benchmark(tmp_path)
+    (root / "classnames.txt").unlink()
+    write_tar(root / "test" / "1.tar", [("s4", 10, "cls", "2"), ("s5", 10, "cls", number)])
+    said = rf"1.tar key s5: expected a class number in .cls; got {re.escape(repr(number[:20]))}"
+    with pytest.raises(InputError, match=f"{said}: not a whole number from 0, below 1,000,000$"):
+        labelled.open_labelled(spec(format="clip_benchmark", path=str(root)), image_side=16)
+
+
 def broken(tmp_path, what):
     root = write_clip_benchmark(tmp_path / "wds")
     shard = root / "test" / "1.tar"
@@ -234,37 +244,7 @@ def test_a_set_that_is_not_there_says_where_it_was_looked_for(fields, message):
         labelled.open_labelled(spec(**fields), image_side=16)
 
 
-def test_a_csv_needs_names_numbers_and_enough_names(tmp_path):
-    path = str(write_csv(tmp_path))
-    with pytest.raises(InputError, match="column label has class numbers, and nothing names the classes; set classes"):
-        labelled.open_labelled(spec(path=path), image_side=16)
-    (tmp_path / "classes.json").write_text('["ash", "bone"]')
-    with pytest.raises(InputError, match=r"labels.csv has label 2 \(.*row 4.*\), but .*classes.json names 2 classes"):
-        labelled.open_labelled(spec(path=path, classes=str(tmp_path / "classes.json")), image_side=16)
-    (tmp_path / "classes.json").write_text('{"ash": 1}')
-    with pytest.raises(InputError, match="expected a JSON list of strings"):
-        labelled.open_labelled(spec(path=path, classes=str(tmp_path / "classes.json")), image_side=16)
-    (tmp_path / "labels.csv").write_text("image,label\n0.png,1\n1.png,ash\n")
-    with pytest.raises(InputError, match=r"has the label 'ash' \(.*row 1: .*\) and the number 1 \(.*row 0: .*\)"):
-        labelled.open_labelled(spec(path=path, protocol="simple"), image_side=16)
-
-
-def test_captions_that_do_not_fit_are_named(tmp_path):
-    (tmp_path / "c.csv").write_text("image,caption\na.png,x\nb.png,\n")
-    found = open_captioned(path=str(tmp_path / "c.csv"))
-    assert found.captions == ["x"] and found.source.size == 1
-    assert found.source.lost == (Lost(f"{tmp_path}/c.csv row 1", "no caption", 1),)
-    with pytest.raises(InputError, match=r"no column 'text'; its columns are: image, caption"):
-        open_captioned(path=str(tmp_path / "c.csv"), caption_key="text")
-    with pytest.raises(InputError, match="no such file: gone.csv; ask"):
-        open_captioned(path="gone.csv", hint="ask")
-    (tmp_path / "c.csv").write_text("image,caption\n")
-    with pytest.raises(InputError, match="no rows"):
-        open_captioned(path=str(tmp_path / "c.csv"))
-
-
-@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
-def test_tfds_sets_are_read_in_order(file_format, tmp_path):
+def prepared_greys(folder, labels, file_format="tfrecord"):
     class Greys(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
 
@@ -278,10 +258,24 @@ def test_tfds_sets_are_read_in_order(file_format, tmp_path):
 
         def _generate_examples(self):
             for i, grey in enumerate(GREYS):
-                yield i, {"image": np.full((20, 24, 1), grey, np.uint8), "label": LABELS[i]}
+                yield i, {"image": np.full((20, 24, 1), grey, np.uint8), "label": labels[i]}
 
-    builder = Greys(data_dir=str(tmp_path), file_format=file_format)
+    builder = Greys(data_dir=str(folder), file_format=file_format)
     builder.download_and_prepare()  # in an order of TFDS's own
+    return builder
+
+
+def test_a_label_that_tfds_keeps_secret_is_a_bad_row(tmp_path, capsys):
+    builder = prepared_greys(tmp_path, [-1, *LABELS[1:]])
+    source = labelled.open_labelled(spec(format="tfds", path=f"{builder.data_dir}:test"), image_side=16).source
+    batches = list(pipeline.eval_batches(source, batch_size=7, image_side=16))
+    assert [batch["mask"].sum() for batch in batches] == [6] and batches[0]["label"].min() >= -1
+    assert "its label is none of the 3 classes" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_tfds_sets_are_read_in_order(file_format, tmp_path):
+    builder = prepared_greys(tmp_path, LABELS, file_format)
     found = labelled.open_labelled(spec(format="tfds", path=f"{builder.data_dir}:test"), image_side=16)
     if file_format == "tfrecord":
         in_order = builder.as_dataset("test", read_config=tfds.ReadConfig(interleave_cycle_length=1))
@@ -316,64 +310,6 @@ def test_a_tfds_set_that_is_not_prepared_says_how_to_prepare_it(tmp_path):
     fields = dict(format="tfds", path="dtd:test", data_dir=str(tmp_path))
     with pytest.raises(InputError, match=r"tfds 'dtd' is not prepared in .*; `tfds build dtd` fetches and prepares it"):
         labelled.open_labelled(spec(**fields), image_side=16)
-
-
-def test_labels_that_are_names_take_the_order_of_the_classes(tmp_path):
-    write_csv(tmp_path)
-    path, names = tmp_path / "names.csv", ["clay", "ash", "bone", "more"]
-    path.write_text("image,label\n0.png,bone\n1.png, ash \n2.png,clay\n")
-    (tmp_path / "names.json").write_text(json.dumps(names))
-    found = labelled.open_labelled(spec(path=str(path), classes=str(tmp_path / "names.json")), image_side=16)
-    assert found.names == names and found.source.labels.tolist() == [2, 1, 0]
-    (tmp_path / "names.json").write_text(json.dumps(names[:2]))
-    with pytest.raises(InputError, match=r"row 0: .*0.png: label 'bone' is not in .*names.json"):
-        labelled.open_labelled(spec(path=str(path), classes=str(tmp_path / "names.json")), image_side=16)
-
-
-@pytest.mark.parametrize("labels, read", [("0\n1.0\n002\n", [0, 1, 2]), ("10\n9\n", [10, 9])])
-def test_labels_that_are_numbers(labels, read, tmp_path):
-    write_csv(tmp_path)
-    lines = [f"{i}.png,{label}" for i, label in enumerate(labels.split())]
-    (tmp_path / "numbers.csv").write_text("\n".join(["image,label", *lines]))
-    (tmp_path / "names.json").write_text(json.dumps([f"class {i}" for i in range(11)]))
-    fields = dict(path=str(tmp_path / "numbers.csv"), classes=str(tmp_path / "names.json"))
-    assert labelled.open_labelled(spec(**fields), image_side=16).source.labels.tolist() == read
-
-
-@pytest.mark.parametrize(
-    "label, message", [("-1", "has label -1"), ("99999999", "Expected class numbers from 0, below")]
-)
-def test_numbers_that_are_no_classes(label, message, tmp_path):
-    write_csv(tmp_path)
-    (tmp_path / "numbers.csv").write_text(f"image,label\n0.png,{label}\n1.png,0\n")
-    fields = dict(path=str(tmp_path / "numbers.csv"), classes=str(tmp_path / "classes.json"))
-    with pytest.raises(InputError, match=message):
-        labelled.open_labelled(spec(**fields), image_side=16)
-
-
-def test_a_linear_probe_may_lack_classes_in_its_test_table(tmp_path):
-    write_csv(tmp_path)
-    (tmp_path / "train.csv").write_text("image,label\n0.png,ash\n2.png,bone\n4.png,clay\n")
-    (tmp_path / "test.csv").write_text("image,label\n5.png,clay\n1.png,ash\n")
-    fields = dict(train=str(tmp_path / "train.csv"), path=str(tmp_path / "test.csv"))
-    train, test = labelled.open_train_and_test(eval_set("linear_probe", fields), image_side=16)
-    assert train.names == test.names == ["ash", "bone", "clay"] and test.source.labels.tolist() == [2, 0]
-    batch = next(pipeline.eval_batches(test.source, batch_size=2, image_side=16))
-    assert batch["label"].tolist() == [2, 0]
-    (tmp_path / "test.csv").write_text("image,label\n5.png,chalk\n")
-    with pytest.raises(InputError, match="have different classes"):
-        labelled.open_train_and_test(eval_set("linear_probe", fields), image_side=16)
-
-
-def test_several_captions_in_json_and_lost_rows_of_captions(tmp_path, capsys):
-    write_csv(tmp_path)
-    rows = [{"image": "0.png", "caption": ["one", " ", "two"]}, {"image": "1.png", "caption": []}, {"image": "2.png"}]
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = open_captioned(path=str(tmp_path / "c.jsonl"))
-    assert found.captions == ["one", "two"] and found.image_of_text.tolist() == [0, 0] and found.source.size == 1
-    assert [lost.where.rpartition(" ")[2] for lost in found.source.lost] == ["2", "1"]
-    next(pipeline.eval_batches(found.source, batch_size=1, image_side=16))
-    assert capsys.readouterr().err.count("bad samples skipped: about 1 samples of") == 2
 
 
 def test_captions_of_a_benchmark_are_utf8(tmp_path):

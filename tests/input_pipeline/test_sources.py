@@ -2,12 +2,10 @@
 
 import csv
 import gzip
-import io
 import json
 import os
 import shutil
 import tarfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +15,8 @@ import pytest
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from input_pipeline import order, pipeline, sources
-from input_pipeline.sources import index_places, offset_index, paths, tfrecord
-from rankclip_jax import config
+from input_pipeline import pipeline, sources
+from input_pipeline.sources import paths
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import NO_IMAGE
 from rankclip_jax.common.tokenizer import Tokenizer
@@ -33,7 +30,6 @@ from tests.support.source_files import (
     samples,
     write_csv,
     write_parquet,
-    write_tfrecord,
 )
 
 DATA = Path(os.environ.get("RANKCLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -125,114 +121,6 @@ def test_paths_by_brace_glob_folder_and_list(tmp_path):
         paths.expand(None, endings=(".tar",), hint="fetch it")
     with pytest.raises(InputError, match="nowhere:// is not supported"):
         expand("nowhere://bucket/{0..1}.tar")
-
-
-def test_offsets_are_kept_and_only_changed_shards_gone_through_again(tmp_path, monkeypatch):
-    made = samples(20)
-    path = write_tfrecord(tmp_path, made)
-    gone_through = []
-    scan = tfrecord._scan
-    monkeypatch.setattr(tfrecord, "_scan", lambda data, size, path: gone_through.append(path) or scan(data, size, path))
-    shards = [str(tmp_path / f"{i:05}.tfrecord") for i in (0, 1)]
-    assert opened("tfrecord", path).size == 20 and sorted(gone_through) == shards
-    gone_through.clear()
-    assert read_all(opened("tfrecord", path)) == made and gone_through == []
-    # A longer shard, and one of the same size that was written again.
-    with tf.io.TFRecordWriter(shards[1]) as out:
-        for image, caption in made[:13]:
-            out.write(example(jpg=image, txt=caption))
-    assert read_all(opened("tfrecord", path)) == made[:10] + made[:13] and gone_through == [shards[1]]
-    gone_through.clear()
-    os.utime(shards[0], ns=(0, 0))
-    assert opened("tfrecord", path).size == 23 and gone_through == [shards[0]]
-    # A stored index that was cut off is none.
-    for kept in (tmp_path / ".rankclip_index").iterdir():
-        kept.write_bytes(kept.read_bytes()[:100])
-    assert read_all(opened("tfrecord", path)) == made[:10] + made[:13]
-
-
-@pytest.mark.parametrize("layout", ["tfrecord", "webdataset"])
-def test_a_wildcard_matches_neither_the_index_nor_a_folder(layout, tmp_path):
-    made = samples(6)
-    WRITERS[layout](tmp_path, made)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "._00000.tar").write_bytes(b"left by macOS")
-    for _ in range(2):  # the first leaves .rankclip_index
-        assert read_all(opened(layout, str(tmp_path / "*"))) == made
-    assert (tmp_path / ".rankclip_index").is_dir()
-
-
-def test_a_wrong_length_that_ends_behind_the_shard_is_no_truncation(tmp_path):
-    shard = tmp_path / "0.tfrecord"
-    with tf.io.TFRecordWriter(str(shard)) as out:
-        for _ in range(40):
-            out.write(example(jpg=b"x", txt="y"))
-    data = bytearray(shard.read_bytes())
-    second = len(data) // 40
-    data[second + 6] ^= 0x40
-    shard.write_bytes(data)
-    (lost,) = opened("tfrecord", str(shard)).lost
-    assert f"the checksum of a record's length is wrong at byte {second}" in lost.reason and lost.samples == 39
-
-
-def test_checksums_are_tensorflows(tmp_path):
-    with tf.io.TFRecordWriter(str(tmp_path / "a")) as out:
-        for length in (0, 1, 1000, 70_000):
-            out.write(b"x" * length)
-    data, at = (tmp_path / "a").read_bytes(), 0
-    for length in (0, 1, 1000, 70_000):
-        head = np.frombuffer(data[at : at + 12], np.uint8)
-        assert tfrecord._masked_crc32c(head[None, :8])[0] == head[8:].view("<u4")[0]
-        at += 16 + length
-
-
-def test_tars_of_every_dialect(tmp_path):
-    """Long names in pax and GNU form, folders, links, hidden files, capital endings, and joined tars."""
-    image, caption = samples(1)[0]
-    long_key = "a/" * 60 + "k" * 120
-    for dialect in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
-        with tarfile.open(tmp_path / "one.tar", "w", format=dialect) as tar:
-            (tmp_path / "x.jpg").write_bytes(image)
-            (tmp_path / "x.txt").write_text(caption)
-            tar.add(tmp_path / "x.txt", "._hidden.txt")
-            folder = tarfile.TarInfo("folder")
-            folder.type = tarfile.DIRTYPE
-            tar.addfile(folder)
-            link = tarfile.TarInfo("folder/link.jpg")
-            link.type, link.linkname = tarfile.SYMTYPE, "x.jpg"
-            tar.addfile(link)
-            for key in ("folder/x", long_key, "\u00e9t\u00e9"):
-                tar.add(tmp_path / "x.jpg", f"{key}.JPG")
-                tar.add(tmp_path / "x.txt", f"{key}.txt")
-        joined = (tmp_path / "one.tar").read_bytes() * 2  # with an end mark in the middle
-        (tmp_path / f"joined{dialect}.tar").write_bytes(joined)
-        source = opened("webdataset", str(tmp_path / f"joined{dialect}.tar"))
-        assert read_all(source) == [(image, caption)] * 6 and source.lost == ()
-        assert [source.where(row).split(" key ")[1] for row in (0, 1, 2)] == ["folder/x", long_key, "\u00e9t\u00e9"]
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_a_tar_takes_no_memory(tmp_path):
-    made = samples(2)
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        for i, (image, caption) in enumerate(made):
-            for ending, data in (("jpg", image), ("txt", caption.encode())):
-                member = tarfile.TarInfo(f"{i}.{ending}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-            hole = tarfile.TarInfo(f"hole{i}.bin")
-            hole.size = 1 << 31  # a file with a hole has the length and not the bytes
-            tar.offset += tar.fileobj.write(hole.tobuf()) + hole.size
-            tar.fileobj.seek(tar.offset)
-
-    def in_memory():
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(status["RssAnon"].split()[0]) << 10
-
-    before = in_memory()
-    source = opened("webdataset", str(tmp_path))
-    assert read_all(source) == made and (tmp_path / "0.tar").stat().st_size > 1 << 32
-    assert in_memory() - before < 1 << 29
 
 
 def test_webdataset_keys_can_be_named(tmp_path):
@@ -356,212 +244,3 @@ def test_parquet_is_unpacked_once_and_needs_room(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("", (), dict(free=10)))
     with pytest.raises(InputError, match=r"GB, but .*mine has 0.0 GB free; set config.data.cache_dir"):
         opened("parquet", path, cache_dir=str(tmp_path / "mine"))
-
-
-# Mixtures and order
-
-
-def numbered(size, first=0):
-    """A source whose row r has the caption r + first."""
-    image = tf.io.encode_png(tf.zeros((8, 8, 3), tf.uint8))
-    read = lambda row: {"image": image, "caption": tf.strings.as_string(row + first)}  # noqa: E731
-    return sources.Source(size, read, lambda row: f"row {row}", lambda: [str(first + row) for row in range(size)])
-
-
-def mixed(parts, weights):
-    """A mixture of `numbered` sources, as config.data.train gives it."""
-    from input_pipeline.sources import mixture
-
-    firsts = np.cumsum([0, *parts])
-    given = {f"p{i}": dict(path=i, weight=weight, format="csv") for i, weight in enumerate(weights)}
-    return mixture.open_mixture(spec("csv"), given, lambda spec, path: numbered(parts[path], int(firsts[path])))
-
-
-def stream(source, count, start=0, seed=3):
-    rows = tf.data.Dataset.range(start, start + count).map(lambda place: order.row_at(source, place, seed))
-    return np.array(list(rows.as_numpy_iterator()))
-
-
-@pytest.mark.parametrize("weights", [(1, 1, 1), (0.1, 7, 2.5), (1, 1e-9, 1)])
-def test_a_mixture_gives_each_part_its_share_and_each_row_its_turn(weights):
-    parts = (5, 40, 15)
-    source = mixed(parts, weights)
-    total = source.size
-    assert total == 60
-    epochs = 20
-    rows = stream(source, epochs * total)
-    exact = np.array(weights) / sum(weights) * total
-    part_of_row = np.repeat([0, 1, 2], parts)
-    per_epoch = np.array([np.bincount(part_of_row[e], minlength=3) for e in rows.reshape(epochs, total)])
-    assert (per_epoch == per_epoch[0]).all() and (abs(per_epoch[0] - exact) < 1).all()
-    for part, (first, size) in enumerate(zip((0, 5, 45), parts, strict=True)):
-        times = np.bincount(rows[part_of_row[rows] == part] - first, minlength=size)
-        # None twice before each came once.
-        assert times.max() - times.min() <= 1 and times.sum() == epochs * per_epoch[0, part]
-    assert np.array_equal(stream(source, 100, start=777), rows[777:877])
-    assert not np.array_equal(stream(source, total, seed=4), rows[:total])
-
-
-def test_a_mixture_without_weights_is_all_rows_once_an_epoch():
-    source = mixed((5, 40), (None, None))
-    rows = stream(source, 90)
-    assert sorted(rows[:45]) == sorted(rows[45:]) == list(range(45)) and list(rows[:45]) != list(rows[45:])
-    assert list(source.captions()) == [str(i) for i in range(45)] and source.where(7) == "p1: row 2"
-
-
-def test_a_mixture_of_every_layout_from_the_configuration(tmp_path):
-    made, parts = {}, {}
-    for i, layout in enumerate(("csv", "tfrecord", "webdataset", "tfds")):
-        (tmp_path / layout).mkdir()
-        made[layout] = samples(4, seed=i)
-        parts[layout] = dict(format=layout, path=WRITERS[layout](tmp_path / layout, made[layout]), weight=i + 1)
-    complete = config.complete(dict(data=dict(format="csv", train=parts, val=parts)))
-    source = sources.open_source(complete.data, complete.data.train, image_side=8)
-    got = read_all(source)
-    made = {layout: made[layout] for layout in sorted(made)}  # a configuration's keys have the alphabet's order
-    assert [image for image, _ in got] == [image for layout in made for image, _ in made[layout]]
-    assert [captions[0] for _, captions in got] == [caption for layout in made for _, caption in made[layout]]
-    assert [share for _, share in source.shares] == [2, 6, 3, 5]  # of 16: 1.6, 6.4, 3.2, 4.8
-    tokenizer = Tokenizer.train(source.captions(), 400)
-    batches = pipeline.TrainBatches(
-        source, tokenizer, batch_size=4, image_side=8, context_length=16, crop_scale=(1.0, 1.0), seed=0
-    )
-    (tmp_path / "csv" / "pictures" / "2.img").write_text("broken from now on")
-    assert [next(batches)["tokens"].shape for _ in range(12)] == [(4, 16)] * 12
-    assert batches.bad.reasons == {NO_IMAGE: 1}
-    assert source.where(2).startswith("csv: ") and source.where(2).endswith(
-        "data.csv row 2: " + str(tmp_path / "csv/pictures/2.img")
-    )
-    assert sum(b["mask"].sum() for b in pipeline.eval_batches(source, batch_size=5, image_side=8)) == 15
-
-
-def test_wrong_mixtures_are_refused():
-    for weights, message in (
-        ((1, None), "give all parts a weight, or none"),
-        ((1, 0), "must be a positive number; got 0"),
-    ):
-        with pytest.raises(InputError, match=message):
-            mixed((5, 5), weights)
-    complete = lambda train: config.complete(dict(data=dict(train=train)))  # noqa: E731
-    with pytest.raises(InputError, match=r"config.data.train.a.wieght does not exist; the nearest key is .*weight"):
-        complete(dict(a=dict(path="x", wieght=1)))
-    with pytest.raises(InputError, match="config.data.train.a='x.csv'. Expected a group of keys"):
-        complete(dict(a="x.csv"))
-    shapes = dict(a=dict(path=100, format="shapes"))
-    with pytest.raises(InputError, match="drawn scenes cannot be mixed with files"):
-        sources.open_source(complete(shapes).data, complete(shapes).data.train, image_side=8)
-
-
-# Tokens and several captions
-
-
-def batches_of(source, tokenizer, context_length=16, **options):
-    given = dict(batch_size=4, image_side=8, crop_scale=(1.0, 1.0), seed=0) | options
-    return pipeline.TrainBatches(source, tokenizer, context_length=context_length, **given)
-
-
-def test_stored_tokens_are_used_and_checked(tmp_path):
-    made = samples(12)
-    tokenizer = Tokenizer.train([caption for _, caption in made], 400)
-
-    def write(tokens_of):
-        with tf.io.TFRecordWriter(str(tmp_path / "0.tfrecord")) as out:
-            for i, (image, caption) in enumerate(made):
-                out.write(example(jpg=image, txt=caption, tokens=tokens_of(i, caption)))
-        return opened("tfrecord", str(tmp_path))
-
-    stored = write(lambda i, caption: tokenizer([caption], 16)[0].tolist())
-    asked = []
-    counting = lambda texts, length: asked.append(texts) or tokenizer(texts, length)  # noqa: E731
-    got = [next(batches_of(stored, counting))["tokens"] for _ in range(1)]
-    (tmp_path / "plain").mkdir()
-    plain = opened("tfrecord", write_tfrecord(tmp_path / "plain", made))
-    assert np.array_equal(got[0], next(batches_of(plain, tokenizer))["tokens"])
-    assert [len(texts) for texts in asked] == [1, 1]  # as a check: one caption at the start, and one of the batch
-    with pytest.raises(
-        InputError, match="the 16 tokens per caption in the data come from another tokenizer .* context length than 12"
-    ):
-        batches_of(stored, tokenizer, context_length=12)
-    other = write(lambda i, caption: [(i + k) % 300 for k in range(16)])
-    with pytest.raises(InputError, match="come from another tokenizer"):
-        batches_of(other, tokenizer)
-
-
-def test_tokens_of_several_tokenizers_in_a_mixture_are_refused(tmp_path):
-    made = samples(8)
-    tokenizer = Tokenizer.train([caption for _, caption in made], 400)
-    with tf.io.TFRecordWriter(str(tmp_path / "0.tfrecord")) as out:
-        for i, (image, caption) in enumerate(made):
-            tokens = tokenizer([caption], 16)[0] + (i >= 4)
-            out.write(example(jpg=image, txt=caption, tokens=tokens.tolist()))
-    source = opened("tfrecord", str(tmp_path / "0.tfrecord"))
-    seed = next(seed for seed in range(9) if int(order.row_at(source, 0, seed)) < 4)
-    batches = batches_of(source, tokenizer, seed=seed, batch_size=1)  # the first sample has this run's tokens
-    with pytest.raises(InputError, match="come from another tokenizer"):
-        for _ in range(8):
-            next(batches)
-
-
-def test_tokens_of_several_lengths_in_a_mixture_are_not_used(tmp_path):
-    made = samples(8)
-    tokenizer = Tokenizer.train([caption for _, caption in made], 400)
-    parts = {}
-    for name, length in (("long", 16), ("short", 4)):
-        with tf.io.TFRecordWriter(str(tmp_path / f"{name}.tfrecord")) as out:
-            for image, caption in made:
-                out.write(example(jpg=image, txt=caption, tokens=tokenizer([caption], length)[0].tolist()))
-        parts[name] = dict(path=str(tmp_path / f"{name}.tfrecord"))
-    data = config.complete(dict(data=dict(format="tfrecord", train=parts))).data
-    mixture = sources.open_source(data, data.train, image_side=8)
-    possible = {tuple(tokenizer([caption], 16)[0].tolist()) for _, caption in made}
-    batch = next(batches_of(mixture, tokenizer, batch_size=16))
-    assert {tuple(tokens) for tokens in batch["tokens"].tolist()} == possible
-
-
-def test_each_of_several_captions_comes_in_time_and_the_same_when_resumed(tmp_path):
-    made = samples(6)
-    source = open_as("tfds", tmp_path, made)
-    decoded = lambda texts, length: np.array([[int(t.rpartition(" ")[2]) + 1 if "again" in t else 0] for t in texts])  # noqa: E731
-    tokens = lambda texts, length: decoded(texts, length).astype(np.int32)  # noqa: E731
-    batches = batches_of(source, tokens, context_length=1, batch_size=6)
-    seen = [next(batches)["tokens"][:, 0] for _ in range(60)]
-    drawn = Counter(np.concatenate(seen).tolist())
-    # Of 6 images two have one caption, two have two, two have three: 120 + 60 + 40 of the first in 360, and so on.
-    assert drawn.total() == 360
-    for number, expected in enumerate((220, 100, 40)):
-        assert abs(drawn[number] - expected) < 5 * expected**0.5
-    resumed = batches_of(source, tokens, context_length=1, batch_size=6, start=6 * 31)
-    assert np.array_equal(next(resumed)["tokens"][:, 0], seen[31])
-    captions = [c for b in pipeline.eval_batches(source, batch_size=6, image_side=8) for c in b["caption"]]
-    assert captions == [caption for _, caption in made]  # an evaluation takes the first
-
-
-# Ten million samples
-
-
-@pytest.mark.slow
-def test_ten_million_records_are_opened_and_resumed_in_little_memory(tmp_path):
-    """An index as large as a real one, over one real shard that all its rows point into."""
-    made = samples(100)
-    path = write_tfrecord(tmp_path, made)
-    shard = str(tmp_path / "00000.tfrecord")
-    index = offset_index.offset_index(tfrecord.kind(), [shard])
-    records = np.tile(index.of_shard(0), (200_000, 1))
-    shutil.rmtree(tmp_path / ".rankclip_index")
-    place = index_places.Place(str(tmp_path / ".rankclip_index"), str(tmp_path))
-    writer = index_places.Writer(tfrecord.kind(), [place])
-    writer.add(shard, paths.stamps([shard])[0], records, ())
-    writer.flush()
-    source = opened("tfrecord", shard)
-    assert source.size == 10_000_000 and records.nbytes == 16 * source.size
-    tokenizer = Tokenizer.train([caption for _, caption in made], 400)
-    far = 2 * source.size + 123_457
-    whole = batches_of(source, tokenizer, start=far)
-    came = [next(whole)["tokens"] for _ in range(3)]
-    resumed = batches_of(source, tokenizer, start=far + 8)
-    assert np.array_equal(next(resumed)["tokens"], came[2]) and whole.position == far + 12
-    # Rows of an epoch are a permutation: as many different ones in any part of it as the part is long.
-    assert len(set(stream(source, 20_000, start=far).tolist())) == 20_000
-    captions = {caption for _, caption in made[:50]}
-    assert {row for _, row in zip(range(100), source.captions(), strict=False)} <= captions
-    assert path

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from benchmarks import processes as trainings
 from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.train import loop, resolve
+from rankclip_jax.train import loop, opening, resolve
 from tests.commands.test_train import numbers
 from tests.input_pipeline.test_block_sources import pictures
 from tests.support.source_files import WRITERS
@@ -50,6 +51,29 @@ def test_why_rows_of_a_bucket_keep_their_order_is_said(capsys):
     assert capsys.readouterr().out == (
         "chosen: data.shuffle=rows: a mixture by weights has no order of blocks, so each row is a request\n"
     )
+
+
+def test_fewer_blocks_than_processes_have_the_order_of_rows_unless_blocks_are_asked_for(tmp_path, monkeypatch, capsys):
+    made = pictures(12)
+    (tmp_path / "data").mkdir()
+    path = WRITERS["webdataset"](tmp_path / "data", made)
+    monkeypatch.setattr(resolve, "storage", types.SimpleNamespace(is_remote=lambda path: True))
+    changes = [f"data.train={path!r}", "data.format=webdataset", "data.block_rows=4", "batch_size=8", "epochs=1"]
+
+    def opened(processes, *more):
+        monkeypatch.setattr(jax, "process_count", lambda: processes)
+        config, data = opening.open_data(configs.load("own", [*changes, *more]))
+        return config.data.shuffle, config.data.lanes, data.source.blocks is not None
+
+    assert opened(8) == ("rows", None, False)
+    said = "chosen: data.shuffle=rows: the data have 4 blocks, fewer than the 8 processes, so each row is a request"
+    assert [line for line in capsys.readouterr().out.splitlines() if "data.shuffle" in line] == [said]
+    assert opened(2) == ("blocks", 2, True)
+    assert [line for line in capsys.readouterr().out.splitlines() if "data.shuffle" in line] == [
+        "chosen: data.shuffle=blocks"
+    ]
+    with pytest.raises(InputError, match=r"^config\.data\.lanes=8\. Expected at most 4, the number of blocks"):
+        opened(8, "data.shuffle=blocks")
 
 
 @pytest.mark.parametrize(

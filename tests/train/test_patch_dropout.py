@@ -1,6 +1,7 @@
 """Patches left out in training (FLIP): which, in what steps, and that nothing else changes."""
 
 import functools
+import shutil
 import types
 
 import jax
@@ -19,6 +20,7 @@ from rankclip_jax.parallel.mesh import batch_sharding, make_mesh, to_devices
 from rankclip_jax.parallel.preemption import Notice, Preempted
 from rankclip_jax.train import flops, loop, opening, optim, plan
 from rankclip_jax.train import step as steps
+from rankclip_jax.train import workdir as workdirs
 from rankclip_jax.train.hlo import collectives
 from rankclip_jax.train.recorder import Recorder
 from rankclip_jax.train.schedule import patch_dropout_steps
@@ -255,6 +257,33 @@ def test_the_first_steps_leave_patches_out():
     for until, free in ((1.0, float("inf")), (0.9, 900)):  # how many steps a longer run would have in common
         fields = {"model": {"vision": vision(0.5, until).to_dict()}, "optim": {"schedule": "constant"}, "steps": 1000}
         assert opening.run_length(configs.complete(fields), 10) == (1000, free)
+
+
+def test_the_last_checkpoint_from_which_a_run_can_be_lengthened_stays():
+    def kept(until=1.0, dropout=0.5, **optim):
+        vision = {"patch_dropout": dropout} | ({"patch_dropout_until": until} if dropout else {})
+        config = configs.complete({"model": {"vision": vision}, "optim": {"warmup_steps": 10} | optim, "steps": 1000})
+        return workdirs.kept_for_longer(config, opening.run_length(config, 10)[1])
+
+    wsd = dict(schedule="wsd", decay_steps=100)
+    assert kept(0.9, schedule="constant") == 900  # the last steps see whole images
+    assert kept(schedule="constant") is kept(dropout=0.0, schedule="constant") is None  # any will do
+    assert (kept(**wsd), kept(0.8, **wsd), kept(0.95, **wsd)) == (901, 800, 901)
+    assert kept(0.9) is kept() is None  # a cosine's would be of the warm-up
+
+
+@pytest.mark.slow
+def test_a_constant_run_is_lengthened_from_before_its_whole_images(tmp_path):
+    changes = ["loss.objective='clip'", "optim.schedule='constant'", "model.vision.patch_dropout=0.5"]
+    changes += ["model.vision.patch_dropout_until=0.67", "checkpoint.every_steps=1", "checkpoint.keep=1"]
+    loop.train(quick("epochs=2", *changes), tmp_path / "run")  # 6 steps, 4 of them with half of the patches
+    there = tmp_path / "run/checkpoints"
+    assert sorted(int(path.name) for path in there.iterdir() if path.name.isdigit()) == [4, 6]
+    shutil.rmtree(there / "6")
+    loop.train(quick("epochs=3", *changes), tmp_path / "run")  # 9 steps, 6 of them
+    loop.train(quick("epochs=3", *changes), tmp_path / "whole")
+    rows = [[row for row in numbers(tmp_path / name) if "loss" in row] for name in ("run", "whole")]
+    assert rows[0] == rows[1] and len(rows[0]) == 9
 
 
 @pytest.mark.slow

@@ -137,8 +137,13 @@ def test_a_best_checkpoint_by_what_is_not_evaluated_is_refused_at_the_start():
     for best in ("zero_shot/seen/top1", "val/clip"):
         opened(f"checkpoint.best={best}")
     opened("checkpoint.best=val/clip/ema", "optim.ema=0.9")
+    opened("checkpoint.best=val/modality_gap", "eval.diagnostics=True")
+    opened("checkpoint.best=zero_shot/seen/ema/top1", "optim.ema=0.9")
     for best, why in (
         ("zero_shot/sen/top1", "it evaluates zero_shot/held_out/, zero_shot/seen/, val/"),
+        ("zero_shot/seen/top_1", "it evaluates .*; the nearest is zero_shot/seen/top1"),
+        ("val/siglip", "it evaluates .*; the nearest is val/clip"),
+        ("val/modality_gap", "it evaluates "),
         ("loss", "it evaluates zero_shot/held_out/"),
         ("zero_shot/seen/ema/top1", "config.optim.ema=None"),
     ):

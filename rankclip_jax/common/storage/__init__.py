@@ -4,7 +4,17 @@ Bytes come through TensorStore's key-value stores (C++: many reads at once, no t
 of buckets through pyarrow's file systems, which know sizes.
 """
 
-from rankclip_jax.common.storage.copies import CHECKPOINTS, fetched, origin, output, push, shown, workdir
+from rankclip_jax.common.storage.copies import (
+    CHECKPOINTS,
+    check_ours,
+    fetched,
+    origin,
+    output,
+    push,
+    shown,
+    take,
+    workdir,
+)
 from rankclip_jax.common.storage.holding import Held
 from rankclip_jax.common.storage.listing import File, check_bucket, exists, files_below, files_in, is_folder, stat
 from rankclip_jax.common.storage.place import is_remote, join, local, name_of, parent
@@ -18,6 +28,7 @@ __all__ = [
     "ReadAhead",
     "RemoteFile",
     "check_bucket",
+    "check_ours",
     "delete",
     "exists",
     "fetched",
@@ -35,6 +46,7 @@ __all__ = [
     "read",
     "shown",
     "stat",
+    "take",
     "workdir",
     "write",
 ]

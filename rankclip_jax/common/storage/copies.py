@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -24,7 +25,8 @@ from rankclip_jax.common.storage import listing, reading
 from rankclip_jax.common.storage.place import is_remote, join, name_of, parent, place_of
 
 CHECKPOINTS = "checkpoints"
-_LEFT = (ORIGIN, ".lock")  # what stays on this machine
+_OWNER = ".lock"  # in the bucket: who took the folder last; here the file of that name is of another use
+_LEFT = (ORIGIN, _OWNER)  # what stays on this machine
 _CHUNK = 64 << 20
 _LARGE = (".tfrecord", ".parquet")  # of what is written, this goes to the bucket itself
 _BESIDE = (".json", ".txt")  # what says what a file of weights is
@@ -131,18 +133,44 @@ def shown(folder: str | Path) -> str:
     return origin(folder) or str(folder)
 
 
+def take(folder: str | Path) -> None:
+    """Makes the local copy of a folder the only one that writes to the bucket; nothing for a local folder.
+
+    A machine that is gone cannot give anything back, so the last that comes has it, and others notice (`check_ours`).
+    """
+    url, noted = origin(folder), Path(folder) / ORIGIN
+    if url is None:
+        return
+    note = json.loads(noted.read_text()) | {"owner": secrets.token_hex(8)}
+    reading.write(join(url, _OWNER), note["owner"].encode())
+    write_whole(noted, json.dumps(note))
+
+
+def check_ours(folder: str | Path) -> None:
+    """Raises InputError where another machine took the folder in the bucket since `take`."""
+    if origin(folder) is None:
+        return
+    note = json.loads((Path(folder) / ORIGIN).read_text())
+    if "owner" in note and reading.read(join(note["url"], _OWNER)).decode() != note["owner"]:
+        raise InputError(
+            f"another training began in {note['url']}, and resumes from the last checkpoint; so this one stops. "
+            "Nothing more is written there"
+        )
+
+
 def push(folder: str | Path, every: float = 0.0) -> None:
     """Copies to the bucket what changed in the local copy of a folder; does nothing for a local one.
 
     `every`: seconds; nothing is copied sooner after the last time.
 
     Raises:
-      InputError: the bucket cannot be reached or written.
+      InputError: the bucket cannot be reached or written, or as `check_ours`.
     """
     folder = Path(folder)
     noted = folder / ORIGIN
     if origin(folder) is None or time.time() - noted.stat().st_mtime < every:
         return
+    check_ours(folder)
     note = json.loads(noted.read_text())
     # The configuration last: it says that all is there.
     for name in sorted(_names(folder), key=lambda name: (name == "config.json", name)):

@@ -1,0 +1,160 @@
+"""Shards by number: cached offsets, checksums, tars of every dialect, and memory."""
+
+import io
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from input_pipeline.sources import index_places, offset_index, paths, tfrecord
+from rankclip_jax.common.tokenizer import Tokenizer
+from tests.input_pipeline.test_mixtures import stream
+from tests.input_pipeline.test_sources import opened
+from tests.input_pipeline.test_stored_tokens import batches_of
+from tests.support.source_files import (
+    WRITERS,
+    example,
+    read_all,
+    samples,
+    write_tfrecord,
+)
+
+
+def test_offsets_are_kept_and_only_changed_shards_gone_through_again(tmp_path, monkeypatch):
+    made = samples(20)
+    path = write_tfrecord(tmp_path, made)
+    gone_through = []
+    scan = tfrecord._scan
+    monkeypatch.setattr(tfrecord, "_scan", lambda data, size, path: gone_through.append(path) or scan(data, size, path))
+    shards = [str(tmp_path / f"{i:05}.tfrecord") for i in (0, 1)]
+    assert opened("tfrecord", path).size == 20 and sorted(gone_through) == shards
+    gone_through.clear()
+    assert read_all(opened("tfrecord", path)) == made and gone_through == []
+    # A longer shard, and one of the same size that was written again.
+    with tf.io.TFRecordWriter(shards[1]) as out:
+        for image, caption in made[:13]:
+            out.write(example(jpg=image, txt=caption))
+    assert read_all(opened("tfrecord", path)) == made[:10] + made[:13] and gone_through == [shards[1]]
+    gone_through.clear()
+    os.utime(shards[0], ns=(0, 0))
+    assert opened("tfrecord", path).size == 23 and gone_through == [shards[0]]
+    # A stored index that was cut off is none.
+    for kept in (tmp_path / ".rankclip_index").iterdir():
+        kept.write_bytes(kept.read_bytes()[:100])
+    assert read_all(opened("tfrecord", path)) == made[:10] + made[:13]
+
+
+@pytest.mark.parametrize("layout", ["tfrecord", "webdataset"])
+def test_a_wildcard_matches_neither_the_index_nor_a_folder(layout, tmp_path):
+    made = samples(6)
+    WRITERS[layout](tmp_path, made)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "._00000.tar").write_bytes(b"left by macOS")
+    for _ in range(2):  # the first leaves .rankclip_index
+        assert read_all(opened(layout, str(tmp_path / "*"))) == made
+    assert (tmp_path / ".rankclip_index").is_dir()
+
+
+def test_a_wrong_length_that_ends_behind_the_shard_is_no_truncation(tmp_path):
+    shard = tmp_path / "0.tfrecord"
+    with tf.io.TFRecordWriter(str(shard)) as out:
+        for _ in range(40):
+            out.write(example(jpg=b"x", txt="y"))
+    data = bytearray(shard.read_bytes())
+    second = len(data) // 40
+    data[second + 6] ^= 0x40
+    shard.write_bytes(data)
+    (lost,) = opened("tfrecord", str(shard)).lost
+    assert f"the checksum of a record's length is wrong at byte {second}" in lost.reason and lost.samples == 39
+
+
+def test_checksums_are_tensorflows(tmp_path):
+    with tf.io.TFRecordWriter(str(tmp_path / "a")) as out:
+        for length in (0, 1, 1000, 70_000):
+            out.write(b"x" * length)
+    data, at = (tmp_path / "a").read_bytes(), 0
+    for length in (0, 1, 1000, 70_000):
+        head = np.frombuffer(data[at : at + 12], np.uint8)
+        assert tfrecord._masked_crc32c(head[None, :8])[0] == head[8:].view("<u4")[0]
+        at += 16 + length
+
+
+def test_tars_of_every_dialect(tmp_path):
+    """Long names in pax and GNU form, folders, links, hidden files, capital endings, and joined tars."""
+    image, caption = samples(1)[0]
+    long_key = "a/" * 60 + "k" * 120
+    for dialect in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        with tarfile.open(tmp_path / "one.tar", "w", format=dialect) as tar:
+            (tmp_path / "x.jpg").write_bytes(image)
+            (tmp_path / "x.txt").write_text(caption)
+            tar.add(tmp_path / "x.txt", "._hidden.txt")
+            folder = tarfile.TarInfo("folder")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+            link = tarfile.TarInfo("folder/link.jpg")
+            link.type, link.linkname = tarfile.SYMTYPE, "x.jpg"
+            tar.addfile(link)
+            for key in ("folder/x", long_key, "\u00e9t\u00e9"):
+                tar.add(tmp_path / "x.jpg", f"{key}.JPG")
+                tar.add(tmp_path / "x.txt", f"{key}.txt")
+        joined = (tmp_path / "one.tar").read_bytes() * 2  # with an end mark in the middle
+        (tmp_path / f"joined{dialect}.tar").write_bytes(joined)
+        source = opened("webdataset", str(tmp_path / f"joined{dialect}.tar"))
+        assert read_all(source) == [(image, caption)] * 6 and source.lost == ()
+        assert [source.where(row).split(" key ")[1] for row in (0, 1, 2)] == ["folder/x", long_key, "\u00e9t\u00e9"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_a_tar_takes_no_memory(tmp_path):
+    made = samples(2)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for i, (image, caption) in enumerate(made):
+            for ending, data in (("jpg", image), ("txt", caption.encode())):
+                member = tarfile.TarInfo(f"{i}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+            hole = tarfile.TarInfo(f"hole{i}.bin")
+            hole.size = 1 << 31  # a file with a hole has the length and not the bytes
+            tar.offset += tar.fileobj.write(hole.tobuf()) + hole.size
+            tar.fileobj.seek(tar.offset)
+
+    def in_memory():
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["RssAnon"].split()[0]) << 10
+
+    before = in_memory()
+    source = opened("webdataset", str(tmp_path))
+    assert read_all(source) == made and (tmp_path / "0.tar").stat().st_size > 1 << 32
+    assert in_memory() - before < 1 << 29
+
+
+@pytest.mark.slow
+def test_ten_million_records_are_opened_and_resumed_in_little_memory(tmp_path):
+    """An index as large as a real one, over one real shard that all its rows point into."""
+    made = samples(100)
+    path = write_tfrecord(tmp_path, made)
+    shard = str(tmp_path / "00000.tfrecord")
+    index = offset_index.offset_index(tfrecord.kind(), [shard])
+    records = np.tile(index.of_shard(0), (200_000, 1))
+    shutil.rmtree(tmp_path / ".rankclip_index")
+    place = index_places.Place(str(tmp_path / ".rankclip_index"), str(tmp_path))
+    writer = index_places.Writer(tfrecord.kind(), [place])
+    writer.add(shard, paths.stamps([shard])[0], records, ())
+    writer.flush()
+    source = opened("tfrecord", shard)
+    assert source.size == 10_000_000 and records.nbytes == 16 * source.size
+    tokenizer = Tokenizer.train([caption for _, caption in made], 400)
+    far = 2 * source.size + 123_457
+    whole = batches_of(source, tokenizer, start=far)
+    came = [next(whole)["tokens"] for _ in range(3)]
+    resumed = batches_of(source, tokenizer, start=far + 8)
+    assert np.array_equal(next(resumed)["tokens"], came[2]) and whole.position == far + 12
+    # Rows of an epoch are a permutation: as many different ones in any part of it as the part is long.
+    assert len(set(stream(source, 20_000, start=far).tolist())) == 20_000
+    captions = {caption for _, caption in made[:50]}
+    assert {row for _, row in zip(range(100), source.captions(), strict=False)} <= captions
+    assert path
