@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.quick_compile import XLA_FLAGS
 from rankclip_jax import config as configs
 from rankclip_jax import evaluation
 from rankclip_jax.common.errors import InputError
@@ -18,8 +19,7 @@ from rankclip_jax.evaluation import results_file
 from rankclip_jax.train import evaluate, loop
 
 REPO = Path(__file__).parents[2]
-ONE_DEVICE = "--xla_backend_optimization_level=0"  # as in conftest.py: tests compile more than they compute
-ENV = os.environ | {"XLA_FLAGS": ONE_DEVICE, "JAX_PLATFORMS": "cpu"}
+ENV = os.environ | {"XLA_FLAGS": XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
 SMALL = [
     "--config=configs/shapes.py",
     "--config.batch_size=32",
@@ -115,7 +115,7 @@ def test_evaluation_says_digit_for_digit_what_training_said(trained):
 @pytest.mark.slow
 def test_eight_devices_evaluate_as_one_does(trained, tmp_path):
     workdir = shutil.copytree(trained[0], tmp_path / "run")
-    env = ENV | {"XLA_FLAGS": f"{ONE_DEVICE} --xla_force_host_platform_device_count=8"}
+    env = ENV | {"XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"}
     code, output = finish(workdir, "--mode=eval", env=env)
     assert code == 0, output
     said = next(row for row in numbers(workdir) if row["step"] == 18 and "zero_shot/seen/top1" in row)
