@@ -26,7 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import mutations, starts
+from benchmarks import mutations
+from benchmarks.quick_compile import XLA_FLAGS
 from rankclip_jax.common.errors import InputError
 
 SECONDS, MEGABYTES = 60, 3000  # of one file; the memory is what comes on top of the imports
@@ -198,7 +199,7 @@ class Child:
 
 def _import_all() -> None:
     """Imports alone, which take most of a child's time: neither JAX nor TensorFlow has a thread, so a fork is safe."""
-    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": starts.XLA_FLAGS, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS, "TF_CPP_MIN_LOG_LEVEL": "3"}
     for module in ("input_pipeline.pipeline", "input_pipeline.encode", "rankclip_jax.report.page"):
         importlib.import_module(module)
     importlib.import_module("rankclip_jax.weights.export")

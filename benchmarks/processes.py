@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.quick_compile import XLA_FLAGS
 from rankclip_jax.common.metrics_file import OF_THE_MACHINE
 
 # Gloo adds up the processes' gradients in another order than XLA those of its own devices.
@@ -50,7 +51,7 @@ def train(workdir: Path, processes: int, devices: int, *flags: str) -> list[str]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    xla = f"--xla_force_host_platform_device_count={devices // processes} --xla_backend_optimization_level=0"
+    xla = f"--xla_force_host_platform_device_count={devices // processes} {XLA_FLAGS}"
     env = os.environ | {"XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "rankclip_jax.train", *SMALL, f"--workdir={workdir}", *flags]
     together = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}"] if processes > 1 else []

@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.quick_compile import XLA_FLAGS
 from rankclip_jax.common import commands
 from rankclip_jax.common.metrics_file import OF_THE_MACHINE
 
 STEPS = 24
-# As in the tests: compiling takes far longer than computing here.
-XLA_FLAGS = "--xla_backend_optimization_level=0"
 
 
 def prepare(folder: Path) -> None:

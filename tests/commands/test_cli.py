@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.quick_compile import XLA_FLAGS
 from rankclip_jax import cli
 from rankclip_jax import config as configs
 from rankclip_jax.common.trees import flatten
@@ -204,7 +205,7 @@ def test_the_wheel_trains_in_an_empty_folder(tmp_path):
     small += ["--config.optim.warmup_steps=1", "--config.model.image_size=16", "--config.eval.zero_shot={}"]
     small += ["--config.model.vision={'layers':(1,1),'width':8,'stem':'small'}", "--config.model.text={'layers':1}"]
     small += ["--config.eval.retrieval={}", "--config.eval.geometry={}"]
-    env = os.environ | {"PYTHONPATH": str(target), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    env = os.environ | {"PYTHONPATH": str(target), "XLA_FLAGS": XLA_FLAGS}
     done = subprocess.run(
         [sys.executable, str(script), "train", "shapes", *small], cwd=empty, env=env, capture_output=True, text=True
     )

@@ -10,16 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.quick_compile import XLA_FLAGS
 from rankclip_jax import config as configs
 from rankclip_jax import evaluation
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.metrics_file import OF_THE_MACHINE
 from rankclip_jax.evaluation import results_file
 from rankclip_jax.train import evaluate, loop
+from rankclip_jax.train import workdir as workdirs
+from tests.support.made_models import VIT, make_workdir
 
 REPO = Path(__file__).parents[2]
-ONE_DEVICE = "--xla_backend_optimization_level=0"  # as in conftest.py: tests compile more than they compute
-ENV = os.environ | {"XLA_FLAGS": ONE_DEVICE, "JAX_PLATFORMS": "cpu"}
+ENV = os.environ | {"XLA_FLAGS": XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
 SMALL = [
     "--config=configs/shapes.py",
     "--config.batch_size=32",
@@ -114,10 +116,9 @@ def test_evaluation_says_digit_for_digit_what_training_said(trained):
 
 @pytest.mark.slow
 def test_eight_devices_evaluate_as_one_does(trained, tmp_path):
+    """Those of this process; the run had one."""
     workdir = shutil.copytree(trained[0], tmp_path / "run")
-    env = ENV | {"XLA_FLAGS": f"{ONE_DEVICE} --xla_force_host_platform_device_count=8"}
-    code, output = finish(workdir, "--mode=eval", env=env)
-    assert code == 0, output
+    evaluate.evaluate(evaluate.settings(None, workdir, []), workdir)
     said = next(row for row in numbers(workdir) if row["step"] == 18 and "zero_shot/seen/top1" in row)
     for key, value in evaluation.flat(results_file.latest(workdir / "eval.json")).items():
         exact = key.startswith(("zero_shot/", "retrieval/"))  # hits are counted; geometry adds floats up
@@ -131,17 +132,16 @@ def test_weights_from_elsewhere_are_evaluated_as_the_workdir_they_came_from(trai
     read = pretrained.read(trained[0])
     (tmp_path / "export").mkdir()
     formats.write_openai(tmp_path / "export", read.config, read.variables)
-    tokenizer = f"--config.tokenizer.path={trained[0] / 'tokenizer.json'}"
-    weights = next((tmp_path / "export").glob("*.safetensors"))
-    code, output = finish(tmp_path / "out", "--mode=eval", f"--config.eval.model={weights}", tokenizer)
-    assert code == 0, output
-    results = results_file.latest(tmp_path / "out" / "eval.json")
+    weights, out = next((tmp_path / "export").glob("*.safetensors")), tmp_path / "out"
+    given = {"eval.model": weights, "tokenizer.path": trained[0] / "tokenizer.json"}
+    evaluate.evaluate(small(**given), out)
+    results = results_file.latest(out / "eval.json")
     assert results["model"] == str(weights)
     said = next(row for row in numbers(trained[0]) if row["step"] == 18 and "zero_shot/seen/top1" in row)
     assert results["zero_shot"]["seen"]["top1"] == pytest.approx(said["zero_shot/seen/top1"], abs=2 / 224)
     assert results["geometry"]["scenes"]["alignment"] == pytest.approx(said["geometry/scenes/alignment"], rel=1e-3)
-    code, output = finish(tmp_path / "out", "--mode=eval", f"--config.eval.model={weights}")
-    assert code == 1 and "has no tokenizer; give --config.tokenizer.path" in output
+    with pytest.raises(InputError, match="has no tokenizer; give --config.tokenizer.path"):
+        evaluate.evaluate(small(**{"eval.model": weights}), out)
 
 
 def test_the_command_line_prints_one_line_about_wrong_input(tmp_path):
@@ -191,9 +191,10 @@ def test_an_image_size_that_the_patch_does_not_divide(tmp_path):
         loop.train(config, tmp_path)
 
 
-def test_a_workdir_of_another_configuration_says_what_differs(trained):
+def test_a_workdir_of_another_configuration_says_what_differs(tmp_path):
+    workdir = make_workdir(tmp_path / "run", VIT, optim=dict(lr=0.002, warmup_steps=1))
     with pytest.raises(InputError, match=r"another configuration \(config.optim.lr: 0.002 -> 0.5\); .*--workdir"):
-        loop.train(small(**{"optim.lr": 0.5}), trained[0])
+        loop.train(workdirs.settings(None, workdir, ["optim.lr=0.5"]), workdir)
 
 
 def test_evaluating_an_empty_workdir_says_so(tmp_path):

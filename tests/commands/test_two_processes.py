@@ -51,7 +51,7 @@ def test_two_processes_index_the_shards_together(tmp_path):
         data, run = tmp_path / f"data{count}", tmp_path / f"run{count}"
         data.mkdir()
         flags = ["--config.data.format=tfrecord", f"--config.data.train={write_tfrecord(data, samples(192))}"]
-        trainings.train(run, count, 2, *flags, *NO_EVALUATION)
+        trainings.train(run, count, 2, *flags, *TRANSFORMER, *NO_EVALUATION, "--config.loss.objective=clip")
         runs.append(run)
         # One shard each: beside the shards, and in the workdir for the other process.
         assert len(list((data / ".rankclip_index").glob("*.index"))) == count

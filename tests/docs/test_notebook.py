@@ -11,6 +11,7 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
+from benchmarks.quick_compile import XLA_FLAGS
 from rankclip_jax import config as configs
 from rankclip_jax.common import jax_install
 
@@ -52,8 +53,7 @@ def texts(output) -> str:
 
 @pytest.mark.slow
 def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling is most of it
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # one device, as in Colab
+    monkeypatch.setenv("XLA_FLAGS", XLA_FLAGS)  # one device, as in Colab
     notebook = read()
     place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ()))
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(SMALL.format(workdir=str(tmp_path))))

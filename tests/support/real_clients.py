@@ -13,6 +13,7 @@ import subprocess
 
 import pytest
 
+from benchmarks.quick_compile import XLA_FLAGS
 from tests.support.bucket import Bucket
 
 _HOSTS = ("storage.googleapis.com", "www.googleapis.com", "oauth2.googleapis.com")
@@ -42,7 +43,7 @@ def real_clients(folder, scratch):
         names = ("CURL_CA_BUNDLE", "TENSORSTORE_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
         env = os.environ | plain.environment | dict.fromkeys(names, str(certificate))
         env |= dict(NO_GCE_CHECK="true", STORAGE_EMULATOR_HOST="https://storage.googleapis.com", JAX_PLATFORMS="cpu")
-        env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+        env["XLA_FLAGS"] = XLA_FLAGS
         yield secure, ["unshare", "-m", "bash", "-c", enter, "bash"], env
 
 

@@ -1,7 +1,7 @@
 """A web on the loopback: good images, and what else the web has."""
 
 import io
-import time
+import select
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -41,7 +41,7 @@ class Web(BaseHTTPRequestHandler):
             case "cut":
                 self.answer(half, length=2 * len(half))
             case "mute":
-                time.sleep(5)
+                self.connection.recv(1)  # until the other side hangs up
             case "slow":
                 self.drip(b"x" * 1000)
             case "slow-header":
@@ -71,7 +71,8 @@ class Web(BaseHTTPRequestHandler):
         try:
             for byte in data:
                 self.wfile.write(bytes([byte]))
-                time.sleep(0.1)
+                if select.select([self.connection], [], [], 0.1)[0]:
+                    return  # the other side hung up
         except OSError:
             pass  # the other side had enough
 
