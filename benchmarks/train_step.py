@@ -31,8 +31,8 @@ from rankclip_jax.train.targets import Target
 
 # Freed memory is kept for the next step, as rankclip_jax.train does; JAX takes only the GPU memory that it needs.
 ENVIRONMENT = {
-    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**64 - 1),
+    "MALLOC_MMAP_MAX_": "0",
     "MALLOC_ARENA_MAX": "1",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "XLA_CLIENT_MEM_FRACTION": "0.92",  # JAX would stop at three quarters, PyTorch does not

@@ -115,7 +115,8 @@ def test_a_training_imports_what_its_steps_need():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
-def test_freed_memory_is_kept_also_by_threads():
+@pytest.mark.parametrize("size", [10**8, 3 * 10**9])
+def test_freed_memory_is_kept_also_by_threads(size):
     script = (
         "import ctypes, resource, threading\n"
         "from rankclip_jax.common import commands\n"
@@ -124,7 +125,7 @@ def test_freed_memory_is_kept_also_by_threads():
         "libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]\n"
         "def fill():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "    pointer = libc.malloc(ctypes.c_size_t(10**8))\n"
+        f"    pointer = libc.malloc(ctypes.c_size_t({size}))\n"
         "    ctypes.memset(pointer, 1, 10**8)\n"
         "    libc.free(pointer)\n"
         "    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
