@@ -135,7 +135,7 @@ def test_pictures_are_measured_in_the_view_of_a_training(tmp_path, changes, how)
     files = [f"data.train={table}", f"data.val={table}", "data.format=csv", "data.canvas=44", "batch_size=4"]
     files += [f"eval.zero_shot={{'a': {{'path': {table!r}}}}}", "study.pairs=4", "study.select_on=()"]
     if changes == ["siglip"]:
-        changes = ["model.vision.pool=map", "model.text.pool=last"]
+        changes = ["model.vision.pool=map", "model.text.pool=last", "model.embed_dim=16"]
     made = Study(smoke(*files, *changes), tmp_path / "study")
     if how == "no":
         whole = [picture.resize((16 * 44 // 20, 16), Image.Resampling.BICUBIC) for picture in pictures]
