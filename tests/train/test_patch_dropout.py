@@ -253,7 +253,7 @@ def test_the_first_steps_leave_patches_out():
         return configs.complete({"model": {"vision": fields}}).model.vision
 
     assert [patch_dropout_steps(vision(0.5, until), 1000) for until in (1.0, 0.9, 0.0)] == [1000, 900, 0]
-    assert patch_dropout_steps(vision(0.0, 0.9), 1000) == 0
+    assert patch_dropout_steps(vision(0.0, 1.0), 1000) == 0
     for until, free in ((1.0, float("inf")), (0.9, 900)):  # how many steps a longer run would have in common
         fields = {"model": {"vision": vision(0.5, until).to_dict()}, "optim": {"schedule": "constant"}, "steps": 1000}
         assert opening.run_length(configs.complete(fields), 10) == (1000, free)
