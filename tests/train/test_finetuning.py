@@ -71,7 +71,7 @@ def assert_same(a, b):
 @pytest.mark.parametrize("case", CASES)
 def test_eight_devices_equal_one_and_a_resumed_run_an_uninterrupted_one(case, tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "_SMALL", 0)
-    losses, loss = {}, dict(objective="siglip" if case == "SigLIP" else "rankclip")
+    losses, loss = {}, dict(objective="siglip" if case == "SigLIP" else "clip")
     for devices in (1, 8):
         config, state, step, mesh = prepared(CASES[case], devices, "scanned" in case, case == "SigLIP", loss=loss)
         before, losses[devices] = jax.device_get(state), []
