@@ -16,8 +16,20 @@ def is_jpeg(image: tf.Tensor) -> tf.Tensor:
 
     Pillow inverts every CMYK JPEG, TensorFlow only those marked as inverted.
     """
-    jpeg = tf.strings.substr(image, 0, 3) == b"\xff\xd8\xff"
-    return tf.cond(jpeg, lambda: tf.io.extract_jpeg_shape(image)[2] != 4, lambda: False)
+    channels = jpeg_shape(image)[2]
+    return (channels > 0) & (channels != 4)
+
+
+def jpeg_shape(image: tf.Tensor) -> tf.Tensor:
+    """Height, width and channels, int32 (3,), from a JPEG's header; zeros of anything else. Raises as `is_jpeg`."""
+    begins = tf.strings.substr(image, 0, 3) == b"\xff\xd8\xff"
+    return tf.cond(begins, lambda: tf.io.extract_jpeg_shape(image), lambda: tf.zeros(3, tf.int32))
+
+
+def has_few_scans(image: tf.Tensor, size_2: tf.Tensor) -> tf.Tensor:
+    """Whether a JPEG's bytes are too few for too many scans (pictures.too_many_scans), bool scalar."""
+    pixels = tf.reduce_prod(tf.cast(size_2, tf.int64))
+    return tf.cast(tf.strings.length(image), tf.int64) * pixels <= SCAN_BYTES * MAX_SCANNED
 
 
 def jpeg_size(image: tf.Tensor) -> tf.Tensor:
@@ -147,15 +159,14 @@ def _is_large(width, height):
 
 def _check_scans(image, size_2):
     """As pictures.too_many_scans."""
-    pixels = tf.reduce_prod(tf.cast(size_2, tf.int64))
 
     def count():
+        pixels = tf.reduce_prod(tf.cast(size_2, tf.int64))
         scans = tf.strings.split(image, SCAN)
         few = (tf.size(scans, tf.int64) - 1) * pixels <= MAX_SCANNED
         return tf.debugging.Assert(few, [tf.strings.format("{} x {}; " + MANY_SCANS, (size_2[1], size_2[0]))])
 
-    length = tf.cast(tf.strings.length(image), tf.int64)
-    return tf.cond(length * pixels > SCAN_BYTES * MAX_SCANNED, count, tf.no_op)
+    return tf.cond(has_few_scans(image, size_2), tf.no_op, count)
 
 
 def _head(image):
