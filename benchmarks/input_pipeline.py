@@ -67,15 +67,15 @@ def ours(path: Path, side: int, canvas: int | None):
     return pipeline.TrainBatches(source, tokenizer, canvas=canvas, **options)
 
 
-def one_window(size_2, scale, key, count=1):
-    """In place of transforms.random_windows: no random numbers, and nothing made of them."""
-    return tf.constant([[8.0, 8.0, 200.0, 200.0]] * count)
+def one_window(numbers, size, scale):
+    """In place of transforms.windows: nothing is made of the random numbers."""
+    return tf.tile(tf.constant([[[8.0, 8.0, 200.0, 200.0]]]), [tf.shape(size)[0], 1, 1])
 
 
-def decoded_only(image, windows_of, **_):
-    """In place of transforms.view: the decoder without checks, as of pictures that all fit the canvas."""
+def decoded_only(image, *_, **__):
+    """In place of transforms.training_view: the decoder without checks, as of pictures that all fit the canvas."""
     pixels = tf.ensure_shape(decode.jpeg(image), (None, None, 3))
-    return {"image": pixels, "size": tf.shape(pixels)[:2], "windows": one_window(None, None, None)}
+    return {"image": pixels, "size": tf.shape(pixels)[:2], "windows": tf.zeros((1, 4))}
 
 
 def ours_without(name: str, instead, path: Path, side: int, canvas: int):
@@ -160,8 +160,8 @@ def main() -> None:
         device = path, flags.side, flags.canvas
         contenders = {"bare decode": (bare_decode(path), []), "ours, device": (ours(*device), [])}
         if flags.steps:
-            contenders["one window"] = ours_without("random_windows", one_window, *device), []
-            contenders["decode alone"] = ours_without("view", decoded_only, *device), []
+            contenders["one window"] = ours_without("windows", one_window, *device), []
+            contenders["decode alone"] = ours_without("training_view", decoded_only, *device), []
         else:
             contenders["ours, host"] = ours(path, flags.side, None), []
             contenders["PyTorch"] = pytorch(path, flags.side, flags.workers)

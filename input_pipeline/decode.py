@@ -20,8 +20,20 @@ def is_jpeg(image: tf.Tensor) -> tf.Tensor:
 
     Pillow inverts every CMYK JPEG, TensorFlow only those marked as inverted.
     """
-    jpeg = tf.strings.substr(image, 0, 3) == b"\xff\xd8\xff"
-    return tf.cond(jpeg, lambda: tf.io.extract_jpeg_shape(image)[2] != 4, lambda: False)
+    channels = jpeg_shape(image)[2]
+    return (channels > 0) & (channels != 4)
+
+
+def jpeg_shape(image: tf.Tensor) -> tf.Tensor:
+    """Height, width and channels, int32 (3,), from a JPEG's header; zeros of anything else. Raises as `is_jpeg`."""
+    begins = tf.strings.substr(image, 0, 3) == b"\xff\xd8\xff"
+    return tf.cond(begins, lambda: tf.io.extract_jpeg_shape(image), lambda: tf.zeros(3, tf.int32))
+
+
+def has_few_scans(image: tf.Tensor, size_2: tf.Tensor) -> tf.Tensor:
+    """Whether a JPEG's bytes are too few for too many scans (pictures.too_many_scans), bool scalar."""
+    pixels = tf.reduce_prod(tf.cast(size_2, tf.int64))
+    return tf.cast(tf.strings.length(image), tf.int64) * pixels <= SCAN_BYTES * MAX_SCANNED
 
 
 def jpeg_size(image: tf.Tensor) -> tf.Tensor:
@@ -34,35 +46,40 @@ def jpeg_size(image: tf.Tensor) -> tf.Tensor:
         return tf.identity(size)
 
 
-def jpeg(image: tf.Tensor, log2_ratio: tf.Tensor | None = None, recover: bool = False) -> tf.Tensor:
-    """A JPEG -> uint8 (H, W, 3), bit for bit as PIL decodes it.
+def jpeg_at_once(image: tf.Tensor, ratio: int = 1, recover: bool = False) -> tf.Tensor:
+    """A JPEG that is not large -> uint8 (H, W, 3), bit for bit as PIL decodes it.
 
     Args:
       image: encoded bytes.
-      log2_ratio: int32 scalar, 0 to 3: the decoder scales the image down by 1, 2, 4 or 8; sizes are rounded up.
+      ratio: 1, 2, 4 or 8, by which the decoder scales the image down; sizes are rounded up.
       recover: decode the readable part of a truncated JPEG.
     """
     # TensorFlow's default transform is slightly faster, and up to 13 grey levels off.
-    options = dict(channels=3, dct_method="INTEGER_ACCURATE", try_recover_truncated=recover)
+    options = dict(dct_method="INTEGER_ACCURATE", try_recover_truncated=recover)
+    return tf.io.decode_jpeg(image, channels=3, ratio=ratio, **options)
 
-    def scaled(ratio):
-        return lambda: tf.io.decode_jpeg(image, ratio=ratio, **options)
+
+def jpeg(image: tf.Tensor, log2_ratio: tf.Tensor | None = None, recover: bool = False) -> tf.Tensor:
+    """As `jpeg_at_once`, of any JPEG and the ratio 1 << log2_ratio, an int32 scalar: a large one waits for its room."""
 
     def at_once():
-        return scaled(1)() if log2_ratio is None else tf.switch_case(log2_ratio, [scaled(r) for r in (1, 2, 4, 8)])
+        if log2_ratio is None:
+            return jpeg_at_once(image, 1, recover)
+        ratios = [functools.partial(jpeg_at_once, image, ratio, recover) for ratio in (1, 2, 4, 8)]
+        return tf.switch_case(log2_ratio, ratios)
 
     size_2 = tf.io.extract_jpeg_shape(image)[:2]
     given = [image, tf.reduce_prod(tf.cast(size_2, tf.int64)), 0 if log2_ratio is None else log2_ratio]
-    waits = lambda: tf.numpy_function(functools.partial(_jpeg_in_its_room, options=options), given, tf.uint8)  # noqa: E731
+    waits = lambda: tf.numpy_function(functools.partial(_jpeg_in_its_room, recover=recover), given, tf.uint8)  # noqa: E731
     return tf.ensure_shape(tf.cond(_is_large(*tf.unstack(size_2)), waits, at_once), (None, None, 3))
 
 
 @tf.autograph.experimental.do_not_convert
-def _jpeg_in_its_room(data, pixels, log2_ratio, options):
+def _jpeg_in_its_room(data, pixels, log2_ratio, recover):
     data = np.asarray(data, object).item()
     with pictures.room_for(max(pictures.held_by(data, int(pixels)), int(pixels) >> 2 * int(log2_ratio))):
         try:
-            return tf.io.decode_jpeg(data, ratio=1 << int(log2_ratio), **options).numpy()
+            return jpeg_at_once(data, 1 << int(log2_ratio), recover).numpy()
         except tf.errors.InvalidArgumentError:
             raise pictures.BadImageError("broken or truncated JPEG") from None
 
@@ -186,15 +203,14 @@ def _is_large(width, height):
 
 def _check_scans(image, size_2):
     """As pictures.too_many_scans."""
-    pixels = tf.reduce_prod(tf.cast(size_2, tf.int64))
 
     def count():
+        pixels = tf.reduce_prod(tf.cast(size_2, tf.int64))
         scans = tf.strings.split(image, SCAN)
         few = (tf.size(scans, tf.int64) - 1) * pixels <= MAX_SCANNED
         return tf.debugging.Assert(few, [tf.strings.format("{} x {}; " + MANY_SCANS, (size_2[1], size_2[0]))])
 
-    length = tf.cast(tf.strings.length(image), tf.int64)
-    return tf.cond(length * pixels > SCAN_BYTES * MAX_SCANNED, count, tf.no_op)
+    return tf.cond(has_few_scans(image, size_2), tf.no_op, count)
 
 
 def _head(image):

@@ -8,32 +8,36 @@ import tensorflow as tf
 
 from input_pipeline.sources import Source, started_ahead
 
-_shuffled = tf.random.experimental.index_shuffle
+_TOGETHER = 32  # positions whose rows are found at a time
 
 
 def row_at(source: Source, stream: tf.Tensor, seed: int) -> tf.Tensor:
-    """The row (int64 scalar) at position `stream` (int or int64 scalar, from 0) of the endless stream of `seed`.
+    """The rows (int64) at positions `stream` (int or int64, scalar or vector, from 0) of the endless stream of `seed`.
 
     Epoch e has the positions from e * size to (e + 1) * size - 1 and contains every row once. In a weighted mixture it
     contains each part as often as its share, and the rows of a part have their own epochs.
     """
     stream = tf.cast(stream, tf.int64)
     epoch, place = stream // source.size, stream % source.size
-    place = _shuffled(place, _key(seed, epoch), source.size - 1)
+    place = _shuffled(place, seed, epoch, source.size - 1)
     if source.shares is None:
         return place
     rows_M, share_M = (tf.constant(numbers, tf.int64) for numbers in zip(*source.shares, strict=True))
-    part = tf.searchsorted(tf.cumsum(share_M), [place], side="right")[0]
-    first_place, first_row = tf.cumsum(share_M, exclusive=True)[part], tf.cumsum(rows_M, exclusive=True)[part]
-    rows = rows_M[part]
-    own = epoch * share_M[part] + place - first_place  # position in the part's own stream
+    part = tf.reshape(tf.searchsorted(tf.cumsum(share_M), tf.reshape(place, [-1]), side="right"), tf.shape(place))
+    ends = (tf.cumsum(numbers, exclusive=True) for numbers in (share_M, rows_M))
+    first_place, first_row, share, rows = (tf.gather(numbers, part) for numbers in (*ends, share_M, rows_M))
+    own = epoch * share + place - first_place  # position in the part's own stream
     # Each part has its own shuffles: an odd factor gives each a different seed.
     part_seed = seed + (tf.cast(part, tf.int64) + 1) * 0x9E3779B1
-    return first_row + _shuffled(own % rows, _key(part_seed, own // rows), rows - 1)
+    return first_row + _shuffled(own % rows, part_seed, own // rows, rows - 1)
 
 
-def _key(seed, epoch):
-    return tf.cast(tf.stack([tf.cast(seed, tf.int64), epoch]), tf.uint32)
+def _shuffled(place, seed, epoch, last):
+    """As tf.random.experimental.index_shuffle, which takes no vector of seeds."""
+    key = [498247692, seed, epoch]  # the first number is that function's
+    key = tf.stack([tf.broadcast_to(tf.cast(number, tf.int64), tf.shape(epoch)) for number in key], axis=-1)
+    last = tf.cast(last, tf.int64)
+    return tf.raw_ops.RandomIndexShuffle(index=place, seed=tf.cast(key, tf.uint32), max_index=last, rounds=4)
 
 
 def place_of(position: Any, batch_size: int, process: tuple[int, int]) -> Any:
@@ -68,13 +72,14 @@ class RowStream:
         def place_at(position):
             return place_of(position, self._batch_size, self._process)
 
-        def read(position):
-            return sample(place_at(position), self.row_of(place_at(position)))
+        def found(positions):
+            return place_at(positions), self.row_of(place_at(positions))
 
         data = tf.data.Dataset.from_tensors(0)
         data = data.flat_map(lambda _: tf.data.Dataset.range(self._from, self._from + self._span))
         data = started_ahead(data, self._source.ahead, lambda position: self.row_of(place_at(position)))
-        return data.map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).ignore_errors()
+        data = data.batch(_TOGETHER).map(found).unbatch()
+        return data.map(sample, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).ignore_errors()
 
     def places(self) -> Iterator[int]:
         """What comes next."""

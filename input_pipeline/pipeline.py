@@ -84,18 +84,20 @@ class TrainBatches:
         def sample(place, row):
             raw = source.read(row)
             key = tf.stack([tf.constant(seed, tf.int64), place])
-            views = transforms.view(
-                raw["image"],
-                lambda size: transforms.random_windows(size, crop_scale, key, 2 if two_views else 1),
-                side=image_side,
-                canvas=canvas,
-                exact=False,
-                recover=recover_truncated,
+            numbers = transforms.window_numbers(key, 2 if two_views else 1)
+            views = transforms.training_view(
+                raw["image"], numbers, crop_scale, side=image_side, canvas=canvas, recover=recover_truncated
             )
             text = {"caption": _one_of(raw["caption"], key)}
             if "tokens" in raw and not two_views:
                 text["tokens"] = raw["tokens"]
-            return views | text | {"position": place}
+            later = {"numbers": numbers} if canvas else {}
+            return views | text | {"position": place} | later
+
+        def with_windows(batch):
+            given = batch["windows"]
+            drawn = transforms.windows(batch.pop("numbers"), batch["size"], crop_scale)
+            return batch | {"windows": tf.where(given[..., 2:3] > 0, given, drawn)}
 
         def tokens_of(captions, places):
             texts = [c.decode(errors="replace") for c in captions]
@@ -107,7 +109,8 @@ class TrainBatches:
                 texts = [text for pair in zip(texts, edited, strict=True) for text in pair]
             return tokenizer(texts, context_length).reshape(*shape)
 
-        def tokenize(batch):
+        def completed(batch):
+            batch = with_windows(batch) if canvas else batch
             if "tokens" in batch:
                 return batch | {"caption": batch["caption"][:1]}  # for _check_tokens
             ids = tf.numpy_function(tokens_of, [batch.pop("caption"), batch["position"]], tf.int32)
@@ -123,7 +126,7 @@ class TrainBatches:
         if "tokens" in good:
             self._check_tokens(good["tokens"].numpy(), good["caption"].numpy())
         data = self._stream.samples(sample, good)
-        self._data = _padded_batches(data, batch_size, canvas, drop_remainder=True).map(tokenize).prefetch(2)
+        self._data = _padded_batches(data, batch_size, canvas, drop_remainder=True).map(completed).prefetch(2)
         self._iterator = self._data.as_numpy_iterator()
 
     @property

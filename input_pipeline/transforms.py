@@ -15,35 +15,44 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from input_pipeline.decode import decode, is_jpeg, is_large, jpeg, jpeg_size
+from input_pipeline.decode import decode, has_few_scans, is_jpeg, is_large, jpeg, jpeg_at_once, jpeg_shape, jpeg_size
 from rankclip_jax.common import pictures
 
 _LOG_ASPECT = math.log(4 / 3)
 _TRIES = 10
+_REGISTER = 16  # float32 numbers, of the widest
 
 
-def random_windows(size_2: tf.Tensor, scale: tuple[float, float], seed_2: tf.Tensor, count: int = 1) -> tf.Tensor:
-    """Windows (count, 4) for random resized crops: whole pixels inside the image, uniformly placed.
+def window_numbers(seed_2: tf.Tensor, count: int = 1) -> tf.Tensor:
+    """What the windows of one image are made of: float32 (4, count, 11) in [0, 1), of a seed, int64."""
+    # The numbers of tf.random.stateless_uniform(alg="philox"), by one operation instead of twenty.
+    return tf.raw_ops.StatelessRandomUniform(shape=(4, count, _TRIES + 1), seed=seed_2)
+
+
+def windows(numbers_Bx4xVxT: tf.Tensor, size_Bx2: tf.Tensor, scale: tuple[float, float]) -> tf.Tensor:
+    """Windows (B, V, 4) for random resized crops of B images: whole pixels inside the image, uniformly placed.
 
     As torchvision's RandomResizedCrop: the share of the area is uniform in `scale`, the aspect ratio log-uniform in 3/4
     to 4/3. If ten draws do not fit, the largest central window of an allowed ratio is used.
 
     Args:
-      size_2: int32, height and width of the image.
-      seed_2: int64; the same seed gives the same windows.
+      numbers_Bx4xVxT: `window_numbers` of each.
+      size_Bx2: int32, height and width of each.
     """
-    limit = tf.reshape(tf.cast(size_2, tf.float32), (2, 1, 1))
-    uniform = tf.random.stateless_uniform((4, count, _TRIES + 1), seed_2, alg="philox")
-    side = tf.sqrt((scale[0] + (scale[1] - scale[0]) * uniform[0]) * tf.reduce_prod(limit))
-    stretch = tf.exp(_LOG_ASPECT * (uniform[1] - 0.5))  # the root of width / height
-    drawn = tf.stack([side / stretch, side * stretch])
-    central = tf.minimum(limit, limit[::-1] * 4 / 3)  # always fits, and comes last
-    sizes = tf.maximum(tf.round(tf.where(tf.range(_TRIES + 1) < _TRIES, drawn, central)), 1)
-    first = tf.argmax(tf.reduce_all(sizes <= limit, axis=0), axis=-1, output_type=tf.int32)
-    size = tf.reduce_sum(sizes * tf.one_hot(first, _TRIES + 1), axis=-1)
+    # TensorFlow's exp rounds the last few numbers of a tensor differently than those that fill a vector register.
+    uniform = tf.pad(numbers_Bx4xVxT, [[0, 0], [0, 0], [0, 0], [0, -(_TRIES + 1) % _REGISTER]])
+    limit = tf.cast(size_Bx2, tf.float32)[:, :, None, None]
+    side = tf.sqrt((scale[0] + (scale[1] - scale[0]) * uniform[:, 0]) * tf.reduce_prod(limit, axis=1))
+    stretch = tf.exp(_LOG_ASPECT * (uniform[:, 1] - 0.5))  # the root of width / height
+    drawn = tf.stack([side / stretch, side * stretch], axis=1)
+    central = tf.minimum(limit, limit[:, ::-1] * 4 / 3)  # always fits, and comes last
+    places = tf.range(uniform.shape[-1])
+    sizes = tf.maximum(tf.round(tf.where(places < _TRIES, drawn, central)), 1)
+    first = tf.argmax(tf.reduce_all(sizes <= limit, axis=1), axis=-1, output_type=tf.int32)[:, None]
+    size = tf.reduce_sum(tf.where(places == first[..., None], sizes, 0), axis=-1)
     room = limit[..., 0] - size
-    corner = tf.floor(tf.where(first < _TRIES, uniform[2:, :, 0] * (room + 1), room / 2))
-    return tf.transpose(tf.concat([corner, size], axis=0))
+    corner = tf.floor(tf.where(first < _TRIES, uniform[:, 2:, :, 0] * (room + 1), room / 2))
+    return tf.transpose(tf.concat([corner, size], axis=1), (0, 2, 1))
 
 
 def centre_window(size_2: tf.Tensor, side: int) -> tf.Tensor:
@@ -61,6 +70,50 @@ def centre_window(size_2: tf.Tensor, side: int) -> tf.Tensor:
 def whole_window(size_2: tf.Tensor) -> tf.Tensor:
     """The window (1, 4) of SigLIP's evaluation view: the image, whatever its ratio. As `pictures.squashed`."""
     return tf.concat([[0.0, 0.0], tf.cast(size_2, tf.float32)], axis=0)[None]
+
+
+def training_view(
+    image: tf.Tensor,
+    numbers_4xVxT: tf.Tensor,
+    scale: tuple[float, float],
+    *,
+    side: int,
+    canvas: int | None,
+    recover: bool = False,
+) -> dict[str, tf.Tensor]:
+    """As `view`, with random windows.
+
+    Where a JPEG fits the canvas, its "windows" are zeros, for `windows` of the batch: each operation takes some
+    microseconds, for one image as for a batch.
+
+    Args:
+      numbers_4xVxT: `window_numbers` of the image.
+      scale: as of `windows`.
+    """
+
+    def drawn(size_2):
+        return windows(numbers_4xVxT[None], tf.convert_to_tensor(size_2)[None], scale)[0]
+
+    def any_picture():
+        return view(image, drawn, side=side, canvas=canvas, exact=False, recover=recover)
+
+    if canvas is None or image.dtype == tf.uint8:
+        return any_picture()
+    shape_3 = jpeg_shape(image)
+    fits = tf.reduce_all((shape_3 > 0) & (shape_3 <= [canvas, canvas, 3])) & has_few_scans(image, shape_3[:2])
+
+    def whole():
+        pixels = tf.ensure_shape(jpeg_at_once(image, recover=recover), (None, None, 3))  # a canvas is never large
+        return {"image": pixels, "size": shape_3[:2], "windows": tf.zeros((numbers_4xVxT.shape[1], 4))}
+
+    return tf.cond(fits, whole, _apart(any_picture))
+
+
+def _apart(branch):
+    """`branch` as one operation: of a branch that is not taken, TensorFlow passes over every single one."""
+    if tf.executing_eagerly():
+        return branch
+    return tf.function(branch, autograph=False, experimental_attributes={"_noinline": True})
 
 
 def view(

@@ -133,8 +133,8 @@ def _checked(source: Source, spec: ConfigDict) -> Source:
                 caption = tf.strings.strip(tf.strings.split(tf.strings.regex_replace(text, "\r\n?", "\n"), "\n"))
             with_text = tf.strings.length(tf.strings.strip(caption)) > 0
             if caption.shape.rank:  # several
-                caption = tf.boolean_mask(caption, with_text)
-            require(tf.reduce_any(with_text), "empty caption")
+                caption, with_text = tf.boolean_mask(caption, with_text), tf.reduce_any(with_text)
+            require(with_text, "empty caption")
             return sample | {"caption": caption}
 
         return check

@@ -24,7 +24,7 @@ class PackedStrings:
 
     def at(self, row: tf.Tensor) -> tf.Tensor:
         """String number `row` (int64 scalar), as TensorFlow ops."""
-        begin, end = self._offsets_in_graph[row], self._offsets_in_graph[row + 1]
+        begin, end = tf.unstack(tf.slice(self._offsets_in_graph, [row], [2]))
         return tf.strings.substr(self._blob, begin, end - begin)
 
     def __getitem__(self, row: int) -> str:

@@ -94,9 +94,14 @@ def open_rows(spec: ConfigDict, path: str | Sequence[str], text_keys: tuple[str,
     folders = [f"{table.folder.rstrip('/')}/" if table.folder else "" for table in read]
     folders_F = tf.constant(folders)
 
+    some_absolute = any(pc.any(pc.match_substring_regex(t.images, f"^({tables.ABSOLUTE})")).as_py() for t in read)
+
     def path_of(row):
         image = images.at(row)
-        folder = folders_F[tf.searchsorted(starts_F, [row], side="right")[0] - 1]
+        file = tf.searchsorted(starts_F, [row], side="right")[0] - 1 if len(folders) > 1 else 0
+        folder = folders_F[file]
+        if not some_absolute:
+            return tf.strings.join([folder, image])
         absolute = tf.strings.regex_full_match(image, f"(?s)({tables.ABSOLUTE}).*")
         return tf.where(absolute, image, tf.strings.join([folder, image]))
 

@@ -39,6 +39,16 @@ def stream(source, count, start=0, seed=3):
     return np.array(list(rows.as_numpy_iterator()))
 
 
+@pytest.mark.parametrize("seed", [0, 3, 2**40 + 1])
+def test_many_rows_are_found_at_once_in_tensorflows_own_order(seed):
+    places = np.arange(30, 170)
+    source = numbered(60)
+    own = [int(tf.random.experimental.index_shuffle(p % 60, (seed % 2**32, p // 60), 59)) for p in places.tolist()]
+    np.testing.assert_array_equal(order.row_at(source, places, seed), own)
+    mixture = mixed((5, 40, 15), (0.1, 7, 2.5))
+    np.testing.assert_array_equal(order.row_at(mixture, places, seed), stream(mixture, 140, 30, seed))
+
+
 @pytest.mark.parametrize("weights", [(1, 1, 1), (0.1, 7, 2.5), (1, 1e-9, 1)])
 def test_a_mixture_gives_each_part_its_share_and_each_row_its_turn(weights):
     parts = (5, 40, 15)

@@ -75,6 +75,11 @@ def through_device(pictures, windows, side, canvas, exact=False):
     return np.asarray(images.views(on_canvas(views, canvas), side))[:, 0]
 
 
+def random_windows(size, scale, seed, count=1):
+    """Windows (count, 4) of one picture."""
+    return transforms.windows(transforms.window_numbers(seed, count)[None], tf.constant([size]), scale)[0]
+
+
 def difference(a, b):
     return np.abs(np.asarray(a, int) - np.asarray(b, int))
 
@@ -214,7 +219,7 @@ def test_a_window_that_fits_is_cut_out_exactly_and_a_larger_one_is_close():
 @pytest.mark.parametrize("size, scale", [((300, 400), (0.3, 0.6)), ((97, 33), (0.08, 1.0)), ((40, 40), (0.9, 1.0))])
 def test_random_windows_keep_scale_and_shape_and_lie_inside(size, scale):
     seeds = tf.data.Dataset.range(400).map(
-        lambda i: transforms.random_windows(size, scale, tf.stack([7, i]))[0], num_parallel_calls=2
+        lambda i: random_windows(size, scale, tf.stack([7, i]))[0], num_parallel_calls=2
     )
     top, left, height, width = np.stack(list(seeds.as_numpy_iterator())).T
     assert (top >= 0).all() and (left >= 0).all() and (height >= 1).all() and (width >= 1).all()
@@ -230,7 +235,7 @@ def test_random_windows_keep_scale_and_shape_and_lie_inside(size, scale):
 
 def test_random_windows_are_distributed_as_torchvisions():
     """In a large square no draw of the area or the ratio is refused, so their laws are those they were drawn from."""
-    draw = lambda i: transforms.random_windows((4000, 4000), (0.2, 0.5), tf.stack([3, i]), count=2)  # noqa: E731
+    draw = lambda i: random_windows((4000, 4000), (0.2, 0.5), tf.stack([3, i]), count=2)  # noqa: E731
     windows = np.stack(list(tf.data.Dataset.range(700).map(draw, num_parallel_calls=2).as_numpy_iterator()))
     top, left, height, width = np.moveaxis(windows, -1, 0)
     for values, low, high in (
@@ -247,12 +252,32 @@ def test_random_windows_are_distributed_as_torchvisions():
 
 
 def test_random_windows_repeat_with_their_seed_and_fall_back_to_the_centre():
-    first, again, other = (transforms.random_windows((90, 60), (0.1, 1.0), (1, k)).numpy() for k in (5, 5, 6))
+    first, again, other = (random_windows((90, 60), (0.1, 1.0), (1, k)).numpy() for k in (5, 5, 6))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
     # 9 to 1: no window of nine tenths of the area has an allowed shape.
-    np.testing.assert_array_equal(transforms.random_windows((10, 90), (0.9, 1.0), (0, 0)), [[0, 38, 10, 13]])
-    np.testing.assert_array_equal(transforms.random_windows((90, 10), (0.9, 1.0), (0, 0)), [[38, 0, 13, 10]])
+    np.testing.assert_array_equal(random_windows((10, 90), (0.9, 1.0), (0, 0)), [[0, 38, 10, 13]])
+    np.testing.assert_array_equal(random_windows((90, 10), (0.9, 1.0), (0, 0)), [[38, 0, 13, 10]])
+
+
+@pytest.mark.parametrize("seed", [(0, 0), (7, 3), (2**63 - 1, 2**40), (-1, 5)])
+def test_the_numbers_of_windows_are_those_of_philox(seed):
+    seed = tf.constant(seed, tf.int64)
+    expected = tf.random.stateless_uniform((4, 2, 11), seed, alg="philox")
+    np.testing.assert_array_equal(transforms.window_numbers(seed, 2), expected)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_windows_do_not_depend_on_the_batch_in_which_they_are_drawn(count):
+    rng = np.random.default_rng(count)
+    sizes = tf.constant(rng.integers(1, 500, (61, 2)), tf.int32)
+    numbers = tf.stack([transforms.window_numbers((9, i), count) for i in range(61)])
+    together = transforms.windows(numbers, sizes, (0.3, 1.0)).numpy()
+    assert together.shape == (61, count, 4)
+    for some in (1, 3, 16):
+        parts = [slice(at, at + some) for at in range(0, 61, some)]
+        apart = [transforms.windows(numbers[part], sizes[part], (0.3, 1.0)) for part in parts]
+        np.testing.assert_array_equal(np.concatenate(apart), together)
 
 
 def test_two_windows_of_one_picture_share_its_canvas():

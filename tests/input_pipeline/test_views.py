@@ -3,9 +3,11 @@
 import jax
 import numpy as np
 import pytest
+import tensorflow as tf
 from ml_collections import ConfigDict
+from PIL import Image
 
-from input_pipeline import pipeline, sources
+from input_pipeline import order, pipeline, sources, transforms
 from rankclip_jax import models
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
@@ -48,6 +50,50 @@ def test_on_a_canvas_pictures_come_whole_with_their_size_and_windows(captioned, 
     (host,) = take(batches(captioned, tokenizer), 1)
     assert host["image"].shape == (4, 8, 8, 3) and levels(host) == levels(batch)
     np.testing.assert_array_equal(images.views(batch, 8), images.views(host, 8))
+
+
+@pytest.mark.parametrize("two_views", [False, True])
+def test_a_batch_has_of_every_picture_what_it_has_alone(tmp_path, tokenizer, two_views):
+    """JPEGs that fit the canvas are drawn windows for in the batch; of everything else, each by itself."""
+    rng, side, canvas, scale, seed = np.random.default_rng(0), 8, 40, (0.3, 1.0), 3
+    kinds = {
+        "fits.jpg": ("RGB", (30, 40)),
+        "just.jpg": ("RGB", (40, 40)),
+        "grey.jpg": ("L", (16, 20)),
+        "one.jpg": ("RGB", (1, 1)),
+        "cmyk.jpg": ("CMYK", (30, 40)),
+        "wide.jpg": ("RGB", (30, 41)),
+        "large.jpg": ("RGB", (170, 230)),
+        "fits.png": ("RGB", (30, 40)),
+        "large.png": ("RGB", (80, 50)),
+    }
+    for name, (mode, (height, width)) in kinds.items():
+        pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).convert(mode).save(tmp_path / name, quality=90)
+    (tmp_path / "set.csv").write_text("image,caption\n" + "".join(f"{name},grey level 1\n" for name in kinds))
+    options = dict(canvas=canvas, crop_scale=scale, seed=seed, batch_size=5, two_views=two_views)
+    stream = batches(tmp_path / "set.csv", tokenizer, **options)
+    source = sources.open_source(SPEC, tmp_path / "set.csv", image_side=side)
+    count = 2 if two_views else 1
+    for place, batch in enumerate(batch for batch in take(stream, 8) for _ in range(5)):
+        data = (tmp_path / list(kinds)[int(order.row_at(source, place, seed))]).read_bytes()
+        numbers = transforms.window_numbers((seed, place), count)
+        windows_of = lambda size, n=numbers: transforms.windows(n[None], size[None], scale)[0]  # noqa: E731
+        alone = transforms.view(tf.constant(data), windows_of, side=side, canvas=canvas, exact=False)
+        for key in ("size", "windows"):
+            np.testing.assert_array_equal(batch[key][place % 5], alone[key])
+        height, width = alone["size"].numpy()
+        expected = np.zeros((canvas, canvas, 3), np.uint8)
+        expected[:height, :width] = alone["image"]
+        np.testing.assert_array_equal(batch["image"][place % 5], expected)
+
+
+def test_a_jpeg_of_too_many_scans_is_refused_though_it_fits_the_canvas(captioned, tokenizer, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "images" / "3.png", "JPEG", quality=100, comment=b"\xff\xda" * 13_000)
+    stream = batches(captioned, tokenizer, canvas=400, bad_path=tmp_path / "bad.jsonl")
+    take(stream, 10)
+    assert stream.bad.reasons == {"a JPEG of more than 2,000,000,000 scans x pixels": 1}
 
 
 def test_two_views_are_another_window_and_an_edited_caption_and_resume_too(captioned, tokenizer):
