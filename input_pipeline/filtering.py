@@ -30,6 +30,7 @@ from rankclip_jax.common.progress import progress
 FILE = "left_out.npz"  # in prepare's OUT_DIR, so that a second start need not look at all pictures again
 DEDUP = ("exact", "near")
 _AT_ONCE, _CHUNK, _COMPARED = 100_000, 32, 16
+_COLUMNS = "row", "name", "cosine"  # of embed's files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,32 +194,44 @@ def scores(file: str, least: float, source: Source, data: ConfigDict, most_witho
 
 def _read(path: Path) -> tuple[np.ndarray, Any, np.ndarray, int]:
     """(rows, names, cosines, images of the collection) in a file of embed, or a folder of Parquet; float32 cosines."""
-    columns = "row", "name", "cosine"
     try:
-        if path.suffix == ".npz":
-            refuse_inflating(path)
-            with np.load(path, allow_pickle=False) as arrays:
-                found = {key: arrays[key] for key in columns if key in arrays}
-                about = json.loads(str(arrays["about"]))
-        else:
-            shards = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-            schema = pq.read_schema(shards[0])
-            there = [key for key in columns if key in schema.names]
-            table = pa.concat_tables([pq.read_table(shard, columns=there) for shard in shards])
-            found = {key: table[key].to_numpy() for key in there}
-            about = json.loads(schema.metadata[b"rankclip_jax"])
+        found, about, lost = _of_npz(path) if path.suffix == ".npz" else _of_parquet(path)
         size, rows, names = int(about["size"]), found["row"], found["name"]
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
     except Exception as error:  # whatever NumPy and pyarrow raise
-        raise InputError(f"{path} is not a file of rankclip_jax.embed ({one_line(error)})") from None
+        raise InputError(f"{path} is not a file of rankclip_jax.embed ({one_line(error, kind=True)})") from None
     if "cosine" not in found:
         raise InputError(f"{path} has no cosines: its collection has no captions, or it is older; embed it again")
     cosines = found["cosine"]
     whole = rows.dtype == np.int64 and rows.shape == names.shape == cosines.shape and cosines.dtype == np.float32
-    if not whole or ((rows < 0) | (rows >= size)).any():
+    if not whole or ((rows < 0) | (rows >= size)).any() or len(np.unique(rows)) < len(rows):
         raise InputError(f"{path} is not a file of rankclip_jax.embed (its columns do not fit together)")
+    if lost is not None and len(rows) + lost != size:
+        raise InputError(
+            f"{path} has {len(rows) + lost:,} of its collection's {size:,} images: shards are missing; start the same "
+            "embed again"
+        )
     return rows, names, cosines, size
+
+
+def _of_npz(path: Path) -> tuple[dict[str, np.ndarray], dict, None]:
+    refuse_inflating(path)
+    with np.load(path, allow_pickle=False) as arrays:
+        return {key: arrays[key] for key in _COLUMNS if key in arrays}, json.loads(str(arrays["about"])), None
+
+
+def _of_parquet(path: Path) -> tuple[dict[str, np.ndarray], dict, int | None]:
+    """(columns, metadata; of a folder, how many images its shards say they leave out)"""
+    shards = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not shards:
+        raise ValueError("no .parquet is in it")
+    footers = [pq.read_metadata(shard) for shard in shards]
+    there = [key for key in _COLUMNS if key in footers[0].schema.to_arrow_schema().names]
+    table = pa.concat_tables([pq.read_table(shard, columns=there) for shard in shards])
+    said = [footer.metadata or {} for footer in footers]
+    lost = sum(len(json.loads(one.get(b"rankclip_jax_bad", b"[]"))) for one in said) if path.is_dir() else None
+    return {key: table[key].to_numpy() for key in there}, json.loads(said[0][b"rankclip_jax"]), lost
 
 
 def _numbers(source: Source, data: ConfigDict) -> tuple[np.ndarray, int]:
