@@ -22,15 +22,9 @@ def open_mixture(spec: ConfigDict, parts: Mapping[str, Mapping], open_one: Calla
     """Opens each of name -> {path, weight, changes to `spec`} with open_one(spec, path).
 
     Raises:
-      InputError: a weight that is not positive, weights for only some parts, shapes as a part, or as `open_one`.
+      InputError: shapes as a part, or as `open_one`.
     """
-    weights = [part.get("weight") for part in parts.values()]
-    for name, weight in zip(parts, weights, strict=True):
-        if weight is not None and not (isinstance(weight, int | float) and 0 < weight < float("inf")):
-            raise InputError(f"config.data.train.{name}.weight must be a positive number; got {weight!r}")
-        if (weight is None) != (weights[0] is None):
-            raise InputError(f"config.data.train: {name} and {next(iter(parts))}: give all parts a weight, or none")
-    given = [weight for weight in weights if weight is not None]  # all, or none
+    given = [part["weight"] for part in parts.values() if part.get("weight") is not None]  # all, or none
     sources = []
     for name, part in parts.items():
         own = {key: value for key, value in part.items() if value is not None}

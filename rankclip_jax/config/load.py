@@ -242,6 +242,9 @@ def _mixture(parts: Mapping, where: str) -> ConfigDict:
     mixture = ConfigDict()
     for name in parts:
         mixture[name] = ConfigDict(_merged(MIXTURE_PART, _group(parts[name], f"{where}.{name}"), f"{where}.{name}"))
+    unweighted = [name for name, part in mixture.items() if part.weight is None]
+    if unweighted and len(unweighted) < len(mixture):
+        raise InputError(f"{where}.{unweighted[0]}.weight=None. Expected a weight of every part, or of none")
     return mixture
 
 
