@@ -2,11 +2,10 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 from input_pipeline.duplicates import Look, Looks, look
-from input_pipeline.rows import Row, in_order, read_rows
+from input_pipeline.rows import Row, by_threads, read_rows
 from input_pipeline.sources import Source
 from input_pipeline.sources.paths import expand
 from input_pipeline.sources.source import keys
@@ -29,7 +28,7 @@ from rankclip_jax.common.progress import progress
 
 FILE = "left_out.npz"  # in prepare's OUT_DIR, so that a second start need not look at all pictures again
 DEDUP = ("exact", "near")
-_AT_ONCE, _CHUNK, _COMPARED = 100_000, 32, 16
+_AT_ONCE, _COMPARED = 100_000, 16
 _COLUMNS = "row", "name", "cosine"  # of embed's files
 
 
@@ -117,27 +116,20 @@ class Filter:
 def _looks(source: Source, numbers: np.ndarray, workers: int) -> Looks:
     looks = Looks(source.size)
 
-    def of(rows: list[Row]) -> list[tuple[int, Look]]:
-        found = []
-        for row in rows:
-            try:
-                found += [(row.number, look(row.image))] if row.reason is None else []
-            except BadImageError:  # prepare will say so
-                continue
-        return found
+    def of(row: Row) -> tuple[int, Look | None]:
+        try:
+            return row.number, look(row.image) if row.reason is None else None
+        except BadImageError:  # prepare will say so
+            return row.number, None
 
     with ThreadPoolExecutor(workers) as pool, progress("compare", len(numbers)) as bar:
         for begin in range(0, len(numbers), _AT_ONCE):
-            rows = read_rows(source, numbers[begin : begin + _AT_ONCE])
-            for found in in_order(pool, of, _chunks(rows), ahead=2 * workers):
+            for found in by_threads(pool, of, read_rows(source, numbers[begin : begin + _AT_ONCE]), workers):
                 for number, one in found:
-                    looks.add(number, one)
+                    if one:
+                        looks.add(number, one)
                 bar.update(len(found))
     return looks
-
-
-def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    return iter(lambda: list(itertools.islice(rows, _CHUNK)), [])
 
 
 def parsed(given: str) -> tuple[str, float]:

@@ -5,11 +5,12 @@ of somebody else is refused. Folders older than the markers are recognised by wh
 read from a file are not trusted: none may lead out of its folder, directly or by a link.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rankclip_jax.common.errors import InputError
@@ -123,6 +124,33 @@ class Owned:
         (self.folder / MARKER).unlink(missing_ok=True)
         if not _entries(self.folder):
             self.folder.rmdir()
+
+
+@contextlib.contextmanager
+def at_work(place: Path, command: str, alone: str) -> Iterator[None]:
+    """Keeps other starts of a command out of a folder until the end of the block. Nothing is left of it after a kill.
+
+    Args:
+      place: the folder, or a file in it, which network file systems can lock too.
+      alone: what to do, in words, where another start is at work.
+
+    Raises:
+      InputError: another start is at work there.
+    """
+    import fcntl  # Windows has none
+
+    held = os.open(place, os.O_RDONLY if place.is_dir() else os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            folder = place if place.is_dir() else place.parent
+            raise InputError(f"another {command} is at work in {folder}; wait for its end, or {alone}") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(held)
 
 
 def listed(folder: Path) -> dict[str, list[str]]:
