@@ -230,7 +230,7 @@ class Worker:
     def __call__(self, number: int, threads: int) -> int:
         """Writes the shard."""
         model, pictures = _of_worker(self.model, self.pictures)
-        found = {"model": model.fingerprint(), "size": pictures.size}
+        found = {"model": model.fingerprint(), "size": pictures.size, "names": pictures.fingerprint()}
         if found != {key: self.about[key] for key in found}:
             raise InputError("a worker finds another model or collection: every machine needs the same files")
         with ThreadPoolExecutor(threads) as pool:

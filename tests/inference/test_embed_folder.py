@@ -285,6 +285,7 @@ def test_a_killed_worker_changes_nothing(engine, photos, tmp_path, monkeypatch):
     model, opening = rankclip_jax.load(workdir), (str(photos), None, ",", None)
     pictures = collection.open_pictures(*opening)
     about = {"data": str(photos), "image_key": None, "delimiter": ",", "model": model.fingerprint(), "size": 12}
+    about["names"] = pictures.fingerprint()
 
     def made(folder, run):
         worker = collection.Worker((str(workdir), None, "quick_gelu"), opening, about, str(folder))
@@ -306,7 +307,7 @@ def test_a_killed_worker_changes_nothing(engine, photos, tmp_path, monkeypatch):
             assert made(tmp_path / "ray", functools.partial(tasks.run_by_ray, address="", threads=1)) == two
         assert (tmp_path / "killed").exists()
     with pytest.raises(InputError, match="another model or collection"):
-        collection.Worker((str(workdir), None, "quick_gelu"), opening, about | {"size": 3}, "")(0, 1)
+        collection.Worker((str(workdir), None, "quick_gelu"), opening, about | {"names": "00000000"}, "")(0, 1)
 
 
 def test_the_three_lines_of_the_docs_fill_an_index(run, photos, tmp_path, monkeypatch):
