@@ -35,9 +35,10 @@ class Pictures:
     captioned: Callable[[], bool] = lambda: False
 
     def fingerprint(self) -> str:
-        """A checksum of the names (of large collections: some, evenly spaced), which tells another collection."""
+        """A checksum of the names without their folders, which may move; of large collections of evenly spaced ones."""
         some = range(0, self.size, max(1, self.size // 100_000))
-        return f"{zlib.crc32(chr(0).join(map(self.name, some)).encode()):08x}"
+        names = "\n".join(self.name(i).rpartition("/")[2] for i in some)
+        return f"{zlib.crc32(names.encode()):08x}"
 
     def caption(self, i: int) -> str:
         """The first caption of image i; "" where there is none."""
