@@ -52,7 +52,7 @@ def prepare(
       described: other settings that must not change for a resumption, such as the source's path; kept in the manifest.
       workers: threads that decode and encode, both of which Pillow does outside Python's lock.
       run: tasks -> their results, in any order; None: one after the other, in this process.
-      wanted: leaves out good rows; None: all are written.
+      wanted: leaves out rows, good ones too; None: all good ones are written.
 
     Returns:
       The finished manifest.
@@ -165,7 +165,7 @@ def summary(manifest: Manifest, out_dir: str) -> str:
         lines.append(f"{manifest.bad.total():,} rows left out, listed in {storage.join(out_dir, 'bad_samples.jsonl')}:")
         lines += [f"{count:>10,}  {reason}" for reason, count in manifest.bad.most_common()]
     if manifest.left_out:
-        lines.append(f"{manifest.left_out.total():,} good rows left out:")
+        lines.append(f"{manifest.left_out.total():,} rows left out by --min-score and --dedup:")
         lines += [f"{count:>10,}  {reason}" for reason, count in manifest.left_out.most_common()]
     lengths: Counter = Counter()
     for shard in manifest.shards:  # read again from JSON, whose keys are strings; older manifests have none

@@ -19,6 +19,7 @@ from rankclip_jax.common.files import make_folder, write_whole
 MARKER = ".rankclip_jax"  # JSON: command -> names, relative to the folder
 ORIGIN = ".in_bucket.json"  # of a local copy: where the folder is (storage/copies.py)
 INDEX = ".rankclip_index"  # the folder of what is known of the shards in a folder, ours by its name
+_TORN = re.compile(rf"\.{re.escape(MARKER)}\.[0-9a-f]{{16}}\.part")  # what a kill leaves of the first marker
 
 
 def inside(folder: Path, name: object) -> Path:
@@ -61,7 +62,7 @@ class Owned:
         self._own = set(there.get(command, ()))
         if alone and not self.known:
             ours = {name.split("/")[0] for names in there.values() for name in names} | {MARKER, INDEX, ORIGIN}
-            strangers = sorted(set(_entries(self.folder)) - ours)
+            strangers = sorted(name for name in set(_entries(self.folder)) - ours if not _TORN.fullmatch(name))
             if strangers:
                 raise InputError(f"{folder} holds files that {command} did not write ({strangers[0]} ...); {alone}")
 

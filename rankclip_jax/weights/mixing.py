@@ -42,7 +42,7 @@ def between(a: Pretrained, b: Pretrained, alpha: float) -> Pretrained:
         a,
         path=Path(f"{a.path.name} and {b.path.name}"),
         # At the ends no 0 times infinity, and no -0 that becomes 0.
-        variables={0: a.variables, 1: b.variables}.get(alpha) or jax.tree.map(mixed, a.variables, b.variables),
+        variables={0.0: a.variables, 1.0: b.variables}.get(alpha) or jax.tree.map(mixed, a.variables, b.variables),
         tokenizer=a.tokenizer or b.tokenizer,
         run=None,
         step=None,

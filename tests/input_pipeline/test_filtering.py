@@ -75,7 +75,7 @@ def test_what_has_the_score_stays(table, tmp_path, monkeypatch, capsys, kind):
     assert manifest["left_out"] == {"cosine below 0.28": 4}
     assert [shard["left_out"] for shard in manifest["shards"]] == [{"cosine below 0.28": n} for n in (1, 2, 1)]
     said = capsys.readouterr().out
-    assert "4 good rows left out:\n         4  cosine below 0.28\n" in said
+    assert "4 rows left out by --min-score and --dedup:\n         4  cosine below 0.28\n" in said
 
 
 def test_a_table_whose_rows_embed_counts_otherwise(table, tmp_path, monkeypatch):

@@ -92,6 +92,7 @@ def test_what_does_not_mix_is_one_line(mix, folder, capsys):
         ("a resnet --out x", "a and resnet are not of one architecture: vision.image_size is 32 and 16, "),
         ("a nothing --out x", "nothing"),
         ("a b --out gs://bucket/x", "--out must be a local path"),
+        ("a b --out ./b/", "--out ./b/ is one of the two models; give another folder"),
         ("a b --alphas 0,1 --out x", "name sets to evaluate on: --labels TABLE:COLUMN"),
         ("a b --alphas 0,1 --labels none.csv --out x", "--labels none.csv: expected TABLE:COLUMN"),
     ):
