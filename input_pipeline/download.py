@@ -17,7 +17,7 @@ from input_pipeline import download_stats, url_list
 from rankclip_jax.common import commands
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
-from rankclip_jax.common.ownership import Owned
+from rankclip_jax.common.ownership import Owned, at_work
 from rankclip_jax.common.progress import progress
 from rankclip_jax.config.key import encoding
 
@@ -62,7 +62,8 @@ def download(urls: Path, out_dir: Path, options: argparse.Namespace) -> tuple[Co
       What `count` says of the whole folder, and the number of URLs.
 
     Raises:
-      InputError: a bad list, a folder of another list or other options or with files of others, or img2dataset failed.
+      InputError: a bad list, a folder of another list or other options or with files of others, another start that is
+        at work there, or img2dataset failed.
     """
     own = out_dir / "_download"  # a folder, because img2dataset takes every .json next to the shards for its own
     try:
@@ -71,25 +72,31 @@ def download(urls: Path, out_dir: Path, options: argparse.Namespace) -> tuple[Co
         _same_as_before(out_dir, own / "settings.json", settings)
         owned.claim(f"{own.name}/{name}" for name in ("settings.json", "urls.parquet", "img2dataset.log"))
         own.mkdir(exist_ok=True)
-        total, left_out = url_list.normalise(
-            urls, own / "urls.parquet", options.url_column, options.caption_column, options.encoding
-        )
-        write_whole(own / "settings.json", json.dumps(settings))
-        shards = range(-(-total // options.shard_size))
-        owned.claim(name for shard in shards for name in _names(shard))
-        _remove_unfinished(owned, shards)
-        print(f"{total:,} URLs" + (f"; {left_out:,} rows without a URL or a caption left out" if left_out else ""))
-        if total:
-            python = find_python(options.env)
-            check_distributor(python, options.distributor)
-            try:
-                private = {"RANKCLIP_DOWNLOAD_PRIVATE": "1"} if options.private else {}
-                _run(python, _arguments(out_dir, own, options), private, out_dir, own / "img2dataset.log", total)
-            finally:
-                _remove_unfinished(owned, shards)
+        with at_work(out_dir, "download", "give another OUT_DIR"):
+            total = _download_missing(owned, own, urls, settings, options)
     except OSError as error:
         raise InputError(f"{error.filename or out_dir}: {error.strerror or error}") from None
     return download_stats.count(out_dir, total), total
+
+
+def _download_missing(owned, own, urls, settings, options):
+    """Downloads what is not there; returns the number of URLs."""
+    columns = options.url_column, options.caption_column, options.encoding
+    total, left_out = url_list.normalise(urls, own / "urls.parquet", *columns)
+    write_whole(own / "settings.json", json.dumps(settings))
+    shards = range(-(-total // options.shard_size))
+    owned.claim(name for shard in shards for name in _names(shard))
+    _remove_unfinished(owned, shards)
+    print(f"{total:,} URLs" + (f"; {left_out:,} rows without a URL or a caption left out" if left_out else ""))
+    if total:
+        python = find_python(options.env)
+        check_distributor(python, options.distributor)
+        try:
+            private = {"RANKCLIP_DOWNLOAD_PRIVATE": "1"} if options.private else {}
+            _run(python, _arguments(owned.folder, own, options), private, owned.folder, own / "img2dataset.log", total)
+        finally:
+            _remove_unfinished(owned, shards)
+    return total
 
 
 def _settings(urls, options):
@@ -250,9 +257,10 @@ def main() -> None:
     """Exit codes: common/commands.py."""
     parser = _flags()
     flags = parser.parse_args()
-    for name in ("short_side", "shard_size", "processes", "threads", "timeout"):
-        if getattr(flags, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1; got {getattr(flags, name)}")
+    least = dict.fromkeys(("short_side", "shard_size", "processes", "threads", "timeout"), 1) | {"retries": 0}
+    for name, low in least.items():
+        if getattr(flags, name) < low:
+            parser.error(f"--{name.replace('_', '-')} must be at least {low}; got {getattr(flags, name)}")
     if not 1 <= flags.quality <= 100:
         parser.error(f"--quality must be 1 to 100; got {flags.quality}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that img2dataset is ended too

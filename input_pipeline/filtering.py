@@ -2,11 +2,10 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 from input_pipeline.duplicates import Look, Looks, look
-from input_pipeline.rows import Row, in_order, read_rows
+from input_pipeline.rows import Row, by_threads, read_rows
 from input_pipeline.sources import Source
 from input_pipeline.sources.paths import expand
 from input_pipeline.sources.source import keys
@@ -29,7 +28,8 @@ from rankclip_jax.common.progress import progress
 
 FILE = "left_out.npz"  # in prepare's OUT_DIR, so that a second start need not look at all pictures again
 DEDUP = ("exact", "near")
-_AT_ONCE, _CHUNK, _COMPARED = 100_000, 32, 16
+_AT_ONCE, _COMPARED = 100_000, 16
+_COLUMNS = "row", "name", "cosine"  # of embed's files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,27 +116,20 @@ class Filter:
 def _looks(source: Source, numbers: np.ndarray, workers: int) -> Looks:
     looks = Looks(source.size)
 
-    def of(rows: list[Row]) -> list[tuple[int, Look]]:
-        found = []
-        for row in rows:
-            try:
-                found += [(row.number, look(row.image))] if row.reason is None else []
-            except BadImageError:  # prepare will say so
-                continue
-        return found
+    def of(row: Row) -> tuple[int, Look | None]:
+        try:
+            return row.number, look(row.image) if row.reason is None else None
+        except BadImageError:  # prepare will say so
+            return row.number, None
 
     with ThreadPoolExecutor(workers) as pool, progress("compare", len(numbers)) as bar:
         for begin in range(0, len(numbers), _AT_ONCE):
-            rows = read_rows(source, numbers[begin : begin + _AT_ONCE])
-            for found in in_order(pool, of, _chunks(rows), ahead=2 * workers):
+            for found in by_threads(pool, of, read_rows(source, numbers[begin : begin + _AT_ONCE]), workers):
                 for number, one in found:
-                    looks.add(number, one)
+                    if one:
+                        looks.add(number, one)
                 bar.update(len(found))
     return looks
-
-
-def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    return iter(lambda: list(itertools.islice(rows, _CHUNK)), [])
 
 
 def parsed(given: str) -> tuple[str, float]:
@@ -193,32 +186,44 @@ def scores(file: str, least: float, source: Source, data: ConfigDict, most_witho
 
 def _read(path: Path) -> tuple[np.ndarray, Any, np.ndarray, int]:
     """(rows, names, cosines, images of the collection) in a file of embed, or a folder of Parquet; float32 cosines."""
-    columns = "row", "name", "cosine"
     try:
-        if path.suffix == ".npz":
-            refuse_inflating(path)
-            with np.load(path, allow_pickle=False) as arrays:
-                found = {key: arrays[key] for key in columns if key in arrays}
-                about = json.loads(str(arrays["about"]))
-        else:
-            shards = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-            schema = pq.read_schema(shards[0])
-            there = [key for key in columns if key in schema.names]
-            table = pa.concat_tables([pq.read_table(shard, columns=there) for shard in shards])
-            found = {key: table[key].to_numpy() for key in there}
-            about = json.loads(schema.metadata[b"rankclip_jax"])
+        found, about, lost = _of_npz(path) if path.suffix == ".npz" else _of_parquet(path)
         size, rows, names = int(about["size"]), found["row"], found["name"]
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
     except Exception as error:  # whatever NumPy and pyarrow raise
-        raise InputError(f"{path} is not a file of rankclip_jax.embed ({one_line(error)})") from None
+        raise InputError(f"{path} is not a file of rankclip_jax.embed ({one_line(error, kind=True)})") from None
     if "cosine" not in found:
         raise InputError(f"{path} has no cosines: its collection has no captions, or it is older; embed it again")
     cosines = found["cosine"]
     whole = rows.dtype == np.int64 and rows.shape == names.shape == cosines.shape and cosines.dtype == np.float32
-    if not whole or ((rows < 0) | (rows >= size)).any():
+    if not whole or ((rows < 0) | (rows >= size)).any() or len(np.unique(rows)) < len(rows):
         raise InputError(f"{path} is not a file of rankclip_jax.embed (its columns do not fit together)")
+    if lost is not None and len(rows) + lost != size:
+        raise InputError(
+            f"{path} has {len(rows) + lost:,} of its collection's {size:,} images: shards are missing; start the same "
+            "embed again"
+        )
     return rows, names, cosines, size
+
+
+def _of_npz(path: Path) -> tuple[dict[str, np.ndarray], dict, None]:
+    refuse_inflating(path)
+    with np.load(path, allow_pickle=False) as arrays:
+        return {key: arrays[key] for key in _COLUMNS if key in arrays}, json.loads(str(arrays["about"])), None
+
+
+def _of_parquet(path: Path) -> tuple[dict[str, np.ndarray], dict, int | None]:
+    """(columns, metadata; of a folder, how many images its shards say they leave out)"""
+    shards = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not shards:
+        raise ValueError("no .parquet is in it")
+    footers = [pq.read_metadata(shard) for shard in shards]
+    there = [key for key in _COLUMNS if key in footers[0].schema.to_arrow_schema().names]
+    table = pa.concat_tables([pq.read_table(shard, columns=there) for shard in shards])
+    said = [footer.metadata or {} for footer in footers]
+    lost = sum(len(json.loads(one.get(b"rankclip_jax_bad", b"[]"))) for one in said) if path.is_dir() else None
+    return {key: table[key].to_numpy() for key in there}, json.loads(said[0][b"rankclip_jax"]), lost
 
 
 def _numbers(source: Source, data: ConfigDict) -> tuple[np.ndarray, int]:

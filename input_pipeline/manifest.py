@@ -24,7 +24,7 @@ class Manifest:
       settings: determine the contents; all shards of a folder have the same settings.
       shards: one dict each, in order: name, rows [begin, end), samples, bytes, sha256, bad (reason -> count).
       bad: reason -> count over all shards.
-      left_out: the same of good rows, by --min-score and --dedup.
+      left_out: the same of rows that --min-score and --dedup leave out.
     """
 
     def __init__(self, folder: Path, settings: dict, others: tuple[str, ...] = ()):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import itertools
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -11,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from input_pipeline import caption_lengths
-from input_pipeline.rows import Row, in_order, read_rows
+from input_pipeline.rows import Row, by_threads, read_rows
 from input_pipeline.sources import Source
 from rankclip_jax.common.pictures import BadImageError, loaded, opened
 from rankclip_jax.common.progress import progress
 from rankclip_jax.common.tokenizer import Tokenizer
 
-_CHUNK = 32  # rows per task of a thread
 _REASONS = 10  # reasons for bad rows that are shown
 
 
@@ -64,10 +62,8 @@ def survey(source: Source, *, tokenizer: Tokenizer | None, sample: int | None, w
         bad[one.reason] += one.samples
     measures, hashes, good_rows = defaultdict(lambda: array("d")), defaultdict(lambda: array("Q")), array("q")
     caption_rows, looked_at = array("q"), 0
-    rows = read_rows(source, numbers)
-    chunks = iter(lambda: list(itertools.islice(rows, _CHUNK)), [])
     with ThreadPoolExecutor(workers) as pool, progress("inspect", len(numbers), unit="rows") as bar:
-        for chunk in in_order(pool, lambda chunk: [_look(row) for row in chunk], chunks, ahead=2 * workers):
+        for chunk in by_threads(pool, _look, read_rows(source, numbers), workers):
             good = [look for look in chunk if isinstance(look, _Look)]
             for look in chunk:
                 if not isinstance(look, _Look):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rankclip_jax.common import commands, storage, tasks
+from rankclip_jax.common import commands, files, storage, tasks
 
 if __name__ == "__main__":
     commands.quiet_tensorflow()  # before its import
@@ -26,6 +26,7 @@ from input_pipeline.sources import tfrecord
 from input_pipeline.sources.offset_index import Indexer
 from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.ownership import at_work
 from rankclip_jax.common.progress import progress
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.config.guess import guess_format
@@ -51,44 +52,45 @@ def prepare(
       described: other settings that must not change for a resumption, such as the source's path; kept in the manifest.
       workers: threads that decode and encode, both of which Pillow does outside Python's lock.
       run: tasks -> their results, in any order; None: one after the other, in this process.
-      wanted: leaves out good rows; None: all are written.
+      wanted: leaves out rows, good ones too; None: all good ones are written.
 
     Returns:
       The finished manifest.
 
     Raises:
-      InputError: too many bad rows, files of others or shards of other settings in the folder, or a disk that is full
-        or not writable.
+      InputError: too many bad rows or no good one, files of others or shards of other settings in the folder, another
+        start that is at work there, or a disk that is full or not writable.
     """
-    unreachable = sum(part.samples for part in source.lost)
-    if unreachable > options.max_bad_fraction * (source.size + unreachable):
-        raise InputError(f"more lost than config.data.max_bad_fraction = {options.max_bad_fraction};{lost(source)}")
+    _check_lost(source, options)
     others = (*(["tokenizer.json"] if options.tokenizer else []), *([filtering.FILE] if wanted else []))
     settings = described | _settings(source, options) | (wanted.settings() if wanted else {})
-    manifest = Manifest(out_dir, settings, others)
-    left_out = wanted.stored(source, out_dir, workers) if wanted else None
+    files.make_folder(out_dir)
+    with at_work(out_dir, "prepare", "give another OUT_DIR"):
+        manifest = Manifest(out_dir, settings, others)
+        left_out = wanted.stored(source, out_dir, workers) if wanted else None
+        manifest.add_lost([{"row": None, "detail": "", **dataclasses.asdict(one)} for one in source.lost])
+        if options.tokenizer:
+            options.tokenizer.save(out_dir / "tokenizer.json")
+        storage.push(out_dir)  # whose folder it is
+        _write_missing(source, out_dir, options, manifest, left_out, workers, run)
+        manifest.finish()
+    if not any(shard["samples"] for shard in manifest.shards):
+        listed = storage.join(storage.shown(out_dir), "bad_samples.jsonl")
+        raise InputError(f"none of the {manifest.bad.total():,} rows could be used; {listed} has the reasons")
+    return manifest
+
+
+def _write_missing(source, out_dir, options, manifest, left_out, workers, run):
+    """Writes the shards that are not finished, and their index; the manifest has each at once."""
     total, done = source.size, manifest.rows - manifest.left_out.total()
     total -= sum(left_out.counts(range(total)).values()) if left_out else 0
-    manifest.add_lost([{"row": None, "detail": "", **dataclasses.asdict(one)} for one in source.lost])
-    finished, where = {shard["name"] for shard in manifest.shards}, storage.shown(out_dir)
+    where = storage.shown(out_dir)
     index = Indexer(tfrecord.kind(), where, [shard["name"] for shard in manifest.shards if shard["samples"]])
-    if options.tokenizer:
-        options.tokenizer.save(out_dir / "tokenizer.json")
+    missing = _missing(source, options, manifest, left_out)
     with ThreadPoolExecutor(workers) as pool, progress("prepare", total, unit="rows", done=done) as bar:
         job = Job(source, options, pool, workers, bar, rows=done, bad=manifest.bad.total())
-
-        def missing():
-            before = (done, manifest.bad.total())
-            for number, name in enumerate(shards.names(source.size, options.shard_size)):
-                begin = number * options.shard_size
-                if name not in finished:
-                    rows = range(begin, min(begin + options.shard_size, source.size))
-                    yield Task(number, rows, left_out.kept(rows) if left_out else rows, before)
-                    before = None
-
-        storage.push(out_dir)  # whose folder it is
         try:
-            results = run(missing()) if run else (write(job, where, task) for task in missing())
+            results = run(missing) if run else (write(job, where, task) for task in missing)
             with contextlib.closing(results):
                 for entry, bad_samples, records in results:
                     if left_out:
@@ -108,8 +110,24 @@ def prepare(
             raise
         finally:
             index.close()
-    manifest.finish()
-    return manifest
+
+
+def _check_lost(source, options):
+    """Raises InputError where more samples are unreachable than config.data.max_bad_fraction."""
+    unreachable = sum(part.samples for part in source.lost)
+    if unreachable > options.max_bad_fraction * (source.size + unreachable):
+        raise InputError(f"more lost than config.data.max_bad_fraction = {options.max_bad_fraction};{lost(source)}")
+
+
+def _missing(source, options, manifest, left_out):
+    """Yields the tasks of the shards that are not finished."""
+    finished = {shard["name"] for shard in manifest.shards}
+    before = manifest.rows - manifest.left_out.total(), manifest.bad.total()
+    for number, name in enumerate(shards.names(source.size, options.shard_size)):
+        if name not in finished:
+            rows = range(number * options.shard_size, min((number + 1) * options.shard_size, source.size))
+            yield Task(number, rows, left_out.kept(rows) if left_out else rows, before)
+            before = None
 
 
 def _check_bad(manifest, options, bad_samples):
@@ -141,13 +159,13 @@ def lost(source: sources.Source) -> str:
 def summary(manifest: Manifest, out_dir: str) -> str:
     """Describes the result, and how to train on it."""
     samples, size = (sum(shard[key] for shard in manifest.shards) for key in ("samples", "bytes"))
-    files = sum(shard["samples"] > 0 for shard in manifest.shards)
-    lines = [f"{samples:,} samples in {files:,} shards, {size / 1e6:,.1f} MB: {out_dir}"]
+    written = sum(shard["samples"] > 0 for shard in manifest.shards)
+    lines = [f"{samples:,} samples in {written:,} shards, {size / 1e6:,.1f} MB: {out_dir}"]
     if manifest.bad:
         lines.append(f"{manifest.bad.total():,} rows left out, listed in {storage.join(out_dir, 'bad_samples.jsonl')}:")
         lines += [f"{count:>10,}  {reason}" for reason, count in manifest.bad.most_common()]
     if manifest.left_out:
-        lines.append(f"{manifest.left_out.total():,} good rows left out:")
+        lines.append(f"{manifest.left_out.total():,} rows left out by --min-score and --dedup:")
         lines += [f"{count:>10,}  {reason}" for reason, count in manifest.left_out.most_common()]
     lengths: Counter = Counter()
     for shard in manifest.shards:  # read again from JSON, whose keys are strings; older manifests have none
@@ -219,7 +237,9 @@ def main() -> None:
         storage.output(flags.out_dir or ".", "prepare") as out_dir,
     ):
         kind = flags.format or guess_format(flags.source)
-        overrides = [f"data.train={flags.source}", *(flag.removeprefix("--config.") for flag in rest)]
+        # What is there is that, also where its name reads as a number or a list.
+        train = repr(flags.source) if os.path.exists(os.path.expanduser(flags.source)) else flags.source
+        overrides = [f"data.train={train}", *(flag.removeprefix("--config.") for flag in rest)]
         data = configs.complete(configs.override({"data": {"format": kind}}, overrides)).data
         source = opened(data.to_json(), flags.short_side)
         tokenizer = Tokenizer.load(flags.tokenizer) if flags.tokenizer else None

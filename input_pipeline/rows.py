@@ -1,6 +1,7 @@
 """Reads the rows of a source once in order."""
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,8 @@ import tensorflow as tf
 from input_pipeline.bad_samples import why_dropped
 from input_pipeline.sources import Ahead, Source, started_ahead
 from rankclip_jax.common.errors import InputError
+
+_AT_ONCE = 32  # rows of a task of a thread
 
 
 @dataclasses.dataclass
@@ -94,6 +97,12 @@ def captions_of(sample: dict) -> tuple[str, ...]:
 def _failed(source, number):
     detail, reason = why_dropped(source.read, number, source.ahead)
     return Row(number, reason=reason, detail=detail)
+
+
+def by_threads(pool: ThreadPoolExecutor, work: Callable, rows: Iterator[Row], threads: int) -> Iterator[list]:
+    """Yields [work(row), ...] of some rows at a time, in order."""
+    some = iter(lambda: list(itertools.islice(rows, _AT_ONCE)), [])
+    return in_order(pool, lambda chunk: [work(row) for row in chunk], some, ahead=2 * threads)
 
 
 def in_order(pool: ThreadPoolExecutor, work: Callable, items: Iterable, ahead: int) -> Iterator:

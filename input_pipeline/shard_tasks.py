@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 import warnings
 from collections import Counter
@@ -17,14 +16,12 @@ from tqdm import tqdm
 
 from input_pipeline import shards, sources
 from input_pipeline.encode import encode
-from input_pipeline.rows import in_order, read_rows
+from input_pipeline.rows import by_threads, read_rows
 from input_pipeline.sources.offset_index import Scanned
 from rankclip_jax.common import packing, storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import BadImageError
 from rankclip_jax.common.tokenizer import Tokenizer
-
-_CHUNK = 32  # rows per task of a thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,23 +99,20 @@ class Job:
     def records(self, shard: int, begin: int, numbers: range | np.ndarray) -> Iterator[bytes]:
         self.bad_samples, self.lengths = [], Counter()
         digits = len(str(self._options.shard_size - 1))
-        rows = read_rows(self._source, numbers)
-        chunks = iter(lambda: list(itertools.islice(rows, _CHUNK)), [])
-        for chunk in in_order(self._pool, self._encode, chunks, ahead=2 * self._workers):
+        for chunk in by_threads(self._pool, self._encode, read_rows(self._source, numbers), self._workers):
             good = [row for row in chunk if row.reason is None]
             tokens = self._tokens(good)
             for row, ids in zip(good, tokens, strict=True):
                 yield _record(row, f"{shard:05d}{row.number - begin:0{digits}d}", ids)
             self._count(len(chunk), [row for row in chunk if row.reason is not None])
 
-    def _encode(self, chunk):
-        for row in chunk:
-            try:
-                if row.reason is None:
-                    row.image = encode(row.image, short_side=self._options.short_side, quality=self._options.quality)
-            except BadImageError as error:
-                row.reason, row.detail = error.reason, error.detail
-        return chunk
+    def _encode(self, row):
+        try:
+            if row.reason is None:
+                row.image = encode(row.image, short_side=self._options.short_side, quality=self._options.quality)
+        except BadImageError as error:
+            row.reason, row.detail = error.reason, error.detail
+        return row
 
     def _tokens(self, rows):
         tokenizer = self._options.tokenizer

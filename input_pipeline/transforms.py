@@ -15,7 +15,16 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
-from input_pipeline.decode import decode, has_few_scans, is_jpeg, is_large, jpeg, jpeg_at_once, jpeg_shape, jpeg_size
+from input_pipeline.decode import (
+    decode,
+    has_few_scans,
+    is_jpeg,
+    is_large,
+    jpeg,
+    jpeg_at_once,
+    jpeg_shape,
+    jpeg_size,
+)
 from rankclip_jax.common import pictures
 
 _LOG_ASPECT = math.log(4 / 3)

@@ -1,6 +1,7 @@
 """Converts published lists of image URLs and captions to one Parquet file with columns url and caption."""
 
 import itertools
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,7 +86,7 @@ def _of_table(
 
 
 def _is_url(value):
-    return isinstance(value, str) and value.strip().startswith(("http://", "https://"))
+    return isinstance(value, str) and re.match(r"\s*https?://", value, re.IGNORECASE) is not None
 
 
 def _columns(path, first, url_column, caption_column):

@@ -93,7 +93,7 @@ def _embed(model: Model, flags: argparse.Namespace) -> None:
     }
     opening = _opening(flags)
     pictures = open_pictures(*opening)
-    about["size"] = pictures.size
+    about |= {"size": pictures.size, "names": pictures.fingerprint()}
     if collection.is_scored(model, pictures):
         about["cosines"] = True
     if not store.is_folder(flags.out):

@@ -21,11 +21,10 @@ from rankclip_jax.common.errors import InputError
 def open_mixture(spec: ConfigDict, parts: Mapping[str, Mapping], open_one: Callable) -> Source:
     """Opens each of name -> {path, weight, changes to `spec`} with open_one(spec, path).
 
-    The configuration has checked the weights: all parts have one, or none. Raises InputError for shapes as a part, or
-    as `open_one`.
+    Raises:
+      InputError: shapes as a part, or as `open_one`.
     """
-    weights = [part.get("weight") for part in parts.values()]
-    given = [weight for weight in weights if weight is not None]
+    given = [part["weight"] for part in parts.values() if part.get("weight") is not None]  # all, or none
     sources = []
     for name, part in parts.items():
         own = {key: value for key, value in part.items() if value is not None}

@@ -34,7 +34,7 @@ def expand(pattern: str | Sequence[str], *, endings: tuple[str, ...], hint: str 
             raise InputError(f"config.data.train and .val must be a path or a list of paths; got {pattern!r}")
         return [path for one in pattern for path in expand(str(one), endings=endings, hint=hint)]
     paths = []
-    choices = braces(pattern)
+    choices = [pattern] if os.path.exists(pattern) else braces(pattern)
     there = _remote_files(choices) if storage.is_remote(pattern) else {}
     for path in choices:
         found = [path] if path in there else _matches(path, endings)

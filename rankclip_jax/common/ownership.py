@@ -5,11 +5,12 @@ of somebody else is refused. Folders older than the markers are recognised by wh
 read from a file are not trusted: none may lead out of its folder, directly or by a link.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rankclip_jax.common.errors import InputError
@@ -18,6 +19,7 @@ from rankclip_jax.common.files import make_folder, write_whole
 MARKER = ".rankclip_jax"  # JSON: command -> names, relative to the folder
 ORIGIN = ".in_bucket.json"  # of a local copy: where the folder is (storage/copies.py)
 INDEX = ".rankclip_index"  # the folder of what is known of the shards in a folder, ours by its name
+_TORN = re.compile(rf"\.{re.escape(MARKER)}\.[0-9a-f]{{16}}\.part")  # what a kill leaves of the first marker
 
 
 def inside(folder: Path, name: object) -> Path:
@@ -60,7 +62,7 @@ class Owned:
         self._own = set(there.get(command, ()))
         if alone and not self.known:
             ours = {name.split("/")[0] for names in there.values() for name in names} | {MARKER, INDEX, ORIGIN}
-            strangers = sorted(set(_entries(self.folder)) - ours)
+            strangers = sorted(name for name in set(_entries(self.folder)) - ours if not _TORN.fullmatch(name))
             if strangers:
                 raise InputError(f"{folder} holds files that {command} did not write ({strangers[0]} ...); {alone}")
 
@@ -123,6 +125,33 @@ class Owned:
         (self.folder / MARKER).unlink(missing_ok=True)
         if not _entries(self.folder):
             self.folder.rmdir()
+
+
+@contextlib.contextmanager
+def at_work(place: Path, command: str, alone: str) -> Iterator[None]:
+    """Keeps other starts of a command out of a folder until the end of the block. Nothing is left of it after a kill.
+
+    Args:
+      place: the folder, or a file in it, which network file systems can lock too.
+      alone: what to do, in words, where another start is at work.
+
+    Raises:
+      InputError: another start is at work there.
+    """
+    import fcntl  # Windows has none
+
+    held = os.open(place, os.O_RDONLY if place.is_dir() else os.O_RDWR)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            folder = place if place.is_dir() else place.parent
+            raise InputError(f"another {command} is at work in {folder}; wait for its end, or {alone}") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(held)
 
 
 def listed(folder: Path) -> dict[str, list[str]]:

@@ -104,7 +104,8 @@ def run_by_ray(
         shared, left = ray.put((work, os.getcwd())), iter(tasks)
         while True:
             most = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)) // threads)
-            running += [remote.remote(shared, task, threads) for task in itertools.islice(left, most - len(running))]
+            more = max(0, most - len(running))  # below 0 where a node went
+            running += [remote.remote(shared, task, threads) for task in itertools.islice(left, more)]
             if not running:
                 return
             (done, *_), running = ray.wait(running)

@@ -17,7 +17,7 @@ import numpy as np
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.files import whole, write_whole
-from rankclip_jax.common.ownership import Owned, inside
+from rankclip_jax.common.ownership import Owned, at_work, inside
 from rankclip_jax.common.progress import progress
 from rankclip_jax.inference import store
 from rankclip_jax.inference.model import Model, load
@@ -48,10 +48,11 @@ def embed(model: Model, pictures: Pictures, out: Path, about: dict) -> None:
 
     Raises:
       InputError: `out` has an unknown extension; it or its bad_samples.jsonl exists; its parts belong to another run or
-        are not ours; or no image could be used.
+        are not ours; another start is at work; or no image could be used.
     """
     if out.suffix not in store.ENDINGS:
-        raise InputError(f"--out {out}: unknown extension. Expected {' or '.join(store.ENDINGS)}")
+        expected = f"{' or '.join(store.ENDINGS)}, or a folder, which ends in / or has no dot"
+        raise InputError(f"--out {out}: unknown extension. Expected {expected}")
     if out.exists():
         raise InputError(f"{out} already exists; search it with --search, delete it, or give another --out")
     folder, named = (inside(out.parent, out.name + ending) for ending in (".parts", ".bad_samples.jsonl"))
@@ -63,6 +64,15 @@ def embed(model: Model, pictures: Pictures, out: Path, about: dict) -> None:
     parts.claim(["about.json", "unfinished", *(f"{start}.npz" for start in starts)])
     if not (folder / "about.json").exists():
         write_whole(folder / "about.json", json.dumps(about))
+    with at_work(folder, "embed", "give another --out"):
+        _write_parts(model, pictures, folder, starts, "cosines" in about)
+        _list_left_out(pictures, folder, starts, named)
+        count = store.write(out, (_part(folder, start)[0] for start in starts), about, folder / "unfinished")
+        parts.dissolve()
+    print(f"wrote {out}: {count:,} embeddings of {model.source.config.embed_dim} dimensions")
+
+
+def _write_parts(model, pictures, folder, starts, scored):
     missing = [start for start in starts if not (folder / f"{start}.npz").exists()]
     if len(missing) < len(starts):
         print(f"resuming from {folder}: {len(starts) - len(missing)} of {len(starts)} parts are done")
@@ -70,23 +80,22 @@ def embed(model: Model, pictures: Pictures, out: Path, about: dict) -> None:
     with ThreadPoolExecutor() as threads, progress("embed", left) as bar:
         for start in missing:
             rows = range(start, min(start + PART, pictures.size))
-            found = _embed_rows(model, pictures, rows, threads, "cosines" in about)
-            _write_part(folder / f"{start}.npz", *found)
+            _write_part(folder / f"{start}.npz", *_embed_rows(model, pictures, rows, threads, scored))
             bar.update(len(rows))
 
+
+def _list_left_out(pictures, folder, starts, named):
+    """Lists in the file `named` what the parts left out, and why."""
     lost = [json.dumps({"row": None, "where": where, "reason": reason}) for where, reason in pictures.lost]
     bad = lost + [line for start in starts for line in _part(folder, start)[1]]
     if len(bad) - len(lost) == pictures.size:
-        raise InputError(f"none of the {pictures.size} images could be used; for example {_place_and_reason(bad[0])}")
+        raise _none_used(pictures, bad[0])
     if bad:
         lines = "".join(line + "\n" for line in bad)
         if named.exists() and named.read_text(encoding="utf-8", errors="replace") != lines:  # else from before a kill
             raise InputError(f"{named} belongs to another run; move it away, and run the same command again")
         write_whole(named, lines)
-        print(f"{len(bad)} images were left out, for example {_place_and_reason(bad[0])}; all are listed in {named}")
-    count = store.write(out, (_part(folder, start)[0] for start in starts), about, folder / "unfinished")
-    parts.dissolve()
-    print(f"wrote {out}: {count:,} embeddings of {model.source.config.embed_dim} dimensions")
+        print(f"{_left_out(len(bad), bad[0])}; all are listed in {named}")
 
 
 def embed_to_folder(
@@ -107,7 +116,8 @@ def embed_to_folder(
       run: numbers of shards -> those that are written, in any order; None: one after the other, in this process.
 
     Raises:
-      InputError: the folder is of another run or has files of others, or no image could be used.
+      InputError: the folder is of another run or has files of others, another start is at work there, or no image
+        could be used.
     """
     where, names = storage.shown(out), [store.shard(number) for number in range(store.shards(pictures.size))]
     owned = Owned(out, "embed", alone="move them away, or give another --out")
@@ -115,7 +125,15 @@ def embed_to_folder(
     owned.claim([store.ABOUT, store.BAD, *names, *map(_part_of, names)])
     if not (out / store.ABOUT).exists():
         write_whole(out / store.ABOUT, json.dumps(about))
-    storage.push(out)
+    with at_work(out, "embed", "give another --out"):
+        storage.push(out)
+        _write_shards(model, pictures, where, names, about, run)
+        for name in names:
+            owned.remove(_part_of(name))
+        _list_bad(model, pictures, out, where)
+
+
+def _write_shards(model, pictures, where, names, about, run):
     there = {storage.name_of(path) for path in store.files(where)}
     missing = [number for number, name in enumerate(names) if name not in there]
     if len(missing) < len(names):
@@ -135,9 +153,6 @@ def embed_to_folder(
             for number in done:
                 if run:
                     bar.update(len(rows_of(number)))
-    for name in names:
-        owned.remove(_part_of(name))
-    _list_bad(model, pictures, out, where)
 
 
 def _list_bad(model, pictures, out, where):
@@ -157,10 +172,9 @@ def _list_bad(model, pictures, out, where):
             file.writelines(line + "\n" for line in lines)
             count, bad, example = count + rows, bad + len(lines), example or next(iter(lines), "")
     if not count:
-        raise InputError(f"none of the {pictures.size} images could be used; for example {_place_and_reason(example)}")
+        raise _none_used(pictures, example)
     if example:
-        listed, left_out = storage.join(where, store.BAD), bad + len(pictures.lost)
-        print(f"{left_out} images were left out, for example {_place_and_reason(example)}; all are listed in {listed}")
+        print(f"{_left_out(bad + len(pictures.lost), example)}; all are listed in {storage.join(where, store.BAD)}")
     print(f"wrote {where}: {count:,} embeddings of {model.source.config.embed_dim} dimensions")
 
 
@@ -216,7 +230,7 @@ class Worker:
     def __call__(self, number: int, threads: int) -> int:
         """Writes the shard."""
         model, pictures = _of_worker(self.model, self.pictures)
-        found = {"model": model.fingerprint(), "size": pictures.size}
+        found = {"model": model.fingerprint(), "size": pictures.size, "names": pictures.fingerprint()}
         if found != {key: self.about[key] for key in found}:
             raise InputError("a worker finds another model or collection: every machine needs the same files")
         with ThreadPoolExecutor(threads) as pool:
@@ -227,7 +241,9 @@ class Worker:
 @functools.lru_cache(maxsize=1)
 def _of_worker(model, pictures):
     path, tokenizer, activation = model
-    return load(path, tokenizer=tokenizer, activation=activation), open_pictures(*pictures)
+    opened = open_pictures(*pictures)
+    opened.captioned()  # reads the captions of a table here, once, which else each thread would do
+    return load(path, tokenizer=tokenizer, activation=activation), opened
 
 
 def encode(model: Model, pictures: Pictures) -> store.Embeddings:
@@ -245,9 +261,9 @@ def encode(model: Model, pictures: Pictures) -> store.Embeddings:
             bad += reasons
             bar.update(len(rows))
     if len(bad) == pictures.size:
-        raise InputError(f"none of the {pictures.size} images could be used; for example {_place_and_reason(bad[0])}")
+        raise _none_used(pictures, bad[0])
     if bad:
-        print(f"{len(bad)} images were left out, for example {_place_and_reason(bad[0])}", file=sys.stderr)
+        print(_left_out(len(bad), bad[0]), file=sys.stderr)
     z, rows, names = zip(*parts, strict=True)
     rows, names = (list(itertools.chain.from_iterable(some)) for some in (rows, names))
     return store.Embeddings(np.concatenate(z), np.array(rows, np.int64), names, {})
@@ -310,9 +326,18 @@ def _same_run(folder: Path, about: dict, name: str = "about.json") -> None:
             old = dict(json.loads(stored.read_text()))
         except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{stored} is damaged ({error}); move {folder} away, or give another --out") from None
-        changed = [f"{key}: {old.get(key)!r} -> {about.get(key)!r}" for key in about if old.get(key) != about[key]]
+        keys = [key for key in old | about if old.get(key) != about.get(key)]
+        changed = [f"{key}: {old.get(key)!r} -> {about.get(key)!r}" for key in keys]
         if changed:
             raise InputError(f"{folder} belongs to another run ({'; '.join(changed)}); delete it, or change --out")
+
+
+def _none_used(pictures: Pictures, example: str) -> InputError:
+    return InputError(f"none of the {pictures.size} images could be used; for example {_place_and_reason(example)}")
+
+
+def _left_out(count: int, example: str) -> str:
+    return f"{count} images were left out, for example {_place_and_reason(example)}"
 
 
 def _place_and_reason(line: str) -> str:

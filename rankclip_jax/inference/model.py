@@ -80,8 +80,8 @@ class Model:
         self._embed = jax.jit(embed)
 
     def fingerprint(self) -> str:
-        """A checksum of all parameters, which identifies the model of stored embeddings."""
-        checksum = 0
+        """A checksum of parameters, activation and view, which identifies the model of stored embeddings."""
+        checksum = zlib.crc32(repr((self.source.config.activation, self.source.view)).encode())
         for leaf in jax.tree.leaves(self.source.variables):
             checksum = zlib.crc32(np.ascontiguousarray(leaf).data, checksum)
         return f"{checksum:08x}"

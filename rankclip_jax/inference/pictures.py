@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -32,6 +33,12 @@ class Pictures:
     lost: tuple[tuple[str, str], ...] = ()
     captions: Callable[[int], tuple[str, ...]] = lambda row: ()
     captioned: Callable[[], bool] = lambda: False
+
+    def fingerprint(self) -> str:
+        """A checksum of the names without their folders, which may move; of large collections of evenly spaced ones."""
+        some = range(0, self.size, max(1, self.size // 100_000))
+        names = "\n".join(self.name(i).rpartition("/")[2] for i in some)
+        return f"{zlib.crc32(names.encode()):08x}"
 
     def caption(self, i: int) -> str:
         """The first caption of image i; "" where there is none."""

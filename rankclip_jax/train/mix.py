@@ -55,12 +55,14 @@ def main() -> None:
     commands.keep_freed_memory()
     with commands.exit_codes():
         out = storage.local(flags.out, "--out")
+        if out.resolve() in (Path(flags.a).resolve(), Path(flags.b).resolve()):
+            raise InputError(f"--out {flags.out} is one of the two models; give another folder")
         overrides = [*arguments.sets(flags, alone=True), *(key.removeprefix("--config.") for key in keys)]
         a, b = (pretrained.read(path, flags.tokenizer) for path in (flags.a, flags.b))
         try:
             if flags.alphas:
                 config = evaluate.settings(flags.config, None, overrides)
-                print(curve(config, a, b, flags.alphas, Path(out)))
+                print(curve(config, a, b, flags.alphas, out))
             if flags.alpha is not None or not flags.alphas:
                 alpha = 0.5 if flags.alpha is None else flags.alpha
                 model = mixing.between(a, b, alpha)

@@ -1,7 +1,6 @@
 """The workdir of a run: whose files are in it, whether it holds a run, and that one start at a time works in it."""
 
 import contextlib
-import fcntl
 import json
 import math
 import re
@@ -15,7 +14,7 @@ from rankclip_jax import config as configs
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
-from rankclip_jax.common.ownership import Owned
+from rankclip_jax.common.ownership import Owned, at_work
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.parallel import processes
 from rankclip_jax.weights import checkpoint
@@ -180,15 +179,8 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
         yield
         return
     Owned(workdir, "train").claim(_names(config))
-    with open(workdir / _LOCK, "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another training is at work in {workdir}; wait for its end, or give a new --workdir"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+    (workdir / _LOCK).touch()
+    with at_work(workdir / _LOCK, "training", "give a new --workdir"):
         storage.take(workdir)
         yield
 

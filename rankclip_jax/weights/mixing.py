@@ -41,7 +41,8 @@ def between(a: Pretrained, b: Pretrained, alpha: float) -> Pretrained:
     return dataclasses.replace(
         a,
         path=Path(f"{a.path.name} and {b.path.name}"),
-        variables=jax.tree.map(mixed, a.variables, b.variables),
+        # At the ends no 0 times infinity, and no -0 that becomes 0.
+        variables={0.0: a.variables, 1.0: b.variables}.get(alpha) or jax.tree.map(mixed, a.variables, b.variables),
         tokenizer=a.tokenizer or b.tokenizer,
         run=None,
         step=None,

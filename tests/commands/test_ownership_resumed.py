@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from rankclip_jax.common import files
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.ownership import MARKER, Owned
 from rankclip_jax.inference import collection, store
@@ -117,3 +118,14 @@ def test_exports_are_read_back_after_being_replaced(world, tmp_path):
     shutil.copytree(tmp_path / "orbax/variables", tmp_path / "orbax/variables.orbax-checkpoint-tmp")  # of a kill
     export.write(read, tmp_path / "orbax", "orbax")
     assert not (tmp_path / "orbax/variables.orbax-checkpoint-tmp").exists()
+
+
+def test_what_a_kill_leaves_of_the_first_marker_is_no_strangers(tmp_path):
+    with pytest.raises(KeyboardInterrupt), files.whole(tmp_path / MARKER) as part:
+        raise KeyboardInterrupt
+    part.write_text("half")  # which a SIGKILL would leave
+    Owned(tmp_path, "embed", alone="move it").claim(["a.npz"])
+    (tmp_path / MARKER).unlink()
+    (tmp_path / ".a.part").write_text("mine")
+    with pytest.raises(InputError, match=r"holds files that embed did not write \(\.a\.part \.\.\.\); move it"):
+        Owned(tmp_path, "embed", alone="move it")

@@ -1,13 +1,16 @@
-"""Workers end with the process that started them, however that ends."""
+"""Workers end with the process that started them, however that ends; and a cluster may lose nodes."""
 
 import os
 import signal
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+
+from rankclip_jax.common import tasks
 
 REPO = Path(__file__).parents[2]
 SCRIPT = """
@@ -41,3 +44,27 @@ def test_workers_end_with_their_parent(how, tmp_path):
         worker.settimeout(300)
         assert worker.recv(1) == b""  # its end closes the connection
         worker.close()
+
+
+class ShrinkingRay:
+    """A cluster of 4 processors, and of 1 after the first look; a task is done when it is started."""
+
+    exceptions = types.SimpleNamespace(RayTaskError=RuntimeError, RayError=OSError)
+
+    def __init__(self):
+        self.cpus = [4]
+
+    def cluster_resources(self):
+        return {"CPU": self.cpus.pop() if self.cpus else 1}
+
+    nodes = staticmethod(lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}])
+    remote = staticmethod(lambda **_: lambda function: types.SimpleNamespace(remote=function))
+    wait = staticmethod(lambda running: (running[:1], running[1:]))
+    put = get = staticmethod(lambda value: value)
+
+
+def test_a_cluster_that_loses_a_node_does_all_tasks(monkeypatch):
+    monkeypatch.setattr(tasks, "_ray", lambda address: (ShrinkingRay(), False))
+    assert list(tasks.run_by_ray(lambda task, threads: 10 * task + threads, range(12), address="")) == [
+        10 * task + 1 for task in range(12)
+    ]

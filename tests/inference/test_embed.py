@@ -80,7 +80,7 @@ def test_parts_of_another_run_are_not_mixed_in(run, folder, tmp_path, monkeypatc
     with pytest.raises(SystemExit, match="130"):
         run(folder, "--out", tmp_path / "e.npz")
     next(folder.glob("*.png")).unlink()
-    with pytest.raises(SystemExit, match=r"parts belongs to another run \(size: 11 -> 10\); delete it"):
+    with pytest.raises(SystemExit, match=r"parts belongs to another run \(size: 11 -> 10; names: .*\); delete it"):
         run(folder, "--out", tmp_path / "e.npz")
 
 

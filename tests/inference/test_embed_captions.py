@@ -106,13 +106,24 @@ def test_pairs_without_a_caption_have_none_and_collections_without_no_column(
         assert "cosine" not in no
 
 
-def test_a_run_of_before_captions_were_read_is_not_mixed(run, folder, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
-        patch.setattr(store, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        run(folder, "--out", tmp_path / "e.npz")
+def test_what_is_written_otherwise_is_not_mixed(run, model, folder, tmp_path, monkeypatch):
+    def starts(name):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+            patch.setattr(store, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            run(folder, "--out", tmp_path / name)
+
+    def resumes(name, message, **changed):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"belongs to another run {message}"):
+            patch.setattr(model, "source", dataclasses.replace(model.source, **changed))
+            run(folder, "--out", tmp_path / name)
+
+    starts("bare.npz")
     (folder / "00.txt").write_text("a cat")
-    with pytest.raises(SystemExit, match=r"belongs to another run \(cosines: None -> True\)"):
-        run(folder, "--out", tmp_path / "e.npz")
+    resumes("bare.npz", r"\(cosines: None -> True\)")
+    starts("scored.npz")
+    resumes("scored.npz", r"\(cosines: True -> None\)", tokenizer=None)
+    gelu = dataclasses.replace(model.source.config, activation="gelu_tanh")
+    resumes("scored.npz", r"\(model: '\w{8}' -> '\w{8}'\)", config=gelu)  # the same weights
 
 
 def test_the_column_of_captions_may_have_another_name(run, model, folder, tmp_path):

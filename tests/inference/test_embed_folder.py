@@ -19,6 +19,7 @@ import rankclip_jax
 from rankclip_jax import embed
 from rankclip_jax.common import storage, tasks
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.ownership import at_work
 from rankclip_jax.common.pictures import read, read_file
 from rankclip_jax.inference import collection, search, store
 from rankclip_jax.inference.pictures import Pictures
@@ -156,8 +157,8 @@ def test_a_second_start_does_what_is_missing(run, model, photos, tmp_path, monke
     run(photos, "--out", out)
     assert model.seen == 3 and {name: (out / name).read_bytes() for name in names(out)} == whole
     assert f"resuming: 2 of 3 shards of {out} are done" in capsys.readouterr().out
-    (photos / "00.png").unlink()
-    with pytest.raises(SystemExit, match=r"made belongs to another run \(size: 12 -> 11\)"):
+    (photos / "00.png").rename(photos / "99.png")  # as many, of which all have another number
+    with pytest.raises(SystemExit, match=r"made belongs to another run \(names: '\w{8}' -> '\w{8}'\)"):
         run(photos, "--out", out)
 
 
@@ -169,6 +170,8 @@ def test_what_is_not_ours_or_not_complete_is_refused(run, photos, tmp_path):
         run(photos, "--out", out)
     (out / "mine.txt").unlink()
     run(photos, "--out", out)
+    with at_work(out, "embed", ""), pytest.raises(SystemExit, match=f"another embed is at work in {out}; wait for "):
+        run(photos, "--out", out)
     shard = out / "00001.parquet"
     content = shard.read_bytes()
     shard.unlink()
@@ -282,6 +285,7 @@ def test_a_killed_worker_changes_nothing(engine, photos, tmp_path, monkeypatch):
     model, opening = rankclip_jax.load(workdir), (str(photos), None, ",", None)
     pictures = collection.open_pictures(*opening)
     about = {"data": str(photos), "image_key": None, "delimiter": ",", "model": model.fingerprint(), "size": 12}
+    about["names"] = pictures.fingerprint()
 
     def made(folder, run):
         worker = collection.Worker((str(workdir), None, "quick_gelu"), opening, about, str(folder))
@@ -303,7 +307,7 @@ def test_a_killed_worker_changes_nothing(engine, photos, tmp_path, monkeypatch):
             assert made(tmp_path / "ray", functools.partial(tasks.run_by_ray, address="", threads=1)) == two
         assert (tmp_path / "killed").exists()
     with pytest.raises(InputError, match="another model or collection"):
-        collection.Worker((str(workdir), None, "quick_gelu"), opening, about | {"size": 3}, "")(0, 1)
+        collection.Worker((str(workdir), None, "quick_gelu"), opening, about | {"names": "00000000"}, "")(0, 1)
 
 
 def test_the_three_lines_of_the_docs_fill_an_index(run, photos, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 
 from input_pipeline import download, download_stats, url_list
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.ownership import at_work
 
 REPO = Path(__file__).parents[2]
 
@@ -81,9 +82,9 @@ def test_captions_of_lists_may_be_several_or_of_another_encoding(tmp_path):
 
 
 def test_lines_without_a_url_or_a_caption_are_counted(tmp_path):
-    lines = ["a cat\thttp://a/1.jpg", "\thttp://a/2.jpg", "no link\t", "one column", "", "a\u2028dog\thttp://a/3.jpg"]
+    lines = ["a cat\thttp://a/1.jpg", "\thttp://a/2.jpg", "no link\t", "one column", "", "a\u2028dog\tHTTP://a/3.jpg"]
     (tmp_path / "list.tsv").write_text("\n".join(lines))
-    expected = [("http://a/1.jpg", "a cat"), ("http://a/3.jpg", "a\u2028dog")]
+    expected = [("http://a/1.jpg", "a cat"), ("HTTP://a/3.jpg", "a\u2028dog")]
     assert listed(tmp_path / "list.tsv", tmp_path / "out") == ((2, 3), expected)  # an empty line is no row
 
 
@@ -210,5 +211,9 @@ def test_wrong_input_is_said_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "list.tsv").write_text("a cat\thttp://a/1.jpg\n")
     assert "Not a directory" in refused(tmp_path / "list.tsv", tmp_path / "list.tsv/out")
     assert "no column 'x'" in refused(tmp_path / "list.tsv", tmp_path / "out", "--url-column", "x")
-    assert refused(tmp_path / "list.tsv", tmp_path / "out", "--quality", "0") == 2
+    for wrong in ("--quality=0", "--threads=0", "--retries=-1"):
+        assert refused(tmp_path / "list.tsv", tmp_path / "out", wrong) == 2
     assert "no img2dataset in" in refused(tmp_path / "list.tsv", tmp_path / "out")
+    with at_work(tmp_path / "out", "download", ""):
+        second = refused(tmp_path / "list.tsv", tmp_path / "out")
+    assert second == f"error: another download is at work in {tmp_path}/out; wait for its end, or give another OUT_DIR"

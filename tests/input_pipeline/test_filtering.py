@@ -21,13 +21,14 @@ from tests.support.source_files import samples, write_folder, write_parquet, wri
 SCORES = np.float32([0.31, 0.05, 0.28, -0.2, 0.4, 0.27, 0.9, 0.1])
 
 
-def scored(path, names, cosines, size=None, rows=None):
-    """A file as embed writes it."""
+def scored(path, names, cosines, size=None, rows=None, bad=None):
+    """A file as embed writes it; `bad`: of a folder's shard, lines about what it leaves out."""
     rows = np.arange(len(names)) if rows is None else np.array(rows, np.int64)
     size = len(names) if size is None else size
     about = {"data": "x", "image_key": None, "delimiter": ",", "model": "00", "size": size}
     z = np.ones((len(names), 1), np.float32)
-    store.write(path, [store.Embeddings(z, rows, list(names), about, np.asarray(cosines, np.float32))], about)
+    found = store.Embeddings(z, rows, list(names), about, np.asarray(cosines, np.float32))
+    store.write(path, [found], about, None, bad)
     return path
 
 
@@ -74,7 +75,7 @@ def test_what_has_the_score_stays(table, tmp_path, monkeypatch, capsys, kind):
     assert manifest["left_out"] == {"cosine below 0.28": 4}
     assert [shard["left_out"] for shard in manifest["shards"]] == [{"cosine below 0.28": n} for n in (1, 2, 1)]
     said = capsys.readouterr().out
-    assert "4 good rows left out:\n         4  cosine below 0.28\n" in said
+    assert "4 rows left out by --min-score and --dedup:\n         4  cosine below 0.28\n" in said
 
 
 def test_a_table_whose_rows_embed_counts_otherwise(table, tmp_path, monkeypatch):
@@ -108,14 +109,17 @@ def test_good_rows_without_a_score_are_left_out_with_that_reason(table, tmp_path
 
 def test_scores_may_be_a_folder_of_shards(table, tmp_path, monkeypatch):
     (tmp_path / "scores").mkdir()
-    for i, rows in enumerate(([0, 1, 2, 3], [4, 5, 6, 7])):
-        scored(tmp_path / f"scores/0000{i}.parquet", [f"images/{i}" for i in rows], SCORES[rows], 8, rows)
-    run(monkeypatch, table, tmp_path / "out", "--min-score", f"{tmp_path}/scores/:0.28")
+    for i, (rows, bad) in enumerate((([0, 1, 2, 3], []), ([4, 6, 7], ["5 is broken"]))):
+        scored(tmp_path / f"scores/0000{i}.parquet", [f"images/{i}" for i in rows], SCORES[rows], 8, rows, bad)
+    flags = ("--config.data.max_bad_fraction=0.5", "--min-score", f"{tmp_path}/scores/:0.28")
+    run(monkeypatch, table, tmp_path / "out", *flags)
     assert numbers(tmp_path / "out") == [0, 2, 4, 6]
+    (tmp_path / "scores/00000.parquet").unlink()
+    assert "scores has 4 of its collection's 8 images: shards" in refused(monkeypatch, table, tmp_path / "new", *flags)
     shutil.rmtree(tmp_path / "scores")
     (tmp_path / "scores").mkdir()
     message = refused(monkeypatch, table, tmp_path / "new", "--min-score", f"{tmp_path}/scores:0.28")
-    assert "scores is not a file of rankclip_jax.embed" in message
+    assert "scores is not a file of rankclip_jax.embed (ValueError: no .parquet is in it)" in message
 
 
 def test_wrong_scores_end_in_one_line(table, tmp_path, monkeypatch):
@@ -142,6 +146,8 @@ def test_wrong_scores_end_in_one_line(table, tmp_path, monkeypatch):
         scored(file, names, np.r_[SCORES[:7], np.float32(odd)])
         assert f"the score of images/7 is {odd:g}, which is no cosine" in says(file)
     scored(file, names, SCORES, rows=[*range(7), 8])
+    assert "columns do not fit together" in says(file)
+    scored(file, [*names, names[3]], [*SCORES, 0.9], 8, rows=[*range(8), 3])
     assert "columns do not fit together" in says(file)
     for key in ("row", "name", "about"):
         with np.load(tmp_path / "scores.npz") as whole:

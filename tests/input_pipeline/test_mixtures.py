@@ -1,6 +1,5 @@
 """Mixtures of sources, and the order of training."""
 
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -11,11 +10,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import NO_IMAGE
 from rankclip_jax.common.tokenizer import Tokenizer
 from tests.input_pipeline.test_sources import spec
-from tests.support.source_files import (
-    WRITERS,
-    read_all,
-    samples,
-)
+from tests.support.source_files import WRITERS, read_all, samples
 
 
 def numbered(size, first=0):

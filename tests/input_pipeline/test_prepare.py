@@ -16,6 +16,7 @@ from PIL import Image
 
 from input_pipeline import manifest, prepare, rows, shards, sources
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.ownership import at_work
 from rankclip_jax.common.tokenizer import Tokenizer
 from tests.support.small_files import small_files
 
@@ -210,6 +211,20 @@ def test_too_many_bad_rows_stop_it(tmp_path, monkeypatch):
     assert "rows are unusable, more than config.data.max_bad_fraction = 0.1" in message
     assert "gone.jpg" in message and "no such file" in message and "\n" not in message
     assert not list((tmp_path / "out").glob("*tfrecord*"))
+    (tmp_path / "few.csv").write_text("image,caption\n" + "gone.jpg,a caption\n" * 3)
+    message = refused(monkeypatch, tmp_path / "few.csv", tmp_path / "few")
+    assert message == f"error: none of the 3 rows could be used; {tmp_path}/few/bad_samples.jsonl has the reasons"
+
+
+def test_a_name_that_is_there_is_no_number_and_no_pattern(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("2024").mkdir()
+    Path("2024/a.jpg").write_bytes(jpeg(1))
+    Path("2024/a.txt").write_text("a cat")
+    Path("mine{1}.csv").write_text("image,caption\n2024/a.jpg,a cat\n")
+    for number, source in enumerate(("2024", "mine{1}.csv")):
+        run(monkeypatch, source, f"out{number}")
+        assert [record["txt"] for record in records(Path(f"out{number}"))] == [b"a cat"]
 
 
 def refused(monkeypatch, *arguments):
@@ -217,6 +232,15 @@ def refused(monkeypatch, *arguments):
         run(monkeypatch, *arguments)
     assert "\n" not in stop.value.code
     return stop.value.code
+
+
+def test_a_second_start_in_the_folder_is_refused(mixed, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    with at_work(out, "prepare", ""):
+        message = refused(monkeypatch, mixed, out, *ALL)
+        assert message == f"error: another prepare is at work in {out}; wait for its end, or give another OUT_DIR"
+        assert not list(out.iterdir())
 
 
 def test_what_cannot_be_reached_is_said_or_stops_it(tmp_path, capsys, monkeypatch):

@@ -64,6 +64,8 @@ def test_the_logit_scale_and_running_statistics_are_mixed(folder):
     b.variables["params"]["logit_scale"] = np.float32(4.5)
     between = mixing.between(a, b, 0.25).variables
     assert between["params"]["logit_scale"] == np.float32(3.0)
+    b.variables["params"]["logit_scale"] = np.float32(np.nan)  # a run that diverged
+    assert mixing.between(a, b, 0.0).variables["params"]["logit_scale"] == a.variables["params"]["logit_scale"]
     first = [jax.tree.leaves(tree["batch_stats"])[0] for tree in (a.variables, b.variables, between)]
     np.testing.assert_allclose(first[2], 0.75 * first[0] + 0.25 * first[1], rtol=1e-6)
     assert np.abs(first[0] - first[1]).max() > 0.01
@@ -90,6 +92,7 @@ def test_what_does_not_mix_is_one_line(mix, folder, capsys):
         ("a resnet --out x", "a and resnet are not of one architecture: vision.image_size is 32 and 16, "),
         ("a nothing --out x", "nothing"),
         ("a b --out gs://bucket/x", "--out must be a local path"),
+        ("a b --out ./b/", "--out ./b/ is one of the two models; give another folder"),
         ("a b --alphas 0,1 --out x", "name sets to evaluate on: --labels TABLE:COLUMN"),
         ("a b --alphas 0,1 --labels none.csv --out x", "--labels none.csv: expected TABLE:COLUMN"),
     ):
