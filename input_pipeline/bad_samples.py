@@ -141,9 +141,11 @@ def in_words(error: Exception) -> str:
 
 
 def _in_words(message):
-    said = re.search(r"Summarized data: b(['\"])(.*)\1", message, re.DOTALL)  # of our own assertions
+    # Of our own assertions: of one alone, and of one in a graph.
+    said = re.search(r"Summarized data: b(?P<q>['\"])(?P<said>.*)(?P=q)", message, re.DOTALL)
+    said = said or re.search(r"assertion failed: \[(?P<said>.*)\]", message)
     if said:
-        return said[2]
+        return said["said"]
     if "jpeg::Uncompress" in message or "Invalid JPEG" in message:
         return "broken or truncated JPEG"
     if "Could not parse example" in message:

@@ -201,8 +201,8 @@ def _read(path: Path) -> tuple[np.ndarray, Any, np.ndarray, int]:
         raise InputError(f"{path} is not a file of rankclip_jax.embed (its columns do not fit together)")
     if lost is not None and len(rows) + lost != size:
         raise InputError(
-            f"{path} has {len(rows) + lost:,} of its collection's {size:,} images: shards are missing; start the same "
-            "embed again"
+            f"{path} has {len(rows) + lost:,} of its collection's {size:,} images: shards are missing; run the same "
+            "embed command again"
         )
     return rows, names, cosines, size
 

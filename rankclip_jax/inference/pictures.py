@@ -82,7 +82,8 @@ def _folder(path: str) -> Pictures:
     files = sorted(filter(folders.is_picture, names))
     texts = {os.path.splitext(name)[0]: name for name in names if name.lower().endswith(".txt")}
     if not files:
-        raise InputError(f"{path} has no images ({', '.join(ENDINGS)}); for shards give their pattern, {path}/*.tar")
+        pattern = storage.join(path, "*.tar")
+        raise InputError(f"{path} has no images ({', '.join(ENDINGS)}); for shards give their pattern: {pattern}")
 
     def beside(row):
         return texts.get(os.path.splitext(files[row])[0])

@@ -15,8 +15,9 @@ import pytest
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from input_pipeline import pipeline, sources
+from input_pipeline import bad_samples, pipeline, sources
 from input_pipeline.sources import paths
+from input_pipeline.sources.source import require
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import NO_IMAGE
 from rankclip_jax.common.tokenizer import Tokenizer
@@ -244,3 +245,14 @@ def test_parquet_is_unpacked_once_and_needs_room(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("", (), dict(free=10)))
     with pytest.raises(InputError, match=r"GB, but .*mine has 0.0 GB free; set config.data.cache_dir"):
         opened("parquet", path, cache_dir=str(tmp_path / "mine"))
+
+
+def test_a_reason_is_the_same_in_a_graph_and_alone():
+    def read(row):
+        require(row < 0, "no [usual] image")
+        return row
+
+    for called in (read, tf.function(read)):
+        with pytest.raises(tf.errors.OpError) as error:
+            called(tf.constant(1))
+        assert bad_samples.in_words(error.value) == "no [usual] image"
