@@ -3,7 +3,8 @@
 A small run with a checkpoint every 10 steps and at the end of every epoch, validation and zero-shot every tenth epoch,
 and two bad samples in every epoch. Its memory, threads and open files are read from the system as it goes. The least of
 each in the last quarter of the steps must not be above that of the second quarter, of the memory by 5 %: exit code 1
-otherwise. (The least, since saves come and go with their threads and files.) When the minutes are over the run is stopped, and judged by its steps, if they are half of those asked for.
+otherwise. The least, since saves come and go with their threads and files. When the minutes are over the run is
+stopped, and judged by its steps, if they are half of those asked for.
 """
 
 import argparse
