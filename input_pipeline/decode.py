@@ -121,9 +121,12 @@ def _jpeg(image, recover):
 
 def is_large(image: tf.Tensor) -> tf.Tensor:
     """Whether encoded bytes are a JPEG (grey or colour), PNG or WebP that waits for its room, by the header."""
-    head = _head(image)
-    jpeg = tf.cond(is_jpeg(image), lambda: _is_large(*tf.unstack(tf.io.extract_jpeg_shape(image)[:2])), lambda: False)
-    return jpeg | (_is_png(head) & _is_large(*_png_size(head))) | (_is_webp(head) & _is_large(*_webp_size(head)))
+
+    def other():
+        head = _head(image)
+        return (_is_png(head) & _is_large(*_png_size(head))) | (_is_webp(head) & _is_large(*_webp_size(head)))
+
+    return tf.cond(is_jpeg(image), lambda: _is_large(*tf.unstack(tf.io.extract_jpeg_shape(image)[:2])), other)
 
 
 def _is_png(head):

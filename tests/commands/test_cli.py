@@ -112,7 +112,7 @@ def test_a_run_is_resumed_and_evaluated_by_its_folder(started, folder):
     mode, config, workdir, out = started("eval runs/mine")
     assert (mode, configs.to_json(config), workdir, out) == ("eval", stored, Path("runs/mine"), None)
     config = started("eval runs/mine --retrieval held.csv --labels held.csv:group")[1]
-    assert {kind: list(config.eval[kind]) for kind in configs.keys.EVAL_SETS} == {
+    assert {kind: list(config.eval[kind]) for kind in configs.fields.EVAL_SETS} == {
         "zero_shot": ["held"], "retrieval": ["held"], "linear_probe": [], "geometry": []
     }  # fmt: skip
 
