@@ -96,6 +96,10 @@ class LossSpec:
             raise ValueError(f"objective={self.objective!r}: every weight is zero")
         return weights
 
+    def ramped(self) -> list[str]:
+        """The terms that the ramp leaves out in the first epoch. Raises as `weights`."""
+        return [term for term, weight in self.weights(0.0).items() if weight == 0]
+
 
 def _listed(terms: Any) -> tuple:
     """Terms as config.loss.terms has them, {name: weight or {"weight", "schedule"}}, or as LossSpec stores them."""

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.config import complete, network
+from rankclip_jax.train.step import loss_spec
 
 # Keys that a study cannot obey, what they must be, and why.
 _MUST_BE = (
@@ -77,6 +78,11 @@ def config_of(config: ConfigDict, arm: Arm) -> ConfigDict:
             raise InputError(f"config.study.conditions.{arm.condition} changes config.{key}, which is one for all arms")
     if _architecture(made) != _architecture(config):
         raise InputError(f"config.study.conditions.{arm.condition} changes the network. A study compares one network")
+    if (made.loss.ramp_epochs or made.epochs) == 1 and (terms := loss_spec(made).ramped()):
+        raise InputError(
+            f"config.study.objectives.{arm.objective} would train without {', '.join(terms)}, whose ramp begins with "
+            "the second epoch, and there is one. Set loss.schedule=constant, or config.epochs=2 or more"
+        )
     return made
 
 

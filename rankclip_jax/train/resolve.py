@@ -104,13 +104,11 @@ def _settle(config: ConfigDict, pairs: int, old: ConfigDict | None, origin: Pret
 
 def _warn_of_ramp(config: ConfigDict) -> None:
     """Says so where the ramp, which begins with the second epoch, leaves terms out of the whole run."""
-    if config.loss.ramp_epochs == 1:
-        terms = [term for term, weight in loss_spec(config).weights(0.0).items() if weight == 0]
-        if terms:
-            print(
-                f"{', '.join(terms)}: weight 0 in all of this run, since it has one epoch, and their ramp begins with "
-                "the second. To train them: --config.loss.schedule=constant"
-            )
+    if config.loss.ramp_epochs == 1 and (terms := loss_spec(config).ramped()):
+        print(
+            f"{', '.join(terms)}: weight 0 in all of this run, since it has one epoch, and their ramp begins with the "
+            "second. To train them: --config.loss.schedule=constant"
+        )
 
 
 def settle_view(config: ConfigDict, seen: view.View | None = None) -> None:
@@ -178,6 +176,9 @@ def lanes(config: ConfigDict, blocks: int, size: int) -> ConfigDict:
             room = (data.window_mb << 20) * blocks // max(size, 1)
             most = max(min(blocks // _LANE_BLOCKS, room), count)
             data.lanes = math.gcd(64, batch, 1 << most.bit_length() - 1)
+            if data.lanes % count:  # of three machines, say
+                fit = [n for n in range(count, min(most, 64) + 1, count) if batch % n == 0]
+                data.lanes = max(fit, default=data.lanes)
     if batch % data.lanes:
         raise InputError(f"config.data.lanes={data.lanes}. Expected a divisor of config.batch_size={batch}")
     if data.lanes % count:

@@ -44,6 +44,7 @@ def test_a_condition_changes_what_it_names_and_trains_what_it_lists():
         ({"conditions": {"a": {"objectives": ["klip"]}}}, "conditions.a.objectives: unknown objective 'klip'"),
         ({"conditions": {"a": {"model": {"image_size": 64}}}}, "conditions.a changes the network"),
         ({"conditions": {"a": {"data": {"mean": (0.5, 0.5, 0.5)}}}}, "conditions.a changes the network"),
+        ({"conditions": {"a": {"epochs": 1}}}, "would train without in_modal, cross_modal, whose ramp begins"),
         ({"conditions": {"a": {"steps": 5}}}, "config.steps=5 is not for a study, which trains for config.epochs"),
         ({"conditions": {"a": {"init_from": "x"}}}, "config.init_from='x' is not for a study, which trains from"),
         ({"conditions": {"a": {"data": {"two_views": True}}}}, "config.data.two_views=True is not for a study"),

@@ -128,13 +128,13 @@ def test_lanes_that_do_not_divide_are_refused(monkeypatch):
     with pytest.raises(InputError, match=r"^config\.data\.lanes=4\. Expected at most 3, the number of blocks"):
         lanes(64, 3)
     monkeypatch.setattr(jax, "process_count", lambda: 3)
+    assert lanes(96).data.lanes == 48 and lanes(96, 100).data.lanes == 12  # divisors of the batch for all three
     with pytest.raises(InputError) as refused:
-        lanes(96)
+        lanes(96, 10_000, "data.lanes=32")
     assert str(refused.value) == (
         "config.data.lanes=32 does not divide over 3 processes, each of which reads whole lanes. Start a number that "
         "divides it; or, in a new run, set config.data.lanes=24"
     )
-    assert lanes(96, 10_000, "data.lanes=24").data.lanes == 24
 
 
 def cut_off(whole, cut, step):
