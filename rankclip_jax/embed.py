@@ -89,8 +89,7 @@ def _embed(model: Model, flags: argparse.Namespace) -> None:
         "caption_key": flags.caption_key,
         "delimiter": flags.delimiter,
         "encoding": flags.encoding,
-        "model": model.fingerprint(),
-    }
+    } | model.identity()
     opening = _opening(flags)
     pictures = open_pictures(*opening)
     about |= {"size": pictures.size, "names": pictures.fingerprint()}
@@ -116,7 +115,7 @@ def _opening(flags: argparse.Namespace) -> tuple:
 
 def _stored(model: Model, path: str) -> tuple[Iterable[store.Embeddings], Callable[[], Pictures]]:
     about = store.about_of(path)
-    if about["model"] != model.fingerprint():
+    if any(about.get(key, value) != value for key, value in model.identity().items()):  # older ones have fewer keys
         raise InputError(f"{path} was embedded with another model than {model.source.path}; embed the collection again")
     keys = about["image_key"], about["delimiter"], about.get("encoding"), about.get("caption_key")
     return store.chunks(path), lambda: open_pictures(about["data"], *keys)

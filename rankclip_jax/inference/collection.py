@@ -230,7 +230,7 @@ class Worker:
     def __call__(self, number: int, threads: int) -> int:
         """Writes the shard."""
         model, pictures = _of_worker(self.model, self.pictures)
-        found = {"model": model.fingerprint(), "size": pictures.size, "names": pictures.fingerprint()}
+        found = model.identity() | {"size": pictures.size, "names": pictures.fingerprint()}
         if found != {key: self.about[key] for key in found}:
             raise InputError("a worker finds another model or collection: every machine needs the same files")
         with ThreadPoolExecutor(threads) as pool:
@@ -326,7 +326,8 @@ def _same_run(folder: Path, about: dict, name: str = "about.json") -> None:
             old = dict(json.loads(stored.read_text()))
         except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{stored} is damaged ({error}); move {folder} away, or give another --out") from None
-        keys = [key for key in old | about if old.get(key) != about.get(key)]
+        younger = {"activation", "view", "names"} - set(old)  # keys that parts of before do not have
+        keys = [key for key in old | about if key not in younger and old.get(key) != about.get(key)]
         changed = [f"{key}: {old.get(key)!r} -> {about.get(key)!r}" for key in keys]
         if changed:
             raise InputError(f"{folder} belongs to another run ({'; '.join(changed)}); delete it, or change --out")

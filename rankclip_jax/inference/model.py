@@ -79,12 +79,13 @@ class Model:
 
         self._embed = jax.jit(embed)
 
-    def fingerprint(self) -> str:
-        """A checksum of parameters, activation and view, which identifies the model of stored embeddings."""
-        checksum = zlib.crc32(repr((self.source.config.activation, self.source.view)).encode())
+    def identity(self) -> dict[str, str]:
+        """What identifies the model of stored embeddings: a checksum of all parameters, and what they leave open."""
+        checksum = 0
         for leaf in jax.tree.leaves(self.source.variables):
             checksum = zlib.crc32(np.ascontiguousarray(leaf).data, checksum)
-        return f"{checksum:08x}"
+        source = self.source
+        return {"model": f"{checksum:08x}", "activation": source.config.activation, "view": repr(source.view)}
 
     def encode_image(self, images: Any) -> np.ndarray:
         """Images -> float32 (n, D), rows of unit length.

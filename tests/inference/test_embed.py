@@ -144,8 +144,14 @@ def test_what_is_wrong_is_one_line(run, model, folder, tmp_path, monkeypatch):
     refused(r"fine\.npz already exists; search it with --search, delete it", folder, "--out", fine)
     refused(r"^error: .*m\.png: No such file or directory$", fine, "--search", "a", "--png", tmp_path / "no" / "m.png")
     refused(r"^error: cannot draw .*m\.xyz: its name must end in .*png", fine, "--search", "a", "--png", "m.xyz")
-    monkeypatch.setattr(model, "fingerprint", lambda: "00000000")
-    refused(r"was embedded with another model than .*; embed the collection again", fine, "--search", "a")
+    own = model.identity()
+    for change in ({"model": "00000000"}, {"activation": "gelu"}, {"view": "another"}):
+        monkeypatch.setattr(model, "identity", lambda change=change: own | change)
+        refused(r"was embedded with another model than .*; embed the collection again", fine, "--search", "a")
+    monkeypatch.setattr(model, "identity", lambda: {"model": own["model"]})  # as before there were more
+    run(folder, "--out", tmp_path / "old.npz")
+    monkeypatch.setattr(model, "identity", lambda: own)
+    run(tmp_path / "old.npz", "--search", "a")
 
 
 @pytest.mark.parametrize("flags", [(), ("--search", "a", "--top", "0"), ("--search", "a", "--top=-1")])

@@ -59,8 +59,8 @@ class FakeModel:
         z = np.random.default_rng(number).normal(size=D)
         return (z / np.linalg.norm(z)).astype(np.float32)
 
-    def fingerprint(self):
-        return "0123abcd"
+    def identity(self):
+        return {"model": "0123abcd"}
 
 
 @pytest.fixture
@@ -284,8 +284,8 @@ def test_a_killed_worker_changes_nothing(engine, photos, tmp_path, monkeypatch):
     workdir = make_workdir(tmp_path / "run", VIT)
     model, opening = rankclip_jax.load(workdir), (str(photos), None, ",", None)
     pictures = collection.open_pictures(*opening)
-    about = {"data": str(photos), "image_key": None, "delimiter": ",", "model": model.fingerprint(), "size": 12}
-    about["names"] = pictures.fingerprint()
+    about = {"data": str(photos), "image_key": None, "delimiter": ",", "size": 12}
+    about |= model.identity() | {"names": pictures.fingerprint()}
 
     def made(folder, run):
         worker = collection.Worker((str(workdir), None, "quick_gelu"), opening, about, str(folder))
