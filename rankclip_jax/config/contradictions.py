@@ -59,7 +59,6 @@ def _ignored(config: ConfigDict) -> Iterator[Ignored]:
         (vision, "patch_dropout_until", "model.vision.", 1.0, vision.patch_dropout, "no patches are left out"),
         (data, "synonyms", "data.", None, data.two_views, "config.data.two_views=False"),
         (data, "canvas", "data.", None, data.resize == "device", "config.data.resize=host"),
-        (ev, "diagnostics", "eval.", False, data.val, "config.data.val=None"),
         (ev, "data_dir", "eval.", None, ev.suite, "config.eval.suite=None"),
     ):
         if not needed and group[key] != default:

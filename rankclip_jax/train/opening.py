@@ -23,7 +23,6 @@ from rankclip_jax.common import packing, storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.ownership import INDEX
 from rankclip_jax.common.tokenizer import Tokenizer
-from rankclip_jax.figures.names import GEOMETRY
 from rankclip_jax.parallel import processes
 from rankclip_jax.train import init_from, resolve
 from rankclip_jax.train import step as steps
@@ -118,6 +117,8 @@ def _check_best(config: ConfigDict, sets: evaluation.Sets) -> None:
     best = config.checkpoint.best
     if best is None:
         return
+    from rankclip_jax.figures.names import GEOMETRY  # matplotlib, which no step needs
+
     names = evaluation.number_names(config.eval, sets)
     if config.data.val is not None:
         z_BxD = jax.ShapeDtypeStruct((config.batch_size, 2), jnp.float32)

@@ -108,11 +108,6 @@ MEANS_NOTHING = [
         {"data": {"resize": "device"}},
     ),
     (
-        {"eval": {"diagnostics": True}},
-        "config.eval.diagnostics=True. Expected False, since config.data.val=None",
-        {"data": {"val": 64}},
-    ),
-    (
         {"eval": {"data_dir": "sets"}},
         "config.eval.data_dir='sets'. Expected None, since config.eval.suite=None",
         {"eval": {"suite": "mnist"}},
