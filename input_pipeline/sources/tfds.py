@@ -67,7 +67,7 @@ def open_labels(path: str, data_dir: str | None) -> tuple[Source, list[str]]:
     def read(row):
         sample = tf.io.parse_single_example(records.read(row), kinds)
         label = sample["label"]  # -1 in a split whose labels are kept secret
-        require((label >= 0) & (label < len(names)), f"its label is none of the {len(names)} classes")
+        require((label >= 0) & (label < len(names)), f"its label is not one of the {len(names)} classes")
         return {"image": sample["image"], "caption": "", "label": tf.cast(label, tf.int32)}
 
     return Source(records.size, read, records.where, lambda: (), lost=records.lost, ahead=records.ahead), names

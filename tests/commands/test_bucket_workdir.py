@@ -122,7 +122,7 @@ def test_the_last_training_that_comes_has_a_workdir_in_a_bucket(bucket, capsys):
 
 @pytest.mark.slow
 def test_a_training_that_lost_its_workdir_in_a_bucket_stops_before_it_saves(bucket, capsys, monkeypatch):
-    monkeypatch.setattr(saving, "probe", lambda folder: None)  # Orbax's client is none of this test
+    monkeypatch.setattr(saving, "probe", lambda folder: None)  # Orbax's client has no part in this
     saved = []
 
     class Checkpoints(contextlib.nullcontext):

@@ -110,17 +110,23 @@ def by_transformers(path, png, sentences):
     return theirs(model, pixels.numpy().transpose(0, 2, 3, 1), texts.numpy())
 
 
+def check_export(model, out, png):
+    """What is exported embeds in transformers as it does here. -> its logits."""
+    export.write(model.source, out, "hf")
+    z_img, z_txt, logits = by_transformers(out, png, SENTENCES)
+    np.testing.assert_allclose(model.encode_image(png), z_img, atol=1e-6)
+    np.testing.assert_allclose(model.encode_text(SENTENCES), z_txt, atol=1e-6)
+    found = model.scale * model.encode_image(png) @ model.encode_text(SENTENCES).T + model.bias
+    np.testing.assert_allclose(found, logits, atol=1e-5)
+    return logits
+
+
 @pytest.mark.parametrize("kind, resample", [("siglip", 3), ("siglip2", 2)])
 def test_a_folder_embeds_pictures_and_texts_as_transformers(kind, resample, tmp_path, png):
     folder(tmp_path / "in", kind, resample)
     model = rankclip_jax.load(tmp_path / "in")
     assert model.source.view.squash == {2: "bilinear", 3: "bicubic"}[resample]
-    export.write(model.source, tmp_path / "out", "hf")
-    z_img, z_txt, logits = by_transformers(tmp_path / "out", png, SENTENCES)
-    np.testing.assert_allclose(model.encode_image(png), z_img, atol=1e-6)
-    np.testing.assert_allclose(model.encode_text(SENTENCES), z_txt, atol=1e-6)
-    found = model.scale * model.encode_image(png) @ model.encode_text(SENTENCES).T + model.bias
-    np.testing.assert_allclose(found, logits, atol=1e-5)
+    logits = check_export(model, tmp_path / "out", png)
     expected = np.exp(logits) / np.exp(logits).sum()
     np.testing.assert_allclose(model.zero_shot(png, SENTENCES, ["{}"]), expected, atol=1e-5)
     again = rankclip_jax.load(tmp_path / "out").source
@@ -184,12 +190,7 @@ def test_trained_from_a_folder_and_back_to_transformers(objective, tmp_path, png
     assert model.source.view == started.source.view
     assert np.abs(model.encode_image(png) - started.encode_image(png)).max() > 1e-4
     assert (model.bias != started.bias) == (objective == "siglip")
-    export.write(model.source, tmp_path / "out", "hf")
-    z_img, z_txt, logits = by_transformers(tmp_path / "out", png, SENTENCES)
-    np.testing.assert_allclose(model.encode_image(png), z_img, atol=1e-6)
-    np.testing.assert_allclose(model.encode_text(SENTENCES), z_txt, atol=1e-6)
-    found = model.scale * model.encode_image(png) @ model.encode_text(SENTENCES).T + model.bias
-    np.testing.assert_allclose(found, logits, atol=1e-5)
+    check_export(model, tmp_path / "out", png)
     if objective == "rankclip":
         with pytest.raises(InputError, match=r"config.model.pack_text=on. Expected auto or off: SigLIP's text tower"):
             loop.train(configs.load("own", [*changes, "model.pack_text=on"]), tmp_path / "packed")
