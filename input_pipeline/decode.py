@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
+from input_pipeline.graph import as_written
 from rankclip_jax.common import pictures
 from rankclip_jax.common.pictures import LARGE, MANY_SCANS, MAX_PIXELS, MAX_SCANNED, SCAN, SCAN_BYTES, WRONG_SIZE
 
@@ -74,7 +75,7 @@ def jpeg(image: tf.Tensor, log2_ratio: tf.Tensor | None = None, recover: bool = 
     return tf.ensure_shape(tf.cond(_is_large(*tf.unstack(size_2)), waits, at_once), (None, None, 3))
 
 
-@tf.autograph.experimental.do_not_convert
+@as_written
 def _jpeg_in_its_room(data, pixels, log2_ratio, recover):
     data = np.asarray(data, object).item()
     with pictures.room_for(max(pictures.held_by(data, int(pixels)), int(pixels) >> 2 * int(log2_ratio))):
@@ -110,7 +111,7 @@ def decode(image: tf.Tensor, recover: bool = False) -> tf.Tensor:
 
 def decoded_to(made: Callable, image: tf.Tensor, recover: bool = False) -> tf.Tensor:
     """made(uint8 (H, W, 3)) -> uint8 (h, w, 3), a function of arrays, of a picture that is decoded as above."""
-    function = tf.autograph.experimental.do_not_convert(made)
+    function = as_written(made)
     return tf.ensure_shape(tf.numpy_function(function, [decode(image, recover)], tf.uint8), (None, None, 3))
 
 
@@ -184,7 +185,7 @@ def _by_pillow(image):
     return tf.numpy_function(_read, [image], tf.uint8)
 
 
-@tf.autograph.experimental.do_not_convert
+@as_written
 def _read(data):
     return pictures.pixels(np.asarray(data, object).item())
 

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from input_pipeline.graph import from_python
 from input_pipeline.sources import Lost, Source, table
 from input_pipeline.sources.byte_ranges import Files
 from input_pipeline.sources.packed_strings import PackedStrings
@@ -56,13 +57,15 @@ def of_files(
 ) -> Source:
     """A source of image files with labels, int32 (N,)."""
     labels = tf.constant(labels_N)
-    images = Files(paths.at, remote=any(map(storage.is_remote, paths)))
+    images = Files(remote=any(map(storage.is_remote, paths)))
 
     def read(row):
         row = tf.cast(row, tf.int64)
-        return {"image": images.read(row), "caption": "", "label": labels[row]}
+        image = from_python(lambda row: images.read(paths.at(row)), row)
+        return {"image": image, "caption": "", "label": labels[row]}
 
-    return Source(len(paths), read, where, captions=lambda: (), labels=labels_N, lost=lost, ahead=images.ahead)
+    ahead = images.ahead(paths.at)
+    return Source(len(paths), read, where, captions=lambda: (), labels=labels_N, lost=lost, ahead=ahead)
 
 
 def _classes_of(

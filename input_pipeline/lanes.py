@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from input_pipeline.blocks import BlockOrder
+from input_pipeline.graph import as_written, mapped
 
 _AT_LEAST = 16  # samples that are decoded at a time
 _AT_MOST = 2 * (os.cpu_count() or 1)  # of one lane, which is enough to keep the processors busy
@@ -48,17 +49,17 @@ class LaneStream:
                 found = tf.numpy_function(self._piece, [i, self._start[i], self._span, number], 2 * [tf.int64])
                 return tuple(tf.ensure_shape(one, [None]) for one in found)
 
-            pieces = tf.data.Dataset.range(tf.int64.max).map(piece)
-            return pieces.flat_map(lambda *rows: tf.data.Dataset.from_tensor_slices(rows)).take(self._span)
+            pieces = tf.data.Dataset.range(tf.int64.max).map(as_written(piece))
+            return pieces.flat_map(as_written(lambda *rows: tf.data.Dataset.from_tensor_slices(rows))).take(self._span)
 
         def of_lane(i):
-            read = rows_of(i).map(sample, num_parallel_calls=self._at_once, deterministic=True).ignore_errors()
+            read = mapped(rows_of(i), sample, self._at_once).ignore_errors()
             return read.concatenate(tf.data.Dataset.from_tensors(nothing).repeat())
 
         lanes = len(self._lanes)
-        return tf.data.Dataset.range(lanes).interleave(of_lane, cycle_length=lanes, block_length=self._rows)
+        return tf.data.Dataset.range(lanes).interleave(as_written(of_lane), cycle_length=lanes, block_length=self._rows)
 
-    @tf.autograph.experimental.do_not_convert
+    @as_written
     def _piece(self, i, start, span, number):
         """(places, rows) of the first few rows of a window; then of the others, when the window before is read."""
         lane, (windows, rest) = self._lanes[i], divmod(int(number), 2)

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from input_pipeline.graph import as_written, mapped
 from input_pipeline.sources import Source, started_ahead
 
-_TOGETHER = 32  # positions whose rows are found at a time
+_TOGETHER = 32  # positions whose rows are found, and whose small files are read, at a time
 
 
 def row_at(source: Source, stream: tf.Tensor, seed: int) -> tf.Tensor:
@@ -67,19 +68,23 @@ class RowStream:
         self._span.assign(batches * self._batch_size)
 
     def samples(self, sample: Callable, _good: dict) -> tf.data.Dataset:
-        """The good ones of sample(place, row)."""
+        """The good ones of sample(place, row, and what `together` gave)."""
 
         def place_at(position):
             return place_of(position, self._batch_size, self._process)
 
         def found(positions):
-            return place_at(positions), self.row_of(place_at(positions))
+            rows = self.row_of(place_at(positions))
+            if self._source.together is None:
+                return place_at(positions), rows
+            given = tf.numpy_function(as_written(self._source.together), [rows], tf.string)
+            return place_at(positions), rows, tf.ensure_shape(given, [None, 2])
 
         data = tf.data.Dataset.from_tensors(0)
-        data = data.flat_map(lambda _: tf.data.Dataset.range(self._from, self._from + self._span))
+        data = data.flat_map(as_written(lambda _: tf.data.Dataset.range(self._from, self._from + self._span)))
         data = started_ahead(data, self._source.ahead, lambda position: self.row_of(place_at(position)))
-        data = data.batch(_TOGETHER).map(found).unbatch()
-        return data.map(sample, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).ignore_errors()
+        data = mapped(data.batch(_TOGETHER), found).unbatch()
+        return mapped(data, sample).ignore_errors()
 
     def places(self) -> Iterator[int]:
         """What comes next."""

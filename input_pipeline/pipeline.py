@@ -26,6 +26,7 @@ from input_pipeline import cpu_only, transforms
 from input_pipeline.bad_samples import BadSamples, reason_of_failure
 from input_pipeline.blocks import BlockOrder
 from input_pipeline.captions import augment
+from input_pipeline.graph import as_written, mapped
 from input_pipeline.lanes import LaneStream
 from input_pipeline.order import RowStream, place_of
 from input_pipeline.sources import Source, started_ahead
@@ -81,8 +82,8 @@ class TrainBatches:
             self._stream = RowStream(source, seed, start if isinstance(start, int) else 0, batch_size, process)
         self.bad, self._source = BadSamples(source, bad_path, max_bad_fraction), source
 
-        def sample(place, row):
-            raw = source.read(row)
+        def sample(place, row, *given):
+            raw = source.read(row, *given)
             key = tf.stack([tf.constant(seed, tf.int64), place])
             numbers = transforms.window_numbers(key, 2 if two_views else 1)
             views = transforms.training_view(
@@ -126,7 +127,8 @@ class TrainBatches:
         if "tokens" in good:
             self._check_tokens(good["tokens"].numpy(), good["caption"].numpy())
         data = self._stream.samples(sample, good)
-        self._data = _padded_batches(data, batch_size, canvas, drop_remainder=True).map(completed).prefetch(2)
+        batches = _padded_batches(data, batch_size, canvas, drop_remainder=True)
+        self._data = batches.map(as_written(completed)).prefetch(2)
         self._iterator = self._data.as_numpy_iterator()
 
     @property
@@ -218,8 +220,7 @@ def eval_batches(
     whole, rest = divmod(source.size, batch_size * count)
     mine = whole * batch_size + min(max(rest - index * batch_size, 0), batch_size)
     data = started_ahead(tf.data.Dataset.range(mine), source.ahead, row_of)
-    data = data.map(sample, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    batches = _padded_batches(data.ignore_errors(), batch_size, canvas).prefetch(2).as_numpy_iterator()
+    batches = _padded_batches(mapped(data, sample).ignore_errors(), batch_size, canvas).prefetch(2).as_numpy_iterator()
     side = canvas or image_side
     blank: dict[str, Any] = {"image": np.zeros((side, side, 3), np.uint8)}
     blank |= {"label": np.int32(-1), "position": np.int64(-1)}

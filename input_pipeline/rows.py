@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from input_pipeline.bad_samples import why_dropped
+from input_pipeline.graph import as_written, mapped
 from input_pipeline.sources import Ahead, Source, started_ahead
 from rankclip_jax.common.errors import InputError
 
@@ -49,11 +50,7 @@ def read_rows(source: Source, numbers: range | np.ndarray) -> Iterator[Row]:
         data = tf.data.Dataset.range(numbers.start, numbers.stop, numbers.step)
     else:
         data = tf.data.Dataset.from_tensor_slices(np.asarray(numbers, np.int64))
-    data = (
-        started_ahead(data, source.ahead)
-        .map(read, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        .ignore_errors()
-    )
+    data = mapped(started_ahead(data, source.ahead), read).ignore_errors()
     expected = iter(numbers if isinstance(numbers, range) else numbers.tolist())
     for sample in _samples(data):
         # A failed row leaves a gap and is read once more, alone, for its reason.
@@ -68,7 +65,7 @@ def read_rows(source: Source, numbers: range | np.ndarray) -> Iterator[Row]:
 
 def read_each(read: Callable, size: int, where: Callable[[int], str], ahead: Ahead | None) -> Iterator:
     """Yields read(row), as NumPy, of every row. Raises InputError for the first that cannot be read."""
-    data = started_ahead(tf.data.Dataset.range(size), ahead).map(read)
+    data = started_ahead(tf.data.Dataset.range(size), ahead).map(as_written(read))
     row = 0
     try:
         for value in data.as_numpy_iterator():

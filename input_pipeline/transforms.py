@@ -25,6 +25,7 @@ from input_pipeline.decode import (
     jpeg_shape,
     jpeg_size,
 )
+from input_pipeline.graph import apart, as_written
 from rankclip_jax.common import pictures
 
 _LOG_ASPECT = math.log(4 / 3)
@@ -115,14 +116,7 @@ def training_view(
         pixels = tf.ensure_shape(jpeg_at_once(image, recover=recover), (None, None, 3))  # a canvas is never large
         return {"image": pixels, "size": shape_3[:2], "windows": tf.zeros((numbers_4xVxT.shape[1], 4))}
 
-    return tf.cond(fits, whole, _apart(any_picture))
-
-
-def _apart(branch):
-    """`branch` as one operation: of a branch that is not taken, TensorFlow passes over every single one."""
-    if tf.executing_eagerly():
-        return branch
-    return tf.function(branch, autograph=False, experimental_attributes={"_noinline": True})
+    return tf.cond(fits, whole, apart(any_picture))
 
 
 def view(
@@ -248,12 +242,12 @@ def _exact(pixels_HxWx3, side, squash):
     return tf.ensure_shape(made, (side, side, 3))
 
 
-@tf.autograph.experimental.do_not_convert
+@as_written
 def _exact_by_pil(pixels, side, squash):
     return _exact_view(Image.fromarray(pixels), side, squash)
 
 
-@tf.autograph.experimental.do_not_convert
+@as_written
 def _exact_of(data, side, squash):
     """All of a large picture's way, so that no thread holds its pixels while it waits for another's."""
     with pictures.opened(np.asarray(data, object).item()) as image, pictures.room(image):
@@ -273,7 +267,7 @@ def resize(pixels_HxWx3: tf.Tensor, window_4: tf.Tensor, side: int) -> tf.Tensor
     return tf.ensure_shape(resized, (side, side, 3))
 
 
-@tf.autograph.experimental.do_not_convert
+@as_written
 def _resize_by_pil(pixels, window, side):
     top, left, height, width = (float(x) for x in window)
     margin = 2 * max(height / side, 1)  # rows farther from the window have no weight

@@ -1,6 +1,7 @@
 """The house of docs/architecture.md: which room may import which; no circle, no loose module."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,14 @@ def test_the_page_draws_every_room_and_every_file():
 
 def test_configs_import_nothing_of_ours():
     assert not [name for path in (REPO / "configs").glob("*.py") for name in imports(path, False) + imports(path, True)]
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "input_pipeline").rglob("*.py")), ids=module)
+def test_no_function_is_rewritten_by_autograph(path):
+    for call in [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]:
+        of_data = isinstance(call.func, ast.Attribute) and call.func.attr in ("map", "flat_map", "interleave", "filter")
+        if of_data and not re.match(r"(pool|threads|texts|paths)\.", text := ast.unparse(call)):
+            assert ast.unparse(call.args[0]).startswith("as_written("), text
 
 
 BLOCK = """

@@ -10,6 +10,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline import cpu_only
+from input_pipeline.graph import require
 from input_pipeline.sources import drawn, folder, mixture, parquet, table, tar, tfds, tfrecord
 from input_pipeline.sources.offset_index import Peers
 from input_pipeline.sources.source import (
@@ -20,7 +21,6 @@ from input_pipeline.sources.source import (
     Source,
     decoded,
     read_captions,
-    require,
     started_ahead,
     told,
 )
@@ -96,8 +96,8 @@ def _with_text(source: Source, spec: ConfigDict, encoding: str | None = None) ->
     """`_checked`, with captions decoded; those that are not of the encoding (None: UTF-8) are bad rows."""
 
     def with_text(read):
-        def decode(row):
-            sample = read(row)
+        def decode(row, *given):
+            sample = read(row, *given)
             caption = decoded(sample["caption"], encoding)
             return sample | {"caption": tf.ensure_shape(caption, sample["caption"].shape)}
 
@@ -121,8 +121,8 @@ def _checked(source: Source, spec: ConfigDict) -> Source:
     lines, most = spec.get("captions_per_line"), (spec.get("max_file_mb") or MAX_FILE_MB) * 1_000_000
 
     def checked(read):
-        def check(row):
-            sample = read(tf.cast(row, tf.int64))
+        def check(row, *given):
+            sample = read(tf.cast(row, tf.int64), *given)
             if "image" in sample:
                 require(tf.strings.length(sample["image"]) > 0, "empty image")
                 too_large = f"the image has more than {most // 1_000_000:,} MB (config.data.max_file_mb)"

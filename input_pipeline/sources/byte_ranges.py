@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
+from input_pipeline.graph import from_python
 from input_pipeline.sources.mapping import mapped
-from input_pipeline.sources.source import Ahead, require
+from input_pipeline.sources.source import Ahead
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import MAX_FILE_MB, read_file
 from rankclip_jax.common.storage import ReadAhead, is_remote
@@ -30,42 +31,32 @@ def byte_ranges(paths: Sequence[str], reads: ReadAhead) -> Callable:
 
 
 class Files:
-    """Whole files by row.
+    """Whole files by path, in Python: tf.io.read_file would wait at a named pipe, and it reads files of any size."""
 
-    Attributes:
-      ahead: as a Source's.
-    """
+    def __init__(self, remote: bool, max_mb: int | None = None):
+        """`remote`: whether some are not local. `max_mb`: config.data.max_file_mb, of local files; None: default."""
+        self._reads, self._remote, self._max_mb = ReadAhead(), remote, max_mb or MAX_FILE_MB
 
-    def __init__(self, path_of: Callable, remote: bool, max_mb: int | None = None):
-        """`path_of`: ops, row (int64 scalar) -> path (string scalar). `remote`: whether some are not local.
-
-        `max_mb`: config.data.max_file_mb, of local files; None: its default.
-        """
-        self._path_of, self._reads, self._max_mb = path_of, ReadAhead(), max_mb or MAX_FILE_MB
-        self._paths_of = tf.function(
-            lambda rows: tf.map_fn(path_of, rows, fn_output_signature=tf.string), [tf.TensorSpec([None], tf.int64)]
-        )
-        self.ahead = Ahead(self._start, self._reads.check) if remote else None
-
-    def read(self, row: tf.Tensor) -> tf.Tensor:
-        """Ops, row (int64 scalar) -> the bytes of its file."""
-        # Not by tf.io.read_file: it would wait at a named pipe, and it reads files of any size.
-        return from_python(self._fetch, self._path_of(row))
-
-    def _fetch(self, path):
+    def read(self, path: bytes, max_bytes: int | None = None) -> bytes:
+        """The bytes of a file. Raises InputError. `max_bytes`: of a local file, instead of `max_mb`."""
         name = os.fsdecode(np.asarray(path, object).item())
         if is_remote(name):
             return self._reads.take(name)
         try:
-            return read_file(name, self._max_mb)
+            return read_file(name, self._max_mb * 1_000_000 if max_bytes is None else max_bytes)
         except FileNotFoundError:
             raise InputError(f"{name}; no such file") from None
         except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
             raise InputError(f"{name}; {getattr(error, 'strerror', None) or error}") from None
 
-    def _start(self, rows):
-        for path in self._paths_of(rows).numpy():
-            self._reads.start(path.decode())
+    def ahead(self, path_of: Callable[[int], bytes]) -> Ahead | None:
+        """As a Source's. `path_of`: row -> path."""
+
+        def start(rows):
+            for row in rows:
+                self._reads.start(os.fsdecode(path_of(row)))
+
+        return Ahead(start, self._reads.check) if self._remote else None
 
 
 def ahead_of(paths: Sequence[str], reads: ReadAhead, start: Callable[[np.ndarray], None], far: bool) -> Ahead | None:
@@ -111,21 +102,3 @@ def _fetched(paths, reads):
         return reads.take(paths[file], int(begin), int(begin + length))
 
     return lambda file, begin, length: from_python(fetch, file, begin, length)
-
-
-def from_python(fetch: Callable[..., bytes], *inputs: tf.Tensor) -> tf.Tensor:
-    """The bytes (string scalar) that `fetch` returns for the inputs' values; a bad row where it raises InputError.
-
-    If the store is at fault and not the row, `Ahead.check` raises before the row counts as a bad one.
-    """
-
-    @tf.autograph.experimental.do_not_convert
-    def fetched(*values):
-        try:
-            return np.asarray(fetch(*values), object), b""
-        except InputError as error:  # raised here, it would print its traceback for every bad row
-            return np.asarray(b"", object), str(error)[:300].encode("utf-8", "replace")
-
-    span, reason = tf.numpy_function(fetched, inputs, (tf.string, tf.string))
-    require(tf.strings.length(reason) == 0, reason)
-    return tf.ensure_shape(span, ())

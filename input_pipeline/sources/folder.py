@@ -2,12 +2,13 @@
 
 import os
 
-import tensorflow as tf
 from ml_collections import ConfigDict
 
+from input_pipeline.graph import from_python
 from input_pipeline.sources.byte_ranges import Files
+from input_pipeline.sources.captioned_files import captioned_files
 from input_pipeline.sources.packed_strings import PackedStrings
-from input_pipeline.sources.source import Lost, Reading, Source, all_ahead, require
+from input_pipeline.sources.source import Lost, Reading, Source, all_ahead
 from rankclip_jax.common import folders, storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS
@@ -35,20 +36,18 @@ def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
     size, images = len(images), PackedStrings([os.fsencode(name) for name in images])
     captions = PackedStrings([os.fsencode(texts.get(stem, "")) for stem in stems])
 
-    folder, remote = root.rstrip("/") + "/", storage.is_remote(root)
-    pictures, texts = (
-        Files(lambda row, names=names: tf.strings.join([folder, names.at(row)]), remote, spec.get("max_file_mb"))
-        for names in (images, captions)
-    )
+    folder, remote = os.fsencode(root.rstrip("/") + "/"), storage.is_remote(root)
+    files = Files(remote, spec.get("max_file_mb"))
+    path_of = lambda row: folder + images.at(row)  # noqa: E731
 
-    def caption_of(row):
-        there = tf.strings.length(captions.at(row)) > 0
-        require(there, "no caption: there is no .txt of the image's name beside it")
-        return {"caption": texts.read(row)}
+    def text_of(row, most=None):
+        if not captions.at(row):
+            raise InputError("no caption: there is no .txt of the image's name beside it")
+        return files.read(folder + captions.at(row), most)
 
-    def read(row):
-        return caption_of(row) | {"image": pictures.read(row)}
+    read, together = captioned_files(lambda row, most=None: files.read(path_of(row), most), text_of)
 
+    text_ahead = files.ahead(lambda row: folder + captions.at(row))
     return Source(
         size,
         read,
@@ -56,6 +55,7 @@ def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
         captions=lambda: (),
         lost=lost,
         index=lambda: [*images.buffers(), *captions.buffers()],
-        ahead=all_ahead([pictures.ahead, texts.ahead]),
-        text=Reading(caption_of, texts.ahead),
+        ahead=all_ahead([files.ahead(path_of), text_ahead]),
+        text=Reading(lambda row: {"caption": from_python(text_of, row)}, text_ahead),
+        together=None if remote else together,
     )

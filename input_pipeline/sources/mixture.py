@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from input_pipeline.graph import as_written
 from input_pipeline.sources.fingerprint import fingerprint
 from input_pipeline.sources.source import Ahead, Blocks, Reading, Source, all_ahead
 from rankclip_jax.common.errors import InputError
@@ -34,7 +35,7 @@ def open_mixture(spec: ConfigDict, parts: Mapping[str, Mapping], open_one: Calla
     sizes = np.array([source.size for source in sources])
     starts = np.cumsum(sizes) - sizes
     texts = [source.text or Reading(source.read, source.ahead) for source in sources]
-    names = list(parts)
+    together, names = [source.together for source in sources], list(parts)
 
     def part_of(row):
         return int(np.searchsorted(starts, row, side="right")) - 1
@@ -45,7 +46,7 @@ def open_mixture(spec: ConfigDict, parts: Mapping[str, Mapping], open_one: Calla
 
     return Source(
         size=int(sizes.sum()),
-        read=_read([source.read for source in sources], starts),
+        read=_read([source.read for source in sources], starts, together),
         where=where,
         captions=lambda: (caption for source in sources for caption in source.captions()),
         lost=tuple(one for source in sources for one in source.lost),
@@ -54,7 +55,11 @@ def open_mixture(spec: ConfigDict, parts: Mapping[str, Mapping], open_one: Calla
         shares=tuple(zip(sizes.tolist(), _shares(given, sizes.sum()), strict=True)) if given else None,
         ahead=_ahead([source.ahead for source in sources], starts, sizes),
         blocks=None if given else _blocks([source.blocks for source in sources], starts),
-        text=Reading(_read([read for read, _ in texts], starts), _ahead([ahead for _, ahead in texts], starts, sizes)),
+        together=_together(together, starts),
+        text=Reading(
+            _read([read for read, _ in texts], starts, [None] * len(texts)),
+            _ahead([ahead for _, ahead in texts], starts, sizes),
+        ),
     )
 
 
@@ -83,23 +88,39 @@ def _blocks(parts, starts):
     return Blocks(first_N, rows_N, sum(part.size for part in parts), of_part("hold"), of_part("drop"))
 
 
-def _read(reads, starts):
-    specs = [tf.data.Dataset.range(1).map(read).element_spec for read in reads]
+def _together(parts, starts):
+    if not any(parts):
+        return None
+
+    def together(rows):
+        found, part_N = np.full((len(rows), 2), b"", object), np.searchsorted(starts, rows, side="right") - 1
+        for number, part in enumerate(parts):
+            own = part_N == number
+            if part and own.any():
+                found[own] = part(rows[own] - starts[number])
+        return found
+
+    return together
+
+
+def _read(reads, starts, together):
+    specs = [tf.data.Dataset.range(1).map(as_written(read)).element_spec for read in reads]
     common = set.intersection(*map(set, specs))
     if len({spec.get("tokens") for spec in specs}) > 1:  # not in all parts, or of several lengths
         common.discard("tokens")
     several = any(spec["caption"].shape.rank for spec in specs)
     starts = tf.constant(starts, tf.int64)
 
-    def branch(number, row):
-        sample = {key: value for key, value in reads[number](row - starts[number]).items() if key in common}
+    def branch(number, row, given):
+        of_part = reads[number](row - starts[number], *(given if together[number] else ()))
+        sample = {key: value for key, value in of_part.items() if key in common}
         if several:
             sample["caption"] = tf.reshape(sample["caption"], [-1])
         return sample
 
-    def read(row):
+    def read(row, *given):
         part = tf.searchsorted(starts, [row], side="right")[0] - 1
-        return tf.switch_case(part, [lambda i=i: branch(i, row) for i in range(len(reads))])
+        return tf.switch_case(part, [lambda i=i: branch(i, row, given) for i in range(len(reads))])
 
     return read
 

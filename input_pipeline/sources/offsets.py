@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from input_pipeline.graph import from_python
 from input_pipeline.sources import index_file
-from input_pipeline.sources.byte_ranges import from_python, tensor_list
+from input_pipeline.sources.byte_ranges import tensor_list
 from input_pipeline.sources.index_file import CHUNK
 from input_pipeline.sources.index_places import Entry, Kind
 from input_pipeline.sources.source import Lost

@@ -25,6 +25,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from input_pipeline.graph import from_python
 from input_pipeline.sources import row_groups
 from input_pipeline.sources.byte_ranges import Files
 from input_pipeline.sources.offset_index import local_folders
@@ -93,7 +94,8 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = T
         folder = tf.where(tf.strings.length(path) > 0, folders_F[file], "")
         return tf.where(absolute, path, tf.strings.join([folder, path]))
 
-    pictures = Files(path_of, remote=rows.has_paths, max_mb=spec.get("max_file_mb"))  # which may lie anywhere
+    pictures = Files(remote=rows.has_paths, max_mb=spec.get("max_file_mb"))  # which may lie anywhere
+    eager_path_of = tf.function(path_of, [tf.TensorSpec([], tf.int64)])
 
     def caption_of(sample):
         caption, captions = sample["caption"], sample["captions"]
@@ -109,7 +111,9 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = T
         sample = rows.read(row)
         image = sample["image"]
         if rows.has_paths:
-            image = tf.cond(tf.strings.length(sample["path"]) > 0, lambda: pictures.read(row), lambda: image)
+            image = tf.cond(
+                tf.strings.length(sample["path"]) > 0, lambda: from_python(pictures.read, path_of(row)), lambda: image
+            )
         return {"image": image} | (caption_of(sample) if captions else {})
 
     def where(row):
@@ -123,7 +127,7 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = T
         captions=lambda: (),
         index=rows.arrays,
         digest=rows.digest,
-        ahead=all_ahead([rows.ahead, pictures.ahead]),
+        ahead=all_ahead([rows.ahead, pictures.ahead(lambda row: eager_path_of(row).numpy())]),
         text=Reading(lambda row: caption_of(rows.texts.read(row)), rows.texts.ahead),
         blocks=rows.blocks,
     )

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow as tf
 
+from input_pipeline.graph import as_written, require
 from input_pipeline.sources.paths import stamps
 from input_pipeline.sources.shard_blocks import largest
-from input_pipeline.sources.source import Ahead, Blocks, Reading, require
+from input_pipeline.sources.source import Ahead, Blocks, Reading
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError, one_line
 
@@ -45,9 +46,7 @@ class File(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(
-    path: str, size: int | None = None, metadata: pq.FileMetaData | None = None
-) -> Iterator[pq.ParquetFile]:
+def opened(path: str, size: int | None = None, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
     """The open file, of which the whole is never in memory. What is known of it, in bytes and metadata, is not asked.
 
     Raises:
@@ -145,7 +144,7 @@ class _Groups:
     def _group_of(self, row):
         return int(np.searchsorted(self._first_G, row, side="right")) - 1
 
-    @tf.autograph.experimental.do_not_convert
+    @as_written
     def _row(self, row):
         found, reason = dict.fromkeys(self._names, b""), b""
         try:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from input_pipeline.graph import as_written, mapped, require
 from rankclip_jax.common.json_rows import find, strings
 
 _BLOCKS, _BLOCK_ROWS = 256, 256  # what a tokenizer is trained on
@@ -111,7 +112,7 @@ class Source:
       size: number of rows.
       read: TensorFlow ops: int64 scalar -> {"image": encoded bytes or uint8 (H, W, 3), "caption": string (), or (n,)
         for several captions}. Labelled sets add "label": int32, pre-tokenised ones "tokens": int32 (L,). An unusable
-        row raises a tf.errors.OpError with the reason.
+        row raises a tf.errors.OpError with the reason. With `together` it takes what that gave of the row, string (2,).
       where: row -> a readable location: file, row or key.
       captions: iterable of the captions, to train a tokenizer.
       labels: int32 (size,) of a labelled csv.
@@ -123,6 +124,8 @@ class Source:
       ahead: None where all is local.
       text: reads {"caption"} alone; None: there is no cheaper way than `read`.
       blocks: of shards that were opened with config.data.shuffle=blocks.
+      together: reads small local files of several rows by one call of Python: rows, int64 (n,) -> object (n, 2), the
+        bytes of image and caption; empty ones where `read` must find them.
     """
 
     size: int
@@ -137,6 +140,7 @@ class Source:
     ahead: Ahead | None = None
     text: Reading | None = None
     blocks: Blocks | None = None
+    together: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def read_captions(source: Source, block_rows: int | None = None) -> Iterator[str]:
@@ -149,11 +153,9 @@ def read_captions(source: Source, block_rows: int | None = None) -> Iterator[str
     count, size = min(source.size, _BLOCKS * block_rows), source.size
     rows = tf.data.Dataset.range(count)
     if size > count:
-        rows = rows.map(lambda i: i // block_rows * size // _BLOCKS + i % block_rows)
+        rows = rows.map(as_written(lambda i: i // block_rows * size // _BLOCKS + i % block_rows))
     read, ahead = source.text or Reading(source.read, source.ahead)
-    data = started_ahead(rows, ahead).map(
-        lambda row: tf.reshape(read(row)["caption"], [-1]), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
-    )
+    data = mapped(started_ahead(rows, ahead), lambda row: tf.reshape(read(row)["caption"], [-1]))
     for captions in data.ignore_errors().as_numpy_iterator():
         yield from (caption.decode(errors="replace") for caption in captions)
     if ahead:
@@ -168,16 +170,16 @@ def started_ahead(data: tf.data.Dataset, ahead: Ahead | None, row_of: Callable |
     if ahead is None:
         return data
 
-    @tf.autograph.experimental.do_not_convert
+    @as_written
     def start(numbers, rows):
         ahead.start(rows)
         return numbers
 
-    pairs = data.map(lambda number: (number, tf.cast(row_of(number) if row_of else number, tf.int64)))
-    started = pairs.batch(_TOGETHER).map(  # several at once, since an index may have to be read first
+    pairs = data.map(as_written(lambda number: (number, tf.cast(row_of(number) if row_of else number, tf.int64))))
+    started = mapped(  # several at once, since an index may have to be read first
+        pairs.batch(_TOGETHER),
         lambda *pair: tf.ensure_shape(tf.numpy_function(start, pair, tf.int64), [None]),
-        num_parallel_calls=_AT_ONCE,
-        deterministic=True,
+        _AT_ONCE,
     )
     return started.prefetch(_GROUPS).unbatch()
 
@@ -185,7 +187,7 @@ def started_ahead(data: tf.data.Dataset, ahead: Ahead | None, row_of: Callable |
 def captions_in_json(text: tf.Tensor, path: str | None) -> tf.Tensor:
     """The captions, string (n,), at a path of a JSON text (json_rows.find; None: the whole text), or a bad row."""
 
-    @tf.autograph.experimental.do_not_convert
+    @as_written
     def parse(data):
         found, reason = [], ""
         try:
@@ -215,7 +217,7 @@ def decoded(text: tf.Tensor, encoding: str | None) -> tf.Tensor:
     return tf.strings.regex_replace(text, "^\ufeff", "")
 
 
-@tf.autograph.experimental.do_not_convert
+@as_written
 def _decoded(encoding, texts):
     # An exception here would print its traceback for every bad row.
     given = np.asarray(texts, object)
@@ -224,11 +226,6 @@ def _decoded(encoding, texts):
         return np.array(found, object).reshape(given.shape), b""
     except UnicodeError as error:
         return given, f"the caption is not {encoding}: {error.reason}".encode()  # type: ignore[attr-defined]
-
-
-def require(condition: tf.Tensor, message: str | tf.Tensor) -> None:
-    """Makes the current row a bad one, with `message` as the reason, unless `condition` holds."""
-    tf.debugging.Assert(condition, [message])
 
 
 def keys(given: str | Sequence[str] | None, usual: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,15 +1,17 @@
 """Tables of image paths with captions or labels: csv, tsv, .jsonl, COCO's captions (rankclip_jax/common/tables.py)."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import tensorflow as tf
 from ml_collections import ConfigDict
 
+from input_pipeline.graph import all_from_python
 from input_pipeline.sources.byte_ranges import Files
+from input_pipeline.sources.captioned_files import captioned_files
 from input_pipeline.sources.packed_strings import PackedLists, PackedStrings
 from input_pipeline.sources.paths import expand
 from input_pipeline.sources.source import Lost, Reading, Source, keys
@@ -22,7 +24,7 @@ class Rows:
 
     Attributes:
       texts: large_string, or large_list of several a row.
-      path: ops, row (int64 scalar) -> the path of its image.
+      path: row -> the path of its image.
       paths: () -> the paths of all images, large_string.
       where: row -> file, number in the file, path.
       where_of: row -> file and number alone.
@@ -32,7 +34,7 @@ class Rows:
     """
 
     texts: pa.Array
-    path: Callable
+    path: Callable[[int], bytes]
     paths: Callable[[], pa.Array]
     where: Callable[[int], str]
     where_of: Callable[[int], str]
@@ -54,12 +56,12 @@ def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
     hint = f"give a csv with columns {image_key},{caption_keys[0]} (config.data.train, .val)"
     rows = open_rows(spec, path, caption_keys, hint)
     several = pa.types.is_large_list(rows.texts.type)
+    shapes = [(None,) if several else ()]
     texts = PackedLists(rows.texts) if several else PackedStrings(rows.texts)
 
-    images = Files(rows.path, rows.remote, spec.get("max_file_mb"))
-
-    def read(row):
-        return {"image": images.read(row), "caption": texts.at(row)}
+    files = Files(rows.remote, spec.get("max_file_mb"))
+    image = lambda row, most=None: files.read(rows.path(row), most)  # noqa: E731
+    read, together = captioned_files(image, lambda row, _=None: texts.at(row), several)
 
     return Source(
         len(texts),
@@ -68,8 +70,9 @@ def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
         captions=lambda: texts,
         lost=rows.lost,
         index=lambda: [*rows.images.buffers(), *texts.buffers()],
-        ahead=images.ahead,
-        text=Reading(lambda row: {"caption": texts.at(row)}),
+        ahead=files.ahead(rows.path),
+        text=Reading(lambda row: {"caption": all_from_python(lambda row: [texts.at(row)], shapes, row)[0]}),
+        together=None if rows.remote else together,
     )
 
 
@@ -92,18 +95,13 @@ def open_rows(spec: ConfigDict, path: str | Sequence[str], text_keys: tuple[str,
     numbers_N = np.concatenate([table.numbers for table in read])
     starts_F = np.cumsum([0] + [len(table.numbers) for table in read[:-1]])
     folders = [f"{table.folder.rstrip('/')}/" if table.folder else "" for table in read]
-    folders_F = tf.constant(folders)
-
-    some_absolute = any(pc.any(pc.match_substring_regex(t.images, f"^({tables.ABSOLUTE})")).as_py() for t in read)
+    folders_F, absolute = [folder.encode() for folder in folders], re.compile(tables.ABSOLUTE.encode())
 
     def path_of(row):
         image = images.at(row)
-        file = tf.searchsorted(starts_F, [row], side="right")[0] - 1 if len(folders) > 1 else 0
-        folder = folders_F[file]
-        if not some_absolute:
-            return tf.strings.join([folder, image])
-        absolute = tf.strings.regex_full_match(image, f"(?s)({tables.ABSOLUTE}).*")
-        return tf.where(absolute, image, tf.strings.join([folder, image]))
+        if absolute.match(image):
+            return image
+        return folders_F[np.searchsorted(starts_F, row, side="right") - 1] + image
 
     def paths():
         parts, large = [], lambda text: pa.scalar(text, pa.large_string())
@@ -117,7 +115,7 @@ def open_rows(spec: ConfigDict, path: str | Sequence[str], text_keys: tuple[str,
         return f"{files[int(np.searchsorted(starts_F, row, side='right')) - 1]} row {numbers_N[row]}"
 
     def where(row):
-        return f"{where_of(row)}: {path_of(tf.constant(row, tf.int64)).numpy().decode(errors='replace')}"
+        return f"{where_of(row)}: {path_of(row).decode(errors='replace')}"
 
     lost = [
         Lost(f"{file} row {row}", reason, 1)

@@ -19,8 +19,9 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from input_pipeline.graph import from_python, require
 from input_pipeline.sources import tar_headers as headers
-from input_pipeline.sources.byte_ranges import ahead_of, byte_ranges, from_python
+from input_pipeline.sources.byte_ranges import ahead_of, byte_ranges
 from input_pipeline.sources.index_places import Kind
 from input_pipeline.sources.offset_index import Bytes, Peers, Scan, offset_index, open_slices
 from input_pipeline.sources.offsets import OffsetIndex
@@ -35,7 +36,6 @@ from input_pipeline.sources.source import (
     captions_in_json,
     decoded,
     keys,
-    require,
 )
 from input_pipeline.sources.tar_samples import Pairing
 from rankclip_jax.common import storage

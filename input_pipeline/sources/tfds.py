@@ -14,8 +14,9 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
+from input_pipeline.graph import require
 from input_pipeline.sources.offset_index import Peers
-from input_pipeline.sources.source import Source, keys, require
+from input_pipeline.sources.source import Source, keys
 from input_pipeline.sources.tfrecord import Records, examples, open_records
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError

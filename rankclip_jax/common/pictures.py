@@ -75,14 +75,14 @@ def pixels(data: bytes) -> np.ndarray:
         return found
 
 
-def read_file(path: str | os.PathLike, max_mb: int = MAX_FILE_MB) -> bytes:
+def read_file(path: str | os.PathLike, max_bytes: int = MAX_FILE_MB * 1_000_000) -> bytes:
     """The encoded bytes of a local picture.
 
     Raises:
-      BadImageError: not a regular file, or more than `max_mb` MB. An OSError passes through.
+      BadImageError: not a regular file, or more than `max_bytes`. An OSError passes through.
     """
     try:
-        return read_regular(path, max_mb * 1_000_000)
+        return read_regular(path, max_bytes)
     except InputError as error:
         detail, _, reason = str(error).rpartition("; ")
         raise BadImageError(reason, detail) from None

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from input_pipeline import sources
+from input_pipeline.graph import require
 from input_pipeline.rows import read_each, read_rows
-from input_pipeline.sources.source import require
 from input_pipeline.sources.tar_samples import Pairing
 from rankclip_jax.common import folders
 from rankclip_jax.common.errors import InputError

@@ -16,8 +16,8 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline import bad_samples, pipeline, sources
+from input_pipeline.graph import require
 from input_pipeline.sources import paths
-from input_pipeline.sources.source import require
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import NO_IMAGE
 from rankclip_jax.common.tokenizer import Tokenizer

@@ -1,0 +1,57 @@
+"""Python functions as parts of TensorFlow's graph.
+
+AutoGraph would rewrite the source of each, which takes half of a pipeline's start, and leaves files in the temporary
+folder where a process is killed. Nothing here needs it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from rankclip_jax.common.errors import InputError
+
+as_written = tf.autograph.experimental.do_not_convert
+
+
+def mapped(data: tf.data.Dataset, function: Callable, at_once: Any = tf.data.AUTOTUNE) -> tf.data.Dataset:
+    """function(element) of each, in order, computed so many at once."""
+    return data.map(as_written(function), num_parallel_calls=at_once, deterministic=True)
+
+
+def apart(branch: Callable) -> Callable:
+    """`branch` as one operation: of a branch that is not taken, TensorFlow passes over every single one."""
+    if tf.executing_eagerly():
+        return branch
+    return tf.function(branch, autograph=False, experimental_attributes={"_noinline": True})
+
+
+def require(condition: tf.Tensor, message: str | tf.Tensor) -> None:
+    """Makes the current row a bad one, with `message` as the reason, unless `condition` holds."""
+    # tf.debugging.Assert makes a branch of each, a hundredth of what a picture costs.
+    tf.raw_ops.Assert(condition=condition, data=[message])
+
+
+def from_python(fetch: Callable[..., bytes], *inputs: tf.Tensor) -> tf.Tensor:
+    """The bytes (string scalar) that `fetch` returns for the inputs' values; a bad row where it raises InputError.
+
+    If the store is at fault and not the row, `Ahead.check` raises before the row counts as a bad one.
+    """
+    return all_from_python(lambda *values: [fetch(*values)], ((),), *inputs)[0]
+
+
+def all_from_python(fetch: Callable[..., Sequence], shapes: Sequence[tuple], *inputs: tf.Tensor) -> list[tf.Tensor]:
+    """As `from_python`, of several: `fetch` returns bytes (shape ()) or a list of them (shape (None,)) for each."""
+
+    @as_written
+    def fetched(*values):
+        try:
+            return [*(np.array(found, object) for found in fetch(*values)), b""]
+        except InputError as error:  # raised here, it would print its traceback for every bad row
+            nothing = [np.full([0] * len(shape), b"", object) for shape in shapes]
+            return [*nothing, str(error)[:300].encode("utf-8", "replace")]
+
+    *found, reason = tf.numpy_function(fetched, inputs, [tf.string] * (len(shapes) + 1))
+    require(tf.strings.length(reason) == 0, reason)
+    return [tf.ensure_shape(one, shape) for one, shape in zip(found, shapes, strict=True)]
