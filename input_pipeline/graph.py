@@ -29,8 +29,10 @@ def apart(branch: Callable) -> Callable:
 
 def require(condition: tf.Tensor, message: str | tf.Tensor) -> None:
     """Makes the current row a bad one, with `message` as the reason, unless `condition` holds."""
-    # tf.debugging.Assert makes a branch of each, a hundredth of what a picture costs.
-    tf.raw_ops.Assert(condition=condition, data=[message])
+    if tf.executing_eagerly():
+        tf.debugging.Assert(condition, [message])
+    else:  # in a graph that makes a branch of each
+        tf.raw_ops.Assert(condition=condition, data=[message])
 
 
 def from_python(fetch: Callable[..., bytes], *inputs: tf.Tensor) -> tf.Tensor:
