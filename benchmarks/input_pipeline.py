@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from input_pipeline import cpu_only, decode, pipeline, sources, transforms
+from rankclip_jax.common import commands
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.models.images import MEAN, STD
 
@@ -150,6 +151,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="of PyTorch's DataLoader")
     parser.add_argument("--steps", action="store_true", help="not the others, but ours without parts: what they cost")
     flags = parser.parse_args()
+    commands.keep_freed_memory()  # as training does
     cpu_only()
     width, height = (int(x) for x in flags.size.split("x"))
     cores = os.cpu_count()
