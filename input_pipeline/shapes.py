@@ -67,6 +67,12 @@ def scene(split: str, index: int) -> tuple[Scene, np.random.Generator]:
     return Scene(colour, shape, size, background, row, column, radius, x, y, rng.uniform(-0.15, 0.15)), rng
 
 
+def caption(split: str, index: int) -> str:
+    """The caption of a scene, without drawing it."""
+    seen, rng = scene(split, index)
+    return _caption(rng, seen)
+
+
 def draw(split: str, index: int, side: int) -> tuple[np.ndarray, str, int]:
     """Draws one scene.
 

@@ -4,7 +4,8 @@ import numpy as np
 import tensorflow as tf
 
 from input_pipeline import graded, shapes
-from input_pipeline.sources.source import Source
+from input_pipeline.graph import from_python
+from input_pipeline.sources.source import Reading, Source
 from rankclip_jax.common.errors import InputError
 
 
@@ -35,11 +36,13 @@ def open_drawn(path: str | int, side: int, split: str) -> Source:
         known = {"image": (side, side, 3), "caption": (), "label": ()}
         return {key: tf.ensure_shape(value, known[key]) for key, value in sample.items()}
 
-    told = say or (lambda split, row: shapes.draw(split, row, 8)[1])
+    told = say or shapes.caption
+    text = lambda row: from_python(lambda row: told(split, int(row)).encode(), row)  # noqa: E731
     return Source(
         size,
         read,
         where=lambda row: f"shapes {split} scene {row}",
+        text=Reading(lambda row: {"caption": text(row)}),
         captions=lambda: (told(split, row) for row in range(min(size, 10_000))),
         index=lambda: [f"shapes {split}", name] if say else [f"shapes {split}"],
     )
