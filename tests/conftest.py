@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.support.bucket import served
+from tests.support.one_device import on_one_device
 from tests.support.open_clip_models import import_open_clip
 
 # Minutes long: they go first, so that no worker has one left when the others are done.
@@ -46,6 +47,11 @@ def captioned(tmp_path):
 def bucket(tmp_path, monkeypatch):
     with served(tmp_path / "bucket", monkeypatch) as bucket:
         yield bucket
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    on_one_device(monkeypatch)
 
 
 @pytest.fixture(scope="session")
