@@ -38,15 +38,17 @@ CASES = {
     "SigLIP": dict(rules=[("attnpool|head|logit", {"lr": 2.0}), ("conv1|embedding", {"freeze": True})], ema=0.9),
 }
 SIGLIP = dict(image_size=16, embed_dim=32, vision=dict(width=32, layers=2, heads=2, patch_size=8))
+ONE_LAYER = ("lion", "adafactor", "adapters, averaged", "SigLIP")  # of these cases all layers are treated alike
 
 
-def prepared(optimiser, devices=8, scan=False, siglip=False, **more):
+def prepared(optimiser, devices=8, scan=False, siglip=False, layers=2, **more):
     """(config, fresh state, step) on a mesh of devices; of several, everything is split."""
     axes, kind = ({"data": 2, "fsdp": 4}, "fsdp") if devices == 8 else ({"data": 1}, None)
     config = dict(batch_size=16, optim={"lr": 1e-3, "warmup_steps": 1} | optimiser, mesh=axes, sharding=kind)
     config = complete(config | (dict(init_from="a model") if "lora" in optimiser else {}) | more)
     name, fields = ("SigLIP-B/16", SIGLIP) if siglip else ("ViT-tiny", MODEL)
-    model = models.build(name, text=TEXT, scan_layers=scan, **fields)
+    fields = fields | dict(text=TEXT | dict(layers=layers), vision=fields["vision"] | dict(layers=layers))
+    model = models.build(name, scan_layers=scan, **fields)
     model = lora.Adapted(model, config.optim.lora) if config.optim.lora else model
     mesh, tx = make_mesh(axes, jax.devices()[:devices]), optim.make_optimizer(config.optim, 100)
     state = steps.init_state(model, tx, 0, mesh, kind, config.optim)
@@ -73,7 +75,8 @@ def test_eight_devices_equal_one_and_a_resumed_run_an_uninterrupted_one(case, tm
     monkeypatch.setattr(sharding, "_SMALL", 0)
     losses, loss = {}, dict(objective="siglip" if case == "SigLIP" else "clip")
     for devices in (1, 8):
-        config, state, step, mesh = prepared(CASES[case], devices, "scanned" in case, case == "SigLIP", loss=loss)
+        settings = dict(loss=loss, layers=1 if case in ONE_LAYER else 2)
+        config, state, step, mesh = prepared(CASES[case], devices, "scanned" in case, case == "SigLIP", **settings)
         before, losses[devices] = jax.device_get(state), []
         with Checkpoints(tmp_path / str(devices), config.checkpoint) as checkpoints:
             for number in range(4):
@@ -285,7 +288,7 @@ def test_averages_that_are_not_there(averaged_adapters, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_trains_adapters_and_evaluates_averages_beside(tmp_path, capsys):
+def test_a_run_trains_adapters_and_evaluates_averages_beside(tmp_path, capsys, one_device):
     origin = make_workdir(tmp_path / "origin", VIT)
     config = complete(
         dict(
