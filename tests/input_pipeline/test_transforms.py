@@ -119,7 +119,9 @@ def test_the_device_resizes_as_pil(side, form):
         assert difference(result, oracle(pixels, window, side)).max() <= 1
 
 
-RATIOS = [(32, 224), (64, 224), (448, 224), (223, 224), (225, 224), (408, 224), (37, 64), (57, 32), (101, 24), (96, 7)]
+RATIOS = [(8, 56), (48, 24), (23, 24), (25, 24), (37, 64), (57, 32), (61, 9)]
+LARGE = [(32, 224), (64, 224), (448, 224), (223, 224), (225, 224), (408, 224), (101, 24), (96, 7)]
+RATIOS += [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in LARGE]
 
 
 @pytest.mark.parametrize("canvas, side", RATIOS)
