@@ -66,11 +66,12 @@ PARAMETERS = {
     "ViT-bigG/14": 2_539_567_105,
 }
 QUICK = ("ViT-B/32", "RN50")  # of the unrolled ones, whose blocks are traced one by one
-SLOW = [pytest.param(name, False, marks=pytest.mark.slow) for name in PARAMETERS if name not in QUICK]
+CASES = [(name, scan) for name in PARAMETERS for scan in (True, False)]
+SLOW = [case for case in CASES if case[0] not in QUICK and (case[0] in ("RN50x16", "RN50x64") or not case[1])]
 
 
 @pytest.mark.parametrize(
-    ("name", "scan_layers"), [*((name, True) for name in PARAMETERS), *((name, False) for name in QUICK), *SLOW]
+    ("name", "scan_layers"), [pytest.param(*c, marks=pytest.mark.slow if c in SLOW else ()) for c in CASES]
 )
 def test_parameter_count(name, scan_layers):
     model = build(name, scan_layers=scan_layers)

@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rankclip_jax import convert, inference, models
 from rankclip_jax.common.errors import InputError
@@ -22,7 +23,7 @@ from rankclip_jax.train import step as steps
 from rankclip_jax.train.session import build_model
 from rankclip_jax.weights import checkpoint, lora, pretrained
 from rankclip_jax.weights.saving import Checkpoints
-from tests.support.made_models import CAPTIONS, VIT, make_variables, make_workdir
+from tests.support.made_models import CAPTIONS, VIT, drawn, make_variables, make_workdir
 
 MODEL = dict(image_size=16, vision=dict(width=32, layers=2, heads=2))
 TEXT = dict(width=32, heads=2, layers=2, vocab_size=64, eot_id=63, context_length=8)
@@ -100,28 +101,30 @@ MIXED = [(r"resblocks_1/.*mlp|visual/.*_0/attn/q", {"freeze": True}), ("resblock
 
 
 @pytest.mark.parametrize("optimiser", [
-    dict(rules=LAST), dict(rules=MIXED), dict(rules=MIXED, name="muon"),
-], ids=["last", "mixed", "mixed, muon"])  # fmt: skip
+    dict(rules=MIXED),
+    pytest.param(dict(rules=LAST), marks=pytest.mark.slow),
+    pytest.param(dict(rules=MIXED, name="muon"), marks=pytest.mark.slow),  # quick: its stacks, in test_optimisers.py
+], ids=["mixed", "last", "mixed, muon"])  # fmt: skip
 def test_scanned_layers_train_as_unrolled_ones_do(optimiser):
     """With some of the blocks frozen, also of one kind of matrix, and in the middle: the stack is cut.
 
     eps above the gradients that are 0 but for rounding, as those of the keys' biases.
     """
-    found = {}
+    found, deep = {}, {tower: fields | {"layers": 3} for tower, fields in (("vision", MODEL["vision"]), ("text", TEXT))}
+    optim_of = dict(lr=1e-3, warmup_steps=1, eps=1e-4, schedule="constant", layer_lr_decay=0.9) | optimiser
+    config = complete(dict(batch_size=16, optim=optim_of, loss=dict(objective="clip")))
+    plain = models.build("ViT-tiny", **MODEL | deep)
+    fresh = drawn(plain)["params"]
     for scan in (False, True):
-        deep = dict(vision=dict(layers=3), text=TEXT | dict(layers=3), image_size=16)
-        optim_of = dict(lr=1e-3, warmup_steps=1, eps=1e-4, schedule="constant", layer_lr_decay=0.9) | optimiser
-        config = complete(dict(batch_size=16, optim=optim_of))
-        network = models.build("ViT-tiny", scan_layers=scan, **deep)
+        network = models.build("ViT-tiny", scan_layers=scan, **MODEL | deep)
         mesh, tx = make_mesh({"data": 1}, jax.devices()[:1]), optim.make_optimizer(config.optim, 100)
-        plain = models.build("ViT-tiny", **deep)
-        params = plain.init(jax.random.key(0), *plain.example_inputs())["params"]
-        params = models.stack_layers(params) if scan else params
+        params = models.stack_layers(fresh) if scan else fresh
         before = jax.device_get(params)
         state = steps.TrainState(np.int32(0), params, {}, tx.init(params))
+        state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))  # as a step leaves it: one program
         step = steps.make_train_step(network, tx, config, mesh, total_steps=100, steps_per_epoch=2)
         for number in range(2):
-            state, _ = step(jax.device_put(state), batch(number, mesh))
+            state, _ = step(state, batch(number, mesh))
         size = sum(x.size for x in jax.tree.leaves(state.opt_state))
         after, names = models.unstack_layers(jax.device_get(state.params)), by_name(before).keys()
         assert by_name(state.params).keys() == names
@@ -142,7 +145,11 @@ def flops(case):
         "last block": dict(rules=[(r"resblocks_0/|conv1|embedding|ln_pre", {"freeze": True})]),
         "heads": dict(rules=[("ln_post|/proj$|text_proj|ln_final|logit", {"freeze": False}), (".", {"freeze": True})]),
     }[case.removesuffix(", scanned")]
-    _, state, step, mesh = prepared(optimiser, 1, "scanned" in case, loss=dict(objective="clip"))
+    config = complete(dict(batch_size=16, optim={"warmup_steps": 1} | optimiser, loss=dict(objective="clip")))
+    model = models.build("ViT-tiny", text=TEXT, scan_layers="scanned" in case, **MODEL)
+    mesh, tx = make_mesh({"data": 1}, jax.devices()[:1]), optim.make_optimizer(config.optim, 100)
+    state = steps.abstract_state(model, tx, mesh, None, config.optim)
+    step = steps.make_train_step(model, tx, config, mesh, total_steps=100, steps_per_epoch=2)
     moments = sum(x.size for name, x in by_name(state.opt_state).items() if "/mu/" in name or "/nu/" in name)
     return step.lower(state, batch(0, mesh)).cost_analysis()["flops"], moments, state.params
 
