@@ -9,6 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import csv
+import gc
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ LONG = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONG)
+    gc.freeze()  # imported modules stay, and need not be gone through again and again
 
 
 @pytest.fixture
