@@ -55,7 +55,7 @@ class Sizes(NamedTuple):
     turn: float = 0.2
 
 
-SMALL = Sizes((32, 64), (("ViT-tiny", 4, BESIDE_PYTORCH),), rounds=2, steps=1, turn=0.0)
+SMALL = Sizes((32,), (("ViT-tiny", 4, BESIDE_PYTORCH),), rounds=2, steps=1, turn=0.0)
 
 
 def checks(name: str, end: float = float("inf")) -> Iterator[dict]:

@@ -9,12 +9,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import csv
+import gc
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.support.bucket import served
+from tests.support.one_device import on_one_device
 from tests.support.open_clip_models import import_open_clip
 
 # Minutes long: they go first, so that no worker has one left when the others are done.
@@ -26,6 +28,7 @@ LONG = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONG)
+    gc.freeze()  # imported modules stay, and need not be gone through again and again
 
 
 @pytest.fixture
@@ -46,6 +49,11 @@ def captioned(tmp_path):
 def bucket(tmp_path, monkeypatch):
     with served(tmp_path / "bucket", monkeypatch) as bucket:
         yield bucket
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    on_one_device(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from benchmarks import finetune
+from input_pipeline import shapes
 from tests.docs.test_docs import REPO, commands
+from tests.support.one_device import on_one_device
 
 
 def test_its_recipes_are_the_lines_of_the_tutorial():
@@ -61,6 +63,10 @@ def test_it_measures(tmp_path, monkeypatch, capsys):
     (folder / "classes.json").write_text('["cat", "dog"]')
     (folder / "templates.json").write_text('["a photo of a {}"]')
     monkeypatch.setattr(finetune, "RECIPES", {name: finetune.RECIPES[name] for name in ("last", "lora")})
+    few = ("data.train=256", "data.val=128", "eval.geometry={}", "eval.retrieval={}")
+    monkeypatch.setattr(finetune, "START", [*finetune.START, *(f"--config.{flag}" for flag in few)])
+    monkeypatch.setitem(shapes.SPLITS, "seen", (2, shapes.SEEN[:2]))  # 32 scenes
+    on_one_device(monkeypatch)
     monkeypatch.chdir(REPO)
     shutil.copy(REPO / "docs" / "finetuning.md", tmp_path)
     before, found = finetune.measure(folder, tmp_path / "work", steps=2, start_steps=2, seeds=1, rows=8)

@@ -37,6 +37,21 @@ OF_TARS = [flag for flag in SMALL if ".data." not in flag and ".eval." not in fl
 ]
 
 
+# Commands of one process, which has its imports once; each one's output ends with a line of its exit code, or error.
+IN_TURN = """
+import importlib, json, sys
+from rankclip_jax.parallel import processes
+processes.start = lambda *flags: None  # only a fresh process may join others
+for name, flags in json.loads(sys.argv[1]):
+    sys.argv = [name, *flags]
+    try:
+        code = importlib.import_module(f"rankclip_jax.{name}").main() or 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    print(f"exit: {code}", flush=True)
+"""
+
+
 def test_a_copy_of_a_workdir_goes_and_comes_back(bucket, capsys):
     with storage.workdir("gs://mine/runs/a/") as folder:
         assert folder.name == "a" and list(folder.glob("[!.]*")) == []
@@ -121,7 +136,7 @@ def test_the_last_training_that_comes_has_a_workdir_in_a_bucket(bucket, capsys):
 
 
 @pytest.mark.slow
-def test_a_training_that_lost_its_workdir_in_a_bucket_stops_before_it_saves(bucket, capsys, monkeypatch):
+def test_a_training_that_lost_its_workdir_in_a_bucket_stops_before_it_saves(bucket, capsys, monkeypatch, one_device):
     monkeypatch.setattr(saving, "probe", lambda folder: None)  # Orbax's client has no part in this
     saved = []
 
@@ -190,6 +205,13 @@ def test_a_run_in_a_bucket_loses_its_machine_and_has_the_numbers_of_a_local_one(
             done = subprocess.run(command(module, *flags), cwd=REPO, env=env, capture_output=True, text=True)
             return done.returncode, done.stdout + done.stderr
 
+        def in_turn(*commands):
+            made = [*enter, sys.executable, "-c", IN_TURN, json.dumps(commands)]
+            done = subprocess.run(made, cwd=REPO, env=env, capture_output=True, text=True)
+            said = done.stdout.split("exit: ")
+            assert done.returncode == 0 and len(said) == len(commands) + 1, done.stdout + done.stderr
+            return said
+
         local = tmp_path / "local"
         on_machine("one")
         code, said = run("train", *OF_TARS, f"--config.data.train={folder}/tars/*.tar", f"--workdir={local}")
@@ -215,23 +237,30 @@ def test_a_run_in_a_bucket_loses_its_machine_and_has_the_numbers_of_a_local_one(
         assert numbers(folder / "run") == numbers(local)
         stored = [json.loads((where / "config.json").read_text()) for where in (folder / "run", local)]
         assert stored[0].pop("data") != stored[1].pop("data") and stored[0] == stored[1]
-        other = run("train", *train, "--config.seed=7")
-        assert other[0] == 1 and "gs://mine/run holds a run with another configuration" in other[1], other
-        for workdir, place in (("gs://mine/run", "gs://mine"), (local, folder)):
-            own = {"own": {"format": "csv", "path": f"{place}/data.csv"}}
-            code, said = run("train", f"--workdir={workdir}", "--mode=eval", f"--config.eval.geometry={own}")
-            assert code == 0 and f"step 18 of {workdir}" in said, said
+        runs = "gs://mine/run", str(local)
+        own = [{"own": {"format": "csv", "path": f"{place}/data.csv"}} for place in ("gs://mine", folder)]
+        said = in_turn(
+            ("train.__main__", [*train, "--config.seed=7"]),
+            *(
+                ("train.__main__", [f"--workdir={workdir}", "--mode=eval", f"--config.eval.geometry={sets}"])
+                for workdir, sets in zip(runs, own, strict=True)
+            ),
+            ("report.__main__", [runs[0], "--out", str(tmp_path / "report.html")]),
+            ("convert", [runs[0], str(tmp_path / "exported"), "--to", "openai"]),
+        )
+        _, refused, *fine = said
+        assert refused.startswith("error: gs://mine/run holds a run with another configuration"), refused
+        assert all(text.startswith("0\n") for text in fine), said
+        assert all(f"step 18 of {workdir}" in text for workdir, text in zip(runs, said[1:3], strict=True))
         measured = [json.loads((where / "eval.json").read_text())["run"]["18"] for where in (folder / "run", local)]
         assert measured[0]["geometry"]["own"] == measured[1]["geometry"]["own"]
         assert {name.split("/")[1] for kind, name, _ in seen.requests if kind == "write"} >= {"checkpoints"}
-        code, said = run("report", "gs://mine/run", "--out", str(tmp_path / "report.html"))
-        assert code == 0 and (tmp_path / "report.html").stat().st_size > 10_000, said
-        code, said = run("convert", "gs://mine/run", str(tmp_path / "exported"), "--to", "openai")
-        assert code == 0 and list((tmp_path / "exported").glob("*.safetensors")), said
+        assert (tmp_path / "report.html").stat().st_size > 10_000
+        assert list((tmp_path / "exported").glob("*.safetensors"))
 
 
 @pytest.mark.slow
-def test_checkpoints_elsewhere_tell_whose_they_are_when_the_workdir_is_lost(tmp_path, capsys):
+def test_checkpoints_elsewhere_tell_whose_they_are_when_the_workdir_is_lost(tmp_path, capsys, one_device):
     flags = (*SMALL[1:], *TRANSFORMER, *NO_EVALUATION, "--config.loss.objective=clip")
     flags += (f"--config.checkpoint.folder={tmp_path / 'kept'}",)
 

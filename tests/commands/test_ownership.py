@@ -101,7 +101,9 @@ BESIDE += ["my.orbax-checkpoint-tmp", "config.json.part", "metrics.part", "profi
         ("embed", [*BESIDE, "photos.npz.unfinished", "about.json", "bad_samples.jsonl"]),
     ],
 )
-def test_where_none_of_its_names_is_taken_a_command_works_and_leaves_the_rest(command, names, run, world, tmp_path):
+def test_where_none_of_its_names_is_taken_a_command_works_and_leaves_the_rest(
+    command, names, run, world, tmp_path, one_device
+):
     before = contents(fill(tmp_path / "out", names))
     for _ in range(1 if command == "embed" else 2):  # its own files it replaces
         assert run(*COMMANDS[command](world, tmp_path / "out")) is None

@@ -66,7 +66,7 @@ def test_workdirs_and_studies_of_before_are_recognised(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_works_and_resumes_beside_files_of_others_also_a_run_of_before(run, tmp_path, capsys):
+def test_training_works_and_resumes_beside_files_of_others_also_a_run_of_before(run, tmp_path, capsys, one_device):
     before = contents(fill(tmp_path / "run", BESIDE))
     assert run(train, *training(tmp_path / "run")) is None
     assert contents(tmp_path / "run").items() >= before.items()

@@ -44,14 +44,14 @@ def small():
     settings = {
         "batch_size": 8, "data.train": 32, "data.val": None, "epochs": 1, "optim.warmup_steps": 1,
         "loss.objective": "clip", "tokenizer.vocab_size": 300, "model.image_size": 8,
-        "model.vision": {"layers": (1, 1), "width": 8, "stem": "small"},
+        "model.name": "ViT-tiny", "model.vision": {"layers": 1, "width": 32, "heads": 2, "patch_size": 4},
         "model.text": {"layers": 1, "width": 32, "heads": 2},
     }  # fmt: skip
     return configs.load(str(REPO / "configs/shapes.py"), [f"{key}={value}" for key, value in settings.items()])
 
 
 @pytest.mark.slow
-def test_a_training_leaves_the_process_as_it_was(tmp_path, monkeypatch):
+def test_a_training_leaves_the_process_as_it_was(tmp_path, monkeypatch, one_device):
     """Asked to stop, to its end, interrupted."""
     take, before = recorder.Recorder.take, state()
 

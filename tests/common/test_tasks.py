@@ -1,5 +1,6 @@
-"""Workers end with the process that started them, however that ends; and a cluster may lose nodes."""
+"""Killed workers and their tasks; workers end with the process that started them; a cluster may lose nodes."""
 
+import functools
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rankclip_jax.common import tasks
+from rankclip_jax.common.errors import InputError
 
 REPO = Path(__file__).parents[2]
 SCRIPT = """
@@ -44,6 +46,43 @@ def test_workers_end_with_their_parent(how, tmp_path):
         worker.settimeout(300)
         assert worker.recv(1) == b""  # its end closes the connection
         worker.close()
+
+
+def killed(task, threads):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_once(marker, task, threads):
+    if task == 2 and not marker.exists():
+        marker.touch()
+        killed(task, threads)
+    return 10 * task + threads
+
+
+def test_a_task_whose_worker_was_killed_is_done_again(tmp_path):
+    work = functools.partial(killed_once, tmp_path / "killed")
+    assert sorted(tasks.run(work, range(5), workers=2, threads=3)) == [3, 13, 23, 33, 43]
+    assert (tmp_path / "killed").exists()
+
+
+def test_a_task_that_kills_every_worker_ends_the_run():
+    with pytest.raises(InputError, match=r"a worker process was killed 4 times over the same task .*--workers"):
+        list(tasks.run(killed, [0], workers=1, threads=1))
+
+
+def fails(task, threads):
+    raise InputError(f"task {task} cannot be done")
+
+
+def test_an_error_of_a_task_is_the_runs():
+    with pytest.raises(InputError, match="^task 7 cannot be done$"):
+        list(tasks.run(fails, [7], workers=1, threads=1))
+
+
+def test_without_ray_one_line_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"^Ray is not installed; install it: pip install -e '\.\[ray\]'$"):
+        list(tasks.run_by_ray(killed, [0], address=""))
 
 
 class ShrinkingRay:

@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from rankclip_jax import cli, doctor
 from rankclip_jax.config import keys as config_keys
 from tests.support.docs_world import REPO, STAND_INS, make_world
+from tests.support.one_device import on_one_device
 
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
 PAGES = [page for page in PAGES if page.exists()]
@@ -27,6 +28,7 @@ ROOTS = "configs|rankclip_jax|input_pipeline|benchmarks|docs|tests|notebooks"
 OURS = r"(?:rankclip_jax|input_pipeline|benchmarks)[\w.]*"
 RANKCLIP = "|".join(cli.COMMANDS)
 RUN = ("tutorials.md",)  # parts of it, see test_commands
+FEW_SCENES = "--config.eval.zero_shot.shapes.path=seen:32"  # of configs/finetune.py, which has 896
 # Not ours to test: what installs, fetches, and speaks to a cluster.
 FOREIGN = ("pip", "python3", "git", "cd", "hf", "ruff", "pre-commit", "sbatch", "export", "#SBATCH", "kubectl", ".")
 
@@ -227,10 +229,20 @@ def check_download(words: list[str], monkeypatch) -> None:
 
 
 def short_training(words: list[str], monkeypatch) -> None:
-    """On the documented data, for two steps; a new model has one layer instead of several."""
-    new = words[0] in ("mine.csv", "shapes") and not any("init_from" in word for word in words)
-    layers = ["--config.model.vision={'layers':1}", "--config.model.text={'layers':1}"] if new else []
-    call("rankclip_jax.train", [*words, *layers, "--config.steps=2", "--config.optim.warmup_steps=1"], monkeypatch)
+    """On the documented data, for an epoch of two steps on one device; a new model has one layer instead of several."""
+    few = ["--config.steps=2", "--config.optim.warmup_steps=1"]
+    if words[0] == "shapes":
+        few += ["--config.data.train=256", "--config.data.val=128"]
+        few += [f"--config.eval.zero_shot.{name}.path={name}:32" for name in ("seen", "held_out")]
+        few += [f"--config.eval.{kind}.scenes.path=16" for kind in ("retrieval", "geometry")]
+    else:
+        few += ["--config.batch_size=8"]
+    if words[0] in ("mine.csv", "shapes") and not any("init_from" in word for word in words):
+        few += ["--config.model.vision={'layers':1}", "--config.model.text={'layers':1}"]
+    if any("finetune.py" in word for word in words):
+        few += [FEW_SCENES]
+    on_one_device(monkeypatch)
+    call("rankclip_jax.train", [*words, *few], monkeypatch)
 
 
 @pytest.mark.slow
@@ -247,7 +259,7 @@ def test_the_tutorials(tmp_path, monkeypatch, capsys):
         if "runs/cc3m" in words and "rankclip_jax.train" not in words:  # its own training is not run
             instead = {"runs/cc3m": "runs/mine", "runs/cc3m-clip": "runs/tuned", "exported": "again"}
             words = [instead.get(word, word) for word in words]
-        run(words, monkeypatch)
+        run([*words, *([FEW_SCENES] if "--alphas" in words else [])], monkeypatch)
     files = ["report.html", "photos.npz", "matches.png", "exported/config.json", "look/contact_sheet.png"]
     for made in (*files, "runs/mixed/mix.png", "runs/mixed/model.safetensors"):
         assert Path(made).exists(), made

@@ -22,6 +22,7 @@ from tests.support.bucket import FAULTS
 from tests.support.source_files import KEYS, WRITERS, read_all, samples, write_parquet, write_tar
 
 FORMATS = ("webdataset", "tfrecord", "parquet")
+QUICK = ("webdataset", "parquet", pytest.param("tfrecord", marks=pytest.mark.slow))  # it reads ranges, as tars do
 TOKENIZER = Tokenizer.train(["picture number 0123456789"], 300)
 BLOCKS = dict(shuffle="blocks", block_rows=4, window_mb=1024)
 
@@ -120,7 +121,7 @@ def test_what_is_refused_is_no_bad_sample(kind, bucket):
     assert batches.bad.count == 0
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", QUICK)
 def test_bad_rows_are_named_and_a_resumed_run_passes_over_them_too(kind, tmp_path):
     made = pictures(56)
     for row in (3, 17, 40):
@@ -163,7 +164,7 @@ def test_a_block_that_is_too_large_for_a_window_is_read_row_by_row(bucket):
     assert len(bucket.requests) >= 16
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", QUICK)
 def test_rows_can_be_read_in_their_order_too(kind, bucket):
     made = samples(30)
     path = WRITERS[kind](bucket.folder, made)

@@ -187,7 +187,7 @@ def test_a_damaged_index_is_made_again(layout, at_once, tmp_path, monkeypatch):
     monkeypatch.setattr(index_places, "AT_ONCE", at_once)
     rng = np.random.default_rng(0)
     table = index_file._HEAD.size + index_file._HEAD.unpack_from(data)[2]
-    places = [*range(index_file._HEAD.size), *rng.integers(0, table, 60), *rng.integers(4096, len(data), 60)]
+    places = [*range(index_file._HEAD.size), *rng.integers(0, table, 20), *rng.integers(4096, len(data), 20)]
     for kind in ("flip", "cut"):
         for place in places:
             damaged = bytearray(data)

@@ -75,6 +75,22 @@ def prepared_with_a_kill(data, out, run, marker):
     return prepare.prepare(source, out, options, described, 1, functools.partial(run, worker))
 
 
+def test_two_processes_write_what_one_does(data, tmp_path, monkeypatch):
+    for folder, workers in ("one", 1), ("two", 2):
+        run(monkeypatch, data, tmp_path / folder, "--workers", workers)
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_half_a_shard_is_written_again(data, tmp_path, monkeypatch):
+    for folder in "one", "two":
+        run(monkeypatch, data, tmp_path / folder)
+    (tmp_path / "two" / shards.name(2)).unlink()
+    shards.part_of(tmp_path / "two" / shards.name(2)).write_bytes(b"half a shard")
+    run(monkeypatch, data, tmp_path / "two")
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+@pytest.mark.slow  # tests/common/test_tasks.py: the same without shards
 def test_a_killed_process_changes_nothing(data, tmp_path, monkeypatch):
     run(monkeypatch, data, tmp_path / "one")
     by_two = functools.partial(tasks.run, workers=2, threads=1)
@@ -108,32 +124,13 @@ def _spec(data):
     return prepare.configs.complete({"data": {"format": "csv", "train": str(data)}}).data
 
 
-def killed(task, threads):
-    os.kill(os.getpid(), signal.SIGKILL)
+@pytest.fixture
+def here(monkeypatch):
+    """--workers are this process, which has imported TensorFlow."""
+    monkeypatch.setattr(tasks, "run", lambda work, all_of, workers, threads: (work(task, threads) for task in all_of))
 
 
-@pytest.mark.slow
-def test_a_task_that_kills_every_worker_ends_the_run():
-    with pytest.raises(InputError, match=r"a worker process was killed 4 times over the same task .*--workers"):
-        list(tasks.run(killed, [0], workers=1, threads=1))
-
-
-def fails(task, threads):
-    raise InputError(f"task {task} cannot be done")
-
-
-def test_an_error_of_a_task_is_the_runs():
-    with pytest.raises(InputError, match="^task 7 cannot be done$"):
-        list(tasks.run(fails, [7], workers=1, threads=1))
-
-
-def test_without_ray_one_line_says_how_to_install_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match=r"^Ray is not installed; install it: pip install -e '\.\[ray\]'$"):
-        list(tasks.run_by_ray(killed, [0], address=""))
-
-
-def test_too_many_bad_rows_stop_many_workers(tmp_path, monkeypatch):
+def test_too_many_bad_rows_stop_many_workers(tmp_path, monkeypatch, here):
     (tmp_path / "bad.csv").write_text("image,caption\n" + "gone.jpg,a caption\n" * 130)
     with pytest.raises(SystemExit, match=r"\d+ of \d+ rows are unusable, more than .*gone.jpg: no such file") as stop:
         monkeypatch.setattr(sys, "argv", ["prepare", str(tmp_path / "bad.csv"), str(tmp_path / "out"), "--workers=2"])
@@ -194,7 +191,12 @@ def s3(tmp_path, monkeypatch):
         yield client
 
 
-def test_a_bucket_is_written_by_processes_too_also_without_repeated_pictures(data, tmp_path, monkeypatch, bucket):
+@pytest.mark.parametrize("workers", ["here", pytest.param("processes", marks=pytest.mark.slow)])
+def test_a_bucket_is_written_by_workers_too_also_without_repeated_pictures(
+    workers, data, tmp_path, monkeypatch, bucket, request
+):
+    if workers == "here":
+        request.getfixturevalue("here")
     shutil.copy(data.parent / "5.jpg", data.parent / "20.jpg")
     run(monkeypatch, data, tmp_path / "one", "--dedup", "exact")
     run(monkeypatch, data, "gs://mine/out", "--dedup", "exact", "--workers", 2)

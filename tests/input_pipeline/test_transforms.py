@@ -1,6 +1,7 @@
 """Windows, the canvas, and the resize on the device against PIL and against the definition in float64."""
 
 import io
+import itertools
 
 import jax
 import numpy as np
@@ -119,7 +120,9 @@ def test_the_device_resizes_as_pil(side, form):
         assert difference(result, oracle(pixels, window, side)).max() <= 1
 
 
-RATIOS = [(32, 224), (64, 224), (448, 224), (223, 224), (225, 224), (408, 224), (37, 64), (57, 32), (101, 24), (96, 7)]
+RATIOS = [(8, 56), (48, 24), (23, 24), (25, 24), (37, 64), (57, 32), (61, 9)]
+LARGE = [(32, 224), (64, 224), (448, 224), (223, 224), (225, 224), (408, 224), (101, 24), (96, 7)]
+RATIOS += [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in LARGE]
 
 
 @pytest.mark.parametrize("canvas, side", RATIOS)
@@ -191,7 +194,7 @@ def test_evaluation_sees_what_clips_image_processor_sees():
 def test_evaluation_sees_what_siglips_image_processor_sees(squash):
     side = 48
     sizes = [(48, 48), (60, 90), (33, 170), (170, 33), (30, 20), (200, 70), (151, 225), (2, 900), (900, 1)]
-    for pixels in (make(*size) for size in sizes for make in (picture, noise)):
+    for pixels in (make(*size) for size, make in zip(sizes, itertools.cycle((picture, noise)))):
         how = Image.Resampling[squash.upper()]  # as transformers' SiglipImageProcessor: tests/weights/test_siglip.py
         expected = np.asarray(Image.fromarray(pixels).resize((side, side), how))
         options = dict(side=side, exact=True, squash=squash)

@@ -28,6 +28,11 @@ FORMS = {
 }
 
 
+@functools.cache
+def nll_of(platform, decay, top_k):
+    return jax.jit(lambda lists: lists_nll(lists, decay, top_k, platform, True))
+
+
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 @pytest.mark.parametrize("options", [{}, {"top_k": 9, "decay": "log"}], ids=str)
 @pytest.mark.parametrize("spread", [1, pytest.param(100, marks=pytest.mark.slow), 1000])
@@ -37,10 +42,10 @@ def test_their_forms_equal_float64(platform, options, spread):
     scores[3] = np.round(scores[3])
     reference = np.round(4 * rng.normal(size=(4, 300))).astype(np.float32)
     reference[1], reference[2] = scores[1], np.where(reference[2] > 0, 0.0, -0.0)
-    decay, top_k = options.get("decay"), options.get("top_k")
+    top_k = options.get("top_k")
     both = [(scores, reference), (scores[:, :150], reference[:, :150])]  # lists of two lengths share the GPU's loop
-    form = jax.jit(lambda lists: lists_nll(lists, decay, top_k, platform, True))
-    for (nll, grad), (some_scores, some_reference) in zip(form(both), both, strict=True):
+    found = nll_of(platform, options.get("decay"), top_k)(both)
+    for (nll, grad), (some_scores, some_reference) in zip(found, both, strict=True):
         for row in range(4):
             want, want_grad = oracle.nll(some_scores[row], some_reference[row], **options)
             # With top_k the logsumexp of the rest, as large as the scores, is rounded to float32.

@@ -51,28 +51,32 @@ def _images(model, batch=4):
     return jax.random.normal(jax.random.key(2), (batch, size, size, 3))
 
 
+PARAMETERS = {
+    "ViT-B/32": 151_277_313,
+    "ViT-B/16": 149_620_737,
+    "ViT-L/14": 427_616_513,
+    "RN50": 102_007_137,
+    "RN101": 119_688_033,
+    "RN50x4": 178_300_601,
+    "RN50x16": 290_979_217,
+    "RN50x64": 623_258_305,
+    "ViT-L/14@336": 427_944_193,
+    "ViT-H/14": 986_109_441,
+    "ViT-g/14": 1_366_678_273,
+    "ViT-bigG/14": 2_539_567_105,
+}
+QUICK = ("ViT-B/32", "RN50")  # of the unrolled ones, whose blocks are traced one by one
+CASES = [(name, scan) for name in PARAMETERS for scan in (True, False)]
+SLOW = [case for case in CASES if case[0] not in QUICK and (case[0] in ("RN50x16", "RN50x64") or not case[1])]
+
+
 @pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("ViT-B/32", 151_277_313),
-        ("ViT-B/16", 149_620_737),
-        ("ViT-L/14", 427_616_513),
-        ("RN50", 102_007_137),
-        ("RN101", 119_688_033),
-        ("RN50x4", 178_300_601),
-        ("RN50x16", 290_979_217),
-        ("RN50x64", 623_258_305),
-        ("ViT-L/14@336", 427_944_193),
-        ("ViT-H/14", 986_109_441),
-        ("ViT-g/14", 1_366_678_273),
-        ("ViT-bigG/14", 2_539_567_105),
-    ],
+    ("name", "scan_layers"), [pytest.param(*c, marks=pytest.mark.slow if c in SLOW else ()) for c in CASES]
 )
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_parameter_count(name, count, scan_layers):
+def test_parameter_count(name, scan_layers):
     model = build(name, scan_layers=scan_layers)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))
-    assert sum(x.size for x in jax.tree.leaves(shapes["params"])) == count
+    assert sum(x.size for x in jax.tree.leaves(shapes["params"])) == PARAMETERS[name]
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(shapes))
 
 

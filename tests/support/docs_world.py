@@ -27,6 +27,7 @@ STAND_INS = {
     "gs://BUCKET/": "",
     "openai/clip-vit-base-patch32": "tokenizer.json",
     "scores.parquet:0.28": "scores.parquet:-1",  # of random weights
+    "0,0.25,0.5,0.75,1": "0,0.5",  # each is an evaluation
 }
 
 

@@ -38,6 +38,11 @@ def make_config(model, **groups):
 def make_variables(config, tokenizer, seed=0):
     """(model, its variables): random ones, nowhere at their initial zeros and ones."""
     model = build_model(config, tokenizer)
+    return model, drawn(model, seed)
+
+
+def drawn(model, seed=0):
+    """As make_variables, without compiling anything."""
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))
     rng = np.random.default_rng(seed)
 
@@ -47,7 +52,7 @@ def make_variables(config, tokenizer, seed=0):
             return rng.uniform(0.5, 1.5, x.shape).astype(np.float32)
         return np.asarray(2.5 if name == "logit_scale" else rng.normal(0, 0.15, x.shape), np.float32)
 
-    return model, jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def make_workdir(path: Path, model, scores=(0.5,), **groups) -> Path:

@@ -1,4 +1,4 @@
-"""An independent float64 computation of every loss and its gradient, one list and one position at a time."""
+"""An independent float64 computation of every loss and its gradient, one list at a time, each position by itself."""
 
 import numpy as np
 
@@ -7,23 +7,20 @@ def nll(scores, reference, decay=None, top_k=None):
     """Plackett-Luce loss of one list and its gradient (n,), by the definition, in float64."""
     scores, reference = np.asarray(scores, np.float64), np.asarray(reference, np.float64)
     n = len(scores)
-    left = sorted(range(n), key=lambda i: (-reference[i], i))
-    loss, grad = 0.0, np.zeros(n)
-    for k in range(n if top_k is None else min(top_k, n)):
-        weight = 1.0 if decay is None else 1 / np.log(k + 2)
-        placed, later = left[k], left[k + 1 :]
-        if later:
-            top = scores[left[k:]].max()
-            mass = np.exp(scores[later] - top)
-            own = np.exp(scores[placed] - top)
-            # log1p and the mass of the others, so that float64 too keeps what is nearly zero.
-            if scores[placed] == top:
-                loss += weight * np.log1p(mass.sum())
-            else:
-                loss += weight * (np.log(mass.sum() + own) + top - scores[placed])
-            total = mass.sum() + own
-            grad[later] += weight * mass / total
-            grad[placed] -= weight * mass.sum() / total
+    order = np.argsort(-reference, kind="stable")
+    s, loss, grad = scores[order], 0.0, np.zeros(n)
+    placed = n if top_k is None else min(top_k, n)
+    for k in np.split(np.arange(placed), range(256, placed, 256)):  # positions; not all at once, for the memory
+        weight = np.ones(len(k)) if decay is None else 1 / np.log(k + 2)
+        later = np.where(np.arange(n) > k[:, None], s, -np.inf)
+        top = np.maximum(later.max(1, initial=-np.inf), s[k])
+        mass, own = np.exp(later - top[:, None]), np.exp(s[k] - top)
+        rest = mass.sum(1)
+        total = rest + own
+        # log1p and the mass of the others, so that float64 too keeps what is nearly zero.
+        loss += weight @ np.where(s[k] == top, np.log1p(rest), np.log(total) + top - s[k])
+        grad[order] += weight / total @ mass
+        grad[order[k]] -= weight * rest / total
     return loss, grad
 
 

@@ -102,6 +102,7 @@ def test_two_views_go_in_parts_too():
 def test_the_usual_accumulation_would_be_wrong():
     params, batch = problem()
 
+    @jax.jit
     def grad(params, batch):
         return jax.grad(lambda p: objective_loss(*embed(p, batch), p["scale"], objective="clip")[0])(params)["image"]
 

@@ -149,7 +149,7 @@ def cut_off(whole, cut, step):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["webdataset", "parquet"])
-def test_a_run_that_is_cut_off_has_the_numbers_of_one_that_is_not(kind, tmp_path, capsys):
+def test_a_run_that_is_cut_off_has_the_numbers_of_one_that_is_not(kind, tmp_path, capsys, one_device):
     made = pictures(96, side=24)
     made[5] = (b"no picture", made[5][1])
     (tmp_path / "data").mkdir()

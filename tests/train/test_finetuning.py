@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rankclip_jax import convert, inference, models
 from rankclip_jax.common.errors import InputError
@@ -22,7 +23,7 @@ from rankclip_jax.train import step as steps
 from rankclip_jax.train.session import build_model
 from rankclip_jax.weights import checkpoint, lora, pretrained
 from rankclip_jax.weights.saving import Checkpoints
-from tests.support.made_models import CAPTIONS, VIT, make_variables, make_workdir
+from tests.support.made_models import CAPTIONS, VIT, drawn, make_variables, make_workdir
 
 MODEL = dict(image_size=16, vision=dict(width=32, layers=2, heads=2))
 TEXT = dict(width=32, heads=2, layers=2, vocab_size=64, eot_id=63, context_length=8)
@@ -38,15 +39,17 @@ CASES = {
     "SigLIP": dict(rules=[("attnpool|head|logit", {"lr": 2.0}), ("conv1|embedding", {"freeze": True})], ema=0.9),
 }
 SIGLIP = dict(image_size=16, embed_dim=32, vision=dict(width=32, layers=2, heads=2, patch_size=8))
+ONE_LAYER = ("lion", "adafactor", "adapters, averaged", "SigLIP")  # of these cases all layers are treated alike
 
 
-def prepared(optimiser, devices=8, scan=False, siglip=False, **more):
+def prepared(optimiser, devices=8, scan=False, siglip=False, layers=2, **more):
     """(config, fresh state, step) on a mesh of devices; of several, everything is split."""
     axes, kind = ({"data": 2, "fsdp": 4}, "fsdp") if devices == 8 else ({"data": 1}, None)
     config = dict(batch_size=16, optim={"lr": 1e-3, "warmup_steps": 1} | optimiser, mesh=axes, sharding=kind)
     config = complete(config | (dict(init_from="a model") if "lora" in optimiser else {}) | more)
     name, fields = ("SigLIP-B/16", SIGLIP) if siglip else ("ViT-tiny", MODEL)
-    model = models.build(name, text=TEXT, scan_layers=scan, **fields)
+    fields = fields | dict(text=TEXT | dict(layers=layers), vision=fields["vision"] | dict(layers=layers))
+    model = models.build(name, scan_layers=scan, **fields)
     model = lora.Adapted(model, config.optim.lora) if config.optim.lora else model
     mesh, tx = make_mesh(axes, jax.devices()[:devices]), optim.make_optimizer(config.optim, 100)
     state = steps.init_state(model, tx, 0, mesh, kind, config.optim)
@@ -73,7 +76,8 @@ def test_eight_devices_equal_one_and_a_resumed_run_an_uninterrupted_one(case, tm
     monkeypatch.setattr(sharding, "_SMALL", 0)
     losses, loss = {}, dict(objective="siglip" if case == "SigLIP" else "clip")
     for devices in (1, 8):
-        config, state, step, mesh = prepared(CASES[case], devices, "scanned" in case, case == "SigLIP", loss=loss)
+        settings = dict(loss=loss, layers=1 if case in ONE_LAYER else 2)
+        config, state, step, mesh = prepared(CASES[case], devices, "scanned" in case, case == "SigLIP", **settings)
         before, losses[devices] = jax.device_get(state), []
         with Checkpoints(tmp_path / str(devices), config.checkpoint) as checkpoints:
             for number in range(4):
@@ -100,28 +104,30 @@ MIXED = [(r"resblocks_1/.*mlp|visual/.*_0/attn/q", {"freeze": True}), ("resblock
 
 
 @pytest.mark.parametrize("optimiser", [
-    dict(rules=LAST), dict(rules=MIXED), dict(rules=MIXED, name="muon"),
-], ids=["last", "mixed", "mixed, muon"])  # fmt: skip
+    dict(rules=MIXED),
+    pytest.param(dict(rules=LAST), marks=pytest.mark.slow),
+    pytest.param(dict(rules=MIXED, name="muon"), marks=pytest.mark.slow),  # quick: its stacks, in test_optimisers.py
+], ids=["mixed", "last", "mixed, muon"])  # fmt: skip
 def test_scanned_layers_train_as_unrolled_ones_do(optimiser):
     """With some of the blocks frozen, also of one kind of matrix, and in the middle: the stack is cut.
 
     eps above the gradients that are 0 but for rounding, as those of the keys' biases.
     """
-    found = {}
+    found, deep = {}, {tower: fields | {"layers": 3} for tower, fields in (("vision", MODEL["vision"]), ("text", TEXT))}
+    optim_of = dict(lr=1e-3, warmup_steps=1, eps=1e-4, schedule="constant", layer_lr_decay=0.9) | optimiser
+    config = complete(dict(batch_size=16, optim=optim_of, loss=dict(objective="clip")))
+    plain = models.build("ViT-tiny", **MODEL | deep)
+    fresh = drawn(plain)["params"]
     for scan in (False, True):
-        deep = dict(vision=dict(layers=3), text=TEXT | dict(layers=3), image_size=16)
-        optim_of = dict(lr=1e-3, warmup_steps=1, eps=1e-4, schedule="constant", layer_lr_decay=0.9) | optimiser
-        config = complete(dict(batch_size=16, optim=optim_of))
-        network = models.build("ViT-tiny", scan_layers=scan, **deep)
+        network = models.build("ViT-tiny", scan_layers=scan, **MODEL | deep)
         mesh, tx = make_mesh({"data": 1}, jax.devices()[:1]), optim.make_optimizer(config.optim, 100)
-        plain = models.build("ViT-tiny", **deep)
-        params = plain.init(jax.random.key(0), *plain.example_inputs())["params"]
-        params = models.stack_layers(params) if scan else params
+        params = models.stack_layers(fresh) if scan else fresh
         before = jax.device_get(params)
         state = steps.TrainState(np.int32(0), params, {}, tx.init(params))
+        state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))  # as a step leaves it: one program
         step = steps.make_train_step(network, tx, config, mesh, total_steps=100, steps_per_epoch=2)
         for number in range(2):
-            state, _ = step(jax.device_put(state), batch(number, mesh))
+            state, _ = step(state, batch(number, mesh))
         size = sum(x.size for x in jax.tree.leaves(state.opt_state))
         after, names = models.unstack_layers(jax.device_get(state.params)), by_name(before).keys()
         assert by_name(state.params).keys() == names
@@ -142,7 +148,11 @@ def flops(case):
         "last block": dict(rules=[(r"resblocks_0/|conv1|embedding|ln_pre", {"freeze": True})]),
         "heads": dict(rules=[("ln_post|/proj$|text_proj|ln_final|logit", {"freeze": False}), (".", {"freeze": True})]),
     }[case.removesuffix(", scanned")]
-    _, state, step, mesh = prepared(optimiser, 1, "scanned" in case, loss=dict(objective="clip"))
+    config = complete(dict(batch_size=16, optim={"warmup_steps": 1} | optimiser, loss=dict(objective="clip")))
+    model = models.build("ViT-tiny", text=TEXT, scan_layers="scanned" in case, **MODEL)
+    mesh, tx = make_mesh({"data": 1}, jax.devices()[:1]), optim.make_optimizer(config.optim, 100)
+    state = steps.abstract_state(model, tx, mesh, None, config.optim)
+    step = steps.make_train_step(model, tx, config, mesh, total_steps=100, steps_per_epoch=2)
     moments = sum(x.size for name, x in by_name(state.opt_state).items() if "/mu/" in name or "/nu/" in name)
     return step.lower(state, batch(0, mesh)).cost_analysis()["flops"], moments, state.params
 
@@ -285,7 +295,7 @@ def test_averages_that_are_not_there(averaged_adapters, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_trains_adapters_and_evaluates_averages_beside(tmp_path, capsys):
+def test_a_run_trains_adapters_and_evaluates_averages_beside(tmp_path, capsys, one_device):
     origin = make_workdir(tmp_path / "origin", VIT)
     config = complete(
         dict(

@@ -262,7 +262,7 @@ def test_layer_wise_rates_beside_a_frozen_tower_and_weight_decay():
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_another_and_resumes_without_it(workdirs, tmp_path, capsys):
+def test_a_run_starts_from_another_and_resumes_without_it(workdirs, tmp_path, capsys, one_device):
     """In the loop: the first loss is that of the model started from, and a resumed run does not read it again."""
     moved = tmp_path / "origin"
     workdirs["vit"].rename(moved)

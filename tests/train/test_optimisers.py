@@ -230,7 +230,7 @@ def test_rules_that_are_none_are_refused(given, message):
 @pytest.mark.parametrize("name", NAMES)
 def test_states_lie_where_their_parameters_do(name, kind, axes):
     mesh = make_mesh(axes)
-    model = models.build("ViT-B/32", scan_layers=name == "muon")
+    model = models.build("ViT-B/32", scan_layers=name == "muon", vision={"layers": 2}, text={"layers": 2})
     params = jax.eval_shape(model.init, jax.random.key(0), *model.example_inputs())["params"]
     state = {"params": params, "opt_state": jax.eval_shape(optim.make_optimizer(config(name=name), 10).init, params)}
     placed = by_name(sharding.state_shardings(state, mesh, kind))

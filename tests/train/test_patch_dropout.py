@@ -273,7 +273,7 @@ def test_the_last_checkpoint_from_which_a_run_can_be_lengthened_stays():
 
 
 @pytest.mark.slow
-def test_a_constant_run_is_lengthened_from_before_its_whole_images(tmp_path):
+def test_a_constant_run_is_lengthened_from_before_its_whole_images(tmp_path, one_device):
     changes = ["loss.objective='clip'", "optim.schedule='constant'", "model.vision.patch_dropout=0.5"]
     changes += ["model.vision.patch_dropout_until=0.67", "checkpoint.every_steps=1", "checkpoint.keep=1"]
     loop.train(quick("epochs=2", *changes), tmp_path / "run")  # 6 steps, 4 of them with half of the patches
@@ -287,7 +287,7 @@ def test_a_constant_run_is_lengthened_from_before_its_whole_images(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_leaves_patches_out_until_it_does_not_and_resumes(tmp_path, capsys):
+def test_a_run_leaves_patches_out_until_it_does_not_and_resumes(tmp_path, capsys, one_device):
     changes = ["epochs=2", "loss.objective='clip'", "optim.schedule='constant'", "model.vision.patch_dropout=0.5"]
     changes += ["model.vision.patch_dropout_until=0.67", "checkpoint.every_steps=1", "checkpoint.keep=9"]
     loop.train(quick(*changes), tmp_path / "whole")  # 6 steps, 4 of them with half of the patches

@@ -42,7 +42,7 @@ def test_a_longer_run_is_the_one_it_would_have_been(two_epochs, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_cosine_cannot_be_made_longer_and_says_what_can(tmp_path):
+def test_a_finished_cosine_cannot_be_made_longer_and_says_what_can(tmp_path, one_device):
     clip = "loss.objective=clip"  # sooner compiled
     loop.train(quick("epochs=2", clip), tmp_path)
     before = (tmp_path / "config.json").read_bytes()
