@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import shlex
 import sys
 import time
@@ -226,6 +227,7 @@ def _evaluate(
                     losses = session.validation(average, data.val)
                     numbers |= {f"{key}/ema": value for key, value in losses.items()}
         recorder.show(step, shown or {})
+        gc.collect()  # TensorFlow's graphs are cycles; Python would keep some thirty evaluations' of 2 MB
     print(f"after epoch {step // data.steps_per_epoch}, step {step}:")
     print(evaluation.lines(results | {"missing": failed}, numbers), end="", flush=True)
     recorder.write(step, numbers, counts=evaluation.counts(results), failed=failed)
