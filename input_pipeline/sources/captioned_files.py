@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from input_pipeline.graph import all_from_python, apart
+from rankclip_jax.common.errors import InputError
 
 SMALL = 1 << 18  # bytes
 _BETWEEN = b"\0"  # several captions
@@ -48,7 +49,7 @@ def captioned_files(image: Callable, text: Callable, several: bool = False) -> t
         for given_2, row in zip(found_Nx2, rows_N.tolist(), strict=True):
             try:
                 caption, encoded = packed(text(row, SMALL)), image(row, SMALL)
-            except Exception:  # read alone, it says why
+            except InputError:  # read alone, it says why
                 continue
             if caption is not None:
                 given_2[:] = encoded, caption
