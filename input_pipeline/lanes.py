@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from input_pipeline.blocks import BlockOrder
 from input_pipeline.graph import as_written, mapped
+from input_pipeline.sources import Together
 
 _AT_LEAST = 16  # samples that are decoded at a time
 _AT_MOST = 2 * (os.cpu_count() or 1)  # of one lane, which is enough to keep the processors busy
@@ -21,11 +22,18 @@ class LaneStream:
       position: of each lane of this process.
     """
 
-    def __init__(self, order: BlockOrder, position: tuple[int, ...], batch_size: int, process: tuple[int, int]):
-        """`position`: (): all lanes begin. `batch_size`, `process`: as of pipeline.TrainBatches."""
+    def __init__(
+        self,
+        order: BlockOrder,
+        together: Together,
+        position: tuple[int, ...],
+        batch_size: int,
+        process: tuple[int, int],
+    ):
+        """`together`: of the source. `position`: (): all lanes begin. The others: as of pipeline.TrainBatches."""
         index, count = process
         lanes = order.lanes // count
-        self._order, self._lanes = order, range(index * lanes, (index + 1) * lanes)
+        self._order, self._together, self._lanes = order, together, range(index * lanes, (index + 1) * lanes)
         self.position = position or (0,) * lanes
         self._rows = batch_size // lanes  # of a lane in a batch
         self._at_once = max(min(self._rows, _AT_MOST), -(-_AT_LEAST // lanes))
@@ -41,8 +49,14 @@ class LaneStream:
             self._hold(lane, self._order.number_at(position), position)
 
     def samples(self, sample: Callable, good: dict) -> tf.data.Dataset:
-        """The good ones of sample(place, row), batch by batch; where a lane has none, what has the "position" -1."""
+        """The good ones of sample(place, row, what `together` gave), batch by batch.
+
+        Where a lane has none, comes what has the "position" -1.
+        """
         nothing = tf.nest.map_structure(tf.zeros_like, good) | {"position": tf.constant(-1, tf.int64)}
+
+        def given(places, rows):
+            return places, rows, self._together.in_graph(rows)
 
         def rows_of(i):
             def piece(number):
@@ -50,7 +64,8 @@ class LaneStream:
                 return tuple(tf.ensure_shape(one, [None]) for one in found)
 
             pieces = tf.data.Dataset.range(tf.int64.max).map(as_written(piece))
-            return pieces.flat_map(as_written(lambda *rows: tf.data.Dataset.from_tensor_slices(rows))).take(self._span)
+            rows = pieces.flat_map(as_written(lambda *rows: tf.data.Dataset.from_tensor_slices(rows))).take(self._span)
+            return rows.batch(self._at_once).map(as_written(given)).unbatch()
 
         def of_lane(i):
             read = mapped(rows_of(i), sample, self._at_once).ignore_errors()

@@ -9,7 +9,7 @@ import tensorflow as tf
 from input_pipeline.graph import as_written, mapped
 from input_pipeline.sources import Source, started_ahead
 
-_TOGETHER = 32  # positions whose rows are found, and whose small files are read, at a time
+_TOGETHER = 32  # positions whose rows are found, and are read where Python reads them, at a time
 
 
 def row_at(source: Source, stream: tf.Tensor, seed: int) -> tf.Tensor:
@@ -77,8 +77,7 @@ class RowStream:
             rows = self.row_of(place_at(positions))
             if self._source.together is None:
                 return place_at(positions), rows
-            given = tf.numpy_function(as_written(self._source.together), [rows], tf.string)
-            return place_at(positions), rows, tf.ensure_shape(given, [None, 2])
+            return place_at(positions), rows, self._source.together.in_graph(rows)
 
         data = tf.data.Dataset.from_tensors(0)
         data = data.flat_map(as_written(lambda _: tf.data.Dataset.range(self._from, self._from + self._span)))

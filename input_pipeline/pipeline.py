@@ -76,8 +76,9 @@ class TrainBatches:
         """
         cpu_only()
         self._stream: RowStream | LaneStream
-        if order:
-            self._stream = LaneStream(order, start if isinstance(start, tuple) else (), batch_size, process)
+        if order and source.together:  # which every source of blocks has
+            place = start if isinstance(start, tuple) else ()
+            self._stream = LaneStream(order, source.together, place, batch_size, process)
         else:
             self._stream = RowStream(source, seed, start if isinstance(start, int) else 0, batch_size, process)
         self.bad, self._source = BadSamples(source, bad_path, max_bad_fraction), source

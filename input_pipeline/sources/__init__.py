@@ -24,10 +24,22 @@ from input_pipeline.sources.source import (
     started_ahead,
     told,
 )
+from input_pipeline.sources.together import Together
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import MAX_FILE_MB
 
-__all__ = ["Ahead", "Blocks", "Lost", "Peers", "Source", "open_pictures", "open_source", "started_ahead", "told"]
+__all__ = [
+    "Ahead",
+    "Blocks",
+    "Lost",
+    "Peers",
+    "Source",
+    "Together",
+    "open_pictures",
+    "open_source",
+    "started_ahead",
+    "told",
+]
 
 
 def open_source(
@@ -89,7 +101,8 @@ def open_pictures(spec: ConfigDict, path: str) -> Source:
         require(tf.strings.length(image) > 0, "empty image")
         return {"image": image}
 
-    return dataclasses.replace(source, read=read, text=captioned.text or Reading(captioned.read, captioned.ahead))
+    text = captioned.text or Reading(captioned.read, captioned.ahead)
+    return dataclasses.replace(source, read=read, text=text, together=None)
 
 
 def _with_text(source: Source, spec: ConfigDict, encoding: str | None = None) -> Source:

@@ -1,4 +1,4 @@
-"""Reads byte ranges of many files, and whole files, inside the graph.
+"""Reads byte ranges of many local files inside the graph; and whole files.
 
 TensorFlow has no op for ranges: tf.io.read_file reads whole files, and a FixedLengthRecordDataset reads everything
 before the range (measured: 9 ms for 40 MB). So local files are memory-mapped once as uint8 tensors in a TensorList. A
@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 
-from input_pipeline.graph import from_python
 from input_pipeline.sources.mapping import mapped
 from input_pipeline.sources.source import Ahead
 from rankclip_jax.common.errors import InputError
@@ -23,11 +22,6 @@ from rankclip_jax.common.pictures import MAX_FILE_MB, read_file
 from rankclip_jax.common.storage import ReadAhead, is_remote
 
 _GROUP = 128  # arrays of a list that are added one by one
-
-
-def byte_ranges(paths: Sequence[str], reads: ReadAhead) -> Callable:
-    """Returns ops (file, int32; begin, int64; length, int64) -> string scalar. Files must not shrink afterwards."""
-    return _fetched(paths, reads) if any(map(is_remote, paths)) else _mapped(paths)
 
 
 class Files:
@@ -85,7 +79,8 @@ def tensor_list(arrays: Sequence[np.ndarray], dtype: tf.DType, shape: list[int])
     return groups[0]
 
 
-def _mapped(paths):
+def byte_ranges(paths: Sequence[str]) -> Callable:
+    """Of local files: ops (file, int32; begin, int64; length, int64) -> string scalar. They must not shrink later."""
     files = tensor_list([mapped(path) for path in paths], tf.uint8, [-1])
 
     def read(file, begin, length):
@@ -95,10 +90,3 @@ def _mapped(paths):
         return tf.strings.substr(span, tf.cast(tf.strings.length(span), tf.int64) - length, length)
 
     return read
-
-
-def _fetched(paths, reads):
-    def fetch(file, begin, length):
-        return reads.take(paths[file], int(begin), int(begin + length))
-
-    return lambda file, begin, length: from_python(fetch, file, begin, length)

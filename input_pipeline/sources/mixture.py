@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from input_pipeline.graph import as_written
 from input_pipeline.sources.fingerprint import fingerprint
 from input_pipeline.sources.source import Ahead, Blocks, Reading, Source, all_ahead
+from input_pipeline.sources.together import Together
 from rankclip_jax.common.errors import InputError
 
 
@@ -91,16 +92,17 @@ def _blocks(parts, starts):
 def _together(parts, starts):
     if not any(parts):
         return None
+    strings = max(part.strings for part in parts if part)
 
     def together(rows):
-        found, part_N = np.full((len(rows), 2), b"", object), np.searchsorted(starts, rows, side="right") - 1
+        found, part_N = np.full((len(rows), strings), b"", object), np.searchsorted(starts, rows, side="right") - 1
         for number, part in enumerate(parts):
             own = part_N == number
             if part and own.any():
-                found[own] = part(rows[own] - starts[number])
+                found[own, : part.strings] = part.read(rows[own] - starts[number])
         return found
 
-    return together
+    return Together(strings, together)
 
 
 def _read(reads, starts, together):
@@ -112,7 +114,8 @@ def _read(reads, starts, together):
     starts = tf.constant(starts, tf.int64)
 
     def branch(number, row, given):
-        of_part = reads[number](row - starts[number], *(given if together[number] else ()))
+        own = [given_K[: together[number].strings] for given_K in given if together[number]]
+        of_part = reads[number](row - starts[number], *own)
         sample = {key: value for key, value in of_part.items() if key in common}
         if several:
             sample["caption"] = tf.reshape(sample["caption"], [-1])

@@ -33,6 +33,7 @@ from input_pipeline.sources.paths import expand, stamps
 from input_pipeline.sources.row_groups import opened
 from input_pipeline.sources.source import Ahead, Blocks, Reading, Source, all_ahead, captions_in_json, keys
 from input_pipeline.sources.tar import open_members
+from input_pipeline.sources.together import Together
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.progress import progress
@@ -107,8 +108,8 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = T
             )
         return {"caption": caption}
 
-    def read(row):
-        sample = rows.read(row)
+    def read(row, *given):
+        sample = rows.read(row, *given)
         image = sample["image"]
         if rows.has_paths:
             image = tf.cond(
@@ -130,6 +131,7 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = T
         ahead=all_ahead([rows.ahead, pictures.ahead(lambda row: eager_path_of(row).numpy())]),
         text=Reading(lambda row: caption_of(rows.texts.read(row)), rows.texts.ahead),
         blocks=rows.blocks,
+        together=rows.together,
     )
 
 
@@ -148,7 +150,7 @@ class _Rows(NamedTuple):
       read, paths, texts: give the strings image, path, caption and captions; path; caption and captions.
       starts, has_paths: the first row of each file; whether images may be given as paths.
       arrays: a Source's index.
-      size, digest, ahead, blocks: as a Source's.
+      size, digest, ahead, blocks, together: as a Source's.
     """
 
     size: int
@@ -161,6 +163,7 @@ class _Rows(NamedTuple):
     digest: Callable[[], list[np.ndarray]] | None = None
     ahead: Ahead | None = None
     blocks: Blocks | None = None
+    together: Together | None = None
 
 
 def _unpacked_rows(files: list[str], columns: list[_Columns], spec: ConfigDict, captions: bool) -> _Rows:
@@ -181,10 +184,11 @@ def _as_it_is(files: list[str], heads: list[_Head], columns: list[_Columns], spe
         return row_groups.File(path, head.size, head.metadata, named, strings)
 
     groups = row_groups.RowGroups(list(map(known, files, heads, columns)), spec)
-    pictures = groups.pictures
+    pictures, arrays = groups.pictures, groups.arrays
     has_paths = any(_has_paths(head.schema.field(one.image).type) for head, one in zip(heads, columns, strict=True))
     reads = pictures.read, pictures.read, groups.texts
-    return _Rows(groups.size, groups.starts_F, has_paths, *reads, groups.arrays, None, pictures.ahead, groups.blocks)
+    of_source = pictures.ahead, groups.blocks, groups.together
+    return _Rows(groups.size, groups.starts_F, has_paths, *reads, arrays, None, *of_source)
 
 
 def _has_paths(kind: pa.DataType) -> bool:

@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow as tf
 
-from input_pipeline.graph import as_written, require
+from input_pipeline.graph import all_from_python
 from input_pipeline.sources.paths import stamps
 from input_pipeline.sources.shard_blocks import largest
 from input_pipeline.sources.source import Ahead, Blocks, Reading
+from input_pipeline.sources.together import Together, given_or_alone, row_by_row
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError, one_line
 
@@ -72,8 +73,8 @@ class RowGroups:
     Attributes:
       size: rows.
       starts_F: int64, the first row of each file.
-      blocks: as a Source's.
-      pictures: Reading of all strings; `texts`: of caption and captions alone.
+      blocks, together: as a Source's.
+      pictures: Reading of all strings, also of what `together` gave; `texts`: of caption and captions alone.
     """
 
     def __init__(self, files: Sequence[File], spec: Mapping[str, Any]):
@@ -92,7 +93,7 @@ class RowGroups:
         pictures, texts = _Groups(groups, first_G, _ALL, spare=4), _Groups(groups, first_G, _TEXTS, spare=64)
         size = sum(_checked_size(file, g, spec) for file, g in groups)
         self.blocks = Blocks(first_G, self._rows_G, size, pictures.held.hold, pictures.held.drop)
-        self.pictures, self.texts = pictures.reading(), texts.reading()
+        self.pictures, self.texts, self.together = pictures.reading(), texts.reading(), pictures.together()
 
     def arrays(self) -> list[np.ndarray]:
         """For a Source's index."""
@@ -125,12 +126,21 @@ class _Groups:
         self._most = spare + _RECENT_ROWS * len(groups) // max(int(first_G.max(initial=0)), 1)
 
     def reading(self) -> Reading:
-        def read(row):
-            *found, reason = tf.numpy_function(self._row, [row], [tf.string] * (len(self._names) + 1))
-            require(tf.strings.length(reason) == 0, reason)
-            return {name: tf.ensure_shape(text, ()) for name, text in zip(self._names, found, strict=True)}
+        def by_name(strings):
+            return dict(zip(self._names, strings, strict=True))
+
+        def alone(row):
+            return by_name(all_from_python(self._row, [()] * len(self._names), row))
+
+        def read(row, given_K=None):
+            return given_or_alone(
+                given_K, lambda given_K: by_name(tf.unstack(given_K, len(self._names))), lambda: alone(row)
+            )
 
         return Reading(read, Ahead(self._start, self._check))
+
+    def together(self) -> Together:
+        return row_by_row(len(self._names), self._row)
 
     def _table(self, group):
         file, g = self._groups[group]
@@ -144,24 +154,22 @@ class _Groups:
     def _group_of(self, row):
         return int(np.searchsorted(self._first_G, row, side="right")) - 1
 
-    @as_written
     def _row(self, row):
-        found, reason = dict.fromkeys(self._names, b""), b""
+        self._check()
+        group, found = self._group_of(row), dict.fromkeys(self._names, b"")
         try:
-            self._check()
-            group = self._group_of(row)
             while (table := self.held.get(group)) is None:
                 self._start([row])
             file, i = self._groups[group][0], int(row - self._first_G[group])
             columns = zip(table.column_names, table.columns, strict=True)
             found |= dict(file.strings[name](column[i].as_py()) for name, column in columns)
         except UnicodeDecodeError:
-            reason = b"the text is not UTF-8"
-        except InputError as error:  # raised here, it would print its traceback for every bad row
-            reason = str(error)[:300].encode()
+            raise InputError("the text is not UTF-8") from None
+        except InputError as error:
             if not isinstance(error, storage.MissingError | DamagedError):
                 self._failed = error
-        return (*(np.asarray(found[name], object) for name in self._names), reason)
+            raise
+        return [found[name] for name in self._names]
 
     def _start(self, rows):
         for group in dict.fromkeys(self._group_of(row) for row in rows):

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from input_pipeline.graph import as_written, mapped, require
+from input_pipeline.sources.together import Together
 from rankclip_jax.common.json_rows import find, strings
 
 _BLOCKS, _BLOCK_ROWS = 256, 256  # what a tokenizer is trained on
@@ -112,7 +113,7 @@ class Source:
       size: number of rows.
       read: TensorFlow ops: int64 scalar -> {"image": encoded bytes or uint8 (H, W, 3), "caption": string (), or (n,)
         for several captions}. Labelled sets add "label": int32, pre-tokenised ones "tokens": int32 (L,). An unusable
-        row raises a tf.errors.OpError with the reason. With `together` it takes what that gave of the row, string (2,).
+        row raises a tf.errors.OpError with the reason. With `together` it takes what that gave of the row, string (K,).
       where: row -> a readable location: file, row or key.
       captions: iterable of the captions, to train a tokenizer.
       labels: int32 (size,) of a labelled csv.
@@ -124,8 +125,7 @@ class Source:
       ahead: None where all is local.
       text: reads {"caption"} alone; None: there is no cheaper way than `read`.
       blocks: of shards that were opened with config.data.shuffle=blocks.
-      together: reads small local files of several rows by one call of Python: rows, int64 (n,) -> object (n, 2), the
-        bytes of image and caption; empty ones where `read` must find them.
+      together: of what Python reads: several rows by one call. None: TensorFlow reads.
     """
 
     size: int
@@ -140,7 +140,7 @@ class Source:
     ahead: Ahead | None = None
     text: Reading | None = None
     blocks: Blocks | None = None
-    together: Callable[[np.ndarray], np.ndarray] | None = None
+    together: Together | None = None
 
 
 def read_captions(source: Source, block_rows: int | None = None) -> Iterator[str]:

@@ -1,16 +1,14 @@
 """WebDataset tars: members whose names are equal up to the first dot form a sample (00012.jpg, 00012.txt).
 
-The headers of the tars are scanned once (offset_index.py). After that a sample is one range of bytes, read inside the
-graph (byte_ranges.py). tar_headers.py reads the headers, tar_samples.py pairs the members. `open_members` opens
-samples with any members:
+The headers of the tars are scanned once (tar_index.py). After that a sample is one range of bytes, read inside the
+graph from local files (byte_ranges.py), otherwise by Python (together.py). `open_members` opens samples with any
+members:
 
   members = open_members(["test/0.tar"], {"image": ("jpg", "png", "webp"), "cls": ("cls",)})
   members.read(row)     ops: {"image": bytes, "cls": bytes}; a row without one of them is a bad row
 """
 
-import contextlib
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,29 +19,28 @@ from ml_collections import ConfigDict
 
 from input_pipeline.graph import from_python, require
 from input_pipeline.sources import tar_headers as headers
+from input_pipeline.sources import tar_index
 from input_pipeline.sources.byte_ranges import ahead_of, byte_ranges
 from input_pipeline.sources.index_places import Kind
-from input_pipeline.sources.offset_index import Bytes, Peers, Scan, offset_index, open_slices
+from input_pipeline.sources.offset_index import Peers, offset_index
 from input_pipeline.sources.offsets import OffsetIndex
 from input_pipeline.sources.paths import expand
 from input_pipeline.sources.shard_blocks import shard_blocks
 from input_pipeline.sources.source import (
     Ahead,
     Blocks,
-    Lost,
     Reading,
     Source,
     captions_in_json,
     decoded,
     keys,
 )
-from input_pipeline.sources.tar_samples import Pairing
+from input_pipeline.sources.together import Together, given_or_alone, require_small, row_by_row
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS, MAX_FILE_MB
 
 _CAPTIONS = "txt", "caption"  # extensions, in order of preference
-_LARGEST = 2**31 - 1  # bytes of a member in the index; larger members have this length too, and are bad samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +49,9 @@ class Members:
 
     Attributes:
       index: where the members are, in the order of `wanted`.
-      read: ops, row (int64 scalar) -> {name: bytes (string scalar)}.
-      ahead: as a Source's.
+      read: ops, row (int64 scalar), what `together` gave -> {name: bytes (string scalar)}.
       alone: names -> a Reading of these members only, without reading the others.
-      blocks: as a Source's.
+      ahead, blocks, together: as a Source's.
     """
 
     index: OffsetIndex
@@ -63,6 +59,7 @@ class Members:
     ahead: Ahead | None
     alone: Callable[[Sequence[str]], Reading]
     blocks: Blocks | None
+    together: Together | None
 
     def where(self, row: int) -> str:
         """The location of a sample: file and key."""
@@ -70,9 +67,9 @@ class Members:
         path, (record,) = self.index.paths[file], self.index.of_rows([row])[1]
         begins = record[: len(record) // 2]
         if storage.is_remote(path):  # without reading all of the tar; a long name is cut off
-            names = _names_before(path, [int(begin) for begin in begins if begin >= headers.BLOCK])
+            names = tar_index.names_before(path, [int(begin) for begin in begins if begin >= headers.BLOCK])
         else:
-            names = _names_by_begin(path, self.index.sizes[file])
+            names = tar_index.names_by_begin(path, self.index.sizes[file])
         found = [names.get(begin, "unknown: the tar has changed") for begin in begins if begin >= 0]
         common = os.path.commonprefix(found)  # noqa: RUF071 (of letters)
         return f"{path} key {common.rpartition('.')[0] or found[0]}"
@@ -102,8 +99,8 @@ def open_webdataset(
     members = open_members(paths, wanted, spec.get("cache_dir"), may_lack=may_lack, peers=peers, spec=spec)
 
     def with_caption(members_read):
-        def read(row):
-            sample = members_read(row)
+        def read(row, *given):
+            sample = members_read(row, *given)
             text = _gunzipped(sample["caption"])
             caption = captions_in_json(text, fields[0]) if fields[0] else decoded(text, spec.get("encoding"))
             return sample | {"caption": caption}
@@ -123,22 +120,18 @@ def open_webdataset(
         ahead=pictures.ahead,
         text=Reading(with_caption(text.read), text.ahead),
         blocks=members.blocks,
+        together=members.together if captions else None,
     )
 
 
 def usual_kind() -> Kind:
     """The index of tars of images and captions under the usual keys."""
-    return _kind(_wanted(None, _CAPTIONS), ())
+    return tar_index.kind(_wanted(None, _CAPTIONS), ())
 
 
 def _wanted(image_key, endings):
     images = keys(image_key, tuple(ending[1:] for ending in ENDINGS))
     return {"image": images, "caption": (*endings, *(f"{ending}.gz" for ending in endings))}
-
-
-def _kind(wanted: Mapping[str, tuple[str, ...]], optional: tuple[str, ...]) -> Kind:
-    name = f"tar samples {list(wanted.items())} {optional}"  # in the order of the members
-    return Kind(name, len(wanted), 0, "<i4", functools.partial(_scan, wanted, optional))
 
 
 def open_members(
@@ -162,7 +155,7 @@ def open_members(
     Raises:
       InputError: a compressed tar, or no sample with a member of one of the extensions.
     """
-    index = offset_index(_kind(wanted, optional), paths, cache_dir, peers)
+    index = offset_index(tar_index.kind(wanted, optional), paths, cache_dir, peers)
     if not index.size and index.lost:
         raise InputError(f"{index.lost[0].where} has no sample: {index.lost[0].reason}")
     lackable = (*optional, *may_lack)
@@ -175,9 +168,8 @@ def open_members(
         kinds = " and ".join(f"{_named(name)} ({_dotted(wanted[name])})" for name in wanted if name not in lackable)
         raise InputError(f"{paths[0]}: no sample has both {kinds} under one name")
     reads = index.reads
-    fetch = byte_ranges(index.paths, reads)
     far = tf.constant(np.iinfo(np.int64).max)
-    most = min((spec.get("max_file_mb") or MAX_FILE_MB) * 1_000_000, _LARGEST - 1)
+    most = min((spec.get("max_file_mb") or MAX_FILE_MB) * 1_000_000, tar_index.LARGEST - 1)
     too_large = f"has more than {most // 1_000_000:,} MB (config.data.max_file_mb)"
 
     def alone(names):
@@ -200,7 +192,7 @@ def open_members(
             return {name: tf.strings.substr(span, begin_M[i], length_M[i]) for i, name in enumerate(names)}
 
         def start(rows):
-            for file, first, end in zip(*(of_R.tolist() for of_R in spans(rows, columns)), strict=True):
+            for file, first, end, _ in spans(rows, columns):
                 if first < end:
                     reads.start(index.paths[file], first, end)
 
@@ -210,22 +202,43 @@ def open_members(
         file_R, records_RxK = index.of_rows(rows)
         begin_RxM, length_RxM = (half[:, columns] for half in np.split(records_RxK, 2, axis=1))
         first_R = np.where(begin_RxM < 0, np.iinfo(np.int64).max, begin_RxM).min(axis=1)
-        return file_R, first_R, (begin_RxM + np.where(length_RxM <= most, length_RxM, 0)).max(axis=1)
+        end_R = (begin_RxM + np.where(length_RxM <= most, length_RxM, 0)).max(axis=1)
+        return list(zip(*(of_R.tolist() for of_R in (file_R, first_R, end_R, records_RxK)), strict=True))
 
     def span(rows):
-        _, first_R, end_R = spans(rows, range(len(wanted)))
-        return int(first_R.min()), int(end_R.max())
+        _, firsts, ends, _ = zip(*spans(rows, range(len(wanted))), strict=True)
+        return min(firsts), max(ends)
 
     held = shard_blocks(spec, index, span, reads)
+    in_python = held is not None or any(map(storage.is_remote, index.paths))
+    slice_of = None if in_python else byte_ranges(index.paths)
+
+    def take(row, file, begin, end):
+        place = index.paths[file], int(begin), int(end)
+        return held.take(row, *place) if held else reads.take(*place)
 
     def fetch_row(row, file, begin, length):
-        if not held:
-            return fetch(file, begin, length)
-        take = lambda row, file, begin, end: held.take(row, index.paths[file], int(begin), int(end))  # noqa: E731
-        return from_python(take, row, file, begin, begin + length)
+        return slice_of(file, begin, length) if slice_of else from_python(take, row, file, begin, begin + length)
 
-    read, ahead = alone(list(wanted))
-    return Members(index, read, ahead, alone, held.blocks if held else None)
+    def places(rows):
+        return ((row, *place) for row, place in zip(rows.tolist(), spans(rows, range(len(wanted))), strict=True))
+
+    def take_members(row, file, first, end, record):
+        begins, lengths = record[: len(wanted)], record[len(wanted) :]
+        require_small(max(*lengths, end - first))
+        if any(lengths[i] < 0 for i in required):
+            raise InputError("a member is missing")
+        data = take(row, file, first, end)
+        return [data[b - first : b - first + n] if n > 0 else b"" for b, n in zip(begins, lengths, strict=True)]
+
+    read_alone, ahead = alone(list(wanted))
+
+    def read(row, given_M=None):
+        by_name = lambda given_M: dict(zip(wanted, tf.unstack(given_M, len(wanted)), strict=True))  # noqa: E731
+        return given_or_alone(given_M, by_name, lambda: read_alone(row))
+
+    together = row_by_row(len(wanted), take_members, places) if in_python else None
+    return Members(index, read, ahead, alone, held.blocks if held else None, together)
 
 
 def _named(kind):
@@ -242,50 +255,3 @@ def _gunzipped(text):
         lambda: tf.io.decode_compressed(text, "GZIP"),
         lambda: text,
     )
-
-
-def _scan(wanted: Mapping[str, tuple[str, ...]], optional: tuple[str, ...], data: Bytes, size: int, path: str) -> Scan:
-    pairing, torn = Pairing(wanted, optional), None
-    try:
-        for name, begin, length in headers.members(data, size, path):
-            pairing.add(name, begin, min(length, _LARGEST))
-    except headers.TornError as error:
-        torn = error
-    samples, apart = pairing.finish()
-    begins, lengths = (
-        np.array([of(sample) for sample in samples], np.int64).reshape(-1, len(wanted))
-        for of in (lambda sample: sample.begins, lambda sample: sample.lengths)
-    )
-    lost = []
-    if apart:
-        names = " and ".join(name for name in wanted if name not in optional)
-        reason = f"members of one key ({names}) are not adjacent; write the tar again with tar --sort=name"
-        lost.append(Lost(path, reason, apart))
-    if torn and torn.cut_off:
-        lost.append(Lost(path, f"{torn}; everything after it is lost", 1))
-    elif torn:
-        estimate = max(1, round((size - torn.at) * len(samples) / torn.at)) if torn.at else 1
-        lost.append(Lost(path, f"{torn}; the {size - torn.at:,} bytes from there are lost", estimate))
-    return Scan(begins, lengths, tuple(lost))
-
-
-def _names_before(path, begins):
-    """First byte of a member -> the name in the header before it, of those that are still there."""
-    found = {}
-    for begin in begins:
-        with contextlib.suppress(storage.MissingError):
-            found[begin] = headers.name_of(storage.read(path, begin - headers.BLOCK, begin))
-    return found
-
-
-@functools.lru_cache(8)
-def _names_by_begin(path, size):
-    """First byte of a member -> its name. The index does not store names, to save memory."""
-    found = {}
-    with open_slices(path, size) as data:
-        try:
-            for name, begin, _ in headers.members(data, size, path):
-                found[begin] = name
-        except headers.TornError:
-            pass
-    return found

@@ -22,6 +22,7 @@ from input_pipeline.sources.offset_index import Bytes, Peers, Scan, offset_index
 from input_pipeline.sources.paths import expand
 from input_pipeline.sources.shard_blocks import shard_blocks
 from input_pipeline.sources.source import Ahead, Blocks, Lost, Source, keys
+from input_pipeline.sources.together import Together, given_or_alone, require_small, row_by_row
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 
@@ -34,10 +35,11 @@ class Records:
 
     Attributes:
       size: number of records.
-      read: ops, row (int64 scalar) -> the record (string scalar); a wrong checksum raises DataLossError.
+      read: ops, row (int64 scalar), what `together` gave -> the record (string scalar); a wrong checksum raises
+        DataLossError.
       where: the location of a record: file, number in the file, byte.
       lost: unreachable records.
-      index, digest, ahead, blocks: as a Source's.
+      index, digest, ahead, blocks, together: as a Source's.
     """
 
     size: int
@@ -48,6 +50,7 @@ class Records:
     ahead: Ahead | None = None
     digest: Callable[[], list[np.ndarray]] | None = None
     blocks: Blocks | None = None
+    together: Together | None = None
 
     def first(self, count: int) -> list[bytes]:
         """The readable ones of the first `count` records."""
@@ -106,8 +109,8 @@ def examples(
     if tokens:
         features["tokens"] = tf.io.FixedLenFeature((tokens,), tf.int64)
 
-    def read(row):
-        parsed = tf.io.parse_single_example(records.read(row), features)
+    def read(row, *given):
+        parsed = tf.io.parse_single_example(records.read(row, *given), features)
         sample = {"image": _first_with_bytes([parsed[key] for key in image_keys])}
         sample["caption"] = _first_with_bytes([parsed[key] for key in caption_keys])
         if tokens:
@@ -124,6 +127,7 @@ def examples(
         digest=records.digest,
         ahead=records.ahead,
         blocks=records.blocks,
+        together=records.together,
     )
 
 
@@ -157,7 +161,10 @@ def open_records(
     paths_F, wanted_N = tf.constant(paths), None if rows_N is None else tf.constant(rows_N)
     reads, remote = index.reads, any(map(storage.is_remote, paths))
 
-    def read(row):
+    def read(row, given_1=None):
+        return given_or_alone(given_1, lambda given_1: given_1[0], lambda: alone(row))
+
+    def alone(row):
         file, begin_1, length_1 = index.in_graph(row if wanted_N is None else wanted_N[row])
         begin, length = begin_1[0], length_1[0]
         if remote or held:
@@ -180,9 +187,12 @@ def open_records(
             raise InputError("the record does not match its checksum")
         return frame[12:-4]
 
-    def start(rows):
+    def places(rows):
         file_R, records_Rx2 = index.of_rows(rows if rows_N is None else rows_N[rows])
-        for file, (begin, length) in zip(file_R.tolist(), records_Rx2.tolist(), strict=True):
+        return zip(rows.tolist(), file_R.tolist(), *records_Rx2.T.tolist(), strict=True)
+
+    def start(rows):
+        for _, file, begin, length in places(rows):
             reads.start(paths[file], begin, begin + length + _FRAME)
 
     def where(row):
@@ -200,7 +210,13 @@ def open_records(
     held = shard_blocks(spec, index, span, reads)
     ahead, blocks = ahead_of(paths, reads, start, index.far or held is not None), held.blocks if held else None
     arrays, digest = with_rows(index.arrays), with_rows(index.digest)
-    return Records(size, read, where, tuple(index.lost), arrays, ahead, digest, blocks)
+
+    def fetch_small(*place):
+        require_small(place[-1])
+        return [fetch(*place)]
+
+    together = row_by_row(1, fetch_small, places) if remote or held else None
+    return Records(size, read, where, tuple(index.lost), arrays, ahead, digest, blocks, together)
 
 
 def _first_with_bytes(candidates):

@@ -1,5 +1,6 @@
 """Tars, TFRecord and Parquet by blocks: one request each, the bytes of a local copy, Parquet as it is."""
 
+import dataclasses
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from PIL import Image
 
 from input_pipeline import pipeline, sources
 from input_pipeline.blocks import BlockOrder
+from input_pipeline.sources import together
 from input_pipeline.sources.mixture import open_mixture
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
@@ -79,6 +81,32 @@ def test_an_epoch_is_one_request_a_block_and_the_batches_of_a_local_copy(kind, b
     assert sorted(row for batch in found for row in batch["tokens"].tolist()) == texts
     if kind == "parquet":
         assert not list(bucket.folder.rglob("*.tar")) and not (bucket.folder.parent / "cache").exists()
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "webdataset by rows", "tfrecord by rows"])
+def test_rows_read_together_are_those_read_alone_and_are_fetched_once(kind, bucket, monkeypatch):
+    kind, _, rows = kind.partition(" by ")
+    made = pictures(56)
+    made[3], made[9], made[20] = (b"no picture", "picture"), (made[9][0], ""), (b"", "")
+    path = WRITERS[kind](bucket.folder, made).replace(str(bucket.folder), "gs://mine")
+    size = sum(file.stat().st_size for file in bucket.folder.iterdir() if file.is_file())
+    found = []
+    for share in ("all", "some", "none"):
+        monkeypatch.setattr(together, "SMALL", 6_900 if share == "some" else 1 << 18)
+        source = opened(kind, path, shuffle=rows or "blocks")
+        given_NxK = source.together.read(np.arange(56))
+        if share == "none":
+            given_NxK[:] = b""
+            source = dataclasses.replace(source, together=source.together._replace(read=given_NxK.__getitem__))
+        bucket.requests.clear()
+        view = dict(batch_size=7, image_side=32, context_length=16, crop_scale=(0.5, 1.0), seed=3)
+        batches = pipeline.TrainBatches(source, TOKENIZER, **view, batches=7) if rows else stream(source, 12, batch=4)
+        found.append((take(batches, 6), batches.bad.reasons, sum(map(any, given_NxK))))
+        assert bucket.read_bytes() <= size  # of an epoch
+    assert found[0][2] >= 55 and found[2][2] == 0 and (0 < found[1][2] < 55 or kind == "parquet")
+    for batches, reasons, _ in found[1:]:
+        assert_same(batches, found[0][0])
+        assert reasons == found[0][1]
 
 
 def test_traffic_is_that_of_the_rows_wherever_a_run_resumes(bucket):

@@ -7,8 +7,10 @@ import pytest
 import tensorflow as tf
 
 from input_pipeline.blocks import BlockOrder, shuffled
+from input_pipeline.graph import require
 from input_pipeline.lanes import LaneStream
-from input_pipeline.sources import Blocks, require
+from input_pipeline.sources import Blocks
+from input_pipeline.sources.together import row_by_row
 
 
 class Made:
@@ -89,16 +91,18 @@ def test_the_order_is_that_of_every_version():
 
 def opened(made, lanes, process=(0, 1), start=(), batch=16, bad=(), window_rows=40, span=50):
     """(a LaneStream, its batches as NumPy). `made.missed` counts reads that are not from memory."""
-    stream = LaneStream(made.order(lanes, window_rows), start, batch // process[1], process)
     made.missed = 0
 
-    def seen(row):
+    def read(row):
         made.missed += made.of_row[row] not in made.held
-        return row
+        return [b"%d" % row]
 
-    def sample(place, row):
+    together = row_by_row(1, read)
+    stream = LaneStream(made.order(lanes, window_rows), together, start, batch // process[1], process)
+
+    def sample(place, row, given_1):
         require(tf.reduce_all(row != tf.constant([-1, *bad], tf.int64)), "bad")
-        return {"position": place, "row": tf.ensure_shape(tf.numpy_function(seen, [row], tf.int64), ())}
+        return {"position": place, "row": tf.strings.to_number(given_1[0], tf.int64)}
 
     stream.begin(span)
     data = stream.samples(sample, dict.fromkeys(("position", "row"), tf.constant(0, tf.int64)))

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from input_pipeline import pipeline, sources
-from input_pipeline.sources import captioned_files
+from input_pipeline.sources import together
 from rankclip_jax.common.tokenizer import Tokenizer
 from tests.support.source_files import KEYS, WRITERS, samples
 
@@ -59,11 +59,11 @@ def stream(source, count):
 def test_the_same_as_when_each_is_read_alone(kind, tmp_path, monkeypatch):
     found = []
     source = opened(kind, tmp_path)
-    alone = sum((pair == b"").any() for pair in source.together(np.arange(source.size)))
+    alone = sum((pair == b"").any() for pair in source.together.read(np.arange(source.size)))
     # The missing, empty and no file; a caption with a zero byte; a .txt that is missing; TFRecords have no files.
     assert alone == {"csv": 3, "jsonl": 4, "folder": 4, "mixture": 20}[kind]
     for small in (1 << 18, 300, 0):  # all, some, none
-        monkeypatch.setattr(captioned_files, "SMALL", small)
+        monkeypatch.setattr(together, "SMALL", small)
         found.append(stream(source, 14))
     for batches, bad, position in found[1:]:
         assert position == found[0][2] and bad.count == found[0][1].count and bad.reasons == found[0][1].reasons
