@@ -9,7 +9,8 @@ import tensorflow as tf
 from input_pipeline.graph import as_written, mapped
 from input_pipeline.sources import Source, started_ahead
 
-_TOGETHER = 32  # positions whose rows are found, and are read where Python reads them, at a time
+# Positions whose rows are found, and are read where Python reads them, at a time; and such groups at once.
+_TOGETHER, _GROUPS = 32, 2
 
 
 def row_at(source: Source, stream: tf.Tensor, seed: int) -> tf.Tensor:
@@ -82,7 +83,7 @@ class RowStream:
         data = tf.data.Dataset.from_tensors(0)
         data = data.flat_map(as_written(lambda _: tf.data.Dataset.range(self._from, self._from + self._span)))
         data = started_ahead(data, self._source.ahead, lambda position: self.row_of(place_at(position)))
-        data = mapped(data.batch(_TOGETHER), found).unbatch()
+        data = mapped(data.batch(_TOGETHER), found, _GROUPS).unbatch()
         return mapped(data, sample).ignore_errors()
 
     def places(self) -> Iterator[int]:

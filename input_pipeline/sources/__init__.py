@@ -10,7 +10,7 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline import cpu_only
-from input_pipeline.graph import require
+from input_pipeline.graph import require, require_all
 from input_pipeline.sources import drawn, folder, mixture, parquet, table, tar, tfds, tfrecord
 from input_pipeline.sources.offset_index import Peers
 from input_pipeline.sources.source import (
@@ -136,10 +136,11 @@ def _checked(source: Source, spec: ConfigDict) -> Source:
     def checked(read):
         def check(row, *given):
             sample = read(tf.cast(row, tf.int64), *given)
+            rules = []
             if "image" in sample:
-                require(tf.strings.length(sample["image"]) > 0, "empty image")
+                length = tf.strings.length(sample["image"])
                 too_large = f"the image has more than {most // 1_000_000:,} MB (config.data.max_file_mb)"
-                require(tf.cast(tf.strings.length(sample["image"]), tf.int64) <= most, too_large)
+                rules = [(length > 0, "empty image"), (length <= min(most, tf.int32.max), too_large)]
             caption = sample["caption"]
             if lines:
                 text = tf.strings.reduce_join(tf.reshape(caption, [-1]), separator="\n")
@@ -147,7 +148,7 @@ def _checked(source: Source, spec: ConfigDict) -> Source:
             with_text = tf.strings.length(tf.strings.strip(caption)) > 0
             if caption.shape.rank:  # several
                 caption, with_text = tf.boolean_mask(caption, with_text), tf.reduce_any(with_text)
-            require(with_text, "empty caption")
+            require_all(*rules, (with_text, "empty caption"))
             return sample | {"caption": caption}
 
         return check

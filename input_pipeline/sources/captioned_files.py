@@ -27,8 +27,8 @@ def captioned_files(image: Callable, text: Callable, several: bool = False) -> t
         caption = tf.strings.split(given_2[1], _BETWEEN) if several else given_2[1]
         return {"image": given_2[0], "caption": caption}
 
-    def read(row, given_2=None):
-        return together.given_or_alone(given_2, of_given, lambda: alone(row))
+    def read(row, given=None):
+        return together.given_or_alone(given, of_given, lambda: alone(row))
 
     def packed(captions):
         joined = _BETWEEN.join(captions)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from input_pipeline.graph import as_written
 from input_pipeline.sources.fingerprint import fingerprint
 from input_pipeline.sources.source import Ahead, Blocks, Reading, Source, all_ahead
-from input_pipeline.sources.together import Together
+from input_pipeline.sources.together import Given, Together
 from rankclip_jax.common.errors import InputError
 
 
@@ -114,7 +114,7 @@ def _read(reads, starts, together):
     starts = tf.constant(starts, tf.int64)
 
     def branch(number, row, given):
-        own = [given_K[: together[number].strings] for given_K in given if together[number]]
+        own = [Given(one.there, one.strings[: together[number].strings]) for one in given if together[number]]
         of_part = reads[number](row - starts[number], *own)
         sample = {key: value for key, value in of_part.items() if key in common}
         if several:

@@ -132,9 +132,9 @@ class _Groups:
         def alone(row):
             return by_name(all_from_python(self._row, [()] * len(self._names), row))
 
-        def read(row, given_K=None):
+        def read(row, given=None):
             return given_or_alone(
-                given_K, lambda given_K: by_name(tf.unstack(given_K, len(self._names))), lambda: alone(row)
+                given, lambda given_K: by_name(tf.unstack(given_K, len(self._names))), lambda: alone(row)
             )
 
         return Reading(read, Ahead(self._start, self._check))

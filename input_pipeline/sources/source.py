@@ -113,7 +113,7 @@ class Source:
       size: number of rows.
       read: TensorFlow ops: int64 scalar -> {"image": encoded bytes or uint8 (H, W, 3), "caption": string (), or (n,)
         for several captions}. Labelled sets add "label": int32, pre-tokenised ones "tokens": int32 (L,). An unusable
-        row raises a tf.errors.OpError with the reason. With `together` it takes what that gave of the row, string (K,).
+        row raises a tf.errors.OpError with the reason. With `together` it takes what that gave of the row (Given).
       where: row -> a readable location: file, row or key.
       captions: iterable of the captions, to train a tokenizer.
       labels: int32 (size,) of a labelled csv.

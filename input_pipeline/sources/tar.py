@@ -233,9 +233,9 @@ def open_members(
 
     read_alone, ahead = alone(list(wanted))
 
-    def read(row, given_M=None):
+    def read(row, given=None):
         by_name = lambda given_M: dict(zip(wanted, tf.unstack(given_M, len(wanted)), strict=True))  # noqa: E731
-        return given_or_alone(given_M, by_name, lambda: read_alone(row))
+        return given_or_alone(given, by_name, lambda: read_alone(row))
 
     together = row_by_row(len(wanted), take_members, places) if in_python else None
     return Members(index, read, ahead, alone, held.blocks if held else None, together)

@@ -161,8 +161,8 @@ def open_records(
     paths_F, wanted_N = tf.constant(paths), None if rows_N is None else tf.constant(rows_N)
     reads, remote = index.reads, any(map(storage.is_remote, paths))
 
-    def read(row, given_1=None):
-        return given_or_alone(given_1, lambda given_1: given_1[0], lambda: alone(row))
+    def read(row, given=None):
+        return given_or_alone(given, lambda given_1: given_1[0], lambda: alone(row))
 
     def alone(row):
         file, begin_1, length_1 = index.in_graph(row if wanted_N is None else wanted_N[row])

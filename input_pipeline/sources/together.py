@@ -17,6 +17,13 @@ from rankclip_jax.common.errors import InputError
 SMALL = 1 << 18  # bytes
 
 
+class Given(NamedTuple):
+    """What was read of a row, as ops: whether it was, bool, and its strings, (K,)."""
+
+    there: tf.Tensor
+    strings: tf.Tensor
+
+
 class Together(NamedTuple):
     """Reads several rows.
 
@@ -28,9 +35,16 @@ class Together(NamedTuple):
     strings: int
     read: Callable[[np.ndarray], np.ndarray]
 
-    def in_graph(self, rows_N: tf.Tensor) -> tf.Tensor:
-        """`read` as ops, string (N, K)."""
-        return tf.ensure_shape(tf.numpy_function(as_written(self.read), [rows_N], tf.string), [None, self.strings])
+    def in_graph(self, rows_N: tf.Tensor) -> Given:
+        """`read` as ops: of all the rows."""
+
+        @as_written
+        def given(rows_N):
+            found_NxK = self.read(rows_N)
+            return (found_NxK != b"").any(axis=1), found_NxK
+
+        there_N, found_NxK = tf.numpy_function(given, [rows_N], [tf.bool, tf.string])
+        return Given(tf.ensure_shape(there_N, [None]), tf.ensure_shape(found_NxK, [None, self.strings]))
 
 
 def row_by_row(
@@ -62,9 +76,6 @@ def require_small(length: int) -> None:
         raise InputError(f"{length:,} bytes are read alone")
 
 
-def given_or_alone(given_K: tf.Tensor | None, of_given: Callable, alone: Callable) -> Any:
-    """Ops: of_given(given_K), or alone() where nothing is given."""
-    if given_K is None:
-        return alone()
-    given = tf.reduce_any(tf.strings.length(given_K) > 0)
-    return tf.cond(given, lambda: of_given(given_K), apart(alone))
+def given_or_alone(given: Given | None, of_given: Callable, alone: Callable) -> Any:
+    """Ops: of_given(the strings (K,)), or alone() where nothing is given."""
+    return alone() if given is None else tf.cond(given.there, lambda: of_given(given.strings), apart(alone))

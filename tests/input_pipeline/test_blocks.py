@@ -100,9 +100,9 @@ def opened(made, lanes, process=(0, 1), start=(), batch=16, bad=(), window_rows=
     together = row_by_row(1, read)
     stream = LaneStream(made.order(lanes, window_rows), together, start, batch // process[1], process)
 
-    def sample(place, row, given_1):
+    def sample(place, row, given):
         require(tf.reduce_all(row != tf.constant([-1, *bad], tf.int64)), "bad")
-        return {"position": place, "row": tf.strings.to_number(given_1[0], tf.int64)}
+        return {"position": place, "row": tf.strings.to_number(given.strings[0], tf.int64)}
 
     stream.begin(span)
     data = stream.samples(sample, dict.fromkeys(("position", "row"), tf.constant(0, tf.int64)))
