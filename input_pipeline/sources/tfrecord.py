@@ -183,9 +183,10 @@ def open_records(
     def fetch(row, file, begin, length):
         span = paths[file], int(begin), int(begin + length) + _FRAME
         frame = held.take(row, *span) if held else reads.take(*span)
-        if struct.unpack_from("<I", frame, len(frame) - 4)[0] != _masked(google_crc32c.value(frame[12:-4])):
+        record = frame[12:-4]
+        if struct.unpack_from("<I", frame, len(frame) - 4)[0] != _masked(google_crc32c.value(record)):
             raise InputError("the record does not match its checksum")
-        return frame[12:-4]
+        return record
 
     def places(rows):
         file_R, records_Rx2 = index.of_rows(rows if rows_N is None else rows_N[rows])

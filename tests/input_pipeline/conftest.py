@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from input_pipeline.sources import tar, tfrecord
+from input_pipeline.sources import tar_index, tfrecord
 
 
 @pytest.fixture
@@ -15,6 +15,6 @@ def scanned(monkeypatch):
     def noting(scan):
         return lambda *args: names.append(Path(args[-1]).stem) or scan(*args)
 
-    for module in (tfrecord, tar):
+    for module in (tfrecord, tar_index):
         monkeypatch.setattr(module, "_scan", noting(module._scan))
     return names
