@@ -14,6 +14,8 @@ command, or in a context that puts it back; never by importing a module or makin
 import contextlib
 import ctypes
 import errno
+import gc
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -62,6 +64,20 @@ def quiet_tensorflow() -> None:
     """Keeps TensorFlow's greetings, oneDNN's among them, off the console: it only reads files. Before its import."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
+def imported(*names: str) -> None:
+    """Imports modules. Python collects no garbage meanwhile, and passes over all that is imported in later collections.
+
+    Those would walk through half a million objects again and again: a twelfth of the time to a training's first step.
+    """
+    gc.disable()
+    try:
+        for name in names:
+            importlib.import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def keep_freed_memory() -> None:
