@@ -4,6 +4,7 @@ AutoGraph would rewrite the source of each, which takes half of a pipeline's sta
 folder where a process is killed. Nothing here needs it.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,17 @@ def apart(branch: Callable) -> Callable:
     if tf.executing_eagerly():
         return branch
     return tf.function(branch, autograph=False, experimental_attributes={"_noinline": True})
+
+
+def once(function: Callable) -> Callable:
+    """`function` traced once in a process, though every set that is read has it in its graph."""
+    traced = tf.function(function, autograph=False)
+
+    @functools.wraps(function)
+    def called(*inputs):
+        return function(*inputs) if tf.executing_eagerly() else traced(*inputs)
+
+    return called
 
 
 def require(condition: tf.Tensor, message: str | tf.Tensor) -> None:
