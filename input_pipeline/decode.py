@@ -123,6 +123,7 @@ def _jpeg(image, recover):
         return jpeg(image, recover=recover)
 
 
+@once
 def is_large(image: tf.Tensor) -> tf.Tensor:
     """Whether encoded bytes are a JPEG (grey or colour), PNG or WebP that waits for its room, by the header."""
 
