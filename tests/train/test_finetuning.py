@@ -113,7 +113,7 @@ def test_scanned_layers_train_as_unrolled_ones_do(optimiser):
 
     eps above the gradients that are 0 but for rounding, as those of the keys' biases.
     """
-    found, deep = {}, {"vision": MODEL["vision"] | {"layers": 3}, "text": TEXT | {"layers": 1}}
+    found, deep = {}, {tower: fields | {"layers": 3} for tower, fields in (("vision", MODEL["vision"]), ("text", TEXT))}
     optim_of = dict(lr=1e-3, warmup_steps=1, eps=1e-4, schedule="constant", layer_lr_decay=0.9) | optimiser
     config = complete(dict(batch_size=16, optim=optim_of, loss=dict(objective="clip")))
     plain = models.build("ViT-tiny", **MODEL | deep)
