@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
-from input_pipeline.graph import as_written
+from input_pipeline.graph import as_written, once
 from rankclip_jax.common import pictures
 from rankclip_jax.common.pictures import LARGE, MANY_SCANS, MAX_PIXELS, MAX_SCANNED, SCAN, SCAN_BYTES, WRONG_SIZE
 
@@ -92,8 +92,11 @@ def decode(image: tf.Tensor, recover: bool = False) -> tf.Tensor:
 
     Raises at run time InvalidArgumentError (Pillow's part, run eagerly: BadImageError) with the reason.
     """
-    if image.dtype == tf.uint8:
-        return image
+    return image if image.dtype == tf.uint8 else _any(image, recover)
+
+
+@once
+def _any(image, recover):
     head = _head(image)
     # TensorFlow returns a wrong alpha for palettes and for depths other than 8 bits.
     png = _is_png(head) & (head[24] == 8) & (head[25] != 3) & ~_is_large(*_png_size(head))
@@ -120,6 +123,7 @@ def _jpeg(image, recover):
         return jpeg(image, recover=recover)
 
 
+@once
 def is_large(image: tf.Tensor) -> tf.Tensor:
     """Whether encoded bytes are a JPEG (grey or colour), PNG or WebP that waits for its room, by the header."""
 

@@ -33,6 +33,17 @@ def apart(branch: Callable) -> Callable:
     return tf.function(branch, autograph=False, experimental_attributes={"_noinline": True})
 
 
+def once(function: Callable) -> Callable:
+    """`function` traced once in a process, though every set that is read has it in its graph."""
+    traced = tf.function(function, autograph=False)
+
+    @functools.wraps(function)
+    def called(*inputs):
+        return function(*inputs) if tf.executing_eagerly() else traced(*inputs)
+
+    return called
+
+
 def require(condition: tf.Tensor, message: str | tf.Tensor) -> None:
     """Makes the current row a bad one, with `message` as the reason, unless `condition` holds."""
     require_all((condition, message))

@@ -25,7 +25,7 @@ from input_pipeline.decode import (
     jpeg_shape,
     jpeg_size,
 )
-from input_pipeline.graph import apart, as_written
+from input_pipeline.graph import apart, as_written, once
 from rankclip_jax.common import pictures
 
 _LOG_ASPECT = math.log(4 / 3)
@@ -39,6 +39,7 @@ def window_numbers(seed_2: tf.Tensor, count: int = 1) -> tf.Tensor:
     return tf.raw_ops.StatelessRandomUniform(shape=(4, count, _TRIES + 1), seed=seed_2)
 
 
+@once
 def windows(numbers_Bx4xVxT: tf.Tensor, size_Bx2: tf.Tensor, scale: tuple[float, float]) -> tf.Tensor:
     """Windows (B, V, 4) for random resized crops of B images: whole pixels inside the image, uniformly placed.
 

@@ -1,6 +1,7 @@
 """The house of docs/architecture.md: which room may import which; no circle, no loose module."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -42,6 +43,7 @@ def module(path: Path) -> str:
     return str(path.relative_to(REPO).with_suffix("")).replace("/", ".").removesuffix(".__init__")
 
 
+@functools.cache
 def imports(path: Path, late: bool) -> list[str]:
     """Dotted names of ours that a file imports: at its top, or `late`, inside functions."""
     tree = ast.parse(path.read_text())

@@ -28,6 +28,7 @@ ROOTS = "configs|rankclip_jax|input_pipeline|benchmarks|docs|tests|notebooks"
 OURS = r"(?:rankclip_jax|input_pipeline|benchmarks)[\w.]*"
 RANKCLIP = "|".join(cli.COMMANDS)
 RUN = ("tutorials.md",)  # parts of it, see test_commands
+SLOW = ("interop.md",)  # converts, mixes and embeds, which have quick tests of their own
 FEW_SCENES = "--config.eval.zero_shot.shapes.path=seen:32"  # of configs/finetune.py, which has 896
 # Not ours to test: what installs, fetches, and speaks to a cluster.
 FOREIGN = ("pip", "python3", "git", "cd", "hf", "ruff", "pre-commit", "sbatch", "export", "#SBATCH", "kubectl", ".")
@@ -150,7 +151,14 @@ def check_study(words: list[str], monkeypatch) -> None:
         call("rankclip_jax.study", words, patch)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in RUN], ids=name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=name(page), marks=pytest.mark.slow if page.name in SLOW else ())
+        for page in PAGES
+        if page.name not in RUN
+    ],
+)
 def test_commands(page, world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     Path("photos.npz").unlink(missing_ok=True)  # of another page

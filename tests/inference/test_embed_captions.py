@@ -30,8 +30,17 @@ def test_captions_of_shards(tmp_path):
     assert [pictures.caption(i) for i in range(2)] == ["first", ""]
 
 
-@pytest.mark.parametrize("kind", ["tar", "parquet", "tfrecord"])
-@pytest.mark.parametrize("text", ["none", "cls", "some", "bad"])
+QUICK = {("parquet", "none"), ("tfrecord", "bad")}  # and of a tar all
+
+
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        pytest.param(kind, text, marks=() if kind == "tar" or (kind, text) in QUICK else pytest.mark.slow)
+        for kind in ("tar", "parquet", "tfrecord")
+        for text in ("none", "cls", "some", "bad")
+    ],
+)
 def test_pictures_of_shards_need_no_captions(kind, text, tmp_path):
     names, out, written = [".jfif", ".jpe", ".jpg"], tmp_path / f"0.{kind}", []
     for i in range(3):

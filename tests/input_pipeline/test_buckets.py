@@ -26,7 +26,17 @@ def opened(layout, path, **options):
     return sources.open_source(ConfigDict(KEYS | dict(format=kind) | options), path, image_side=8)
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "tfds_array_record"])
+SLOW = {"folder", "tfds"}  # read as a csv, as tfrecord
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, marks=pytest.mark.slow if layout in SLOW else ())
+        for layout in LAYOUTS
+        if layout != "tfds_array_record"
+    ],
+)
 def test_the_bytes_are_those_of_a_local_copy(layout, bucket):
     made = samples(7)
     path = WRITERS[layout](bucket.folder, made).replace(str(bucket.folder), "gs://mine")

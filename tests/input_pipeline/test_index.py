@@ -17,6 +17,9 @@ from rankclip_jax.common.errors import InputError
 from tests.support.source_files import KEYS, WRITERS, read_all, samples
 
 KINDS = {"tfrecord": tfrecord.kind, "webdataset": tar.usual_kind}
+# With an index that is read at once, and with one that is read as it is needed.
+HOW = [("tfrecord", 0), ("webdataset", 64 << 20)]
+HOW += [pytest.param(*how, marks=pytest.mark.slow) for how in (("tfrecord", 64 << 20), ("webdataset", 0))]
 ENDINGS = {"tfrecord": "tfrecord", "webdataset": "tar"}
 
 
@@ -64,8 +67,7 @@ def test_where_the_rows_are(layout, tmp_path):
     assert len(index.of_shard(0, 3, 3)) == 0
 
 
-@pytest.mark.parametrize("at_once", [64 << 20, 0])
-@pytest.mark.parametrize("layout", KINDS)
+@pytest.mark.parametrize("layout, at_once", HOW)
 def test_a_shard_in_a_bucket_is_scanned_once_for_all_machines(layout, at_once, bucket, tmp_path, monkeypatch, scanned):
     monkeypatch.setattr(index_places, "AT_ONCE", at_once)
     monkeypatch.setattr(index_file, "CHUNK", 4)
@@ -176,8 +178,7 @@ def test_a_moved_folder_keeps_its_index_and_another_set_of_the_same_names_is_not
     assert records_of(index_of("tfrecord", tmp_path / "there", **options)) == first and len(scanned) == 4
 
 
-@pytest.mark.parametrize("at_once", [64 << 20, 0])
-@pytest.mark.parametrize("layout", KINDS)
+@pytest.mark.parametrize("layout, at_once", HOW)
 def test_a_damaged_index_is_made_again(layout, at_once, tmp_path, monkeypatch):
     made = samples(20)
     WRITERS[layout](tmp_path, made)

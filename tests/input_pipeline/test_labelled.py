@@ -106,7 +106,7 @@ def test_a_folder_a_class(tmp_path):
     assert read_all(found.source) == EXPECTED and found.names == ["ash", "bone", "clay"] and not found.from_file
 
 
-@pytest.mark.parametrize("image", ["png", "webp"])
+@pytest.mark.parametrize("image", ["png", pytest.param("webp", marks=pytest.mark.slow)])
 def test_clip_benchmarks_layout(tmp_path, image):
     root = write_clip_benchmark(tmp_path / "wds", image=image)
     for path in (root, root / "test"):

@@ -136,7 +136,10 @@ def test_a_set_without_one_good_sample_is_refused_at_once(captioned, tokenizer, 
         batches(captioned, tokenizer)
 
 
-@pytest.mark.parametrize("process_count, batch_size", [(1, 7), (1, 64), (2, 5), (3, 4)])
+@pytest.mark.parametrize(
+    "process_count, batch_size",
+    [(1, 7), (2, 5), *(pytest.param(*how, marks=pytest.mark.slow) for how in ((1, 64), (3, 4)))],
+)
 def test_evaluation_covers_every_sample_exactly_once(captioned, process_count, batch_size):
     source = sources.open_source(SPEC, captioned, image_side=8)
     counts, seen = [], []

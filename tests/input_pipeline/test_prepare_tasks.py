@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -75,6 +76,7 @@ def prepared_with_a_kill(data, out, run, marker):
     return prepare.prepare(source, out, options, described, 1, functools.partial(run, worker))
 
 
+@pytest.mark.slow  # below and tests/common/test_tasks.py: each half of it
 def test_two_processes_write_what_one_does(data, tmp_path, monkeypatch):
     for folder, workers in ("one", 1), ("two", 2):
         run(monkeypatch, data, tmp_path / folder, "--workers", workers)
@@ -126,8 +128,12 @@ def _spec(data):
 
 @pytest.fixture
 def here(monkeypatch):
-    """--workers are this process, which has imported TensorFlow."""
-    monkeypatch.setattr(tasks, "run", lambda work, all_of, workers, threads: (work(task, threads) for task in all_of))
+    """--workers are this process, which has imported TensorFlow; the work goes to it as to another."""
+
+    def run(work, all_of, workers, threads):
+        return (pickle.loads(pickle.dumps(work))(task, threads) for task in all_of)
+
+    monkeypatch.setattr(tasks, "run", run)
 
 
 def test_too_many_bad_rows_stop_many_workers(tmp_path, monkeypatch, here):

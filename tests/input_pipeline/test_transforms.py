@@ -67,13 +67,18 @@ def on_canvas(views, canvas):
     return {"image": filled} | {key: np.stack([view[key] for view in views]) for key in ("size", "windows")}
 
 
+def viewed(batch, side):
+    """`images.views` as one program, of its own: jit keeps what it traced, whichever form that took."""
+    return np.asarray(jax.jit(lambda batch: images.views(batch, side))(batch))
+
+
 def through_device(pictures, windows, side, canvas, exact=False):
     """Pictures (encoded, or arrays), a window of each -> uint8 (n, side, side, 3)."""
     views = []
     for picture, window in zip(pictures, windows, strict=True):
         windows_of = lambda size, w=window: tf.constant([w], tf.float32)  # noqa: E731
         views.append(transforms.view(tf.constant(picture), windows_of, side=side, canvas=canvas, exact=exact))
-    return np.asarray(images.views(on_canvas(views, canvas), side))[:, 0]
+    return viewed(on_canvas(views, canvas), side)[:, 0]
 
 
 def random_windows(size, scale, seed, count=1):
@@ -139,8 +144,7 @@ def test_at_any_ratio_the_device_resizes_as_pil_does_in_one_call(canvas, side, f
         "size": np.full((4, 2), canvas, np.int32),
         "windows": np.concatenate([low, high - low], 1).astype(np.float32)[:, None],
     }
-    # A function of its own: jit keeps what it traced of `images.views`, whichever form that took.
-    results = np.asarray(jax.jit(lambda batch: images.views(batch, side))(batch))[:, 0]
+    results = viewed(batch, side)[:, 0]
     for image, (top, left), (bottom, right), result in zip(pixels, low, high, results, strict=True):
         # Pillow takes the width first where the height does not lose more than twice as much: in squares.
         expected = Image.fromarray(image).resize(
@@ -163,7 +167,7 @@ def test_what_lies_beyond_the_picture_is_never_seen():
     batch = on_canvas([views], 96)
     other = np.full_like(batch["image"], 255)
     other[0, :40, :30] = views["image"]
-    np.testing.assert_array_equal(images.views(batch, 24), images.views(batch | {"image": other}, 24))
+    np.testing.assert_array_equal(viewed(batch, 24), viewed(batch | {"image": other}, 24))
 
 
 def test_evaluation_sees_what_clips_image_processor_sees():
@@ -192,28 +196,29 @@ def test_evaluation_sees_what_clips_image_processor_sees():
 
 @pytest.mark.parametrize("squash", ["bicubic", "bilinear"])
 def test_evaluation_sees_what_siglips_image_processor_sees(squash):
-    side = 48
+    side, sent, expected = 48, {232: [], 84: []}, []
     sizes = [(48, 48), (60, 90), (33, 170), (170, 33), (30, 20), (200, 70), (151, 225), (2, 900), (900, 1)]
+    options = dict(side=side, exact=True, squash=squash)
     for pixels in (make(*size) for size, make in zip(sizes, itertools.cycle((picture, noise)))):
         how = Image.Resampling[squash.upper()]  # as transformers' SiglipImageProcessor: tests/weights/test_siglip.py
-        expected = np.asarray(Image.fromarray(pixels).resize((side, side), how))
-        options = dict(side=side, exact=True, squash=squash)
+        expected.append(np.asarray(Image.fromarray(pixels).resize((side, side), how)))
         on_host = transforms.view(tf.constant(pixels), transforms.whole_window, canvas=None, **options)["image"]
-        np.testing.assert_array_equal(on_host, expected)
-        for canvas in (232, 84):
-            sent = transforms.view(tf.constant(pixels), transforms.whole_window, canvas=canvas, **options)
-            batch = on_canvas([{key: x.numpy() for key, x in sent.items()}], canvas)
-            assert difference(images.views(batch, side)[0, 0], expected).max() <= 1
+        np.testing.assert_array_equal(on_host, expected[-1])
+        for canvas, views in sent.items():
+            views.append(transforms.view(tf.constant(pixels), transforms.whole_window, canvas=canvas, **options))
+    for canvas, views in sent.items():
+        assert difference(viewed(on_canvas(views, canvas), side)[:, 0], expected).max() <= 1
 
 
 def test_a_window_that_fits_is_cut_out_exactly_and_a_larger_one_is_close():
     pixels, side, canvas = picture(400, 600), 24, 48
     small = (101.0, 203.0, 30.0, 35.0)
-    np.testing.assert_array_equal(through_device([pixels], [small], side, canvas)[0], pil_window(pixels, small, side))
     data = encoded(pixels, quality=92)
     decoded = np.asarray(Image.open(io.BytesIO(data)))
     windows = [(0.0, 0.0, 400.0, 530.0), (30.0, 40.0, 100.0, 80.0), (5.0, 500.0, 300.0, 60.0)]
-    for window, result in zip(windows, through_device([data] * 3, windows, side, canvas), strict=True):
+    cut, *results = through_device([pixels, *[data] * 3], [small, *windows], side, canvas)
+    np.testing.assert_array_equal(cut, pil_window(pixels, small, side))
+    for window, result in zip(windows, results, strict=True):
         # The decoder's scaling and the average over areas blur a little: single pixels at edges move.
         away = difference(result, oracle(decoded, window, side))
         assert away.mean() < 4 and np.quantile(away, 0.99) < 40
@@ -289,7 +294,7 @@ def test_two_windows_of_one_picture_share_its_canvas():
         windows_of = lambda size, w=windows: tf.constant(w, tf.float32)  # noqa: E731
         views = transforms.view(tf.constant(pixels), windows_of, side=side, canvas=canvas, exact=False)
         assert max(views["image"].shape[:2]) <= canvas
-        result = np.asarray(images.views(on_canvas([views], canvas), side))[0]
+        result = viewed(on_canvas([views], canvas), side)[0]
         tolerance = 1 if windows[1][0] < 100 else 60  # far apart they are shrunk together
         for view, window in zip(result, windows, strict=True):
             assert np.quantile(difference(view, oracle(pixels, window, side)), 0.99) <= tolerance

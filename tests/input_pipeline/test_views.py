@@ -17,6 +17,7 @@ from rankclip_jax.parallel.mesh import make_mesh, to_devices
 from rankclip_jax.train import optim
 from rankclip_jax.train import step as steps
 from rankclip_jax.train.session import canvas_side
+from tests.support.made_models import made_state
 
 SPEC = ConfigDict(dict(format="csv", image_key="image", caption_key="caption", delimiter=","))
 
@@ -147,7 +148,7 @@ def test_two_views_share_the_weight_of_the_contrastive_term(objective, devices, 
     model = models.build("ViT-tiny", image_size=16, vision=dict(width=32, layers=1, heads=2), text=text)
     mesh = make_mesh({"data": -1}, jax.devices()[:devices])
     tx = optim.make_optimizer(config.optim, 20_000)
-    state = steps.init_state(model, tx, 0, mesh, config.sharding)
+    state = made_state(model, tx, mesh, config.sharding)
     rng = np.random.default_rng(0)
     pictures = {
         "image": rng.integers(0, 256, (16, 20, 20, 3), np.uint8),

@@ -46,7 +46,8 @@ def on_mesh(shape, batch):
     [
         (24, 4, None, None),
         pytest.param(24, 4, None, 3, marks=pytest.mark.slow),
-        (64, 4, (2, 4), None),
+        (24, 4, (2, 3), None),
+        pytest.param(64, 4, (2, 4), None, marks=pytest.mark.slow),
         pytest.param(64, 16, (8,), 3, marks=pytest.mark.slow),
         (24, 4, (4,), None),
     ],

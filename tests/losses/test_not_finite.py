@@ -96,7 +96,7 @@ def embeddings(batch=256, dim=16):
     return z / np.linalg.norm(z, axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_one_nan_embedding_makes_the_loss_and_the_gradient_nan(objective, devices):
     z_img, z_txt = embeddings()

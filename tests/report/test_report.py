@@ -255,7 +255,9 @@ def test_a_damaged_file_never_stops_the_report(tmp_path, whole_run, file):
             assert found.unreadable[file], name
 
 
-@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.uint64])
+@pytest.mark.parametrize(
+    "kind", [np.uint8, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (np.int8, np.uint64))]
+)
 def test_counts_of_any_whole_numbers_are_the_same_counts(tmp_path, kind):
     run = write_run(tmp_path / "run")
     pages = []

@@ -121,7 +121,10 @@ def test_labelled_sets_follow_the_rules_of_evaluations(tmp_path):
     assert found.labels.tolist() == [0, 1] and found.images[:, 0, 0].tolist() == [[0, 0, 0], [100, 0, 0]]
 
 
-@pytest.mark.parametrize("changes, how", [([], "no"), (["data.squash=bilinear"], "bilinear"), (["siglip"], "bicubic")])
+BILINEAR = pytest.param(["data.squash=bilinear"], "bilinear", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("changes, how", [([], "no"), BILINEAR, (["siglip"], "bicubic")])
 def test_pictures_are_measured_in_the_view_of_a_training(tmp_path, changes, how):
     """CLIP's central square, or SigLIP's squashed one: as asked for, or as usual for the model's kind."""
     rng = np.random.default_rng(0)

@@ -14,12 +14,13 @@ from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.config.keys import BEFORE
 from rankclip_jax.losses import clip_loss, gradient_cosine, rank_consistency, term_gradients
+from rankclip_jax.parallel.mesh import make_mesh
 from rankclip_jax.study import report, results, statistics
 from rankclip_jax.study.batches import epoch_order, random_window
 from rankclip_jax.study.runs import Study
 from rankclip_jax.study.training import Job, Programs
-from rankclip_jax.train import step as steps
 from rankclip_jax.train.session import build_model
+from tests.support.made_models import made_state
 
 REPO = Path(__file__).parents[2]
 SMOKE = [
@@ -223,7 +224,7 @@ def test_models_are_measured_with_the_pixels_that_they_were_trained_with(tmp_pat
     mean, std = np.array([0.9, 0.1, 0.5], np.float32), np.array([0.5, 0.2, 0.3], np.float32)
     made = Study(smoke(f"data.mean={tuple(mean.tolist())}", f"data.std={tuple(std.tolist())}"), tmp_path)
     model = made._model(made._configs[made.arms[0]])
-    state = steps.fresh_state(model, optax.identity(), 0)
+    state = made_state(model, optax.identity(), make_mesh({"data": 1}, jax.devices()[:1]))
     side = model.config.vision.image_size
     images = np.random.default_rng(0).integers(0, 256, (3, side, side, 3)).astype(np.uint8)
     expected = model.apply({"params": state.params}, (images / np.float32(255) - mean) / std, method="encode_image")

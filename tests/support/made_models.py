@@ -43,7 +43,11 @@ def make_variables(config, tokenizer, seed=0):
 
 def drawn(model, seed=0):
     """As make_variables, without compiling anything."""
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))
+    return drawn_like(jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs())), seed)
+
+
+def drawn_like(shapes, seed=0):
+    """As drawn, of the variables' shapes."""
     rng = np.random.default_rng(seed)
 
     def draw(path, x):
@@ -53,6 +57,18 @@ def drawn(model, seed=0):
         return np.asarray(2.5 if name == "logit_scale" else rng.normal(0, 0.15, x.shape), np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def made_state(model, tx, mesh, sharding=None):
+    """A state before its first step: parameters as of drawn, moments of zero. Nothing is compiled."""
+    abstract = steps.abstract_state(model, tx, mesh, sharding)
+    params = drawn_like(abstract.params)
+    params["logit_scale"] = np.float32(model.initial_scale)
+    if "logit_bias" in params:
+        params["logit_bias"] = np.float32(-10 if model.initial_bias is None else model.initial_bias)
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+    state = state.replace(params=params, batch_stats=drawn_like(abstract.batch_stats))
+    return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, abstract)
 
 
 def make_workdir(path: Path, model, scores=(0.5,), **groups) -> Path:

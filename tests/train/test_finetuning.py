@@ -202,24 +202,27 @@ def test_merged_adapters_are_the_adapted_model(scan):
     adapted = {name.rpartition("/")[0] for name in by_name(variables["params"]["lora"])}
     assert kernel in adapted and len(adapted) == (2 if scan else 4) * 6  # q, k, v, out, c_fc, c_proj
     inputs = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32), words(CAPTIONS[:3], 16)
-    with_adapters = network.apply(variables, *inputs)
-    plain = network.model.apply({"params": lora.merged(variables["params"])}, *inputs)  # by NumPy
+    apply = jax.jit(network.model.apply)
+    with_adapters = jax.jit(network.apply)(variables, *inputs)
+    plain = apply({"params": lora.merged(variables["params"])}, *inputs)  # by NumPy
     for a, b in zip(with_adapters, plain, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
     a, b = (by_name(variables["params"])[f"lora/{kernel}/{x}"].astype(np.float64) for x in "ab")
     expected = by_name(variables["params"])[f"{kernel}/kernel"] + 16 / 3 * np.matmul(a, b)
     np.testing.assert_allclose(by_name(lora.merged(variables["params"]))[f"{kernel}/kernel"], expected, atol=1e-6)
     base = {name: tree for name, tree in variables["params"].items() if name != "lora"}
-    assert np.abs(network.model.apply({"params": base}, *inputs)[0] - plain[0]).max() > 1e-2
+    assert np.abs(apply({"params": base}, *inputs)[0] - plain[0]).max() > 1e-2
 
 
 def test_fresh_adapters_change_nothing():
-    config = complete(dict(model=VIT, optim=dict(lora=3), init_from="a model"))
+    one_layer = {tower: VIT[tower] | {"layers": 1} for tower in ("vision", "text")}
+    config = complete(dict(model=VIT | one_layer, optim=dict(lora=3), init_from="a model"))
     network = build_model(config, Tokenizer.train(CAPTIONS, 400))
-    variables = network.init(jax.random.key(0), *network.example_inputs())
-    plain = network.model.init(jax.random.key(0), *network.example_inputs())["params"]
-    assert_same(lora.merged(variables["params"]), plain)
-    a = by_name(variables["params"]["lora"])["visual/transformer/resblocks_1/mlp/c_proj/a"]
+    params, plain = (
+        jax.jit(model.init)(jax.random.key(0), *model.example_inputs())["params"] for model in (network, network.model)
+    )
+    assert_same(lora.merged(params), plain)
+    a = by_name(params["lora"])["visual/transformer/resblocks_0/mlp/c_proj/a"]
     assert a.shape == (256, 3) and 0.8 / 16 < np.abs(a).max() <= 1 / 16
 
 

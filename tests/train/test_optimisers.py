@@ -163,7 +163,7 @@ def test_beside_what_is_frozen_the_rest_moves_as_alone(name):
             np.testing.assert_allclose(found[key], alone[key], rtol=1e-4, atol=1e-6, err_msg=key)
 
 
-@pytest.mark.parametrize("flags", ["100", "010", "101", "011"])
+@pytest.mark.parametrize("flags", ["101", *(pytest.param(f, marks=pytest.mark.slow) for f in ("100", "010", "011"))])
 @pytest.mark.parametrize("name", NAMES)
 def test_of_a_stack_the_trained_blocks_alone_have_moments(name, flags):
     """Three scanned blocks, of which those with a 1 are frozen."""

@@ -21,6 +21,7 @@ from rankclip_jax.train.hlo import collectives
 from rankclip_jax.train.packed_batches import PackedBatches
 from rankclip_jax.train.session import Session, Vocabulary
 from tests.common.test_packing import EOT, captions
+from tests.support.made_models import made_state
 
 BATCH, LENGTH = 32, 77
 MODEL = dict(name="ViT-tiny", image_size=16, context_length=LENGTH)
@@ -60,6 +61,12 @@ CASES = {
 
 
 @functools.cache
+def parameters():
+    model = session().model
+    return jax.device_get(jax.jit(model.init)(jax.random.key(0), *model.example_inputs())["params"])
+
+
+@functools.cache
 def text_tower(devices):
     """-> (session, value and gradients of (parameters, tokens): a text tower over the devices, and its embeddings)."""
     run = session(devices, rows=(32, 32))
@@ -69,8 +76,7 @@ def text_tower(devices):
         z_BxD = run.model.apply({"params": params}, tokens, method="encode_text")
         return (z_BxD * weight_BxD).sum(), z_BxD
 
-    params = jax.jit(run.model.init)(jax.random.key(0), *run.model.example_inputs())["params"]
-    return run, params, jax.jit(jax.value_and_grad(weighed, has_aux=True))
+    return run, parameters(), jax.jit(jax.value_and_grad(weighed, has_aux=True))
 
 
 def close(of, expected, name, scale=None):
@@ -100,7 +106,7 @@ def test_embeddings_and_gradients_of_any_lengths(case, devices):
 def gradients(run, *batches):
     """One step on each -> its metrics and each parameter's gradient, of which Adam's first moment is a tenth."""
     tx = optim.make_optimizer(run.config.optim, 10)
-    state = steps.init_state(run.model, tx, 0, run.mesh, run.config.sharding)
+    state = made_state(run.model, tx, run.mesh, run.config.sharding)
     start, where = jax.device_get(state), jax.tree.map(lambda x: x.sharding, state)
     step = steps.make_train_step(run.model, tx, run.config, run.mesh, total_steps=10, steps_per_epoch=2)
     for batch in batches:
@@ -151,7 +157,7 @@ def test_every_form_of_the_step(form):
 
 
 def test_no_row_of_the_tower_leaves_its_device():
-    run = session(8, (3, 4), loss={"objective": "clip"})
+    run = session(8, (3, 4), {"text": MODEL["text"] | {"layers": 1}}, loss={"objective": "clip"})
     batch = batch_of(some_lengths())
     tx = optim.make_optimizer(run.config.optim, 10)
     state = steps.abstract_state(run.model, tx, run.mesh, None)
@@ -209,7 +215,7 @@ def test_texts_of_any_lengths_encode_as_padded():
     packed, padded = (
         Session(complete(fields | {"model": MODEL | {"pack_text": how}}), tokenizer) for how in ("auto", "off")
     )
-    state = steps.init_state(padded.model, optax.identity(), 0, padded.mesh, None)
+    state = made_state(padded.model, optax.identity(), padded.mesh)
     expected = padded.encode_texts(state, texts)
     np.testing.assert_allclose(packed.encode_texts(state, texts), expected, atol=1e-6)
     assert packed.encode_texts(state, []).shape == (0, 128)

@@ -27,6 +27,7 @@ from rankclip_jax.train.schedule import patch_dropout_steps
 from rankclip_jax.train.session import Session, Vocabulary
 from rankclip_jax.weights import export
 from tests.commands.test_train import numbers
+from tests.support.made_models import drawn, made_state
 from tests.train.test_step import TEXT, flat
 from tests.train.test_workdir import quick
 
@@ -55,10 +56,9 @@ def gradient(config, devices=1, views=None, **fields):
     """(loss, gradient) of the first step, the latter as a flat array: by gradient descent with a rate of 1."""
     mesh = make_mesh({"data": -1}, jax.devices()[:devices])
     model = network(**fields)
-    state = steps.init_state(model, sgd(1.0), 0, mesh, config.sharding)
-    if "scan_layers" in fields:  # other initial values
-        unrolled = steps.fresh_state(network(), sgd(1.0), 0).params
-        state = state.replace(params=models.stack_layers(unrolled))
+    state = made_state(model, sgd(1.0), mesh, config.sharding)
+    if "scan_layers" in fields:  # the values of the others
+        state = state.replace(params=models.stack_layers(made_state(network(), sgd(1.0), mesh).params))
     before = flat(models.unstack_layers(state.params)["visual"])
     step = steps.make_train_step(model, sgd(1.0), config, mesh, total_steps=9, steps_per_epoch=9)
     state, metrics = step(state, to_devices(made_batch(views), mesh))
@@ -97,7 +97,7 @@ def test_only_the_kept_patches_and_the_class_token_are_seen(pool):
     if pool == "map":
         model = models.build("ViT-tiny", text=TEXT, image_size=16, embed_dim=32, vision=GRID["vision"] | {"pool": pool})
     rng = np.random.default_rng(0)
-    variables = model.init(jax.random.key(0), *model.example_inputs())
+    variables = jax.device_put(drawn(model))
     pixels = rng.normal(size=(3, 16, 16, 3)).astype(np.float32)
     encode = jax.jit(lambda x, some: model.apply(variables, x, patches_BxK=some, method="encode_image"))
     kept = np.asarray(images.draw_patches(jax.random.key(2), 3, 16, 6))
@@ -125,7 +125,8 @@ def forward(config, batch=None):
     """Jitted step number, key -> metrics of the training step, whose gradient is not computed."""
     model, tx = network(), optim.make_optimizer(config.optim, 9)
     update = steps.train_step_function(model, tx, config, None, total_steps=9, steps_per_epoch=9)
-    state, batch = steps.fresh_state(model, tx, 0), batch or made_batch()
+    mesh = make_mesh({"data": -1}, jax.devices()[:1])
+    state, batch = made_state(model, tx, mesh), batch or made_batch()
     return jax.jit(lambda step, key: update(state.replace(step=step), batch, key)[1] | {"grad_norm": 0})
 
 

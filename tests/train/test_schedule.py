@@ -40,7 +40,7 @@ def rates(kind, total, epoch=EPOCH, **fields):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("total, warmup", [(100, WARMUP), (100, 0), (100, 1), (17, WARMUP), (8, 1), (1000, EPOCH)])
+@pytest.mark.parametrize("total, warmup", [(100, WARMUP), (100, 0), (100, 1), (17, WARMUP), (8, 1), (300, EPOCH)])
 def test_every_rate_is_the_formulas(kind, total, warmup):
     expected = [oracle(kind, u, total, warmup) for u in range(total)]
     found = rates(kind, total, warmup_steps=warmup)

@@ -169,7 +169,10 @@ SOME = {
 }
 
 
-@pytest.mark.parametrize("case", SOME)
+QUICK = ("last blocks", "matrices with adapters", "MAP", "last stage")
+
+
+@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in SOME])
 def test_operations_of_what_is_frozen_are_not_counted(case):
     name, pattern = SOME[case]
     small = dict(vision=dict(layers=4), text=dict(layers=3)) if name != "RN-tiny" else {}

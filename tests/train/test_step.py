@@ -19,6 +19,7 @@ from rankclip_jax.parallel.mesh import make_mesh, to_devices
 from rankclip_jax.train import optim
 from rankclip_jax.train import step as steps
 from rankclip_jax.train.session import Session, Vocabulary
+from tests.support.made_models import made_state
 
 SMALL = {
     "ViT-tiny": dict(image_size=16, vision=dict(width=32, layers=1, heads=2)),
@@ -51,7 +52,7 @@ def run(name, devices, *, count, rules=((".*", ()),), mesh_axes=None, fields=Non
     model = models.build(name, text=TEXT, **SMALL[name], **(model_fields or {}))
     mesh = make_mesh(mesh_axes or {"data": -1}, jax.devices()[:devices])
     tx = optim.make_optimizer(config.optim, 100)
-    state = steps.init_state(model, tx, 0, mesh, rules)
+    state = made_state(model, tx, mesh, rules)
     train_step = steps.make_train_step(model, tx, config, mesh, total_steps=100, steps_per_epoch=2)
     rng = np.random.default_rng(0)
     metrics, first_moment = [], None

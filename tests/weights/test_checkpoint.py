@@ -13,7 +13,7 @@ from benchmarks import damage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.config import complete
 from rankclip_jax.parallel.mesh import make_mesh
-from rankclip_jax.weights import checkpoint
+from rankclip_jax.weights import checkpoint, fingerprint
 from rankclip_jax.weights.fingerprint import fingerprints
 from rankclip_jax.weights.saving import Checkpoints
 from tests.support.small_files import small_files
@@ -75,6 +75,8 @@ def test_a_fingerprint_is_that_of_the_numbers_whatever_their_sharding():
     tree = {"a": w, "b": [w[:, 0].astype(jnp.bfloat16), np.int32(3), np.array([True, False])]}
     alone = fingerprints(tree)
     assert list(alone) == ["a", "b/0", "b/1", "b/2"] and len(set(alone.values())) == 4
+    # As of leaves on an accelerator, by one program.
+    assert [int(number) for number in fingerprint._sums(jax.tree.leaves(tree))] == list(alone.values())
     mesh = make_mesh({"data": 8})
     assert fingerprints({"a": jax.device_put(w, NamedSharding(mesh, PartitionSpec(None, "data")))})["a"] == alone["a"]
     swapped, flipped = w.copy(), w.copy()

@@ -243,14 +243,38 @@ def test_resnet_for_small_images_comes_back(tmp_path):
     assert read(tmp_path)[0] == SMALL  # from the shapes alone
 
 
-@pytest.mark.parametrize("name", [n for n in PRESETS if not n.endswith("tiny") and not PRESETS[n].siglip])
+LIKE_THEIRS = [name for name in PRESETS if not name.endswith("tiny") and not PRESETS[name].siglip]
+QUICK = ("ViT-B/32", "ViT-S/16", "RN50")  # those of the others take seconds to lay out
+
+
+def open_clips(open_clip, name):
+    """(open_clip's description of a preset, whether it has the exact GELU)."""
+    gelu = PRESETS[name].activation == "gelu" or name == "ViT-S/16"
+    return open_clip.get_model_config(re.sub(r"[/@]", "-", name) + ("" if gelu else "-quickgelu")), gelu
+
+
+@pytest.mark.parametrize("name", LIKE_THEIRS)
+def test_presets_have_the_fields_of_open_clips_and_come_back(open_clip, name):
+    config = PRESETS[name]
+    described, gelu = open_clips(open_clip, name)
+    expected = dataclasses.replace(config, activation="gelu" if gelu else "quick_gelu")
+    assert architecture.from_open_clip(described) == expected
+    assert architecture.from_open_clip(architecture.to_open_clip(config)) == config
+    if isinstance(config.vision, VitConfig):
+        assert architecture.from_hugging_face(architecture.to_hugging_face(config)) == config
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LIKE_THEIRS]
+)
 def test_presets_have_the_names_and_shapes_of_open_clip_and_transformers(open_clip, name):
     """No weight is allocated: PyTorch's on the meta device, ours as shapes."""
-    config = PRESETS[name]
+    config, described = PRESETS[name], open_clips(open_clip, name)[0]
+    model = CLIP(config)
+    tree = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))
 
     def shapes(layout):
-        model, places = CLIP(config), {}
-        tree = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))
+        places = {}
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
             place = layout("/".join(k.key for k in path[1:]), len(x.shape))
             shape = tuple(x.shape[a] for a in place.axes) if place.axes else x.shape
@@ -262,21 +286,12 @@ def test_presets_have_the_names_and_shapes_of_open_clip_and_transformers(open_cl
 
     ours = shapes(layouts.openai)
     with torch.device("meta"):
-        gelu = config.activation == "gelu" or name == "ViT-S/16"
-        their_name = re.sub(r"[/@]", "-", name) + ("" if gelu else "-quickgelu")
-        described = open_clip.get_model_config(their_name)
-        model = open_clip.CLIP(described["embed_dim"], described["vision_cfg"], described["text_cfg"])
-        assert theirs(model) == ours
+        assert theirs(open_clip.CLIP(described["embed_dim"], described["vision_cfg"], described["text_cfg"])) == ours
         if isinstance(config.vision, VitConfig):
             hf = transformers.CLIPModel(transformers.CLIPConfig(**architecture.to_hugging_face(config)))
             assert theirs(hf) == shapes(layouts.hugging_face)
     arrays = {k: types.SimpleNamespace(shape=shape) for k, shape in ours.items()}
     assert architecture.from_weights(arrays, config.activation) == config
-    expected = dataclasses.replace(config, activation="gelu" if gelu else "quick_gelu")
-    assert architecture.from_open_clip(described) == expected
-    assert architecture.from_open_clip(architecture.to_open_clip(config)) == config
-    if isinstance(config.vision, VitConfig):
-        assert architecture.from_hugging_face(architecture.to_hugging_face(config)) == config
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@
 
 import json
 
-import jax
 import pytest
 
 from rankclip_jax import models
 from rankclip_jax.models import ClipConfig, TextConfig, VitConfig
 from rankclip_jax.weights import formats
+from tests.support.made_models import drawn
 
 CONFIG = ClipConfig(24, VitConfig(32, 8, 128, 2, 2), TextConfig(64, 1, 2, 12, vocab_size=99, eot_id=98))
 VALUES = [0, -1, 10**8, 10**30, 1.5, float("nan"), True, None, "", "7", [], [3, 3, 3], {}, {"a": 1}, [[[]]]]
@@ -17,8 +17,7 @@ FILES = {formats.write_hf: "config.json", formats.write_openai: "open_clip_confi
 @pytest.fixture(scope="module", params=FILES, ids=lambda write: write.__name__)
 def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    network = models.CLIP(CONFIG)
-    request.param(folder, CONFIG, jax.jit(lambda: network.init(jax.random.key(0), *network.example_inputs()))())
+    request.param(folder, CONFIG, drawn(models.CLIP(CONFIG)))
     return folder, FILES[request.param]
 
 
