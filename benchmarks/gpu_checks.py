@@ -21,7 +21,24 @@ TINY = {
     "ViT": dict(name="ViT-tiny", image_size=32, vision=dict(width=64, layers=2, heads=1)),
     "ResNet": dict(name="RN-tiny", image_size=16, vision=dict(width=8, layers=(1, 1))),
 }
+CONFIG = {"batch_size": 32, "optim": {"lr": 1e-3, "warmup_steps": 1}}
 TEXT = dict(width=64, heads=1, layers=2, vocab_size=64, eot_id=63, context_length=9)  # odd lengths, as CLIP's are
+
+
+@functools.cache
+def fresh(tower: str):
+    """A tower's fresh state with AdamW, made on the CPU."""
+    import jax
+
+    from rankclip_jax import config as configs
+    from rankclip_jax import models
+    from rankclip_jax.parallel.mesh import make_mesh
+    from rankclip_jax.train import optim
+    from rankclip_jax.train import step as steps
+
+    tx = optim.make_optimizer(configs.complete(CONFIG).optim, 100)
+    on_cpu = make_mesh({"data": -1}, jax.devices("cpu")[:1])
+    return jax.device_get(steps.init_state(models.build(**TINY[tower], text=TEXT), tx, 0, on_cpu, None))
 
 
 def tiny(tower: str, dtype: str, attention: str, device):
@@ -38,12 +55,10 @@ def tiny(tower: str, dtype: str, attention: str, device):
 
     mesh = make_mesh({"data": -1}, [device])
     model = models.build(**TINY[tower], text=TEXT, dtype=dtype, attention=attention, devices=devices_of(mesh))
-    config = configs.complete({"batch_size": 32, "optim": {"lr": 1e-3, "warmup_steps": 1}})
+    config = configs.complete(CONFIG)
     tx = optim.make_optimizer(config.optim, 100)
-    on_cpu = make_mesh({"data": -1}, jax.devices("cpu")[:1])
-    born = steps.init_state(models.build(**TINY[tower], text=TEXT), tx, 0, on_cpu, None)
     where = state_shardings(steps.abstract_state(model, tx, mesh, None), mesh, None)
-    state = jax.device_put(jax.device_get(born), where)
+    state = jax.device_put(fresh(tower), where)
     train = steps.make_train_step(model, tx, config, mesh, total_steps=5, steps_per_epoch=1)
     side, text = model.config.vision.image_size, model.config.text
     pixels, tokens = made_batch(5 * 32, side, text.context_length, text.vocab_size)

@@ -56,6 +56,25 @@ def one_device(monkeypatch):
     on_one_device(monkeypatch)
 
 
+@pytest.fixture
+def compiled_once(tmp_path):
+    """JAX keeps this test's programs, where it trains the same several times. Those that call the host it never does.
+
+    Their rankings do (losses/sorting.py): with the objective clip there are none.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    settings = dict(jax_compilation_cache_dir=str(tmp_path / "compiled"), jax_persistent_cache_min_compile_time_secs=0)
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in settings, before:
+        compilation_cache.reset_cache()  # JAX asks for the folder once
+        for name, value in values.items():
+            jax.config.update(name, value)
+        if values is settings:
+            yield
+
+
 @pytest.fixture(scope="session")
 def open_clip():
     return import_open_clip()

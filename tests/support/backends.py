@@ -125,32 +125,32 @@ AXES = {
     "step: tensor": {"data": -1, "model": 2},
     "step: fsdp+tensor": {"data": 1, "fsdp": -1, "model": 2},
 }
-# Each choice varied once against the base: a ViT in bfloat16 with RankCLIP's loss, replicated, one view.
+# Each choice varied once, some of them together, against the base: a ViT in bfloat16 with RankCLIP's loss, replicated,
+# one view.
 TRAIN = {
     "base": {},
     "ResNet": dict(model=RESNET),
-    "SigLIP": dict(model=SIGLIP),
+    "SigLIP": dict(model=SIGLIP, loss={"objective": "siglip"}, fields=dict(logit_bias=-10.0)),
     "float32": dict(fields=dict(dtype="float32")),
     "float32 ResNet": dict(model=RESNET, fields=dict(dtype="float32")),
     "XLA's attention": dict(fields=dict(attention="xla")),
-    "accumulate": dict(accumulate=2),
     **{name: dict(sharding=name) for name in ("fsdp", "tensor", "fsdp+tensor")},
-    "scanned": dict(fields=dict(scan_layers=True)),
-    "remat": dict(fields=dict(remat=True)),
-    "frozen": dict(optim={"warmup_steps": 1, "freeze": "vision", "layer_lr_decay": 0.5}),
+    "in parts, scanned, remat": dict(accumulate=2, fields=dict(scan_layers=True, remat=True)),
+    "frozen, released": dict(
+        optim={"warmup_steps": 1, "freeze": "vision", "layer_lr_decay": 0.5}, loss={"form": "released"}
+    ),
     "rules": dict(optim={"warmup_steps": 1, "rules": [("^visual/.*ln", {"freeze": True}), ("^text/", {"lr": 0.1})]}),
-    "lion": dict(optim={"warmup_steps": 1, "name": "lion", "ema": 0.99}),
+    "lion, top_k": dict(
+        optim={"warmup_steps": 1, "name": "lion", "ema": 0.99},
+        loss={"top_k": 10, "decay": "log", "keep_self": False},
+    ),
     "adafactor": dict(optim={"warmup_steps": 1, "name": "adafactor"}, fields=dict(scan_layers=True)),
     "muon": dict(optim={"warmup_steps": 1, "name": "muon"}, fields=dict(scan_layers=True), sharding="fsdp"),
-    "lora": dict(optim={"warmup_steps": 1, "lora": 4}, init_from="a model"),
-    "two views": dict(data={"two_views": True}),
+    "lora, two views": dict(optim={"warmup_steps": 1, "lora": 4}, init_from="a model", data={"two_views": True}),
     "packed": dict(packed_rows=2),
     "packed, in parts": dict(packed_rows=2, accumulate=2, data={"two_views": True}, fields=dict(scan_layers=True)),
     "host resize": dict(data={"resize": "host", "flip": True, "color_jitter": (0.1, 0.1, 0.1)}),
     **{name: dict(loss={"objective": name}) for name in ("clip", "rank", "cyclip")},
-    "siglip": dict(loss={"objective": "siglip"}, fields=dict(logit_bias=-10.0)),
-    "released": dict(loss={"form": "released"}),
-    "top_k": dict(loss={"top_k": 10, "decay": "log", "keep_self": False}),
 }
 OTHERS = {
     "validation": validation,

@@ -12,7 +12,7 @@ from benchmarks import processes as trainings
 from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.train import loop, opening, resolve
-from tests.commands.test_train import TRANSFORMER, numbers
+from tests.commands.test_train import NO_EVALUATION, TRANSFORMER, numbers
 from tests.input_pipeline.test_block_sources import pictures
 from tests.support.source_files import WRITERS
 from tests.train.test_workdir import quick
@@ -149,7 +149,8 @@ def cut_off(whole, cut, step):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["webdataset", "parquet"])
-def test_a_run_that_is_cut_off_has_the_numbers_of_one_that_is_not(kind, tmp_path, capsys, one_device):
+@pytest.mark.usefixtures("one_device", "compiled_once")
+def test_a_run_that_is_cut_off_has_the_numbers_of_one_that_is_not(kind, tmp_path, capsys):
     made = pictures(96, side=24)
     made[5] = (b"no picture", made[5][1])
     (tmp_path / "data").mkdir()
@@ -176,8 +177,8 @@ def test_a_run_that_is_cut_off_has_the_numbers_of_one_that_is_not(kind, tmp_path
 def test_processes_train_on_blocks_as_one_does(tmp_path):
     path = WRITERS["webdataset"](tmp_path, pictures(96, side=24))
     flags = [f"data.train={path}", "data.format=webdataset", "data.shuffle=blocks", "data.block_rows=4"]
-    flags += ["data.lanes=8", "data.val=None", "epochs=2", "eval.retrieval={}", "loss.objective=clip"]
-    flags = [f"--config.{flag}" for flag in flags] + TRANSFORMER
+    flags += ["data.lanes=8", "epochs=2", "loss.objective=clip"]
+    flags = [f"--config.{flag}" for flag in flags] + TRANSFORMER + NO_EVALUATION
     one, two = tmp_path / "one", tmp_path / "two"
     trainings.train(one, 1, 4, *flags)
     cut_off(one, two, 3)  # two resume what one has saved

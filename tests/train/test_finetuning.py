@@ -42,8 +42,8 @@ SIGLIP = dict(image_size=16, embed_dim=32, vision=dict(width=32, layers=2, heads
 ONE_LAYER = ("lion", "adafactor", "adapters, averaged", "SigLIP")  # of these cases all layers are treated alike
 
 
-def prepared(optimiser, devices=8, scan=False, siglip=False, layers=2, **more):
-    """(config, fresh state, step) on a mesh of devices; of several, everything is split."""
+def prepared(optimiser, devices=8, scan=False, siglip=False, layers=2, start=None, **more):
+    """(config, state, step, mesh of devices); of several, everything is split. `start`: the state, or a fresh one."""
     axes, kind = ({"data": 2, "fsdp": 4}, "fsdp") if devices == 8 else ({"data": 1}, None)
     config = dict(batch_size=16, optim={"lr": 1e-3, "warmup_steps": 1} | optimiser, mesh=axes, sharding=kind)
     config = complete(config | (dict(init_from="a model") if "lora" in optimiser else {}) | more)
@@ -52,7 +52,11 @@ def prepared(optimiser, devices=8, scan=False, siglip=False, layers=2, **more):
     model = models.build(name, scan_layers=scan, **fields)
     model = lora.Adapted(model, config.optim.lora) if config.optim.lora else model
     mesh, tx = make_mesh(axes, jax.devices()[:devices]), optim.make_optimizer(config.optim, 100)
-    state = steps.init_state(model, tx, 0, mesh, kind, config.optim)
+    if start is None:
+        state = steps.init_state(model, tx, 0, mesh, kind, config.optim)
+    else:
+        where = steps.abstract_state(model, tx, mesh, kind, config.optim)
+        state = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), start, where)
     return config, state, steps.make_train_step(model, tx, config, mesh, total_steps=100, steps_per_epoch=2), mesh
 
 
@@ -74,22 +78,23 @@ def assert_same(a, b):
 @pytest.mark.parametrize("case", CASES)
 def test_eight_devices_equal_one_and_a_resumed_run_an_uninterrupted_one(case, tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "_SMALL", 0)
-    losses, loss = {}, dict(objective="siglip" if case == "SigLIP" else "clip")
+    losses, before, loss = {}, None, dict(objective="siglip" if case == "SigLIP" else "clip")
     for devices in (1, 8):
         settings = dict(loss=loss, layers=1 if case in ONE_LAYER else 2)
-        config, state, step, mesh = prepared(CASES[case], devices, "scanned" in case, case == "SigLIP", **settings)
+        settings |= dict(scan="scanned" in case, siglip=case == "SigLIP", start=before)
+        config, state, step, mesh = prepared(CASES[case], devices, **settings)
         before, losses[devices] = jax.device_get(state), []
-        with Checkpoints(tmp_path / str(devices), config.checkpoint) as checkpoints:
-            for number in range(4):
-                state, metrics = step(state, batch(number, mesh))
-                losses[devices].append(float(metrics["loss"]))
-                if number == 1:
+        for number in range(4):
+            state, metrics = step(state, batch(number, mesh))
+            losses[devices].append(float(metrics["loss"]))
+            if number == 1 and devices == 8:
+                with Checkpoints(tmp_path, config.checkpoint) as checkpoints:
                     checkpoints.save(2, state, 2)
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        resumed = checkpoint.restore(tmp_path / str(devices), config.checkpoint, abstract).state
-        for number in (2, 3):
-            resumed, _ = step(resumed, batch(number, mesh))
-        assert_same(resumed, state)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    resumed = checkpoint.restore(tmp_path, config.checkpoint, abstract).state
+    for number in (2, 3):
+        resumed, _ = step(resumed, batch(number, mesh))
+    assert_same(resumed, state)
     assert losses[8] == pytest.approx(losses[1], rel=2e-4)
     treated, after, start = rules.treatments(config.optim, state.params), by_name(state.params), by_name(before.params)
     moved = {name for name in after if (np.asarray(after[name]) != start[name]).any()}

@@ -118,6 +118,7 @@ def test_another_tokenizer_or_view_does_not_mix(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_device", "compiled_once")
 def test_the_curve_has_the_accuracies_of_evaluation(mix, folder, capsys):
     sets = "--config shapes --config.eval.retrieval={} --config.eval.geometry={} --config.data.canvas=None "
     sets += "--config.eval.zero_shot={'seen':{'format':'shapes','path':'seen:64'},"

@@ -228,7 +228,7 @@ SMALL += ["loss.objective=clip", "loss.schedule=constant", "eval.every={'retriev
 
 
 @pytest.mark.slow
-def test_a_run_packs_by_itself_and_resumes_to_the_bit(tmp_path):
+def test_a_run_packs_by_itself_and_resumes_to_the_bit(tmp_path, compiled_once):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     loop.train(load("configs/shapes.py", [*SMALL, "steps=4"]), whole)
     for steps_to in (2, 4):

@@ -183,7 +183,8 @@ def test_a_line_through_two_batches_and_days():
 
 @pytest.mark.slow
 def test_the_plan_of_a_small_run(capsys):
-    many = {"batch_size": 1024}  # activations, if they moved, would be far more than the parameters
+    # Activations, if they moved, would be far more than the parameters; without a ranking it compiles sooner.
+    many = {"batch_size": 1024, "loss": {"objective": "clip"}}
     numbers = plan.plan(complete(SMALL | many | {"mesh": {"data": 2, "fsdp": 4}, "sharding": "fsdp"}))
     said = capsys.readouterr().out
     model = models.build("ViT-tiny", image_size=32, context_length=16, vocab_size=512, eot_id=511, scan_layers=True)
@@ -204,14 +205,15 @@ def test_the_plan_of_a_small_run(capsys):
     real = targets.has_compiler("gpu")
     assert numbers["real"] == real and ("pip install --no-deps jax-cuda13-plugin" in said) != real
     if real:
-        assert numbers["attention"] == "xla" and "self-attention" in said and "sort of the rankings" in said
+        assert numbers["attention"] == "xla" and "self-attention" in said
 
 
 @pytest.mark.slow
 def test_a_batch_that_cannot_be_halved_has_a_plan(capsys):
     numbers = plan.plan(complete(SMALL | {"batch_size": 8, "plan": {"target": "8xH100"}}))
     assert numbers["peak_gib"] > numbers["states_gib"] > 0 and "largest_batch" not in numbers
-    assert "memory a device" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "memory a device" in said and ("sort of the rankings" in said) == numbers["real"]
 
 
 @pytest.mark.slow
@@ -311,7 +313,7 @@ def test_a_plan_packs_by_the_rows_that_it_is_given():
 
 @pytest.mark.slow
 def test_a_packed_plan_counts_its_rows():
-    config = complete(SMALL | {"model": SMALL["model"] | {"pack_rows": (2, 8)}})
+    config = complete(SMALL | {"model": SMALL["model"] | {"pack_rows": (2, 8)}, "loss": {"objective": "clip"}})
     target = parse_target("8xH100")
     padded, packed = (plan.compile_step(c, target) for c in (config, plan._with_packing(config)))
     assert (padded["text_rows"], packed["text_rows"]) == (8, 2)

@@ -192,13 +192,13 @@ def test_the_model_is_the_one_it_starts_from(tmp_path, model, capsys):
 
 
 @pytest.mark.slow
-def test_the_view_comes_along_and_stays_in_what_is_exported(tmp_path, captioned):
+def test_the_view_comes_along_and_stays_in_what_is_exported(tmp_path, captioned, one_device):
     grey = dict(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     source = pretrained.read(make_workdir(tmp_path / "run", VIT))
     source = dataclasses.replace(source, view=dataclasses.replace(source.view, **grey))
     export.write(source, tmp_path / "hf", "hf")
     changes = [f"data.train={captioned}", f"init_from={tmp_path / 'hf'}", "steps=1", "batch_size=8"]
-    changes.append("loss.objective=clip")  # sooner compiled
+    changes += ["loss.objective=clip", "eval.diagnostics=False"]  # sooner compiled
     loop.train(configs.load("own", changes), tmp_path / "tuned")
     stored = json.loads((tmp_path / "tuned" / "config.json").read_text())
     assert stored["data"]["mean"] == [0.5] * 3 and stored["data"]["std"] == [0.25] * 3
@@ -214,7 +214,7 @@ def test_the_view_comes_along_and_stays_in_what_is_exported(tmp_path, captioned)
 
 
 @pytest.mark.slow
-def test_forty_pairs_train_resume_and_export(tmp_path, captioned):
+def test_forty_pairs_train_resume_and_export(tmp_path, captioned, one_device):
     """As `rankclip train data.csv` does it, but for its length."""
     changes = [f"data.train={captioned}", "epochs=2", "model.vision={'layers': 1}", "model.text={'layers': 1}"]
     loop.train(configs.load("own", changes), tmp_path / "run")

@@ -20,21 +20,16 @@ def quick(*changes):
     return configs.load("configs/shapes.py", [*QUICK, *changes])
 
 
-@pytest.fixture(scope="module")
-def two_epochs(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("two_epochs")
-    loop.train(quick("optim.schedule='constant'", "epochs=2"), workdir)
-    return workdir
-
-
 @pytest.mark.slow
-def test_a_longer_run_is_the_one_it_would_have_been(two_epochs, tmp_path):
-    loop.train(quick("optim.schedule='constant'", "epochs=4"), two_epochs)
-    loop.train(quick("optim.schedule='constant'", "epochs=4", "loss.ramp_epochs=2"), tmp_path)
-    rows = [[row for row in numbers(workdir) if "loss" in row] for workdir in (two_epochs, tmp_path)]
+def test_a_longer_run_is_the_one_it_would_have_been(tmp_path, one_device):
+    two_epochs, whole = tmp_path / "two_epochs", tmp_path / "whole"
+    for epochs in (2, 4):
+        loop.train(quick("optim.schedule='constant'", f"epochs={epochs}"), two_epochs)
+    loop.train(quick("optim.schedule='constant'", "epochs=4", "loss.ramp_epochs=2"), whole)
+    rows = [[row for row in numbers(workdir) if "loss" in row] for workdir in (two_epochs, whole)]
     assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == list(range(1, 13))
     assert [row["rank_weight"] for row in rows[0]] == [0.0] * 3 + [2.0] * 9  # 3 (epoch - 1) / (2 - 1), at most 2
-    assert [json.loads((w / "config.json").read_text())["epochs"] for w in (two_epochs, tmp_path)] == [4, 4]
+    assert [json.loads((w / "config.json").read_text())["epochs"] for w in (two_epochs, whole)] == [4, 4]
     stored = json.loads((two_epochs / "config.json").read_text())
     assert stored["loss"]["ramp_epochs"] == 2
     with pytest.raises(InputError, match="config.loss.ramp_epochs: 2 -> 4"):
@@ -42,7 +37,7 @@ def test_a_longer_run_is_the_one_it_would_have_been(two_epochs, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_cosine_cannot_be_made_longer_and_says_what_can(tmp_path, one_device):
+def test_a_finished_cosine_cannot_be_made_longer_and_says_what_can(tmp_path, one_device, compiled_once):
     clip = "loss.objective=clip"  # sooner compiled
     loop.train(quick("epochs=2", clip), tmp_path)
     before = (tmp_path / "config.json").read_bytes()
@@ -76,7 +71,7 @@ def csv_of(path, rows):
     return f"data.train={str(path)!r}"
 
 
-def test_data_may_move_and_must_not_change(tmp_path, one_device):
+def test_data_may_move_and_must_not_change(tmp_path, one_device, compiled_once):
     run, common = tmp_path / "run", ["data.format='csv'", "epochs=1", "optim.warmup_steps=1", "loss.objective=clip"]
     loop.train(quick(*common, csv_of(tmp_path / "here" / "a.csv", range(64))), run)
     moved = csv_of(tmp_path / "there" / "b.csv", range(64))

@@ -266,15 +266,15 @@ def test_mean_and_deviation_come_from_the_folder(source, png, tmp_path):
 
 
 @pytest.mark.slow
-def test_trained_exported_and_used_in_transformers(tmp_path, png):
+def test_trained_exported_and_used_in_transformers(tmp_path, png, one_device):
     """The whole way: train on shapes, export, and embed a PNG and sentences with transformers alone."""
     config = configs.complete(
         dict(
             model=VIT,
             batch_size=16,
             loss=dict(objective="clip"),  # sooner compiled
-            data=dict(train=160),
-            steps=10,
+            data=dict(train=32),
+            steps=3,
             optim=dict(lr=1e-3, warmup_steps=2),
         )
     )
@@ -283,7 +283,7 @@ def test_trained_exported_and_used_in_transformers(tmp_path, png):
     sentences = ["a red circle", "a picture of a tiny blue star in the top left on grey", "two dogs"]
     z_img, z_txt, probabilities = transformers_embeddings(tmp_path / "hf", png, sentences)
     model = rankclip_jax.load(tmp_path / "run")
-    assert model.source.step == 10
+    assert model.source.step == 3
     np.testing.assert_allclose(model.encode_image(png), z_img, atol=1e-3)
     np.testing.assert_allclose(model.encode_text(sentences), z_txt, atol=1e-3)
     np.testing.assert_allclose(model.zero_shot(png, sentences, ["{}"]), probabilities, atol=1e-3)

@@ -178,11 +178,12 @@ def test_a_step_leaves_a_scale_above_clips_limit():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["rankclip", "siglip", "clip"])
-def test_trained_from_a_folder_and_back_to_transformers(objective, tmp_path, png, captioned):
+@pytest.mark.parametrize("objective", ["clip", "siglip"])
+def test_trained_from_a_folder_and_back_to_transformers(objective, tmp_path, png, captioned, one_device):
     folder(tmp_path / "in")
     changes = [f"data.train={captioned}", f"init_from={tmp_path / 'in'}", "steps=3", "batch_size=8"]
     changes += [f"loss.objective={objective}", "optim.warmup_steps=0", "log_every=1", "optim.lr=1e-3"]
+    changes.append("eval.diagnostics=False")
     loop.train(configs.load("own", changes), tmp_path / "run")
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["data"]["mean"] == stored["data"]["std"] == [0.5] * 3
@@ -193,6 +194,6 @@ def test_trained_from_a_folder_and_back_to_transformers(objective, tmp_path, png
     assert np.abs(model.encode_image(png) - started.encode_image(png)).max() > 1e-4
     assert (model.bias != started.bias) == (objective == "siglip")
     check_export(model, tmp_path / "out", png)
-    if objective == "rankclip":
+    if objective == "clip":
         with pytest.raises(InputError, match=r"config.model.pack_text=on. Expected auto or off: SigLIP's text tower"):
             loop.train(configs.load("own", [*changes, "model.pack_text=on"]), tmp_path / "packed")
