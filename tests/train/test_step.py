@@ -163,7 +163,6 @@ def test_objectives_compute_only_their_terms(loss, parts):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_fresh_state_compiled_quickly_has_the_usual_bits():
     script = (
         "import jax, numpy as np\n"
