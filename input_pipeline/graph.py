@@ -6,7 +6,7 @@ folder where a process is killed. Nothing here needs it.
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -24,6 +24,17 @@ _AT_ONCE = 2 * (os.cpu_count() or 1) + 4
 def mapped(data: tf.data.Dataset, function: Callable, at_once: int = _AT_ONCE) -> tf.data.Dataset:
     """function(element) of each, in order, computed so many at once."""
     return data.map(as_written(function), num_parallel_calls=at_once, deterministic=True)
+
+
+def iterated(data: tf.data.Dataset) -> Iterator:
+    """The elements, as NumPy.
+
+    Without TensorFlow's own choice of parallelism: it has a thread for each iterator, which an iterator's end may wait
+    for, holding Python's lock, for seconds to minutes (RootDataset::Iterator of TensorFlow 2.21).
+    """
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return data.with_options(options).as_numpy_iterator()
 
 
 def apart(branch: Callable) -> Callable:

@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from input_pipeline import cpu_only, decode
-from input_pipeline.graph import mapped
+from input_pipeline.graph import iterated, mapped
 
 
 def gpus_of_tensorflow() -> int:
@@ -27,5 +27,5 @@ def jpegs_per_second(count: int) -> float:
     data = tf.data.Dataset.from_tensors(image).repeat(count)
     data = mapped(data, lambda x: tf.shape(decode.decode(x)))
     start = time.perf_counter()
-    done = sum(1 for _ in data)
+    done = sum(1 for _ in iterated(data))
     return done / (time.perf_counter() - start)

@@ -26,7 +26,7 @@ from input_pipeline import cpu_only, transforms
 from input_pipeline.bad_samples import BadSamples, reason_of_failure
 from input_pipeline.blocks import BlockOrder
 from input_pipeline.captions import augment
-from input_pipeline.graph import as_written, mapped
+from input_pipeline.graph import as_written, iterated, mapped
 from input_pipeline.lanes import LaneStream
 from input_pipeline.order import RowStream, place_of
 from input_pipeline.sources import Source, started_ahead
@@ -130,7 +130,7 @@ class TrainBatches:
         data = self._stream.samples(sample, good)
         batches = _padded_batches(data, batch_size, canvas, drop_remainder=True)
         self._data = batches.map(as_written(completed)).prefetch(2)
-        self._iterator = self._data.as_numpy_iterator()
+        self._iterator = iterated(self._data)
 
     @property
     def position(self) -> int | tuple[int, ...]:
@@ -165,7 +165,7 @@ class TrainBatches:
         batch = self._read()
         if batch is None:
             self._stream.begin(_SPAN_BATCHES)
-            self._iterator = self._data.as_numpy_iterator()
+            self._iterator = iterated(self._data)
             batch = self._read()
         if batch is None:
             places = itertools.islice(self._stream.places(), 100)
@@ -221,7 +221,7 @@ def eval_batches(
     whole, rest = divmod(source.size, batch_size * count)
     mine = whole * batch_size + min(max(rest - index * batch_size, 0), batch_size)
     data = started_ahead(tf.data.Dataset.range(mine), source.ahead, row_of)
-    batches = _padded_batches(mapped(data, sample).ignore_errors(), batch_size, canvas).prefetch(2).as_numpy_iterator()
+    batches = iterated(_padded_batches(mapped(data, sample).ignore_errors(), batch_size, canvas).prefetch(2))
     side = canvas or image_side
     blank: dict[str, Any] = {"image": np.zeros((side, side, 3), np.uint8)}
     blank |= {"label": np.int32(-1), "position": np.int64(-1)}

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from input_pipeline.bad_samples import why_dropped
-from input_pipeline.graph import as_written, mapped
+from input_pipeline.graph import as_written, iterated, mapped
 from input_pipeline.sources import Ahead, Source, started_ahead
 from rankclip_jax.common.errors import InputError
 
@@ -68,7 +68,7 @@ def read_each(read: Callable, size: int, where: Callable[[int], str], ahead: Ahe
     data = started_ahead(tf.data.Dataset.range(size), ahead).map(as_written(read))
     row = 0
     try:
-        for value in data.as_numpy_iterator():
+        for value in iterated(data):
             yield value
             row += 1
     except tf.errors.OpError:
@@ -77,10 +77,10 @@ def read_each(read: Callable, size: int, where: Callable[[int], str], ahead: Ahe
 
 def _samples(data):
     if any(spec.shape.rank != 0 for spec in data.element_spec.values()):
-        yield from data.prefetch(64).as_numpy_iterator()
+        yield from iterated(data.prefetch(64))
         return
     # Passing them on one by one costs twice as much: 0.35 ms instead of 0.15 ms for small files.
-    for batch in data.batch(32).prefetch(4).as_numpy_iterator():
+    for batch in iterated(data.batch(32).prefetch(4)):
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
 

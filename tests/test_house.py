@@ -123,6 +123,12 @@ def test_no_function_is_rewritten_by_autograph(path):
             assert ast.unparse(call.args[0]).startswith("as_written("), text
 
 
+@pytest.mark.parametrize("path", sorted((REPO / "input_pipeline").rglob("*.py")), ids=module)
+def test_no_iterator_has_tensorflows_thread_for_which_its_end_may_wait(path):
+    made = re.findall(r"\.as_numpy_iterator\(|\biter\(data|\bin data:", path.read_text())
+    assert len(made) == (path.name == "graph.py"), made
+
+
 BLOCK = """
 import sys
 

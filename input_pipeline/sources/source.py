@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from input_pipeline.graph import as_written, mapped, require
+from input_pipeline.graph import as_written, iterated, mapped, require
 from input_pipeline.sources.together import Together
 from rankclip_jax.common.json_rows import find, strings
 
@@ -156,7 +156,7 @@ def read_captions(source: Source, block_rows: int | None = None) -> Iterator[str
         rows = rows.map(as_written(lambda i: i // block_rows * size // _BLOCKS + i % block_rows))
     read, ahead = source.text or Reading(source.read, source.ahead)
     data = mapped(started_ahead(rows, ahead), lambda row: tf.reshape(read(row)["caption"], [-1]))
-    for captions in data.ignore_errors().unbatch().batch(_TOGETHER).as_numpy_iterator():
+    for captions in iterated(data.ignore_errors().unbatch().batch(_TOGETHER)):
         yield from (caption.decode(errors="replace") for caption in captions)
     if ahead:
         ahead.check()

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from input_pipeline.graph import as_written, from_python
+from input_pipeline.graph import as_written, from_python, iterated
 from input_pipeline.sources.byte_ranges import ahead_of
 from input_pipeline.sources.index_places import Kind
 from input_pipeline.sources.offset_index import Bytes, Peers, Scan, offset_index
@@ -55,7 +55,7 @@ class Records:
     def first(self, count: int) -> list[bytes]:
         """The readable ones of the first `count` records."""
         data = tf.data.Dataset.range(min(count, self.size)).map(as_written(self.read)).ignore_errors()
-        found = list(data.as_numpy_iterator())
+        found = list(iterated(data))
         if self.ahead:
             self.ahead.check()
         return found
