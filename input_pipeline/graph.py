@@ -32,9 +32,14 @@ def iterated(data: tf.data.Dataset) -> Iterator:
     Without TensorFlow's own choice of parallelism: it has a thread for each iterator, which an iterator's end may wait
     for, holding Python's lock, for seconds to minutes (RootDataset::Iterator of TensorFlow 2.21).
     """
+    return data.with_options(no_model()).as_numpy_iterator()
+
+
+def no_model() -> tf.data.Options:
+    """Options without that thread."""
     options = tf.data.Options()
     options.autotune.enabled = False
-    return data.with_options(options).as_numpy_iterator()
+    return options
 
 
 def apart(branch: Callable) -> Callable:

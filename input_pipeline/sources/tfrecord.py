@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from input_pipeline.graph import as_written, from_python, iterated
+from input_pipeline.graph import as_written, from_python, iterated, no_model
 from input_pipeline.sources.byte_ranges import ahead_of
 from input_pipeline.sources.index_places import Kind
 from input_pipeline.sources.offset_index import Bytes, Peers, Scan, offset_index
@@ -177,6 +177,8 @@ def open_records(
             byte_offsets=[begin],
         )
         only = dict(output_types=[tf.string], output_shapes=[()])
+        options = no_model()._to_proto().SerializeToString()
+        dataset = tf.raw_ops.OptionsDataset(input_dataset=dataset, serialized_options=options, **only)
         dataset = tf.raw_ops.TakeDataset(input_dataset=dataset, count=1, **only)
         return tf.raw_ops.DatasetToSingleElement(dataset=dataset, **only)[0]
 
