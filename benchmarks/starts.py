@@ -2,8 +2,6 @@
 
 import contextlib
 import csv
-import gc
-import importlib
 import json
 import os
 import re
@@ -40,9 +38,9 @@ def prepare(folder: Path) -> None:
             rows.writerow([f"images/{i}.png", f"picture {i} of {'a red circle' if i % 2 else 'a blue square'}"])
     commands.quiet_tensorflow()
     pipeline = ("input_pipeline.captions", "input_pipeline.pipeline", "clu.metric_writers")
-    for module in ("rankclip_jax.train.__main__", *pipeline, "matplotlib.figure"):
-        importlib.import_module(module)  # imports alone: JAX has no backend yet, so that a fork is safe
-    gc.freeze()  # no start goes through the modules' objects, and so copies their pages: a fifth of its processor time
+    # Imports alone: JAX has no backend yet, so that a fork is safe. No start goes through the modules' objects, and so
+    # copies their pages: a fifth of its processor time.
+    commands.imported("rankclip_jax.train.__main__", *pipeline, "matplotlib.figure")
 
 
 def flags(folder: Path, workdir: Path) -> list[str]:
