@@ -15,6 +15,7 @@ from rankclip_jax.parallel import compilation_cache, preemption, processes
 from rankclip_jax.parallel.mesh import make_mesh
 from rankclip_jax.train import arguments, evaluate, loop, plan
 from rankclip_jax.train import workdir as workdirs
+from rankclip_jax.weights import late_callbacks
 
 
 def main() -> None:
@@ -39,6 +40,7 @@ def main() -> None:
             parser.error("give an experiment (shapes), data of your own (mine.csv), or the --workdir of a run")
     commands.keep_freed_memory()
     commands.quiet_tensorflow()
+    late_callbacks.quiet_tasks()
     with commands.exit_codes("stopped; the same command resumes from the last checkpoint"):
         given = arguments.read(flags, [key.removeprefix("--config.") for key in keys])
         try:

@@ -1,7 +1,6 @@
-"""What TensorStore still says when one of its reads or writes has failed."""
+"""What TensorStore and Orbax still say when one of their reads or writes has failed."""
 
 import contextlib
-import gc
 import logging
 import sys
 import time
@@ -14,23 +13,29 @@ _LATE = 0.5  # seconds; the other reads and writes call back within a fifth of t
 @contextlib.contextmanager
 def one_report() -> Iterator[None]:
     """Keeps off the console what the other reads or writes say, each with a stack, when the block has raised."""
-    hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
-
-    def not_orbax(record: logging.LogRecord) -> bool:  # a task whose error nobody took says so when it is collected
-        return "never retrieved" not in record.msg or "orbax" not in record.getMessage()
+    hook = sys.unraisablehook
 
     def without_late_callbacks(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
     sys.unraisablehook = without_late_callbacks
-    logger.addFilter(not_orbax)
     try:
         yield
     except Exception:
         time.sleep(_LATE)
-        gc.collect()
         raise
     finally:
-        logger.removeFilter(not_orbax)
         sys.unraisablehook = hook
+
+
+def quiet_tasks() -> None:
+    """Keeps off the console what Orbax's tasks say when they are collected, at any time, and nobody took their errors.
+
+    For a command, whose error has told it.
+    """
+    logging.getLogger("asyncio").addFilter(_is_not_of_orbax)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "never retrieved" not in record.msg or "orbax" not in record.getMessage()

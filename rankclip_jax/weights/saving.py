@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -70,15 +71,21 @@ class Checkpoints:
             raise self._cannot_save(error) from error
 
     def __enter__(self) -> "Checkpoints":
-        self._context = contextlib.ExitStack()
-        self._context.enter_context(_one_report())
+        self._report = _one_report()
+        self._report.__enter__()
         return self
 
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        with self._context:
+    def __exit__(self, *raised: Any) -> None:
+        error = raised[1]
+        try:
             # What was being saved is good. But of many processes the others may never come to finish it.
             if not self._failed and (error is None or isinstance(error, Preempted) or jax.process_count() == 1):
                 self.close()
+        except Exception:
+            raised = sys.exc_info()
+            raise
+        finally:
+            self._report.__exit__(*raised)
 
     def save(self, step: int, state: Any, position: int | tuple[int, ...]) -> None:
         """Starts to write; returns as soon as the state is copied, so that the next step may donate it.
