@@ -54,14 +54,14 @@ def _in_compilation(cache: Path) -> None:
     """A twentieth of a second after the compiler has the step. `cache`: an empty one, so that it must compile."""
     import jax
 
-    from rankclip_jax.train import loop
+    from rankclip_jax.train.programs import Programs
 
     def asked(event: str, **_) -> None:
         if event.endswith("compile_requests_use_cache"):
             threading.Timer(0.05, _kill).start()
 
     jax.config.update("jax_compilation_cache_dir", str(cache))
-    before_call(loop, "_compiling", lambda: jax.monitoring.register_event_listener(asked))
+    before_call(Programs, "compile_ahead", lambda: jax.monitoring.register_event_listener(asked))
 
 
 def _in_first_save() -> None:

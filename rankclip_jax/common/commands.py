@@ -20,6 +20,8 @@ import os
 import sys
 from collections.abc import Iterator
 
+import jax
+
 from rankclip_jax.common.errors import InputError
 
 _FULL, _DENIED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -81,15 +83,16 @@ def imported(*names: str) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc reuse buffers of any size between steps, for a model on a CPU.
+    """Lets glibc reuse buffers of any size between steps, for a model on a CPU. Before JAX has one.
 
     Otherwise it returns them to the system, which clears their pages again in the next step: a third of the step's
-    processor time, measured with the demo's models on two cores. Arenas of single threads return them always:
-    0.65 s of a step of 3.5 s of CLIP's ViT-B/32, batch 8.
+    processor time, measured with the demo's models on two cores. Only the main thread's arena of malloc keeps them: so
+    steps run in the thread that starts them. One arena for all threads would do, but they would wait for each other:
+    steps and compilation of the demo took a fifth and a third longer.
     """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is not None and hasattr(libc, "mallopt"):
-        m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # of malloc.h
+        m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, -1)  # never
-        libc.mallopt(m_arena_max, 1)

@@ -1,24 +1,19 @@
 """A training run: open the data, open the state (opening.py), run the steps, finish. Data flows one way."""
 
-import contextlib
 import functools
 import gc
 import shlex
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
-from optax import GradientTransformation
 
 from rankclip_jax import evaluation
 from rankclip_jax.common import storage
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.metrics_file import read_metrics
-from rankclip_jax.common.packing import Packed
 from rankclip_jax.models import ResNetConfig
 from rankclip_jax.parallel import processes
 from rankclip_jax.parallel.mesh import to_devices
@@ -30,8 +25,9 @@ from rankclip_jax.train.input_wait import InputWait
 from rankclip_jax.train.opening import Data, Start
 from rankclip_jax.train.packed_batches import PackedBatches
 from rankclip_jax.train.profile import Trace
+from rankclip_jax.train.programs import Programs
 from rankclip_jax.train.recorder import Recorder
-from rankclip_jax.train.schedule import learning_rate, patch_dropout_steps
+from rankclip_jax.train.schedule import learning_rate
 from rankclip_jax.train.session import Session
 from rankclip_jax.weights import checkpoint, saving
 from rankclip_jax.weights.saving import Checkpoints
@@ -58,7 +54,10 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     session = opening.open_session(config, workdir, data, origin, resumes=old is not None)
     config = session.config
     abstract = steps.abstract_state(session.model, tx, session.mesh, config.sharding, config.optim)
+    programs = Programs(session, tx, total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch)
     with workdirs.claimed(workdir, config):  # only now, when all that was given proved right
+        if not old:
+            programs.compile_ahead(1, abstract)
         start = opening.open_state(session, workdir, data, tx, abstract, origin)
         if old:
             before, now = (opening.run_length(each, data.steps_per_epoch) for each in (old, config))
@@ -69,6 +68,8 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
             print(f"{storage.shown(workdir)} is trained to its last step, {start.step}")
             return
         free = workdirs.kept_for_longer(config, opening.run_length(config, data.steps_per_epoch)[1])
+        if old and start.step < data.total_steps:
+            programs.compile_ahead(start.step + 1, abstract)
         with Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None, free) as checkpoints:
             batches = opening.open_batches(session, workdir, data, start)
             processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""
@@ -78,7 +79,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
                 f"{data.total_steps} steps of {config.batch_size} on "
                 f"{session.devices.count} {session.devices.platform} device(s){processes_said}"
             )
-            run_steps(session, workdir, data, tx, start, batches, checkpoints)
+            run_steps(session, workdir, data, programs, start, batches, checkpoints)
         finish(session, workdir, batches)
 
 
@@ -86,7 +87,7 @@ def run_steps(
     session: Session,
     workdir: Path,
     data: Data,
-    tx: GradientTransformation,
+    programs: Programs,
     start: Start,
     batches: Any,
     checkpoints: Checkpoints,
@@ -95,14 +96,8 @@ def run_steps(
     config, state = session.config, start.state
     batches = PackedBatches(session, batches, data.total_steps - start.step)
     length = dict(total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch)
-    dropping = patch_dropout_steps(config.model.vision, data.total_steps)
-    train_steps = {
-        whole: steps.make_train_step(session.model, tx, config, session.mesh, **length, whole=whole)
-        for whole in (False, True)
-    }
     rate, wait = learning_rate(config.optim, **length), InputWait(batches)
     began = dict(start=start.step, total_steps=data.total_steps, parameters=_parameters(state))
-    compiled: set[tuple] = set()  # the steps of packed batches and of those that did not fit; with patches left out
     cadence = [n for n in (config.checkpoint.every_steps, config.checkpoint.keep_every) if n]
     with (
         Recorder(session, workdir, rate, wait.take, **began) as recorder,
@@ -113,12 +108,13 @@ def run_steps(
             _evaluate(session, state, data, start.step, recorder, checkpoints)
         for step, batch in zip(range(start.step + 1, data.total_steps + 1), wait, strict=False):
             trace.before(step)
-            program = packed, whole = isinstance(batch["tokens"], Packed), step > dropping
-            new, compiled = program not in compiled, compiled | {program}
-            with _compiling(recorder) if new else contextlib.nullcontext():
-                state, numbers = train_steps[whole](state, to_devices(batch, session.mesh))
+            program, batch = programs.of(step, batch), to_devices(batch, session.mesh)
+            if programs.is_new(program):
+                with recorder.paused():
+                    programs.compile(program, state, batch)
+            state, numbers = programs.run(program, state, batch)
             wait.step_started(numbers["loss"])
-            recorder.take(step, numbers, packed, whole)
+            recorder.take(step, numbers, *program)
             trace.after(step, numbers)
             checkpoints.check()
             last, terminated = step == data.total_steps, notice.reached(step)
@@ -165,16 +161,6 @@ def finish(session: Session, workdir: Path, batches: Any) -> None:
             f"  python -m rankclip_jax.report {of} --out report.html\n"
             f"  python -m rankclip_jax.convert {of} exported --to {layout}"
         )
-
-
-@contextlib.contextmanager
-def _compiling(recorder: Recorder) -> Iterator[None]:
-    """Around a program's first step, whose call returns when it is compiled: says how long that took."""
-    print("compiling the step ...", flush=True)
-    begin = time.monotonic()
-    with recorder.paused():
-        yield
-    print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
 
 
 def _kinds_due(session: Session, data: Data, step: int) -> tuple[str, ...]:

@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 from rankclip_jax import config as configs
 from rankclip_jax.common import packing
 from rankclip_jax.common.errors import InputError, one_line
-from rankclip_jax.parallel.mesh import batch_sharding, batch_shards
 from rankclip_jax.train import targets
 from rankclip_jax.train.flops import ACCELERATORS
 from rankclip_jax.train.hlo import CLOCKS, collectives, cycles, unpriced
@@ -204,6 +203,7 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
     from rankclip_jax.losses.sorting import SORTS
     from rankclip_jax.train import optim, rules
     from rankclip_jax.train import step as steps
+    from rankclip_jax.train.programs import batch_shapes
     from rankclip_jax.train.session import Session, Vocabulary
 
     size = config.tokenizer.vocab_size  # of a tokenizer yet to be trained, whose last id ends a text
@@ -231,29 +231,7 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
         "sort": SORTS[session.devices.platform],
         "bfloat16": session.devices.has_bfloat16,
     }
-    return found | _compiled(step, state, _batch(config, session), target)
-
-
-def _batch(config, session):
-    """The shapes and shardings of a training batch, as the pipeline and train/packed_batches.py give it."""
-    import jax
-    import numpy as np
-
-    where, side, length = batch_sharding(session.mesh), session.side, session.context_length
-
-    def array(dtype, *shape):
-        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=where)
-
-    canvas, views = session.canvas, 1 + config.data.two_views
-    batch = {"tokens": array(np.int32, views, length)}
-    if session.packs:
-        shape = batch_shards(session.mesh) * config.accumulate, session.unit_captions
-        packed = packing.pack(np.zeros((*shape, length), np.int32), np.ones(shape, int), session.unit_rows)
-        batch["tokens"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), packed)
-    if canvas:
-        batch["image"] = array(np.uint8, canvas, canvas, 3)
-        return batch | {"size": array(np.int32, 2), "windows": array(np.float32, views, 4)}
-    return batch | {"image": array(np.uint8, views, side, side, 3)}
+    return found | _compiled(step, state, batch_shapes(session), target)
 
 
 def _of_states(state):

@@ -1,6 +1,7 @@
 """config.profile: a trace of some steps, for TensorBoard's or XProf's profile page."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -24,7 +25,7 @@ class Trace:
             jax.profiler.start_trace(self._folder)
             self._running = True
 
-    def after(self, step: int, result: jax.Array) -> None:
+    def after(self, step: int, result: Any) -> None:
         """To be called with the step's result; waits for the last one, so that the trace has its end."""
         if self._running and step >= self._last:
             jax.block_until_ready(result)
