@@ -33,7 +33,7 @@ from rankclip_jax.train.targets import Target
 ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**64 - 1),
     "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_ARENA_MAX": "1",
+    "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "XLA_CLIENT_MEM_FRACTION": "0.92",  # JAX would stop at three quarters, PyTorch does not
 }

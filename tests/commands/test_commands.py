@@ -114,6 +114,7 @@ def test_a_training_imports_what_its_steps_need():
     assert not found & {"tensorflow", "clu", "matplotlib", "scipy.optimize", "scipy.stats", "torch", "transformers"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_kept_by_the_thread_of_the_steps():
     script = (

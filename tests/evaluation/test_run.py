@@ -64,6 +64,7 @@ def test_zero_shot_with_mistakes_a_batch_that_is_not_full_and_fewer_classes_than
     assert results["missing"] == {} and results["robustness"] == {}
 
 
+@pytest.mark.slow
 def test_the_numbers_of_a_training_are_known_before_it_begins(tmp_path):
     greys = [(10, "ash"), (20, "bone"), (30, "clay")] * 4
     path = write_set(tmp_path / "x", [(grey, name) for grey, name in greys])

@@ -223,6 +223,7 @@ def s3(tmp_path, monkeypatch):
         yield client
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_collection(model, tmp_path, monkeypatch):
     monkeypatch.setattr(store, "SHARD", 256)
     monkeypatch.setattr(collection, "PART", 64)

@@ -55,7 +55,7 @@ def stream(source, count):
     return [next(batches) for _ in range(count)], batches.bad, batches.position
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "folder", "mixture"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "folder", pytest.param("mixture", marks=pytest.mark.slow)])
 def test_the_same_as_when_each_is_read_alone(kind, tmp_path, monkeypatch):
     found = []
     source = opened(kind, tmp_path)

@@ -40,6 +40,7 @@ def fetch_with_limits(url, timeout, private=True):
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
+@pytest.mark.slow
 def test_an_answer_is_bounded_in_time_and_must_be_whole(web):
     assert int(fetch_with_limits(f"{web}/large/0.jpg", 5).stdout) == len(LARGE["/large/0.jpg"])
     assert "TimeoutError: slower than 0.75 s" in fetch_with_limits(f"{web}/slow", 0.25).stderr

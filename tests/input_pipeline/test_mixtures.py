@@ -71,6 +71,7 @@ def test_a_mixture_without_weights_is_all_rows_once_an_epoch():
     assert list(source.captions()) == [str(i) for i in range(45)] and source.where(7) == "p1: row 2"
 
 
+@pytest.mark.slow
 def test_a_mixture_of_every_layout_from_the_configuration(tmp_path):
     made, parts = {}, {}
     for i, layout in enumerate(("csv", "tfrecord", "webdataset", "tfds")):

@@ -66,6 +66,7 @@ def test_no_gradient_no_cosine():
     assert float(gradient_cosine(one, one, 20.0)) == 0
 
 
+@pytest.mark.slow
 def test_on_eight_devices_as_on_one_and_only_a_sample():
     img, txt = embeddings(64)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -139,6 +139,7 @@ def test_errors():
         LossSpec(list_size=1)
 
 
+@pytest.mark.slow
 def test_a_validation_batch_that_lost_samples():
     img, txt = embeddings(10)
     parts = steps.objective_of(complete({"loss": {"list_size": 4}}))

@@ -8,6 +8,7 @@ from notebooks import launch
 from rankclip_jax.common.errors import InputError
 
 
+@pytest.mark.slow
 def test_a_command_gives_its_output_and_its_error(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 1.0}) + "\n")

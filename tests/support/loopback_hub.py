@@ -35,6 +35,7 @@ def loopback_hub(monkeypatch, cache):
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
 
         def log_message(self, *_):
             pass

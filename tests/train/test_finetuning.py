@@ -162,6 +162,7 @@ def flops(case):
     return step.lower(state, batch(0, mesh)).cost_analysis()["flops"], moments, state.params
 
 
+@pytest.mark.slow
 def test_what_is_frozen_costs_nothing():
     (every, moments, params), (last, fewer, _) = flops("all"), flops("last block")
     own = {name: leaf.size for name, leaf in by_name(params).items()}
@@ -219,6 +220,7 @@ def test_merged_adapters_are_the_adapted_model(scan):
     assert np.abs(apply({"params": base}, *inputs)[0] - plain[0]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_fresh_adapters_change_nothing():
     one_layer = {tower: VIT[tower] | {"layers": 1} for tower in ("vision", "text")}
     config = complete(dict(model=VIT | one_layer, optim=dict(lora=3), init_from="a model"))

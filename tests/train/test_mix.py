@@ -71,6 +71,7 @@ def test_the_logit_scale_and_running_statistics_are_mixed(folder):
     assert np.abs(first[0] - first[1]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_the_folder_is_a_model_as_export_writes_it(mix, folder, capsys):
     mix("a b --alpha 0.25 --out mixed")
     assert capsys.readouterr().out == "wrote mixed: 0.75 a + 0.25 b\n"

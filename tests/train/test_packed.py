@@ -156,6 +156,7 @@ def test_every_form_of_the_step(form):
         assert np.abs(grads_packed[name] - grad).max() <= 2e-6 * largest, name
 
 
+@pytest.mark.slow
 def test_no_row_of_the_tower_leaves_its_device():
     run = session(8, (3, 4), {"text": MODEL["text"] | {"layers": 1}}, loss={"objective": "clip"})
     batch = batch_of(some_lengths())

@@ -136,6 +136,7 @@ def test_the_step_draws_by_seed_and_step():
     assert losses[0] == losses[1] and len(set(map(float, losses))) == 3
 
 
+@pytest.mark.slow
 def test_steps_of_whole_images_are_those_without_dropout():
     def program(config, **whole):
         mesh, model = make_mesh({"data": -1}, jax.devices()[:1]), network()

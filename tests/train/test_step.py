@@ -183,6 +183,7 @@ def test_a_fresh_state_compiled_quickly_has_the_usual_bits():
     assert done.stdout.endswith("equal\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_on_a_cpu_no_weight_is_copied_in_a_step(monkeypatch):
     model = models.build("ViT-tiny", text=TEXT, **SMALL["ViT-tiny"])
     config = complete({"batch_size": 4, "optim": {"warmup_steps": 2}} | CLIP)
@@ -201,6 +202,7 @@ def test_on_a_cpu_no_weight_is_copied_in_a_step(monkeypatch):
     assert copied()
 
 
+@pytest.mark.slow
 def test_siglip_learns_its_bias():
     start = dict(logit_scale=np.log(10), logit_bias=-10.0)
     fields = {"loss": {"objective": "siglip", "terms": {"in_modal": 0.1}}, "optim": {"lr": 0.1, "warmup_steps": 0}}

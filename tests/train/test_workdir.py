@@ -71,6 +71,7 @@ def csv_of(path, rows):
     return f"data.train={str(path)!r}"
 
 
+@pytest.mark.slow
 def test_data_may_move_and_must_not_change(tmp_path, one_device, compiled_once):
     run, common = tmp_path / "run", ["data.format='csv'", "epochs=1", "optim.warmup_steps=1", "loss.objective=clip"]
     loop.train(quick(*common, csv_of(tmp_path / "here" / "a.csv", range(64))), run)
