@@ -109,6 +109,7 @@ def test_rows_read_together_are_those_read_alone_and_are_fetched_once(kind, buck
         assert reasons == found[0][1]
 
 
+@pytest.mark.slow
 def test_traffic_is_that_of_the_rows_wherever_a_run_resumes(bucket):
     made = pictures(256)
     write_tar(bucket.folder, made)

@@ -108,10 +108,9 @@ def test_eight_devices_equal_one_and_a_resumed_run_an_uninterrupted_one(case, tm
 MIXED = [(r"resblocks_1/.*mlp|visual/.*_0/attn/q", {"freeze": True}), ("resblocks_2/", {"lr": 0.3}), LAST[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimiser", [
-    dict(rules=MIXED),
-    pytest.param(dict(rules=LAST), marks=pytest.mark.slow),
-    pytest.param(dict(rules=MIXED, name="muon"), marks=pytest.mark.slow),  # quick: its stacks, in test_optimisers.py
+    dict(rules=MIXED), dict(rules=LAST), dict(rules=MIXED, name="muon"),  # quick: its stacks, in test_optimisers.py
 ], ids=["mixed", "last", "mixed, muon"])  # fmt: skip
 def test_scanned_layers_train_as_unrolled_ones_do(optimiser):
     """With some of the blocks frozen, also of one kind of matrix, and in the middle: the stack is cut.

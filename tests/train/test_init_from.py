@@ -60,6 +60,7 @@ def test_everything_comes_along_from_any_layout_also_scanned_and_sharded(workdir
         assert state.step == 0
 
 
+@pytest.mark.slow
 def test_a_siglip_brings_its_bias_and_its_grid_and_no_other_kind(tmp_path):
     source = pretrained.read(make_workdir(tmp_path / "run", SIGLIP))
     params = source.variables["params"]
