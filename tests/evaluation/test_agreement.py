@@ -34,7 +34,6 @@ pathlib.Path(sys.argv[3]).write_text(json.dumps([read, missing]))  # Gloo prints
 """
 
 
-@pytest.mark.slow
 def test_a_set_that_fails_in_one_process_is_missing_in_both(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
