@@ -51,12 +51,13 @@ def ours(name: str, objective: str, batch: int, form: str = ""):
     import jax
 
     from rankclip_jax import models
-    from rankclip_jax.common import packing
+    from rankclip_jax.common import commands, packing
     from rankclip_jax.common.devices import devices_of
     from rankclip_jax.parallel.mesh import make_mesh, to_devices
     from rankclip_jax.train import flops, optim
     from rankclip_jax.train import step as steps
 
+    commands.keep_freed_memory()
     on_cpu = jax.default_backend() == "cpu"
     batch = batch or (16 if on_cpu else 256)
     objective, _, how = objective.partition(", ")
