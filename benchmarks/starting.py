@@ -88,6 +88,8 @@ def start(checkout: Path, words: list[str]) -> dict[str, tuple[float, float]]:
         sys.exit(f"the start failed: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     found, wall, used = {}, begin, 0.0
     for part, now, processor in marks:
+        if part in found:  # the second batch, which is read before step 1 is shown
+            continue
         found[part] = now - wall, processor - used
         wall, used = now, processor
     return found | {"together": (wall - begin, used)}

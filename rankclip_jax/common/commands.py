@@ -83,12 +83,12 @@ def imported(*names: str) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc reuse buffers of any size between steps, for a model on a CPU. Before JAX has one.
+    """Lets glibc reuse buffers of any size between steps, for a model on a CPU. Call it before JAX starts.
 
     Otherwise it returns them to the system, which clears their pages again in the next step: a third of the step's
     processor time, measured with the demo's models on two cores. Only the main thread's arena of malloc keeps them: so
     steps run in the thread that starts them. One arena for all threads would do, but they would wait for each other:
-    steps and compilation of the demo took a fifth and a third longer.
+    steps and compilation of the demo took a fifth and a quarter longer.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
