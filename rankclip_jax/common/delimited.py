@@ -77,7 +77,7 @@ def read_delimited(
       names: of the columns of a file without a header.
 
     Raises:
-      InputError: no such column, or what EncodedText.undecodable raises.
+      InputError: no such column, several of the name, or what EncodedText.undecodable raises.
     """
     with _fields_of_any_size():
         with text.open() as lines:
@@ -91,6 +91,9 @@ def read_delimited(
             print(f"{file}: its columns are separated by {others[0]!r}, not by {delimiter!r}", file=sys.stderr)
             delimiter, header = others[0], _header(head, others[0])
             places = _places(header, wanted) or []
+        for name in (header.names[place] for place in places):
+            if header.names.count(name) > 1:
+                raise InputError(f"{file} has {header.names.count(name)} columns {name!r}; rename all but one")
         quoted = delimiter != "\t" or is_quoted(text.data, head[: header.lines])
         if text.decodable:
             body = _below(text.data, header.lines)

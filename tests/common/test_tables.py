@@ -159,6 +159,7 @@ def test_lists_in_lists_are_one_bad_row(depth, tmp_path):
             b"picture,caption\n0.png,x\n",
             r"has no column 'image' or 'file_name'; its columns are: picture, caption",
         ),
+        ("a.csv", b"image,caption,caption \n0.png,x,y\n", "has 2 columns 'caption'; rename all but one"),
         ("a.csv.gz", b"\x1f\x8b\x08 torn", "not a complete .gz file"),
         ("a.json", b"{", "is not valid JSON"),
     ],
