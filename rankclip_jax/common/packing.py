@@ -38,10 +38,9 @@ def lengths(tokens: np.ndarray, eot_id: int) -> np.ndarray:
 def pack(tokens_UxcxL: np.ndarray, n_Uxc: np.ndarray, rows: int) -> Packed | None:
     """Packs each unit's captions, of n tokens, in `rows` rows; None where those of a unit do not fit."""
     units, _, length = tokens_UxcxL.shape
-    fitted = _first_fit(n_Uxc, rows, length)
-    if fitted is None:
+    starts_Uxc = _first_fit(n_Uxc, rows, length)
+    if starts_Uxc is None:
         return None
-    starts_Uxc, _ = fitted
     n_N = n_Uxc.ravel()
     within_T = np.arange(n_N.sum()) - np.repeat(np.cumsum(n_N) - n_N, n_N)
     from_T = np.repeat(np.arange(n_N.size) * length, n_N) + within_T
@@ -54,9 +53,9 @@ def pack(tokens_UxcxL: np.ndarray, n_Uxc: np.ndarray, rows: int) -> Packed | Non
     return packed
 
 
-def _first_fit(n_Uxc: np.ndarray, rows: int, length: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Each caption, the longest first, in the first row with room -> (start in the unit's rows * length tokens, int
-    (U, c); rows in use, int (U,)). None: not all fit.
+def _first_fit(n_Uxc: np.ndarray, rows: int, length: int) -> np.ndarray | None:
+    """Each caption, the longest first, in the first row with room -> starts in the unit's rows * length tokens, int
+    (U, c). None: not all fit.
 
     Captions of one length at a time, of all units: they fill the rows in order, as many as each has room for.
     """
@@ -80,7 +79,7 @@ def _first_fit(n_Uxc: np.ndarray, rows: int, length: int) -> tuple[np.ndarray, n
         row_start = (np.arange(rows) * length + used_UxR).ravel()
         start_N[some] = np.repeat(row_start, here) + nth * size
         used_UxR += here_UxR * size
-    return start_N.reshape(n_Uxc.shape), (used_UxR > 0).sum(axis=1)
+    return start_N.reshape(n_Uxc.shape)
 
 
 def fill(
@@ -105,18 +104,17 @@ def rows_for(lengths_N: np.ndarray, captions: int, units: int, length: int) -> i
     """Rows of `length` tokens in which a unit's captions fit, of lengths as those seen, for all but one in a thousand
     batches of `units` units.
 
-    Batches are drawn from the lengths and packed. The rows that they need are taken for normally distributed; that the
-    lengths are only a sample adds to their spread.
+    Units are drawn from the lengths and packed. What they need, the last row only as far as it is filled, is taken for
+    normally distributed, and for as skewed as the draws; that the lengths are only a sample adds to its spread.
     """
-    draws = max(16, min(256, 2**18 // captions))
-    drawn = np.random.default_rng(0).choice(np.minimum(lengths_N, length), (draws, captions))
-    enough = min(captions, 2 * -(-int(drawn.sum(axis=1).max()) // length) + 1)  # two neighbours hold more than a row
-    fitted = _first_fit(drawn, enough, length)
-    assert fitted is not None
-    needed = fitted[1]
-    deviations = NormalDist().inv_cdf(1 - _OVERFLOWS / units)
-    spread = needed.std() * math.sqrt(1 + captions / len(lengths_N))
-    return min(captions, math.ceil(needed.mean() + deviations * spread))
+    draws = max(16, min(2**14, 2**18 // captions))
+    drawn_Dxc = np.random.default_rng(0).choice(np.minimum(lengths_N, length), (draws, captions))
+    enough = min(captions, 2 * -(-int(drawn_Dxc.sum(axis=1).max()) // length) + 1)  # two neighbours fill more than one
+    starts_Dxc = _first_fit(drawn_Dxc, enough, length)
+    assert starts_Dxc is not None
+    needed_D, fit = (starts_Dxc + drawn_Dxc).max(axis=1) / length, 1 - _OVERFLOWS / units
+    normal = needed_D.mean() + NormalDist().inv_cdf(fit) * needed_D.std() * math.sqrt(1 + captions / len(lengths_N))
+    return min(captions, math.ceil(max(normal, np.quantile(needed_D, fit, method="higher"))))
 
 
 def worthwhile(rows: int, captions: int) -> bool:
