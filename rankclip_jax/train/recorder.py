@@ -1,4 +1,4 @@
-"""The numbers of a run on their way out: read from the devices one step late, shown, and written down."""
+"""The numbers of a run on their way out: read from accelerators one step late, shown, and written down."""
 
 import contextlib
 import functools
@@ -21,7 +21,7 @@ _ON_CONSOLE = ("loss", "clip")  # a line has 80 columns; metrics.jsonl and the l
 
 
 class Recorder:
-    """Holds the numbers of each step until the next, so that the accelerator never waits for the host.
+    """Holds the numbers of each step until the next, so that an accelerator never waits for the host.
 
     Used as a context: it opens metrics.jsonl and what config.log names in the first process, and closes them.
     """
@@ -74,7 +74,7 @@ class Recorder:
         self._opened.close()
 
     def take(self, step: int, numbers: dict, packed: bool = False, whole: bool = False) -> None:
-        """Holds the numbers of `step` and records those of the step before. Raises as `flush`.
+        """Records the numbers of the step before, and holds those of `step`; a CPU's, at once. Raises as `flush`.
 
         `packed`, `whole`: whether its captions were packed, and its images whole.
         """
@@ -82,6 +82,8 @@ class Recorder:
         self._pending = step, numbers
         self._steps, self._padded = self._steps + 1, self._padded + (not packed)
         self._tflop += self._step_tflop(packed, whole)
+        if self._devices.platform == "cpu":  # it computes in this thread (commands.keep_freed_memory): nothing waits
+            self.flush()
 
     def flush(self) -> None:
         """Records what is held. Raises InputError when a number is not finite."""
