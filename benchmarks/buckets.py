@@ -1,16 +1,20 @@
 """Images a second from a bucket on the loopback and from the disk beside it, by rows and by blocks: what latency costs.
 
-python -m benchmarks.buckets [--rows 3328] [--latency 0 0.05]
+python -m benchmarks.buckets [--formats webdataset ...] [--rows 3328] [--latency 0 0.05] [--rounds 5]
 
-The bucket (tests/support/bucket.py) is a process of its own on the same machine: in Python, so that it takes a share of
-the processors, which the disk does not. Shards are indexed, and Parquet is unpacked, before the clock starts. "Of the
-disk" is by rows, as a local set is read. 18 lines of some 15 s each on 2 cores.
+The places take turns, and each number is a median of the rounds. The bucket (tests/support/bucket.py) is a process of
+its own on the same machine: in Python, so that it takes a share of the processors, which the disk does not. Shards are
+indexed, and Parquet is unpacked, before the clock starts. "Of the disk" is by rows, as a local set is read, and by the
+same order, each of the same round. Eight minutes on 2 cores.
 """
 
 import argparse
 import functools
+import gc
+import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -68,6 +72,10 @@ class Server:
         return json.loads(self._process.stdout.readline())
 
     def close(self):
+        """Once nothing is read any more: what is asked of a server that is gone is asked again for minutes."""
+        gc.collect()
+        while self.counted()["requests"]:
+            time.sleep(0.5)
         self._process.stdin.close()
         self._process.wait()
 
@@ -107,41 +115,59 @@ class Set:
 TOKENIZER = Tokenizer.train(["a photograph of number 0123456789 among many others"], 300)
 
 
+def turn(
+    scratch: Path, kind: str, path: str, latency: float | None, shuffle: str, batches: int, first_round: bool
+) -> dict:
+    """The numbers of one epoch and of a resumed half; latency None: from the disk."""
+    server = None if latency is None else Server(scratch, latency)
+    where = path.replace(str(scratch), "gs://bucket") if server else path
+    at = Set(kind, where, scratch / f"{kind}.{latency}.{shuffle}", shuffle)
+    if first_round:
+        at.opened(2)  # indexes, or unpacks
+    unpacked = server.counted() if server else {}
+    rate, first, middle = at.measure(batches)
+    counted = server.counted() if server else {}
+    resumed = at.opened(batches // 2, middle)[1]
+    if server:
+        server.close()
+    once = kind == "parquet" and shuffle == "rows"  # its bytes were read before, to unpack it
+    return dict(rate=rate, first=first, resumed=resumed) | (unpacked if once else counted)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="+", choices=list(FORMATS), default=list(FORMATS))
     parser.add_argument("--rows", type=int, default=3328, help="a multiple of 256: as many blocks of each lane")
     parser.add_argument("--latency", type=float, nargs="+", default=[0.0, 0.05], help="seconds a request")
+    parser.add_argument("--rounds", type=int, default=5)
     flags = parser.parse_args()
     keep_freed_memory()  # as training does
     made, batches = jpegs(flags.rows), flags.rows // BATCH
-    print("| | from | order | images/s | of the disk | first batch, s | resumed, s | requests | bytes / bytes wanted |")
+    wanted = sum(len(image) + len(caption) for image, caption in made[: batches * BATCH])
+    places = list(itertools.product((None, *flags.latency), ("rows", "blocks")))
+    columns = "first batch, s | resumed, s | requests | bytes / bytes wanted"
+    print(f"| | from | order | images/s | of the disk: by rows, same order | {columns} |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    with tempfile.TemporaryDirectory() as scratch:
-        for kind, write in FORMATS.items():
-            folder = Path(scratch) / kind
-            folder.mkdir()
-            path = write(folder, made)
-            local = None  # images a second
-            wanted = sum(len(image) + len(caption) for image, caption in made[: batches * BATCH])
-            for latency in (None, *flags.latency):
-                for shuffle in ("rows", "blocks"):
-                    cache = Path(scratch) / f"{kind}.{latency}.{shuffle}"
-                    server = None if latency is None else Server(Path(scratch), latency)
-                    at = Set(kind, path.replace(scratch, "gs://bucket") if server else path, cache, shuffle)
-                    at.opened(2)  # indexes, or unpacks
-                    counted = [server.counted()] if server else []
-                    rate, first, middle = at.measure(batches)
-                    counted += [server.counted()] if server else []
-                    _, resumed = at.opened(batches // 2, middle)
-                    local = local or rate
-                    cells = [kind, "disk" if latency is None else f"bucket, {1000 * latency:.0f} ms", shuffle]
-                    cells += [f"{rate:.0f}", f"{rate / local:.0%}", f"{first:.1f}", f"{resumed:.1f}", "", ""]
-                    if server:
-                        once = kind == "parquet" and shuffle == "rows"  # which was read before, to unpack it
-                        found, share = counted[not once], counted[not once]["bytes"] / wanted
-                        cells[-2:] = [str(found["requests"]), f"{share:.3f}" + ", once" * once]
-                        server.close()
-                    print(f"| {' | '.join(cells)} |", flush=True)
+    for kind in flags.formats:
+        with tempfile.TemporaryDirectory() as folder:
+            scratch = Path(folder)
+            (scratch / kind).mkdir()
+            of = functools.partial(turn, scratch, kind, FORMATS[kind](scratch / kind, made))
+            rounds = [{place: of(*place, batches, not i) for place in places} for i in range(flags.rounds)]
+        for place in places:
+            names = ("rate", "first", "resumed")
+            median = {name: statistics.median(one[place][name] for one in rounds) for name in names}
+            latency, shuffle = place
+            of_disk = [
+                statistics.median(one[place]["rate"] / one[None, order]["rate"] for one in rounds)
+                for order in ("rows", shuffle)
+            ]
+            cells = [kind, "disk" if latency is None else f"bucket, {1000 * latency:.0f} ms", shuffle]
+            cells += [f"{median['rate']:.0f}", ", ".join(f"{share:.0%}" for share in of_disk)]
+            cells += [f"{median['first']:.1f}", f"{median['resumed']:.1f}"]
+            asked = rounds[0][place]  # the same in all, but that Parquet is unpacked once
+            cells += ["", ""] if latency is None else [str(asked["requests"]), f"{asked['bytes'] / wanted:.3f}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
