@@ -34,7 +34,7 @@ ENVIRONMENT = {  # JAX takes only the GPU memory that it needs
     "XLA_CLIENT_MEM_FRACTION": "0.92",  # JAX would stop at three quarters, PyTorch does not
 }
 # Freed memory is kept for the next step, as ours keeps it (commands.keep_freed_memory). PyTorch is 7 % faster with one
-# arena for all of its threads.
+# arena for all of its threads. --as-installed: without, as its users have it.
 OF_PYTORCH = {"MALLOC_TRIM_THRESHOLD_": str(2**64 - 1), "MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1"}
 
 
@@ -193,10 +193,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=25, help="the most that it takes (25)")
     parser.add_argument("--parts", type=int, nargs="+", help="compare these numbers of parts instead")
     parser.add_argument("--dropout", type=float, nargs="+", help="compare these shares of patches left out instead")
+    parser.add_argument("--as-installed", action="store_true", help="PyTorch with malloc's defaults")
     parser.add_argument("--scaling", action="store_true")
     flags = parser.parse_args()
     if flags.scaling:
         return scaling()
+    if flags.as_installed:
+        OF_PYTORCH.clear()
     tables = [(name, batch) for name in flags.models for batch in flags.batch]
     begin = time.monotonic()
     for number, (name, batch) in enumerate(tables, 1):
