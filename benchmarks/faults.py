@@ -43,6 +43,7 @@ class Campaign:
     def seconds(self) -> float:
         """Those of an uninterrupted run that finds its programs compiled."""
         expected, begin = self.expected, time.monotonic()
+        assert any((self.folder / "jax_cache").glob("jit_train_step-*")), "JAX keeps no programs"
         assert self.finished(self.workdir()) == expected, "two uninterrupted runs differ"
         return time.monotonic() - begin
 

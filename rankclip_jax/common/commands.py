@@ -20,8 +20,6 @@ import os
 import sys
 from collections.abc import Iterator
 
-import jax
-
 from rankclip_jax.common.errors import InputError
 
 _FULL, _DENIED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -90,6 +88,8 @@ def keep_freed_memory() -> None:
     steps run in the thread that starts them. One arena for all threads would do, but they would wait for each other:
     steps and compilation of the demo took a fifth and a quarter longer.
     """
+    import jax  # here alone: whoever imports this module may still set the variables that JAX reads at its import
+
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is not None and hasattr(libc, "mallopt"):

@@ -102,6 +102,11 @@ def test_tensorflow_is_quiet_unless_somebody_wants_to_hear_it(monkeypatch):
     assert os.environ == {"TF_CPP_MIN_LOG_LEVEL": "0", "TF_ENABLE_ONEDNN_OPTS": "0"}
 
 
+def test_whoever_imports_the_commands_may_still_set_what_jax_reads_at_its_import():
+    script = "import sys, rankclip_jax.common.commands; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
 def test_a_training_imports_what_its_steps_need():
     script = (
         "import sys\n"
