@@ -70,7 +70,10 @@ def open_labelled(spec: ConfigDict, *, image_side: int) -> LabelledSet:
     """
     found = _open_labelled(spec, spec.path, image_side)
     if spec.classes:
-        found = dataclasses.replace(found, names=read_list(spec.classes, "classes"), from_file=True)
+        names = read_list(spec.classes, "classes")
+        if set(found.names) <= set(names) and found.names != numbered_names(len(found.names)):
+            found = _with_numbers_of(found, names)  # in whatever order
+        found = dataclasses.replace(found, names=names, from_file=True)
     if spec.templates:
         found = dataclasses.replace(found, templates=read_list(spec.templates, "templates"))
     _check_labels(found, spec.path, spec.classes or "the set")
@@ -110,16 +113,21 @@ def _with_names_of_both(train: LabelledSet, test: LabelledSet) -> tuple[Labelled
         return dataclasses.replace(train, names=names), dataclasses.replace(test, names=names)
     if not set(test.names) <= set(train.names):
         return train, test
-    number_of = np.array([train.names.index(name) for name in test.names], np.int32)
-    assert test.source.labels is not None
-    read, of = test.source.read, tf.constant(number_of)
+    return train, _with_numbers_of(test, train.names)
+
+
+def _with_numbers_of(found: LabelledSet, names: list[str]) -> LabelledSet:
+    """The same set, whose labels are places in `names`, which has all of its names."""
+    number_of = np.array([names.index(name) for name in found.names], np.int32)
+    labels = found.source.labels
+    read, of = found.source.read, tf.constant(number_of)
 
     def renumbered(row):
         sample = read(row)
         return sample | {"label": of[sample["label"]]}
 
-    source = dataclasses.replace(test.source, read=renumbered, labels=number_of[test.source.labels])
-    return train, dataclasses.replace(test, names=train.names, source=source)
+    source = dataclasses.replace(found.source, read=renumbered, labels=None if labels is None else number_of[labels])
+    return dataclasses.replace(found, names=names, source=source)
 
 
 def _open_labelled(spec: ConfigDict, path: str | None, image_side: int) -> LabelledSet:

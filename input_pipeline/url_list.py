@@ -57,7 +57,7 @@ def _of_table(
     path: Path, url_column: str | None, caption_column: str | None, encoding: str | None
 ) -> tuple[Iterator[list[list]], int]:
     """(lists of URLs and of their captions, so many rows at a time; the number of bad rows)"""
-    usual = "," if path.name.removesuffix(".gz").endswith(".csv") else "\t"
+    usual = "," if path.name.lower().removesuffix(".gz").endswith(".csv") else "\t"
     failed: InputError | None = None
     for delimiter in (usual, *(one for one in DELIMITERS if one != usual)):
         first = tables.read_first(str(path), delimiter=delimiter, encoding=encoding)

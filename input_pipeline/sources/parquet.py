@@ -236,7 +236,9 @@ def _column(file: str, schema: pa.Schema, wanted: tuple[str, ...]) -> tuple[str,
     """(the first of the wanted keys whose column is there, the type of the column's values)"""
     for key in wanted:
         name = key if key in schema.names else key.partition(":")[0]
-        if name in schema.names:
+        if (count := schema.names.count(name)) > 1:
+            raise InputError(f"{file} has {count} columns {name!r}; rename all but one")
+        if count:
             return key, _values_of(schema.field(name).type)
     raise InputError(f"{file} has no column {' or '.join(wanted)}; its columns are: {', '.join(schema.names)}")
 

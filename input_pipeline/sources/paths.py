@@ -88,7 +88,7 @@ def _matches(path, endings):
         return _matches_remote(path, endings)
     try:
         if os.path.isdir(path):
-            return _with_ending(path, [os.path.join(path, name) for name in sorted(os.listdir(path))], endings)
+            return _with_ending(path, sorted(item.path for item in os.scandir(path) if not item.is_dir()), endings)
         if os.path.exists(path):
             return [path]
         # Neither folders nor hidden files: an earlier start may have left .rankclip_index next to the shards.
@@ -108,7 +108,7 @@ def _matches_remote(path, endings):
 
 
 def _with_ending(folder, paths, endings):
-    found = [path for path in paths if path.endswith(endings) and not is_leftover(storage.name_of(path))]
+    found = [path for path in paths if path.lower().endswith(endings) and not is_leftover(storage.name_of(path))]
     if not found:
         raise InputError(f"{folder} has no files that end in {' or '.join(endings)}")
     return found

@@ -18,6 +18,7 @@ _MARKS = {
 }
 # Scripts that no word mixes. Two bytes of GB18030, Shift-JIS or EUC can by chance be one letter of these in UTF-8.
 _SCRIPTS = "[\u00c0-\u02ff]+|[\u0370-\u03ff]+|[\u0400-\u052f]+|[\u0590-\u05ff]+|[\u0600-\u06ff]+|[\u0530-\u07ff]"
+_ACCENTS = "[\u0300-\u036f]"  # on letters of any script
 _HEAD = 1 << 20  # bytes looked at for that
 _SET_ENCODING = "set config.data.encoding to the encoding of the file, latin-1 or gb18030 for example"
 
@@ -76,7 +77,7 @@ class EncodedText:
     def _refuse_mixed_scripts(self) -> None:
         head = str(self.data[:_HEAD], "utf-8", "ignore")
         words = list(re.finditer("[\u00c0-\u07ff]{2,}", head))
-        mixed = [word for word in words if len(re.findall(_SCRIPTS, word.group())) > 1]
+        mixed = [word for word in words if len(re.findall(_SCRIPTS, re.sub(_ACCENTS, "", word.group()))) > 1]
         if 2 * len(mixed) > len(words):
             row = max(0, head.count("\n", 0, mixed[0].start()) - 1)
             word = mixed[0].group()

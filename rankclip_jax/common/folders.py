@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 from rankclip_jax.common import storage
+from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS
 
 # What systems leave behind, in addition to everything whose name begins with a dot.
@@ -21,13 +22,17 @@ def is_picture(name: str) -> bool:
 
 
 def files_below(root: str) -> Iterator[str]:
-    """Paths of all files, relative to `root`, in any order, without leftovers. Links are followed, each folder once."""
+    """Paths of all files, relative to `root`, in any order, without leftovers. Links are followed, each folder once.
+
+    Raises:
+      InputError: a folder cannot be read; nobody would miss its files.
+    """
     if storage.is_remote(root):
         names = (file.path[len(root.rstrip("/")) + 1 :] for file in storage.files_below(root))
         yield from (name for name in names if not any(map(is_leftover, name.split("/"))))
         return
     seen = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=_refuse_unreadable, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
@@ -36,6 +41,11 @@ def files_below(root: str) -> Iterator[str]:
         folders[:] = [name for name in folders if not is_leftover(name)]
         below = folder[len(root) :].strip("/")
         yield from (f"{below}/{name}" if below else name for name in files if not is_leftover(name))
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):  # of which the caller finds no files
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}; give this user the permission")
 
 
 def pictures_below(root: str) -> list[str]:

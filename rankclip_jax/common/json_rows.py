@@ -28,9 +28,10 @@ def find(value: Any, path: str) -> Any:
 
 
 def strings(value: Any) -> list[str]:
-    """A text, or several without nulls, as a list. Raises ValueError for anything else."""
-    texts = [text for text in value if text is not None] if isinstance(value, list) else [value]
-    if not all(isinstance(text, str | int | float) for text in texts):
+    """A text, or several without nulls, as a list. Raises ValueError for anything else. NaN is what pandas writes for
+    null."""
+    texts = [text for text in value if text is not None and text == text] if isinstance(value, list) else [value]
+    if not all(isinstance(text, str | int | float) and text == text for text in texts):
         raise ValueError(f"not a text: {json.dumps(value, default=str)[:60]}")
     if any(HALF.search(str(text)) for text in texts):
         raise ValueError("half a surrogate pair, which is no character")
@@ -56,7 +57,7 @@ def json_items(file: str, text: EncodedText) -> tuple[Iterator[Any], bool]:
     Raises:
       InputError: the file is not valid JSON, or neither lines nor a list of objects nor COCO's.
     """
-    if file.endswith(".jsonl"):
+    if file.lower().removesuffix(".gz").endswith(".jsonl"):
         return _lines(text), False
     try:
         value = json.loads(str(text.data, "utf-8"))
@@ -91,7 +92,8 @@ def _row(item: Any, wanted: Sequence[tuple[str, ...]]) -> list[list[str]] | Valu
             except RecursionError:
                 return ValueError(f"{path}: lists nested too deeply")
         else:
-            return ValueError(f"no {' or '.join(paths)}; its keys are: {', '.join(map(str, item))[:100]}")
+            keys = "".join(c if c.isprintable() else "?" for c in ", ".join(item)[:100])
+            return ValueError(f"no {' or '.join(paths)}; its keys are: {keys}")
     return row if len(row[0]) == 1 else ValueError(f"{len(row[0])} images")
 
 

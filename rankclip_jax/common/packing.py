@@ -104,8 +104,8 @@ def rows_for(lengths_N: np.ndarray, captions: int, units: int, length: int) -> i
     """Rows of `length` tokens in which a unit's captions fit, of lengths as those seen, for all but one in a thousand
     batches of `units` units.
 
-    Units are drawn from the lengths and packed; of the last row only what is filled counts. The larger of two estimates:
-    a normal distribution's, wider because the lengths are only a sample, and the draws' own, which may be skewed.
+    Units are drawn from the lengths and packed; of the last row only what is filled counts. The larger of two
+    estimates: a normal distribution's, wider because the lengths are only a sample, and the draws', perhaps skewed.
     """
     draws = max(16, min(2**14, 2**18 // captions))
     drawn_Dxc = np.random.default_rng(0).choice(np.minimum(lengths_N, length), (draws, captions))

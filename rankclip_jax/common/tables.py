@@ -75,15 +75,15 @@ def read_table(
     Raises:
       InputError: no such file or column, no good row, or, without an encoding, a row that is not UTF-8.
     """
-    text, name = _text(file, encoding, data), file.removesuffix(".gz")
+    text, ending = _text(file, encoding, data), _ending(file)
     wanted = [tuple(image_keys), *([tuple(text_keys)] if text_keys else [])]
     folder = posixpath.join(posixpath.dirname(file), image_folder or "")
-    if name.endswith((".json", ".jsonl")):
-        columns, numbers, bad, coco = _json_columns(name, text, wanted)
+    if ending in (".json", ".jsonl"):
+        columns, numbers, bad, coco = _json_columns(file, text, wanted)
         if coco and not image_folder and len(numbers):
-            folder = _coco_folder(file, columns[0][0].as_py())
+            folder = _coco_folder(file, columns[0][:100].to_pylist())
     else:
-        columns, numbers, bad = read_delimited(file, text, "\t" if name.endswith(".tsv") else delimiter, wanted, names)
+        columns, numbers, bad = read_delimited(file, text, "\t" if ending == ".tsv" else delimiter, wanted, names)
     if not len(numbers):
         more = f" and {len(bad) - 1:,} more" if len(bad) > 1 else ""
         why = f": row {bad[0][0]}{more}: {bad[0][1]}" if bad else " below its header"
@@ -98,10 +98,10 @@ def read_first(file: str, *, delimiter: str = ",", encoding: str | None = None, 
     Raises:
       InputError: no such file, or none that can be read.
     """
-    text, name = _text(file, encoding), file.removesuffix(".gz")
-    if not name.endswith((".json", ".jsonl")):
-        return first_rows(text, "\t" if name.endswith(".tsv") else delimiter, count)
-    items = [item for item in itertools.islice(json_items(name, text)[0], count) if isinstance(item, dict)]
+    text, ending = _text(file, encoding), _ending(file)
+    if ending not in (".json", ".jsonl"):
+        return first_rows(text, "\t" if ending == ".tsv" else delimiter, count)
+    items = [item for item in itertools.islice(json_items(file, text)[0], count) if isinstance(item, dict)]
     keys = list(dict.fromkeys(key for item in items for key in item))
     return [keys, *([item.get(key) for key in keys] for item in items)] if items else []
 
@@ -109,6 +109,11 @@ def read_first(file: str, *, delimiter: str = ",", encoding: str | None = None, 
 def image_path(folder: str, image: str) -> str:
     """An image of a table: relative to the folder, absolute, or in a bucket."""
     return image if re.match(ABSOLUTE, image) else posixpath.join(folder, image)
+
+
+def _ending(file: str) -> str:
+    """Without .gz, in lower case."""
+    return posixpath.splitext(file.lower().removesuffix(".gz"))[1]
 
 
 def _text(file: str, encoding: str | None, data: bytes | None = None) -> EncodedText:
@@ -132,8 +137,8 @@ def _bytes(file: str) -> Any:
         return b"" if empty else mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _json_columns(name: str, text: EncodedText, wanted: Sequence[tuple[str, ...]]) -> tuple:
-    items, coco = json_rows(name, text, wanted)
+def _json_columns(file: str, text: EncodedText, wanted: Sequence[tuple[str, ...]]) -> tuple:
+    items, coco = json_rows(file, text, wanted)
     columns, counts = [Rows(1) for _ in wanted], []
     bad = []
     for number, item in enumerate(items):
@@ -151,11 +156,11 @@ def _json_columns(name: str, text: EncodedText, wanted: Sequence[tuple[str, ...]
     return arrays, np.array(columns[0].numbers, np.int64), bad, coco
 
 
-def _coco_folder(file: str, first: str) -> str:
-    """Where the images of annotations/captions_val2017.json are: beside it, or in val2017 beside annotations."""
+def _coco_folder(file: str, some: list[str]) -> str:
+    """Where any of the images of annotations/captions_val2017.json is: beside it, or in val2017 beside annotations."""
     here = posixpath.dirname(file)
     split = re.sub(r"^captions_|\.json(\.gz)?$", "", posixpath.basename(file))
     for below in ("", "images", f"../{split}", f"../images/{split}", split):
-        if os.path.exists(os.path.join(here, below, first)):
+        if any(os.path.exists(os.path.join(here, below, image)) for image in some):
             return posixpath.join(here, below)
     return here

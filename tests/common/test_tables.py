@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import unicodedata
 
 import numpy as np
 import pytest
@@ -91,6 +92,14 @@ GOOD = [("0.png", "first")]
             {1: "caption: not"},
         ),
         ("a.csv", 'image,caption\n0.png,first\n1.png,"last\n\n"', [0, 1], {}),
+        ("A.TSV", "image\tcaption\n0.png\tfirst\n", [0], {}),
+        ("A.JSON", '[{"image": "0.png", "caption": "first"}]', [0], {}),
+        (
+            "A.JSONL",
+            '{"image": "0.png", "caption": "first"}\n{"image": "1.png", "caption": NaN}\n{"\\ud800": 1}\n',
+            [0],
+            {1: "caption: not a text: NaN", 2: "no image or file_name; its keys are: ?"},
+        ),
         ("a.csv", "\nimage,caption\r0.png,first\r1.png,x", [0, 1], {}),
     ],
 )
@@ -102,6 +111,12 @@ def test_every_row_is_good_or_bad_by_its_number(name, text, rows, bad, tmp_path)
     assert read(tmp_path / name, text, "utf-16") == (found, numbers, reasons)
 
 
+@pytest.mark.parametrize("text", ["η γάτα κάθεται στο τραπέζι", "музе́й щено́к", "mèo ngồi trên bàn ghế"])
+def test_accents_of_their_own_are_no_other_script(text, tmp_path):
+    text = unicodedata.normalize("NFD", text)
+    assert read(tmp_path / "a.csv", f"image,caption\n0.png,{text}\n")[0] == [("0.png", text)]
+
+
 def test_a_thousand_ragged_rows_are_one_short_reason(tmp_path):
     found, _, bad = read(tmp_path / "a.csv", "image,caption\n0.png,first\n" + "1.png,a,b\n" * 1000)
     assert found == GOOD and [number for number, _ in bad] == list(range(1, 1001)) and len({why for _, why in bad}) == 1
@@ -111,15 +126,15 @@ def test_cocos_captions_find_their_folder(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "val2017").mkdir()
     (tmp_path / "val2017" / "5.jpg").write_bytes(b"")
-    images = [{"id": 5, "file_name": "5.jpg"}, {"id": 6, "file_name": "6.jpg"}]
-    captions = [(5, "one"), (7, "lost"), (5, "two")]
+    images = [{"id": id, "file_name": f"{id}.jpg"} for id in (4, 5, 6)]  # 4.jpg is not there
+    captions = [(4, "gone"), (5, "one"), (7, "lost"), (5, "two")]
     coco = {"images": images, "annotations": [{"image_id": image, "caption": text} for image, text in captions]}
     path = tmp_path / "annotations" / "captions_val2017.json"
     path.write_text(json.dumps(coco))
     table = tables.read_table(str(path))
-    assert table.images.to_pylist() == ["5.jpg"] and table.texts.to_pylist() == [["one", "two"]]
+    assert table.images.to_pylist() == ["4.jpg", "5.jpg"] and table.texts.to_pylist() == [["gone"], ["one", "two"]]
     assert (tmp_path / "val2017").samefile(table.folder)
-    assert [number for number, _ in table.bad] == [1, 2]
+    assert [number for number, _ in table.bad] == [2, 3]
 
 
 def test_damaged_annotations_and_images_of_coco_are_bad_rows(tmp_path):

@@ -106,6 +106,20 @@ def test_a_folder_a_class(tmp_path):
     assert read_all(found.source) == EXPECTED and found.names == ["ash", "bone", "clay"] and not found.from_file
 
 
+@pytest.mark.parametrize("layout", ["folder", "clip_benchmark"])
+def test_classes_with_the_names_of_the_set_may_have_any_order_and_more(tmp_path, layout):
+    root = write_folder(tmp_path / "set") if layout == "folder" else write_clip_benchmark(tmp_path / "set")
+    classes = ["clay", "dust", "ash", "bone"]
+    (tmp_path / "names.json").write_text(json.dumps(classes))
+    fields = dict(format=layout, path=str(root), classes=str(tmp_path / "names.json"))
+    found = labelled.open_labelled(spec(**fields), image_side=16)
+    expected = [("ash", "bone", "clay")[label] for label in LABELS]
+    assert [classes[label] for label in found.source.labels] == expected and found.names == classes
+    assert [(grey, classes[label]) for grey, label in read_all(found.source)] == list(zip(GREYS, expected, strict=True))
+    (tmp_path / "names.json").write_text('["Ton", "Asche", "Knochen"]')  # by their numbers
+    assert read_all(labelled.open_labelled(spec(**fields), image_side=16).source) == EXPECTED
+
+
 @pytest.mark.parametrize("image", ["png", pytest.param("webp", marks=pytest.mark.slow)])
 def test_clip_benchmarks_layout(tmp_path, image):
     root = write_clip_benchmark(tmp_path / "wds", image=image)

@@ -1,8 +1,10 @@
 """Tars, Parquet and folders as people have them: pairing by name, captions inside JSON and lists, images by path."""
 
+import errno
 import gzip
 import itertools
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -181,7 +183,7 @@ def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
     assert read("csv", "~/a.csv") == ([(IMAGES[0], ("thing",))], [])
 
 
-def test_which_folders_and_files_count(tmp_path):
+def test_which_folders_and_files_count(tmp_path, monkeypatch):
     names = [
         "10/a.JPEG",
         "9/b.tiff",
@@ -198,6 +200,17 @@ def test_which_folders_and_files_count(tmp_path):
     assert folders.class_folders(str(tmp_path)) == ["9", "10"]
     assert folders.pictures_below(str(tmp_path)) == ["10/a.JPEG", "9/b.tiff", "9/deep/c.webp"]
     assert folders.in_order(["b", "10", "9"]) == ["10", "9", "b"]
+    assert folders.pictures_below(str(tmp_path / "gone")) == []
+    scandir, denied = os.scandir, str(tmp_path / "9" / "deep")  # root may read everything
+
+    def refuse(path):
+        if path == denied:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match="9/deep cannot be read: Permission denied; give this user the permission"):
+        folders.pictures_below(str(tmp_path))
 
 
 def test_a_tar_of_halves_is_refused(tmp_path):

@@ -108,14 +108,17 @@ def test_paths_by_brace_glob_folder_and_list(tmp_path):
     for name in names:
         Path(name).touch()
     (tmp_path / "notes.txt").touch()
+    (tmp_path / "2.tar").mkdir()
     expand = lambda pattern: paths.expand(pattern, endings=(".tar",))  # noqa: E731
     assert expand(str(tmp_path / "{0..1}.tar")) == names[:2]
     assert expand(str(tmp_path / "?.tar")) == names[:2]
     assert expand(str(tmp_path)) == names
     assert expand([names[1], str(tmp_path / "{0,1}.tar")]) == [names[1], *names[:2]]
     assert expand(names[2]) == [names[2]]  # a name of its own, not a set of characters
-    with pytest.raises(InputError, match=r"no such file: .*2.tar$"):
-        expand(str(tmp_path / "{0..2}.tar"))
+    with pytest.raises(InputError, match=r"no such file: .*3.tar$"):
+        expand(str(tmp_path / "{0,3}.tar"))
+    (tmp_path / "9.TAR").touch()
+    assert expand(str(tmp_path)) == [*names[:2], str(tmp_path / "9.TAR"), names[2]]
     with pytest.raises(InputError, match="has no files that end in .parquet"):
         paths.expand(str(tmp_path), endings=(".parquet",))
     with pytest.raises(InputError, match="no path to the data is given; fetch it"):
@@ -168,6 +171,10 @@ def test_wrong_files_are_refused_by_name(tmp_path):
         opened("parquet", str(tmp_path / "b.parquet"), caption_key="text")
     with pytest.raises(InputError, match="b.parquet has no column caption or txt; its columns are: image, text"):
         opened("parquet", str(tmp_path / "b.parquet"), image_key="text")
+    twice = pa.Table.from_arrays([pa.array([b"x"]), *[pa.array(["x"])] * 4], ["image", "caption", "caption", "x", "x"])
+    pq.write_table(twice, tmp_path / "c.parquet")
+    with pytest.raises(InputError, match="c.parquet has 2 columns 'caption'; rename all but one"):
+        opened("parquet", str(tmp_path / "c.parquet"))
     with pytest.raises(InputError, match="gone is not a folder"):
         opened("folder", str(tmp_path / "gone"))
     (tmp_path / "empty").mkdir()
