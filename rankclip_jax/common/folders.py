@@ -25,7 +25,7 @@ def files_below(root: str) -> Iterator[str]:
     """Paths of all files, relative to `root`, in any order, without leftovers. Links are followed, each folder once.
 
     Raises:
-      InputError: a folder cannot be read; nobody would miss its files.
+      InputError: a folder cannot be read, whose files would be left out without a word.
     """
     if storage.is_remote(root):
         names = (file.path[len(root.rstrip("/")) + 1 :] for file in storage.files_below(root))
@@ -45,7 +45,7 @@ def files_below(root: str) -> Iterator[str]:
 
 def _refuse_unreadable(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError | NotADirectoryError):  # of which the caller finds no files
-        raise InputError(f"{error.filename} cannot be read: {error.strerror}; give this user the permission")
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}; make it readable, or move it away")
 
 
 def pictures_below(root: str) -> list[str]:

@@ -209,7 +209,7 @@ def test_which_folders_and_files_count(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(InputError, match="9/deep cannot be read: Permission denied; give this user the permission"):
+    with pytest.raises(InputError, match="9/deep cannot be read: Permission denied; make it readable, or move it away"):
         folders.pictures_below(str(tmp_path))
 
 
