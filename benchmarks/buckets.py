@@ -116,7 +116,7 @@ TOKENIZER = Tokenizer.train(["a photograph of number 0123456789 among many other
 
 
 def turn(
-    scratch: Path, kind: str, path: str, latency: float | None, shuffle: str, batches: int, first_round: bool
+    scratch: Path, kind: str, path: str, batches: int, latency: float | None, shuffle: str, first_round: bool
 ) -> dict:
     """The numbers of one epoch and of a resumed half; latency None: from the disk."""
     server = None if latency is None else Server(scratch, latency)
@@ -152,8 +152,8 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             scratch = Path(folder)
             (scratch / kind).mkdir()
-            of = functools.partial(turn, scratch, kind, FORMATS[kind](scratch / kind, made))
-            rounds = [{place: of(*place, batches, not i) for place in places} for i in range(flags.rounds)]
+            of = functools.partial(turn, scratch, kind, FORMATS[kind](scratch / kind, made), batches)
+            rounds = [{place: of(*place, not number) for place in places} for number in range(flags.rounds)]
         for place in places:
             names = ("rate", "first", "resumed")
             median = {name: statistics.median(one[place][name] for one in rounds) for name in names}

@@ -11,7 +11,7 @@ from pathlib import Path
 import tensorflow as tf
 
 from input_pipeline.sources import Ahead, Source, told
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, printable
 
 
 class BadSamples:
@@ -152,4 +152,4 @@ def _in_words(message):
         return "not a tf.train.Example"
     # What follows is operation names, or the stack of a Python error.
     line, _, _ = re.sub(r"\{\{function_node .*?\}\} ?", "", message).strip().partition("\n")
-    return "".join(c if c.isprintable() else "?" for c in line.partition(" [Op:")[0])[:200]
+    return printable(line.partition(" [Op:")[0][:200])

@@ -71,8 +71,8 @@ def open_labelled(spec: ConfigDict, *, image_side: int) -> LabelledSet:
     found = _open_labelled(spec, spec.path, image_side)
     if spec.classes:
         names = read_list(spec.classes, "classes")
-        if set(found.names) <= set(names) and found.names != numbered_names(len(found.names)):
-            found = _with_numbers_of(found, names)  # in whatever order
+        if set(found.names) <= set(names) and found.names not in (names, numbered_names(len(found.names))):
+            found = _with_numbers_of(found, names)
         found = dataclasses.replace(found, names=names, from_file=True)
     if spec.templates:
         found = dataclasses.replace(found, templates=read_list(spec.templates, "templates"))

@@ -34,7 +34,7 @@ from input_pipeline.sources.row_groups import opened
 from input_pipeline.sources.source import Ahead, Blocks, Reading, Source, all_ahead, captions_in_json, keys
 from input_pipeline.sources.tar import open_members
 from input_pipeline.sources.together import Together
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, printable
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.progress import progress
 
@@ -240,7 +240,8 @@ def _column(file: str, schema: pa.Schema, wanted: tuple[str, ...]) -> tuple[str,
             raise InputError(f"{file} has {count} columns {name!r}; rename all but one")
         if count:
             return key, _values_of(schema.field(name).type)
-    raise InputError(f"{file} has no column {' or '.join(wanted)}; its columns are: {', '.join(schema.names)}")
+    names = printable(", ".join(schema.names)[:300])
+    raise InputError(f"{file} has no column {' or '.join(wanted)}; its columns are: {names}")
 
 
 def _wrong_type(file: str, column: str, kind: pa.DataType, expected: str) -> InputError:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from rankclip_jax.common.encoded_text import HALF, EncodedText
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, printable
 from rankclip_jax.common.quotation import is_quoted, quoted_fields
 
 DELIMITERS = (",", ";", "\t", "|")
@@ -145,9 +145,9 @@ def _no_column(file: str, header: _Header, wanted: Sequence[tuple[str, ...]], de
     if not header.names:
         return InputError(f"{file} is empty")
     lacking = next(keys for keys in wanted if _places(header, [keys]) is None)
-    names = "".join(c if c.isprintable() else "?" for c in ", ".join(header.names))
+    names = printable(", ".join(header.names)[:300])
     return InputError(
-        f"{file} has no column {' or '.join(map(repr, lacking))}; its columns are: {names[:300]} (delimiter "
+        f"{file} has no column {' or '.join(map(repr, lacking))}; its columns are: {names} (delimiter "
         f"{delimiter!r})"
     )
 

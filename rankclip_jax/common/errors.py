@@ -1,4 +1,4 @@
-"""The one exception for wrong input, and what any exception says in one line."""
+"""The one exception for wrong input, and what exceptions and other people's names are in one line."""
 
 
 class InputError(ValueError):
@@ -6,6 +6,11 @@ class InputError(ValueError):
 
     The command line prints it alone, without a traceback (common/commands.py).
     """
+
+
+def printable(text: str) -> str:
+    """With ? for what no console shows: line ends, control characters, half a surrogate pair."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def one_line(error: BaseException, limit: int = 300, *, kind: bool = False) -> str:

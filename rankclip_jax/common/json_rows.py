@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rankclip_jax.common.encoded_text import HALF, EncodedText
-from rankclip_jax.common.errors import InputError, one_line
+from rankclip_jax.common.errors import InputError, one_line, printable
 
 
 def find(value: Any, path: str) -> Any:
@@ -92,8 +92,7 @@ def _row(item: Any, wanted: Sequence[tuple[str, ...]]) -> list[list[str]] | Valu
             except RecursionError:
                 return ValueError(f"{path}: lists nested too deeply")
         else:
-            keys = "".join(c if c.isprintable() else "?" for c in ", ".join(item)[:100])
-            return ValueError(f"no {' or '.join(paths)}; its keys are: {keys}")
+            return ValueError(f"no {' or '.join(paths)}; its keys are: {printable(', '.join(item)[:100])}")
     return row if len(row[0]) == 1 else ValueError(f"{len(row[0])} images")
 
 
