@@ -31,6 +31,7 @@ RUN = ("tutorials.md",)  # parts of it, see test_commands
 SLOW = ("interop.md",)  # converts, mixes and embeds, which have quick tests of their own
 FEW_SCENES = "--config.eval.zero_shot.shapes.path=seen:32"  # of configs/finetune.py, which has 896
 # Not ours to test: what installs, fetches, and speaks to a cluster.
+MADE = (["python", "docs/config_page.py"], ["python", "docs/study_page.py"])  # with tests of their own
 FOREIGN = ("pip", "python3", "git", "cd", "hf", "ruff", "pre-commit", "sbatch", "export", "#SBATCH", "kubectl", ".")
 
 
@@ -205,7 +206,7 @@ def run(words: list[str], monkeypatch, training=check_training) -> None:
     elif Path(words[0]).name == "pip":
         check_pip(words)
     else:
-        known = words[:3] == ["python", "-m", "pytest"] or words[:2] == ["python", "docs/config_page.py"]
+        known = words[:3] == ["python", "-m", "pytest"] or words[:2] in MADE
         assert known or words[0] in FOREIGN, f"who tests {shlex.join(words)}?"
 
 

@@ -15,7 +15,8 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.config.keys import BEFORE
 from rankclip_jax.losses import clip_loss, gradient_cosine, rank_consistency, term_gradients
 from rankclip_jax.parallel.mesh import make_mesh
-from rankclip_jax.study import report, results, statistics
+from rankclip_jax.study import questions, report, results, statistics
+from rankclip_jax.study.arms import arms_of, config_of
 from rankclip_jax.study.batches import epoch_order, random_window
 from rankclip_jax.study.runs import Study
 from rankclip_jax.study.training import Job, Programs
@@ -253,3 +254,33 @@ def test_every_objective_of_the_configs_is_complete(name):
     for fields in config.study.objectives.values():
         configs.complete({"loss": fields.to_dict()})
     assert config.study.baseline in config.study.objectives and config.study.more_seeds.rankclip == 5
+
+
+@pytest.mark.parametrize("name, arms", [("study_ranking", 21), ("study_cifar10_noise", 10)])
+def test_every_arm_of_the_planned_studies_trains_as_long(name, arms):
+    config = configs.load(str(REPO / "configs" / f"{name}.py"))
+    pairs = lambda made: made.study.limit or int(made.data.train.removeprefix("graded:"))  # noqa: E731
+    made = [config_of(config, arm) for arm in arms_of(config)]
+    assert [each.epochs * (pairs(each) // each.batch_size) for each in made] == [2048] * arms
+    assert {each.eval.every_epochs / each.epochs for each in made} == {1.0} and {each.optim.lr for each in made} == {
+        {"study_ranking": 5e-4, "study_cifar10_noise": 1e-3}[name]
+    }
+    questions.check(config.study.questions, arms_of(config))
+
+
+@pytest.mark.slow
+def test_a_cell_of_the_planned_study_at_small_size(tmp_path):
+    small = ["batch_size=16", "epochs=2", "eval.every_epochs=2", "data.train=graded:32", "data.val=stated:12"]
+    small += ["study.seeds=2", "study.pairs=12", "study.limit=32", "optim.warmup_steps=1", "tokenizer.vocab_size=300"]
+    small += [f"eval.zero_shot.{name}.path={name}:64" for name in ("seen", "held_out")]
+    config = configs.load(str(REPO / "configs" / "study_ranking.py"), small)
+    asked = {"noise": {"metric": "zero_shot/seen", "contrasts": {"20 %": "base/rankclip - base/clip"}}}
+    study = config.study.to_dict() | {"conditions": {"base": {"objectives": ["clip", "rankclip"]}}, "questions": asked}
+    config = configs.complete(config.to_dict() | {"study": study})
+    runs = Study(config, tmp_path).run()
+    report.write(tmp_path, config, runs)
+    final = {(run["objective"], run["seed"]): run["final"] for run in runs}
+    gains = [final["rankclip", seed]["zero_shot/seen"] - final["clip", seed]["zero_shot/seen"] for seed in (0, 1)]
+    (answer,) = json.loads((tmp_path / "results.json").read_text())["answers"]
+    assert answer["estimate"]["n"] == 2 and math.isclose(answer["estimate"]["mean"], np.mean(gains), abs_tol=1e-12)
+    assert {"truth/image_image", "retrieval/ndcg10_image_to_text", "linear_probe/seen"} <= final["clip", 0].keys()
