@@ -12,7 +12,17 @@ from jax.typing import DTypeLike
 
 def symmetric_uniform(bound: float) -> nn.initializers.Initializer:
     """Uniform in [-bound, bound)."""
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+    return drawn(lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound))
+
+
+def normal(std: float) -> nn.initializers.Initializer:
+    """Normal, of mean 0."""
+    return drawn(nn.initializers.normal(std))
+
+
+def drawn(init: nn.initializers.Initializer) -> nn.initializers.Initializer:
+    """A call of its own in any program, which common/drawing.py looks for."""
+    return jax.jit(init, static_argnums=(1, 2))
 
 
 def activate(x: jax.Array, activation: str) -> jax.Array:
@@ -44,7 +54,7 @@ class Linear(nn.Module):
     def __call__(self, x_NxD: jax.Array) -> jax.Array:
         fan_in_bound = x_NxD.shape[-1] ** -0.5
         uniform = symmetric_uniform(self.bound or fan_in_bound)
-        kernel_init = nn.initializers.normal(self.std) if self.std else uniform
+        kernel_init = normal(self.std) if self.std else uniform
         bias_init = nn.initializers.zeros if self.zero_bias else symmetric_uniform(fan_in_bound)
         kernel = self.param("kernel", kernel_init, (x_NxD.shape[-1], self.features))
         bias = self.param("bias", bias_init, (self.features,))

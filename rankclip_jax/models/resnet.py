@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from rankclip_jax.models.attention import attend
-from rankclip_jax.models.layers import BatchNorm, Conv, Linear, avg_pool
+from rankclip_jax.models.layers import BatchNorm, Conv, Linear, avg_pool, normal
 from rankclip_jax.models.presets import ResNetConfig
 from rankclip_jax.models.transformer import remat_policy
 
@@ -56,7 +56,7 @@ class AttentionPool(nn.Module):
     def __call__(self, x_BxHxWxC: jax.Array) -> jax.Array:
         b, h, w, c = x_BxHxWxC.shape
         x = x_BxHxWxC.reshape(b, h * w, c)
-        positions = self.param("positional_embedding", nn.initializers.normal(c**-0.5), (h * w + 1, c))
+        positions = self.param("positional_embedding", normal(c**-0.5), (h * w + 1, c))
         x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1) + positions.astype(self.dtype)
 
         def project(x_NxC, features, name):
@@ -92,7 +92,8 @@ class ModifiedResNet(nn.Module):
             x = stem(x, 1, cfg.width // 2, stride=2)
             x = stem(x, 2, cfg.width // 2)
             x = avg_pool(stem(x, 3, cfg.width), 2)
-        block = nn.remat(Bottleneck, policy=remat_policy(self.remat)) if self.remat else Bottleneck
+        remat = self.remat and not self.is_initializing()  # as in transformer.py
+        block = nn.remat(Bottleneck, policy=remat_policy(self.remat)) if remat else Bottleneck
         for stage, blocks in enumerate(cfg.layers):
             for i in range(blocks):
                 stride = 2 if stage > 0 and i == 0 else 1

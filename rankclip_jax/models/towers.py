@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 
 from rankclip_jax.common.packing import Packed
 from rankclip_jax.models.attention import attend
-from rankclip_jax.models.layers import LayerNorm, Linear, symmetric_uniform
+from rankclip_jax.models.layers import LayerNorm, Linear, drawn, normal, symmetric_uniform
 from rankclip_jax.models.presets import TextConfig, VitConfig
 from rankclip_jax.models.transformer import Mlp, Transformer
 
@@ -31,7 +31,7 @@ class VisionTransformer(nn.Module):
         self, images_BxHxWx3: jax.Array, train: bool = False, patches_BxK: jax.Array | None = None
     ) -> jax.Array:
         cfg, width, p, g = self.config, self.config.width, self.config.patch_size, self.config.grid
-        normal = nn.initializers.normal(width**-0.5)
+        init = normal(width**-0.5)
         b = images_BxHxWx3.shape[0]
 
         # conv1's stride is its size, so it is one matrix product over flattened patches.
@@ -44,8 +44,8 @@ class VisionTransformer(nn.Module):
         x = patches.reshape(-1, p * p * 3) @ kernel.reshape(p * p * 3, width).astype(self.dtype)
 
         if pooled_by_class:  # parameters are drawn in the order in which they are named
-            class_embedding = self.param("class_embedding", normal, (width,)).astype(self.dtype)
-        positions = self.param("positional_embedding", normal, (g * g + pooled_by_class, width))
+            class_embedding = self.param("class_embedding", init, (width,)).astype(self.dtype)
+        positions = self.param("positional_embedding", init, (g * g + pooled_by_class, width))
         if patches_BxK is not None:  # in float32, in which the gradient then adds up
             positions = positions[jnp.pad(patches_BxK + 1, ((0, 0), (1, 0))) if pooled_by_class else patches_BxK]
         positions = positions.astype(self.dtype)
@@ -71,7 +71,7 @@ class VisionTransformer(nn.Module):
         )(x)
         if pooled_by_class:
             x_BxD = LayerNorm(self.dtype, cfg.norm_eps, name="ln_post")(x[:, 0])
-            return x_BxD @ self.param("proj", normal, (width, self.embed_dim)).astype(self.dtype)
+            return x_BxD @ self.param("proj", init, (width, self.embed_dim)).astype(self.dtype)
         x_BxLxD = LayerNorm(self.dtype, cfg.norm_eps, name="ln_post")(x)
         return AttentionPool(cfg, self.activation, self.dtype, name="attnpool")(x_BxLxD)
 
@@ -105,7 +105,7 @@ class AttentionPool(nn.Module):
             bound = (6 / (2 * d)) ** 0.5  # Xavier's
             return Linear(d, bound=bound, zero_bias=True, dtype=self.dtype, name=name)
 
-        probe_1x1xD = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, d))
+        probe_1x1xD = self.param("probe", drawn(nn.initializers.xavier_uniform()), (1, 1, d))
         q_1xD = linear("q_proj")(probe_1x1xD[0])
         k, v = (linear(name)(x_BxLxD.reshape(-1, d)).reshape(b, length, d) for name in ("k_proj", "v_proj"))
         y_Bx1xD = attend(jnp.broadcast_to(q_1xD, (b, 1, d)), k, v, cfg.heads)
@@ -145,11 +145,11 @@ class TextTransformer(nn.Module):
             cfg.vocab_size,
             cfg.width,
             dtype=self.dtype,
-            embedding_init=nn.initializers.normal(0.02),
+            embedding_init=normal(0.02),
             name="token_embedding",
         )
         positions = self.param(
-            "positional_embedding", nn.initializers.normal(0.01), (cfg.context_length, cfg.width)
+            "positional_embedding", normal(0.01), (cfg.context_length, cfg.width)
         )
         positions = positions[:length] if places_BxL is None else positions[places_BxL]
         x = embedding(tokens_BxL) + positions.astype(self.dtype)
@@ -180,6 +180,6 @@ class TextTransformer(nn.Module):
         # The norm acts on each token alone, so only the pooled one needs it.
         x_BxD = LayerNorm(self.dtype, name="ln_final")(x_BxD)
         projection = self.param(
-            "text_projection", nn.initializers.normal(cfg.width**-0.5), (cfg.width, self.embed_dim)
+            "text_projection", normal(cfg.width**-0.5), (cfg.width, self.embed_dim)
         )
         return x_BxD @ projection.astype(self.dtype)

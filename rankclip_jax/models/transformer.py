@@ -118,7 +118,7 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, positions_BxL: jax.Array | None = None) -> jax.Array:
         kind = ResidualAttentionBlock
-        if self.remat:
+        if self.remat and not self.is_initializing():  # then common/drawing.py sees the draws
             kind = nn.remat(kind, prevent_cse=not self.scan_layers, policy=remat_policy(self.remat))
 
         def block(name):

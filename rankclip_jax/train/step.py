@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Sequence
 
 import flax.struct
@@ -13,6 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from rankclip_jax.common.devices import devices_of
+from rankclip_jax.common.drawing import compiler_options, draw
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.trees import overlaid
 from rankclip_jax.losses import RANKING, LossSpec, clip_loss, rank_weight, weighted_loss
@@ -67,10 +67,9 @@ def init_state(
 ) -> TrainState:
     """A fresh state, born with the shardings that `sharding` (config.sharding) gives it. `optim`: as fresh_state."""
     init, shardings = _init_and_shardings(model, tx, seed, mesh, sharding, optim)
-    options = None
-    if devices_of(mesh).platform == "cpu" and "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-        # The usual level gives the same bits, and takes twice the time: the program runs once.
-        options = {"xla_backend_optimization_level": "1"}
+    if mesh.size == 1:
+        return jax.device_put(draw(init, mesh.devices.flat[0]), shardings)
+    options = compiler_options(devices_of(mesh).platform)
     return jax.jit(init, out_shardings=shardings, compiler_options=options)()
 
 

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from rankclip_jax import config as configs
 from rankclip_jax import models
 from rankclip_jax.common import storage
+from rankclip_jax.common.drawing import draw
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.foreign_files import read_json
 from rankclip_jax.common.tokenizer import NO_SENTENCEPIECE, SENTENCEPIECE, Tokenizer, files_of_tokenizer
@@ -107,7 +108,8 @@ def untrained(model: Pretrained, seed: int = 0) -> Pretrained:
     """The same architecture, tokenizer and view with random parameters: the initial ones of a run with this config.seed
     (with config.model.scan_layers: other random values)."""
     network = models.CLIP(model.config)
-    variables = jax.device_get(jax.jit(lambda: network.init(jax.random.key(seed), *network.example_inputs()))())
+    init = lambda: network.init(jax.random.key(seed), *network.example_inputs())  # noqa: E731
+    variables = jax.device_get(draw(init, jax.local_devices()[0]))
     return dataclasses.replace(model, variables=variables, run=None, step=None, averaged=False)
 
 

@@ -1,0 +1,61 @@
+"""Fresh parameters by small programs, one for each kind of array, in place of one program that draws them all.
+
+XLA compiles each of a model's hundreds of draws anew, though they are of a few kinds, and the key of each as well.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+# These have alone the bits that they have in a larger program. A draw is a jitted initializer (models/layers.py).
+_ALONE = {"random_seed", "random_fold_in", "random_wrap", "random_unwrap", "broadcast_in_dim", "copy", "jit"}
+
+
+def draw(init: Callable[[], Any], device: jax.Device) -> Any:
+    """init() on a device, with the bits of jax.jit(init)(): by one program where it does more than fill and draw."""
+    closed, shapes = jax.make_jaxpr(init, return_shape=True)()
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))  # without the towers
+    with jax.default_device(device):
+        if not {eqn.primitive.name for eqn in jaxpr.eqns} <= _ALONE:
+            return jax.jit(init, compiler_options=compiler_options(device.platform))()
+        return jax.tree.unflatten(jax.tree.structure(shapes), _computed(jaxpr, closed.consts, device.platform))
+
+
+def compiler_options(platform: str) -> dict | None:
+    """For a program that runs once: on a CPU XLA's level 1 gives the usual level's bits in half the time."""
+    if platform == "cpu" and "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+        return {"xla_backend_optimization_level": "1"}
+    return None
+
+
+def _computed(jaxpr, consts, platform):
+    """The outputs, equation by equation; equal draws share a program."""
+    known, programs, given = dict(zip(jaxpr.constvars, consts, strict=True)), {}, set()
+
+    def value(atom):
+        return atom.val if isinstance(atom, core.Literal) else known[atom]
+
+    for eqn in jaxpr.eqns:
+        inputs = [value(atom) for atom in eqn.invars]
+        if eqn.primitive.name == "jit":
+            kind = str(eqn.params["jaxpr"])
+            if kind not in programs:
+                function = core.jaxpr_as_fun(eqn.params["jaxpr"])
+                programs[kind] = jax.jit(function, compiler_options=compiler_options(platform))
+            outputs = programs[kind](*inputs)
+        else:
+            outputs = eqn.primitive.bind(*inputs, **eqn.params)
+            outputs = outputs if eqn.primitive.multiple_results else [outputs]
+        known |= zip(eqn.outvars, outputs, strict=True)
+
+    def output(atom):
+        if isinstance(atom, core.Literal) or atom in given:  # no two leaves may be one buffer: a step donates them
+            return jax.numpy.array(value(atom))
+        given.add(atom)
+        return known[atom]
+
+    return [output(atom) for atom in jaxpr.outvars]
