@@ -131,6 +131,7 @@ TRAIN = {
     "base": {},
     "ResNet": dict(model=RESNET),
     "SigLIP": dict(model=SIGLIP, loss={"objective": "siglip"}, fields=dict(logit_bias=-10.0)),
+    "SigLIP, ranked": dict(model=SIGLIP),
     "float32": dict(fields=dict(dtype="float32")),
     "float32 ResNet": dict(model=RESNET, fields=dict(dtype="float32")),
     "XLA's attention": dict(fields=dict(attention="xla")),
