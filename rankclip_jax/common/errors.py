@@ -19,5 +19,7 @@ def one_line(error: BaseException, limit: int = 300, *, kind: bool = False) -> s
     kind: its type's name in front, for an exception that can be anything.
     """
     name, text = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, RecursionError) and not kind:  # of a parser, which speaks of its own stack
+        text = "nested too deeply"
     line = f"{name}: {text}" if kind and text else text or name
     return line if len(line) <= limit else line[: limit - 3] + "..."

@@ -23,6 +23,7 @@ REPO = Path(__file__).parents[2]
         (InputError("gone.csv: no such file"), "gone.csv: no such file", "InputError: gone.csv: no such file"),
         (FileNotFoundError(2, "No such file", "a b"), "[Errno 2] No such file: 'a b'",
          "FileNotFoundError: [Errno 2] No such file: 'a b'"),
+        (RecursionError("stack overflow"), "nested too deeply", "RecursionError: stack overflow"),
         (ValueError({"not": "a str"}), "{'not': 'a str'}", "ValueError: {'not': 'a str'}"),
     ],
 )  # fmt: skip
