@@ -66,14 +66,17 @@ def _regex(value: Any) -> str:
     return value
 
 
-def integer(default: int | None, low: int | None = None, optional: bool = False) -> Key:
-    """A whole number, of at least `low`."""
+def integer(default: int | None, low: int | None = None, optional: bool = False, high: int | None = None) -> Key:
+    """A whole number, of at least `low` and at most `high`."""
 
     def convert(value):
         _require(low is None or _integer(value) >= low)
+        _require(high is None or _integer(value) <= high)
         return _integer(value)
 
-    return _key(default, convert, "an integer" + (f" of at least {low}" if low is not None else ""), optional)
+    bounds = [("at least", low), ("at most", high)]
+    said = " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
+    return _key(default, convert, "an integer" + (f" of {said}" if said else ""), optional)
 
 
 def real(

@@ -32,6 +32,8 @@ from rankclip_jax.config.key import (
 MAY_CHANGE = ("log_every", "eval", "checkpoint", "plan", "profile", "study", "mesh", "sharding", "model.attention")
 MAY_CHANGE += ("epochs", "steps", "log")
 
+_SEED = 2**32 - 1  # the largest seed: JAX's keys are of its last 32 bits alone
+
 # What --help of training lists.
 USUAL = ("batch_size", "accumulate", "epochs", "steps", "seed", "log_every", "log", "init_from", "init_towers")
 USUAL += ("sharding",)
@@ -65,7 +67,7 @@ TERMS = ("clip", "siglip", "cross_modal", "in_modal", "cyclic_cross_modal", "cyc
 
 # Every key. Groups whose keys are the user's own (names, axes, fields of a preset) are plain dicts: {}.
 KEYS = dict(
-    seed=integer(0, 0),  # of parameters, data order, windows and jitter
+    seed=integer(0, 0, high=_SEED),  # of parameters, data order, windows and jitter
     # global, over all devices and processes; None: by the number of pairs and the devices. [c] 128; [o] 32,768
     batch_size=integer(256, 1, optional=True),
     # parts in which a batch goes through the towers: less memory, more time, the same gradient
@@ -296,7 +298,7 @@ KEYS = dict(
         mismatched=real(0.0, 0, 1),  # share of the training pairs that have another pair's caption
         duplicates=real(0.0, 0, 1),  # share of the training pairs that nearly repeat another pair
         lrs=reals((), None, low=0),  # learning rates to choose from, for each objective; empty: optim.lr
-        search_seed=integer(1000, 0),  # seed of that search; must differ from the study's seeds
+        search_seed=integer(1000, 0, high=_SEED),  # seed of that search; must differ from the study's seeds
         # names in eval.zero_shot: their mean top-1 on the selection part decides; empty: all
         select_on=strings(()),
         # the selection part, from the first, also shown in curves; results use the rest

@@ -73,6 +73,8 @@ def test_a_mistyped_key_names_the_nearest_valid_one():
         ({"model": {"vision": {"a.b": 2}}}, "config.model.vision has a key 'a.b'. Expected a string without dots"),
         ({"data": {"train": {"a.b": {"path": "x"}}}}, "config.data.train has a key 'a.b'"),
         ({"optim": {"lr": 10**400}}, "config.optim.lr=1000.*Expected a number above 0"),
+        ({"seed": 2**32}, "config.seed=4294967296. Expected an integer of at least 0 and at most 4294967295"),
+        ({"study": {"search_seed": 2**64}}, "config.study.search_seed=18446744073709551616. Expected an integer of"),
     ],
 )
 def test_a_wrong_value_says_which_and_what_is_expected(wrong, message):
