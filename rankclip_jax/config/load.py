@@ -9,12 +9,14 @@ import difflib
 import importlib.util
 import inspect
 import json
+import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from ml_collections import ConfigDict
 
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.trees import flatten
 from rankclip_jax.config import contradictions, experiments
 from rankclip_jax.config.fields import EVAL_SETS, MIXTURE_PART, PARAMETER_RULE
@@ -33,7 +35,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
       overrides: "key.of.a.group=value"; a value that is not a Python literal is a string.
 
     Raises:
-      InputError: no such file, no such argument, or what `complete` refuses.
+      InputError: no such file, no such argument, whatever its code raises, or what `complete` refuses.
     """
     name, _, arguments = spec.partition(":")
     path = experiments.find(name)
@@ -43,11 +45,26 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     if module_spec is None or module_spec.loader is None:
         raise InputError(f"--config: {path} is no Python file; the experiments are in configs/ and end in .py")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise InputError(f"--config: {path} has no get_config(); see those in configs/")
-    known = list(inspect.signature(module.get_config).parameters)
-    return complete(override(module.get_config(**_arguments(spec, arguments, known)).to_dict(), overrides))
+    try:
+        module_spec.loader.exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
+            raise InputError(f"--config: {path} has no get_config(); see those in configs/")
+        known = list(inspect.signature(module.get_config).parameters)
+        given = module.get_config(**_arguments(spec, arguments, known))
+    except InputError:
+        raise
+    except Exception as error:  # whatever the file's own code raises
+        raise InputError(f"--config={spec}: {_place(error, path)}{one_line(error, kind=True)}") from error
+    return complete(override(_group(given, f"--config={spec}: get_config()"), overrides))
+
+
+def _place(error: Exception, path: Path) -> str:
+    """Where in a file an exception comes from: "line 3: "; "" where it does not come from there."""
+    if isinstance(error, SyntaxError):
+        return ""  # which says so itself
+    frames, file = traceback.extract_tb(error.__traceback__), str(path.absolute())
+    lines = [frame.lineno for frame in frames if frame.filename == file]
+    return f"line {lines[-1]}: " if lines else ""
 
 
 def _arguments(spec: str, text: str, known: Sequence[str]) -> dict[str, str]:

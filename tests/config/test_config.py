@@ -277,6 +277,30 @@ def test_what_is_no_literal_is_text_and_a_file_without_get_config_is_named(tmp_p
         configs.load("configs/shapes.py", ["seed"])
 
 
+@pytest.mark.parametrize(
+    "code, argument, message",
+    [
+        ("def get_config(:", "", r"SyntaxError: invalid syntax .*line 1"),
+        ("lr = 1\nimport nothing_of_this_name", "", "line 2: ModuleNotFoundError: No module named 'nothing"),
+        ("def get_config(lr):\n  return {'optim': {'lr': float(lr)}}", ":lr=x", "line 2: ValueError: could not"),
+        ("def get_config(lr): pass", "", "TypeError: get_config.. missing 1 required .* 'lr'"),
+        ("def get_config(): pass", "", r"get_config\(\)=None. Expected a group of keys"),
+        ("get_config = 3", "", r" has no get_config\(\)"),
+    ],
+)
+def test_an_experiment_that_fails_says_where_in_one_line(tmp_path, monkeypatch, code, argument, message):
+    (tmp_path / "mine.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"--config.*mine.py.*{message}") as refused:
+        configs.load(f"mine.py{argument}")
+    assert "\n" not in str(refused.value)
+
+
+def test_an_experiment_may_give_a_plain_dict(tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config(lr):\n  return {'optim': {'lr': float(lr)}}")
+    assert configs.load(f"{tmp_path / 'mine.py'}:lr=0.5").optim.lr == 0.5
+
+
 def test_differences_name_what_changed_and_allow_what_may():
     old = configs.complete({"batch_size": 4})
     stored = json.loads(configs.to_json(old))
