@@ -119,12 +119,12 @@ class Model:
         Raises InputError without a tokenizer, and for ids outside the model's vocabulary.
         """
         config = self.source.config.text
-        if isinstance(texts, np.ndarray | jax.Array):
+        if isinstance(texts, np.ndarray | jax.Array) and texts.dtype.kind not in "OUT":  # those are of str
             ids_NxL = _check_ids(np.asarray(texts), config)
             with progress("encode texts", len(ids_NxL), unit="texts") as bar:
                 return self._encode(ids_NxL, lambda rows: self._packed(np.stack(rows)), bar.update)
         prepare = self._tokenized()
-        if isinstance(texts, str):
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
             texts = [texts]
         with progress("encode texts", _length(texts), unit="texts") as bar:
             return self._encode(texts, prepare, bar.update)
@@ -142,25 +142,25 @@ class Model:
             )
 
         def prepare(some: Sequence) -> np.ndarray | Packed:
-            odd = next((text for text in some if not isinstance(text, str)), None)
-            if odd is not None:
-                raise InputError(f"a text must be a str; got {type(odd).__name__}")
-            return self._packed(tokenizer(list(some), length))
+            return self._packed(tokenizer(_strings(some, "a text"), length))
 
         return prepare
 
-    def zero_shot(self, images: Any, classnames: Sequence[str], templates: Sequence[str] | None = None) -> np.ndarray:
+    def zero_shot(
+        self, images: Any, classnames: str | Iterable[str], templates: str | Iterable[str] | None = None
+    ) -> np.ndarray:
         """Probabilities, float32 (n, classes), rows sum to 1: the softmax of the scaled cosines with the classes.
 
         A class is the normalised mean embedding of its prompts: each of `templates` (None: "a photo of a {}.") with
-        the class name in place of {}. images: as for `encode_image`. Raises InputError for no classes, or a template
-        without {}.
+        the class name in place of {}. images: as for `encode_image`; one str is one class, or one template. Raises
+        InputError for no classes, what is no str, or a template without {}.
         """
-        templates = list(templates or zero_shot.DEFAULT_TEMPLATES)
+        names = _strings(classnames, "a class name")
+        templates = _strings(() if templates is None else templates, "a template") or list(zero_shot.DEFAULT_TEMPLATES)
         odd = next((template for template in templates if "{}" not in template), None)
-        if odd is not None or not len(classnames):
+        if odd is not None or not names:
             raise InputError("zero_shot needs class names" if odd is None else f"template {odd!r} has no {{}}")
-        z_cls_CxD = zero_shot.class_embeddings(self.encode_text, list(classnames), templates)
+        z_cls_CxD = zero_shot.class_embeddings(self.encode_text, names, templates)
         logits_NxC = self.scale * self.encode_image(images) @ z_cls_CxD.T
         weights_NxC = np.exp(logits_NxC - logits_NxC.max(axis=1, keepdims=True, initial=-np.inf))
         return weights_NxC / weights_NxC.sum(axis=1, keepdims=True)
@@ -229,6 +229,15 @@ def _power_of_two(count: int) -> int:
 
 def _length(items: Any) -> int | None:
     return len(items) if hasattr(items, "__len__") else None
+
+
+def _strings(given: Any, what: str) -> list[str]:
+    """One str or several, as a list. Raises InputError where there is something else."""
+    strings = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    odd = [one for one in strings if not isinstance(one, str)]
+    if odd:
+        raise InputError(f"{what} must be a str; got {type(odd[0]).__name__}")
+    return strings
 
 
 def _check_ids(ids_NxL: np.ndarray, config: models.TextConfig) -> np.ndarray:

@@ -201,11 +201,31 @@ def test_damaged_files_are_named(model, tmp_path):
         (np.full((2, 3), 10**6), r"from 1000000 to 1000000; the model has \d+"),
         (np.full((2, 3), -1), r"ids from -1"),
         (["a", 3], "a text must be a str; got int"),
+        (["a", None], "a text must be a str; got NoneType"),
+        (None, "a text must be a str; got NoneType"),
     ],
 )
 def test_texts_that_cannot_be_used_are_named(model, texts, message):
     with pytest.raises(InputError, match=message):
         model.encode_text(texts)
+
+
+def test_texts_in_any_container(model):
+    one, many = np.array(["a cat", "a dog"]), np.array(["a cat", "a dog"], object)
+    for texts in (one, many, (text for text in one)):
+        np.testing.assert_array_equal(model.encode_text(texts), model.encode_text(["a cat", "a dog"]))
+
+
+def test_classes_in_any_container_and_one_str_is_one(model):
+    image = picture(32, 32)
+    expected = model.zero_shot(image, ["cat", "dog"], ["a {}"])
+    np.testing.assert_array_equal(model.zero_shot(image, (name for name in ("cat", "dog")), "a {}"), expected)
+    np.testing.assert_array_equal(model.zero_shot(image, np.array(["cat", "dog"]), np.array(["a {}"])), expected)
+    assert model.zero_shot(image, "cat").tolist() == [[1.0]]  # and not of c, a, t
+    with pytest.raises(InputError, match="a class name must be a str; got NoneType"):
+        model.zero_shot(image, ["cat", None])
+    with pytest.raises(InputError, match="a template must be a str; got NoneType"):
+        model.zero_shot(image, ["cat"], [None])
 
 
 def test_a_template_needs_a_place_for_the_name(model):
