@@ -1,11 +1,10 @@
 """The command line: python -m rankclip_jax.convert SRC DST --to hf|openai|orbax."""
 
 import argparse
-import os
 
 import jax
 
-from rankclip_jax.common import commands, storage
+from rankclip_jax.common import commands, ownership, storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.weights import export, pretrained
 
@@ -45,7 +44,8 @@ def main() -> None:
             export.write(model, dst, flags.to)
         except OSError as error:
             raise InputError(f"cannot write {flags.dst}: {error.strerror or error}") from None
-    print(f"wrote {flags.dst}: " + ", ".join(sorted(name for name in os.listdir(flags.dst) if name[0] != ".")))
+    ours = {name.partition("/")[0] for name in ownership.listed(dst)["convert"]}  # others' files may be beside them
+    print(f"wrote {flags.dst}: {', '.join(sorted(name for name in ours if (dst / name).exists()))}")
     if flags.to != "orbax" and export.ours_alone(model.config, flags.to):
         print("open_clip has no such ResNet (three stages, or the small stem); only rankclip_jax.load reads the folder")
     if model.tokenizer is None:

@@ -184,6 +184,21 @@ def test_a_resnet_goes_to_openais_layout_and_hugging_face_has_none(tmp_path, mon
     assert "open_clip.create" not in (tmp_path / "oc" / "README.md").read_text()
 
 
+def test_what_is_said_to_be_written_is_what_was_written(tmp_path, monkeypatch, capsys):
+    path, out = make_workdir(tmp_path / "run", VIT), tmp_path / "out"
+    out.mkdir()
+    (out / "mine.png").write_bytes(b"a picture")
+    for layout, weights in (("hf", "config.json, model.safetensors"), ("orbax", "rankclip_jax.json")):
+        run_convert(monkeypatch, path, out, "--to", layout)
+        said = capsys.readouterr().out.splitlines()[0]
+        assert said.startswith(f"wrote {out}: README.md, ") and weights in said and "mine.png" not in said
+    assert "variables" in said
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="error: DST is empty. Expected a local path"):
+        run_convert(monkeypatch, path, "")
+    assert sorted(name.name for name in tmp_path.iterdir()) == ["out", "run"]
+
+
 def test_files_without_tokenizer_convert_and_say_so(source, tmp_path, monkeypatch, capsys):
     """As an OpenAI .pt: weights alone, and the tokenizer given or not."""
     export.write(source, tmp_path / "oc", "openai")
