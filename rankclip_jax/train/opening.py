@@ -142,8 +142,9 @@ def open_session(
     """The session of a run, its packing settled. `origin`: what config.init_from names, where it starts."""
 
     def tokenizer() -> str:
-        stored = workdirs.tokenizer_file(workdir, config)
-        return (Tokenizer.load(stored) if resumes else _new_tokenizer(config, data.source, origin)).to_json()
+        if resumes:
+            return Tokenizer.load(workdirs.tokenizer_file(workdir, config)).to_json()
+        return _new_tokenizer(config, data.source, origin).to_json()
 
     session = Session(config, Tokenizer.from_json(processes.from_first(tokenizer)))
     unit = session.unit_captions, session.context_length

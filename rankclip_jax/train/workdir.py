@@ -20,6 +20,7 @@ from rankclip_jax.parallel import processes
 from rankclip_jax.weights import checkpoint
 
 _LOCK, _DATA = ".lock", "data.json"
+_LOST = "bring it back from a copy, or give a new --workdir"  # what to do about a file of a run
 _BESIDE = "tokenizer.json", "config.json"  # also beside checkpoints that lie elsewhere
 # Data may lie elsewhere when a run resumes, since _DATA says whether they are the same.
 _MOVED = re.compile(r"config\.data\.(train|val)(\.[^.]+\.path)?: (['\[].*) -> (['\[].*)")
@@ -44,7 +45,7 @@ def stored_config(workdir: Path) -> ConfigDict | None:
     except (ValueError, OSError) as error:
         if isinstance(error, InputError):
             raise InputError(f"{path}: {error}") from None
-        raise InputError(f"{path} is damaged ({error}); bring it back from a copy, or give a new --workdir") from None
+        raise InputError(f"{path} is damaged ({error}); {_LOST}") from None
 
 
 def settings(
@@ -71,13 +72,17 @@ def check_same_run(workdir: Path, config: ConfigDict) -> ConfigDict | None:
     """The stored configuration of the run that `config` resumes: where a config.json has a checkpoint. Else None.
 
     Raises:
-      InputError: its run has another configuration, or files of others are in the way.
+      InputError: its run has another configuration, or none that is known; or files of others are in the way.
     """
     if len(set(processes.of_all((workdir / "config.json").exists()))) > 1:
         raise InputError(f"only some processes find a run in {workdir}; it must be a folder that all of them share")
     Owned(workdir, "train").check(_names(config))
     old = stored_config(workdir) or _beside_checkpoints(config)
-    if old is None or not any(checkpoint.steps(checkpoint.folder_of(workdir, c.checkpoint)) for c in (old, config)):
+    folders = [checkpoint.folder_of(workdir, each.checkpoint) for each in (old, config) if each is not None]
+    begun = [folder for folder in folders if checkpoint.steps(folder)]
+    if old is None and begun:  # of any configuration
+        raise InputError(f"{begun[0]} has checkpoints of a run whose {' or '.join(_BESIDE)} is missing; {_LOST}")
+    if old is None or not begun:
         return None
     check_same_config(workdir, old, config)
     return old
@@ -124,7 +129,10 @@ def check_same_data(workdir: Path, found: Mapping[str, dict | None], of_before: 
       of_before: name -> what an earlier version would have stored; it is asked where the data differ.
     """
     path = workdir / _DATA
-    began = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        began = dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); {_LOST}") from None
     for name, now in found.items():
         before = began.get(name)
         if before and now and before != now and before != of_before(name):
@@ -150,9 +158,15 @@ def begin(workdir: Path, config: ConfigDict, tokenizer: Tokenizer, data: Mapping
 
 
 def tokenizer_file(workdir: Path, config: ConfigDict) -> str:
-    """The tokenizer of the run that a workdir, or else config.checkpoint.folder, holds."""
+    """The tokenizer of the run that a workdir, or else config.checkpoint.folder, holds.
+
+    Raises:
+      InputError: neither has one.
+    """
     own = workdir / "tokenizer.json"
     folder = config.checkpoint.folder
+    if not folder and not own.exists():
+        raise InputError(f"{own}, the tokenizer of the run, is missing; {_LOST}")
     return str(own) if own.exists() or not folder else storage.join(folder, "tokenizer.json")
 
 

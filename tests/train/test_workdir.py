@@ -8,9 +8,11 @@ from PIL import Image
 
 from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.ownership import Owned
 from rankclip_jax.train import loop
 from rankclip_jax.train import workdir as workdirs
 from tests.commands.test_train import NO_EVALUATION, SMALL, TRANSFORMER, numbers
+from tests.support.made_models import VIT, make_workdir
 
 QUICK = [flag.removeprefix("--config.") for flag in (*SMALL[1:], *TRANSFORMER, *NO_EVALUATION)]
 QUICK += ["data.train=96", "checkpoint.every_steps=None"]
@@ -61,6 +63,28 @@ def test_lengths(step, old, new, possible, tmp_path):
         return workdirs.check_length(tmp_path, step, old, new)
     with pytest.raises(InputError, match=f"step {step} of {old[0]}, and for {new[0]} .* from step 14 on"):
         workdirs.check_length(tmp_path, step, old, new)
+
+
+def test_a_run_without_its_configuration_is_not_gone_on_with_under_another(tmp_path):
+    workdir = make_workdir(tmp_path / "run", VIT)
+    Owned(workdir, "train").claim(["config.json", "tokenizer.json", "metrics.jsonl", "checkpoints"])
+    (workdir / "config.json").rename(tmp_path / "config.json")
+    for at, changes in ((workdir, []), (tmp_path / "new", [f"checkpoint.folder={str(workdir / 'checkpoints')!r}"])):
+        with pytest.raises(InputError, match="run/checkpoints has checkpoints of a run whose .*config.json is missing"):
+            workdirs.check_same_run(at, quick("optim.lr=0.5", *changes))
+    assert workdirs.check_same_run(tmp_path / "empty", quick()) is None
+
+
+def test_what_a_run_has_lost_or_damaged_is_named(tmp_path):
+    workdir = make_workdir(tmp_path / "run", VIT)
+    config = workdirs.stored_config(workdir)
+    for damaged in ("{", "3", "[1]"):
+        (workdir / "data.json").write_text(damaged)
+        with pytest.raises(InputError, match=f"^{workdir / 'data.json'} is damaged .*; bring it back from a copy, or"):
+            workdirs.check_same_data(workdir, {"train": {"samples": 3, "fingerprint": "x"}}, lambda _: None)
+    (workdir / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="run/tokenizer.json, the tokenizer of the run, is missing; bring it back"):
+        workdirs.tokenizer_file(workdir, config)
 
 
 def csv_of(path, rows):
