@@ -115,13 +115,21 @@ def settle_view(config: ConfigDict, seen: view.View | None = None) -> None:
     """Writes what config.data leaves open of how the model sees pictures: as `seen` has it; None: as usual for its
     kind."""
     if seen is None:
-        own = {key: config.model[key] for key in ("name", "image_size", "embed_dim")}
-        seen = view.usual(models.configure(**own, vision=configs.network(config.model)["vision"]).vision)
+        seen = view.usual(vision_tower(config))
     with config.ignore_type():
         for key, of_clip in (("mean", view.MEAN), ("std", view.STD)):
             theirs = tuple(getattr(seen, key))
             config.data[key] = config.data[key] or (theirs if theirs != of_clip else None)
         config.data.squash = config.data.squash or seen.squash
+
+
+def vision_tower(config: ConfigDict) -> models.VitConfig | models.ResNetConfig:
+    """The vision tower of a config.model that has a name. Raises InputError where its fields do not fit."""
+    own = {key: config.model[key] for key in ("name", "image_size", "embed_dim")}
+    try:
+        return models.configure(**own, vision=configs.network(config.model)["vision"]).vision
+    except ValueError as error:
+        raise InputError(f"config.model: {error}") from None
 
 
 def order(config: ConfigDict, old: ConfigDict | None = None, blocks: int | None = None) -> ConfigDict:

@@ -21,7 +21,7 @@ from rankclip_jax.common.packing import Packed
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.parallel import processes, sharding
 from rankclip_jax.parallel.mesh import batch_shards, make_mesh, to_devices, to_host
-from rankclip_jax.train import flops, rules
+from rankclip_jax.train import flops, resolve, rules
 from rankclip_jax.train import step as steps
 from rankclip_jax.weights import view as weights_view
 from rankclip_jax.weights.lora import Adapted
@@ -276,13 +276,9 @@ def _eval_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
 
 def image_side(config: ConfigDict) -> int:
     """Pixels along a side of the pictures of config.model, before there is a tokenizer to build it with."""
-    try:
-        if config.model.name is None:
-            return config.model.image_size or 0  # settled once the data are open; only drawn scenes depend on it
-        fields = {key: config.model[key] for key in ("name", "image_size", "embed_dim")}
-        return models.configure(**fields, vision=configs.network(config.model)["vision"]).vision.image_size
-    except ValueError as error:
-        raise InputError(f"config.model: {error}") from None
+    if config.model.name is None:
+        return config.model.image_size or 0  # settled once the data are open; only drawn scenes depend on it
+    return resolve.vision_tower(config).image_size
 
 
 def canvas_side(config: ConfigDict, side: int) -> int | None:

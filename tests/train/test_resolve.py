@@ -67,6 +67,19 @@ def test_a_run_of_one_epoch_says_that_its_ramp_never_begins(capsys, changes, sai
     assert all(words in printed for words in said) and ("schedule=" in printed) == bool(said)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("layers=0", "layers 0. Expected whole numbers from 1 to 512"),
+        ("foo=1", "unknown vision field 'foo'; did you mean 'pool'?"),
+        ("patch_size=7", "image_size 64 is not a multiple of the vision tower's patch size 7"),
+    ],
+)
+def test_a_field_that_does_not_fit_the_model_that_is_chosen(change, message):
+    with pytest.raises(InputError, match=f"^config.model: {message}"):
+        resolve.resolve(own(f"model.vision.{change}"), 48)
+
+
 def test_what_is_evaluated_needs_no_schedule():
     assert own().loss.schedule is None and loss_spec(own()).schedule == "ramp"
 
