@@ -30,8 +30,8 @@ def add_to(parser: argparse.ArgumentParser) -> None:
         "what",
         nargs="?",
         metavar="WHAT",
-        help="to train: an experiment, or data of your own (a table, a folder, shards); to evaluate: a workdir, an "
-        "export, a .pt or a hub id",
+        help="to train: an experiment, data of your own (a table, a folder, shards), or a workdir, to resume it; to "
+        "evaluate: a workdir, an export, a .pt or a hub id",
     )
     parser.add_argument(
         "--config",
@@ -100,6 +100,8 @@ def read(flags: argparse.Namespace, keys: Sequence[str]) -> Given:
         if config:
             raise InputError(f"{what} and --config {config} are two experiments; give one")
         config = what
+    elif what and not (config or workdir or storage.is_remote(what)) and _is_run(what):  # whose pictures are no data
+        workdir = what
     elif what:
         config = config or "own"
         overrides += [f"data.train={what!r}", f"data.format={_format(what)!r}"]

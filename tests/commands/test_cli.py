@@ -109,6 +109,9 @@ def test_a_run_is_resumed_and_evaluated_by_its_folder(started, folder):
     (folder / "runs/mine/config.json").write_text(stored)
     mode, config, workdir = started("resume runs/mine")
     assert (mode, configs.to_json(config), workdir) == ("train", stored, Path("runs/mine"))
+    assert started("train runs/mine") == (mode, config, workdir)  # and its pictures are no data
+    assert started("plan runs/mine")[:2] == ("plan", config)
+    assert started("train runs/mine --workdir x")[1].data.train == "runs/mine"
     mode, config, workdir, out = started("eval runs/mine")
     assert (mode, configs.to_json(config), workdir, out) == ("eval", stored, Path("runs/mine"), None)
     config = started("eval runs/mine --retrieval held.csv --labels held.csv:group")[1]
