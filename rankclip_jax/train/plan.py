@@ -38,7 +38,7 @@ def plan(config: ConfigDict) -> dict:
     config = _with_packing(config)
     target = parse_target(config.plan.target)
     print(f"compiling the step of {config.model.name} for {config.plan.target}; minutes for a large model", flush=True)
-    if not targets.has_compiler(target.platform):
+    if target.platform == "gpu" and not targets.has_compiler("gpu"):
         print(f"estimated by the CPU's compiler; for the GPU's own: {targets.HOW_TO_INSTALL['gpu']}", flush=True)
     whole = compile_step(config, target)
     half = whole

@@ -281,11 +281,14 @@ for kind in sys.argv[1:]:
     assert done.returncode == 0 and done.stdout.splitlines() == [f"{kind} gpu" for kind in kinds], done.stderr[-2000:]
 
 
-def test_without_the_compiler_one_line_says_how_to_get_it(monkeypatch):
+def test_without_the_compiler_one_line_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setattr(targets, "has_compiler", lambda platform: False)
     for text, package in (("v5e:2x2", "libtpu"), ("8xH100", "jax-cuda13-plugin")):
         with pytest.raises(InputError, match=f"{text}: its compiler is not installed. Run: pip install .*{package}"):
             targets.devices(parse_target(text))
+    with pytest.raises(InputError, match="v5e:2x2: its compiler is not installed. Run: pip install libtpu"):
+        plan.plan(complete(SMALL | {"plan": {"target": "v5e:2x2"}}))
+    assert "GPU" not in capsys.readouterr().out  # nothing of a compiler that would not help
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
