@@ -159,7 +159,7 @@ def pipeline(pictures: int = 400) -> Iterator[Finding]:
 
 def places(workdir: str, tokenizer: str | None) -> Iterator[Finding]:
     """Whether the workdir can be written, has room, and the tokenizer is there."""
-    folder = Path(workdir).absolute()
+    folder = Path(os.path.expanduser(workdir)).absolute()
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # Path.exists may raise
     try:
         with tempfile.TemporaryFile(dir=there):

@@ -63,6 +63,7 @@ def main() -> None:
     commands.quiet_tensorflow()  # for shards
     with commands.exit_codes("stopped; the same command resumes"):
         try:
+            flags.out = flags.out and os.path.expanduser(flags.out)
             if flags.out and not store.is_folder(flags.out):
                 storage.local(flags.out, "--out")
             flags.png = flags.png and storage.local(flags.png, "--png")

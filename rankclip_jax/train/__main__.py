@@ -67,7 +67,7 @@ def _run(flags: argparse.Namespace, given: arguments.Given, workdir: Path | None
             compilation_cache.enable(devices_of(make_mesh(settings.mesh)).platform)
             loop.train(settings, workdir)
         else:
-            evaluate.evaluate(settings, workdir, flags.out)
+            evaluate.evaluate(settings, workdir, flags.out and storage.local(flags.out, "--out"))
     except preemption.Preempted:
         raise
     except Exception as error:

@@ -43,7 +43,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     data = add_sets(parser)
     data.add_argument("--val", metavar="DATA", help="held-out pairs: for the validation loss; a table: for retrieval")
     data.add_argument("--tokenizer", help="a tokenizer.json or hub id, for weights that have none")
-    data.add_argument("--out", type=Path, metavar="FILE", help="where an evaluation without a workdir writes results")
+    data.add_argument("--out", metavar="FILE", help="where an evaluation without a workdir writes results")
 
 
 def add_sets(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

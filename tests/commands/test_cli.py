@@ -14,6 +14,7 @@ import pytest
 from benchmarks.quick_compile import XLA_FLAGS
 from rankclip_jax import cli
 from rankclip_jax import config as configs
+from rankclip_jax.common import storage
 from rankclip_jax.common.trees import flatten
 from rankclip_jax.config import experiments
 from rankclip_jax.config import keys as config_keys
@@ -128,6 +129,16 @@ def test_weights_from_elsewhere_are_evaluated(started):
     assert (config.eval.model, workdir) == ("runs/mine", Path("results"))
 
 
+def test_the_home_folder_is_known_where_no_shell_writes_it_out(started, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    home = tmp_path / "home"
+    assert started("train mine.csv --workdir=~/run")[2] == home / "run"
+    assert started("eval a.pt --workdir=~/run --out=~/r.json")[2:] == (home / "run", home / "r.json")
+    assert storage.local("~/x", "DST") == home / "x"
+    with storage.output("~/shards", "embed") as out:
+        assert out == home / "shards"
+
+
 @pytest.mark.parametrize("words, message", [
     ("train shpaes", r"^error: shpaes is no experiment and no data\. Expected one of cc3m, .*\(shapes\?\); or"),
     ("train nothing.py", "no file nothing.py; the experiments are cc3m, "),
@@ -139,6 +150,7 @@ def test_weights_from_elsewhere_are_evaluated(started):
     ("train mine.csv --config.optim.lr.x=1", r"config\.optim\.lr={'x': 1}\. Expected a number above 0 or None"),
     ("train shapes --config.epochs.x=1", r"config\.epochs\.x does not exist: config\.epochs=10 is no group of keys"),
     ("resume runs/other", "runs/other holds no run"),
+    ("eval a.pt --out gs://bucket/r.json", "--out must be a local path; copy it to gs://bucket/r.json when"),
 ])  # fmt: skip
 def test_what_is_wrong_is_one_line(started, words, message):
     with pytest.raises(SystemExit, match=message) as stop:

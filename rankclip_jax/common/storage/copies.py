@@ -65,7 +65,7 @@ def workdir(path: str | Path | None) -> Iterator[Path | None]:
       InputError: the workdir is where no checkpoints can be saved; or as `push`, with what was raised in the block.
     """
     if path is None or not is_remote(path):
-        yield None if path is None else Path(path)
+        yield None if path is None else Path(os.path.expanduser(path))
         return
     url = str(path).rstrip("/")
     if place_of(url).scheme != "gs":
@@ -89,7 +89,7 @@ def output(path: str | Path, command: str) -> Iterator[Path]:
         with what was raised in the block.
     """
     if not is_remote(path):
-        yield Path(path)
+        yield Path(os.path.expanduser(path))
         return
     url = str(path).rstrip("/")
     reading.writable(url)

@@ -36,13 +36,16 @@ def is_remote(path: Any) -> bool:
 
 
 def local(path: str, what: str) -> Path:
-    """A path to write to. Raises InputError for gs:// and the like, of which a Path would make a folder `gs:`, and for
-    "", which would be the current folder."""
+    """A path to write to; ~ is the home folder, also where no shell says so, as in --out=~/x.
+
+    Raises InputError for gs:// and the like, of which a Path would make a folder `gs:`, and for "", which would be the
+    current folder.
+    """
     if not path:
         raise InputError(f"{what} is empty. Expected a local path")
     if is_remote(path):
         raise InputError(f"{what} must be a local path; copy it to {path} when it is complete")
-    return Path(path)
+    return Path(os.path.expanduser(path))
 
 
 def place_of(path: str) -> Place:
