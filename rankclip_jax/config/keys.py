@@ -146,7 +146,7 @@ KEYS = dict(
         # tokenizer.json, its folder (or vocab.json and merges.txt), or a Hugging Face hub id; None: train one on the
         # captions
         path=path(None),
-        vocab_size=integer(4096, 2),  # largest vocabulary of the trained tokenizer
+        vocab_size=integer(4096, 2, high=2**24),  # largest vocabulary of the trained tokenizer
     ),
     optim=dict(
         # standard | released: as in the authors' code, the rates of an epoch later, and decay also on class and

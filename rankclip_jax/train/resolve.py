@@ -33,6 +33,7 @@ _MANY = 20_000  # pairs that a larger model needs
 _BATCH = {"cpu": 64}  # a device; others: 128
 _IMAGES = {"cpu": 50_000}  # that a run sees; others: 32 million
 _EPOCHS = 40  # at most
+_MOST_STEPS = 2**31 - 1  # the count in a state is an int32
 _WITH_BLOCKS = {"tfrecord", "webdataset", "parquet"}
 _LANE_BLOCKS = 8  # that a lane has in an epoch, at least: with fewer it would often have no row of its own
 
@@ -239,8 +240,12 @@ def require(config: ConfigDict, who: str) -> None:
 
 
 def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
-    """The run's number of steps."""
-    return config.steps or config.epochs * steps_per_epoch
+    """The run's number of steps. Raises InputError where a state could not count them."""
+    steps = config.steps or config.epochs * steps_per_epoch
+    if steps > _MOST_STEPS:
+        key = "steps" if config.steps else "epochs"
+        raise InputError(f"config.{key}={config[key]} gives {steps:,} steps. Expected at most {_MOST_STEPS:,}")
+    return steps
 
 
 def of_source(origin: Pretrained) -> dict[str, Any]:

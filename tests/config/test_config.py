@@ -74,6 +74,7 @@ def test_a_mistyped_key_names_the_nearest_valid_one():
         ({"data": {"train": {"a.b": {"path": "x"}}}}, "config.data.train has a key 'a.b'"),
         ({"optim": {"lr": 10**400}}, "config.optim.lr=1000.*Expected a number above 0"),
         ({"seed": 2**32}, "config.seed=4294967296. Expected an integer of at least 0 and at most 4294967295"),
+        ({"tokenizer": {"vocab_size": 2**64}}, "config.tokenizer.vocab_size=18446744073709551616. Expected an integer"),
         ({"study": {"search_seed": 2**64}}, "config.study.search_seed=18446744073709551616. Expected an integer of"),
     ],
 )

@@ -80,6 +80,13 @@ def test_a_field_that_does_not_fit_the_model_that_is_chosen(change, message):
         resolve.resolve(own(f"model.vision.{change}"), 48)
 
 
+@pytest.mark.parametrize("change", ["steps=2147483648", "epochs=2147483648"])
+def test_more_steps_than_can_be_counted(change):
+    key, _, value = change.partition("=")
+    with pytest.raises(InputError, match=rf"config.{key}={value} gives [\d,]+ steps. Expected at most 2,147,483,647"):
+        resolve.resolve(own(change), 48)
+
+
 def test_what_is_evaluated_needs_no_schedule():
     assert own().loss.schedule is None and loss_spec(own()).schedule == "ramp"
 
