@@ -20,7 +20,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 
 _FULL, _DENIED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EACCES, errno.EPERM, errno.EROFS)
 # What the system refuses, and the user can put right -> what cannot be done, and how to put it right.
@@ -43,7 +43,7 @@ def exit_codes(interrupted: str = "stopped") -> Iterator[None]:
         yield
     except InputError as error:
         sys.exit(f"error: {error}")
-    except OSError as error:
+    except Exception as error:
         if said := refused(error):
             sys.exit(f"error: {said}")
         raise
@@ -53,7 +53,13 @@ def exit_codes(interrupted: str = "stopped") -> Iterator[None]:
 
 
 def refused(error: Exception) -> InputError | None:
-    """The line for what the system refused and the user can put right: a permission, a full disk; None for others."""
+    """The line for what the system refused and the user can put right: a permission, a full disk, the memory of a
+    device; None for others."""
+    if type(error).__name__ == "JaxRuntimeError" and str(error).startswith("RESOURCE_EXHAUSTED"):
+        return InputError(
+            f"a device has too little memory ({one_line(error)}); give a smaller batch or model. In training, "
+            "--config.accumulate=8 or --config.model.remat=True also take less, and --mode=plan says before how much"
+        )
     if not isinstance(error, OSError) or error.errno not in _REFUSED:
         return None
     what, advice = _REFUSED[error.errno]

@@ -212,6 +212,16 @@ def test_what_the_system_refuses_a_command_or_a_training(error, line, monkeypatc
     assert stop.value.code.startswith(f"error: {line}")
 
 
+def test_too_little_memory_of_a_device_is_one_line():
+    exhausted = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\n buffers ...\n")
+    with pytest.raises(SystemExit) as stop, commands.exit_codes():
+        raise exhausted
+    line = "error: a device has too little memory (RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes. buffers ...); "
+    assert stop.value.code.startswith(line) and "\n" not in stop.value.code
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), commands.exit_codes():
+        raise jax.errors.JaxRuntimeError("INTERNAL: no fault of the user")
+
+
 @pytest.mark.parametrize("given, used", [(None, "cpu"), ("", "cpu"), ("cuda,cpu", "cuda,cpu")])
 def test_converting_takes_no_accelerator_unless_told_to(given, used, monkeypatch):
     def fail(*_, **__):
