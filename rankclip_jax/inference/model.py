@@ -61,6 +61,8 @@ class Model:
     """
 
     def __init__(self, source: pretrained.Pretrained, dtype: str = "float32"):
+        if getattr(dtype, "__name__", str(dtype)) not in ("float32", "bfloat16"):  # int8 would give nonsense
+            raise InputError(f"dtype={dtype!r}. Expected float32 or bfloat16")
         self.source, self.batch_size = source, 64
         self.scale = float(np.exp(source.variables["params"]["logit_scale"]))
         self.bias = float(source.variables["params"].get("logit_bias", 0.0))
@@ -116,7 +118,7 @@ class Model:
 
         texts: a str or any iterable of str; or the tokenizer's int token ids (n, L), L at most the context length, and
         SigLIP's padded as it was trained.
-        Raises InputError without a tokenizer, and for ids outside the model's vocabulary.
+        Raises InputError without a tokenizer, for ids outside the model's vocabulary, and CLIP's without end-of-text.
         """
         config = self.source.config.text
         if isinstance(texts, np.ndarray | jax.Array) and texts.dtype.kind not in "OUT":  # those are of str
@@ -247,4 +249,7 @@ def _check_ids(ids_NxL: np.ndarray, config: models.TextConfig) -> np.ndarray:
         raise InputError(f"token ids have shape {ids_NxL.shape}; the model takes 1 to {config.context_length} per text")
     if ids_NxL.size and not 0 <= ids_NxL.min() <= ids_NxL.max() < config.vocab_size:
         raise InputError(f"token ids from {ids_NxL.min()} to {ids_NxL.max()}; the model has {config.vocab_size}")
+    ends_N = (ids_NxL == config.eot_id).any(axis=1)
+    if config.causal and not ends_N.all():  # such a text would have the embedding of its first token
+        raise InputError(f"token ids: text {ends_N.argmin()} has no end-of-text, {config.eot_id}, where it is embedded")
     return ids_NxL.astype(np.int32)

@@ -140,6 +140,10 @@ def test_resnet_and_bfloat16(tmp_path):
     np.testing.assert_allclose(model.encode_image(images), expected, atol=1e-5)
     half = rankclip_jax.load(path, dtype="bfloat16").encode_image(images)
     assert half.dtype == np.float32 and 1e-4 < np.abs(half - expected).max() < 0.05
+    np.testing.assert_array_equal(rankclip_jax.load(path, dtype=jax.numpy.bfloat16).encode_image(images), half)
+    for dtype in ("int8", "float", None):
+        with pytest.raises(InputError, match=f"dtype={dtype!r}. Expected float32 or bfloat16"):
+            rankclip_jax.load(path, dtype=dtype)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 200), (300, 31), (5, 90), (64, 48), (1, 40)])
@@ -200,6 +204,7 @@ def test_damaged_files_are_named(model, tmp_path):
         (np.zeros((2, 17), np.int32), r"the model takes 1 to 16 per text"),
         (np.full((2, 3), 10**6), r"from 1000000 to 1000000; the model has \d+"),
         (np.full((2, 3), -1), r"ids from -1"),
+        (np.full((2, 3), 5), r"token ids: text 0 has no end-of-text, \d+"),
         (["a", 3], "a text must be a str; got int"),
         (["a", None], "a text must be a str; got NoneType"),
         (None, "a text must be a str; got NoneType"),
