@@ -67,10 +67,9 @@ def init_state(
 ) -> TrainState:
     """A fresh state, born with the shardings that `sharding` (config.sharding) gives it. `optim`: as fresh_state."""
     init, shardings = _init_and_shardings(model, tx, seed, mesh, sharding, optim)
-    if mesh.size == 1:
-        return jax.device_put(draw(init, mesh.devices.flat[0]), shardings)
     options = compiler_options(devices_of(mesh).platform)
-    return jax.jit(init, out_shardings=shardings, compiler_options=options)()
+    jitted = jax.jit(init, out_shardings=shardings, compiler_options=options)
+    return jax.device_put(draw(jitted, mesh.devices.flat[0]), shardings) if mesh.size == 1 else jitted()
 
 
 def abstract_state(

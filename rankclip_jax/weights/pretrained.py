@@ -108,7 +108,7 @@ def untrained(model: Pretrained, seed: int = 0) -> Pretrained:
     """The same architecture, tokenizer and view with random parameters: the initial ones of a run with this config.seed
     (with config.model.scan_layers: other random values)."""
     network = models.CLIP(model.config)
-    init = lambda: network.init(jax.random.key(seed), *network.example_inputs())  # noqa: E731
+    init = jax.jit(lambda: network.init(jax.random.key(seed), *network.example_inputs()))
     variables = jax.device_get(draw(init, jax.local_devices()[0]))
     return dataclasses.replace(model, variables=variables, run=None, step=None, averaged=False)
 
