@@ -136,10 +136,16 @@ class BatchNorm(nn.Module):
 
 def avg_pool(x_BxHxWxC: jax.Array, k: int) -> jax.Array:
     """Mean over k x k cells with stride k. H and W are multiples of k: the config made sure."""
-    if x_BxHxWxC.dtype == jnp.bfloat16:
-        # jaxlib 0.12 on CPU fuses the mean below into wrong numbers, up to NaN, when they are bfloat16.
-        x = x_BxHxWxC.astype(jnp.float32)
-        cells = [x[:, i::k, j::k] for i in range(k) for j in range(k)]
-        return jnp.asarray(sum(cells) / k**2, jnp.bfloat16)
-    b, h, w, c = x_BxHxWxC.shape
-    return x_BxHxWxC.reshape(b, h // k, k, w // k, k, c).mean(axis=(2, 4))
+
+    def mean(x):
+        b, h, w, c = x.shape
+        return x.reshape(b, h // k, k, w // k, k, c).mean(axis=(2, 4))
+
+    def sum_of_cells(x):
+        x = x.astype(jnp.float32)
+        return jnp.asarray(sum(x[:, i::k, j::k] for i in range(k) for j in range(k)) / k**2, jnp.bfloat16)
+
+    if x_BxHxWxC.dtype != jnp.bfloat16:
+        return mean(x_BxHxWxC)
+    # jaxlib 0.12 on CPU fuses the mean into wrong numbers, up to NaN, when they are bfloat16.
+    return jax.lax.platform_dependent(x_BxHxWxC, cpu=sum_of_cells, default=mean)
