@@ -53,6 +53,8 @@ def main() -> None:
     queries = [*flags.search, *flags.queries]
     if not (flags.out or queries):
         parser.error("give --out FILE to embed DATA, --search QUERY to search it, or both")
+    if file := next((query for query in flags.queries if query.endswith(store.ENDINGS)), None):
+        parser.error(f"{file} is read as a QUERY; to write that file give --out {file}")
     if (flags.workers != 1 or flags.ray is not None) and not (flags.out and store.is_folder(flags.out)):
         parser.error("--workers and --ray write shards: give --out FOLDER")
     if flags.workers < 1:

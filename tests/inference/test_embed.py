@@ -39,6 +39,14 @@ def test_a_folder_to_a_file(run, model, folder, tmp_path, monkeypatch, ending):
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"e{ending}", "photos"]  # nothing else is left
 
 
+@pytest.mark.parametrize("ending", store.ENDINGS)
+def test_a_file_to_write_without_out_is_no_query(run, folder, tmp_path, capsys, ending):
+    with pytest.raises(SystemExit):
+        run(folder, tmp_path / f"e{ending}")
+    file = tmp_path / f"e{ending}"
+    assert f"error: {file} is read as a QUERY; to write that file give --out {file}" in capsys.readouterr().err
+
+
 def test_a_csv_with_bad_rows(run, model, folder, tmp_path, capsys):
     names = names_below(folder)
     (folder / "text.png").write_text("no picture")
