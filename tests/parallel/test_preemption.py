@@ -1,17 +1,17 @@
 """A terminal that is closed asks to save and stop; that nothing can be shown any more is no failure."""
 
-import fcntl
 import os
 import pty
 import signal
 import subprocess
 import sys
-import termios
 
 from rankclip_jax.parallel.preemption import Notice
 
 CHILD = """
-import sys, time
+import fcntl, signal, sys, termios, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were started with
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal is its own
 from rankclip_jax.parallel.preemption import Notice
 with Notice() as notice:
     print("begun", flush=True)
@@ -31,7 +31,6 @@ def test_a_closed_terminal_asks_to_save(tmp_path):
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # the terminal is its own
     )
     os.close(theirs)
     with os.fdopen(ours, "rb", buffering=0) as terminal:
