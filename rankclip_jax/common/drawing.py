@@ -20,11 +20,12 @@ def draw(init: jax.stages.Wrapped, device: jax.Device) -> Any:
     traced = init.trace()
     whole = traced.jaxpr.jaxpr
     jaxpr, _ = partial_eval.dce_jaxpr(whole, [True] * len(whole.outvars))  # without the towers
-    draws = [str(eqn.params["jaxpr"]) for eqn in jaxpr.eqns if eqn.primitive.name == "jit"]
+    kinds = [str(eqn.params["jaxpr"]) if eqn.primitive.name == "jit" else None for eqn in jaxpr.eqns]
+    draws = [kind for kind in kinds if kind]
     if not {eqn.primitive.name for eqn in jaxpr.eqns} <= _ALONE or len(draws) < _ALIKE * len(set(draws)):
         return init()
     with jax.default_device(device):
-        leaves = _computed(jaxpr, traced.jaxpr.consts, device.platform)
+        leaves = _computed(jaxpr, traced.jaxpr.consts, kinds, device.platform)
     return jax.tree.unflatten(jax.tree.structure(traced.out_info), leaves)
 
 
@@ -35,17 +36,16 @@ def compiler_options(platform: str) -> dict | None:
     return None
 
 
-def _computed(jaxpr, consts, platform):
-    """The outputs, equation by equation; equal draws share a program."""
+def _computed(jaxpr, consts, kinds, platform):
+    """The outputs, equation by equation; draws of a kind share a program."""
     known, programs, given = dict(zip(jaxpr.constvars, consts, strict=True)), {}, set()
 
     def value(atom):
         return atom.val if isinstance(atom, core.Literal) else known[atom]
 
-    for eqn in jaxpr.eqns:
+    for eqn, kind in zip(jaxpr.eqns, kinds, strict=True):
         inputs = [value(atom) for atom in eqn.invars]
-        if eqn.primitive.name == "jit":
-            kind = str(eqn.params["jaxpr"])
+        if kind:
             if kind not in programs:
                 function = core.jaxpr_as_fun(eqn.params["jaxpr"])
                 programs[kind] = jax.jit(function, compiler_options=compiler_options(platform))

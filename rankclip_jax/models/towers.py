@@ -148,9 +148,7 @@ class TextTransformer(nn.Module):
             embedding_init=normal(0.02),
             name="token_embedding",
         )
-        positions = self.param(
-            "positional_embedding", normal(0.01), (cfg.context_length, cfg.width)
-        )
+        positions = self.param("positional_embedding", normal(0.01), (cfg.context_length, cfg.width))
         positions = positions[:length] if places_BxL is None else positions[places_BxL]
         x = embedding(tokens_BxL) + positions.astype(self.dtype)
         x = Transformer(
@@ -179,7 +177,5 @@ class TextTransformer(nn.Module):
             x_BxD = jnp.take_along_axis(x, eot_B[:, None, None], axis=1)[:, 0]
         # The norm acts on each token alone, so only the pooled one needs it.
         x_BxD = LayerNorm(self.dtype, name="ln_final")(x_BxD)
-        projection = self.param(
-            "text_projection", normal(cfg.width**-0.5), (cfg.width, self.embed_dim)
-        )
+        projection = self.param("text_projection", normal(cfg.width**-0.5), (cfg.width, self.embed_dim))
         return x_BxD @ projection.astype(self.dtype)

@@ -20,7 +20,8 @@ class Notice:
 
     Of one process SIGTERM is watched here. Of many, JAX watches it, and its coordination service finds a step that
     none of them has passed yet: whichever of them got the signal, all save that step. Ctrl-C is a SIGTERM; a second one
-    ends the process at once, with 130. So is SIGHUP, by which a terminal says that it is gone, unless nohup ignores it.
+    ends the process at once, with 130. SIGHUP, by which a terminal says that it is gone, is a SIGTERM too; what nohup
+    ignores stays ignored.
     """
 
     def __init__(self) -> None:
