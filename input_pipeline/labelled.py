@@ -26,7 +26,7 @@ from input_pipeline.rows import read_each
 from input_pipeline.sources import Source, open_source, tfds
 from input_pipeline.sources.packed_strings import PackedStrings
 from rankclip_jax.common import folders, storage
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, located
 from rankclip_jax.common.pictures import ENDINGS
 
 
@@ -156,7 +156,7 @@ def _open_labelled(spec: ConfigDict, path: str | None, image_side: int) -> Label
 def _folder(spec: ConfigDict, path: str) -> LabelledSet:
     classes = folders.class_folders(path) if storage.is_folder(path) else []
     if not classes:
-        raise InputError(f"{path} is not a folder with one folder per class{_hint(spec)}")
+        raise InputError(f"{located(path)} is not a folder with one folder per class{_hint(spec)}")
     roots = [os.path.join(path, name) for name in classes]
     files = [[os.path.join(root, file) for file in folders.pictures_below(root)] for root in roots]
     if not any(files):

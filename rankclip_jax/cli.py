@@ -45,7 +45,9 @@ def main() -> None:
         rest = [first, *rest]
     sys.argv = [f"rankclip {word}", *flags, *rest]
     commands.quiet_tensorflow()  # before a module imports it
-    importlib.import_module(module).main()
+    with commands.exit_codes():  # Ctrl-C in the seconds that imports take
+        command = importlib.import_module(module)
+    command.main()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from input_pipeline.sources.captioned_files import captioned_files
 from input_pipeline.sources.packed_strings import PackedStrings
 from input_pipeline.sources.source import Lost, Reading, Source, all_ahead
 from rankclip_jax.common import folders, storage
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, located
 from rankclip_jax.common.pictures import ENDINGS
 
 
@@ -24,7 +24,7 @@ def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
     """
     root = os.fspath(path) if isinstance(path, str | os.PathLike) else repr(path)
     if not storage.is_folder(root):
-        raise InputError(f"{root} is not a folder" + (f"; {spec.hint}" if spec.get("hint") else ""))
+        raise InputError(f"{located(root)} is not a folder" + (f"; {spec.hint}" if spec.get("hint") else ""))
     names = sorted(folders.files_below(root))
     images = [name for name in names if folders.is_picture(name)]
     if not images:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from rankclip_jax.common import storage
-from rankclip_jax.common.errors import InputError, one_line
+from rankclip_jax.common.errors import InputError, located, one_line
 from rankclip_jax.common.folders import is_leftover
 
 _RANGE = re.compile(r"\{([^{}]*)\}")
@@ -41,7 +41,7 @@ def expand(pattern: str | Sequence[str], *, endings: tuple[str, ...], hint: str 
         if not found:
             if storage.is_remote(path):
                 storage.check_bucket(path)
-            raise InputError(f"no such file: {path}" + (f"; {hint}" if hint else ""))
+            raise InputError(f"no such file: {located(path)}" + (f"; {hint}" if hint else ""))
         paths += found
     return paths
 

@@ -41,6 +41,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS, MAX_FILE_MB
 
 _CAPTIONS = "txt", "caption"  # extensions, in order of preference
+_FAR = np.int64(np.iinfo(np.int64).max)  # begins after every member
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,78 +168,95 @@ def open_members(
     if index.size and not index.some_row_has(required):
         kinds = " and ".join(f"{_named(name)} ({_dotted(wanted[name])})" for name in wanted if name not in lackable)
         raise InputError(f"{paths[0]}: no sample has both {kinds} under one name")
-    reads = index.reads
-    far = tf.constant(np.iinfo(np.int64).max)
-    most = min((spec.get("max_file_mb") or MAX_FILE_MB) * 1_000_000, tar_index.LARGEST - 1)
-    too_large = f"has more than {most // 1_000_000:,} MB (config.data.max_file_mb)"
+    reader = _Reader(index, wanted, required, spec)
+    return Members(index, reader.read, reader.all.ahead, reader.alone, reader.blocks, reader.together)
 
-    def alone(names):
-        columns = [list(wanted).index(name) for name in names]
 
-        def read(row):
-            file, begin_M, length_M = index.in_graph(row)
-            for i, name in enumerate(wanted):
-                if name not in lackable:
-                    require(length_M[i] >= 0, f"no {name}: no member ends in {_dotted(wanted[name])}")
-                require(length_M[i] <= most, f"the {name} {too_large}")
-            length_M = tf.where(length_M <= most, length_M, 0)  # the read may come before the assertion
-            if len(columns) < len(wanted):
-                begin_M, length_M = tf.gather(begin_M, columns), tf.gather(length_M, columns)
-            # Members of a sample are adjacent, so one range contains all of them.
-            end = tf.maximum(tf.reduce_max(begin_M + length_M), 0)
-            first = tf.minimum(tf.reduce_min(tf.where(begin_M < 0, far, begin_M)), end)  # the end where there is none
-            span = fetch_row(row, file, first, end - first)
-            begin_M, length_M = tf.maximum(begin_M - first, 0), tf.maximum(length_M, 0)
-            return {name: tf.strings.substr(span, begin_M[i], length_M[i]) for i, name in enumerate(names)}
+class _Reader:
+    """The M members of samples, in the order of `wanted`. They are adjacent, so a sample is one range of bytes."""
+
+    def __init__(
+        self, index: OffsetIndex, wanted: Mapping[str, tuple[str, ...]], required: list[int], spec: Mapping[str, Any]
+    ):
+        """`required`: the numbers of the members that no sample may lack."""
+        self._index, self._wanted, self._required = index, wanted, required
+        self._most = min((spec.get("max_file_mb") or MAX_FILE_MB) * 1_000_000, tar_index.LARGEST - 1)
+        self._held = shard_blocks(spec, index, self._range_of_block, index.reads)
+        in_python = self._held is not None or any(map(storage.is_remote, index.paths))
+        self._slice_of = None if in_python else byte_ranges(index.paths)
+        self.blocks = self._held.blocks if self._held else None
+        self.together = row_by_row(len(wanted), self._take_members, self._places) if in_python else None
+        self.all = self.alone(list(wanted))
+
+    def read(self, row: tf.Tensor, given: tf.Tensor | None = None) -> dict[str, tf.Tensor]:
+        """As Members.read."""
+        by_name = lambda given_M: dict(zip(self._wanted, tf.unstack(given_M, len(self._wanted)), strict=True))  # noqa: E731
+        return given_or_alone(given, by_name, lambda: self.all.read(row))
+
+    def alone(self, names: Sequence[str]) -> Reading:
+        """As Members.alone."""
+        columns = [list(self._wanted).index(name) for name in names]
 
         def start(rows):
-            for file, first, end, _ in spans(rows, columns):
+            for file, first, end, _ in self._ranges(rows, columns):
                 if first < end:
-                    reads.start(index.paths[file], first, end)
+                    self._index.reads.start(self._index.paths[file], first, end)
 
-        return Reading(read, ahead_of(index.paths, reads, start, index.far or held is not None))
+        far = self._index.far or self._held is not None
+        ahead = ahead_of(self._index.paths, self._index.reads, start, far)
+        return Reading(lambda row: self._read(row, names, columns), ahead)
 
-    def spans(rows, columns):
-        file_R, records_RxK = index.of_rows(rows)
-        begin_RxM, length_RxM = (half[:, columns] for half in np.split(records_RxK, 2, axis=1))
-        first_R = np.where(begin_RxM < 0, np.iinfo(np.int64).max, begin_RxM).min(axis=1)
-        end_R = (begin_RxM + np.where(length_RxM <= most, length_RxM, 0)).max(axis=1)
-        return list(zip(*(of_R.tolist() for of_R in (file_R, first_R, end_R, records_RxK)), strict=True))
+    def _read(self, row, names, columns):
+        """Ops: {name: bytes} of these members alone, which are the `columns` of all."""
+        file, begin_M, length_M = self._index.in_graph(row)
+        for i, (name, endings) in enumerate(self._wanted.items()):
+            if i in self._required:
+                require(length_M[i] >= 0, f"no {name}: no member ends in {_dotted(endings)}")
+            too_large = f"has more than {self._most // 1_000_000:,} MB (config.data.max_file_mb)"
+            require(length_M[i] <= self._most, f"the {name} {too_large}")
+        length_M = tf.where(length_M <= self._most, length_M, 0)  # the read may come before the assertion
+        if len(columns) < len(self._wanted):
+            begin_M, length_M = tf.gather(begin_M, columns), tf.gather(length_M, columns)
+        end = tf.maximum(tf.reduce_max(begin_M + length_M), 0)
+        first = tf.minimum(tf.reduce_min(tf.where(begin_M < 0, _FAR, begin_M)), end)  # the end where there is none
+        if self._slice_of:
+            span = self._slice_of(file, first, end - first)
+        else:
+            span = from_python(self._take, row, file, first, end)
+        begin_M, length_M = tf.maximum(begin_M - first, 0), tf.maximum(length_M, 0)
+        return {name: tf.strings.substr(span, begin_M[i], length_M[i]) for i, name in enumerate(names)}
 
-    def span(rows):
-        _, firsts, ends, _ = zip(*spans(rows, range(len(wanted))), strict=True)
-        return min(firsts), max(ends)
+    def _take(self, row, file, begin, end):
+        """The bytes of a range, in Python: of a block that is held, or else of a read of their own."""
+        place = self._index.paths[file], int(begin), int(end)
+        return self._held.take(row, *place) if self._held else self._index.reads.take(*place)
 
-    held = shard_blocks(spec, index, span, reads)
-    in_python = held is not None or any(map(storage.is_remote, index.paths))
-    slice_of = None if in_python else byte_ranges(index.paths)
-
-    def take(row, file, begin, end):
-        place = index.paths[file], int(begin), int(end)
-        return held.take(row, *place) if held else reads.take(*place)
-
-    def fetch_row(row, file, begin, length):
-        return slice_of(file, begin, length) if slice_of else from_python(take, row, file, begin, begin + length)
-
-    def places(rows):
-        return ((row, *place) for row, place in zip(rows.tolist(), spans(rows, range(len(wanted))), strict=True))
-
-    def take_members(row, file, first, end, record):
-        begins, lengths = record[: len(wanted)], record[len(wanted) :]
+    def _take_members(self, row, file, first, end, record):
+        """The bytes of each member, in Python."""
+        begins, lengths = record[: len(self._wanted)], record[len(self._wanted) :]
         require_small(max(*lengths, end - first))
-        if any(lengths[i] < 0 for i in required):
+        if any(lengths[i] < 0 for i in self._required):
             raise InputError("a member is missing")
-        data = take(row, file, first, end)
+        data = self._take(row, file, first, end)
         return [data[b - first : b - first + n] if n > 0 else b"" for b, n in zip(begins, lengths, strict=True)]
 
-    read_alone, ahead = alone(list(wanted))
+    def _ranges(self, rows, columns):
+        """[(file, first byte, end, record)] of each row, with the members in these columns."""
+        file_R, records_RxK = self._index.of_rows(rows)
+        begin_RxM, length_RxM = (half[:, columns] for half in np.split(records_RxK, 2, axis=1))
+        first_R = np.where(begin_RxM < 0, _FAR, begin_RxM).min(axis=1)
+        end_R = (begin_RxM + np.where(length_RxM <= self._most, length_RxM, 0)).max(axis=1)
+        return list(zip(*(of_R.tolist() for of_R in (file_R, first_R, end_R, records_RxK)), strict=True))
 
-    def read(row, given=None):
-        by_name = lambda given_M: dict(zip(wanted, tf.unstack(given_M, len(wanted)), strict=True))  # noqa: E731
-        return given_or_alone(given, by_name, lambda: read_alone(row))
+    def _places(self, rows):
+        """Of each row, what _take_members takes."""
+        ranges = self._ranges(rows, range(len(self._wanted)))
+        return ((row, *place) for row, place in zip(rows.tolist(), ranges, strict=True))
 
-    together = row_by_row(len(wanted), take_members, places) if in_python else None
-    return Members(index, read, ahead, alone, held.blocks if held else None, together)
+    def _range_of_block(self, rows):
+        """(first byte, end) of neighbouring rows of one file."""
+        _, firsts, ends, _ = zip(*self._ranges(rows, range(len(self._wanted))), strict=True)
+        return min(firsts), max(ends)
 
 
 def _named(kind):

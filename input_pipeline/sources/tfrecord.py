@@ -19,6 +19,7 @@ from input_pipeline.graph import as_written, from_python, iterated, no_model
 from input_pipeline.sources.byte_ranges import ahead_of
 from input_pipeline.sources.index_places import Kind
 from input_pipeline.sources.offset_index import Bytes, Peers, Scan, offset_index
+from input_pipeline.sources.offsets import OffsetIndex
 from input_pipeline.sources.paths import expand
 from input_pipeline.sources.shard_blocks import shard_blocks
 from input_pipeline.sources.source import Ahead, Blocks, Lost, Source, keys
@@ -158,20 +159,44 @@ def open_records(
     if not size:
         more = f", nor have the other {len(paths) - 1} files" if len(paths) > 1 else ""
         raise InputError(f"{paths[0]} has no TFRecords{more}")
-    paths_F, wanted_N = tf.constant(paths), None if rows_N is None else tf.constant(rows_N)
-    reads, remote = index.reads, any(map(storage.is_remote, paths))
+    return _Reader(index, rows_N, spec).records(size)
 
-    def read(row, given=None):
-        return given_or_alone(given, lambda given_1: given_1[0], lambda: alone(row))
 
-    def alone(row):
-        file, begin_1, length_1 = index.in_graph(row if wanted_N is None else wanted_N[row])
+class _Reader:
+    """Reads records by row: all of an index, or those of `rows_N`."""
+
+    def __init__(self, index: OffsetIndex, rows_N: np.ndarray | None, spec: Mapping[str, Any]):
+        self._index, self._rows_N = index, rows_N
+        self._paths_F, self._wanted_N = tf.constant(index.paths), None if rows_N is None else tf.constant(rows_N)
+        self._held = shard_blocks(spec, index, self._range_of_block, index.reads)
+        self._in_python = self._held is not None or any(map(storage.is_remote, index.paths))
+
+    def records(self, size: int) -> Records:
+        """`size` of them."""
+        index = self._index
+        return Records(
+            size,
+            self._read,
+            self._where,
+            tuple(index.lost),
+            self._with_rows(index.arrays),
+            ahead_of(index.paths, index.reads, self._start, index.far or self._held is not None),
+            self._with_rows(index.digest),
+            self._held.blocks if self._held else None,
+            row_by_row(1, self._fetch_small, self._places) if self._in_python else None,
+        )
+
+    def _read(self, row, given=None):
+        return given_or_alone(given, lambda given_1: given_1[0], lambda: self._alone(row))
+
+    def _alone(self, row):
+        file, begin_1, length_1 = self._index.in_graph(row if self._wanted_N is None else self._wanted_N[row])
         begin, length = begin_1[0], length_1[0]
-        if remote or held:
-            return from_python(fetch, row, file, begin, length)
+        if self._in_python:
+            return from_python(self._fetch, row, file, begin, length)
         # One read of exactly this record: a larger buffer would also fetch its neighbours.
         dataset = tf.raw_ops.TFRecordDatasetV2(
-            filenames=[paths_F[file]],
+            filenames=[self._paths_F[file]],
             compression_type="",
             buffer_size=length + _FRAME,
             byte_offsets=[begin],
@@ -182,44 +207,43 @@ def open_records(
         dataset = tf.raw_ops.TakeDataset(input_dataset=dataset, count=1, **only)
         return tf.raw_ops.DatasetToSingleElement(dataset=dataset, **only)[0]
 
-    def fetch(row, file, begin, length):
-        span = paths[file], int(begin), int(begin + length) + _FRAME
-        frame = held.take(row, *span) if held else reads.take(*span)
+    def _fetch(self, row, file, begin, length):
+        """The record, in Python."""
+        place = self._index.paths[file], int(begin), int(begin + length) + _FRAME
+        frame = self._held.take(row, *place) if self._held else self._index.reads.take(*place)
         record = frame[12:-4]
         if struct.unpack_from("<I", frame, len(frame) - 4)[0] != _masked(google_crc32c.value(record)):
             raise InputError("the record does not match its checksum")
         return record
 
-    def places(rows):
-        file_R, records_Rx2 = index.of_rows(rows if rows_N is None else rows_N[rows])
+    def _fetch_small(self, *place):
+        require_small(place[-1])
+        return [self._fetch(*place)]
+
+    def _places(self, rows):
+        """Of each row, what _fetch takes."""
+        file_R, records_Rx2 = self._index.of_rows(self._in_index(rows))
         return zip(rows.tolist(), file_R.tolist(), *records_Rx2.T.tolist(), strict=True)
 
-    def start(rows):
-        for _, file, begin, length in places(rows):
-            reads.start(paths[file], begin, begin + length + _FRAME)
+    def _start(self, rows):
+        for _, file, begin, length in self._places(rows):
+            self._index.reads.start(self._index.paths[file], begin, begin + length + _FRAME)
 
-    def where(row):
-        row = row if rows_N is None else rows_N[row]
-        file = index.file_of(row)
-        return f"{paths[file]} record {row - index.starts[file]} (byte {index.of_rows([row])[1][0, 0]})"
-
-    def with_rows(arrays):
-        return lambda: arrays() + ([] if rows_N is None else [rows_N])
-
-    def span(rows):
-        _, records_Rx2 = index.of_rows(rows)
+    def _range_of_block(self, rows):
+        """(first byte, end) of neighbouring rows of one file."""
+        _, records_Rx2 = self._index.of_rows(rows)
         return int(records_Rx2[0, 0]), int(records_Rx2[-1].sum()) + _FRAME
 
-    held = shard_blocks(spec, index, span, reads)
-    ahead, blocks = ahead_of(paths, reads, start, index.far or held is not None), held.blocks if held else None
-    arrays, digest = with_rows(index.arrays), with_rows(index.digest)
+    def _where(self, row):
+        row, index = self._in_index(row), self._index
+        file = index.file_of(row)
+        return f"{index.paths[file]} record {row - index.starts[file]} (byte {index.of_rows([row])[1][0, 0]})"
 
-    def fetch_small(*place):
-        require_small(place[-1])
-        return [fetch(*place)]
+    def _with_rows(self, arrays):
+        return lambda: arrays() + ([] if self._rows_N is None else [self._rows_N])
 
-    together = row_by_row(1, fetch_small, places) if remote or held else None
-    return Records(size, read, where, tuple(index.lost), arrays, ahead, digest, blocks, together)
+    def _in_index(self, rows):
+        return rows if self._rows_N is None else self._rows_N[rows]
 
 
 def _first_with_bytes(candidates):

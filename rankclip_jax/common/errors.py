@@ -1,11 +1,20 @@
 """The one exception for wrong input, and what exceptions and other people's names are in one line."""
 
+import os
+
 
 class InputError(ValueError):
     """Something that the user gave is wrong. The message says what, where, and what to do, in one line.
 
     The command line prints it alone, without a traceback (common/commands.py).
     """
+
+
+def located(path: str | os.PathLike) -> str:
+    """A path that is not there, for a message. A relative one with the folder that it was taken from: a run that resumes
+    may be called from another one."""
+    path = os.fspath(path)
+    return path if os.path.isabs(path) or "://" in path else f"{path} (in {os.getcwd()})"
 
 
 def printable(text: str) -> str:

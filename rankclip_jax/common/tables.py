@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from rankclip_jax.common.delimited import Rows, first_rows, read_delimited
 from rankclip_jax.common.encoded_text import EncodedText
-from rankclip_jax.common.errors import InputError, one_line
+from rankclip_jax.common.errors import InputError, located, one_line
 from rankclip_jax.common.json_rows import json_items, json_rows
 from rankclip_jax.common.regular_files import open_regular
 
@@ -123,7 +123,7 @@ def _text(file: str, encoding: str | None, data: bytes | None = None) -> Encoded
     except InputError as error:
         raise InputError(f"{file} is {error}") from None
     except FileNotFoundError:
-        raise InputError(f"no such file: {file}") from None
+        raise InputError(f"no such file: {located(file)}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{file} is not a complete .gz file ({one_line(error)})") from None
     except OSError as error:

@@ -53,7 +53,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         given = module.get_config(**_arguments(spec, arguments, known))
     except InputError:
         raise
-    except Exception as error:  # whatever the file's own code raises
+    except (Exception, SystemExit) as error:  # whatever the file's own code raises
         raise InputError(f"--config={spec}: {_place(error, path)}{one_line(error, kind=True)}") from error
     return complete(override(_group(given, f"--config={spec}: get_config()"), overrides))
 
@@ -134,10 +134,21 @@ def override(config: dict, overrides: Sequence[str]) -> dict:
                 inner = ".".join(parents[: number + 1])
                 raise InputError(f"config.{key} does not exist: config.{inner}={group!r} is no group of keys")
         try:
-            group[last] = ast.literal_eval(value)
+            given = ast.literal_eval(value)
         except (ValueError, TypeError, SyntaxError, RecursionError):
-            group[last] = value
+            given = value
+        known: Any = KEYS
+        for name in (*parents, last):
+            known = known.get(name) if isinstance(known, Mapping) else None
+        group[last] = _over(group.get(last), given, known if key != "mesh" else None)
     return config
+
+
+def _over(old: Any, given: Any, known: Any) -> Any:
+    """`given` in place of `old`; of a group of our keys only those that it names, so that the others stay as they are."""
+    if not (isinstance(old, dict) and isinstance(given, dict) and isinstance(known, Mapping) and known):
+        return given
+    return old | {name: _over(old.get(name), value, known.get(name)) for name, value in given.items()}
 
 
 def complete(config: Mapping) -> ConfigDict:

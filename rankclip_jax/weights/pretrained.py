@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from rankclip_jax import config as configs
@@ -13,7 +14,7 @@ from rankclip_jax.common.drawing import draw
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.foreign_files import read_json
 from rankclip_jax.common.tokenizer import NO_SENTENCEPIECE, SENTENCEPIECE, Tokenizer, files_of_tokenizer
-from rankclip_jax.common.trees import overlaid
+from rankclip_jax.common.trees import flatten, overlaid
 from rankclip_jax.models.presets import Activation
 from rankclip_jax.weights import checkpoint, formats, hub, lora
 from rankclip_jax.weights import view as preprocess
@@ -101,7 +102,16 @@ def read(
                 f"{path} has {config.text.vocab_size}, end-of-text {config.text.eot_id}; give the tokenizer of its "
                 "training"
             )
+    _check_finite(path, variables)
     return Pretrained(path, config, variables, view, words)
+
+
+def _check_finite(path: Path, variables: dict) -> None:
+    """Raises InputError where a number of a model is NaN or infinite, which every embedding would be too."""
+    for name, values in flatten(variables).items():
+        if not np.isfinite(values).all():
+            count = np.size(values) - np.count_nonzero(np.isfinite(values))
+            raise InputError(f"{path}: {count:,} of {np.size(values):,} numbers of {name} are NaN or infinite; get it anew")
 
 
 def untrained(model: Pretrained, seed: int = 0) -> Pretrained:
@@ -138,4 +148,5 @@ def _workdir(path: Path, tokenizer: Tokenizer | None, ema: bool) -> Pretrained:
     normal = run.data.mean or preprocess.MEAN, run.data.std or preprocess.STD
     squash = run.data.squash or preprocess.usual(config.vision).squash
     view = preprocess.View(side, side, *normal, squash=squash)
+    _check_finite(path, variables)
     return Pretrained(path, config, variables, view, tokenizer, run, step, ema)

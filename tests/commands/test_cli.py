@@ -198,6 +198,17 @@ def test_version_and_words(capsys, monkeypatch):
     assert all(f"  {word} " in listed for word in cli.COMMANDS)
 
 
+def test_ctrl_c_while_a_command_is_imported_is_one_line(capsys, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["rankclip", "train", "shapes"])
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130 and capsys.readouterr().err == "stopped\n"
+
+
 def test_every_package_is_in_the_wheel():
     folders = {path.parent for room in ("rankclip_jax", "input_pipeline") for path in (REPO / room).rglob("*.py")}
     found = {".".join(folder.relative_to(REPO).parts) for folder in folders}

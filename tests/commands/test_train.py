@@ -167,7 +167,7 @@ def small(config="configs/shapes.py", **overrides):
         ({"batch_size": 512}, r"batch_size=512 is more than the 192 training samples"),
         ({"batch_size": 12}, r"batch_size=12 does not divide over 8 devices. Try 8"),
         ({"tokenizer.path": "gone/tokenizer.json"}, r"no file gone/tokenizer.json"),
-        ({"data.format": "csv", "data.train": "gone.csv"}, r"no such file: gone.csv; give a csv"),
+        ({"data.format": "csv", "data.train": "gone.csv"}, r"no such file: gone.csv \(in .*\); give a csv"),
         ({"mesh": {"data": 3}}, r"takes 3 devices; there are 8"),
         ({"data.train": 0}, r"a number of scenes above 0"),
         ({"sharding": "fsdp"}, r"asks for an axis 'fsdp', which config.mesh lacks"),
@@ -181,7 +181,7 @@ def test_wrong_input_is_refused_before_anything_is_written(tmp_path, overrides, 
 
 def test_a_missing_cc3m_says_what_it_is_and_how_to_get_it(tmp_path):
     config = configs.load(str(REPO / "configs/cc3m.py"))
-    with pytest.raises(InputError, match=r"no such file: data/cc3m/train.csv; CC3M is a list of URLs .*img2dataset"):
+    with pytest.raises(InputError, match=r"no such file: data/cc3m/train.csv \(in .*\); CC3M is a list of URLs .*img2dataset"):
         loop.train(config, tmp_path)
 
 

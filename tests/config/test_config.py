@@ -262,6 +262,11 @@ def test_the_command_line_overrides_the_file():
     config = configs.load("configs/shapes.py:objective=clip", overrides)
     assert (config.optim.lr, config.data.val, config.checkpoint.best) == (0.1, None, "zero_shot/seen/top1")
     assert config.model.vision.width == 8 and config.loss.objective == "clip"
+    given = ["optim={'lr': 0.1, 'rules': ()}", "eval.suite=('imagenet',)", "loss={'terms': {'clip': 1.0}}"]
+    config, plain = configs.load("configs/cc3m.py", given), configs.load("configs/cc3m.py")
+    assert config.optim.lr == 0.1 and config.loss.terms.to_dict() == {"clip": 1.0}
+    assert (config.optim.weight_decay, config.loss.lambda_in) == (plain.optim.weight_decay, plain.loss.lambda_in)
+    assert configs.override({"mesh": {"data": 2}}, ["mesh={'fsdp': 2}"]) == {"mesh": {"fsdp": 2}}  # given whole
     with pytest.raises(InputError, match=r"--config: .*README.md is no Python file"):
         configs.load("README.md")
     with pytest.raises(InputError, match="no file configs/shape.py"):
@@ -286,6 +291,7 @@ def test_what_is_no_literal_is_text_and_a_file_without_get_config_is_named(tmp_p
         ("def get_config(lr):\n  return {'optim': {'lr': float(lr)}}", ":lr=x", "line 2: ValueError: could not"),
         ("def get_config(lr): pass", "", "TypeError: get_config.. missing 1 required .* 'lr'"),
         ("def get_config(): pass", "", r"get_config\(\)=None. Expected a group of keys"),
+        ("import sys\nsys.exit(3)", "", "line 2: SystemExit: 3"),
         ("get_config = 3", "", r" has no get_config\(\)"),
     ],
 )

@@ -252,6 +252,17 @@ def test_a_model_without_tokenizer_says_what_to_give(model, workdir, tmp_path):
     np.testing.assert_array_equal(given.encode_text("a cat"), model.encode_text("a cat"))
 
 
+@pytest.mark.parametrize("wrong", [np.nan, -np.inf])
+def test_weights_that_are_not_finite_are_refused(model, tmp_path, wrong):
+    variables = jax.tree.map(np.copy, model.source.variables)
+    variables["params"]["visual"]["class_embedding"][3:5] = wrong
+    write_hf(tmp_path / "bad", model.source.config, variables)
+    size = variables["params"]["visual"]["class_embedding"].size
+    said = rf"bad: 2 of {size} numbers of params.visual.class_embedding are NaN or infinite; get it anew"
+    with pytest.raises(InputError, match=said):
+        rankclip_jax.load(tmp_path / "bad")
+
+
 def test_a_checkpoint_of_the_rankclip_code_and_a_pickle_that_would_run_code(model, workdir, tmp_path):
     torch = pytest.importorskip("torch")
     state = layouts.to_state(model.source.variables, model.source.config, layouts.openai)

@@ -244,7 +244,7 @@ def test_what_is_wrong_with_a_webdataset_is_named(tmp_path, what, message):
     [
         (dict(format="zip", path="x"), "config.eval.zero_shot.format='zip'. Expected one of csv, folder"),
         (dict(format="folder"), "needs a path"),
-        (dict(format="folder", path="gone", hint="get it there"), "gone is not a folder .*; get it there"),
+        (dict(format="folder", path="gone", hint="get it there"), r"gone \(in .*\) is not a folder .*; get it there"),
         (
             dict(format="clip_benchmark", path="gone", hint="get it there"),
             "no such file: gone/test/nshards.txt.*get it there",

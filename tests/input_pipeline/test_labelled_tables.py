@@ -41,7 +41,7 @@ def test_captions_that_do_not_fit_are_named(tmp_path):
     assert found.source.lost == (Lost(f"{tmp_path}/c.csv row 1", "no caption", 1),)
     with pytest.raises(InputError, match=r"no column 'text'; its columns are: image, caption"):
         open_captioned(path=str(tmp_path / "c.csv"), caption_key="text")
-    with pytest.raises(InputError, match="no such file: gone.csv; ask"):
+    with pytest.raises(InputError, match=r"no such file: gone.csv \(in .*\); ask"):
         open_captioned(path="gone.csv", hint="ask")
     (tmp_path / "c.csv").write_text("image,caption\n")
     with pytest.raises(InputError, match="no rows"):

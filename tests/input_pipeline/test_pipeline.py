@@ -176,7 +176,7 @@ def test_tabs_and_other_column_names(tmp_path, captioned):
 
 
 def test_wrong_input_says_what_and_where(tmp_path, captioned):
-    with pytest.raises(InputError, match="no such file: gone.csv"):
+    with pytest.raises(InputError, match=r"no such file: gone.csv \(in /.*\)"):
         sources.open_source(SPEC, "gone.csv", image_side=8)
     with pytest.raises(InputError, match=r"data.csv has no column 'title'; its columns are: image, caption"):
         sources.open_source(ConfigDict(KEYS | dict(caption_key="title")), captioned, image_side=8)
