@@ -11,8 +11,8 @@ class InputError(ValueError):
 
 
 def located(path: str | os.PathLike) -> str:
-    """A path that is not there, for a message. A relative one with the folder that it was taken from: a run that resumes
-    may be called from another one."""
+    """A path that is not there, for a message: a relative one with the folder it is taken from, which may be another
+    than that of the run that is resumed."""
     path = os.fspath(path)
     return path if os.path.isabs(path) or "://" in path else f"{path} (in {os.getcwd()})"
 

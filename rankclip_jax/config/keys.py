@@ -56,6 +56,8 @@ RESOLVED += ("data.mean", "data.std", "data.squash", "data.shuffle", "data.lanes
 RESOLVED += ("eval.every_epochs", "model.pack_text", "model.pack_rows")
 # Groups that also take fields of the preset, which models/presets.py checks.
 OPEN = ("config.model.vision",)
+# Groups that are given whole, not key by key: one tower's fields, or one mesh's axes, mean nothing to another.
+WHOLE = ("config.model.vision", "config.model.text", "config.mesh")
 # Of config.model, where its name is None.
 ARCHITECTURE = ("name", "image_size", "context_length", "embed_dim", "activation", "vision", "text")
 

@@ -22,7 +22,18 @@ from rankclip_jax.config import contradictions, experiments
 from rankclip_jax.config.fields import EVAL_SETS, MIXTURE_PART, PARAMETER_RULE
 from rankclip_jax.config.guess import guess_format
 from rankclip_jax.config.key import Key, integer, real
-from rankclip_jax.config.keys import ARCHITECTURE, BEFORE, KEYS, MAY_CHANGE, OPEN, RESOLVED, SCHEDULES, TERMS, defaults
+from rankclip_jax.config.keys import (
+    ARCHITECTURE,
+    BEFORE,
+    KEYS,
+    MAY_CHANGE,
+    OPEN,
+    RESOLVED,
+    SCHEDULES,
+    TERMS,
+    WHOLE,
+    defaults,
+)
 
 _OF_TRAINING = tuple(cast(Any, KEYS["model"])["vision"])  # what config.model.vision holds beside fields of the preset
 
@@ -58,7 +69,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return complete(override(_group(given, f"--config={spec}: get_config()"), overrides))
 
 
-def _place(error: Exception, path: Path) -> str:
+def _place(error: BaseException, path: Path) -> str:
     """Where in a file an exception comes from: "line 3: "; "" where it does not come from there."""
     if isinstance(error, SyntaxError):
         return ""  # which says so itself
@@ -140,15 +151,16 @@ def override(config: dict, overrides: Sequence[str]) -> dict:
         known: Any = KEYS
         for name in (*parents, last):
             known = known.get(name) if isinstance(known, Mapping) else None
-        group[last] = _over(group.get(last), given, known if key != "mesh" else None)
+        group[last] = _over(group.get(last), given, known, f"config.{key}")
     return config
 
 
-def _over(old: Any, given: Any, known: Any) -> Any:
-    """`given` in place of `old`; of a group of our keys only those that it names, so that the others stay as they are."""
-    if not (isinstance(old, dict) and isinstance(given, dict) and isinstance(known, Mapping) and known):
+def _over(old: Any, given: Any, known: Any, where: str) -> Any:
+    """`given` in place of `old`; of a group of our keys only those that it names."""
+    groups = isinstance(old, dict) and isinstance(given, dict) and isinstance(known, Mapping) and known
+    if not groups or where in WHOLE:
         return given
-    return old | {name: _over(old.get(name), value, known.get(name)) for name, value in given.items()}
+    return old | {name: _over(old.get(name), one, known.get(name), f"{where}.{name}") for name, one in given.items()}
 
 
 def complete(config: Mapping) -> ConfigDict:
@@ -246,7 +258,7 @@ def _merged(keys: Mapping, given: Any, where: str) -> dict:
     """The defaults of `keys` with what was given over them, checked key by key."""
     given = _group(given, where)
     if where == "config.mesh" and given:
-        return given  # a mesh is given whole, not axis by axis
+        return given
     if not keys:  # a group whose keys are the user's own
         return given
     others = {name: value for name, value in given.items() if name not in keys}

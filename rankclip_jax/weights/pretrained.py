@@ -109,9 +109,9 @@ def read(
 def _check_finite(path: Path, variables: dict) -> None:
     """Raises InputError where a number of a model is NaN or infinite, which every embedding would be too."""
     for name, values in flatten(variables).items():
-        if not np.isfinite(values).all():
-            count = np.size(values) - np.count_nonzero(np.isfinite(values))
-            raise InputError(f"{path}: {count:,} of {np.size(values):,} numbers of {name} are NaN or infinite; get it anew")
+        size, finite = np.size(values), np.count_nonzero(np.isfinite(values))
+        if finite < size:
+            raise InputError(f"{path}: {size - finite:,} of {size:,} values of {name} are NaN or infinite; get it anew")
 
 
 def untrained(model: Pretrained, seed: int = 0) -> Pretrained:

@@ -266,7 +266,9 @@ def test_the_command_line_overrides_the_file():
     config, plain = configs.load("configs/cc3m.py", given), configs.load("configs/cc3m.py")
     assert config.optim.lr == 0.1 and config.loss.terms.to_dict() == {"clip": 1.0}
     assert (config.optim.weight_decay, config.loss.lambda_in) == (plain.optim.weight_decay, plain.loss.lambda_in)
-    assert configs.override({"mesh": {"data": 2}}, ["mesh={'fsdp': 2}"]) == {"mesh": {"fsdp": 2}}  # given whole
+    assert configs.override({"mesh": {"data": 2}}, ["mesh={'fsdp': 2}"]) == {"mesh": {"fsdp": 2}}
+    config = configs.override({"model": {"name": "RN50", "vision": {"stem": 3}}}, ["model={'vision': {'width': 8}}"])
+    assert config == {"model": {"name": "RN50", "vision": {"width": 8}}}  # another tower
     with pytest.raises(InputError, match=r"--config: .*README.md is no Python file"):
         configs.load("README.md")
     with pytest.raises(InputError, match="no file configs/shape.py"):

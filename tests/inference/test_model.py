@@ -258,7 +258,7 @@ def test_weights_that_are_not_finite_are_refused(model, tmp_path, wrong):
     variables["params"]["visual"]["class_embedding"][3:5] = wrong
     write_hf(tmp_path / "bad", model.source.config, variables)
     size = variables["params"]["visual"]["class_embedding"].size
-    said = rf"bad: 2 of {size} numbers of params.visual.class_embedding are NaN or infinite; get it anew"
+    said = rf"bad: 2 of {size} values of params.visual.class_embedding are NaN or infinite; get it anew"
     with pytest.raises(InputError, match=said):
         rankclip_jax.load(tmp_path / "bad")
 
