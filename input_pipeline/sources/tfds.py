@@ -47,8 +47,7 @@ def open_tfds(spec: ConfigDict, path: str, peers: Peers | None = None) -> Source
         found.append(tuple(key for key in wanted if key in features))
         if not found[-1]:
             raise _lacking(path, " or ".join(wanted), features, f"; set config.data.{option}")
-    several = any(features[key].shape == (None,) for key in found[1])
-    return examples(_records(builder, split, remote, spec.get("cache_dir"), peers), found[0], found[1], several)
+    return examples(_records(builder, split, remote, spec.get("cache_dir"), peers), *found)
 
 
 def open_labels(path: str, data_dir: str | None) -> tuple[Source, list[str]]:

@@ -6,6 +6,7 @@ is built, because nothing can be found after a wrong length.
 """
 
 import dataclasses
+import functools
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from input_pipeline.graph import as_written, from_python, iterated, no_model
+from input_pipeline.graph import as_written, from_python, iterated, no_model, require
 from input_pipeline.sources.byte_ranges import ahead_of
 from input_pipeline.sources.index_places import Kind
 from input_pipeline.sources.offset_index import Bytes, Peers, Scan, offset_index
@@ -84,13 +85,12 @@ def examples(
     records: Records,
     image_keys: tuple[str, ...],
     caption_keys: tuple[str, ...],
-    several: bool | None = None,
     needed: Sequence[str] = ("image_key", "caption_key"),
 ) -> Source:
-    """A source of tf.train.Example records with one of the `image_keys` and one of the `caption_keys`.
+    """A source of tf.train.Example records with one of the `image_keys` and one of the `caption_keys`, of any number of
+    captions each.
 
-    `several`: whether records have several captions; None: as the first records. `needed`: the first records must have
-    one of these.
+    `needed`: the first records must have one of these.
     """
     first = [tf.train.Example.FromString(record).features.feature for record in records.first(10)]
     for wanted, option in ((image_keys, "image_key"), (caption_keys, "caption_key")):
@@ -99,23 +99,21 @@ def examples(
                 f"{records.where(0)} and the next have no feature {' or '.join(wanted)}; the features are: "
                 f"{', '.join(sorted(first[0]))}; set config.data.{option}"
             )
-    if several is None:
-        found = [example[key].bytes_list.value for example in first for key in caption_keys if key in example]
-        several = any(len(captions) > 1 for captions in found)
     lengths = {len(example["tokens"].int64_list.value) if "tokens" in example else 0 for example in first}
     tokens = lengths.pop() if len(lengths) == 1 else 0  # used only if all have the same length
     one = tf.io.FixedLenFeature((), tf.string, "")
-    many = tf.io.FixedLenSequenceFeature((), tf.string, allow_missing=True)
-    features = dict.fromkeys(image_keys, one) | dict.fromkeys(caption_keys, many if several else one)
+    many = functools.partial(tf.io.FixedLenSequenceFeature, (), allow_missing=True)
+    features = dict.fromkeys(image_keys, one) | dict.fromkeys(caption_keys, many(tf.string))
     if tokens:
-        features["tokens"] = tf.io.FixedLenFeature((tokens,), tf.int64)
+        features["tokens"] = many(tf.int64)
 
     def read(row, *given):
         parsed = tf.io.parse_single_example(records.read(row, *given), features)
         sample = {"image": _first_with_bytes([parsed[key] for key in image_keys])}
         sample["caption"] = _first_with_bytes([parsed[key] for key in caption_keys])
         if tokens:
-            sample["tokens"] = tf.cast(parsed["tokens"], tf.int32)
+            require(tf.size(parsed["tokens"]) == tokens, f"it has not {tokens} tokens, as the first records have")
+            sample["tokens"] = tf.ensure_shape(tf.cast(parsed["tokens"], tf.int32), (tokens,))
         return sample
 
     return Source(

@@ -44,15 +44,27 @@ def opened(layout, path, **options):
     return sources.open_source(spec(layout, **options), path, image_side=8)
 
 
+def test_records_of_one_caption_may_come_before_those_of_several(tmp_path):
+    made = [(image, caption if i < 12 else [caption, "another"]) for i, (image, caption) in enumerate(samples(14))]
+    with tf.io.TFRecordWriter(str(tmp_path / "0.tfrecord")) as out:
+        for image, caption in made:
+            strings = [one.encode() for one in ([caption] if isinstance(caption, str) else caption)]
+            feature = tf.train.Feature(bytes_list=tf.train.BytesList(value=strings))
+            image = tf.train.Feature(bytes_list=tf.train.BytesList(value=[image]))
+            features = tf.train.Features(feature={"jpg": image, "txt": feature})
+            out.write(tf.train.Example(features=features).SerializeToString())
+    assert read_all(opened("tfrecord", str(tmp_path / "0.tfrecord"))) == made
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_source_gives_the_same_images_captions_and_counts(layout, tmp_path):
     made = samples(31)
     source = open_as(layout, tmp_path, made)
     assert source.size == 31 and source.lost == ()
     several = layout.startswith("tfds")
-    expected = [(i, [c, *(f"{c} again {k}" for k in range(n % 3))] if several else c) for n, (i, c) in enumerate(made)]
-    assert read_all(source) == expected
-    captions = [one for _, c in expected for one in (c if several else [c])]
+    expected = [(i, [c, *(f"{c} again {k}" for k in range(several * n % 3))]) for n, (i, c) in enumerate(made)]
+    assert read_all(source) == [(i, c if len(c) > 1 else c[0]) for i, c in expected]
+    captions = [one for _, c in expected for one in c]
     assert list(source.captions()) == captions
     # In any order, by a row's number alone, also outside a graph, of either kind of integer.
     for row in (30, 0, 17):

@@ -17,7 +17,17 @@ from input_pipeline.bad_samples import BadSamples, reason_of_failure
 from input_pipeline.decode import decode
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
-from tests.support.source_files import KEYS, WRITERS, example, open_as, read_all, samples, write_tar, write_tfrecord
+from tests.support.source_files import (
+    KEYS,
+    WRITERS,
+    example,
+    open_as,
+    read_all,
+    samples,
+    texts,
+    write_tar,
+    write_tfrecord,
+)
 
 TOKENIZER = Tokenizer.train(["caption"], 300)
 
@@ -34,7 +44,7 @@ def outcomes(source):
         def use(row):
             sample = source.read(row)
             decode(sample["image"])
-            good[int(row)] = sample["image"].numpy(), sample["caption"].numpy().decode(errors="replace")
+            good[int(row)] = sample["image"].numpy(), texts(sample["caption"].numpy())
 
         reason = reason_of_failure(use, row)
         if reason:

@@ -66,6 +66,16 @@ def test_tokens_of_several_tokenizers_in_a_mixture_are_refused(tmp_path):
             next(batches)
 
 
+def test_a_record_without_the_tokens_of_the_first_ones_is_a_bad_sample(tmp_path):
+    with tf.io.TFRecordWriter(str(tmp_path / "0.tfrecord")) as out:
+        for i, (image, caption) in enumerate(samples(12)):
+            out.write(example(jpg=image, txt=caption, **({"tokens": [1, 2]} if i < 11 else {})))
+    source = opened("tfrecord", str(tmp_path / "0.tfrecord"))
+    assert source.read(10)["tokens"].numpy().tolist() == [1, 2]
+    with pytest.raises(tf.errors.InvalidArgumentError, match="it has not 2 tokens, as the first records have"):
+        source.read(11)
+
+
 def test_tokens_of_several_lengths_in_a_mixture_are_not_used(tmp_path):
     made = samples(8)
     tokenizer = Tokenizer.train([caption for _, caption in made], 400)

@@ -39,10 +39,15 @@ def open_as(layout, folder, made, **options):
 
 
 def read_all(source):
-    """[(image bytes, caption or list of captions)] of all rows, read inside a graph; raises at the first bad one."""
+    """[(image bytes, caption or list of several)] of all rows, read inside a graph; raises at the first bad one."""
     data = tf.data.Dataset.range(source.size).map(source.read, num_parallel_calls=2)
-    texts = lambda c: c.decode() if isinstance(c, bytes) else [one.decode() for one in c]  # noqa: E731
     return [(sample["image"], texts(sample["caption"])) for sample in data.as_numpy_iterator()]
+
+
+def texts(captions):
+    """The text of one caption, or a list of several."""
+    decoded = [one.decode(errors="replace") for one in ([captions] if isinstance(captions, bytes) else captions)]
+    return decoded if len(decoded) > 1 else decoded[0]
 
 
 def write_csv(folder, made):
