@@ -268,6 +268,8 @@ def main() -> None:
         flags.encoding = encoding(None).check(flags.encoding, "--encoding")
         counts, total = download(flags.urls, flags.out_dir, flags)
         print(download_stats.summary(counts, flags.out_dir, total))
+        if not (counts["images"] or counts["shards not finished"]):
+            raise InputError(f"none of the URLs of {flags.urls} gave an image")
 
 
 if __name__ == "__main__":

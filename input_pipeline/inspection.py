@@ -61,8 +61,11 @@ def inspect(
             print(f"  {one['where']}: {one['detail'] and one['detail'] + '; '}{one['reason']}")
         more = f"and {len(bad) - _NAMED:,} more; " if len(bad) > _NAMED else ""
         print(f"  {more}all are in {out_dir / _BAD}")
+    else:  # that of an earlier inspection
+        owned.clear([_BAD])
     count = min(len(seen.good_rows), contact_sheet.EXAMPLES)
     if not count:
+        owned.clear([_SHEET])
         return
     examples = []
     for place in np.linspace(0, len(seen.good_rows) - 1, count).astype(int):

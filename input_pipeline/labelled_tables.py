@@ -43,7 +43,7 @@ def labels(spec: ConfigDict, path: str) -> tuple[Source, list[str]]:
 def captions(spec: ConfigDict) -> tuple[Source, list[str], np.ndarray]:
     """(images, each once, all captions, int64 (captions,) the row of each caption's image). Raises as above."""
     rows = _filled_rows(spec, spec.path, CAPTION_KEYS if spec.caption_key is None else (spec.caption_key,), "caption")
-    coded = rows.paths.dictionary_encode()
+    coded = pc.replace_substring_regex(rows.paths, r"(^|/)(\./)+", r"\1").dictionary_encode()  # ./a.jpg is a.jpg
     image_of_text = coded.indices.to_numpy().astype(np.int64)
     order = np.argsort(image_of_text, kind="stable")
     first = np.unique(image_of_text, return_index=True)[1]

@@ -114,11 +114,13 @@ class Manifest:
             raise InputError(f"{path} is not a manifest of prepare: {error!r}; give another folder") from None
 
     def _check_settings(self, old):
-        keys = sorted(key for key in old | self.settings if old.get(key) != self.settings.get(key))
-        changes = "; ".join(f"{key}: {old.get(key)!r} -> {self.settings.get(key)!r}" for key in keys)
+        where, new = storage.shown(self._folder), self.settings
+        keys = sorted(key for key in old | new if key != "fingerprint" and old.get(key) != new.get(key))
+        changes = "; ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys)
         if changes:
-            where = storage.shown(self._folder)
             raise InputError(f"{where} has shards of other settings ({changes}); give another folder")
+        if old.get("fingerprint", new.get("fingerprint")) != new.get("fingerprint"):  # older ones have none
+            raise InputError(f"{where} has shards of other data: SOURCE has changed since; give another folder")
 
     def _intact(self, old, there):
         """The shards that are as the manifest says: of a bucket, `there`, by name and size."""

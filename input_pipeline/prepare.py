@@ -23,6 +23,7 @@ from input_pipeline.inspection import inspect
 from input_pipeline.manifest import Manifest
 from input_pipeline.shard_tasks import Job, Options, Shard, Task, Worker, opened, too_many, write
 from input_pipeline.sources import tfrecord
+from input_pipeline.sources.fingerprint import fingerprint
 from input_pipeline.sources.offset_index import Indexer
 from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
@@ -76,7 +77,10 @@ def prepare(
         manifest.finish()
     if not any(shard["samples"] for shard in manifest.shards):
         listed = storage.join(storage.shown(out_dir), "bad_samples.jsonl")
-        raise InputError(f"none of the {manifest.bad.total():,} rows could be used; {listed} has the reasons")
+        with open(out_dir / "bad_samples.jsonl", encoding="utf-8") as lines:
+            example = next((json.loads(line) for line in lines if json.loads(line)["row"] is not None), None)
+        said = f"; for example {example['where']}: {example['reason']}" if example else ""
+        raise InputError(f"none of the {manifest.rows:,} rows could be used{said}; {listed} has the reasons")
     return manifest
 
 
@@ -143,7 +147,8 @@ def _check_bad(manifest, options, bad_samples):
 
 
 def _settings(source, options):
-    settings = {"rows": source.size} | dataclasses.asdict(dataclasses.replace(options, tokenizer=None))
+    settings = {"rows": source.size, "fingerprint": fingerprint(source)}
+    settings |= dataclasses.asdict(dataclasses.replace(options, tokenizer=None))
     del settings["max_bad_fraction"], settings["tokenizer"]  # the stopping rule does not affect the contents
     if options.tokenizer:
         text = json.dumps(options.tokenizer.to_dict(), sort_keys=True)

@@ -15,6 +15,7 @@ from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.files import whole
 
 _CAPTIONS = ("caption", "text", "txt", "alt", "alt_text", "description", "title")
+_URLS = ("url", "image_url", "img_url", "image")  # where several columns have URLs
 _ROWS = 100_000  # rows in memory at a time
 
 
@@ -23,9 +24,9 @@ def normalise(
 ) -> tuple[int, int]:
     """Writes `out` from a Parquet file or any table (common/tables.py).
 
-    The URL column is recognised by its contents, the caption column by its name or as the only other column. A first
-    line with a URL is not a header: CC3M's list is caption, URL, and CC12M's is URL, caption, both without a header.
-    Several captions of a URL become lines of one.
+    The URL column is recognised by its contents, of several by its name; the caption column by its name or as the only
+    other column. A first line with a URL is not a header: CC3M's list is caption, URL, and CC12M's is URL, caption,
+    both without a header. Several captions of a URL become lines of one.
 
     Args:
       url_column, caption_column: names in the header that override this; None: as above.
@@ -104,7 +105,11 @@ def _columns(path, first, url_column, caption_column):
     counts = [sum(_is_url(row[place]) for row in body if place < len(row)) for place in range(width)]
     if url_column is None and (not body or 2 * max(counts) < len(body)):
         raise InputError(f"{path} has no column of http(s) URLs in its first {len(body)} lines; its columns: {shown}")
-    url = names.index(url_column) if url_column else counts.index(max(counts))
+    likely = [place for place in range(width) if 2 * counts[place] >= len(body)]
+    likely = [place for place in likely if has_header and names[place].lower() in _URLS] or likely
+    if url_column is None and len(likely) > 1:
+        raise InputError(f"{path}: cannot tell which column has the URLs; add --url-column; its columns: {shown}")
+    url = names.index(url_column) if url_column else likely[0]
     others = [place for place in range(width) if place != url]
     named = [place for place in others if has_header and names[place].lower() in _CAPTIONS]
     if caption_column:

@@ -16,7 +16,7 @@ import numpy as np
 
 import rankclip_jax
 from rankclip_jax.common import commands, storage, tasks
-from rankclip_jax.common.errors import InputError, one_line
+from rankclip_jax.common.errors import InputError, located, one_line
 from rankclip_jax.common.pictures import ENDINGS
 from rankclip_jax.config.key import character, encoding
 from rankclip_jax.inference import collection, search, store
@@ -80,6 +80,8 @@ def main() -> None:
                 pictures = open_pictures(*_opening(flags))
                 embeddings = collection.encode(model, pictures)
                 _search(model, [embeddings], lambda: pictures, queries, flags.top, flags.png)
+        except BrokenPipeError:
+            raise
         except OSError as error:  # a folder that is not there, a full disk
             said = f"{error.filename}: {error.strerror}" if error.filename else one_line(error)
             raise InputError(said) from None
@@ -142,10 +144,13 @@ def _search(
 
 
 def _encoded(model: Model, query: str) -> np.ndarray:
-    """(1, D). A file of a picture's name that is there is a picture; anything else is a text."""
+    """(1, D), of a picture's file or of a text. Raises InputError for one word that is a picture's name and no file."""
     path = Path(os.path.expanduser(query))
-    is_picture = path.suffix.lower() in ENDINGS and path.is_file()
-    return model.encode_image(path) if is_picture else model.encode_text(query)
+    if path.suffix.lower() not in ENDINGS or not (path.is_file() or len(query.split()) == 1):
+        return model.encode_text(query)
+    if not path.is_file():
+        raise InputError(f"no such picture: {located(query)}")
+    return model.encode_image(path)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def open_parquet(spec: ConfigDict, path: str | Sequence[str], captions: bool = T
     """
     files = expand(path, endings=(".parquet",), hint=spec.get("hint"))
     image_keys = keys(spec.get("image_key"), ("image", "jpg"))
-    caption_keys = keys(spec.get("caption_key"), ("caption", "txt"))
+    caption_keys = keys(spec.get("caption_key"), ("caption", "txt", "text"))
     with ThreadPoolExecutor(32) as pool:
         heads = list(pool.map(_head, files, (size for size, _ in stamps(files))))
     columns = [
@@ -204,7 +204,7 @@ def _head(file: str, size: int) -> _Head:
 def _columns(
     file: str, schema: pa.Schema, image_keys: tuple[str, ...], caption_keys: tuple[str, ...], captions: bool
 ) -> _Columns:
-    image, kind = _column(file, schema, image_keys)
+    image, kind = _column(file, schema, image_keys, "image_key")
     image, image_kind = image if image in schema.names else image.partition(":")[0], ""
     if pa.types.is_struct(kind):
         fields = {kind.field(i).name: _values_of(kind.field(i).type) for i in range(kind.num_fields)}
@@ -220,7 +220,7 @@ def _columns(
         raise _wrong_type(file, image, kind, "bytes, a path, or a struct of bytes and path")
     if not captions and not any(key.partition(":")[0] in schema.names for key in caption_keys):
         return _Columns(image, "", image_kind=image_kind)
-    caption, kind = _column(file, schema, caption_keys)
+    caption, kind = _column(file, schema, caption_keys, "caption_key")
     if caption not in schema.names:
         column, _, inside = caption.partition(":")
         return _Columns(image, column, inside, True, image_kind)
@@ -232,7 +232,7 @@ def _columns(
     return _Columns(image, caption, None, several, image_kind)
 
 
-def _column(file: str, schema: pa.Schema, wanted: tuple[str, ...]) -> tuple[str, pa.DataType]:
+def _column(file: str, schema: pa.Schema, wanted: tuple[str, ...], option: str) -> tuple[str, pa.DataType]:
     """(the first of the wanted keys whose column is there, the type of the column's values)"""
     for key in wanted:
         name = key if key in schema.names else key.partition(":")[0]
@@ -241,7 +241,7 @@ def _column(file: str, schema: pa.Schema, wanted: tuple[str, ...]) -> tuple[str,
         if count:
             return key, _values_of(schema.field(name).type)
     names = printable(", ".join(schema.names)[:300])
-    raise InputError(f"{file} has no column {' or '.join(wanted)}; its columns are: {names}")
+    raise InputError(f"{file} has no column {' or '.join(wanted)}; its columns are: {names}; set config.data.{option}")
 
 
 def _wrong_type(file: str, column: str, kind: pa.DataType, expected: str) -> InputError:

@@ -16,6 +16,8 @@ from input_pipeline.sources.packed_strings import PackedLists, PackedStrings
 from input_pipeline.sources.paths import expand
 from input_pipeline.sources.source import Lost, Reading, Source, keys
 from rankclip_jax.common import storage, tables
+from rankclip_jax.common.delimited import NoColumnError
+from rankclip_jax.common.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +54,13 @@ def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
       InputError: as tables.read_table.
     """
     caption_keys = keys(spec.get("caption_key"), tables.CAPTION_KEYS)
-    image_key = keys(spec.get("image_key"), tables.IMAGE_KEYS)[0]
-    hint = f"give a csv with columns {image_key},{caption_keys[0]} (config.data.train, .val)"
-    rows = open_rows(spec, path, caption_keys, hint)
+    image_keys = keys(spec.get("image_key"), tables.IMAGE_KEYS)
+    hint = f"give a csv with columns {image_keys[0]},{caption_keys[0]} (config.data.train, .val)"
+    try:
+        rows = open_rows(spec, path, caption_keys, hint)
+    except NoColumnError as error:
+        option = "image_key" if error.names == image_keys else "caption_key"
+        raise InputError(f"{error}; set config.data.{option}") from None
     several = pa.types.is_large_list(rows.texts.type)
     shapes = [(None,) if several else ()]
     texts = PackedLists(rows.texts) if several else PackedStrings(rows.texts)

@@ -5,6 +5,7 @@
   2    wrong flags (argparse)
   75   a training was asked to stop: all is saved, and the same command resumes (EX_TEMPFAIL of sysexits.h)
   130  Ctrl-C, of a training the second: what is finished is kept (128 + SIGINT)
+  141  what reads the output of the command has closed it, as head does (128 + SIGPIPE)
   143  a download got SIGTERM: as 130 (128 + SIGTERM)
 
 What belongs to the whole process (signals, environment, hooks and filters, malloc, sys.stdout) is set by `main()` of a
@@ -17,6 +18,7 @@ import errno
 import gc
 import importlib
 import os
+import select
 import sys
 from collections.abc import Iterator
 
@@ -41,8 +43,14 @@ def exit_codes(interrupted: str = "stopped") -> Iterator[None]:
     `interrupted` for Ctrl-C."""
     try:
         yield
+        sys.stdout.flush()
     except InputError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python prints at its end
+        sys.exit(141)
     except Exception as error:
         if said := refused(error):
             sys.exit(f"error: {said}")
@@ -50,6 +58,16 @@ def exit_codes(interrupted: str = "stopped") -> Iterator[None]:
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         sys.exit(130)
+
+
+def _unread() -> bool:
+    """Whether nobody reads any more what the command prints."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except OSError:  # no file, as where tests catch what is printed
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def refused(error: Exception) -> InputError | None:

@@ -53,6 +53,14 @@ class Rows:
             values.clear()
 
 
+class NoColumnError(InputError):
+    """Attributes: names: any of which was looked for."""
+
+    def __init__(self, message: str, names: Sequence[str]):
+        super().__init__(message)
+        self.names = tuple(names)
+
+
 class _Header(NamedTuple):
     """Attributes: lines: number of lines down to its end; names: of its columns, without blanks and without unnamed
     ones at the end; blanks: there is a blank after each delimiter."""
@@ -146,9 +154,10 @@ def _no_column(file: str, header: _Header, wanted: Sequence[tuple[str, ...]], de
         return InputError(f"{file} is empty")
     lacking = next(keys for keys in wanted if _places(header, [keys]) is None)
     names = printable(", ".join(header.names)[:300])
-    return InputError(
+    return NoColumnError(
         f"{file} has no column {' or '.join(map(repr, lacking))}; its columns are: {names} (delimiter "
-        f"{delimiter!r})"
+        f"{delimiter!r})",
+        lacking,
     )
 
 

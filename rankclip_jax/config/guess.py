@@ -19,7 +19,10 @@ def guess_format(source: str) -> str:
         return "csv"
     folder = Path(os.path.expanduser(source))
     if folder.is_dir():
-        return next((kind for ending, kind in SHARDS.items() if any(folder.glob(f"*.{ending}"))), "folder")
+        shards = {ending: list(folder.glob(f"*.{ending}")) for ending in SHARDS}
+        if all((folder / table.stem).is_dir() for table in shards["parquet"]):
+            del shards["parquet"]  # of img2dataset, about the folders of pictures beside
+        return next((SHARDS[ending] for ending, files in shards.items() if files), "folder")
     kind = SHARDS.get(source.rpartition(".")[2].lower())
     if kind:
         return kind

@@ -198,8 +198,8 @@ KEYS = dict(
         # Column, feature or member extension; of several, the first that a sample has. None: csv: image or file_name;
         # parquet: image or jpg; tfrecord: jpg, jpeg, png or webp; webdataset: any image; tfds: its image feature.
         image_key=string(None),
-        # None: csv: caption or text; shards: txt or caption; tfds: its caption, captions, or a text. webdataset,
-        # parquet and .jsonl: also a path inside JSON, such as json:caption
+        # None: csv: caption or text; shards: txt or caption, of parquet also text; tfds: its caption, captions, or a
+        # text. webdataset, parquet and .jsonl: also a path inside JSON, such as json:caption
         caption_key=string(None),
         captions_per_line=boolean(False),  # each line of a text is a caption of its own
         delimiter=character(","),  # csv; a .tsv has tabs

@@ -170,6 +170,8 @@ class Model:
     def _encode(self, items: Iterable, prepare: Callable, done: Callable[[int], None]) -> np.ndarray:
         """prepare: at most batch_size items -> (b, ...), or Packed; done(b) is called after each batch. Returns float32
         (n, D)."""
+        if self.batch_size < 1:
+            raise InputError(f"batch_size={self.batch_size}. Expected at least 1")
         parts, running = [np.zeros((0, self.source.config.embed_dim), np.float32)], deque()
 
         def collect():

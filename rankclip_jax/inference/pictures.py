@@ -11,7 +11,7 @@ from rankclip_jax import config as configs
 from rankclip_jax.common import folders, storage, tables
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS, BadImageError, opened
-from rankclip_jax.config.guess import SHARDS
+from rankclip_jax.config.guess import SHARDS, guess_format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ def open_pictures(
     """Opens a collection.
 
     Args:
-      data: a folder (all images below it, by name), a table with a column of paths relative to the file
+      data: a folder (all images below it, by name; or its shards), a table with a column of paths relative to the file
         (common/tables.py), or shards: a .tar, .tfrecord or .parquet, also as a glob or {00000..00099} range. They need
         TensorFlow.
       image_key, caption_key: column, feature or member; None: the format's default.
@@ -67,7 +67,7 @@ def open_pictures(
     data = os.path.expanduser(data)
     path = Path(data)
     if path.is_dir() if not storage.is_remote(data) else storage.is_folder(data):
-        return _folder(data)
+        return _folder(data, image_key, caption_key)
     if data.lower().endswith(tables.ENDINGS):
         return _table(data, image_key, delimiter, encoding, caption_key)
     if kind := SHARDS.get(path.suffix[1:].lower()):
@@ -77,13 +77,14 @@ def open_pictures(
     raise InputError(f"cannot open {data}. Expected {known}")
 
 
-def _folder(path: str) -> Pictures:
+def _folder(path: str, image_key: str | None, caption_key: str | None) -> Pictures:
     names = list(folders.files_below(path))
     files = sorted(filter(folders.is_picture, names))
     texts = {os.path.splitext(name)[0]: name for name in names if name.lower().endswith(".txt")}
     if not files:
-        pattern = storage.join(path, "*.tar")
-        raise InputError(f"{path} has no images ({', '.join(ENDINGS)}); for shards give their pattern: {pattern}")
+        if (kind := guess_format(path)) != "folder":
+            return _shards(path, kind, image_key, caption_key)
+        raise InputError(f"{path} has no images ({', '.join(ENDINGS)}) and no shards ({', '.join(SHARDS)})")
 
     def beside(row):
         return texts.get(os.path.splitext(files[row])[0])

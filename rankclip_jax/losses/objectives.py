@@ -181,6 +181,8 @@ def _placement(
     if image_embeds.ndim != 2 or image_embeds.shape != text_embeds.shape:
         shapes = f"image_embeds {image_embeds.shape} and text_embeds {text_embeds.shape}"
         raise ValueError(f"{shapes} must have one shape (B, D)")
+    if not image_embeds.shape[0]:
+        raise ValueError("a batch of 0 pairs has no loss")
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk}. Expected at least 1 row, or None to choose it from B")
     if mesh is None:

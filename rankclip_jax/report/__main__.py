@@ -24,16 +24,18 @@ def main() -> None:
             raise InputError(f"{out} is there already, and this command did not write it; give --out FILE")
         if out.is_dir():
             raise InputError(f"--out {out} is a folder; give the name of a file, for example {out / 'report.html'}")
+        if out.suffix.lower() not in (".html", ".htm"):
+            raise InputError(f"--out {out}: the page's name must end in .html")
         folders = [storage.fetched(one) if storage.is_remote(one) else one for one in flags.workdirs]
         found = [runs.read_run(folder) for folder in folders]
         text = page.render(found)
         make_folder(out.parent)
         write_whole(out, text)
-    for workdir, run in zip(flags.workdirs, found, strict=True):
-        for file, why in run.unreadable.items():
-            more = f" (and {len(why) - 1:,} more)" if len(why) > 1 else ""
-            print(f"left out: {printable(workdir)}/{file}: {why[0]}{more}")
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
+        for workdir, run in zip(flags.workdirs, found, strict=True):
+            for file, why in run.unreadable.items():
+                more = f" (and {len(why) - 1:,} more)" if len(why) > 1 else ""
+                print(f"left out: {printable(workdir)}/{file}: {why[0]}{more}")
+        print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, opens in any browser without a network")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,9 @@ def sets(flags: argparse.Namespace, alone: bool, otherwise: Sequence[str] = ()) 
     if alone and (flags.labels or flags.retrieval or flags.imagenet):
         overrides += ["eval.suite=None", "eval.data_dir=None", *(f"eval.{kind}={{}}" for kind in evaluation.KINDS)]
     if captioned := flags.retrieval or otherwise:
-        overrides.append(f"eval.retrieval={dict(map(_captioned, captioned))!r}")
+        overrides.append(f"eval.retrieval={_by_name('--retrieval', map(_captioned, captioned))!r}")
     if flags.labels:
-        overrides.append(f"eval.zero_shot={dict(map(_labelled, flags.labels))!r}")
+        overrides.append(f"eval.zero_shot={_by_name('--labels', map(_labelled, flags.labels))!r}")
     if flags.imagenet:
         overrides += ["eval.suite=('imagenet',)", f"eval.data_dir={flags.imagenet!r}"]
     return overrides
@@ -177,6 +177,21 @@ def _validation(val: str, train: str | None) -> str | dict:
     if train is None or _is_experiment(train) or guess_format(val) == guess_format(train):
         return val
     return {"val": {"path": val, "format": guess_format(val)}}
+
+
+def _by_name(flag: str, sets: Iterable[tuple[str, dict]]) -> dict[str, dict]:
+    """Name -> set; columns of one table, or of tables of one name, have the column in their names. Raises InputError
+    where two have one name all the same."""
+    given, found = list(sets), dict[str, dict]()
+    names = [name for name, _ in given]
+    for name, fields in given:
+        if names.count(name) > 1 and "label_key" in fields:
+            name = f"{name}-{fields['label_key']}"
+        if name in found:
+            both = f"{found[name]['path']} and {fields['path']}"
+            raise InputError(f"{flag}: {both} would both be the set {name}; rename one of them")
+        found[name] = fields
+    return found
 
 
 def _captioned(path: str) -> tuple[str, dict]:

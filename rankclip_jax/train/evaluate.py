@@ -89,7 +89,9 @@ def settings(spec: str | None, workdir: Path | None, overrides: list[str]) -> Co
 
 def _workdir(config: ConfigDict, workdir: Path) -> tuple[Session, steps.TrainState]:
     if not (workdir / "tokenizer.json").exists():
-        raise InputError(f"{workdir} holds no trained run (no tokenizer.json); train there first with --mode=train")
+        if (workdir / "config.json").exists():
+            raise InputError(f"{workdir} has no tokenizer.json; restore it")
+        raise InputError(f"{workdir} holds no trained run; train there first")
     session = Session(config, Tokenizer.load(str(workdir / "tokenizer.json")), trains=False)
     abstract = steps.abstract_state(session.model, identity(), session.mesh, config.sharding, config.optim)
     kept = [field.name for field in dataclasses.fields(abstract) if field.name not in ("step", "opt_state")]

@@ -10,14 +10,19 @@ from ml_collections import ConfigDict
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
 from rankclip_jax.common.metrics_file import read_metrics
-from rankclip_jax.common.ownership import Owned
+from rankclip_jax.common.ownership import Owned, listed
 from rankclip_jax.common.tokenizer import END, START
 from rankclip_jax.models import ClipConfig, ResNetConfig
 from rankclip_jax.weights import architecture, formats, orbax_folder
 from rankclip_jax.weights import view as preprocess
 from rankclip_jax.weights.pretrained import Pretrained
 
-LAYOUTS = ("hf", "openai", "orbax")
+_WEIGHTS = {  # layout -> files
+    "hf": ("config.json", "model.safetensors"),
+    "openai": ("open_clip_config.json", "open_clip_model.safetensors"),
+    "orbax": (orbax_folder.CONFIG, orbax_folder.UNFINISHED),
+}
+LAYOUTS = tuple(_WEIGHTS)
 
 
 def write(model: Pretrained, folder: str | Path, layout: str) -> None:
@@ -30,7 +35,7 @@ def write(model: Pretrained, folder: str | Path, layout: str) -> None:
 
     Raises:
       InputError: an unknown layout, a model that it does not support (Hugging Face and ResNets, open_clip and
-        SigLIP), or a file of the same name that `write` did not write.
+        SigLIP), a file of the same name that `write` did not write, or an export in another layout is in the folder.
     """
     if layout not in LAYOUTS:
         raise InputError(f"unknown layout {layout!r}. Expected one of {', '.join(LAYOUTS)}")
@@ -42,6 +47,11 @@ def write(model: Pretrained, folder: str | Path, layout: str) -> None:
     folder = owned.folder
     tokenizer = None if model.tokenizer is None else model.tokenizer.to_dict()
     owned.check(names := _names(layout, tokenizer is not None))
+    there = listed(folder).get("convert", ())
+    others = [name for other in LAYOUTS if other != layout for name in _WEIGHTS[other] if name in there]
+    if others:  # which a reader may take for this model
+        raise InputError(f"{folder} has an export in another layout ({others[0]}); give another folder")
+    text = card(model, layout)  # reads the run's metrics: before anything is written
     if layout == "orbax":  # Orbax deletes any folder in its way
         owned.clear([orbax_folder.UNFINISHED])
         owned.remove(orbax_folder.ARRAYS)
@@ -67,17 +77,12 @@ def write(model: Pretrained, folder: str | Path, layout: str) -> None:
         _write_json(folder / "tokenizer.json", tokenizer)
         described = _tokenizer_config(tokenizer, model.config.text.context_length, _special(model))
         _write_json(folder / "tokenizer_config.json", described)
-    write_whole(folder / "README.md", card(model, layout))
+    write_whole(folder / "README.md", text)
 
 
 def _names(layout: str, tokenizer: bool) -> list[str]:
-    weights = {
-        "hf": ("config.json", "model.safetensors"),
-        "openai": ("open_clip_config.json", "open_clip_model.safetensors"),
-        "orbax": (orbax_folder.CONFIG, orbax_folder.UNFINISHED),
-    }
     texts = ("tokenizer.json", "tokenizer_config.json") if tokenizer else ()
-    return [*weights[layout], "preprocessor_config.json", *texts, "README.md"]
+    return [*_WEIGHTS[layout], "preprocessor_config.json", *texts, "README.md"]
 
 
 def _special(model: Pretrained) -> dict[str, str]:

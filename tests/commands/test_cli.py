@@ -95,6 +95,10 @@ def test_files_to_validate_and_evaluate_on(started):
     assert config.data.val.val.to_dict().items() >= {"path": "held.csv", "format": "csv"}.items()
     formats = {name: one.format for name, one in config.eval.retrieval.items()}
     assert formats == {"other": "csv", "wds": "clip_benchmark"}
+    config = started("eval a.pt --labels held.csv:group held.csv:kind other.csv:kind")[1]
+    keys = {name: (one.path, one.label_key) for name, one in config.eval.zero_shot.items()}
+    held = {f"held-{column}": ("held.csv", column) for column in ("group", "kind")}
+    assert keys == held | {"other": ("other.csv", "kind")}
     config = started("train shapes --val shards --config.data.val=3")[1]
     assert config.data.val == 3 and not len(configs.load("own").eval.retrieval)
 
@@ -145,6 +149,8 @@ def test_the_home_folder_is_known_where_no_shell_writes_it_out(started, tmp_path
     ("train shapes --config cc3m", "shapes and --config cc3m are two experiments; give one"),
     ("train mine.csv --retrieval photos", "--retrieval photos: expected a table of images and captions"),
     ("train mine.csv --labels held.csv", "--labels held.csv: expected TABLE:COLUMN, for example heldout.csv:label"),
+    ("train mine.csv --labels a/x.csv:k b/x.csv:k", "--labels: a/x.csv and b/x.csv would both be the set x-k; rename"),
+    ("eval a.pt --retrieval a/x.csv b/x.csv", "--retrieval: a/x.csv and b/x.csv would both be the set x; rename one"),
     ("train mine.csv --config.lr=1", r"config\.lr does not exist; the nearest key is config\.optim\.lr"),
     ("train mine.csv --config.optm.lr=1", r"config\.optm does not exist; the nearest key is config\.optim"),
     ("train mine.csv --config.optim.lr.x=1", r"config\.optim\.lr={'x': 1}\. Expected a number above 0 or None"),

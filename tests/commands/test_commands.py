@@ -90,6 +90,23 @@ def test_a_code_of_its_own_stays(code):
     assert stop.value.code == code and str(code) in commands.__doc__
 
 
+@pytest.mark.parametrize("prints", ["print('x' * 100_000)", "print('x')", "print('x', flush=True)"])
+def test_whoever_reads_the_output_may_stop(prints):
+    script = f"from rankclip_jax.common import commands\nwith commands.exit_codes():\n    input(); {prints}"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as child:
+        child.stdout.close()
+        child.stdin.write(b"\n")
+        child.stdin.close()
+        assert child.stderr.read() == b"" and child.wait() == 141
+    assert "141" in commands.__doc__
+
+
+def test_another_broken_pipe_is_shown():
+    with pytest.raises(BrokenPipeError), commands.exit_codes():
+        raise BrokenPipeError
+
+
 def test_a_command_that_is_done_returns(capsys):
     with commands.exit_codes("never said"):
         pass

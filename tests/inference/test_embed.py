@@ -126,7 +126,7 @@ def test_what_is_wrong_is_one_line(run, model, folder, tmp_path, monkeypatch):
     (tmp_path / "b.csv").write_text("image,caption\n")
     (tmp_path / "c.csv").write_text("image,caption\ngone.png,x\n")
     out = tmp_path / "e.npz"
-    refused(r"empty has no images .*for shards give their pattern", tmp_path / "empty", "--out", out)
+    refused(r"empty has no images .* and no shards .tar, tfrecord, ", tmp_path / "empty", "--out", out)
     refused(r"^error: no such file: .*gone\.csv$", tmp_path / "gone.csv", "--out", out)
     refused(
         r"a\.csv has no column 'image' or 'file_name'; its columns are: picture, caption",
@@ -193,9 +193,10 @@ def test_a_query_may_begin_with_a_tilde(run, folder, capsys):
 
 @pytest.mark.slow
 def test_shards_give_what_the_folder_gives(model, workdir, folder, tmp_path):
-    """In a process of its own, as it is used: a tar of the same pictures, one of them damaged."""
-    names = names_below(folder)
-    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+    """In a process of its own, as it is used: a folder with a tar of the same pictures, one of them damaged."""
+    names, shards = names_below(folder), tmp_path / "shards"
+    shards.mkdir()
+    with tarfile.open(shards / "00000.tar", "w") as tar:
         for i, name in enumerate(names):
             content = (folder / name).read_bytes() if i != 5 else b"no picture"
             for ending, data in (("png", content), ("txt", b"a caption")):
@@ -203,7 +204,7 @@ def test_shards_give_what_the_folder_gives(model, workdir, folder, tmp_path):
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     out = tmp_path / "e.npz"
-    command = [sys.executable, "-m", "rankclip_jax.embed", workdir, tmp_path / "00000.tar", "--out", out]
+    command = [sys.executable, "-m", "rankclip_jax.embed", workdir, shards, "--out", out]
     env = os.environ | {"XLA_FLAGS": ""}
     subprocess.run(list(map(str, [*command, "--search", "a cat"])), cwd=REPO, env=env, check=True)
     stored = store.read(out)
@@ -248,6 +249,9 @@ def test_one_command_embeds_and_searches_and_a_picture_is_a_query(run, model, fo
         assert [line.split()[2] for line in block[1:]] == [names[i] for i in np.argsort(-cosines)[:2]]
     assert lines[7].split()[1:] == ["1.0000", names[3]]  # itself
     assert sorted(tmp_path.rglob("*")) == sorted([*before, png])
+    with pytest.raises(SystemExit, match=r"^error: no such picture: nothere.png \(in /"):
+        run(folder, "nothere.png")
+    run(folder, "what is in photo.png", "--top", "1")
 
 
 def test_matches_are_drawn_from_the_files_with_captions(run, folder, tmp_path, monkeypatch):

@@ -233,6 +233,12 @@ def test_classes_in_any_container_and_one_str_is_one(model):
         model.zero_shot(image, ["cat"], [None])
 
 
+def test_a_batch_of_none_is_refused(model, monkeypatch):
+    monkeypatch.setattr(model, "batch_size", 0)
+    with pytest.raises(InputError, match="batch_size=0. Expected at least 1"):
+        model.encode_text(["a"])
+
+
 def test_a_template_needs_a_place_for_the_name(model):
     with pytest.raises(InputError, match=r"template 'a photo' has no {}"):
         model.zero_shot([], ["cat"], ["a {}", "a photo"])

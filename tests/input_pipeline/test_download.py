@@ -106,6 +106,7 @@ def test_lists_longer_than_a_chunk_are_whole(tmp_path, monkeypatch):
             "which column has the captions; add --caption-column; its columns: url, x, y",
         ),
         ("a.tsv", "http://a/1.jpg\n", "which column has the captions"),
+        ("a.csv", "page,photo,text\nhttp://a,http://b,c\n", "which column has the URLs; add --url-column; its"),
         (
             "a.csv",
             "caption,url\n\udcff,http://a/1\n",
@@ -121,6 +122,14 @@ def test_wrong_lists_say_so(tmp_path, name, text, says):
     (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(InputError, match=says):
         listed(tmp_path / name, tmp_path / "out")
+
+
+def test_of_several_columns_of_urls_the_one_named_so_is_taken(tmp_path):
+    rows = "language\tpage_url\timage_url\tcaption\nen\thttp://a/page\thttp://a/1.jpg\ta cat\n"  # WIT's
+    (tmp_path / "a.tsv").write_text(rows)
+    assert listed(tmp_path / "a.tsv", tmp_path / "out", caption="caption")[1] == [("http://a/1.jpg", "a cat")]
+    found = listed(tmp_path / "a.tsv", tmp_path / "2", url="page_url", caption="caption")
+    assert found[1] == [("http://a/page", "a cat")]
 
 
 def test_columns_that_are_not_there_say_so(tmp_path):

@@ -104,3 +104,11 @@ def test_several_captions_in_json_and_lost_rows_of_captions(tmp_path, capsys):
     assert [lost.where.rpartition(" ")[2] for lost in found.source.lost] == ["2", "1"]
     next(pipeline.eval_batches(found.source, batch_size=1, image_side=16))
     assert capsys.readouterr().err.count("bad samples skipped: about 1 samples of") == 2
+
+
+def test_one_image_may_be_written_in_two_ways(tmp_path):
+    write_csv(tmp_path)
+    (tmp_path / "c.csv").write_text("image,caption\n0.png,one\n./0.png,two\n1.png,three\n././1.png,four\n")
+    found = open_captioned(path=str(tmp_path / "c.csv"))
+    assert found.source.size == 2 and found.captions == ["one", "two", "three", "four"]
+    assert found.image_of_text.tolist() == [0, 0, 1, 1]

@@ -134,6 +134,18 @@ def test_nothing_good_draws_nothing(tmp_path, monkeypatch, capsys):
     assert "1 rows: 0 good, 1 bad" in capsys.readouterr().out and not (tmp_path / "contact_sheet.png").exists()
 
 
+def test_what_an_earlier_inspection_left_goes_where_it_is_no_longer_so(tmp_path, monkeypatch, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(sys, "argv", ["prepare", str(tmp_path / "i.csv"), str(tmp_path / "look"), "--inspect"])
+    left = []
+    for image in ("gone.png", "a.png", "gone.png"):
+        (tmp_path / "i.csv").write_text(f"image,caption\n{image},a cat\n")
+        prepare.main()
+        left.append(sorted(path.name for path in (tmp_path / "look").iterdir()))
+    bad, good = [".rankclip_jax", "bad_samples.jsonl"], [".rankclip_jax", "contact_sheet.png"]
+    assert left == [bad, good, bad]
+
+
 def test_an_output_that_cannot_be_written_is_said(captioned, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare", str(captioned), str(captioned / "x"), "--inspect"])
     with pytest.raises(SystemExit, match=r"^error: cannot write to .*data.csv/x: Not a directory$"):

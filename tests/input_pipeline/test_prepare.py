@@ -213,7 +213,9 @@ def test_too_many_bad_rows_stop_it(tmp_path, monkeypatch):
     assert not list((tmp_path / "out").glob("*tfrecord*"))
     (tmp_path / "few.csv").write_text("image,caption\n" + "gone.jpg,a caption\n" * 3)
     message = refused(monkeypatch, tmp_path / "few.csv", tmp_path / "few")
-    assert message == f"error: none of the 3 rows could be used; {tmp_path}/few/bad_samples.jsonl has the reasons"
+    where = f"{tmp_path}/few.csv row 0: {tmp_path}/gone.jpg"
+    said = f"none of the 3 rows could be used; for example {where}: no such file"
+    assert message == f"error: {said}; {tmp_path}/few/bad_samples.jsonl has the reasons"
 
 
 def test_a_name_that_is_there_is_no_number_and_no_pattern(tmp_path, monkeypatch):
@@ -271,6 +273,20 @@ def test_a_folder_of_other_shards_is_refused(mixed, tmp_path, monkeypatch):
     assert files(tmp_path / "out") == before and (tmp_path / "foreign/00000.tfrecord").read_bytes() == b"mine"
 
 
+def test_a_source_that_has_changed_is_refused(mixed, tmp_path, monkeypatch):
+    run(monkeypatch, mixed, tmp_path / "out", *ALL)
+    mixed.write_text(mixed.read_text().replace("caption 3", "corrected"))
+    (tmp_path / "out/00000.tfrecord").unlink()
+    before = files(tmp_path / "out")
+    message = refused(monkeypatch, mixed, tmp_path / "out", *ALL)
+    assert message == f"error: {tmp_path}/out has shards of other data: SOURCE has changed since; give another folder"
+    assert files(tmp_path / "out") == before
+    found = json.loads((tmp_path / "out/manifest.json").read_text())
+    del found["settings"]["fingerprint"]  # as earlier versions wrote it
+    (tmp_path / "out/manifest.json").write_text(json.dumps(found))
+    run(monkeypatch, mixed, tmp_path / "out", *ALL)
+
+
 def test_wrong_input_is_said_in_one_line(mixed, tmp_path, monkeypatch):
     assert "cannot infer the format" in refused(monkeypatch, tmp_path / "data.xyz", tmp_path / "out")
     assert "no such file" in refused(monkeypatch, tmp_path / "gone.csv", tmp_path / "out")
@@ -310,6 +326,12 @@ def test_formats_by_name(name, kind):
 
 def test_formats_of_folders(tmp_path):
     assert prepare.guess_format(str(tmp_path)) == "folder"
+    (tmp_path / "00000.parquet").write_bytes(b"")
+    assert prepare.guess_format(str(tmp_path)) == "parquet"
+    (tmp_path / "00000").mkdir()  # as img2dataset writes files: the table is about the folder of pictures
+    assert prepare.guess_format(str(tmp_path)) == "folder"
+    (tmp_path / "00001.parquet").write_bytes(b"")
+    assert prepare.guess_format(str(tmp_path)) == "parquet"
     (tmp_path / "00000.tar").write_bytes(b"")
     assert prepare.guess_format(str(tmp_path)) == "webdataset"
 

@@ -178,11 +178,19 @@ def test_wrong_files_are_refused_by_name(tmp_path):
     (tmp_path / "a.parquet").write_text("no Parquet")
     with pytest.raises(InputError, match="a.parquet cannot be read as Parquet"):
         opened("parquet", str(tmp_path / "a.parquet"))
-    pq.write_table(pa.table({"image": [1], "text": ["x"]}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"image": [1], "words": ["x"]}), tmp_path / "b.parquet")
     with pytest.raises(InputError, match="b.parquet: column image has type int64. Expected bytes, a path, or"):
-        opened("parquet", str(tmp_path / "b.parquet"), caption_key="text")
-    with pytest.raises(InputError, match="b.parquet has no column caption or txt; its columns are: image, text"):
+        opened("parquet", str(tmp_path / "b.parquet"), caption_key="words")
+    columns = "its columns are: image, words"
+    with pytest.raises(InputError, match=f"b.parquet has no column text; {columns}; set config.data.image_key$"):
         opened("parquet", str(tmp_path / "b.parquet"), image_key="text")
+    with pytest.raises(InputError, match=f"no column caption or txt or text; {columns}; set config.data.caption_key$"):
+        opened("parquet", str(tmp_path / "b.parquet"), image_key="words")
+    (tmp_path / "b.csv").write_text("Image,caption\na,b\n")
+    with pytest.raises(InputError, match="no column 'image' or 'file_name'; .*; set config.data.image_key$"):
+        opened("csv", str(tmp_path / "b.csv"))
+    with pytest.raises(InputError, match="no column 'text'; .*; set config.data.caption_key$"):
+        opened("csv", str(tmp_path / "b.csv"), image_key="Image", caption_key="text")
     twice = pa.Table.from_arrays([pa.array([b"x"]), *[pa.array(["x"])] * 4], ["image", "caption", "caption", "x", "x"])
     pq.write_table(twice, tmp_path / "c.parquet")
     with pytest.raises(InputError, match="c.parquet has 2 columns 'caption'; rename all but one"):

@@ -150,6 +150,13 @@ def test_eight_devices_and_chunks_give_what_one_gives(objective):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)  # the sums run in another order
 
 
+@pytest.mark.parametrize("objective", ["clip", "rankclip", "rank", "siglip", "cyclip"])
+def test_no_pairs_have_no_loss(objective):
+    empty = jnp.zeros((0, 8))
+    with pytest.raises(ValueError, match="a batch of 0 pairs has no loss"):
+        objective_loss(empty, empty, 10.0, objective=objective)
+
+
 def test_extremes_stay_finite():
     z = np.tile(np.eye(1, 16, dtype=np.float32), (8, 1))  # all the same
     for objective in ("siglip", "cyclip", "rank"):

@@ -359,3 +359,5 @@ def test_the_command_line_writes_the_page_and_says_one_line_about_wrong_input(tm
     assert (tmp_path / "new" / "r.html").read_text().startswith("<!doctype html>")
     done = subprocess.run([*command, tmp_path / "gone"], cwd=repo, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: no folder") and done.stderr.count("\n") == 1
+    done = subprocess.run([*command, run, "--out", run / "metrics.jsonl"], cwd=repo, capture_output=True, text=True)
+    assert done.returncode == 1 and "the page's name must end in .html" in done.stderr

@@ -185,10 +185,11 @@ def test_a_resnet_goes_to_openais_layout_and_hugging_face_has_none(tmp_path, mon
 
 
 def test_what_is_said_to_be_written_is_what_was_written(tmp_path, monkeypatch, capsys):
-    path, out = make_workdir(tmp_path / "run", VIT), tmp_path / "out"
-    out.mkdir()
-    (out / "mine.png").write_bytes(b"a picture")
+    path = make_workdir(tmp_path / "run", VIT)
     for layout, weights in (("hf", "config.json, model.safetensors"), ("orbax", "rankclip_jax.json")):
+        out = tmp_path / layout
+        out.mkdir()
+        (out / "mine.png").write_bytes(b"a picture")
         run_convert(monkeypatch, path, out, "--to", layout)
         said = capsys.readouterr().out.splitlines()[0]
         assert said.startswith(f"wrote {out}: README.md, ") and weights in said and "mine.png" not in said
@@ -196,7 +197,26 @@ def test_what_is_said_to_be_written_is_what_was_written(tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="error: DST is empty. Expected a local path"):
         run_convert(monkeypatch, path, "")
-    assert sorted(name.name for name in tmp_path.iterdir()) == ["out", "run"]
+    assert sorted(name.name for name in tmp_path.iterdir()) == ["hf", "orbax", "run"]
+
+
+def test_a_folder_has_one_layout(source, tmp_path):
+    """Of two a reader would take the older one for the newer."""
+    for layout, other, file in (("hf", "openai", "config.json"), ("openai", "orbax", "open_clip_config.json")):
+        export.write(source, tmp_path / layout, layout)
+        export.write(source, tmp_path / layout, layout)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(InputError, match=f"{layout} has an export in another layout .{file}.; give another"):
+            export.write(source, tmp_path / layout, other)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_the_card_cannot_read_is_said_before_anything_is_written(source, workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").write_text("no JSON\n{}\n")
+    with pytest.raises(InputError, match="metrics.jsonl line 1 is not JSON"):
+        export.write(pretrained.read(tmp_path / "run"), tmp_path / "out", "hf")
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_without_tokenizer_convert_and_say_so(source, tmp_path, monkeypatch, capsys):
