@@ -43,7 +43,7 @@ def exit_codes(interrupted: str = "stopped") -> Iterator[None]:
     `interrupted` for Ctrl-C."""
     try:
         yield
-        sys.stdout.flush()
+        print(end="", flush=True)
     except InputError as error:
         sys.exit(f"error: {error}")
     except BrokenPipeError:
@@ -65,7 +65,7 @@ def _unread() -> bool:
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
-    except OSError:  # no file, as where tests catch what is printed
+    except (OSError, AttributeError):  # no file, as where tests catch what is printed; or closed from the start
         return False
     return any(event & select.POLLERR for _, event in poll.poll(0))
 

@@ -102,6 +102,12 @@ def test_whoever_reads_the_output_may_stop(prints):
     assert "141" in commands.__doc__
 
 
+def test_an_output_that_is_closed_from_the_start_changes_nothing():
+    script = "from rankclip_jax.common import commands\nwith commands.exit_codes(): print(1)"
+    done = subprocess.run(f"{sys.executable} -c '{script}' >&-", shell=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_another_broken_pipe_is_shown():
     with pytest.raises(BrokenPipeError), commands.exit_codes():
         raise BrokenPipeError
