@@ -1,6 +1,7 @@
 """A trained model in three lines: `model = rankclip_jax.load(path)`, `encode_image`, `encode_text`, `zero_shot`."""
 
 import itertools
+import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -101,7 +102,7 @@ class Model:
         def prepare(numbered: tuple[int, Any]) -> np.ndarray:
             number, image = numbered
             try:
-                return self.source.view(image)
+                return self.source.view(os.path.expanduser(image) if isinstance(image, str) else image)
             except InputError as error:
                 raise InputError(f"image {number}: {error}") from None
 

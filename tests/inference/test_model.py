@@ -187,6 +187,12 @@ def test_images_that_cannot_be_used_are_named(model, images, message):
         model.encode_image(images)
 
 
+def test_a_picture_in_the_home_folder(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
+    np.testing.assert_array_equal(model.encode_image("~/a.png"), model.encode_image(tmp_path / "a.png"))
+
+
 def test_damaged_files_are_named(model, tmp_path):
     buffer = io.BytesIO()
     picture(64, 64).save(buffer, "JPEG")

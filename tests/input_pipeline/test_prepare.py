@@ -310,59 +310,6 @@ def test_a_full_disk_is_one_clear_line_and_leaves_no_half_shard(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "name, kind",
-    [
-        ("a/b.csv", "csv"),
-        ("b.TSV", "csv"),
-        ("gs://bucket/{00000..00331}.tar", "webdataset"),
-        ("/x/*.tfrecord", "tfrecord"),
-        ("y.parquet", "parquet"),
-    ],
-)
-def test_formats_by_name(name, kind):
-    assert prepare.guess_format(name) == kind
-
-
-def test_formats_of_folders(tmp_path):
-    assert prepare.guess_format(str(tmp_path)) == "folder"
-    (tmp_path / "00000.parquet").write_bytes(b"")
-    assert prepare.guess_format(str(tmp_path)) == "parquet"
-    (tmp_path / "00000").mkdir()  # as img2dataset writes files: the table is about the folder of pictures
-    assert prepare.guess_format(str(tmp_path)) == "folder"
-    (tmp_path / "00001.parquet").write_bytes(b"")
-    assert prepare.guess_format(str(tmp_path)) == "parquet"
-    (tmp_path / "00000.tar").write_bytes(b"")
-    assert prepare.guess_format(str(tmp_path)) == "webdataset"
-
-
-def test_rows_come_in_order_with_their_gaps(tmp_path):
-    def read(row):
-        tf.debugging.Assert(row % 3 != 1, ["a reason"])
-        return {"image": tf.strings.as_string(row), "caption": "x"}
-
-    source = sources.Source(1000, read, str, lambda: [])
-    for numbers in (range(200), range(100, 131), range(0, 1000, 7), range(1, 2), range(4, 100, 3), range(0)):
-        got = list(rows.read_rows(source, numbers))
-        assert [row.number for row in got] == list(numbers)
-        assert all((row.reason is None) == (row.number % 3 != 1) for row in got)
-        assert all(row.image == str(row.number).encode() for row in got if row.reason is None)
-
-
-def test_no_more_items_are_taken_ahead_than_asked():
-    taken = []
-
-    def items():
-        for i in range(50):
-            taken.append(i)
-            yield i
-
-    with prepare.ThreadPoolExecutor(2) as pool:
-        for done, result in enumerate(rows.in_order(pool, lambda i: i * i, items(), ahead=5)):
-            assert result == done**2 and len(taken) <= done + 5
-    assert len(taken) == 50
-
-
 def test_manifest_checks_size_and_checksum(tmp_path):
     path = tmp_path / "a.tfrecord"
     entry = shards.write_shard(path, [b"one", b"two"])
