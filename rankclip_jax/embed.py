@@ -100,6 +100,8 @@ def _embed(model: Model, flags: argparse.Namespace) -> None:
     about |= {"size": pictures.size, "names": pictures.fingerprint()}
     if collection.is_scored(model, pictures):
         about["cosines"] = True
+        if pictures.captions_at_hand:
+            about["captions"] = pictures.fingerprint_of_captions()
     if not store.is_folder(flags.out):
         collection.embed(model, pictures, Path(flags.out), about)
         return

@@ -326,7 +326,7 @@ def _same_run(folder: Path, about: dict, name: str = "about.json") -> None:
             old = dict(json.loads(stored.read_text()))
         except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{stored} is damaged ({error}); move {folder} away, or give another --out") from None
-        younger = {"activation", "view", "names"} - set(old)  # keys that parts of before do not have
+        younger = {"activation", "view", "names", "captions"} - set(old)  # keys that parts of before do not have
         keys = [key for key in old | about if key not in younger and old.get(key) != about.get(key)]
         changed = [f"{key}: {old.get(key)!r} -> {about.get(key)!r}" for key in keys]
         if changed:

@@ -101,8 +101,9 @@ class Model:
 
         def prepare(numbered: tuple[int, Any]) -> np.ndarray:
             number, image = numbered
+            image = os.path.expanduser(image) if isinstance(image, str) else image
             try:
-                return self.source.view(os.path.expanduser(image) if isinstance(image, str) else image)
+                return self.source.view(image)
             except InputError as error:
                 raise InputError(f"image {number}: {error}") from None
 

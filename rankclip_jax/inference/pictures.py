@@ -25,6 +25,7 @@ class Pictures:
       lost: (where, reason) of what has no number: bad rows of a table, unreachable samples of shards.
       captions: i -> the captions of image i; () where there are none.
       captioned: whether the collection has captions; of shards, whether some of 64 evenly spaced images have.
+      captions_at_hand: whether they are in memory, as a table's are.
     """
 
     size: int
@@ -33,12 +34,19 @@ class Pictures:
     lost: tuple[tuple[str, str], ...] = ()
     captions: Callable[[int], tuple[str, ...]] = lambda row: ()
     captioned: Callable[[], bool] = lambda: False
+    captions_at_hand: bool = False
 
     def fingerprint(self) -> str:
         """A checksum of the names without their folders, which may move; of large collections of evenly spaced ones."""
-        some = range(0, self.size, max(1, self.size // 100_000))
-        names = "\n".join(self.name(i).rpartition("/")[2] for i in some)
-        return f"{zlib.crc32(names.encode()):08x}"
+        return self._checksum(lambda i: self.name(i).rpartition("/")[2])
+
+    def fingerprint_of_captions(self) -> str:
+        """The same of the captions."""
+        return self._checksum(lambda i: "\0".join(self.captions(i)))
+
+    def _checksum(self, text: Callable[[int], str]) -> str:
+        texts = "\n".join(map(text, range(0, self.size, max(1, self.size // 100_000))))
+        return f"{zlib.crc32(texts.encode()):08x}"
 
     def caption(self, i: int) -> str:
         """The first caption of image i; "" where there is none."""
@@ -154,7 +162,7 @@ def _table(
 
     lost = tuple((f"{file} row {number}", reason) for number, reason in table.bad)
     image = lambda row: _file(tables.image_path(table.folder, name(row)))  # noqa: E731
-    return Pictures(len(names), name, image, lost, captions, lambda: bool(texts()))
+    return Pictures(len(names), name, image, lost, captions, lambda: bool(texts()), captions_at_hand=True)
 
 
 def _shards(pattern: str, kind: str, image_key: str | None, caption_key: str | None) -> Pictures:

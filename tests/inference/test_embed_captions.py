@@ -135,6 +135,19 @@ def test_what_is_written_otherwise_is_not_mixed(run, model, folder, tmp_path, mo
     resumes("scored.npz", r"\(activation: 'quick_gelu' -> 'gelu_tanh'\)", config=gelu)  # the same weights
 
 
+def test_captions_that_have_changed_are_not_mixed(run, folder, tmp_path):
+    (folder / "data.csv").write_text("image,caption\n" + "".join(f"{name},a cat\n" for name in names_below(folder)))
+    run(folder / "data.csv", "--out", tmp_path / "scored")
+    run(folder / "data.csv", "--out", tmp_path / "scored")  # nothing is left to do
+    (folder / "data.csv").write_text((folder / "data.csv").read_text().replace("cat", "dog", 1))
+    with pytest.raises(SystemExit, match=r"scored belongs to another run \(captions: '\w{8}' -> '\w{8}'\); delete it"):
+        run(folder / "data.csv", "--out", tmp_path / "scored")
+    about = json.loads((tmp_path / "scored/_about.json").read_text())
+    del about["captions"]  # as earlier versions wrote it
+    (tmp_path / "scored/_about.json").write_text(json.dumps(about))
+    run(folder / "data.csv", "--out", tmp_path / "scored")
+
+
 def test_the_column_of_captions_may_have_another_name(run, model, folder, tmp_path):
     names = names_below(folder)
     (folder / "data.csv").write_text("image,alt\n" + "".join(f"{name},a cat\n" for name in names))
