@@ -1,7 +1,6 @@
 """A trained model in three lines: `model = rankclip_jax.load(path)`, `encode_image`, `encode_text`, `zero_shot`."""
 
 import itertools
-import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -101,7 +100,6 @@ class Model:
 
         def prepare(numbered: tuple[int, Any]) -> np.ndarray:
             number, image = numbered
-            image = os.path.expanduser(image) if isinstance(image, str) else image
             try:
                 return self.source.view(image)
             except InputError as error:

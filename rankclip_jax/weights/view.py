@@ -43,7 +43,7 @@ class View:
                 return self._resized(pictures.rgb(image))
         if isinstance(image, str | os.PathLike):
             try:
-                return self(pictures.opened(pictures.read_file(image)))
+                return self(pictures.opened(pictures.read_file(os.path.expanduser(image))))
             except pictures.BadImageError as error:
                 raise InputError(f"{image}: {error}") from None
             except (OSError, ValueError) as error:
