@@ -1,6 +1,7 @@
 """The command line: python -m rankclip_jax.report DIR [DIR ...] --out report.html."""
 
 import argparse
+import dataclasses
 
 from rankclip_jax.common import commands, storage
 from rankclip_jax.common.errors import InputError
@@ -28,6 +29,8 @@ def main() -> None:
             raise InputError(f"--out {out}: the page's name must end in .html")
         folders = [storage.fetched(one) if storage.is_remote(one) else one for one in flags.workdirs]
         found = [runs.read_run(folder) for folder in folders]
+        names = runs.apart([workdir.rstrip("/") for workdir in flags.workdirs])
+        found = [dataclasses.replace(run, name=name) for run, name in zip(found, names, strict=True)]
         text = page.render(found)
         make_folder(out.parent)
         write_whole(out, text)

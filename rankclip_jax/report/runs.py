@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ class Run:
     """One run. All that is in it has the types that are said here, whatever the files hold (files.py).
 
     Attributes:
-      name: the workdir's last part.
+      name: the workdir's last part; of runs side by side as many parts as tell them apart (`apart`).
       rows: metrics.jsonl, a dict a line.
       config: config.json; empty without one.
       samples: number of training samples; None: not known.
@@ -50,6 +51,16 @@ class Run:
         for part in key.split("."):
             found = found.get(part) if isinstance(found, dict) else None
         return found
+
+
+def apart(workdirs: Sequence[str]) -> list[str]:
+    """Names of runs: seed0/run, seed1/run -> the same; a/one, b/two -> one, two."""
+    parts = [one.split("/") if "://" in one else list(Path(one).resolve().parts) for one in workdirs]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(filter(None, part[-depth:])) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def read_run(workdir: str | Path) -> Run:

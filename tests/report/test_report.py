@@ -347,6 +347,14 @@ def test_halves_of_a_character_do_not_stop_the_page(tmp_path):
     assert page.render([runs.read_run(run)]).encode().count(b"half of one:") >= 5 + 2 * 8
 
 
+def test_runs_of_one_name_are_named_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert runs.apart(["a/one", "b/two", "gs://c/three"]) == ["one", "two", "three"]
+    assert runs.apart(["a/run", "b/run", "two"]) == ["a/run", "b/run", f"{tmp_path.name}/two"]
+    assert runs.apart(["gs://a/x/run", "gs://b/x/run"]) == ["a/x/run", "b/x/run"]
+    assert runs.apart(["run", "./run"])[0].endswith(f"{tmp_path.name}/run")  # the same twice
+
+
 @pytest.mark.slow
 def test_the_command_line_writes_the_page_and_says_one_line_about_wrong_input(tmp_path):
     run = write_run(tmp_path / "run")
