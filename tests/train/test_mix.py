@@ -81,7 +81,9 @@ def test_the_folder_is_a_model_as_export_writes_it(mix, folder, capsys):
     assert model.encode_text(CAPTIONS[:2]).shape == (2, 128)
     card = (folder / "mixed" / "README.md").read_text()
     assert "# a and b" in card and "Every weight is 0.75 times that of `a` and 0.25 times that of `b`" in card
-    mix("a b --out mixed --to orbax")  # a half of each; what was there before is export's own
+    mix("a b --out mixed")  # a half of each; what was there before is export's own
+    mix("a b --out arrays --to orbax")
+    np.testing.assert_array_equal(leaves("mixed")[0], leaves("arrays")[0])
     np.testing.assert_allclose(leaves("mixed")[0], (leaves("a")[0] + leaves("b")[0]) / 2, atol=1e-6)
     mix("resnet resnet2 --out residual")
     assert (folder / "residual" / "open_clip_config.json").exists()
