@@ -19,6 +19,7 @@ Generated from the comments in `rankclip_jax/config/keys.py` and `fields.py`:
 Set a key on the command line, `--config.optim.lr=1e-3`, or in a file like those in `configs/`, which contains only the
 changed keys. A value is a Python literal; anything else is read as a string. An unknown key is an error that names the
 closest existing key, and so is a key that means nothing beside the others, such as `init_towers` without `init_from`.
+The exception is `loss`: what an objective does not use is passed over, so that one file serves several objectives.
 
 A resumed run may change only these keys:
 {may_change}.

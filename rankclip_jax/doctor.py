@@ -4,6 +4,7 @@ python -m rankclip_jax.doctor [--workdir DIR] [--tokenizer PATH_OR_HUB_ID]
 """
 
 import argparse
+import errno
 import os
 import shutil
 import sys
@@ -166,7 +167,8 @@ def places(workdir: str, tokenizer: str | None) -> Iterator[Finding]:
             pass
         yield Finding("workdir", f"{workdir} can be written")
     except OSError as error:
-        remedy = f"give a --workdir that you may write, or: sudo chown $USER {there}"
+        denied = error.errno in (errno.EACCES, errno.EPERM)
+        remedy = "give another --workdir" + (f", or: sudo chown $USER {there}" if denied else "")
         remedy = remedy if there.is_dir() else f"{there} is a file: give another --workdir"
         yield Finding("workdir", f"{there}: {error.strerror}", remedy)
     free = shutil.disk_usage(there).free / 2**30

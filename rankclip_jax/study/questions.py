@@ -5,8 +5,9 @@ Its value is taken seed by seed, so that the common luck of a seed cancels. Two-
 for the number of all contrasts of all questions (Holm 1979, Scandinavian Journal of Statistics 6).
 """
 
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,13 +58,21 @@ def terms(formula: str, arms: list[Arm]) -> list[tuple[int, Arm]]:
     return found
 
 
+def check_metrics(questions: ConfigDict, final: Mapping[str, float]) -> None:
+    """Raises InputError for a question about what a run did not measure. `final`: its numbers."""
+    for name, asked in questions.items():
+        if asked.metric not in final:
+            near = ", ".join(difflib.get_close_matches(asked.metric, final, 3, 0.0))
+            where = f"config.study.questions.{name}.metric={asked.metric!r}"
+            raise InputError(f"{where} is not measured; the nearest are {near}. What is done stays: correct it, resume")
+
+
 def answers(questions: ConfigDict, arms: list[Arm], runs: list[dict]) -> list[Answer]:
-    """Every contrast of every question, over the seeds that all its arms have. Raises InputError for no such metric."""
+    """Every contrast of every question, over the seeds that all its arms have. Raises InputError as `check_metrics`."""
     found = []
+    for run in runs:
+        check_metrics(questions, run["final"])
     for question, asked in questions.items():
-        if unmeasured := [run for run in runs if asked.metric not in run["final"]]:
-            known = ", ".join(unmeasured[0]["final"])
-            raise InputError(f"config.study.questions.{question}.metric={asked.metric!r}. Expected one of {known}")
         for label, formula in asked.contrasts.items():
             signed = [
                 {r["seed"]: sign * r["final"][asked.metric] for r in runs if _arm(r) == arm}

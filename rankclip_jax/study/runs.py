@@ -136,6 +136,8 @@ class Study:
                 result = arm._asdict() | {"lr": job.lr, "seed": job.seed, "seconds": seconds, **found[job]}
                 results.write(results.file_of(folder, arm, job), result | {"config": wanted})
                 known[job] = result
+                if full:  # before hours of other runs
+                    questions.check_metrics(self.config.study.questions, result["final"])
                 clock.did(f"{folder.name} {arm} seed {job.seed} lr {job.lr:g}: {_summary(result)}")
         return [known[job] for job in jobs]
 

@@ -58,7 +58,7 @@ def _run(flags: argparse.Namespace, given: arguments.Given, workdir: Path | None
         else:
             settings = workdirs.settings(given.config, workdir, given.overrides)
         if flags.mode == "plan":
-            plan.plan(settings)
+            plan.plan(workdirs.with_known(settings, workdir) if workdir else settings)
             return
         commands.imported("input_pipeline.pipeline", "clu.metric_writers")  # TensorFlow, which will be needed
         processes.start(flags.coordinator, flags.num_processes, flags.process_id)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rankclip_jax import evaluation
 from rankclip_jax.common import storage, tables
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, located
 from rankclip_jax.config import experiments
 from rankclip_jax.config.guess import guess_format
 from rankclip_jax.config.keys import KEYS, USUAL
@@ -103,6 +103,8 @@ def read(flags: argparse.Namespace, keys: Sequence[str]) -> Given:
     elif what and not (config or workdir or storage.is_remote(what)) and _is_run(what):  # whose pictures are no data
         workdir = what
     elif what:
+        if flags.mode == "plan" and not (storage.is_remote(what) or set(what) & set("*?[{") or storage.exists(what)):
+            raise InputError(f"no such file: {located(what)}")
         config = config or "own"
         overrides += [f"data.train={what!r}", f"data.format={_format(what)!r}"]
         workdir = workdir or Path("runs") / name_of(what)

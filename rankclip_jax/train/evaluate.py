@@ -1,6 +1,7 @@
 """Mode eval: every evaluation that the configuration names, of a checkpoint or of weights from elsewhere."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import jax
@@ -45,12 +46,15 @@ def evaluate(config: ConfigDict, workdir: str | Path | None, out: Path | None = 
     step, folder, file = int(state.step), None, None
     own = config.eval.model is None
     if processes.is_first():
+        writable = workdir is not None and (not os.path.exists(workdir) or os.access(workdir, os.W_OK))
+        if workdir and not (writable or out):
+            raise InputError(f"{workdir} cannot be written; give --out FILE for the results")
         file = out or (Path(workdir) / "eval.json" if workdir else None)
         before, claims = {}, {}
         if file:
             Owned(file.parent, "eval").check([file.name])
             before, claims[file.parent] = results_file.read(file), [file.name]
-        if workdir and (own or results_file.RUN not in before):
+        if workdir and writable and (own or results_file.RUN not in before):
             folder = Path(workdir) / "eval"
             claims.setdefault(Path(workdir), []).extend(f"eval/{name}" for name in artifacts.names(config.eval))
         for place, names in claims.items():

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -34,6 +35,7 @@ def plan(config: ConfigDict) -> dict:
     """
     from rankclip_jax.train import resolve  # brings tokenizers, which benchmarks.gpu can do without
 
+    config = _with_samples(config)
     resolve.require(config, "a plan")
     config = _with_packing(config)
     target = parse_target(config.plan.target)
@@ -155,6 +157,23 @@ def lines(config: ConfigDict, target: Target, numbers: dict) -> list[str]:
 
 def _total_steps(config: ConfigDict) -> int | None:
     return config.steps or (config.plan.samples and config.plan.samples // config.batch_size * config.epochs)
+
+
+def _with_samples(config: ConfigDict) -> ConfigDict:
+    """With the number of rows of a table that is here, and rates where they are open, which change no plan."""
+    from rankclip_jax.common import tables  # brings pyarrow, which benchmarks.gpu can do without
+
+    config, data = config.copy_and_resolve_references(), config.data
+    with config.ignore_type():
+        config.optim.lr = config.optim.lr or 1e-3
+        config.optim.warmup_steps = config.optim.warmup_steps or 0
+        is_table = isinstance(data.train, str) and data.train.lower().endswith(tables.ENDINGS)
+        if config.plan.samples is None and is_table and os.path.isfile(data.train):
+            images = (data.image_key,) if data.image_key else tables.IMAGE_KEYS
+            captions = (data.caption_key,) if data.caption_key else tables.CAPTION_KEYS
+            options = dict(delimiter=data.delimiter, encoding=data.encoding)
+            config.plan.samples = len(tables.read_table(data.train, images, captions, **options).images)
+    return config
 
 
 def _with_packing(config: ConfigDict) -> ConfigDict:

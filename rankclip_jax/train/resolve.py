@@ -234,9 +234,12 @@ def packing(
 def require(config: ConfigDict, who: str) -> None:
     """Raises InputError where `who`, which opens no data, needs what is open."""
     given = flatten(config.to_dict())
-    for key in ("batch_size", "epochs", "model.name", "optim.lr", "optim.warmup_steps"):
-        if given[key] is None:
-            raise InputError(f"config.{key}=None. Expected a value: {who} does not settle it, as training does")
+    needed = ("batch_size", "epochs", "model.name", "optim.lr", "optim.warmup_steps")
+    if missing := [f"config.{key}" for key in needed if given[key] is None]:
+        raise InputError(
+            f"{who} needs {', '.join(missing)}, which it does not settle as training does; give values, such as those "
+            "that a training prints after `chosen:`"
+        )
 
 
 def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:

@@ -14,6 +14,7 @@ from rankclip_jax import config as configs
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
+from rankclip_jax.common.foreign_files import read_json
 from rankclip_jax.common.ownership import Owned, at_work
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.parallel import processes
@@ -66,6 +67,18 @@ def settings(
     if start is None:
         raise InputError(f"{workdir} holds no run (no config.json); give --config FILE to start one")
     return configs.complete(configs.override(start, overrides))
+
+
+def with_known(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """`config` with what the run in a workdir knows beside its configuration: its vocabulary and number of samples."""
+    config = config.copy_and_resolve_references()
+    with config.ignore_type():
+        if (workdir / "tokenizer.json").is_file():
+            config.tokenizer.vocab_size, config.tokenizer.path = Tokenizer.load(workdir).vocab_size, None
+        if (workdir / _DATA).is_file() and config.plan.samples is None:
+            began = read_json(workdir / _DATA).get("train") or {}
+            config.plan.samples = began.get("samples")
+    return config
 
 
 def check_same_run(workdir: Path, config: ConfigDict) -> ConfigDict | None:

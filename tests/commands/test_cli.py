@@ -149,6 +149,7 @@ def test_the_home_folder_is_known_where_no_shell_writes_it_out(started, tmp_path
     ("train shapes --config cc3m", "shapes and --config cc3m are two experiments; give one"),
     ("train mine.csv --retrieval photos", "--retrieval photos: expected a table of images and captions"),
     ("train mine.csv --labels held.csv", "--labels held.csv: expected TABLE:COLUMN, for example heldout.csv:label"),
+    ("plan nothing.csv", "no such file: nothing.csv"),
     ("train mine.csv --labels a/x.csv:k b/x.csv:k", "--labels: a/x.csv and b/x.csv would both be the set x-k; rename"),
     ("eval a.pt --retrieval a/x.csv b/x.csv", "--retrieval: a/x.csv and b/x.csv would both be the set x; rename one"),
     ("train mine.csv --config.lr=1", r"config\.lr does not exist; the nearest key is config\.optim\.lr"),

@@ -126,6 +126,19 @@ def test_eight_devices_evaluate_as_one_does(trained, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_workdir_that_cannot_be_written_is_evaluated_into_a_file(trained, tmp_path, monkeypatch):
+    workdir = shutil.copytree(trained[0], tmp_path / "run", ignore=shutil.ignore_patterns("eval*"))
+    settings = evaluate.settings(None, workdir, ["eval.geometry={}", "eval.retrieval={}"])
+    monkeypatch.setattr(os, "access", lambda *_: False)  # for root it never is so
+    before = sorted(workdir.rglob("*"))
+    with pytest.raises(InputError, match="run cannot be written; give --out FILE for the results"):
+        evaluate.evaluate(settings, workdir)
+    results = evaluate.evaluate(settings, workdir, tmp_path / "eval.json")
+    assert results_file.latest(tmp_path / "eval.json")["zero_shot"] == results["zero_shot"]
+    assert sorted(workdir.rglob("*")) == before
+
+
+@pytest.mark.slow
 def test_weights_from_elsewhere_are_evaluated_as_the_workdir_they_came_from(trained, tmp_path):
     from rankclip_jax.weights import formats, pretrained
 

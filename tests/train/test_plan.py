@@ -13,9 +13,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rankclip_jax import models
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.config import complete, load
 from rankclip_jax.parallel.mesh import make_mesh
 from rankclip_jax.train import hlo, plan, targets
+from rankclip_jax.train import workdir as workdirs
 from rankclip_jax.train.flops import ACCELERATORS
 from rankclip_jax.train.targets import parse_target
 
@@ -302,6 +304,28 @@ def test_what_training_refuses_a_plan_refuses():
     config = load("configs/cc3m.py:model=RN50", ["accumulate=2", "plan.target=8xH100"])
     with pytest.raises(InputError, match="config.accumulate=2: a ResNet's batch norm needs"):
         plan.plan(config)
+
+
+def test_a_plan_of_data_of_ones_own_counts_a_tables_rows_and_names_all_that_it_needs(tmp_path):
+    (tmp_path / "mine.csv").write_text("picture,caption\na.png,a\nb.png,b\n")
+    own = load("own", [f"data.train={tmp_path}/mine.csv", "data.image_key=picture"])
+    settled = plan._with_samples(own)
+    assert (settled.plan.samples, settled.optim.lr, settled.optim.warmup_steps) == (2, 1e-3, 0)
+    assert own.plan.samples is None and own.optim.lr is None
+    with pytest.raises(InputError, match="a plan needs config.batch_size, config.epochs, config.model.name, which it"):
+        plan.plan(own)
+    assert plan._with_samples(load("own", ["data.train=gone.csv"])).plan.samples is None
+    assert plan._with_samples(load("own", [f"data.train={tmp_path}/mine.csv", "plan.samples=7"])).plan.samples == 7
+
+
+def test_a_plan_of_a_run_knows_its_vocabulary_and_samples(tmp_path):
+    words = Tokenizer.train(["a red circle"], 300)
+    words.save(tmp_path / "tokenizer.json")
+    (tmp_path / "data.json").write_text('{"train": {"samples": 48, "fingerprint": "x"}, "val": null}')
+    config = workdirs.with_known(load("shapes", ["tokenizer.path=openai/clip-vit-base-patch32"]), tmp_path)
+    assert (config.tokenizer.vocab_size, config.tokenizer.path, config.plan.samples) == (words.vocab_size, None, 48)
+    plain = load("shapes")
+    assert workdirs.with_known(plain, tmp_path / "none").to_dict() == plain.to_dict()
 
 
 def test_a_plan_packs_by_the_rows_that_it_is_given():

@@ -99,6 +99,16 @@ def test_a_trace_of_some_steps(tmp_path, capsys):
     assert capsys.readouterr().out.count("profile") == 1
 
 
+@pytest.mark.parametrize("asked", [(7, 9), (1, 2)])
+def test_steps_that_do_not_come_leave_no_trace_and_are_said(asked, tmp_path, capsys):
+    with Trace(asked, tmp_path) as trace:
+        for step in range(3, 7):
+            trace.before(step)
+            trace.after(step, jnp.ones(4))
+    assert capsys.readouterr().out == f"no trace: config.profile={asked}, and the steps were 3 to 6\n"
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("kind", "peak"),
     [
