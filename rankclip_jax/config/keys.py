@@ -314,7 +314,8 @@ KEYS = dict(
     plan=dict(  # settings of --mode=plan
         target=string("v5e:4x4"),  # a TPU topology, or a number of GPUs: 8xH100
         utilisation=real(0.4, above=0, high=1),  # share of the devices' peak, for the time estimate
-        samples=integer(None, 1),  # training samples, for the estimate of the whole schedule
+        # training samples, for the estimate of the whole schedule; None: of a run that is there, or rows of a table
+        samples=integer(None, 1),
     ),
     mesh=dict(data=-1),  # axis -> devices; -1: all remaining
     # replicated | fsdp | tensor | fsdp+tensor (parallel/sharding.py), or a list of rules (regex over parameter
