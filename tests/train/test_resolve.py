@@ -140,7 +140,7 @@ def test_a_resumed_run_has_the_stored_values_whatever_the_data_are(tmp_path, cap
 
 
 def test_plans_and_studies_say_what_they_need():
-.*warmup_steps, which"):
+    with pytest.raises(InputError, match=r"^a study needs config\.batch_size, config\.epochs, .*warmup_steps, which"):
         resolve.require(own(), "a study")
     resolve.require(configs.load("cc3m"), "a plan")
     with pytest.raises(InputError, match=r"config\.model\.name=None\. Expected a preset, since .*\.format=shapes"):
