@@ -78,7 +78,7 @@ def prepare(
     if not any(shard["samples"] for shard in manifest.shards):
         listed = storage.join(storage.shown(out_dir), "bad_samples.jsonl")
         with open(out_dir / "bad_samples.jsonl", encoding="utf-8") as lines:
-            example = next((json.loads(line) for line in lines if json.loads(line)["row"] is not None), None)
+            example = next((bad for bad in map(json.loads, lines) if bad["row"] is not None), None)
         said = f"; for example {example['where']}: {example['reason']}" if example else ""
         raise InputError(f"none of the {manifest.rows:,} rows could be used{said}; {listed} has the reasons")
     return manifest

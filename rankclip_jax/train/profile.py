@@ -12,20 +12,20 @@ class Trace:
     def __init__(self, steps: tuple[int, int] | None, workdir: str | Path):
         self._first, self._last = steps or (None, None)
         self._folder, self._running = Path(workdir) / "profile", False
-        self._steps: list[int] = []  # the first and the last that came
+        self._began = self._now = 0  # the first step that came, and the last; 0: none
 
     def __enter__(self) -> "Trace":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-        if self._first and self._steps and self._first not in range(self._steps[0], self._steps[-1] + 1):
-            asked, first, last = (self._first, self._last), self._steps[0], self._steps[-1]
-            print(f"no trace: config.profile={asked}, and the steps were {first} to {last}")
+        if self._first and self._now and not self._began <= self._first <= self._now:
+            asked = self._first, self._last
+            print(f"no trace: config.profile={asked}, and the steps were {self._began} to {self._now}")
 
     def before(self, step: int) -> None:
         """To be called before a step is handed to the devices."""
-        self._steps = [*self._steps[:1], step]
+        self._began, self._now = self._began or step, step
         if step == self._first:
             jax.profiler.start_trace(self._folder)
             self._running = True

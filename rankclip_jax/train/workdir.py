@@ -14,7 +14,6 @@ from rankclip_jax import config as configs
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
-from rankclip_jax.common.foreign_files import read_json
 from rankclip_jax.common.ownership import Owned, at_work
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.parallel import processes
@@ -75,9 +74,8 @@ def with_known(config: ConfigDict, workdir: Path) -> ConfigDict:
     with config.ignore_type():
         if (workdir / "tokenizer.json").is_file():
             config.tokenizer.vocab_size, config.tokenizer.path = Tokenizer.load(workdir).vocab_size, None
-        if (workdir / _DATA).is_file() and config.plan.samples is None:
-            began = read_json(workdir / _DATA).get("train") or {}
-            config.plan.samples = began.get("samples")
+        if config.plan.samples is None and (train := _data_at_start(workdir).get("train")):
+            config.plan.samples = train["samples"]
     return config
 
 
@@ -134,6 +132,15 @@ def kept_for_longer(config: ConfigDict, free: float) -> int | None:
     return int(free) if config.optim.schedule != "cosine" and math.isfinite(free) else None
 
 
+def _data_at_start(workdir: Path) -> dict:
+    """What data.json holds; empty for a run that is older than it. Raises InputError where it is damaged."""
+    path = workdir / _DATA
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}); {_LOST}") from None
+
+
 def check_same_data(workdir: Path, found: Mapping[str, dict | None], of_before: Callable[[str], dict | None]) -> None:
     """Raises InputError where a run resumes with other data than it began with.
 
@@ -141,11 +148,7 @@ def check_same_data(workdir: Path, found: Mapping[str, dict | None], of_before: 
       found: {"train": {"samples", "fingerprint"}, "val": the same, or None}. A run older than data.json takes any.
       of_before: name -> what an earlier version would have stored; it is asked where the data differ.
     """
-    path = workdir / _DATA
-    try:
-        began = dict(json.loads(path.read_text())) if path.exists() else {}
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}); {_LOST}") from None
+    began = _data_at_start(workdir)
     for name, now in found.items():
         before = began.get(name)
         if before and now and before != now and before != of_before(name):

@@ -48,7 +48,8 @@ def write(model: Pretrained, folder: str | Path, layout: str) -> None:
     tokenizer = None if model.tokenizer is None else model.tokenizer.to_dict()
     owned.check(names := _names(layout, tokenizer is not None))
     there = listed(folder).get("convert", ())
-    others = [name for other in LAYOUTS if other != layout for name in _WEIGHTS[other] if name in there]
+    others = [name for other in LAYOUTS if other != layout for name in _WEIGHTS[other]]
+    others = [name for name in others if name in there and (folder / name).exists()]
     if others:  # which a reader may take for this model
         raise InputError(f"{folder} has an export in another layout ({others[0]}); give another folder")
     text = card(model, layout)  # reads the run's metrics: before anything is written

@@ -324,6 +324,9 @@ def test_a_plan_of_a_run_knows_its_vocabulary_and_samples(tmp_path):
     (tmp_path / "data.json").write_text('{"train": {"samples": 48, "fingerprint": "x"}, "val": null}')
     config = workdirs.with_known(load("shapes", ["tokenizer.path=openai/clip-vit-base-patch32"]), tmp_path)
     assert (config.tokenizer.vocab_size, config.tokenizer.path, config.plan.samples) == (words.vocab_size, None, 48)
+    (tmp_path / "data.json").write_text("3")
+    with pytest.raises(InputError, match="data.json is damaged"):
+        workdirs.with_known(load("shapes"), tmp_path)
     plain = load("shapes")
     assert workdirs.with_known(plain, tmp_path / "none").to_dict() == plain.to_dict()
 

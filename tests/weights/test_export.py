@@ -211,6 +211,17 @@ def test_a_folder_has_one_layout(source, tmp_path):
         assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_an_export_that_failed_leaves_its_folder_to_another_layout(source, tmp_path, monkeypatch):
+    def failing(*_):
+        raise ValueError("no such thing in this layout")
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="no such thing"):
+        patch.setattr(export.formats, "write_hf", failing)
+        export.write(source, tmp_path / "out", "hf")
+    export.write(source, tmp_path / "out", "openai")
+    assert (tmp_path / "out/open_clip_model.safetensors").exists()
+
+
 def test_what_the_card_cannot_read_is_said_before_anything_is_written(source, workdir, tmp_path):
     shutil.copytree(workdir, tmp_path / "run")
     (tmp_path / "run/metrics.jsonl").write_text("no JSON\n{}\n")
