@@ -23,7 +23,7 @@ from benchmarks import scale
 REPO = Path(__file__).parents[1]
 # Prints a line at the end of each part: what it was, the time, and the seconds of processor.
 CHILD = """
-import json, os, resource, sys, time
+import importlib, json, os, resource, sys, time
 def mark(part):
     used = resource.getrusage(resource.RUSAGE_SELF)
     print(json.dumps(["part", part, time.time(), used.ru_utime + used.ru_stime]), flush=True)
@@ -34,25 +34,34 @@ def after(owner, name, part):
         mark(part)
         return found
     setattr(owner, name, both)
-from rankclip_jax.train import __main__ as train, opening, packed_batches, recorder
-mark("Python, JAX and our imports")
-opened = opening.open_data
-def open_data(*args, **kwargs):
-    import tensorflow
-    mark("TensorFlow's import")
-    return opened(*args, **kwargs)
-opening.open_data = open_data
-after(opening, "open_data", "opening the data")
-after(opening, "open_session", "tokenizer and model")
-after(opening, "open_state", "parameters")
-after(opening, "open_batches", "the pipeline")
-after(packed_batches.PackedBatches, "__next__", "loggers and first batch")
-def write(*args, **kwargs):
-    mark("what is left of the compilation, step 1")
-    os._exit(0)
-recorder.Recorder.write = write
-sys.argv = ["rankclip train", *sys.argv[1:]]
-train.main()
+found = importlib.import_module
+def import_module(name, package=None):
+    module = found(name, package)
+    if name == "rankclip_jax.train.__main__":
+        mark("Python, JAX and our imports")
+        watch()
+    return module
+def watch():
+    from rankclip_jax.train import opening, packed_batches, recorder
+    opened = opening.open_data
+    def open_data(*args, **kwargs):
+        import tensorflow
+        mark("TensorFlow's import")
+        return opened(*args, **kwargs)
+    opening.open_data = open_data
+    after(opening, "open_data", "opening the data")
+    after(opening, "open_session", "tokenizer and model")
+    after(opening, "open_state", "parameters")
+    after(opening, "open_batches", "the pipeline")
+    after(packed_batches.PackedBatches, "__next__", "loggers and first batch")
+    def write(*args, **kwargs):
+        mark("what is left of the compilation, step 1")
+        os._exit(0)
+    recorder.Recorder.write = write
+importlib.import_module = import_module
+sys.argv = ["rankclip", "train", *sys.argv[1:]]
+from rankclip_jax import cli
+cli.main()
 """
 
 

@@ -3,7 +3,6 @@
 Each word is a module's own command line with its own --help, and ends with its exit code.
 """
 
-import importlib
 import sys
 
 from rankclip_jax.common import commands, jax_install
@@ -46,7 +45,7 @@ def main() -> None:
     sys.argv = [f"rankclip {word}", *flags, *rest]
     commands.quiet_tensorflow()  # before a module imports it
     with commands.exit_codes():  # Ctrl-C in the seconds that imports take
-        command = importlib.import_module(module)
+        (command,) = commands.imported(module)
     command.main()
 
 

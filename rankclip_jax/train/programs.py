@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from optax import GradientTransformation
 
-from rankclip_jax.common import packing
+from rankclip_jax.common import commands, packing
 from rankclip_jax.common.packing import Packed
 from rankclip_jax.parallel.mesh import batch_sharding, batch_shards
 from rankclip_jax.train import step as steps
@@ -46,7 +46,9 @@ class Programs:
         program = self.of(step, batch)
         print("compiling the step ...", flush=True)
         # Traced here, since two threads of Python only take turns; XLA leaves Python alone.
-        lowered, begin = self._steps[program.whole].lower(state, batch), time.monotonic()
+        with commands.uncollected():
+            lowered = self._steps[program.whole].lower(state, batch)
+        begin = time.monotonic()
         thread = ThreadPoolExecutor(1)
         self._ahead = program, begin, thread.submit(lambda: (lowered.compile(), time.monotonic())[1])
         thread.shutdown(wait=False)
