@@ -10,6 +10,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import csv
 import gc
+import sys
 
 import numpy as np
 import pytest
@@ -28,6 +29,8 @@ LONG = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONG)
+    if tf := sys.modules.get("tensorflow"):  # as with XLA: what is read once is not worth optimising
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     # Imported modules stay; what is traced and compiled is mostly no garbage: a twentieth of the time.
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)

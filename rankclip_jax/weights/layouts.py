@@ -6,6 +6,7 @@ unrolled ones (`models.stack_layers` converts).
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 
@@ -182,11 +183,16 @@ def to_state(variables: Mapping, config: ClipConfig, layout: Layout) -> dict[str
     return {k: np.array(np.concatenate(v) if isinstance(v, list) else v, order="C") for k, v in state.items()}
 
 
+@functools.cache
 def template(config: ClipConfig) -> dict[str, tuple[int, ...]]:
-    """Name, such as "params/visual/proj", -> shape of every array of the model, unrolled."""
-    model = CLIP(config)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))
-    return {name: x.shape for name, x in by_name(shapes).items()}
+    """Name, such as "params/visual/proj", -> shape of every array of the model, unrolled. To be read only."""
+    model = CLIP(config, scan_layers=True)  # which traces one block of a tower for all
+
+    def init():
+        variables = model.init(jax.random.key(0), *model.example_inputs())
+        return {collection: unstack_layers(tree) for collection, tree in variables.items()}
+
+    return {name: x.shape for name, x in by_name(jax.eval_shape(init)).items()}
 
 
 def _within(name: str) -> str:
