@@ -25,11 +25,11 @@ import tensorflow as tf
 from input_pipeline import cpu_only, transforms
 from input_pipeline.bad_samples import BadSamples, reason_of_failure
 from input_pipeline.blocks import BlockOrder
-from input_pipeline.captions import augment
 from input_pipeline.graph import as_written, iterated, mapped
 from input_pipeline.lanes import LaneStream
 from input_pipeline.order import RowStream, place_of
 from input_pipeline.sources import Source, started_ahead
+from input_pipeline.training_samples import TrainingSamples, one_of
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
 
@@ -82,54 +82,27 @@ class TrainBatches:
         else:
             self._stream = RowStream(source, seed, start if isinstance(start, int) else 0, batch_size, process)
         self.bad, self._source = BadSamples(source, bad_path, max_bad_fraction), source
-
-        def sample(place, row, *given):
-            raw = source.read(row, *given)
-            key = tf.stack([tf.constant(seed, tf.int64), place])
-            numbers = transforms.window_numbers(key, 2 if two_views else 1)
-            views = transforms.training_view(
-                raw["image"], numbers, crop_scale, side=image_side, canvas=canvas, recover=recover_truncated
-            )
-            text = {"caption": _one_of(raw["caption"], key)}
-            if "tokens" in raw and not two_views:
-                text["tokens"] = raw["tokens"]
-            later = {"numbers": numbers} if canvas else {}
-            return views | text | {"position": place} | later
-
-        def with_windows(batch):
-            given = batch["windows"]
-            drawn = transforms.windows(batch.pop("numbers"), batch["size"], crop_scale)
-            return batch | {"windows": tf.where(given[..., 2:3] > 0, given, drawn)}
-
-        def tokens_of(captions, places):
-            texts = [c.decode(errors="replace") for c in captions]
-            if two_views:
-                edited = [
-                    augment(text, np.random.default_rng((seed, place)), synonyms)
-                    for text, place in zip(texts, places.clip(0), strict=True)  # -1: no sample
-                ]
-                texts = [text for pair in zip(texts, edited, strict=True) for text in pair]
-            return tokenizer(texts, context_length).reshape(*shape)
-
-        def completed(batch):
-            batch = with_windows(batch) if canvas else batch
-            if "tokens" in batch:
-                return batch | {"caption": batch["caption"][:1]}  # for _check_tokens
-            ids = tf.numpy_function(tokens_of, [batch.pop("caption"), batch["position"]], tf.int32)
-            return batch | {"tokens": tf.ensure_shape(ids, shape)}
-
-        shape = (batch_size, 2, context_length) if two_views else (batch_size, context_length)
-        self._sample = lambda place: sample(place, tf.constant(self._stream.row_of(place), tf.int64))
-        self._tokenizer, self._context_length = tokenizer, context_length
+        self._samples = TrainingSamples(
+            source=source,
+            tokenizer=tokenizer,
+            image_side=image_side,
+            canvas=canvas,
+            context_length=context_length,
+            crop_scale=crop_scale,
+            seed=seed,
+            two_views=two_views,
+            synonyms=synonyms,
+            recover_truncated=recover_truncated,
+        )
         # If every sample is bad, `ignore_errors` searches for a good one forever. So it gets a span of positions; when
         # that yields no more batches, the next span begins where the last batch ended.
         self._stream.begin(min(_SPAN_BATCHES, batches or _SPAN_BATCHES))
         good = self._one_good()
         if "tokens" in good:
-            self._check_tokens(good["tokens"].numpy(), good["caption"].numpy())
-        data = self._stream.samples(sample, good)
-        batches = _padded_batches(data, batch_size, canvas, drop_remainder=True)
-        self._data = batches.map(as_written(completed)).prefetch(2)
+            self._samples.check_tokens(good["tokens"].numpy(), good["caption"].numpy())
+        data = self._stream.samples(self._samples.read, good)
+        padded = _padded_batches(data, batch_size, canvas, drop_remainder=True)
+        self._data = padded.map(as_written(self._samples.complete)).prefetch(2)
         self._iterator = iterated(self._data)
 
     @property
@@ -149,14 +122,8 @@ class TrainBatches:
             reasons.append(f"{self._source.where(int(self._stream.row_of(place)))}: {reason}")
         raise InputError(f"the first {len(reasons)} samples are all unusable; for example {reasons[0]}")
 
-    def _check_tokens(self, stored, caption):
-        caption, length = caption.decode(errors="replace"), self._context_length
-        if not np.array_equal(stored, self._tokenizer([caption], length)[0]):
-            raise InputError(
-                f"the {len(stored)} tokens per caption in the data come from another tokenizer than this run's, or "
-                f"from another context length than {length}: {caption[:40]!r} is {stored[:8].tolist()} ...; set "
-                "config.tokenizer.path and config.model.context_length to those of the data, or prepare it again"
-            )
+    def _sample(self, place):
+        return self._samples.read(place, tf.constant(self._stream.row_of(place), tf.int64))
 
     def __iter__(self) -> Iterator[dict]:
         return self
@@ -175,7 +142,7 @@ class TrainBatches:
                 f"{next(filter(None, reasons), None)}"
             )
         if "caption" in batch:  # once a batch, since parts of the data may come from different tokenizers
-            self._check_tokens(batch["tokens"][0], batch.pop("caption")[0])
+            self._samples.check_tokens(batch["tokens"][0], batch.pop("caption")[0])
         came = batch.pop("position")
         self.bad.check(len(came), self._stream.passed(came), self._stream.row_of, self._sample)
         return batch
@@ -215,7 +182,7 @@ def eval_batches(
         centre = functools.partial(transforms.centre_window, side=image_side)
         windows_of = centre if squash == "no" else transforms.whole_window
         views = transforms.view(raw["image"], windows_of, side=image_side, canvas=canvas, exact=True, squash=squash)
-        label, caption = (tf.ensure_shape(x, ()) for x in (raw.get("label", -1), _one_of(raw["caption"])))
+        label, caption = (tf.ensure_shape(x, ()) for x in (raw.get("label", -1), one_of(raw["caption"])))
         return views | {"label": label, "caption": caption, "position": position}
 
     whole, rest = divmod(source.size, batch_size * count)
@@ -262,18 +229,6 @@ def resume_at(positions: list[int], batch_size: int, process: tuple[int, int]) -
     share = batch_size // len(positions)
     batches = max(-(-position // share) for position in positions)
     return batches * (batch_size // count), batches * batch_size - sum(positions)
-
-
-def _one_of(captions, key_2=None):
-    """One of several captions, drawn with the key; without a key the first. A single caption is returned unchanged."""
-    captions = tf.convert_to_tensor(captions)
-    if not captions.shape.rank:
-        return captions
-    if key_2 is None:
-        return captions[0]
-    # A different key than the window's, so that the two are independent.
-    drawn = tf.random.stateless_uniform((), tf.add(key_2, [1 << 32, 0]), maxval=tf.size(captions), dtype=tf.int32)
-    return captions[drawn]
 
 
 def _padded_batches(data, batch_size, canvas, drop_remainder=False):
