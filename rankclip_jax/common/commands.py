@@ -93,23 +93,25 @@ def quiet_tensorflow() -> None:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Python collects no garbage meanwhile, and passes over all that is there in later collections.
+    """Python collects no garbage meanwhile: for imports, and for tracing a step.
 
-    For imports and for tracing a step: collections would walk through half a million objects again and again, a tenth
-    of the time to a training's first step.
+    Collections would walk through half a million objects again and again, a tenth of the time to a first step.
     """
+    was = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
-        gc.enable()
+        if was:
+            gc.enable()
 
 
 def imported(*names: str) -> list[ModuleType]:
-    """The modules, imported uncollected."""
+    """The modules, imported uncollected. Later collections pass over all that is there then."""
     with uncollected():
-        return [importlib.import_module(name) for name in names]
+        modules = [importlib.import_module(name) for name in names]
+        gc.freeze()
+    return modules
 
 
 def keep_freed_memory() -> None:

@@ -1,6 +1,7 @@
 """Every command ends the same way: wrong input one line and 1, Ctrl-C 130; other errors keep their traceback."""
 
 import ast
+import gc
 import importlib
 import os
 import platform
@@ -259,3 +260,14 @@ def test_converting_takes_no_accelerator_unless_told_to(given, used, monkeypatch
             convert.main()
     finally:
         jax.config.update("jax_platforms", before)
+
+
+def test_tracing_uncollected_leaves_the_collector_as_it_was():
+    """What is garbage meanwhile, such as the arrays of an earlier run, is found afterwards."""
+    frozen = gc.get_freeze_count()
+    with commands.uncollected():
+        assert not gc.isenabled()
+        with commands.uncollected():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled() and gc.get_freeze_count() == frozen
