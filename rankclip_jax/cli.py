@@ -3,6 +3,7 @@
 Each word is a module's own command line with its own --help, and ends with its exit code.
 """
 
+import difflib
 import sys
 
 from rankclip_jax.common import commands, jax_install
@@ -37,7 +38,8 @@ def main() -> None:
         return
     word, *rest = words
     if word not in COMMANDS:
-        print(f"error: no command {word!r}. Expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        near = "".join(f" Did you mean {name}?" for name in difflib.get_close_matches(word, COMMANDS, 1))
+        print(f"error: no command {word!r}. Expected one of {', '.join(COMMANDS)}.{near}", file=sys.stderr)
         sys.exit(2)
     module, flags, first, _ = COMMANDS[word]
     if first and rest and not rest[0].startswith("-"):

@@ -205,6 +205,16 @@ def test_version_and_words(capsys, monkeypatch):
     assert all(f"  {word} " in listed for word in cli.COMMANDS)
 
 
+def test_a_word_that_is_no_command_is_refused_with_the_nearest(capsys, monkeypatch):
+    for word, near in ("evall", " Did you mean eval?"), ("zzz", ""):
+        monkeypatch.setattr("sys.argv", ["rankclip", word])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        every = ", ".join(cli.COMMANDS)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == f"error: no command '{word}'. Expected one of {every}.{near}\n"
+
+
 def test_ctrl_c_while_a_command_is_imported_is_one_line(capsys, monkeypatch):
     def interrupted(name):
         raise KeyboardInterrupt
