@@ -87,4 +87,9 @@ def _class_number(text: str, members: tar.Members, row: int) -> int:
 
 
 def _lines(path: str) -> list[str] | None:
-    return storage.read(path).decode("utf-8-sig").splitlines() if storage.exists(path) else None
+    if not storage.exists(path):
+        return None
+    try:
+        return storage.read(path).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 at byte {error.start}; write it as UTF-8") from None

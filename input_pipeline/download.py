@@ -19,6 +19,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
 from rankclip_jax.common.ownership import Owned, at_work
 from rankclip_jax.common.progress import progress
+from rankclip_jax.common.tasks import cores
 from rankclip_jax.config.key import encoding
 
 ENV = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankclip_jax" / "img2dataset"
@@ -236,7 +237,7 @@ def _flags():
     parser.add_argument("--short-side", type=int, default=288, help="shrink larger images to this many pixels (288)")
     parser.add_argument("--quality", type=int, default=95, help="of written JPEGs (95)")
     parser.add_argument("--shard-size", type=int, default=10_000, help="URLs per shard (10000)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="worker processes (one per core)")
+    parser.add_argument("--processes", type=int, default=cores(), help="worker processes (one per core)")
     parser.add_argument(
         "--distributor",
         choices=["multiprocessing", "pyspark", "ray"],

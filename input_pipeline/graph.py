@@ -5,20 +5,20 @@ folder where a process is killed. Nothing here needs it.
 """
 
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.tasks import cores
 
 as_written = tf.autograph.experimental.do_not_convert
 
 
 # So many elements are computed at once: results that wait for an earlier one leave no processor idle. TensorFlow's own
 # choice ends at the number of processors, and is 5 % slower.
-_AT_ONCE = 2 * (os.cpu_count() or 1) + 4
+_AT_ONCE = 2 * cores() + 4
 
 
 def mapped(data: tf.data.Dataset, function: Callable, at_once: int = _AT_ONCE) -> tf.data.Dataset:

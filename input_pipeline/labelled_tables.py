@@ -90,8 +90,8 @@ def _classes_of(
         names = folders.in_order(others)
         return names, _places(found, names)
     labels = np.array(list(numbers.values()))
-    if labels.max() >= MOST_CLASSES:
-        raise InputError(f"{path} has label {labels.max()}. Expected class numbers from 0, below {MOST_CLASSES:,}")
+    if abs(farthest := max(labels, key=abs)) >= MOST_CLASSES:
+        raise InputError(f"{path} has label {farthest}. Expected class numbers from 0, below {MOST_CLASSES:,}")
     tell_first(path, labels)
     if not (classes or spec.protocol or "train" in spec):
         raise InputError(

@@ -1,7 +1,6 @@
 """A process's part of the order of blocks (blocks.py): the good samples of its lanes, and how far it has read them."""
 
 import itertools
-import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -10,9 +9,10 @@ import tensorflow as tf
 from input_pipeline.blocks import BlockOrder
 from input_pipeline.graph import as_written, mapped
 from input_pipeline.sources import Together
+from rankclip_jax.common.tasks import cores
 
 _AT_LEAST = 16  # samples that are decoded at a time
-_AT_MOST = 2 * (os.cpu_count() or 1)  # of one lane, which is enough to keep the processors busy
+_AT_MOST = 2 * cores()  # of one lane, which is enough to keep the processors busy
 
 
 class LaneStream:

@@ -157,10 +157,12 @@ class Manifest:
         """Keeps only lines about rows of finished shards; other rows will be read again."""
         path = self._folder / "bad_samples.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        spans = [range(*shard["rows"]) for shard in self.shards if shard["bad"]]
+        size = self.settings["shard_size"]
+        finished = {shard["rows"][0] // size for shard in self.shards if shard["bad"]}
         whole = [line for line in lines if line.endswith("\n")]  # the last line may be torn
         try:
-            kept = [line for line in whole if any(json.loads(line)["row"] in span for span in spans)]
+            row_of = {line: json.loads(line)["row"] for line in whole}  # None: of what was lost with its file
+            kept = [line for line in whole if row_of[line] is not None and row_of[line] // size in finished]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path} is not a list of prepare's bad samples: {error!r}; give another folder") from None
         files.write_whole(path, "".join(kept))

@@ -235,8 +235,8 @@ def main() -> None:
         if not flag.startswith("--config.data."):
             parser.error(f"unknown flag {flag}")
     _check(parser, flags)
-    workers = flags.workers or max(1, (os.cpu_count() or 1) // 8)
-    threads = flags.threads or max(1, (os.cpu_count() or 1) // workers)
+    workers = flags.workers or max(1, tasks.cores() // 8)
+    threads = flags.threads or max(1, tasks.cores() // workers)
     with (
         commands.exit_codes("stopped; the same command resumes after the finished shards"),
         storage.output(flags.out_dir or ".", "prepare") as out_dir,

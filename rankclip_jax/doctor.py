@@ -19,6 +19,7 @@ from packaging.version import Version
 
 from rankclip_jax.common import commands, jax_install
 from rankclip_jax.common.errors import InputError, one_line
+from rankclip_jax.common.tasks import cores
 
 
 class Finding(NamedTuple):
@@ -147,9 +148,8 @@ def pipeline(pictures: int = 400) -> Iterator[Finding]:
         return
     found = f"{gpus} GPU(s), whose memory it will take" if gpus else "the CPU alone"
     yield Finding("TensorFlow's devices", found, off if gpus else None)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rate = health.jpegs_per_second(pictures)
-    yield Finding("decoding", f"{rate:,.0f} JPEGs of 400 x 300 a second on {cores} cores")
+    yield Finding("decoding", f"{rate:,.0f} JPEGs of 400 x 300 a second on {cores()} cores")
     try:
         from clu import metric_writers  # noqa: F401 -- what the trainer imports
     except Exception as error:  # tensorboard absent, or one of its own packages is

@@ -111,7 +111,7 @@ def _embed(model: Model, flags: argparse.Namespace) -> None:
         if flags.ray is not None:
             run = functools.partial(tasks.run_by_ray, worker, address=flags.ray, gpu=True)
         elif flags.workers > 1:
-            threads = max(1, (os.cpu_count() or 1) // flags.workers)
+            threads = max(1, tasks.cores() // flags.workers)
             run = functools.partial(tasks.run, worker, workers=flags.workers, threads=threads)
         collection.embed_to_folder(model, pictures, out, about, run)
 

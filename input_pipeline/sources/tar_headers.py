@@ -80,10 +80,11 @@ def name_of(head: bytes) -> str:
 def _pax_records(data):
     records = {}
     while data:
-        length, space, _ = data.partition(b" ")
-        if not space or not length.isdigit() or not 0 < int(length) <= len(data):
+        text, space, _ = data.partition(b" ")
+        length = _digits(text, 10) or 0
+        if not space or not 0 < length <= len(data):
             break
-        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        key, _, value = data[len(text) + 1 : length - 1].partition(b"=")
         records[key.decode(errors="replace")] = value.decode(errors="replace")
-        data = data[int(length) :]
+        data = data[length:]
     return records

@@ -259,6 +259,8 @@ def _scan(data: Bytes, size: int, path: str) -> Scan:
     while at + _FRAME <= size:
         begins.append(at)
         heads.append(bytes(data[at : at + 12]))
+        if not any(heads[-1]):  # zeros, as a crash leaves them by the gigabyte: no length has such a checksum
+            break
         at += _FRAME + struct.unpack_from("<Q", heads[-1])[0]
     head_Nx12 = np.frombuffer(b"".join(heads), np.uint8).reshape(-1, 12)
     stored = head_Nx12[:, 8:].copy().view("<u4")[:, 0]

@@ -1,10 +1,11 @@
 """What a program may know of the devices that it is for. It is read off the mesh, never off the local machine."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 
 import jax
+
+from rankclip_jax.common.tasks import cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Devices:
         return self.capability is None or self.capability >= 8.0
 
     def __str__(self) -> str:
-        cores = f" ({os.cpu_count()} cores)" if self.platform == "cpu" else ""
-        return f"{self.count} x {self.kind}{cores}"
+        of_host = f" ({cores()} cores)" if self.platform == "cpu" else ""
+        return f"{self.count} x {self.kind}{of_host}"
 
 
 def devices_of(devices: jax.sharding.Mesh | Sequence[jax.Device]) -> Devices:

@@ -58,3 +58,6 @@ class MetricsFile:
         self._file.write(json.dumps({"step": step, **numbers, "seconds": seconds, **self._start}) + "\n")
         self._start = {}
         self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

@@ -22,6 +22,11 @@ TRIES = 4  # of a task whose worker is killed; Ray's own number
 RAY_HELP = "run the tasks on the Ray cluster at ADDRESS, or of this machine, or one that is started here"
 
 
+def cores() -> int:
+    """The processors that this process may use: of a shared machine often fewer than it has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run(work: Callable[[T, int], R], tasks: Iterable[T], *, workers: int, threads: int) -> Generator[R]:
     """Yields work(task, threads) of all tasks, as they are finished, by processes of this machine.
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from rankclip_jax import config as configs
 from rankclip_jax.common import folders, storage, tables
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.pictures import ENDINGS, BadImageError, opened
+from rankclip_jax.common.pictures import ENDINGS, MAX_FILE_MB, BadImageError, opened
+from rankclip_jax.common.regular_files import read_regular
 from rankclip_jax.config.guess import SHARDS, guess_format
 
 
@@ -98,14 +99,22 @@ def _folder(path: str, image_key: str | None, caption_key: str | None) -> Pictur
         return texts.get(os.path.splitext(files[row])[0])
 
     def captions(row):
-        text = storage.read(storage.join(path, beside(row))) if beside(row) else b""
-        return _good([text.decode(errors="replace").removeprefix("\ufeff")])
+        return _good([_text(storage.join(path, beside(row)))] if beside(row) else [])
 
     def image(row):
         return _file(storage.join(path, files[row]))
 
     captioned = functools.cache(lambda: any(map(beside, range(len(files)))))
     return Pictures(len(files), lambda row: _readable(files[row]), image, (), captions, captioned)
+
+
+def _text(path: str) -> str:
+    """A caption's file; "" where it cannot be read, as in training, which loses only its row."""
+    try:
+        data = storage.read(path) if storage.is_remote(path) else read_regular(path, MAX_FILE_MB * 1_000_000)
+    except (InputError, OSError):
+        return ""
+    return data.decode(errors="replace").removeprefix("\ufeff")
 
 
 def _good(captions: Iterable[str]) -> tuple[str, ...]:

@@ -22,9 +22,13 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence | None = None) -> Mesh:
     if "data" not in axes:
         raise InputError(f'config.mesh = {dict(axes)} has no axis "data", over which batches are split')
     fixed = math.prod(size for size in axes.values() if size != -1)
-    sizes = {name: count // fixed if size == -1 else size for name, size in axes.items()}
-    if math.prod(sizes.values()) != count:
-        raise InputError(f"config.mesh = {dict(axes)} takes {math.prod(sizes.values())} devices; there are {count}")
+    rest = [name for name, size in axes.items() if size == -1]
+    if len(rest) > 1:
+        raise InputError(f"config.mesh = {dict(axes)}: expected one axis of -1, which takes what the others leave")
+    if count % fixed or (not rest and fixed != count):
+        takes = f"takes {'a multiple of ' * len(rest)}{fixed} devices"
+        raise InputError(f"config.mesh = {dict(axes)} {takes}; there are {count}")
+    sizes = {name: count // fixed if name in rest else size for name, size in axes.items()}
     # jax.make_mesh defaults to Explicit axes, under which sharded layers and z_img @ z_txt.T raise.
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices

@@ -1,11 +1,12 @@
 """How long the devices stand idle because the next batch is not there, and what to do about it."""
 
-import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+
+from rankclip_jax.common.tasks import cores
 
 WORTH_SAYING = 0.15  # share of the time
 
@@ -38,6 +39,10 @@ class InputWait:
         """Says that a step was handed to the devices, of which `result` is an output."""
         self._step_end = self._thread.submit(lambda: (jax.block_until_ready(result), time.monotonic())[1])
 
+    def close(self) -> None:
+        """Ends the thread, at the end of its last step."""
+        self._thread.shutdown(wait=False)
+
     def take(self) -> tuple[float, int]:
         """Since the last call: seconds of idle devices, and the samples read by this process, bad ones included."""
         waits, self._waits = self._waits, []
@@ -55,5 +60,5 @@ def advice(share: float, read_per_second: float, resize: str) -> str:
     )
     return (
         f"input-bound: the devices waited for data {100 * share:.0f} % of the time; this host reads "
-        f"{read_per_second:.0f} images/s with {os.cpu_count()} cores; {remedy}"
+        f"{read_per_second:.0f} images/s with {cores()} cores; {remedy}"
     )

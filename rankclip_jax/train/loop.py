@@ -1,5 +1,6 @@
 """A training run: open the data, open the state (opening.py), run the steps, finish. Data flows one way."""
 
+import contextlib
 import functools
 import gc
 import shlex
@@ -100,6 +101,7 @@ def run_steps(
     began = dict(start=start.step, total_steps=data.total_steps, parameters=_parameters(state))
     cadence = [n for n in (config.checkpoint.every_steps, config.checkpoint.keep_every) if n]
     with (
+        contextlib.closing(wait),
         Recorder(session, workdir, rate, wait.take, **began) as recorder,
         Trace(config.profile, workdir) as trace,
         Notice() as notice,

@@ -55,6 +55,7 @@ class Recorder:
             wandb = {"wandb": self._wandb_id()} if "wandb" in self._config.log else {}
             # Before the loggers: of a full disk it says so in one line.
             self._metrics = MetricsFile(self._workdir, self._start, about | wandb)
+            self._opened.callback(self._metrics.close)
             settings = flatten(self._config.to_dict())
             for name in self._config.log:
                 if name == "tensorboard":

@@ -25,7 +25,7 @@ class Pretrained:
     """A model that was read.
 
     Attributes:
-      path: its source as it was given: a path, or a hub id.
+      path: its source as it was given: a path, or a hub id; of one in a bucket, its copy here.
       config: the architecture.
       variables: {"params": ..., "batch_stats": ...} (the latter for a ResNet), float32 NumPy, blocks unrolled.
       view: its image preprocessing.

@@ -128,7 +128,8 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             if processes.is_first():
-                (self._folder / checkpoint.SCORES).write_text(json.dumps({self._best: self._scores}))
+                scores = json.dumps({self._best: self._scores})
+                storage.write(str(self._folder / checkpoint.SCORES), scores.encode())
             saved = self._manager.all_steps()
             if before in saved and before not in self._kept(saved):
                 self._manager.delete(before)

@@ -21,6 +21,8 @@ from input_pipeline import decode, encode, sources, transforms
 from input_pipeline.bad_samples import reason_of_failure
 from rankclip_jax.common import pictures, tables
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.regular_files import read_regular
+from rankclip_jax.inference.pictures import open_pictures
 from rankclip_jax.weights.view import View
 from tests.support.source_files import KEYS, samples
 
@@ -75,10 +77,15 @@ def test_only_regular_files_of_a_table_are_read(folder):
         "/dev/zero; a device, not a regular file",
         "/dev/full; a device, not a regular file",
         f"{folder}/large.jpg; 101 MB; more than config.data.max_file_mb",
-        f"{folder}/.; Is a directory",
+        f"{folder}/.; a folder, not a regular file",
         f"{folder}/none.jpg; no such file",
     ]
     assert reason_of_failure(csv_of("large.jpg", max_file_mb=102).read, 0) is None
+    for name in ".", "pipe.jpg", "large.jpg", "good.jpg":  # whatever becomes of it, no file stays open
+        before = os.listdir("/proc/self/fd")
+        with contextlib.suppress(InputError):
+            read_regular(folder / name, 1_000_000)
+        assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 @pytest.mark.parametrize("shuffle", ["rows", "blocks"])
@@ -108,6 +115,20 @@ def test_only_regular_files_of_a_folder_are_read(folder):
         f"{folder}/large.jpg; 101 MB; more than config.data.max_file_mb",
         f"{folder}/pipe.jpg; a named pipe, not a regular file",
     ]
+
+
+def test_a_caption_that_cannot_be_read_is_none_of_a_collection(folder):
+    for name, data in ("a", b"one"), ("b", b"\xef\xbb\xbftwo\n"), ("large", b"three"):
+        (folder / f"{name}.jpg").touch()
+        (folder / f"{name}.txt").write_bytes(data)
+    (folder / "c.jpg").touch()
+    os.mkfifo(folder / "c.txt")
+    with (folder / "large.txt").open("wb") as out:
+        out.truncate(101_000_000)
+    found = open_pictures(str(folder))
+    captions = {found.name(i): found.captions(i) for i in range(found.size)}
+    none = dict.fromkeys(("c.jpg", "good.jpg", "large.jpg", "pipe.jpg"), ())
+    assert captions == {"a.jpg": ("one",), "b.jpg": ("two",)} | none
 
 
 def test_only_regular_files_are_embedded_or_read_as_tables(folder):

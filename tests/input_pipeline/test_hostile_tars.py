@@ -48,6 +48,7 @@ def tar_with(path, *middle):
         header("x", b"%011o" % 14, b"x") + padded(b"14 size=-1000\n") + header("x.jpg", b"%011o" % 0),
         header("x", b"%011o" % 13, b"x") + padded(b"13 size=lots\n") + header("x.jpg", b"%011o" % 0),
         header("x", b"%011o" % 13, b"x") + padded(b"13 size=1e99\n") + header("x.jpg", b"%011o" % 0),
+        header("x", b"%011o" % 5000, b"x") + padded(b"9" * 4990 + b" size=1\n") + header("x.jpg", b"-1"),
     ],
 )
 def test_what_follows_a_size_that_is_no_number_is_lost_and_counted(middle, tmp_path):

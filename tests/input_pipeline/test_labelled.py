@@ -193,6 +193,13 @@ def test_halves_of_a_sample_shift_no_label_and_no_caption(tmp_path, ending):
     assert source.size == 1 and sum(lost.samples for lost in source.lost) == 1
 
 
+def test_names_of_classes_that_are_not_utf_8_are_one_line(tmp_path):
+    root = write_clip_benchmark(tmp_path)
+    (root / "classnames.txt").write_bytes("ash\nb\xf6ne\nclay\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"classnames.txt is not UTF-8 at byte 5; write it as UTF-8$"):
+        labelled.open_labelled(spec(format="clip_benchmark", path=str(root)), image_side=16)
+
+
 @pytest.mark.parametrize("number", [str(2**31), "-1", "1000000", "9" * 5000, "1_0", "\u0663", "1.0", "", "1 2", "nan"])
 def test_a_class_number_that_is_none_is_one_line_with_shard_key_and_value(tmp_path, number):
     root = write_clip_benchmark(tmp_path)

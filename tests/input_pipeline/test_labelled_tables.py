@@ -71,7 +71,12 @@ def test_labels_that_are_numbers(labels, read, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "label, message", [("-1", "has label -1"), ("99999999", "Expected class numbers from 0, below")]
+    "label, message",
+    [
+        ("-1", "has label -1"),
+        ("99999999", "Expected class numbers from 0, below"),
+        ("-9999999999", "has label -9999999999. Expected"),
+    ],
 )
 def test_numbers_that_are_no_classes(label, message, tmp_path):
     write_csv(tmp_path)

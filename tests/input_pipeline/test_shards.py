@@ -59,6 +59,20 @@ def test_a_wildcard_matches_neither_the_index_nor_a_folder(layout, tmp_path):
     assert (tmp_path / ".rankclip_index").is_dir()
 
 
+def test_zeros_at_the_end_of_a_shard_are_not_scanned_as_records(tmp_path, monkeypatch):
+    shard, checked = tmp_path / "0.tfrecord", []
+    with tf.io.TFRecordWriter(str(shard)) as out:
+        for _ in range(4):
+            out.write(example(jpg=b"x", txt="y"))
+    size = shard.stat().st_size
+    with shard.open("r+b") as out:  # as a machine that fell leaves a file
+        out.truncate(100_000_000)
+    sums = tfrecord._masked_crc32c
+    monkeypatch.setattr(tfrecord, "_masked_crc32c", lambda found: checked.append(len(found)) or sums(found))
+    source = opened("tfrecord", str(shard))
+    assert source.size == 4 and f"is wrong at byte {size}" in source.lost[0].reason and checked == [5]
+
+
 def test_a_wrong_length_that_ends_behind_the_shard_is_no_truncation(tmp_path):
     shard = tmp_path / "0.tfrecord"
     with tf.io.TFRecordWriter(str(shard)) as out:

@@ -64,6 +64,12 @@ def test_mesh_sizes_must_fit_the_devices():
     assert make_mesh({"data": -1, "fsdp": 2}).shape == {"data": 4, "fsdp": 2}
     with pytest.raises(InputError, match=r"takes 3 devices; there are 8"):
         make_mesh({"data": 3})
+    with pytest.raises(InputError, match=r"takes a multiple of 16 devices; there are 8"):
+        make_mesh({"data": -1, "model": 16})
+    with pytest.raises(InputError, match=r"takes a multiple of 3 devices; there are 8"):
+        make_mesh({"data": -1, "model": 3})
+    with pytest.raises(InputError, match=r"expected one axis of -1, which takes what the others leave"):
+        make_mesh({"data": -1, "model": -1})
     with pytest.raises(InputError, match=r'no axis "data"'):
         make_mesh({"model": 8})
 

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+from rankclip_jax.common import files
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.storage.place import Place, explained, is_remote, place_of, store_of
 
@@ -30,7 +31,7 @@ def read(path: str, begin: int = 0, end: int | None = None) -> bytes:
 def write(path: str, data: bytes) -> None:
     """Writes a file whole. Raises InputError as `read`."""
     if not is_remote(path):
-        Path(path).write_bytes(data)
+        files.write_whole(path, data)
         return
     store, key = store_of(writable(path))
     with _errors_in_one_line(path):
