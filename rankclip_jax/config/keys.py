@@ -128,7 +128,7 @@ KEYS = dict(
         # more is padded. None: measured on the captions, and measured again for another share
         pack_rows=whole_pair(None, "(rows, captions) with 1 <= rows <= captions", lambda rows, n: 1 <= rows <= n),
         scan_layers=boolean(False),  # compile one layer for all of a tower: faster compilation, same numbers
-        # initial logarithm of the logit scale; None: ln(1 / 0.07), siglip: ln 10. [o] [s]
+        # initial logarithm of the logit scale, from 0 to ln 100; None: ln(1 / 0.07), siglip: ln 10. [o] [s]
         logit_scale=real(None),
         logit_bias=real(None),  # initial value of siglip's learned bias; None: no bias, siglip: -10. [s]
         # Recompute activations in the backward pass: less memory, same numbers. True: all of a block; or a

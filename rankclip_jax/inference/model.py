@@ -95,7 +95,7 @@ class Model:
         images: a PIL image, a path or a uint8 array (H, W, 3); any iterable of these; or an array (n, H, W, 3). One
         image gives n = 1. Raises InputError with the number of the unusable image.
         """
-        if not isinstance(images, Iterable) or isinstance(images, str) or getattr(images, "ndim", 0) == 3:
+        if _is_one(images) or getattr(images, "ndim", 0) == 3:
             images = [images]
 
         def prepare(numbered: tuple[int, Any]) -> np.ndarray:
@@ -126,7 +126,7 @@ class Model:
             with progress("encode texts", len(ids_NxL), unit="texts") as bar:
                 return self._encode(ids_NxL, lambda rows: self._packed(np.stack(rows)), bar.update)
         prepare = self._tokenized()
-        if isinstance(texts, str) or not isinstance(texts, Iterable):
+        if _is_one(texts):
             texts = [texts]
         with progress("encode texts", _length(texts), unit="texts") as bar:
             return self._encode(texts, prepare, bar.update)
@@ -231,13 +231,18 @@ def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
+def _is_one(given: Any) -> bool:
+    """Whether this is one item, not several; an array without axes is one too."""
+    return isinstance(given, str) or not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0
+
+
 def _length(items: Any) -> int | None:
     return len(items) if hasattr(items, "__len__") else None
 
 
 def _strings(given: Any, what: str) -> list[str]:
     """One str or several, as a list. Raises InputError where there is something else."""
-    strings = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    strings = [given] if _is_one(given) else list(given)
     odd = [one for one in strings if not isinstance(one, str)]
     if odd:
         raise InputError(f"{what} must be a str; got {type(odd[0]).__name__}")

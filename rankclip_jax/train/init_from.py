@@ -21,6 +21,7 @@ from rankclip_jax.train.step import AveragedState, TrainState
 from rankclip_jax.weights import pretrained
 
 TOWERS = {"both": ("visual", "text", "logit_scale", "logit_bias"), "vision": ("visual",), "text": ("text",)}
+_BEGINNINGS = ("logit_scale", "logit_bias")  # keys of config.model that say what a fresh one starts at
 
 
 def read(config: ConfigDict) -> pretrained.Pretrained | None:
@@ -85,6 +86,8 @@ class _Taking:
     def of(self, collection: str, fresh: dict) -> dict:
         """The tree `fresh`, with the start's values where they are taken."""
         theirs = self._start.variables.get(collection, {})
+        if collection == "params" and self._start.loss_bias is not None:
+            theirs = theirs | {"logit_bias": self._start.loss_bias}
         theirs = by_name(models.stack_layers(theirs) if self._config.model.scan_layers else theirs)
         taken = jax.tree_util.tree_map_with_path(lambda path, x: self._leaf(path_name(path), x, theirs), fresh)
         here = by_name(fresh)
@@ -103,6 +106,8 @@ class _Taking:
         value = self._fitting(name, theirs.get(name), fresh.shape)
         if value is None:
             return fresh
+        if name in _BEGINNINGS and (wanted := self._config.model[name]) is not None:
+            self.misfits.append(f"config.model.{name}={wanted} is the start of a fresh one")
         return jax.make_array_from_callback(fresh.shape, fresh.sharding, lambda index: value[index])
 
     def _fitting(self, name, value, shape):
@@ -117,7 +122,8 @@ class _Taking:
         if resized is None:
             self.misfits.append(f"{name} is {value.shape} there, {shape} here")
         else:
-            self.notes.append(f"{name} resized from {value.shape} to {shape}")
+            how = "cut" if name == "text/positional_embedding" else "resized"
+            self.notes.append(f"{name} {how} from {value.shape} to {shape}")
         return resized
 
     def check(self) -> None:
@@ -125,7 +131,7 @@ class _Taking:
         if self.misfits:
             raise InputError(
                 f"config.init_from = {self._start.path} does not fit config.model: {'; '.join(self.misfits)}. Set "
-                "config.model to its architecture, or name in config.init_skip what shall start fresh"
+                "config.model to its architecture, or name in config.init_skip what should start fresh"
             )
         if self._unused:
             raise InputError(f"config.init_skip: {sorted(self._unused)[0]!r} matches no parameter of the towers taken")

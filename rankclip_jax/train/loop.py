@@ -216,7 +216,8 @@ def _evaluate(
                     numbers |= {f"{key}/ema": value for key, value in losses.items()}
         recorder.show(step, shown or {})
         gc.collect()  # TensorFlow's graphs are cycles; Python would keep some thirty evaluations' of 2 MB
-    print(f"after epoch {step // data.steps_per_epoch}, step {step}:")
+    epoch, more = divmod(step, data.steps_per_epoch)
+    print(f"after {f'epoch {epoch}, ' if not more else ''}step {step}:")
     print(evaluation.lines(results | {"missing": failed}, numbers), end="", flush=True)
     recorder.write(step, numbers, counts=evaluation.counts(results), failed=failed)
     checkpoints.score(step, numbers)

@@ -320,6 +320,9 @@ def build_model(
         model = models.build(fields.pop("name"), devices=devices, **words, **fields)
     except ValueError as error:
         raise InputError(f"config.model: {error}") from None
+    start = config.model.logit_scale
+    if start is not None and not model.config.siglip and not steps.MIN_LOG_SCALE <= start <= steps.MAX_LOG_SCALE:
+        raise InputError(f"config.model.logit_scale={start}. Expected 0 to ln 100 = {steps.MAX_LOG_SCALE}")
     if (dropout := config.model.vision.patch_dropout) and isinstance(model.config.vision, models.ResNetConfig):
         raise InputError(f"config.model.vision.patch_dropout={dropout}: a ResNet has no patches. Expected 0, or a ViT")
     return model if config.optim.lora is None else Adapted(model, config.optim.lora)

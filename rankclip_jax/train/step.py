@@ -193,7 +193,10 @@ def train_step_function(
         loss, (parts, batch_stats) = value
         zeros = jax.tree.map(jnp.zeros_like, frozen)
         grads = uncut_layers(rules.join(grads, zeros))  # the optimiser leaves out what is frozen
-        params, opt_state, grad_norm = _updated(state, grads, model, tx, config, mesh)
+        params, opt_state, grad_norm = _updated(state, grads, tx, config, mesh)
+        # SigLIP's authors do not: its published scales are above 100.
+        if not model.config.siglip and trained["logit_scale"] is not None:
+            params = clamp_logit_scale(params)
         metrics = {"loss": loss, **parts, "grad_norm": grad_norm, "logit_scale": _scale(state.params)}
         if "logit_bias" in state.params:
             metrics["logit_bias"] = state.params["logit_bias"]
@@ -207,7 +210,7 @@ def train_step_function(
     return train_step
 
 
-def _updated(state, grads, model, tx, config, mesh):
+def _updated(state, grads, tx, config, mesh):
     """(parameters, opt_state, norm of the gradients) after the optimiser's step."""
     if mesh is not None:  # each device updates its own part
         where = params_shardings(grads, mesh, config.sharding)
@@ -217,10 +220,7 @@ def _updated(state, grads, model, tx, config, mesh):
     if on_cpu and config.optim.grad_clip_norm is None:
         opt_state = _counters_after(grad_norm, opt_state)
     updates, opt_state = tx.update(grads, opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    if not model.config.siglip:  # whose authors do not: its published scales are above 100
-        params = clamp_logit_scale(params)
-    return params, opt_state, grad_norm
+    return optax.apply_updates(state.params, updates), opt_state, grad_norm
 
 
 def _counters_after(grad_norm: jax.Array, opt_state: optax.OptState) -> optax.OptState:

@@ -93,6 +93,7 @@ def _mlp(width: int, mlp_width: int) -> int | None:
     return None if mlp_width == 4 * width else mlp_width
 
 
+_TANH = {"approximate": "tanh"}  # of torch's GELU, as open_clip's act_kwargs
 # Fields of an open_clip config that do not change the model, with their allowed values (None: any). Dropout acts only
 # in training, where the trainer decides.
 _OPEN_CLIP_NEUTRAL = {
@@ -117,7 +118,7 @@ _OPEN_CLIP_NEUTRAL = {
     "ls_init_value": (None,),
     "block_type": (None, "default"),
     "norm_kwargs": (None, {}),
-    "act_kwargs": (None, {}),
+    "act_kwargs": (None, {}, _TANH),
 }
 
 
@@ -152,6 +153,10 @@ def from_open_clip(model_cfg: Mapping, highest_id: int | None = None) -> ClipCon
         mlp = int(width * vision.get("mlp_ratio", 4.0))
         heads = width // vision.get("head_width", 64)
         vision_config = VitConfig(size, vision.get("patch_size", 16), width, layers, heads, _mlp(width, mlp))
+    towers = [text] if isinstance(vision_config, ResNetConfig) else [vision, text]
+    tanh = [tower.get("act_kwargs") == _TANH for tower in towers]
+    if any(tanh) and (model_cfg.get("quick_gelu") or not all(tanh)):
+        raise ValueError(f"open_clip's act_kwargs = {_TANH} of one tower alone, or of quick_gelu, is not supported")
     vocab_size, text_width = text.get("vocab_size", 49408), text.get("width", 512)
     highest_id = vocab_size - 1 if highest_id is None else highest_id
     return ClipConfig(
@@ -166,7 +171,7 @@ def from_open_clip(model_cfg: Mapping, highest_id: int | None = None) -> ClipCon
             text.get("eos_id", 2) if text.get("pool_type") == "eos" else highest_id,
             _mlp(text_width, int(text_width * text.get("mlp_ratio", 4.0))),
         ),
-        "quick_gelu" if model_cfg.get("quick_gelu") else "gelu",
+        "gelu_tanh" if any(tanh) else "quick_gelu" if model_cfg.get("quick_gelu") else "gelu",
     )
 
 
@@ -201,6 +206,9 @@ def to_open_clip(config: ClipConfig) -> dict | None:
     if text.eot_id != text.vocab_size - 1:
         # open_clip pools at the highest id by default, which here is another token.
         text_cfg |= {"pool_type": "eos", "eos_id": text.eot_id}
+    if config.activation == "gelu_tanh":
+        text_cfg["act_kwargs"] = _TANH
+        vision_cfg |= {"act_kwargs": _TANH} if isinstance(vision, VitConfig) else {}
     return {
         "embed_dim": config.embed_dim,
         "quick_gelu": config.activation == "quick_gelu",

@@ -34,6 +34,7 @@ class Pretrained:
       step: the step of a workdir's checkpoint, otherwise None.
       averaged: whether these are a run's averages (config.optim.ema), not its last weights.
       origin: a sentence for the model card, of what was made from other models.
+      loss_bias: of SigLIP's loss, where a run trained another architecture with it; no embedding reads it.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Pretrained:
     step: int | None = None
     averaged: bool = False
     origin: str | None = None
+    loss_bias: np.ndarray | None = None
 
 
 def read(
@@ -142,11 +144,10 @@ def _workdir(path: Path, tokenizer: Tokenizer | None, ema: bool) -> Pretrained:
         variables = overlaid(variables, variables.pop("ema"))
     variables["params"] = lora.merged(variables["params"])
     variables = {name: models.unstack_layers(tree) for name, tree in variables.items()}
-    if not config.siglip:
-        variables["params"].pop("logit_bias", None)  # of SigLIP's loss; affects neither embeddings nor a softmax
+    bias = None if config.siglip else variables["params"].pop("logit_bias", None)
     side = config.vision.image_size
     normal = run.data.mean or preprocess.MEAN, run.data.std or preprocess.STD
     squash = run.data.squash or preprocess.usual(config.vision).squash
     view = preprocess.View(side, side, *normal, squash=squash)
     _check_finite(path, variables)
-    return Pretrained(path, config, variables, view, tokenizer, run, step, ema)
+    return Pretrained(path, config, variables, view, tokenizer, run, step, ema, loss_bias=bias)

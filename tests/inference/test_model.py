@@ -325,6 +325,7 @@ def test_siglips_bias_is_left_aside(tmp_path):
     assert "logit_bias" not in source.variables["params"]
     config = make_config(VIT, loss=dict(objective="siglip"))
     assert "logit_bias" in make_variables(config, source.tokenizer)[1]["params"]
+    assert source.loss_bias is not None
     assert rankclip_jax.load(path).encode_text("a").shape == (1, 128)
 
 

@@ -60,6 +60,26 @@ def test_everything_comes_along_from_any_layout_also_scanned_and_sharded(workdir
         assert state.step == 0
 
 
+def test_a_run_with_siglips_loss_goes_on_with_its_bias_and_no_beginning_is_ignored(tmp_path, capsys):
+    siglip = dict(loss=dict(objective="siglip"), init_from=str(tmp_path / "run"))
+    make_workdir(tmp_path / "run", VIT, loss=dict(objective="siglip"))  # whose numbers are drawn
+    fresh, state = start(make_config(VIT, **siglip))
+    bias = float(pretrained.read(tmp_path / "run").loss_bias)
+    assert float(state.params["logit_bias"]) == bias != float(fresh.params["logit_bias"])
+    for key in "logit_bias", "logit_scale":
+        given = make_config(VIT | {key: 1.5}, **siglip)
+        with pytest.raises(InputError, match=f"config.model.{key}=1.5 is the start of a fresh one. "):
+            start(given)
+        given.init_skip = (f"^{key}$",)
+        fresh, state = start(given)
+        assert float(state.params[key]) == float(fresh.params[key])
+    _, state = start(make_config(VIT, init_from=str(tmp_path / "run")))  # which has none
+    assert "logit_bias" not in state.params
+    capsys.readouterr()
+    start(make_config(VIT | dict(context_length=12), **siglip))
+    assert "text/positional_embedding cut from (16, 64) to (12, 64)" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_siglip_brings_its_bias_and_its_grid_and_no_other_kind(tmp_path):
     source = pretrained.read(make_workdir(tmp_path / "run", SIGLIP))

@@ -16,7 +16,7 @@ from rankclip_jax.config import complete
 from rankclip_jax.models import images
 from rankclip_jax.parallel import sharding
 from rankclip_jax.parallel.mesh import make_mesh, to_devices
-from rankclip_jax.train import optim
+from rankclip_jax.train import optim, session
 from rankclip_jax.train import step as steps
 from rankclip_jax.train.session import Session, Vocabulary
 from tests.support.made_models import made_state
@@ -224,6 +224,17 @@ def test_the_logit_scale_stays_clamped():
     state, metrics, *_ = run("ViT-tiny", 1, count=2, fields={"optim": {"lr": 10.0, "warmup_steps": 0}} | CLIP)
     assert 0 <= float(state.params["logit_scale"]) <= np.float32(np.log(100))
     assert metrics[0]["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-6)
+
+
+def test_a_frozen_logit_scale_stays_as_it_began_and_one_that_would_be_clamped_is_refused():
+    frozen = {"optim": {"lr": 10.0, "warmup_steps": 0, "rules": [("^logit_scale", {"freeze": True})]}} | CLIP
+    state, metrics, *_ = run("ViT-tiny", 1, count=2, fields=frozen, model_fields=dict(logit_scale=4.7))
+    assert float(state.params["logit_scale"]) == np.float32(4.7)
+    assert metrics[1]["logit_scale"] == metrics[0]["logit_scale"] == pytest.approx(np.exp(4.7), rel=1e-6)
+    for start in (4.7, -0.1):
+        config = complete({"model": {"name": "ViT-tiny", "logit_scale": start}})
+        with pytest.raises(InputError, match=rf"^config.model.logit_scale={start}. Expected 0 to ln 100 = 4.605"):
+            session.build_model(config, Vocabulary(64, 63))
 
 
 @pytest.mark.parametrize("epochs, expected", [(2, [0, 0, 2, 2, 2, 2]), (1, [0] * 6), (None, [0, 0, 1.5, 1.5, 2, 2])])

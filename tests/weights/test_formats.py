@@ -22,7 +22,9 @@ transformers = pytest.importorskip("transformers")
 VIT = ClipConfig(24, VitConfig(32, 8, 128, 2, 2), TextConfig(64, 1, 2, 12, vocab_size=99, eot_id=98))
 # Head sizes other than 64, MLPs other than fourfold, another activation, an end-of-text id in mid-vocabulary.
 ODD = ClipConfig(24, VitConfig(32, 8, 48, 2, 3, 70), TextConfig(40, 2, 3, 12, 99, 50, mlp_width=90), activation="gelu")
+TANH = dataclasses.replace(ODD, activation="gelu_tanh")
 RESNET = ClipConfig(24, ResNetConfig(64, (1, 2, 1, 1), 8), TextConfig(64, 1, 2, 12, vocab_size=99, eot_id=98))
+RESNET_TANH = dataclasses.replace(RESNET, activation="gelu_tanh")
 SMALL = dataclasses.replace(RESNET, vision=ResNetConfig(16, (1, 2, 1), 16, "small"))
 
 
@@ -179,6 +181,7 @@ def test_old_hugging_face_configs():
 
 
 # ---- OpenAI, RankCLIP and open_clip
+OPEN_CLIP = {"vit": VIT, "odd": ODD, "tanh": TANH, "resnet": RESNET, "resnet, tanh": RESNET_TANH}
 
 
 def open_clip_embed(model, config):
@@ -187,7 +190,7 @@ def open_clip_embed(model, config):
     return z_img, z_txt, scale * z_img @ z_txt.T
 
 
-@pytest.mark.parametrize("config", [VIT, ODD, RESNET], ids=["vit", "odd", "resnet"])
+@pytest.mark.parametrize("config", OPEN_CLIP.values(), ids=OPEN_CLIP)
 def test_read_open_clip(open_clip, tmp_path, config):
     model = open_clip_model(open_clip, config)
     expected = open_clip_embed(model, config)
@@ -218,7 +221,7 @@ def test_read_torchscript_and_architecture_from_weights(open_clip, tmp_path, con
     assert_close(embed(config, values), open_clip_embed(model.float(), config))
 
 
-@pytest.mark.parametrize("config", [VIT, ODD, RESNET], ids=["vit", "odd", "resnet"])
+@pytest.mark.parametrize("config", OPEN_CLIP.values(), ids=OPEN_CLIP)
 def test_write_open_clip(open_clip, tmp_path, config):
     write_openai(tmp_path, config, variables(config))
     model = open_clip.create_model(f"local-dir:{tmp_path}").eval()
@@ -298,6 +301,7 @@ def test_presets_have_the_names_and_shapes_of_open_clip_and_transformers(open_cl
     ("change", "message"),
     [
         ({"vision_cfg": {"timm_model_name": "vit"}}, "timm_model_name = 'vit' is not supported"),
+        ({"text_cfg": {"act_kwargs": {"approximate": "tanh"}}}, "act_kwargs = .* of one tower alone, or of quick_gelu"),
         ({"text_cfg": {"hf_model_name": "roberta"}}, "hf_model_name = 'roberta' is not supported"),
         ({"text_cfg": {"no_causal_mask": True}}, "no_causal_mask = True"),
         ({"vision_cfg": {"pool_type": "avg"}}, "pool_type = 'avg'"),
