@@ -126,6 +126,9 @@ def _changed(source: Source, change: Callable) -> Source:
     return dataclasses.replace(source, read=change(source.read), text=text)
 
 
+_NOTHING_SEEN = r"[\s\p{Z}\p{Cf}]*"  # blanks of every script, and characters without width
+
+
 def _checked(source: Source, spec: ConfigDict) -> Source:
     """The source, with rows without caption, or without image or with too large a one, as bad rows.
 
@@ -145,7 +148,7 @@ def _checked(source: Source, spec: ConfigDict) -> Source:
             if lines:
                 text = tf.strings.reduce_join(tf.reshape(caption, [-1]), separator="\n")
                 caption = tf.strings.strip(tf.strings.split(tf.strings.regex_replace(text, "\r\n?", "\n"), "\n"))
-            with_text = tf.strings.length(tf.strings.strip(caption)) > 0
+            with_text = ~tf.strings.regex_full_match(caption, _NOTHING_SEEN)
             if caption.shape.rank:  # several
                 caption, with_text = tf.boolean_mask(caption, with_text), tf.reduce_any(with_text)
             require_all(*rules, (with_text, "empty caption"))

@@ -9,9 +9,12 @@ from input_pipeline.sources.byte_ranges import Files
 from input_pipeline.sources.captioned_files import captioned_files
 from input_pipeline.sources.packed_strings import PackedStrings
 from input_pipeline.sources.source import Lost, Reading, Source, all_ahead
-from rankclip_jax.common import folders, storage
+from rankclip_jax.common import folders, storage, tables
 from rankclip_jax.common.errors import InputError, located
 from rankclip_jax.common.pictures import ENDINGS
+from rankclip_jax.config.guess import SHARDS
+
+_NOT_READ = (".avif", ".heic", ".heif", ".jxl", ".jp2", ".tif", ".tiff", ".tga", ".svg", ".psd")  # of pictures
 
 
 def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
@@ -28,11 +31,21 @@ def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
     names = sorted(folders.files_below(root))
     images = [name for name in names if folders.is_picture(name)]
     if not images:
-        raise InputError(f"{root} has no images ({', '.join(ENDINGS)})")
+        raise InputError(f"{root} has no images ({', '.join(ENDINGS)}){_other_data(root, names)}")
     texts = {os.path.splitext(name)[0]: name for name in names if name.lower().endswith(".txt")}
     stems = [os.path.splitext(name)[0] for name in images]
-    alone = [texts[stem] for stem in texts.keys() - set(stems)]
-    lost = tuple(Lost(os.path.join(root, name), "a caption without an image", 1) for name in sorted(alone))
+    alone = texts.keys() - set(stems)
+    others = {os.path.splitext(name)[0]: name for name in names if name.lower().endswith(_NOT_READ)}
+    lost = tuple(
+        Lost(
+            os.path.join(root, texts[stem]),
+            f"{os.path.basename(others[stem])} beside it is of a format that is not read"
+            if stem in others
+            else "a caption without an image",
+            1,
+        )
+        for stem in sorted(alone)
+    )
     size, images = len(images), PackedStrings([os.fsencode(name) for name in images])
     captions = PackedStrings([os.fsencode(texts.get(stem, "")) for stem in stems])
 
@@ -59,3 +72,14 @@ def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
         text=Reading(lambda row: {"caption": from_python(text_of, row)}, text_ahead),
         together=None if remote else together,
     )
+
+
+def _other_data(root: str, names: list[str]) -> str:
+    """How to give the data of another kind that is in the folder, if there is some."""
+    for name in names:
+        if name.lower().endswith(tables.ENDINGS):
+            return f"; give its table, {os.path.join(root, name)}"
+        ending = name.rpartition(".")[2]
+        if ending.lower() in SHARDS:
+            return f"; give its shards, '{os.path.join(root, *['*'] * name.count('/'), f'*.{ending}')}'"
+    return ""

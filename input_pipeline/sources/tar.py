@@ -211,6 +211,8 @@ class _Reader:
         file, begin_M, length_M = self._index.in_graph(row)
         for i, (name, endings) in enumerate(self._wanted.items()):
             if i in self._required:
+                elsewhere = f"the {name} is a link in the tar, or sparse; write it with tar -h --hard-dereference"
+                require(length_M[i] != headers.ELSEWHERE, elsewhere)
                 require(length_M[i] >= 0, f"no {name}: no member ends in {_dotted(endings)}")
             too_large = f"has more than {self._most // 1_000_000:,} MB (config.data.max_file_mb)"
             require(length_M[i] <= self._most, f"the {name} {too_large}")

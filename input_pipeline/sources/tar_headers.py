@@ -7,6 +7,8 @@ from input_pipeline.sources.offset_index import Bytes
 from rankclip_jax.common.errors import InputError
 
 BLOCK = 512
+ELSEWHERE = -2  # in place of the length of a link, whose data is elsewhere, and of a sparse file, whose data has gaps
+_COMPRESSED = (0, b"\x1f\x8b"), (4, b"1AY&SY"), (0, b"\xfd7zXZ\0"), (0, b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _ADLER_PRIME = 65521
 
 
@@ -19,9 +21,13 @@ class TornError(Exception):
 
 
 def members(data: Bytes, size: int, path: str) -> Iterator[tuple[str, int, int]]:
-    """Yields (name, begin, length) of the files in a tar (ustar, pax or GNU). Raises TornError at a broken header."""
-    if data[0:2] == b"\x1f\x8b":
-        raise InputError(f"{path} is compressed, so its members cannot be read by number; run gunzip first")
+    """Yields (name, begin, length) of the files in a tar (ustar, pax or GNU), links and sparse files with ELSEWHERE.
+
+    Raises:
+      TornError: at a broken header.
+    """
+    if any(bytes(data[at : at + len(magic)]) == magic for at, magic in _COMPRESSED):
+        raise InputError(f"{path} is compressed, so its members cannot be read by number; decompress it first")
     at, ended, long_name, long_size = 0, False, None, None
     while at + BLOCK <= size:
         head = bytes(data[at : at + BLOCK])
@@ -39,6 +45,9 @@ def members(data: Bytes, size: int, path: str) -> Iterator[tuple[str, int, int]]
         kind, begin, ended = head[156:157], at + BLOCK, False
         if kind in (b"0", b"\0", b"7") and long_size is not None:
             length = long_size
+        more = kind == b"S" and head[482]
+        while more:  # GNU: further headers of a sparse file
+            more, begin = begin + BLOCK <= size and data[begin + 504], begin + BLOCK
         end = begin + -(-length // BLOCK) * BLOCK
         if begin + length > size:
             raise TornError("truncated inside the member that starts", at)
@@ -52,8 +61,10 @@ def members(data: Bytes, size: int, path: str) -> Iterator[tuple[str, int, int]]
         elif kind == b"L":  # GNU: the same for its name
             long_name = bytes(data[begin : begin + length]).rstrip(b"\0").decode(errors="replace")
         else:
-            if kind in (b"0", b"\0", b"7"):  # a regular file; links and folders have no data
+            if kind in (b"0", b"\0", b"7"):  # a regular file
                 yield long_name or name_of(head), begin, length
+            elif kind in (b"1", b"2", b"S"):
+                yield long_name or name_of(head), begin, ELSEWHERE
             long_name = long_size = None
         at = end
     if not ended:

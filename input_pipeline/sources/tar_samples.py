@@ -13,7 +13,7 @@ _ABSENT = -1
 
 
 class Sample(NamedTuple):
-    """First byte and length of each kind of member, -1 where there is none."""
+    """First byte and length of each kind of member, -1 where there is none; lengths as tar_headers.members."""
 
     key: str
     begins: list[int]
@@ -54,16 +54,16 @@ class Pairing:
         apart = {
             key
             for key, samples in halves.items()
-            if all(any(sample.lengths[i] >= 0 for sample in samples) for i in self._required)
+            if all(any(sample.begins[i] >= 0 for sample in samples) for i in self._required)
         }
         if not apart:
             return self._samples, 0
         left_out = [sample for key in apart for sample in halves[key]]
-        counts = [sum(sample.lengths[i] >= 0 for sample in left_out) for i in self._required]
+        counts = [sum(sample.begins[i] >= 0 for sample in left_out) for i in self._required]
         return [sample for sample in self._samples if sample.key not in apart or self._complete(sample)], max(counts)
 
     def _complete(self, sample: Sample) -> bool:
-        return all(sample.lengths[i] >= 0 for i in self._required)
+        return all(sample.begins[i] >= 0 for i in self._required)
 
     def _end_run(self) -> None:
         run, self._run = self._run, []
@@ -91,7 +91,7 @@ class Pairing:
             i, rank = self._place.get(ending, (0, len(self._place)))
             if rank < ranks[i]:
                 samples[-1].begins[i], samples[-1].lengths[i], ranks[i] = begin, length, rank
-        return [sample for sample in samples if max(sample.lengths) >= 0]
+        return [sample for sample in samples if max(sample.begins) >= 0]
 
     def _at_ending(self, name: str) -> tuple[str, str]:
         lower = name.lower()

@@ -254,7 +254,7 @@ def _first_with_bytes(candidates):
 
 def _scan(data: Bytes, size: int, path: str) -> Scan:
     if data[0:2] == b"\x1f\x8b":
-        raise InputError(f"{path} is compressed, so its records cannot be read by number; run gunzip first")
+        raise InputError(f"{path} is compressed, so its records cannot be read by number; decompress it first")
     begins, heads, at = [], [], 0
     while at + _FRAME <= size:
         begins.append(at)

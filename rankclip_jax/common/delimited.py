@@ -6,6 +6,7 @@ a reason: more or fewer fields than the header, a byte that cannot be decoded, a
 
 import contextlib
 import csv
+import functools
 import io
 import itertools
 import re
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 
 from rankclip_jax.common.encoded_text import HALF, EncodedText
@@ -24,6 +26,7 @@ from rankclip_jax.common.quotation import is_quoted, quoted_fields
 
 DELIMITERS = (",", ";", "\t", "|")
 _BLOCK = 64 << 20  # bytes read at a time
+_BLANKS = " \t\r\n\v\f"
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 
 
@@ -134,13 +137,16 @@ def _fields_of_any_size() -> Iterator[None]:
 
 
 def _header(head: list[str], delimiter: str) -> _Header:
-    reader = csv.reader(head, delimiter=delimiter)
+    reader, begin = csv.reader(head, delimiter=delimiter), 0
     for fields in reader:
-        names = [name.strip() for name in fields]
+        blanks = len(fields) > 1 and all(field.startswith(" ") for field in fields[1:])
+        if blanks:  # behind which a quotation mark opens a field
+            fields = next(csv.reader(head[begin : reader.line_num], delimiter=delimiter, skipinitialspace=True))
+        begin, names = reader.line_num, [name.strip() for name in fields]
         while names and not names[-1]:
             names.pop()
         if names and not (len(names) == 1 and names[0].startswith("sep=")):  # Excel's line
-            return _Header(reader.line_num, names, len(fields) > 1 and all(f.startswith(" ") for f in fields[1:]))
+            return _Header(reader.line_num, names, blanks)
     return _Header(len(head), [], False)
 
 
@@ -212,6 +218,8 @@ def _regular(
     except (pa.ArrowInvalid, ValueError):  # a ragged row that is not UTF-8, a delimiter that is not ASCII
         return None
     columns = [table[str(place)].combine_chunks() for place in places]
+    if len(header.names) > 1 and pc.any(functools.reduce(pc.and_, map(_is_blank, columns))).as_py():
+        return None  # perhaps a row without a filled cell
     bad, empty, width = {}, [], len(header.names)
     for number, count, line in ragged:
         fields = next(csv.reader(io.StringIO(line, newline=""), **_dialect(delimiter, quoted, header.blanks)), [])
@@ -234,6 +242,10 @@ def _regular(
         kept = np.delete(np.arange(len(table)), list(wrong))
         columns, numbers_N = [column.take(kept) for column in columns], numbers_N[kept]
     return [column.cast(pa.large_string()) for column in columns], numbers_N, sorted(bad.items())
+
+
+def _is_blank(array: pa.Array) -> pa.Array:
+    return pc.match_substring_regex(array, f"^[{_BLANKS}]*$")
 
 
 def _not_utf8(array: pa.Array, start: int = 0) -> list[int]:
@@ -272,8 +284,8 @@ def _row_by_row(
             number += 1
             rows.bad.append((number, "a quotation mark that is not closed at the end of its field"))
             continue
-        if not fields or (width > 1 and len(fields) == 1 and not fields[0].strip()):
-            continue  # an empty line
+        if not fields or (width > 1 and not any(field.strip(_BLANKS) for field in fields)):
+            continue  # an empty line, or a row of a spreadsheet without a cell that is filled
         number += 1
         more = len(fields) > width
         if len(fields) < width or (more and any(field.strip() for field in fields[width:])):

@@ -34,7 +34,10 @@ def _positions(array: np.ndarray, characters: str) -> np.ndarray:
 
 
 def is_quoted(data: Any, header: list[str]) -> bool:
-    """Whether a tsv is quoted throughout, as programs write it: its header is quoted, or those fields that must be."""
+    """Whether a tsv is quoted as programs write it: its header is, or the fields that must be and no others.
+
+    Excel quotes what has a comma as well. A text that only has marks around it is none of these.
+    """
     names = "".join(header).strip()
     if names.startswith('"') and names.endswith('"'):
         return True
@@ -42,5 +45,14 @@ def is_quoted(data: Any, header: list[str]) -> bool:
     if fields is None or not len(fields[0]):
         return False
     first, last, doubled = fields
-    separators = _positions(np.frombuffer(data, np.uint8), "\t\r\n")
-    return bool((doubled | (np.searchsorted(separators, first) < np.searchsorted(separators, last))).all())
+    array = np.frombuffer(data, np.uint8)
+
+    def has(characters):
+        found = _positions(array, characters)
+        return np.searchsorted(found, first) < np.searchsorted(found, last)
+
+    needed = doubled | has("\t\r\n")
+    commas = _positions(array, ",")
+    field = np.searchsorted(first, commas) - 1
+    by_excel = len(commas) and (field >= 0).all() and (commas < last[field]).all()
+    return bool((needed | has(",") if by_excel else needed).all())

@@ -84,11 +84,16 @@ def read_table(
             folder = _coco_folder(file, columns[0][:100].to_pylist())
     else:
         columns, numbers, bad = read_delimited(file, text, "\t" if ending == ".tsv" else delimiter, wanted, names)
+    images = pc.ascii_trim_whitespace(columns[0])
+    filled = pc.greater(pc.binary_length(images), 0)
+    if not pc.all(filled, min_count=0).as_py():
+        kept = filled.to_numpy(zero_copy_only=False)
+        bad = sorted([*bad, *((int(number), "no image path") for number in numbers[~kept])])
+        images, columns, numbers = images.filter(filled), [column.filter(filled) for column in columns], numbers[kept]
     if not len(numbers):
         more = f" and {len(bad) - 1:,} more" if len(bad) > 1 else ""
         why = f": row {bad[0][0]}{more}: {bad[0][1]}" if bad else " below its header"
         raise InputError(f"{file} has no {'good ' if bad else ''}rows{why}")
-    images = pc.ascii_trim_whitespace(columns[0])
     return Table(folder, images, columns[1] if text_keys else None, numbers, bad)
 
 

@@ -59,10 +59,6 @@ def _ignored(config: ConfigDict) -> Iterator[Ignored]:
         (vision, "patch_dropout_until", "model.vision.", 1.0, vision.patch_dropout, "no patches are left out"),
         (data, "synonyms", "data.", None, data.two_views, "config.data.two_views=False"),
         (data, "canvas", "data.", None, data.resize == "device", "config.data.resize=host"),
-        (data, "lanes", "data.", None, data.shuffle != "rows", "config.data.shuffle=rows"),
-        (data, "block_rows", "data.", 64, data.shuffle != "rows", "config.data.shuffle=rows"),
-        (data, "window_mb", "data.", 1024, data.shuffle != "rows", "config.data.shuffle=rows"),
-        (config.model, "pack_rows", "model.", None, config.model.pack_text != "off", "config.model.pack_text=off"),
         (optim, "eps", "optim.", 1e-8, optim.name in ("adamw", "muon"), f"config.optim.name={optim.name} has none"),
         (ev, "data_dir", "eval.", None, ev.suite, "config.eval.suite=None"),
     ):

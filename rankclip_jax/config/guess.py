@@ -8,6 +8,8 @@ from rankclip_jax.common.errors import InputError
 
 SHARDS = dict(tar="webdataset", tfrecord="tfrecord", tfrecords="tfrecord", parquet="parquet")
 
+_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
+
 
 def guess_format(source: str) -> str:
     """The format suggested by a path, glob or range: of its ending, or of what the folder holds.
@@ -29,6 +31,8 @@ def guess_format(source: str) -> str:
     if storage.is_remote(source) and storage.is_folder(source):
         endings = {file.path.rpartition(".")[2] for file in storage.files_in(source)}
         return next((kind for ending, kind in SHARDS.items() if ending in endings), "folder")
+    if source.lower().endswith(_COMPRESSED):
+        raise InputError(f"{source} is compressed, so its samples cannot be read by number; decompress it first")
     raise InputError(
         f"cannot infer the format of {source} from its name; add --format, in training --config.data.format "
         "(see docs/data.md)"

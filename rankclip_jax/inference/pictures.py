@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -112,14 +113,18 @@ def _text(path: str) -> str:
     """A caption's file; "" where it cannot be read, as in training, which loses only its row."""
     try:
         data = storage.read(path) if storage.is_remote(path) else read_regular(path, MAX_FILE_MB * 1_000_000)
-    except (InputError, OSError):
+        return data.decode("utf-8-sig")
+    except (InputError, OSError, UnicodeDecodeError):
         return ""
-    return data.decode(errors="replace").removeprefix("\ufeff")
 
 
 def _good(captions: Iterable[str]) -> tuple[str, ...]:
     """The captions that say something, as the sources' rule is."""
-    return tuple(text for caption in captions if (text := caption.strip()))
+    return tuple(caption.strip() for caption in captions if any(map(_is_seen, caption)))
+
+
+def _is_seen(character: str) -> bool:
+    return not (character.isspace() or unicodedata.category(character) == "Cf")
 
 
 def _readable(name: str) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,8 @@ def _format(what: str) -> str:
     try:
         return guess_format(what)
     except InputError:
+        if os.path.exists(os.path.expanduser(what)):
+            raise
         near = difflib.get_close_matches(what, experiments.names(), 1)
         others = [name for name in experiments.names() if name != "own"]
         raise InputError(

@@ -30,7 +30,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in "photos", "shards", "classes/cat", "runs/mine/checkpoints", "data/shapes", "wds/test":
         (tmp_path / name).mkdir(parents=True)
-    for name in "photos/a.jpg", "shards/0.tar", "wds/test/nshards.txt", "ViT-B-32.pt":
+    for name in "photos/a.jpg", "shards/0.tar", "photos.tar.gz", "wds/test/nshards.txt", "ViT-B-32.pt":
         (tmp_path / name).touch()
     return tmp_path
 
@@ -144,6 +144,7 @@ def test_the_home_folder_is_known_where_no_shell_writes_it_out(started, tmp_path
 
 
 @pytest.mark.parametrize("words, message", [
+    ("train photos.tar.gz", r"^error: photos\.tar\.gz is compressed, .*; decompress it first$"),
     ("train shpaes", r"^error: shpaes is no experiment and no data\. Expected one of cc3m, .*\(shapes\?\); or"),
     ("train nothing.py", "no file nothing.py; the experiments are cc3m, "),
     ("train shapes --config cc3m", "shapes and --config cc3m are two experiments; give one"),

@@ -101,6 +101,21 @@ GOOD = [("0.png", "first")]
             {1: "caption: not a text: NaN", 2: "no image or file_name; its keys are: ?"},
         ),
         ("a.csv", "\nimage,caption\r0.png,first\r1.png,x", [0, 1], {}),
+        # As spreadsheets write rows without a filled cell, beside the table and below it.
+        ("a.csv", "image,caption,,\n0.png,first,,\n,,,\n1.png,x,,\n,,,\n , ,,\n", [0, 1], {}),
+        (
+            "a.csv",
+            "id,image,caption\n7,0.png,first\n,,\n8,,x\n9, ,y\n10,1.png,\n",
+            [0, 3],
+            {1: "no image path", 2: "no image path"},
+        ),
+        (
+            "a.jsonl",
+            '{"image": "0.png", "caption": "first"}\n{"image": "", "caption": "x"}\n',
+            [0],
+            {1: "no image path"},
+        ),
+        ("a.csv", '"image", "caption"\n"0.png", "first"\n"1.png", "a, b"\n', [0, 1], {}),
     ],
 )
 def test_every_row_is_good_or_bad_by_its_number(name, text, rows, bad, tmp_path):
@@ -109,6 +124,23 @@ def test_every_row_is_good_or_bad_by_its_number(name, text, rows, bad, tmp_path)
     assert [(number, reason[: len(bad[number])]) for number, reason in reasons] == list(bad.items())
     assert read(tmp_path / f"{name}.gz", gzip.compress(text.encode())) == (found, numbers, reasons)
     assert read(tmp_path / name, text, "utf-16") == (found, numbers, reasons)
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        (["plain", '"a red, round thing"', '"a 5"" disc"'], ["plain", "a red, round thing", 'a 5" disc']),  # Excel's
+        (["plain", '"a red, round thing"'], ["plain", "a red, round thing"]),
+        (["a, b", '"a red, round thing"'], None),  # Excel would have quoted the first
+        (["plain", '"so it is"'], None),
+        (['the "end"', '"a red, round thing"'], None),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_tsv_is_quoted_where_a_program_quoted_it(given, expected, encoding, tmp_path):
+    lines = [f"{i}.png\t{text}\r\n" for i, text in enumerate(given)]
+    rows, _, bad = read(tmp_path / "a.tsv", "image\tcaption\r\n" + "".join(lines), encoding)
+    assert [text for _, text in rows] == (expected or given) and not bad
 
 
 @pytest.mark.parametrize("text", ["η γάτα κάθεται στο τραπέζι", "музе́й щено́к", "mèo ngồi trên bàn ghế"])

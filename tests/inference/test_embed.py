@@ -57,8 +57,13 @@ def test_a_csv_with_bad_rows(run, model, folder, tmp_path, capsys):
     stored = store.read(out)
     assert stored.names == names[:2] and stored.rows.tolist() == [0, 2]
     bad = [json.loads(line) for line in (tmp_path / "e.npz.bad_samples.jsonl").read_text().splitlines()]
-    assert [(line["row"], line["where"]) for line in bad] == [(1, "gone.png"), (3, "text.png"), (4, "")]
-    assert "no such file" in bad[0]["reason"] and "not an image" in bad[1]["reason"]
+    assert [(line["row"], line["where"].rpartition("/")[2]) for line in bad] == [
+        (None, "data.tsv row 4"),
+        (1, "gone.png"),
+        (3, "text.png"),
+    ]
+    assert bad[0]["reason"] == "no image path"
+    assert "no such file" in bad[1]["reason"] and "not an image" in bad[2]["reason"]
     assert "3 images were left out" in capsys.readouterr().out
 
 

@@ -121,13 +121,16 @@ def test_a_caption_that_cannot_be_read_is_none_of_a_collection(folder):
     for name, data in ("a", b"one"), ("b", b"\xef\xbb\xbftwo\n"), ("large", b"three"):
         (folder / f"{name}.jpg").touch()
         (folder / f"{name}.txt").write_bytes(data)
-    (folder / "c.jpg").touch()
+    for name in "cde":
+        (folder / f"{name}.jpg").touch()
     os.mkfifo(folder / "c.txt")
+    (folder / "d.txt").symlink_to("nowhere")
+    (folder / "e.txt").write_bytes(b"fen\xeatre")
     with (folder / "large.txt").open("wb") as out:
         out.truncate(101_000_000)
     found = open_pictures(str(folder))
     captions = {found.name(i): found.captions(i) for i in range(found.size)}
-    none = dict.fromkeys(("c.jpg", "good.jpg", "large.jpg", "pipe.jpg"), ())
+    none = dict.fromkeys(("c.jpg", "d.jpg", "e.jpg", "good.jpg", "large.jpg", "pipe.jpg"), ())
     assert captions == {"a.jpg": ("one",), "b.jpg": ("two",)} | none
 
 

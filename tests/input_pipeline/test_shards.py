@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from input_pipeline.bad_samples import reason_of_failure
 from input_pipeline.sources import index_places, offset_index, paths, tfrecord
 from rankclip_jax.common.tokenizer import Tokenizer
 from tests.input_pipeline.test_mixtures import stream
@@ -118,8 +119,54 @@ def test_tars_of_every_dialect(tmp_path):
         joined = (tmp_path / "one.tar").read_bytes() * 2  # with an end mark in the middle
         (tmp_path / f"joined{dialect}.tar").write_bytes(joined)
         source = opened("webdataset", str(tmp_path / f"joined{dialect}.tar"))
-        assert read_all(source) == [(image, caption)] * 6 and source.lost == ()
-        assert [source.where(row).split(" key ")[1] for row in (0, 1, 2)] == ["folder/x", long_key, "\u00e9t\u00e9"]
+        keys = ["folder/link", "folder/x", long_key, "\u00e9t\u00e9"]
+        assert [source.where(row).split(" key ")[1] for row in range(source.size)] == keys * 2 and source.lost == ()
+        assert reason_of_failure(source.read, 0) == reason_of_failure(source.read, 4) == LINKED
+        good = [next(iter(tf.data.Dataset.from_tensors(row).map(source.read))) for row in (1, 2, 3, 5, 6, 7)]
+        assert [(one["image"].numpy(), one["caption"].numpy().decode()) for one in good] == [(image, caption)] * 6
+
+
+LINKED = "the image is a link in the tar, or sparse; write it with tar -h --hard-dereference"
+
+
+@pytest.mark.parametrize("shuffle", ["rows", "blocks"])
+@pytest.mark.parametrize("linked", ["both", "txt"])
+def test_what_a_tar_links_is_a_bad_row_and_never_vanishes(linked, shuffle, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i, (image, caption) in enumerate(made := samples(6)):
+        for ending, data in (("jpg", image), ("txt", caption.encode())):
+            if i < 3 or (linked == "txt" and ending == "jpg"):
+                (folder / f"{i}.{ending}").write_bytes(data)
+            elif i < 5:  # as what finds duplicates leaves it
+                os.link(folder / f"{i - 3}.{ending}", folder / f"{i}.{ending}")
+            else:
+                (folder / f"{i}.{ending}").symlink_to(f"2.{ending}")
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in sorted(os.listdir(folder)):
+            tar.add(folder / name, name)
+    source = opened("webdataset", str(tmp_path / "0.tar"), shuffle=shuffle, window_mb=64, block_rows=4)
+    assert source.size == 6 and source.lost == ()
+    what = LINKED if linked == "both" else LINKED.replace("image", "caption")
+    assert [reason_of_failure(source.read, row) for row in range(6)] == [None] * 3 + [what] * 3
+    assert source.where(5).endswith(" key 5") and made
+
+
+def test_a_sparse_member_is_a_bad_row(tmp_path):
+    """GNU's old form: sixteen pieces and more, so that a second header follows."""
+    with (tmp_path / "0.tar").open("wb") as out:
+        for key, kind in ("a", b"0"), ("b", b"S"), ("c", b"0"):
+            for ending, data in (("jpg", samples(1)[0][0]), ("txt", b"a caption")):
+                info = tarfile.TarInfo(f"{key}.{ending}")
+                info.size = len(data)
+                head = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+                head[156:157], head[482] = kind, kind == b"S"
+                head[148:156] = b" " * 8
+                head[148:156] = b"%06o\0 " % sum(head)
+                out.write(bytes(head) + bytes(512) * (kind == b"S") + data + bytes(-len(data) % 512))
+        out.write(bytes(1024))
+    source = opened("webdataset", str(tmp_path / "0.tar"))
+    assert [reason_of_failure(source.read, row) for row in range(3)] == [None, LINKED, None]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")

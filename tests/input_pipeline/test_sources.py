@@ -1,8 +1,10 @@
 """Every source gives the same samples; shards by number, cached offsets, mixtures and the order of training."""
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import os
 import shutil
 import tarfile
@@ -171,9 +173,14 @@ def test_wrong_files_are_refused_by_name(tmp_path):
     (tmp_path / "text.tfrecord").write_text("this is no TFRecord at all, only a text\n" * 10)
     with pytest.raises(InputError, match="text.tfrecord has no TFRecords"):
         opened("tfrecord", str(tmp_path / "text.tfrecord"))
-    for name, layout in (("a.tfrecord", "tfrecord"), ("a.tar", "webdataset")):
-        (tmp_path / name).write_bytes(gzip.compress(b"x" * 5000))
-        with pytest.raises(InputError, match=f"{name} is compressed, .* run gunzip first"):
+    for name, layout, pack in (
+        ("a.tfrecord", "tfrecord", gzip.compress),
+        ("a.tar", "webdataset", gzip.compress),
+        ("b.tar", "webdataset", bz2.compress),
+        ("c.tar", "webdataset", lzma.compress),
+    ):
+        (tmp_path / name).write_bytes(pack(b"x" * 5000))
+        with pytest.raises(InputError, match=f"{name} is compressed, .* decompress it first"):
             opened(layout, str(tmp_path / name))
     (tmp_path / "a.parquet").write_text("no Parquet")
     with pytest.raises(InputError, match="a.parquet cannot be read as Parquet"):
@@ -198,7 +205,14 @@ def test_wrong_files_are_refused_by_name(tmp_path):
     with pytest.raises(InputError, match="gone is not a folder"):
         opened("folder", str(tmp_path / "gone"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="empty has no images"):
+    with pytest.raises(InputError, match=r"empty has no images \([^)]*\)$"):
+        opened("folder", str(tmp_path / "empty"))
+    (tmp_path / "empty/split=a").mkdir()
+    (tmp_path / "empty/split=a/data_0.parquet").touch()
+    with pytest.raises(InputError, match=r"no images .*; give its shards, '\S+/empty/\*/\*\.parquet'$"):
+        opened("folder", str(tmp_path / "empty"))
+    (tmp_path / "empty/mine.csv").touch()
+    with pytest.raises(InputError, match=r"no images .*; give its table, \S+/empty/mine\.csv$"):
         opened("folder", str(tmp_path / "empty"))
     with pytest.raises(InputError, match="a tfds path is NAME:SPLIT"):
         opened("tfds", "coco_captions")
@@ -255,10 +269,15 @@ def test_a_folder_names_captions_without_image_and_goes_in_no_circles(tmp_path):
     made = samples(3)
     root = Path(WRITERS["folder"](tmp_path, made))
     (root / "alone.txt").write_text("no image")
+    (root / "other.txt").write_text("an image that is not read")
+    (root / "other.avif").touch()
     (root / "0000" / "up").symlink_to(root, target_is_directory=True)
     source = opened("folder", str(root))
     assert read_all(source) == made
-    assert [(lost.where, lost.reason) for lost in source.lost] == [(f"{root}/alone.txt", "a caption without an image")]
+    assert [(lost.where, lost.reason) for lost in source.lost] == [
+        (f"{root}/alone.txt", "a caption without an image"),
+        (f"{root}/other.txt", "other.avif beside it is of a format that is not read"),
+    ]
 
 
 def test_parquet_is_unpacked_once_and_needs_room(tmp_path, monkeypatch):

@@ -97,11 +97,11 @@ def test_captions_of_any_kind_come_as_they_are(layout, tmp_path):
 @pytest.mark.parametrize("layout", ["csv", "tfrecord", "webdataset", "folder", "parquet"])
 def test_empty_captions_are_named(layout, tmp_path):
     made = samples(8)
-    for i, caption in ((1, ""), (3, " \t\n"), (6, "kept")):
+    for i, caption in ((1, ""), (3, " \t\n"), (4, "\u00a0\u3000 \u200b\ufeff"), (6, "kept"), (7, "\u200b\u732b")):
         made[i] = (made[i][0], caption)
     good, bad = outcomes(open_as(layout, tmp_path, made))
-    assert good == {i: sample for i, sample in enumerate(made) if i not in (1, 3)}
-    assert bad == {1: "empty caption", 3: "empty caption"}
+    assert good == {i: sample for i, sample in enumerate(made) if i not in (1, 3, 4)}
+    assert bad == dict.fromkeys((1, 3, 4), "empty caption")
 
 
 def test_captions_that_are_not_utf8_are_bad_rows_or_decoded_as_told(tmp_path):
