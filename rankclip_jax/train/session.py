@@ -201,7 +201,8 @@ class Session:
                     raise InputError(f"a batch of config.data.val has {len(z[0])} samples that can be read")
                 if self.config.eval.diagnostics and not parts:
                     numbers = _diagnostics(*z, np.exp(float(state.params["logit_scale"])))
-            parts.append(self._val_step(state, rows) if whole else self._loss_of(state.params, *z))
+            part = self._val_step(state, rows) if whole else self._loss_of(state.params, *z)
+            parts.append(jax.device_get(part))  # one batch at a time: queued ones hold their pictures on the devices
         numbers |= {key: np.mean([float(part[key]) for part in parts]) for key in parts[0]}
         return {f"val/{key}": float(value) for key, value in numbers.items()}
 

@@ -87,6 +87,12 @@ def test_a_fingerprint_is_that_of_the_numbers_whatever_their_sharding():
     assert fingerprints({"a": np.float32([0.0])}) != fingerprints({"a": np.float32([-0.0])})
 
 
+def test_the_fingerprints_of_many_sharded_arrays_do_not_wait_for_each_other():
+    split = NamedSharding(make_mesh({"data": 8}), PartitionSpec("data"))
+    tree = {str(i): x for i, x in enumerate(np.random.default_rng(0).normal(size=(300, 768)))}
+    assert fingerprints(jax.device_put(tree, split)) == fingerprints(jax.device_put(tree))
+
+
 @pytest.mark.parametrize("kind", damage.KINDS)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capfd, kind):
     save(tmp_path, {step: state_of(step) for step in (1, 2, 3)})
