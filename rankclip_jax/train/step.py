@@ -69,7 +69,10 @@ def init_state(
     init, shardings = _init_and_shardings(model, tx, seed, mesh, sharding, optim)
     options = compiler_options(devices_of(mesh).platform)
     jitted = jax.jit(init, out_shardings=shardings, compiler_options=options)
-    return jax.device_put(draw(jitted, mesh.devices.flat[0]), shardings) if mesh.size == 1 else jitted()
+    whole = all(sharding.is_fully_replicated for sharding in jax.tree.leaves(shardings))
+    if whole and jax.process_count() == 1:  # each device has room for all of it
+        return jax.device_put(draw(jitted, mesh.devices.flat[0]), shardings)
+    return jitted()
 
 
 def abstract_state(

@@ -83,11 +83,12 @@ def test_eight_devices_equal_one(name):
     eight, eight_metrics, mesh, _ = plain(name, 8)
     assert mesh.size == 8
     # Sums over the batch are taken in another order, so float32 results differ in their last bits; the loss and
-    # the gradient norm, themselves such sums, agree to a few units of 1e-7 each, and five updates add them up.
-    for a, b in zip(one_metrics, eight_metrics, strict=True):
+    # the gradient norm, themselves such sums, agree to a few units of 1e-7 each. Five updates add them up, and may
+    # turn a ReLU on or off, after which the gradient norm differs by a thousandth.
+    for step, (a, b) in enumerate(zip(one_metrics, eight_metrics, strict=True)):
         assert a.keys() == b.keys() and {"clip", "rank_in_modal", "rank_cross_modal", "grad_norm"} <= a.keys()
         for key in a:
-            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+            assert a[key] == pytest.approx(b[key], rel=3e-3 if step and key == "grad_norm" else 1e-4), (step, key)
     # Adam divides by the gradient's own size: where that is rounding noise, its sign may differ and the
     # parameter with it by the learning rate. So: all within the five rates' sum, and nearly all far closer.
     difference = np.abs(flat(one.params) - flat(eight.params))
