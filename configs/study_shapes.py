@@ -22,7 +22,7 @@ OBJECTIVES = {
 
 
 def get_config() -> ConfigDict:
-    """The study; a smoke size by arguments: tests/test_study.py has one."""
+    """The study; tests/study/test_study.py runs it at a smaller size."""
     return ConfigDict(
         dict(
             batch_size=64,

@@ -28,6 +28,7 @@ ENDINGS = tuple(ending + gz for ending in (".csv", ".tsv", ".jsonl", ".json") fo
 # Usual names of the columns; those of Hugging Face's metadata come second.
 IMAGE_KEYS, CAPTION_KEYS = ("image", "file_name"), ("caption", "text")
 ABSOLUTE = r"/|\w+://"  # how a path begins that is not relative to the table's folder
+_FIRST = 1000  # rows of `read_first`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ def read_table(
     return Table(folder, images, columns[1] if text_keys else None, numbers, bad)
 
 
-def read_first(file: str, *, delimiter: str = ",", encoding: str | None = None, count: int = 1000) -> list[list]:
+def read_first(file: str, *, delimiter: str = ",", encoding: str | None = None) -> list[list]:
     """The first rows of a table, to see what its columns are. Of JSON: the keys of the first, and the values there.
 
     Raises:
@@ -105,8 +106,8 @@ def read_first(file: str, *, delimiter: str = ",", encoding: str | None = None, 
     """
     text, ending = _text(file, encoding), _ending(file)
     if ending not in (".json", ".jsonl"):
-        return first_rows(text, "\t" if ending == ".tsv" else delimiter, count)
-    items = [item for item in itertools.islice(json_items(file, text)[0], count) if isinstance(item, dict)]
+        return first_rows(text, "\t" if ending == ".tsv" else delimiter, _FIRST)
+    items = [item for item in itertools.islice(json_items(file, text)[0], _FIRST) if isinstance(item, dict)]
     keys = list(dict.fromkeys(key for item in items for key in item))
     return [keys, *([item.get(key) for key in keys] for item in items)] if items else []
 

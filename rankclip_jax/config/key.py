@@ -204,17 +204,17 @@ def regex_rules(default: tuple) -> Key:
     return _key(default, convert, 'a list of (regex, {"lr": 0.1, "weight_decay": 0.0, "freeze": True}) rules')
 
 
-def reals(default: tuple | None, size: int | None, low: float = 0.0, high: float = math.inf) -> Key:
-    """`size` numbers in [low, high], or any number of them; a tuple."""
+def reals(default: tuple | None, size: int | None) -> Key:
+    """`size` numbers of at least 0, or any number of them; a tuple."""
 
     def convert(value):
         _require(isinstance(value, list | tuple) and size in (None, len(value)))
         numbers = tuple(_real(each) for each in value)
-        _require(all(low <= each <= high for each in numbers))
+        _require(all(each >= 0 for each in numbers))
         return numbers
 
     many = f"{size} numbers" if size else "a tuple of numbers"
-    return _key(default, convert, f"{many} from {low:g} on" if high == math.inf else f"{many} in [{low:g}, {high:g}]")
+    return _key(default, convert, f"{many} from 0 on")
 
 
 def paths(default: Any) -> Key:

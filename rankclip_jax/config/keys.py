@@ -299,7 +299,7 @@ KEYS = dict(
         limit=integer(None, 1),  # training pairs, from the first of data.train; None: all
         mismatched=real(0.0, 0, 1),  # share of the training pairs that have another pair's caption
         duplicates=real(0.0, 0, 1),  # share of the training pairs that nearly repeat another pair
-        lrs=reals((), None, low=0),  # learning rates to choose from, for each objective; empty: optim.lr
+        lrs=reals((), None),  # learning rates to choose from, for each objective; empty: optim.lr
         search_seed=integer(1000, 0, high=_SEED),  # seed of that search; must differ from the study's seeds
         # names in eval.zero_shot: their mean top-1 on the selection part decides; empty: all
         select_on=strings(()),

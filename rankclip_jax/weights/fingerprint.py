@@ -14,7 +14,7 @@ def fingerprints(tree: Any) -> dict[str, int]:
 
     Every flipped bit changes the checksum of its leaf. Other damage is missed once in four billion times.
     """
-    # One after the other: the sums of sharded arrays, queued on several CPU devices at once, wait for each other for ever.
+    # One at a time: sums of sharded arrays, queued on several CPU devices at once, wait for each other for ever.
     return {name: int(_sum(leaf)) for name, leaf in by_name(tree).items()}
 
 
