@@ -189,7 +189,7 @@ def device() -> Iterator[dict]:
 
 def main() -> None:
     """In a child: the rows of one check, a line each; {"failed"} where it raised."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no row
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not a row
     try:
         for row in {f.__name__: f for f in (device, agreement, checkpoint)}[sys.argv[1]]():
             print(json.dumps(row), file=answers, flush=True)

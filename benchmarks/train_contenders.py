@@ -144,7 +144,7 @@ def main() -> None:
     """In a child: as many steps as each line that comes in says, and the seconds of one back, or {"error"}."""
     name, batch = sys.argv[1], int(sys.argv[3])
     contender, _, form = sys.argv[2].partition(" | ")
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not an answer
     try:
         run, memory, facts = (pytorch if contender in PYTORCH else ours)(name, contender, batch, form)
         for line in sys.stdin:

@@ -148,8 +148,8 @@ def scores(file: str, least: float, source: Source, data: ConfigDict, most_witho
       most_without: the largest share of rows without a cosine.
 
     Raises:
-      InputError: no file of embed, without cosines, of another set, with too few of them or what is no cosine, or none
-        is as large as `least`.
+      InputError: not a file of embed, or one without cosines, of another set, with too few of them, with a number that
+        is not a cosine, or with none as large as `least`.
     """
     if storage.is_remote(file):
         raise InputError(f"--min-score {file}: copy it to this machine, and give its path")
@@ -160,7 +160,7 @@ def scores(file: str, least: float, source: Source, data: ConfigDict, most_witho
         raise InputError(f"{path} has scores of {size:,} images, but {data.train} has {count:,}: embed it again")
     if np.nanmax(np.abs(cosines_S), initial=0) > 1.001:
         worst = int(np.nanargmax(np.abs(cosines_S)))
-        raise InputError(f"{path}: the score of {names_S[worst]} is {cosines_S[worst]:g}, which is no cosine")
+        raise InputError(f"{path}: the score of {names_S[worst]} is {cosines_S[worst]:g}, which is not a cosine")
     all_S, place_S = np.full(size, np.nan, np.float32), np.full(size, -1, np.int64)
     all_S[rows_S], place_S[rows_S] = cosines_S, np.arange(len(rows_S))
     scored = np.flatnonzero(place_S[numbers_N] >= 0)

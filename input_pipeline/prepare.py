@@ -102,7 +102,7 @@ def _write_missing(source, out_dir, options, manifest, left_out, workers, run):
                     manifest.add(entry, bad_samples)
                     if records:
                         if where == str(out_dir) and not (out_dir / entry["name"]).exists():
-                            raise InputError(f"{out_dir} is no folder that the workers share; give one, or a bucket")
+                            raise InputError(f"{out_dir} is not a folder that the workers share; give one, or a bucket")
                         index.add(entry["name"], records)
                     storage.push(out_dir, every=10)
                     if run:

@@ -57,7 +57,7 @@ def members(data: Bytes, size: int, path: str) -> Iterator[tuple[str, int, int]]
             if "size" in records:
                 long_size = _digits(records["size"].encode(), 10)
                 if long_size is None:
-                    raise TornError("a size that is no number", at, cut_off=False)
+                    raise TornError("a size that is not a number", at, cut_off=False)
         elif kind == b"L":  # GNU: the same for its name
             long_name = bytes(data[begin : begin + length]).rstrip(b"\0").decode(errors="replace")
         else:

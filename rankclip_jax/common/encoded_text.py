@@ -32,7 +32,7 @@ class EncodedText:
     """
 
     def __init__(self, file: str, raw: Any, encoding: str | None):
-        """`raw`: bytes, or an mmap of them. Raises InputError for what is no text, or not UTF-16 as its mark says."""
+        """`raw`: bytes, or an mmap of them. Raises InputError for what is not text, or not UTF-16 as its mark says."""
         self._file, self._encoding = file, encoding
         mark = next((mark for mark in _MARKS if raw[: len(mark)] == mark), b"")
         self._codec = codecs.lookup(_MARKS.get(mark) or encoding or "utf-8").name

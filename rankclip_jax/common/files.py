@@ -32,7 +32,7 @@ def whole(path: str | Path, part: Path | None = None) -> Iterator[Path]:
     made = part or path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.part")
     try:
         if path.exists() and not path.is_file():
-            raise InputError(f"cannot write {path}: it is no file")
+            raise InputError(f"cannot write {path}: it is not a file")
         if part:
             part.unlink(missing_ok=True)
         os.close(os.open(made, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))

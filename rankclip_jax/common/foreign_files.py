@@ -1,4 +1,4 @@
-"""Files that people give: what is no file of its kind, but what a download or a clone left in its place, is named."""
+"""Files that people give: what a download or a clone left in the place of a file is named."""
 
 import json
 import re

@@ -34,7 +34,7 @@ def strings(value: Any) -> list[str]:
     if not all(isinstance(text, str | int | float) and text == text for text in texts):
         raise ValueError(f"not a text: {json.dumps(value, default=str)[:60]}")
     if any(HALF.search(str(text)) for text in texts):
-        raise ValueError("half a surrogate pair, which is no character")
+        raise ValueError("half a surrogate pair, which is not a character")
     return [str(text) for text in texts]
 
 

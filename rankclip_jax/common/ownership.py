@@ -30,7 +30,7 @@ def inside(folder: Path, name: object) -> Path:
     """
     path = Path(folder)
     if not isinstance(name, str) or not _is_plain(name):
-        raise InputError(f"{str(name)[:200]!r} is no name of a file in {folder}: it would lead elsewhere")
+        raise InputError(f"{str(name)[:200]!r} is not a file name in {folder}: it would lead elsewhere")
     for part in name.split("/"):
         path = path / part
         if path.is_symlink():
@@ -163,7 +163,7 @@ def listed(folder: Path) -> dict[str, list[str]]:
         found = json.loads(inside(folder, MARKER).read_text(encoding="utf-8"))
         for name in (name for names in found.values() for name in names):
             if not _is_plain(name):
-                raise ValueError(f"{str(name)[:200]!r} is no name of a file here")
+                raise ValueError(f"{str(name)[:200]!r} is not a file name here")
         return {command: list(names) for command, names in found.items()}
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{marker} is damaged ({error}); move it away, or give another folder") from None

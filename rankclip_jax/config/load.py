@@ -143,7 +143,7 @@ def override(config: dict, overrides: Sequence[str]) -> dict:
             group = group[parent]
             if not isinstance(group, dict):
                 inner = ".".join(parents[: number + 1])
-                raise InputError(f"config.{key} does not exist: config.{inner}={group!r} is no group of keys")
+                raise InputError(f"config.{key} does not exist: config.{inner}={group!r} is not a group of keys")
         try:
             given = ast.literal_eval(value)
         except (ValueError, TypeError, SyntaxError, RecursionError):

@@ -48,7 +48,7 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
         with warnings.catch_warnings(action="ignore" if "JOB_COMPLETION_INDEX" not in os.environ else "default"):
             jax.distributed.initialize(*given)
     except ValueError as error:
-        if coordinator is None:  # JAX's way to say that this is no cluster
+        if coordinator is None:  # JAX's way to say that this is not a cluster
             _speak_when_aborted(None)
             return
         raise InputError(f"--coordinator, --num_processes, --process_id: {one_line(error)}") from None

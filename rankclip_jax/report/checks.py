@@ -68,7 +68,7 @@ def answers_of(value: Any) -> list:
 
 
 def text_fields(one: dict, *keys: str) -> dict:
-    """These fields of an object. Raises ValueError where one is no text."""
+    """These fields of an object. Raises ValueError where one is not text."""
     if not all(isinstance(one[key], str) for key in keys):
         raise ValueError(f"no text in {' or '.join(keys)}")
     return {key: one[key][:LONGEST] for key in keys}

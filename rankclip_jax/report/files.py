@@ -182,7 +182,7 @@ class Files:
         try:
             found = path.stat()
             if not stat.S_ISREG(found.st_mode):  # a pipe would never end
-                return self._wrong(file, "is no file")
+                return self._wrong(file, "is not a file")
             if found.st_size > _MOST_BYTES:
                 return self._wrong(file, f"has {found.st_size / 1e6:,.0f} MB")
             return path.read_bytes()

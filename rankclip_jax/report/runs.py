@@ -67,11 +67,11 @@ def read_run(workdir: str | Path) -> Run:
     """Reads a workdir. What cannot be read is left out, and named in `unreadable`.
 
     Raises:
-      InputError: it is no folder, or nothing of a run can be read there.
+      InputError: it is not a folder, or nothing of a run can be read there.
     """
     folder = Path(workdir)
     if not folder.is_dir():
-        what = f"{folder} is no folder" if folder.exists() else f"no folder {folder}"
+        what = f"{folder} is not a folder" if folder.exists() else f"no folder {folder}"
         raise InputError(f"{what}; give the workdir of a run")
     files = Files(folder)
     rows = files.metrics()

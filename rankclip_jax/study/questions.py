@@ -38,7 +38,7 @@ def check(questions: ConfigDict, arms: list[Arm]) -> None:
         of = dict(asked) if isinstance(asked, ConfigDict) else {}
         if of.keys() != {"metric", "contrasts"} or not isinstance(of["contrasts"], ConfigDict):
             expected = '{"metric": NAME, "contrasts": {label: formula}}'
-            raise InputError(f"config.study.questions.{name} is no question. Expected {expected}")
+            raise InputError(f"config.study.questions.{name} is not a question. Expected {expected}")
         for formula in asked.contrasts.values():
             terms(formula, arms)
 

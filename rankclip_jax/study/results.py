@@ -31,7 +31,7 @@ def file_of(folder: Path, arm: Arm, job: Job) -> Path:
 
 
 def read(file: Path, wanted: dict) -> dict | None:
-    """The run, or None where it is not done. Raises InputError for what is no run, or one of another configuration."""
+    """The run; None where it is not done. Raises InputError for what is not a run, or is of another configuration."""
     if not file.exists():
         return None
     try:

@@ -171,7 +171,7 @@ def _format(what: str) -> str:
         near = difflib.get_close_matches(what, experiments.names(), 1)
         others = [name for name in experiments.names() if name != "own"]
         raise InputError(
-            f"{what} is no experiment and no data. Expected one of {', '.join(others)}"
+            f"{what} is neither an experiment nor data. Expected one of {', '.join(others)}"
             f"{f' ({near[0]}?)' if near else ''}; or a table ({', '.join(tables.ENDINGS[::2])}), a folder, or shards "
             "(.tar, .tfrecord, .parquet)"
         ) from None

@@ -136,7 +136,7 @@ def result_bytes(match: re.Match) -> int:
 
 
 def _top_level(text: str) -> list[str]:
-    """The elements of a tuple as HLO writes it, "(f32[8]{0}, (f32[2,3], u32[]))" -> two; one where it is no tuple."""
+    """The elements of a tuple as HLO writes it: two of "(f32[8]{0}, (f32[2,3], u32[]))"; one if it is not a tuple."""
     if not text.startswith("("):
         return [text]
     parts, depth = [""], 0

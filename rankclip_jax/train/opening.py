@@ -113,7 +113,7 @@ def open_data(
 
 
 def _check_best(config: ConfigDict, sets: evaluation.Sets) -> None:
-    """Raises InputError where config.checkpoint.best is no number that this training will evaluate."""
+    """Raises InputError where config.checkpoint.best is not a number that this training will evaluate."""
     best = config.checkpoint.best
     if best is None:
         return
@@ -133,7 +133,7 @@ def _check_best(config: ConfigDict, sets: evaluation.Sets) -> None:
             why = "config.optim.ema=None"
         elif near := difflib.get_close_matches(best, names, 1):
             why += f"; the nearest is {near[0]}"
-        raise InputError(f"config.checkpoint.best={best!r} is no number of this training's evaluations: {why}")
+        raise InputError(f"config.checkpoint.best={best!r} is not a number that this training evaluates: {why}")
 
 
 def open_session(

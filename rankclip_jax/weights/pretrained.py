@@ -85,7 +85,7 @@ def read(
     if found.is_dir() and ((found / storage.CHECKPOINTS).is_dir() or (found / "metrics.jsonl").is_file()):
         return _workdir(found, words, ema)
     if ema:
-        raise InputError(f"{path} is no workdir; only a run with config.optim.ema has averaged weights")
+        raise InputError(f"{path} is not a workdir; only a run with config.optim.ema has averaged weights")
     # What pools at a text's highest id pools at the end of text, where no id above it comes in texts.
     end = words.eot_id if words and words.highest_id() == words.eot_id else None
     try:

@@ -151,7 +151,7 @@ class Checkpoints:
         return _cannot_save(self._folder, error)
 
     def _kept(self, steps: Sequence[int]) -> set[int]:
-        """Those of the saved steps that stay; what is no checkpoint of ours is not ours to remove."""
+        """Those of the saved steps that stay; what is not a checkpoint of ours is not ours to remove."""
         multiples = [step for step in steps if self._every and step % self._every == 0]
         free = [step for step in steps if step <= self._free]
         kept = {*sorted(steps)[-self._latest :], *multiples, *sorted(free)[-1:], *self._strangers}
@@ -218,7 +218,7 @@ def _make_way(folder: epath.Path, start: int | None) -> None:
         cut_off = named[2] or (str(folder).startswith("gs://") and not (path / "commit_success.txt").exists())
         to_come = cut_off or int(named[1]) > (start or 0)
         if to_come and not _is_ours(path):
-            raise InputError(f"{path} is no checkpoint of this run, and in the way of one; move it away")
+            raise InputError(f"{path} is not a checkpoint of this run, and in the way of one; move it away")
         if cut_off:
             path.rmtree()
         elif start is not None and to_come:

@@ -145,7 +145,7 @@ def test_the_home_folder_is_known_where_no_shell_writes_it_out(started, tmp_path
 
 @pytest.mark.parametrize("words, message", [
     ("train photos.tar.gz", r"^error: photos\.tar\.gz is compressed, .*; decompress it first$"),
-    ("train shpaes", r"^error: shpaes is no experiment and no data\. Expected one of cc3m, .*\(shapes\?\); or"),
+    ("train shpaes", r"^error: shpaes is neither an experiment nor data\. Expected one of cc3m, .*\(shapes\?\); or"),
     ("train nothing.py", "no file nothing.py; the experiments are cc3m, "),
     ("train shapes --config cc3m", "shapes and --config cc3m are two experiments; give one"),
     ("train mine.csv --retrieval photos", "--retrieval photos: expected a table of images and captions"),
@@ -156,7 +156,7 @@ def test_the_home_folder_is_known_where_no_shell_writes_it_out(started, tmp_path
     ("train mine.csv --config.lr=1", r"config\.lr does not exist; the nearest key is config\.optim\.lr"),
     ("train mine.csv --config.optm.lr=1", r"config\.optm does not exist; the nearest key is config\.optim"),
     ("train mine.csv --config.optim.lr.x=1", r"config\.optim\.lr={'x': 1}\. Expected a number above 0 or None"),
-    ("train shapes --config.epochs.x=1", r"config\.epochs\.x does not exist: config\.epochs=10 is no group of keys"),
+    ("train shapes --config.epochs.x=1", r"config\.epochs\.x does not exist: config\.epochs=10 is not a group of keys"),
     ("resume runs/other", "runs/other holds no run"),
     ("eval a.pt --out gs://bucket/r.json", "--out must be a local path; copy it to gs://bucket/r.json when"),
 ])  # fmt: skip

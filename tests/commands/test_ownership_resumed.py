@@ -104,7 +104,7 @@ def test_only_saves_of_ours_are_cleared_away(tmp_path):
 def test_a_strangers_folder_in_the_way_of_a_save_is_refused(name, tmp_path):
     save(tmp_path, {1: state_of(1)})
     before = contents(fill(tmp_path / "checkpoints", [name]))
-    with pytest.raises(InputError, match=f"{name.split('/')[0]} is no checkpoint of this run, and in the way of one"):
+    with pytest.raises(InputError, match=f"{name.split('/')[0]} is not a checkpoint of this run, and in the way"):
         Checkpoints(tmp_path, config(), start=1)
     assert contents(tmp_path / "checkpoints") == before
     assert checkpoint.restore(tmp_path, config(), abstract(state_of(0))).step == 1

@@ -16,7 +16,7 @@ from rankclip_jax.config import eval_set
 from rankclip_jax.inference.pictures import open_pictures
 from rankclip_jax.study import data as study
 
-# As they stand in files: both cases, and what is no picture though it says so behind the dot.
+# As they stand in files: both cases, and what is not a picture though it says so behind the dot.
 NAMES = [f"{i:02}{ending}" for i, ending in enumerate(sorted((*ENDINGS, *map(str.upper, ENDINGS))))]
 GREY = 129
 

@@ -25,7 +25,7 @@ def test_a_file_is_whole_or_not_there(tmp_path):
         open(tmp_path / "of somebody else")  # whose error it is, is said by its name
     assert contents(tmp_path) == {"a.json": b"old"}
     for other in (tmp_path, Path("/dev/null")):
-        with pytest.raises(InputError, match="it is no file"):
+        with pytest.raises(InputError, match="it is not a file"):
             files.write_whole(other, "x")
     with pytest.raises(InputError, match=r"^cannot write .*/gone/a: No such file or directory$"):
         files.write_whole(tmp_path / "gone/a", "x")

@@ -85,7 +85,7 @@ def test_lines_without_a_url_or_a_caption_are_counted(tmp_path):
     lines = ["a cat\thttp://a/1.jpg", "\thttp://a/2.jpg", "no link\t", "one column", "", "a\u2028dog\tHTTP://a/3.jpg"]
     (tmp_path / "list.tsv").write_text("\n".join(lines))
     expected = [("http://a/1.jpg", "a cat"), ("HTTP://a/3.jpg", "a\u2028dog")]
-    assert listed(tmp_path / "list.tsv", tmp_path / "out") == ((2, 3), expected)  # an empty line is no row
+    assert listed(tmp_path / "list.tsv", tmp_path / "out") == ((2, 3), expected)  # an empty line is not a row
 
 
 def test_lists_longer_than_a_chunk_are_whole(tmp_path, monkeypatch):

@@ -144,7 +144,7 @@ def test_wrong_scores_end_in_one_line(table, tmp_path, monkeypatch):
     assert "has no score for 8 of the 8 rows" in says(file)
     for odd in (np.inf, -np.inf, 28.0):
         scored(file, names, np.r_[SCORES[:7], np.float32(odd)])
-        assert f"the score of images/7 is {odd:g}, which is no cosine" in says(file)
+        assert f"the score of images/7 is {odd:g}, which is not a cosine" in says(file)
     scored(file, names, SCORES, rows=[*range(7), 8])
     assert "columns do not fit together" in says(file)
     scored(file, [*names, names[3]], [*SCORES, 0.9], 8, rows=[*range(8), 3])

@@ -54,7 +54,7 @@ def tar_with(path, *middle):
 def test_what_follows_a_size_that_is_no_number_is_lost_and_counted(middle, tmp_path):
     source = tar_with(tmp_path / "0.tar", middle)
     assert source.size == 3 and len(source.lost) == 1 and source.lost[0].samples >= 1
-    assert "a broken header at byte" in source.lost[0].reason or "a size that is no number" in source.lost[0].reason
+    assert "a broken header at byte" in source.lost[0].reason or "a size that is not a number" in source.lost[0].reason
 
 
 @pytest.mark.parametrize("size", [b"\x80" + b"\xff" * 11, b"7" * 11, b"%011o" % 2**32])

@@ -274,7 +274,7 @@ def test_what_is_no_file_is_named_and_not_opened(tmp_path, whole_run, file):
         run = shutil.copytree(whole_run, tmp_path / name)
         (run / file).unlink()
         make(run / file)
-        assert runs.read_run(run).unreadable == {file: ["is no file"]}
+        assert runs.read_run(run).unreadable == {file: ["is not a file"]}
 
 
 def test_what_would_take_the_machine_is_refused(tmp_path):
@@ -315,7 +315,7 @@ def test_damaged_files_are_named_on_the_page_and_the_rest_is_drawn(tmp_path):
     "prepare, message",
     [
         (lambda path: None, "no folder {path}; give the workdir of a run"),
-        (lambda path: path.write_text("x"), "{path} is no folder; give the workdir of a run"),
+        (lambda path: path.write_text("x"), "{path} is not a folder; give the workdir of a run"),
         (lambda path: path.mkdir(), "{path} is empty; give the workdir of a run"),
         (lambda path: (path / "x").mkdir(parents=True), "{path} holds neither metrics.jsonl nor eval.json; give the"),
         (lambda path: write_run(path / "a"), "{path} holds workdirs of runs but is not one itself; give them: {path}/"),

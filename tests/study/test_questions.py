@@ -97,7 +97,7 @@ def test_a_contrast_is_taken_seed_by_seed():
 
 @pytest.mark.parametrize("asked", [3, {"metric": "m"}, {"contrasts": {}}, {"metric": "m", "contrasts": "clip"}])
 def test_what_is_no_question_is_said_before_anything_is_trained(asked, tmp_path):
-    with pytest.raises(InputError, match=r'^config\.study\.questions\.q is no question\. Expected {"metric": NAME, '):
+    with pytest.raises(InputError, match=r'^config\.study\.questions\.q is not a question\. Expected {"metric": '):
         Study(config(questions={"q": asked}), tmp_path)
 
 

@@ -167,7 +167,7 @@ def test_a_best_checkpoint_by_what_is_not_evaluated_is_refused_at_the_start():
         ("loss", "it evaluates zero_shot/held_out/"),
         ("zero_shot/seen/ema/top1", "config.optim.ema=None"),
     ):
-        with pytest.raises(InputError, match=rf"^config.checkpoint.best='{best}' is no number of this .*: {why}"):
+        with pytest.raises(InputError, match=rf"^config.checkpoint.best='{best}' is not a number that this .*: {why}"):
             opened(f"checkpoint.best={best}")
 
 

@@ -123,7 +123,7 @@ def _worked_in(folder, url):
 
 
 def origin(folder: str | Path) -> str | None:
-    """Where the local copy of a workdir belongs; None: the folder is no copy."""
+    """Where the local copy of a workdir belongs; None: the folder is not a copy."""
     note = Path(folder) / ORIGIN
     return json.loads(note.read_text())["url"] if note.is_file() else None
 
