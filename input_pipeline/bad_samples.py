@@ -96,7 +96,7 @@ class BadSamples:
             return
         self._named.add(where)
         self.reasons[reason] += 1
-        print(f"bad sample skipped: {where}: {detail + '; ' if detail else ''}{reason}", file=sys.stderr)
+        print(f"bad sample skipped: {printable(where)}: {detail + '; ' if detail else ''}{reason}", file=sys.stderr)
         if self._path:
             entry = {"row": row, "where": where, "reason": reason, "detail": detail}
             with open(self._path, "a") as out:

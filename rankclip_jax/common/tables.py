@@ -10,6 +10,7 @@ import mmap
 import os
 import posixpath
 import re
+import urllib.parse
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,7 @@ ENDINGS = tuple(ending + gz for ending in (".csv", ".tsv", ".jsonl", ".json") fo
 # Usual names of the columns; those of Hugging Face's metadata come second.
 IMAGE_KEYS, CAPTION_KEYS = ("image", "file_name"), ("caption", "text")
 ABSOLUTE = r"/|\w+://"  # how a path begins that is not relative to the table's folder
+_FILE = r"^(?i:file://(localhost)?)"
 _FIRST = 1000  # rows of `read_first`
 
 
@@ -85,7 +87,7 @@ def read_table(
             folder = _coco_folder(file, columns[0][:100].to_pylist())
     else:
         columns, numbers, bad = read_delimited(file, text, "\t" if ending == ".tsv" else delimiter, wanted, names)
-    images = pc.ascii_trim_whitespace(columns[0])
+    images = _local(pc.ascii_trim_whitespace(columns[0]))
     filled = pc.greater(pc.binary_length(images), 0)
     if not pc.all(filled, min_count=0).as_py():
         kept = filled.to_numpy(zero_copy_only=False)
@@ -110,6 +112,15 @@ def read_first(file: str, *, delimiter: str = ",", encoding: str | None = None) 
     items = [item for item in itertools.islice(json_items(file, text)[0], _FIRST) if isinstance(item, dict)]
     keys = list(dict.fromkeys(key for item in items for key in item))
     return [keys, *([item.get(key) for key in keys] for item in items)] if items else []
+
+
+def _local(images: pa.Array) -> pa.Array:
+    """With file:// addresses, as data frames and Hugging Face's data sets have them, as the paths that they are."""
+    found = pc.match_substring_regex(images, _FILE)
+    if not pc.any(found, min_count=0).as_py():
+        return images
+    paths = [urllib.parse.unquote(re.sub(_FILE, "", image)) for image in images.filter(found).to_pylist()]
+    return pc.replace_with_mask(images, found, pa.array(paths, images.type))
 
 
 def image_path(folder: str, image: str) -> str:

@@ -47,7 +47,7 @@ def test_what_a_server_says_of_its_time_and_length_may_be_anything(server):
     assert storage.stat([f"{server}/a?yesterday"])[0].time == 0
     with pytest.raises(InputError, match="the server does not say how long it is"):
         storage.stat([f"{server}/none"])
-    with pytest.raises(InputError, match="is not a valid address"):
+    with pytest.raises(InputError, match="not a valid address"):
         storage.stat(["http://[bad/x"])
 
 

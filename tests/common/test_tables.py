@@ -149,6 +149,13 @@ def test_accents_of_their_own_are_no_other_script(text, tmp_path):
     assert read(tmp_path / "a.csv", f"image,caption\n0.png,{text}\n")[0] == [("0.png", text)]
 
 
+def test_addresses_of_local_files_are_their_paths(tmp_path):
+    text = "image,caption\na.png,x\nfile:///d/b%20c.png,x\nFILE://localhost/d/e.png,x\nfiles/file://f,x\ngs://g/h%20i,x\n"
+    (tmp_path / "a.csv").write_text(text)
+    images = tables.read_table(str(tmp_path / "a.csv")).images.to_pylist()
+    assert images == ["a.png", "/d/b c.png", "/d/e.png", "files/file://f", "gs://g/h%20i"]
+
+
 def test_a_thousand_ragged_rows_are_one_short_reason(tmp_path):
     found, _, bad = read(tmp_path / "a.csv", "image,caption\n0.png,first\n" + "1.png,a,b\n" * 1000)
     assert found == GOOD and [number for number, _ in bad] == list(range(1, 1001)) and len({why for _, why in bad}) == 1

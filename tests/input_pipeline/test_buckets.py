@@ -15,6 +15,7 @@ from input_pipeline.sources.source import _BLOCK_ROWS, _BLOCKS
 from rankclip_jax import config
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.storage import place
 from rankclip_jax.common.tokenizer import Tokenizer
 from tests.support.bucket import FAULTS
 from tests.support.s3 import served_s3
@@ -167,6 +168,15 @@ def test_what_is_refused_is_no_bad_sample(bucket):
         opened("webdataset", "gs://mine/cc.tar")
 
 
+def test_a_store_that_lets_one_wait_is_named_once(bucket, monkeypatch, capfd):
+    monkeypatch.setattr(place, "_PATIENCE", 0.05)
+    bucket.latency = 0.2
+    for data in (b"first", b"second"):
+        storage.write("gs://slow/a", data)
+        assert storage.read("gs://slow/a") == data
+    assert capfd.readouterr().err == "gs://slow has not answered for 0.05 s; trying for about five minutes\n"
+
+
 def test_a_shard_that_shrank_is_a_bad_sample(bucket):
     large_tar(bucket.folder, 16)
     source = opened("webdataset", "gs://mine/cc.tar")
@@ -190,6 +200,17 @@ def test_evaluation_sets_in_a_bucket(bucket):
     ).eval
     pairs = labelled.open_captioned(keys.retrieval.own, image_side=8)
     assert pairs.captions == [caption for _, caption in made] and pairs.source.size == 6
+
+
+def test_an_address_that_names_nothing_is_a_bad_sample(bucket, tmp_path, capfd):
+    (bucket.folder / "a.png").write_bytes(samples(1)[0][0])
+    odd = ["ftp://mine/a.png", "http://[a.png", "gs:///a.png", f"gs://mine/{'a' * 1100}", "gs://mine/a\rb", "x" * 300]
+    images = ["image", *["gs://mine/a.png"] * 12, *odd]
+    (tmp_path / "a.csv").write_text("".join(f'"{image}",caption\n' for image in images), newline="")
+    _, stream = batches_of(opened("csv", str(tmp_path / "a.csv")), 4, size=4)
+    for reason in ("ftp:// is", "not a valid address", "no bucket is named", "Invalid GCS object", "gs://mine/aa", "/"):
+        assert sum(each.startswith(reason) for each in stream.bad.reasons) == 1, reason
+    assert "gs://mine/a?b: gs://mine/a\\rb; Invalid GCS object name\n" in capfd.readouterr().err
 
 
 def test_pictures_over_http(bucket, tmp_path):

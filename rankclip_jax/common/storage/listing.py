@@ -16,7 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from rankclip_jax.common.errors import InputError
-from rankclip_jax.common.storage.place import Place, endpoint, explained, is_remote, parent, place_of, store_of
+from rankclip_jax.common.storage.place import (
+    Place,
+    answer_of,
+    endpoint,
+    explained,
+    is_remote,
+    parent,
+    place_of,
+    store_of,
+)
 
 _TOGETHER = 256  # local files that one thread looks at: to start a task takes longer than to look
 _MANY = 8  # files of one folder that are looked for by a listing of it
@@ -124,7 +133,8 @@ def _file(path: str, info: Any) -> File:
     changed = info.mtime_ns
     if not changed:  # the service tells no time
         store, key = store_of(place_of(path))
-        changed = int.from_bytes(store.read(key, byte_range=slice(0, 0)).result().stamp.generation[-7:], "little")
+        answer = answer_of(path, store.read(key, byte_range=slice(0, 0)))
+        changed = int.from_bytes(answer.stamp.generation[-7:], "little")
     return File(path, info.size, changed)
 
 

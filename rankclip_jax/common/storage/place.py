@@ -7,6 +7,7 @@ AWS_REGION, and what Google's and Amazon's own tools read for credentials.
 import functools
 import os
 import re
+import sys
 import urllib.parse
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 from rankclip_jax.common.errors import InputError, one_line
 
 _RETRIES = {"max_retries": 20, "initial_delay": "200ms", "max_delay": "16s"}  # five minutes in all
+_PATIENCE = 30.0  # seconds, after which a wait is worth a line
 _CONCURRENCY = {"limit": 256}  # requests at once; TensorStore's own 32 are 640 a second at 50 ms
 # By default a read waits for ever for an answer that never comes.
 _LOW_SPEED = {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "20", "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1"}
@@ -28,6 +30,10 @@ class Place(NamedTuple):
     root: str
     key: str
     query: str = ""
+
+
+class NoPlaceError(InputError):
+    """A path that names nothing that can be read: its own fault, not the store's."""
 
 
 def is_remote(path: Any) -> bool:
@@ -49,21 +55,21 @@ def local(path: str, what: str) -> Path:
 
 
 def place_of(path: str) -> Place:
-    """Raises InputError where the scheme is none that can be read, or no bucket is named."""
+    """Raises NoPlaceError where the scheme is none that can be read, or no bucket is named."""
     scheme, _, rest = path.partition("://")
     if scheme in ("http", "https"):
         try:
             parts = urllib.parse.urlsplit(path)
         except ValueError as error:
-            raise InputError(f"{path} is not a valid address: {error}") from None
+            raise NoPlaceError(f"{path}; not a valid address: {error}") from None
         return Place(scheme, parts.netloc, urllib.parse.unquote(parts.path.lstrip("/")), parts.query)
     if scheme not in ("gs", "s3"):
-        raise InputError(
-            f"{path}: {scheme}:// is not supported. Expected a local path, gs://, s3:// or http(s)://; copy or mount it"
+        raise NoPlaceError(
+            f"{path}; {scheme}:// is not supported: copy or mount it, or give a local path, gs://, s3:// or http(s)://"
         )
     bucket, _, key = rest.partition("/")
     if not bucket:
-        raise InputError(f"{path} names no bucket. Expected {scheme}://BUCKET/NAME")
+        raise NoPlaceError(f"{path}; no bucket is named. Expected {scheme}://BUCKET/NAME")
     return Place(scheme, bucket, key)
 
 
@@ -119,6 +125,21 @@ def _amazon(address: str | None) -> dict[str, Any]:
     if os.environ.get("AWS_ACCESS_KEY_ID"):  # else the usual places, of which Amazon's library logs every empty one
         spec["aws_credentials"] = {"type": "environment"}
     return spec
+
+
+def answer_of(path: str, future: Any) -> Any:
+    """The result of a request of TensorStore's, which tries again in silence. Raises what it raises."""
+    try:
+        return future.result(timeout=_PATIENCE)
+    except TimeoutError:
+        place = place_of(path)
+        _say_that_it_waits(f"{place.scheme}://{place.root}")
+        return future.result()
+
+
+@functools.cache  # once a store, however many wait
+def _say_that_it_waits(store: str) -> None:
+    print(f"{store} has not answered for {_PATIENCE:g} s; trying for about five minutes", file=sys.stderr, flush=True)
 
 
 def explained(path: str, error: Exception) -> InputError:

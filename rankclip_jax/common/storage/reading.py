@@ -9,7 +9,7 @@ from typing import Any
 
 from rankclip_jax.common import files
 from rankclip_jax.common.errors import InputError, one_line
-from rankclip_jax.common.storage.place import Place, explained, is_remote, place_of, store_of
+from rankclip_jax.common.storage.place import NoPlaceError, Place, answer_of, explained, is_remote, place_of, store_of
 
 _HELD = 4096  # reads started and not yet taken
 
@@ -35,7 +35,7 @@ def write(path: str, data: bytes) -> None:
         return
     store, key = store_of(writable(path))
     with _errors_in_one_line(path):
-        store.write(key, data).result()
+        answer_of(path, store.write(key, data))
 
 
 def delete(path: str) -> None:
@@ -45,7 +45,7 @@ def delete(path: str) -> None:
         return
     store, key = store_of(writable(path))
     with _errors_in_one_line(path):
-        store.write(key, None).result()
+        answer_of(path, store.write(key, None))
 
 
 def writable(path: str) -> Place:
@@ -87,10 +87,12 @@ def _result(path: str, begin: int, end: int | None, started: Any) -> bytes:
         found = started
     else:
         try:
-            answer = started.result()
+            answer = answer_of(path, started)
         except ValueError as error:
             if "OUT_OF_RANGE" in str(error):
                 raise MissingError(f"{path} ends before byte {end or begin}: {one_line(error)}") from None
+            if "object name" in str(error):  # TensorStore's "Invalid GCS object name": too long, or of such characters
+                raise NoPlaceError(f"{path}; {one_line(error)}") from None
             raise explained(path, error) from None
         if answer.state != "value":
             raise MissingError(f"no such file: {path}")
@@ -138,10 +140,9 @@ class ReadAhead:
                 del self._started[path, begin, end]
         try:
             return _result(path, begin, end, _start(path, begin, end) if future is None else future)
-        except MissingError:
-            raise
         except InputError as error:
-            self.failed = error
+            if is_remote(path) and not isinstance(error, MissingError | NoPlaceError):
+                self.failed = error
             raise
 
 
