@@ -261,6 +261,11 @@ def test_every_gpu_of_the_table_is_described():
         assert 0.88 * memory < size <= 1.01 * memory and kind.partition("-")[0] in text
 
 
+def test_a_users_flags_do_not_reach_libtpu(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=false")  # of which it would say that they are unknown
+    assert not targets.environment("tpu")["XLA_FLAGS"]
+
+
 @pytest.mark.slow
 def test_every_gpus_compiler_runs():
     if not targets.has_compiler("gpu"):
