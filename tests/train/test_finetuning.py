@@ -141,7 +141,8 @@ def test_scanned_layers_train_as_unrolled_ones_do(optimiser):
     single = re.compile(optimiser["rules"][0][0])
     for name in a:
         np.testing.assert_allclose(a[name], b[name], atol=1e-6, err_msg=name)
-        assert (b[name] == start[name]).all() == bool(single.search(name)), name
+        moved = (b[name] != start[name]).any()
+        assert not moved if single.search(name) else moved or "k_proj/bias" in name, name
 
 
 @functools.cache
