@@ -1,6 +1,7 @@
 """Addresses and paths of common/storage that are unusual or wrong."""
 
 import http.server
+import re
 import threading
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from rankclip_jax import convert, embed
 from rankclip_jax.common import files, storage
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.storage import place
 from rankclip_jax.report import __main__ as report
 from rankclip_jax.study import __main__ as study
 
@@ -49,6 +51,12 @@ def test_what_a_server_says_of_its_time_and_length_may_be_anything(server):
         storage.stat([f"{server}/none"])
     with pytest.raises(InputError, match="not a valid address"):
         storage.stat(["http://[bad/x"])
+
+
+def test_what_fetches_pictures_from_many_sites_is_named_where_one_cannot_be_reached():
+    says = lambda path: str(place.explained(path, ValueError("ABORTED: no such host")))  # noqa: E731
+    assert re.search(r"^http://h/a.png cannot be reached: ABORTED: .*input_pipeline.download first$", says("http://h/a.png"))
+    assert says("gs://h/a.png") == "gs://h/a.png cannot be reached: ABORTED: no such host"
 
 
 @pytest.mark.parametrize(

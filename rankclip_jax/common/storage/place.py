@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from rankclip_jax.common.errors import InputError, one_line
 
+_BUCKETS = ("gs", "s3")
 _RETRIES = {"max_retries": 20, "initial_delay": "200ms", "max_delay": "16s"}  # five minutes in all
 _PATIENCE = 30.0  # seconds, after which a wait is worth a line
 _CONCURRENCY = {"limit": 256}  # requests at once; TensorStore's own 32 are 640 a second at 50 ms
@@ -63,7 +64,7 @@ def place_of(path: str) -> Place:
         except ValueError as error:
             raise NoPlaceError(f"{path}; not a valid address: {error}") from None
         return Place(scheme, parts.netloc, urllib.parse.unquote(parts.path.lstrip("/")), parts.query)
-    if scheme not in ("gs", "s3"):
+    if scheme not in _BUCKETS:
         raise NoPlaceError(
             f"{path}; {scheme}:// is not supported: copy or mount it, or give a local path, gs://, s3:// or http(s)://"
         )
@@ -149,7 +150,7 @@ def explained(path: str, error: Exception) -> InputError:
     looked = _GOOGLE if google else _AMAZON
     if re.search(r"NoSuchBucket|specified bucket|no such bucket|NO_SUCH_BUCKET|bucket does not exist", said, re.I):
         return InputError(f"{path}: there is no bucket {place.root}")
-    if place.scheme in ("gs", "s3"):
+    if place.scheme in _BUCKETS:
         if re.search(
             r"access token|credential|UNAUTHENTICATED|\b401\b|anonymous|InvalidAccessKey|SignatureDoes", said, re.I
         ):
@@ -160,4 +161,5 @@ def explained(path: str, error: Exception) -> InputError:
                 f"{path}: no permission in {where}: the account of this machine may not do that, or has no credentials "
                 f"(looked for: {looked})"
             )
-    return InputError(f"{path} cannot be reached: {said}")
+    many = "" if place.scheme in _BUCKETS else "; pictures from many sites: python -m input_pipeline.download first"
+    return InputError(f"{path} cannot be reached: {said}{many}")
