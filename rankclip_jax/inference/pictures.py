@@ -138,7 +138,7 @@ def _file(path: str) -> object:
         return Path(path)
     try:
         return opened(storage.read(path))
-    except storage.MissingError as error:
+    except (storage.MissingError, storage.NoPlaceError) as error:
         raise BadImageError(str(error)) from None
     except BadImageError:
         raise

@@ -287,13 +287,15 @@ def test_pictures_in_a_bucket(bucket):
     for i in range(3):
         Image.new("RGB", (8, 8), (9 * i, 0, 0)).save(images / f"{i}.png")
         (images / f"{i}.txt").write_text(f"picture {i}")
-    (images / "table.csv").write_text("image\n0.png\ngone.png\n")
+    (images / "table.csv").write_text("image\n0.png\ngone.png\nftp://mine/2.png\n")
     folder = open_pictures("gs://mine/images")
     assert [folder.name(i) for i in range(folder.size)] == ["0.png", "1.png", "2.png"]
     assert np.asarray(folder.image(2))[0, 0].tolist() == [18, 0, 0] and folder.caption(1) == "picture 1"
     table = open_pictures("gs://mine/images/table.csv")
     with pytest.raises(BadImageError, match="no such file: gs://mine/images/gone.png"):
         table.image(1)
+    with pytest.raises(BadImageError, match="ftp:// is not supported"):
+        table.image(2)
     bucket.refused = 403  # which makes no picture a bad one
     with pytest.raises(ConnectionError, match="no permission in gs://mine"):
         table.image(0)
