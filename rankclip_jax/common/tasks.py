@@ -146,7 +146,7 @@ def _ray(address: str) -> tuple[Any, bool]:
         return ray, False
     passed = {name: os.environ[name] for name in _PASSED if name in os.environ}
     try:
-        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+        quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
         ray.init(address or None, runtime_env={"env_vars": passed}, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"no Ray cluster at {address or 'this machine'}: {one_line(error)}") from None
