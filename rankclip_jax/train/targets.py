@@ -79,8 +79,12 @@ def environment(platform: str) -> dict[str, str]:
     elif platform == "tpu":
         # libtpu neither looks for a TPU's neighbours nor minds other compilations. At its usual level it takes ten
         # times as long, for a better schedule, and gives some operations -1 s. Flags for other devices end its process.
-        extra = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_OPTIMIZATION_LEVEL": "O1"}
-        extra["XLA_FLAGS"] = ""
+        extra = {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "JAX_OPTIMIZATION_LEVEL": "O1",
+            "XLA_FLAGS": "",
+        }
     return os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"} | extra
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -91,7 +92,7 @@ def _result(path: str, begin: int, end: int | None, started: Any) -> bytes:
         except ValueError as error:
             if "OUT_OF_RANGE" in str(error):
                 raise MissingError(f"{path} ends before byte {end or begin}: {one_line(error)}") from None
-            if "object name" in str(error):  # TensorStore's "Invalid GCS object name": too long, or of such characters
+            if re.search(r"Invalid \w+ object name", str(error)):  # TensorStore's: too long, or with a line end in it
                 raise NoPlaceError(f"{path}; {one_line(error)}") from None
             raise explained(path, error) from None
         if answer.state != "value":
