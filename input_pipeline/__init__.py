@@ -12,7 +12,7 @@ def cpu_only() -> None:
     Raises:
       InputError: TensorFlow has already started with GPUs.
     """
-    import tensorflow as tf  # here, since shapes.py and download.py do without
+    from input_pipeline.tensorflow_import import tf  # here, since shapes.py and download.py do without
 
     try:
         tf.config.set_visible_devices([], "GPU")

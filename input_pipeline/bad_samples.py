@@ -8,9 +8,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import tensorflow as tf
-
 from input_pipeline.sources import Ahead, Source, told
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common.errors import InputError, printable
 
 

@@ -2,11 +2,11 @@
 test/0.tar ... with an image and .cls (or .txt, one caption per line) per sample."""
 
 import numpy as np
-import tensorflow as tf
 
 from input_pipeline.labelled_tables import MOST_CLASSES
 from input_pipeline.rows import read_each
 from input_pipeline.sources import Source, tar
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS

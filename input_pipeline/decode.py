@@ -9,9 +9,9 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
-import tensorflow as tf
 
 from input_pipeline.graph import as_written, once
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common import pictures
 from rankclip_jax.common.pictures import LARGE, MANY_SCANS, MAX_PIXELS, MAX_SCANNED, SCAN, SCAN_BYTES, WRONG_SIZE
 

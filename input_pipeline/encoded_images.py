@@ -3,10 +3,9 @@
 import functools
 from collections.abc import Callable
 
-import tensorflow as tf
-
 from input_pipeline.bad_samples import in_words
 from input_pipeline.sources import Source
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common.errors import InputError
 
 

@@ -8,8 +8,8 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import tensorflow as tf
 
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tasks import cores
 

@@ -3,10 +3,10 @@
 import time
 
 import numpy as np
-import tensorflow as tf
 
 from input_pipeline import cpu_only, decode
 from input_pipeline.graph import iterated, mapped
+from input_pipeline.tensorflow_import import tf
 
 
 def gpus_of_tensorflow() -> int:

@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-import tensorflow as tf
 
 from input_pipeline import contact_sheet, overview
 from input_pipeline.filtering import Filter
 from input_pipeline.rows import captions_of
 from input_pipeline.sources import Source
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common import files, pictures
 from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.tokenizer import Tokenizer

@@ -14,7 +14,6 @@ import os
 import sys
 
 import numpy as np
-import tensorflow as tf
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -25,6 +24,7 @@ from input_pipeline.labelled_tables import numbered_names, of_files, read_list, 
 from input_pipeline.rows import read_each
 from input_pipeline.sources import Source, open_source, tfds
 from input_pipeline.sources.packed_strings import PackedStrings
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common import folders, storage
 from rankclip_jax.common.errors import InputError, located
 from rankclip_jax.common.pictures import ENDINGS

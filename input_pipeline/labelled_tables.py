@@ -10,13 +10,13 @@ from collections.abc import Callable
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline.graph import from_python
 from input_pipeline.sources import Lost, Source, table
 from input_pipeline.sources.byte_ranges import Files
 from input_pipeline.sources.packed_strings import PackedStrings
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common import folders, storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tables import CAPTION_KEYS

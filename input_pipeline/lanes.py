@@ -4,11 +4,11 @@ import itertools
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import tensorflow as tf
 
 from input_pipeline.blocks import BlockOrder
 from input_pipeline.graph import as_written, mapped
 from input_pipeline.sources import Together
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common.tasks import cores
 
 _AT_LEAST = 16  # samples that are decoded at a time

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from input_pipeline.graph import as_written, mapped
 from input_pipeline.sources import Source, started_ahead
+from input_pipeline.tensorflow_import import tf
 
 # Positions whose rows are found, and are read where Python reads them, at a time; and such groups at once.
 _TOGETHER, _GROUPS = 32, 2

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from input_pipeline import cpu_only, transforms
 from input_pipeline.bad_samples import BadSamples, reason_of_failure
@@ -29,6 +28,7 @@ from input_pipeline.graph import as_written, iterated, mapped
 from input_pipeline.lanes import LaneStream
 from input_pipeline.order import RowStream, place_of
 from input_pipeline.sources import Source, started_ahead
+from input_pipeline.tensorflow_import import tf
 from input_pipeline.training_samples import TrainingSamples, one_of
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer

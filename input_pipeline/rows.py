@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import tensorflow as tf
 
 from input_pipeline.bad_samples import why_dropped
 from input_pipeline.graph import as_written, iterated, mapped
 from input_pipeline.sources import Ahead, Source, started_ahead
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common.errors import InputError
 
 _AT_ONCE = 32  # rows of a task of a thread

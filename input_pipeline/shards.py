@@ -9,10 +9,9 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import tensorflow as tf
-
 from input_pipeline.sources import tfrecord
 from input_pipeline.sources.offset_index import Scanned, scanned
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common import files, storage
 
 

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import tensorflow as tf
 
 from input_pipeline import transforms
 from input_pipeline.captions import augment
 from input_pipeline.sources import Source
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
 

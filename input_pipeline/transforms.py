@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import tensorflow as tf
 from PIL import Image
 
 from input_pipeline.decode import (
@@ -26,6 +25,7 @@ from input_pipeline.decode import (
     jpeg_size,
 )
 from input_pipeline.graph import apart, as_written, once
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common import pictures
 
 _LOG_ASPECT = math.log(4 / 3)

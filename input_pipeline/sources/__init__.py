@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline import cpu_only
@@ -25,6 +24,7 @@ from input_pipeline.sources.source import (
     told,
 )
 from input_pipeline.sources.together import Together
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import MAX_FILE_MB
 

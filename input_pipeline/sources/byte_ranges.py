@@ -13,10 +13,10 @@ import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import tensorflow as tf
 
 from input_pipeline.sources.mapping import mapped
 from input_pipeline.sources.source import Ahead
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import MAX_FILE_MB, read_file
 from rankclip_jax.common.storage import ReadAhead, is_remote

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 
-import tensorflow as tf
-
 from input_pipeline.graph import all_from_python
 from input_pipeline.sources import together
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common.errors import InputError
 
 _BETWEEN = b"\0"  # several captions

@@ -1,11 +1,11 @@
 """The built-in demo set, drawn on the fly (input_pipeline/shapes.py)."""
 
 import numpy as np
-import tensorflow as tf
 
 from input_pipeline import graded, shapes
 from input_pipeline.graph import from_python
 from input_pipeline.sources.source import Reading, Source
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common.errors import InputError
 
 

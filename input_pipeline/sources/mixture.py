@@ -10,13 +10,13 @@ once per epoch.
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline.graph import as_written
 from input_pipeline.sources.fingerprint import fingerprint
 from input_pipeline.sources.source import Ahead, Blocks, Reading, Source, all_ahead
 from input_pipeline.sources.together import Given, Together
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common.errors import InputError
 
 

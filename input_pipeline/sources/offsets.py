@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from input_pipeline.graph import from_python
 from input_pipeline.sources import index_file
@@ -18,6 +17,7 @@ from input_pipeline.sources.byte_ranges import tensor_list
 from input_pipeline.sources.index_file import CHUNK
 from input_pipeline.sources.index_places import Entry, Kind
 from input_pipeline.sources.source import Lost
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.storage import MissingError, ReadAhead
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline.graph import from_python
@@ -26,6 +25,7 @@ from input_pipeline.sources.row_groups import opened
 from input_pipeline.sources.source import Ahead, Blocks, Reading, Source, all_ahead, captions_in_json, keys
 from input_pipeline.sources.tar import open_members
 from input_pipeline.sources.together import Together
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common.errors import InputError
 
 

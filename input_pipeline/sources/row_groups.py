@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import tensorflow as tf
 
 from input_pipeline.graph import all_from_python
 from input_pipeline.sources.paths import stamps
 from input_pipeline.sources.shard_blocks import largest
 from input_pipeline.sources.source import Ahead, Blocks, Reading
 from input_pipeline.sources.together import Together, given_or_alone, row_by_row
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError, one_line
 

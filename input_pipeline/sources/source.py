@@ -7,10 +7,10 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
 from input_pipeline.graph import as_written, iterated, mapped, require
 from input_pipeline.sources.together import Together
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common.json_rows import find, strings
 
 _BLOCKS, _BLOCK_ROWS = 256, 256  # what a tokenizer is trained on

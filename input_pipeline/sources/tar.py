@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline.graph import from_python, require
@@ -36,6 +35,7 @@ from input_pipeline.sources.source import (
     keys,
 )
 from input_pipeline.sources.together import Together, given_or_alone, require_small, row_by_row
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import ENDINGS, MAX_FILE_MB

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline.graph import require
 from input_pipeline.sources.offset_index import Peers
 from input_pipeline.sources.source import Source, keys
 from input_pipeline.sources.tfrecord import Records, examples, open_records
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline.graph import as_written, from_python, iterated, no_model, require
@@ -25,6 +24,7 @@ from input_pipeline.sources.paths import expand
 from input_pipeline.sources.shard_blocks import shard_blocks
 from input_pipeline.sources.source import Ahead, Blocks, Lost, Source, keys
 from input_pipeline.sources.together import Together, given_or_alone, require_small, row_by_row
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError
 

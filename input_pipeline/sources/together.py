@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
 from input_pipeline.graph import apart, as_written
+from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common.errors import InputError
 
 SMALL = 1 << 18  # bytes

@@ -60,7 +60,7 @@ def _run(flags: argparse.Namespace, given: arguments.Given, workdir: Path | None
         if flags.mode == "plan":
             plan.plan(workdirs.with_known(settings, workdir) if workdir else settings)
             return
-        commands.imported("input_pipeline.pipeline", "clu.metric_writers")  # TensorFlow, which will be needed
+        commands.imported("input_pipeline.pipeline")  # TensorFlow, which will be needed
         processes.start(flags.coordinator, flags.num_processes, flags.process_id)
         if flags.mode == "train":
             assert workdir is not None  # main asked for one, or for what names it

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from rankclip_jax.common import commands
 from rankclip_jax.common.errors import InputError, one_line
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class TensorBoard:
     """Event files in the workdir: `tensorboard --logdir runs` shows them."""
 
     def __init__(self, workdir: Path, settings: Mapping[str, Any]):
-        from clu import metric_writers  # imports TensorFlow, as the pipeline does
+        with commands.uncollected():  # a second's import, of Keras: made while XLA compiles the step
+            from clu import metric_writers
 
         self._events = metric_writers.SummaryWriter(str(workdir))
         plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
