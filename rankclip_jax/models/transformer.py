@@ -117,11 +117,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, positions_BxL: jax.Array | None = None) -> jax.Array:
-        kind = ResidualAttentionBlock
-        if self.remat and not self.is_initializing():  # then common/drawing.py sees the draws
-            kind = nn.remat(kind, prevent_cse=not self.scan_layers, policy=remat_policy(self.remat))
-
-        def block(name):
+        def block(kind, **place):
             return kind(
                 heads=self.heads,
                 mlp_width=self.mlp_width or 4 * x_BxLxD.shape[-1],
@@ -131,12 +127,14 @@ class Transformer(nn.Module):
                 dtype=self.dtype,
                 attention=self.attention,
                 norm_eps=self.norm_eps,
-                name=name,
+                **place,
             )
 
+        given, x = self.variables.get("params", {}), x_BxLxD
         if self.scan_layers:
-            x = x_BxLxD
-            given = self.variables.get("params", {})
+            kind = ResidualAttentionBlock
+            if self.remat and not self.is_initializing():  # then common/drawing.py sees the draws
+                kind = nn.remat(kind, prevent_cse=False, policy=remat_policy(self.remat))
             for name in _parts(given) or ["resblocks"]:
                 scan = nn.scan(
                     lambda block, x, positions: (block(x, positions), None),
@@ -145,11 +143,23 @@ class Transformer(nn.Module):
                     in_axes=nn.broadcast,
                     length=self.layers if name == "resblocks" else len(jax.tree.leaves(given[name])[0]),
                 )
-                x = scan(block(name), x, positions_BxL)[0]
+                x = scan(block(kind, name=name), x, positions_BxL)[0]
             return x
-        x = x_BxLxD
-        for i in range(self.layers):
-            x = block(f"resblocks_{i}")(x, positions_BxL)
+        names = [f"resblocks_{i}" for i in range(self.layers)]
+        if self.is_initializing():
+            for name in names:
+                x = block(ResidualAttentionBlock, name=name)(x, positions_BxL)
+            return x
+        # Jitted, the first block's trace is the others' too: two thirds of the time to trace and lower a step.
+        alone = block(ResidualAttentionBlock, parent=None)
+
+        def apply(params, x, positions_BxL):
+            return alone.apply({"params": params}, x, positions_BxL)
+
+        apply = jax.jit(jax.checkpoint(apply, policy=remat_policy(self.remat)) if self.remat else apply)
+        for name in names:
+            with jax.named_scope(name):
+                x = apply(given[name], x, positions_BxL)
         return x
 
 

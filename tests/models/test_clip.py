@@ -19,6 +19,7 @@ from rankclip_jax.models import (
     stack_layers,
     unstack_layers,
 )
+from rankclip_jax.models.transformer import ResidualAttentionBlock
 
 TINY = ClipConfig(24, VitConfig(32, 8, 32, 3, 2), TextConfig(48, 3, 2, 12, vocab_size=99, eot_id=97))
 
@@ -192,6 +193,16 @@ def test_scan_and_remat_change_nothing():
         grads2 = unstack_layers(grads2)
         assert jax.tree.structure(grads2) == jax.tree.structure(grads)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, grads2)
+
+
+def test_the_blocks_of_a_tower_are_traced_once(monkeypatch):
+    model, params = _model()
+    traced, call = [], ResidualAttentionBlock.__call__
+    monkeypatch.setattr(ResidualAttentionBlock, "__call__", lambda self, *x: traced.append(x) or call(self, *x))
+    step = jax.jit(jax.grad(lambda params: model.apply({"params": params}, _images(model), _tokens())[0].sum()))
+    named = str(step.lower(params).as_text(debug_info=True))
+    assert model.config.vision.layers > 1 and model.config.text.layers > 1 and len(traced) == 2
+    assert all(f"visual/transformer/resblocks_{i}" in named for i in range(model.config.vision.layers))
 
 
 def test_stack_layers_round_trip_on_host_and_device():
