@@ -54,12 +54,12 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     tx = optim.make_optimizer(config.optim, data.total_steps, data.steps_per_epoch)
     session = opening.open_session(config, workdir, data, origin, resumes=old is not None)
     config = session.config
-    abstract = steps.abstract_state(session.model, tx, session.mesh, config.sharding, config.optim)
+    fresh = steps.Fresh(session.model, tx, config.seed, session.mesh, config.sharding, config.optim)
     programs = Programs(session, tx, total_steps=data.total_steps, steps_per_epoch=data.steps_per_epoch)
     with workdirs.claimed(workdir, config):  # only now, when all that was given proved right
         if not old:
-            programs.compile_ahead(1, abstract)
-        start = opening.open_state(session, workdir, data, tx, abstract, origin)
+            programs.compile_ahead(1, fresh.abstract)
+        start = opening.open_state(session, workdir, data, fresh, origin)
         if old:
             before, now = (opening.run_length(each, data.steps_per_epoch) for each in (old, config))
             workdirs.check_length(workdir, start.step, before, now)
@@ -70,7 +70,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
             return
         free = workdirs.kept_for_longer(config, opening.run_length(config, data.steps_per_epoch)[1])
         if old and start.step < data.total_steps:
-            programs.compile_ahead(start.step + 1, abstract)
+            programs.compile_ahead(start.step + 1, fresh.abstract)
         with Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None, free) as checkpoints:
             batches = opening.open_batches(session, workdir, data, start)
             processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""

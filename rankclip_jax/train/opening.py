@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from optax import GradientTransformation
 
 from rankclip_jax import evaluation
 from rankclip_jax.common import packing, storage
@@ -153,20 +152,15 @@ def open_session(
 
 
 def open_state(
-    session: Session,
-    workdir: Path,
-    data: Data,
-    tx: GradientTransformation,
-    abstract: steps.TrainState,
-    origin: pretrained.Pretrained | None,
+    session: Session, workdir: Path, data: Data, fresh: steps.Fresh, origin: pretrained.Pretrained | None
 ) -> Start:
-    """The state of the newest checkpoint, or one before its first step. `abstract`: its shapes and shardings."""
+    """The state of the newest checkpoint, or one before its first step."""
     config = session.config
-    restored = checkpoint.restore(workdir, config.checkpoint, abstract)
+    restored = checkpoint.restore(workdir, config.checkpoint, fresh.abstract)
     if restored:
         print(f"resuming from step {restored.step} of {data.total_steps} in {storage.shown(workdir)}")
         return Start(restored.state, restored.step, _place(restored, session), True)
-    state = steps.init_state(session.model, tx, config.seed, session.mesh, config.sharding, config.optim)
+    state = fresh.state()
     if origin:
         state = init_from.apply(state, origin, session.model.config, config)
     return Start(state, 0, 0, False)

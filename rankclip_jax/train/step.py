@@ -57,6 +57,36 @@ def averaged(state: AveragedState) -> AveragedState:
     return dataclasses.replace(state, params=params, batch_stats=stats)
 
 
+class Fresh:
+    """A state before its first step: its shapes at once, its numbers when they are asked for. Traced once for both."""
+
+    def __init__(
+        self,
+        model: CLIP | Adapted,
+        tx: optax.GradientTransformation,
+        seed: int,
+        mesh: jax.sharding.Mesh,
+        sharding: str | Sequence | None,
+        optim: ConfigDict | None = None,
+    ):
+        """`sharding`: config.sharding, what the state is born with. `optim`: as fresh_state."""
+        self._init, self._mesh = (lambda: fresh_state(model, tx, seed, optim)), mesh
+        shapes = jax.eval_shape(self._init)
+        self._shardings = state_shardings(shapes, mesh, sharding)
+        self.abstract: TrainState = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self._shardings
+        )
+
+    def state(self) -> TrainState:
+        """Drawn from the seed."""
+        options = compiler_options(devices_of(self._mesh).platform)
+        jitted = jax.jit(self._init, out_shardings=self._shardings, compiler_options=options)
+        whole = all(sharding.is_fully_replicated for sharding in jax.tree.leaves(self._shardings))
+        if whole and jax.process_count() == 1:  # each device has room for all of it
+            return jax.device_put(draw(jitted, self._mesh.devices.flat[0]), self._shardings)
+        return jitted()
+
+
 def init_state(
     model: CLIP | Adapted,
     tx: optax.GradientTransformation,
@@ -66,13 +96,7 @@ def init_state(
     optim: ConfigDict | None = None,
 ) -> TrainState:
     """A fresh state, born with the shardings that `sharding` (config.sharding) gives it. `optim`: as fresh_state."""
-    init, shardings = _init_and_shardings(model, tx, seed, mesh, sharding, optim)
-    options = compiler_options(devices_of(mesh).platform)
-    jitted = jax.jit(init, out_shardings=shardings, compiler_options=options)
-    whole = all(sharding.is_fully_replicated for sharding in jax.tree.leaves(shardings))
-    if whole and jax.process_count() == 1:  # each device has room for all of it
-        return jax.device_put(draw(jitted, mesh.devices.flat[0]), shardings)
-    return jitted()
+    return Fresh(model, tx, seed, mesh, sharding, optim).state()
 
 
 def abstract_state(
@@ -83,17 +107,7 @@ def abstract_state(
     optim: ConfigDict | None = None,
 ) -> TrainState:
     """The state's shapes, dtypes and shardings, without allocating it: what a checkpoint is restored into."""
-    init, shardings = _init_and_shardings(model, tx, 0, mesh, sharding, optim)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(init), shardings
-    )
-
-
-def _init_and_shardings(model, tx, seed, mesh, sharding, optim):
-    def init():
-        return fresh_state(model, tx, seed, optim)
-
-    return init, state_shardings(jax.eval_shape(init), mesh, sharding)
+    return Fresh(model, tx, 0, mesh, sharding, optim).abstract
 
 
 def fresh_state(
