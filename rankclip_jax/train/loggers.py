@@ -9,6 +9,7 @@ import numpy as np
 
 from rankclip_jax.common import commands
 from rankclip_jax.common.errors import InputError, one_line
+from rankclip_jax.parallel import processes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,8 +32,7 @@ class TensorBoard:
     """Event files in the workdir: `tensorboard --logdir runs` shows them."""
 
     def __init__(self, workdir: Path, settings: Mapping[str, Any]):
-        with commands.uncollected():  # a second's import, of Keras: made while XLA compiles the step
-            from clu import metric_writers
+        from clu import metric_writers
 
         self._events = metric_writers.SummaryWriter(str(workdir))
         plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()}
@@ -83,6 +83,12 @@ def check(log: Sequence[str]) -> None:
         found = importlib.util.find_spec("wandb")
         if found is None or found.origin is None:  # a folder of wandb's runs also looks like a package
             raise InputError("config.log names wandb, which is not installed; pip install wandb, or leave it out")
+
+
+def imported(log: Sequence[str]) -> None:
+    """Imports Keras, which clu's writers need: a second, best spent while XLA compiles the step."""
+    if "tensorboard" in log and processes.is_first():
+        commands.imported("clu.metric_writers")
 
 
 def pixels(figure: "Figure") -> np.ndarray:

@@ -59,6 +59,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
     with workdirs.claimed(workdir, config):  # only now, when all that was given proved right
         if not old:
             programs.compile_ahead(1, fresh.abstract)
+            loggers.imported(config.log)
         start = opening.open_state(session, workdir, data, fresh, origin)
         if old:
             before, now = (opening.run_length(each, data.steps_per_epoch) for each in (old, config))
@@ -71,6 +72,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         free = workdirs.kept_for_longer(config, opening.run_length(config, data.steps_per_epoch)[1])
         if old and start.step < data.total_steps:
             programs.compile_ahead(start.step + 1, fresh.abstract)
+            loggers.imported(config.log)
         with Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None, free) as checkpoints:
             batches = opening.open_batches(session, workdir, data, start)
             processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""
