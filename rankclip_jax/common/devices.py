@@ -34,6 +34,14 @@ class Devices:
         return f"{self.count} x {self.kind}{of_host}"
 
 
+def host_device() -> jax.Device | None:
+    """The first CPU device; None where JAX_PLATFORMS leaves the CPU out, for which JAX takes its default."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
 def devices_of(devices: jax.sharding.Mesh | Sequence[jax.Device]) -> Devices:
     """The record of a mesh, or of a list of devices; all of them are of one kind."""
     devices = list(devices.devices.flat if isinstance(devices, jax.sharding.Mesh) else devices)

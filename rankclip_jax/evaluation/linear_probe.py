@@ -18,6 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rankclip_jax.common.devices import host_device
+from rankclip_jax.common.errors import InputError
+
 METRICS = ("top1", "mean_per_class")
 MAX_ITERATIONS = 1000
 _STEPS_A_DECADE, _LOW, _HIGH = 8, -6, 6
@@ -43,7 +46,10 @@ class _Rows:
         (self._n, dim), self._classes = features_NxD.shape, classes
         size = max(1, _BLOCK // max(dim, classes))
         device = device or jax.local_devices()[0]
-        self._device = jax.local_devices(backend="cpu")[0] if device.platform == "tpu" else device
+        self._device = host_device() if device.platform == "tpu" else device
+        if self._device is None:
+            why = "a linear probe needs float64, which a TPU has not, and JAX_PLATFORMS leaves out the CPU"
+            raise InputError(f"{why}; set JAX_PLATFORMS=tpu,cpu")
         rows = np.asarray(features_NxD, np.float32), np.asarray(labels_N, np.int32)
         self._blocks = [
             jax.device_put([each[start : start + size] for each in rows], self._device)

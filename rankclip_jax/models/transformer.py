@@ -146,7 +146,7 @@ class Transformer(nn.Module):
                 x = scan(block(kind, name=name), x, positions_BxL)[0]
             return x
         names = [f"resblocks_{i}" for i in range(self.layers)]
-        if self.is_initializing():
+        if self.is_initializing() or not isinstance(x, jax.core.Tracer):  # a jit of its own would compile each time
             for name in names:
                 x = block(ResidualAttentionBlock, name=name)(x, positions_BxL)
             return x

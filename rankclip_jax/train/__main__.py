@@ -49,6 +49,10 @@ def main() -> None:
         except preemption.Preempted as stop:
             print(stop)
             sys.exit(preemption.EXIT_CODE)
+        except Exception as error:  # after a workdir in a bucket has got what was written
+            if jax.distributed.is_initialized():
+                processes.stop(error)
+            raise
 
 
 def _run(flags: argparse.Namespace, given: arguments.Given, workdir: Path | None) -> None:
@@ -71,10 +75,9 @@ def _run(flags: argparse.Namespace, given: arguments.Given, workdir: Path | None
     except preemption.Preempted:
         raise
     except Exception as error:
-        error = commands.refused(error) or error
-        if jax.distributed.is_initialized():
-            processes.stop(error)
-        raise error
+        if said := commands.refused(error):
+            raise said from None
+        raise
 
 
 if __name__ == "__main__":

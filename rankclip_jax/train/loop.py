@@ -73,7 +73,9 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
         if old and start.step < data.total_steps:
             programs.compile_ahead(start.step + 1, fresh.abstract)
             loggers.imported(config.log)
-        with Checkpoints(workdir, config.checkpoint, start.step if start.resumed else None, free) as checkpoints:
+        restored = start.step if start.resumed else None
+        # The notice ends last: a second SIGTERM must not end the process while the first one's state is written.
+        with contextlib.ExitStack() as last, Checkpoints(workdir, config.checkpoint, restored, free) as checkpoints:
             batches = opening.open_batches(session, workdir, data, start)
             processes_said = f" of {session.process[1]} processes" if session.process[1] > 1 else ""
             print(
@@ -82,7 +84,7 @@ def train(config: ConfigDict, workdir: str | Path) -> None:
                 f"{data.total_steps} steps of {config.batch_size} on "
                 f"{session.devices.count} {session.devices.platform} device(s){processes_said}"
             )
-            run_steps(session, workdir, data, programs, start, batches, checkpoints)
+            run_steps(session, workdir, data, programs, start, batches, checkpoints, last.enter_context(Notice()))
         finish(session, workdir, batches)
 
 
@@ -94,6 +96,7 @@ def run_steps(
     start: Start,
     batches: Any,
     checkpoints: Checkpoints,
+    notice: Notice,
 ) -> None:
     """Step, record, evaluate, save, until the last step or until somebody asks to stop."""
     config, state = session.config, start.state
@@ -106,7 +109,6 @@ def run_steps(
         contextlib.closing(wait),
         Recorder(session, workdir, rate, wait.take, **began) as recorder,
         Trace(config.profile, workdir) as trace,
-        Notice() as notice,
     ):
         if _owes_evaluation(session, workdir, data, start):
             _evaluate(session, state, data, start.step, recorder, checkpoints)

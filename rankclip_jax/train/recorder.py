@@ -4,13 +4,14 @@ import contextlib
 import functools
 import math
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import optax
 
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.metrics_file import MetricsFile, read_metrics
 from rankclip_jax.common.trees import flatten
 from rankclip_jax.parallel import processes
@@ -71,8 +72,14 @@ class Recorder:
         found = [start["wandb"] for start in starts if "wandb" in start]
         return found[-1] if found else secrets.token_hex(4)
 
-    def __exit__(self, *_: object) -> None:
-        self._opened.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self._opened.close()
+        except Exception as own:
+            if error is None:
+                raise
+            # What came first is told, and decides whether a save is waited for.
+            print(f"a logger of config.log did not close: {one_line(own)}", file=sys.stderr)
 
     def take(self, step: int, numbers: dict, packed: bool = False, whole: bool = False) -> None:
         """Records the numbers of the step before, and holds those of `step`; a CPU's, at once. Raises as `flush`.

@@ -24,6 +24,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from rankclip_jax.common import storage
+from rankclip_jax.common.devices import host_device
 from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.trees import by_name
 from rankclip_jax.parallel import processes
@@ -34,6 +35,12 @@ SCORES = "scores.json"  # beside the checkpoints: {metric: {step: its value}}
 # The metrics of config.best of which lower values are better: losses, distances, and what robustness loses.
 _LOWER = re.compile(
     r"val/(clip|siglip|rank_\w+|cyclic_\w+)(/ema)?|(val|geometry/.+)/(alignment|uniformity_\w+)(/ema)?|robustness/.+/drop"
+)
+# What a store, a credential or a full memory says, and damage does not.
+_NOT_NOW = re.compile(
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|[Tt]imed? ?out|"
+    r"\b(ServiceUnavailable|TooManyRequests|Forbidden|Unauthorized|InternalServerError|BadGateway|RetryError|"
+    r"RefreshError|TransportError)\b"
 )
 _VARIABLES = "params", "batch_stats", "ema"  # of a state; the last only with config.optim.ema
 
@@ -102,6 +109,12 @@ def _first_whole(folder, candidates, read, alone=False) -> Restored | None:
             raise
         except Exception as error:  # whatever Orbax, TensorStore or JSON raise on damage of every kind
             problem = one_line(error, kind=True)
+            not_now = MemoryError, ConnectionError, TimeoutError, PermissionError
+            if isinstance(error, not_now) or _NOT_NOW.search(problem):
+                raise InputError(
+                    f"checkpoint {folder / str(step)} cannot be read now ({problem}). It may be whole, so none before "
+                    "it is taken: start again to resume, or move it away"
+                ) from None
         # A file that one process cannot read, another may not need; all resume from the same step.
         if (alone and problem is None) or (not alone and min(processes.of_all(problem is None))):
             problem = check()
@@ -148,7 +161,7 @@ def _read_variables(folder, data, names):
         )
 
     def check():
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        with jax.default_device(host_device()):
             return _difference(variables, data["fingerprints"])
 
     return variables, check
@@ -200,7 +213,7 @@ def scores(folder: epath.Path, metric: str | None) -> dict[int, float]:
     try:
         listed = json.loads((folder / SCORES).read_text())[metric]
         return found | {int(step): float(value) for step, value in listed.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return found
 
 

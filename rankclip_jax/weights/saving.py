@@ -56,13 +56,13 @@ class Checkpoints:
         self._folder, self._best, self._saved = folder, config.best, start
         self._running, self._failed = False, False
         self._latest, self._every, self._free, self._strangers = config.keep, config.keep_every, free or 0, set()
-        known = checkpoint.scores(folder, config.best)
-        self._scores = {step: score for step, score in known.items() if step <= (start or 0)}
         try:
             if processes.is_first():
                 probe(folder)
                 _make_way(folder, start)
-            processes.of_all(0)  # the others look into the folder only now
+            # The others look into the folder only now. All keep the same steps, since they delete together.
+            known = json.loads(processes.from_first(lambda: json.dumps(checkpoint.scores(folder, config.best))))
+            self._scores = {int(step): score for step, score in known.items() if int(step) <= (start or 0)}
             self._strangers = {step for step in checkpoint.steps(folder) if not _is_ours(folder / str(step))}
             # Orbax's own clearing away (cleanup_tmp_directories) knows no owner: in a bucket it takes every folder.
             options = ocp.CheckpointManagerOptions(preservation_policy=_Kept(self._kept))
@@ -119,12 +119,17 @@ class Checkpoints:
     def score(self, step: int, numbers: dict[str, float]) -> None:
         """Notes what a saved step was worth by config.best, if that is among the numbers, once it was evaluated.
 
-        The step that was best before is removed now, unless something else keeps it. Raises as `save` does.
+        The step that was best before is removed now, unless something else keeps it. Raises as `save` does. The number
+        of process 0 counts: another's may differ in its last bits, and all delete the same.
         """
-        if self._best not in numbers or step != self._saved:
+        if self._best is None or step != self._saved:
+            return
+        mine = numbers.get(self._best)
+        score = json.loads(processes.from_first(lambda: json.dumps(None if mine is None else float(mine))))
+        if score is None:
             return
         before = checkpoint.best_step(self._scores, self._best)
-        self._scores[step] = float(numbers[self._best])
+        self._scores[step] = score
         try:
             self._manager.wait_until_finished()
             if processes.is_first():

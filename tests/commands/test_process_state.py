@@ -17,6 +17,7 @@ from PIL import ImageFile
 from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.parallel.preemption import Notice, Preempted
+from rankclip_jax.train import __main__ as train
 from rankclip_jax.train import loop, recorder
 from rankclip_jax.weights.saving import Checkpoints
 
@@ -76,6 +77,68 @@ def test_a_training_leaves_the_process_as_it_was(tmp_path, monkeypatch, one_devi
     with pytest.raises(KeyboardInterrupt):
         loop.train(small(), tmp_path / "other")
     assert state() == before
+
+
+@pytest.mark.slow
+def test_a_second_sigterm_waits_until_the_first_ones_state_is_written(tmp_path, monkeypatch, one_device):
+    def again(self):
+        signal.raise_signal(signal.SIGTERM)
+        return close(self)
+
+    take, close = recorder.Recorder.take, Checkpoints.close
+    monkeypatch.setattr(recorder.Recorder, "take", lambda self, *x: (take(self, *x), os.kill(os.getpid(), 15)))
+    monkeypatch.setattr(Checkpoints, "close", again)
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda *_: got.append("ends the process"))
+    try:
+        with pytest.raises(Preempted, match="saved step 1 in"):
+            loop.train(small(), tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not got and (tmp_path / "checkpoints" / "1").is_dir()
+
+
+def test_in_a_failed_run_of_many_processes_the_bucket_gets_what_was_written_before_the_process_ends(monkeypatch):
+    did = []
+
+    @contextlib.contextmanager
+    def workdir(path):
+        try:
+            yield Path(path)
+        finally:
+            did.append("pushed")
+
+    def fails(config, workdir):
+        raise InputError("loss is nan")
+
+    monkeypatch.setattr(train.storage, "workdir", workdir)
+    monkeypatch.setattr(train.loop, "train", fails)
+    monkeypatch.setattr(train.compilation_cache, "enable", lambda platform: None)
+    monkeypatch.setattr(train.commands, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(train.processes, "start", lambda *flags: None)
+    monkeypatch.setattr(train.processes, "stop", lambda error: did.append(str(error)))
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["train", "shapes", "--workdir=gs://b/run"])
+    with pytest.raises(SystemExit, match="loss is nan"):
+        train.main()
+    assert did == ["pushed", "loss is nan"]
+
+
+def test_a_logger_that_does_not_close_hides_no_other_error(capsys):
+    def fails():
+        raise RuntimeError("no network")
+
+    for error in (None, Preempted()):
+        made = recorder.Recorder.__new__(recorder.Recorder)
+        made._opened = contextlib.ExitStack()
+        made._opened.callback(fails)
+        with pytest.raises(Preempted if error else RuntimeError):
+            try:
+                if error:
+                    raise error
+            finally:
+                made.__exit__(type(error) if error else None, error, None)
+    assert capsys.readouterr().err == "a logger of config.log did not close: no network\n"
 
 
 @pytest.mark.parametrize("error", [None, Preempted(), InputError("wrong"), KeyboardInterrupt()])

@@ -205,6 +205,18 @@ def test_the_blocks_of_a_tower_are_traced_once(monkeypatch):
     assert all(f"visual/transformer/resblocks_{i}" in named for i in range(model.config.vision.layers))
 
 
+def test_without_a_jit_around_it_a_tower_compiles_nothing_anew():
+    model, params = _model()
+    encode = functools.partial(model.apply, {"params": params}, _images(model), method=model.encode_image)
+    encode()
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: events.append(event))
+    encode()
+    assert "/jax/core/compile/backend_compile_duration" not in events
+    jax.jit(lambda x: x * len(events))(1.0)  # which is what a compilation is called
+    assert "/jax/core/compile/backend_compile_duration" in events
+
+
 def test_stack_layers_round_trip_on_host_and_device():
     _, params = _model()
     for tree in (params, jax.tree.map(np.asarray, params)):

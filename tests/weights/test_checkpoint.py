@@ -1,5 +1,6 @@
 import asyncio
 import gc
+import json
 import logging
 import shutil
 import subprocess
@@ -9,12 +10,15 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import damage
+from rankclip_jax.common import devices
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.config import complete
+from rankclip_jax.parallel import processes
 from rankclip_jax.parallel.mesh import make_mesh
 from rankclip_jax.weights import checkpoint, late_callbacks
 from rankclip_jax.weights.fingerprint import fingerprints
@@ -110,6 +114,54 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capf
     checkpoints.close()
     assert checkpoint.restore(tmp_path, config(), abstract(state_of(0))).step == 3
     assert (tmp_path / "checkpoints" / "damaged-3").is_dir() and saved_steps(tmp_path) == [1, 2, 3]
+
+
+NOT_NOW = [
+    ValueError("UNAVAILABLE: Error reading gs://b/run/checkpoints/3/state: CURL error Timeout was reached"),
+    RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes."),
+    TimeoutError("The read operation timed out"),
+    MemoryError(),
+    PermissionError(13, "Permission denied"),
+    type("ServiceUnavailable", (Exception,), {})("503 GET https://storage.googleapis.com/b/o"),
+]
+
+
+@pytest.mark.parametrize("error", NOT_NOW, ids=lambda error: type(error).__name__)
+def test_what_cannot_be_read_now_is_no_damage(error, tmp_path, monkeypatch):
+    save(tmp_path, {step: state_of(step) for step in (1, 2, 3)})
+
+    def restore(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", restore)
+    monkeypatch.setattr(ocp.PyTreeCheckpointer, "restore", restore)
+    for read in (
+        lambda: checkpoint.restore(tmp_path, config(), abstract(state_of(0))),
+        lambda: checkpoint.read_variables(tmp_path, config()),
+    ):
+        with pytest.raises(InputError, match=r"checkpoint .*/3 cannot be read now \(.*start again to resume, or move"):
+            read()
+    assert saved_steps(tmp_path) == [1, 2, 3]
+
+
+def test_weights_are_read_where_jax_may_not_use_the_cpu(tmp_path, monkeypatch):
+    save(tmp_path, {1: state_of(1)})
+
+    def local_devices(*_, **__):  # as with JAX_PLATFORMS=cuda
+        raise RuntimeError("Unknown backend cpu")
+
+    monkeypatch.setattr(jax, "local_devices", local_devices)
+    assert devices.host_device() is None and checkpoint.read_variables(tmp_path, config())[0] == 1
+
+
+def test_of_many_processes_the_first_ones_number_decides_which_step_is_best(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, config(keep=1, best="top1")) as checkpoints:
+        for step, mine, first in ((1, 0.5, "0.5"), (2, 0.6, "0.4"), (3, None, "0.3")):
+            monkeypatch.setattr(processes, "from_first", lambda _, first=first: first)
+            checkpoints.save(step, state_of(step), step)
+            checkpoints.score(step, {} if mine is None else {"top1": mine})
+    assert saved_steps(tmp_path) == [1, 3]
+    assert json.loads((tmp_path / "checkpoints" / "scores.json").read_text())["top1"] == {"1": 0.5, "2": 0.4, "3": 0.3}
 
 
 @pytest.mark.parametrize(("steps", "kept"), [((1, 3), [3]), ((1, 3, 5), [3, 5]), ((1, 3, 5, 6), [3, 6])])
