@@ -29,6 +29,8 @@ from rankclip_jax.common import folders, storage
 from rankclip_jax.common.errors import InputError, located
 from rankclip_jax.common.pictures import ENDINGS
 
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "dev"}
+
 
 @dataclasses.dataclass(frozen=True)
 class LabelledSet:
@@ -157,6 +159,8 @@ def _folder(spec: ConfigDict, path: str) -> LabelledSet:
     classes = folders.class_folders(path) if storage.is_folder(path) else []
     if not classes:
         raise InputError(f"{located(path)} is not a folder with one folder per class{_hint(spec)}")
+    if {name.lower() for name in classes} <= _SPLITS:
+        raise InputError(f"{path}: its folders {', '.join(classes)} are splits, no classes; give one of them")
     roots = [os.path.join(path, name) for name in classes]
     files = [[os.path.join(root, file) for file in folders.pictures_below(root)] for root in roots]
     if not any(files):

@@ -78,7 +78,8 @@ def _classes_of(
     numbers = {label: int(float(label)) for label in found if _NUMBER.fullmatch(label) and len(label) < 12}
     others = [label for label in found if label not in numbers]
     if others and classes:
-        raise InputError(f"{where(others[0])}: label {others[0]!r} is not in {spec.classes}")
+        wrong = next(label for label in found if label not in classes)
+        raise InputError(f"{where(wrong)}: label {wrong!r} is not in {spec.classes}")
     if others and numbers:
         number = next(iter(numbers))
         raise InputError(

@@ -21,6 +21,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import MAX_FILE_MB, read_file
 from rankclip_jax.common.storage import ReadAhead, is_remote
 
+_LONGEST = 4096  # bytes of a path, on Linux
 _GROUP = 128  # arrays of a list that are added one by one
 
 
@@ -34,6 +35,9 @@ class Files:
     def read(self, path: bytes, max_bytes: int | None = None) -> bytes:
         """The bytes of a file. Raises InputError. `max_bytes`: of a local file, instead of `max_mb`."""
         name = os.fsdecode(np.asarray(path, object).item())
+        if len(name) > _LONGEST:
+            why = "not a path but perhaps an image in base64, which is not read"
+            raise InputError(f"{name[:40]}... ({len(name):,} letters); {why}")
         if is_remote(name):
             return self._reads.take(name)
         try:

@@ -15,6 +15,7 @@ from rankclip_jax.common.pictures import ENDINGS
 from rankclip_jax.config.guess import SHARDS
 
 _NOT_READ = (".avif", ".heic", ".heif", ".jxl", ".jp2", ".tif", ".tiff", ".tga", ".svg", ".psd")  # of pictures
+_ABOUT = ("dataset_info.json", "state.json", "dataset_dict.json")  # of Hugging Face's data sets
 
 
 def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
@@ -34,6 +35,8 @@ def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
         raise InputError(f"{root} has no images ({', '.join(ENDINGS)}){_other_data(root, names)}")
     texts = {os.path.splitext(name)[0]: name for name in names if name.lower().endswith(".txt")}
     stems = [os.path.splitext(name)[0] for name in images]
+    if texts.keys().isdisjoint(stems):
+        raise InputError(f"{root}: no image has a caption, a .txt of its name beside it{_other_data(root, names)}")
     alone = texts.keys() - set(stems)
     others = {os.path.splitext(name)[0]: name for name in names if name.lower().endswith(_NOT_READ)}
     lost = tuple(
@@ -77,6 +80,10 @@ def open_folder(spec: ConfigDict, path: str | os.PathLike) -> Source:
 def _other_data(root: str, names: list[str]) -> str:
     """How to give the data of another kind that is in the folder, if there is some."""
     for name in names:
+        if name.lower().endswith(".arrow"):
+            return "; save its .arrow files as Parquet (in Python data.to_parquet('data.parquet')) and give that"
+        if os.path.basename(name) in _ABOUT:
+            continue
         if name.lower().endswith(tables.ENDINGS):
             return f"; give its table, {os.path.join(root, name)}"
         ending = name.rpartition(".")[2]

@@ -5,11 +5,14 @@ import glob
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from rankclip_jax.common import storage
 from rankclip_jax.common.errors import InputError, located, one_line
 from rankclip_jax.common.folders import is_leftover
+from rankclip_jax.common.foreign_files import refuse_pointer
 
+_OF_MANY = re.compile(r"-\d+-of-\d+$")  # a.tfrecord-00000-of-00002
 _RANGE = re.compile(r"\{([^{}]*)\}")
 
 
@@ -23,7 +26,7 @@ def expand(pattern: str | Sequence[str], *, endings: tuple[str, ...], hint: str 
       hint: message for users who do not have the data.
 
     Raises:
-      InputError: no match, or what `storage.stat` raises.
+      InputError: no match, a Git LFS pointer in place of the first file, or what `storage.stat` raises.
     """
     if isinstance(pattern, os.PathLike):
         pattern = os.fspath(pattern)
@@ -43,6 +46,8 @@ def expand(pattern: str | Sequence[str], *, endings: tuple[str, ...], hint: str 
                 storage.check_bucket(path)
             raise InputError(f"no such file: {located(path)}" + (f"; {hint}" if hint else ""))
         paths += found
+    if not storage.is_remote(paths[0]) and os.path.isfile(paths[0]):
+        refuse_pointer(Path(paths[0]))
     return paths
 
 
@@ -108,7 +113,8 @@ def _matches_remote(path, endings):
 
 
 def _with_ending(folder, paths, endings):
-    found = [path for path in paths if path.lower().endswith(endings) and not is_leftover(storage.name_of(path))]
+    plain = lambda path: _OF_MANY.sub("", path.lower())  # noqa: E731
+    found = [path for path in paths if plain(path).endswith(endings) and not is_leftover(storage.name_of(path))]
     if not found:
         raise InputError(f"{folder} has no files that end in {' or '.join(endings)}")
     return found

@@ -19,6 +19,8 @@ from rankclip_jax.common import storage, tables
 from rankclip_jax.common.delimited import NoColumnError
 from rankclip_jax.common.errors import InputError
 
+_LIST = r"""(?s)^\[\s*(".*"|'.*')\s*\]$"""  # as pandas writes lists into a csv: ['a cat', 'a pet']
+
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -62,6 +64,11 @@ def open_table(spec: ConfigDict, path: str | Sequence[str]) -> Source:
         option = "image_key" if error.names == image_keys else "caption_key"
         raise InputError(f"{error}; set config.data.{option}") from None
     several = pa.types.is_large_list(rows.texts.type)
+    if not several and (pc.mean(pc.match_substring_regex(rows.texts[:100], _LIST)).as_py() or 0) > 0.5:
+        raise InputError(
+            f"{rows.where_of(0)}: the captions are lists written as text ({rows.texts[0].as_py()[:40]!r} ...). Save "
+            "the table as Parquet or JSON lines, where lists stay lists, or a row for each (data.explode in pandas)"
+        )
     shapes = [(None,) if several else ()]
     texts = PackedLists(rows.texts) if several else PackedStrings(rows.texts)
 
@@ -121,7 +128,8 @@ def open_rows(spec: ConfigDict, path: str | Sequence[str], text_keys: tuple[str,
         return f"{files[int(np.searchsorted(starts_F, row, side='right')) - 1]} row {numbers_N[row]}"
 
     def where(row):
-        return f"{where_of(row)}: {path_of(row).decode(errors='replace')}"
+        path = path_of(row).decode(errors="replace")
+        return f"{where_of(row)}: {path if len(path) < 1000 else path[:40] + '...'}"
 
     lost = [
         Lost(f"{file} row {row}", reason, 1)

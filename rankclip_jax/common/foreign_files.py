@@ -22,14 +22,24 @@ def refuse_stand_in(path: Path) -> None:
     text = head.removeprefix(b"\xef\xbb\xbf").strip(b"\0 \t\r\n")
     if not text:
         raise InputError(f"{path} {'begins with blanks or zeros only' if head else 'is empty'}{_AGAIN}")
-    if _LFS.match(text):
-        size = re.search(rb"^size (\d+)", text, re.MULTILINE)
-        real = f" to {int(size[1]):,} bytes that are not here" if size else ""
-        raise InputError(f"{path} is a Git LFS pointer{real}; run `git lfs pull` in its folder, or download the file")
+    _refuse_pointer(path, text)
     if text.startswith(b"<"):
         title = re.search(rb"<(title|message)>(.+?)</", text, re.IGNORECASE | re.DOTALL)
         said = f" ({_line(title[2])!r})" if title else ""
         raise InputError(f"{path} is a web page{said}, such as a login or an error message{_AGAIN}")
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises InputError where a file is a Git LFS pointer. An OSError passes through."""
+    with open(path, "rb") as file:
+        _refuse_pointer(path, file.read(4096))
+
+
+def _refuse_pointer(path, text):
+    if _LFS.match(text):
+        size = re.search(rb"^size (\d+)", text, re.MULTILINE)
+        real = f" to {int(size[1]):,} bytes that are not here" if size else ""
+        raise InputError(f"{path} is a Git LFS pointer{real}; run `git lfs pull` in its folder, or download the file")
 
 
 def refuse_inflating(path: Path) -> None:

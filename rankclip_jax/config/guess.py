@@ -1,11 +1,14 @@
 """The format of data by its path."""
 
 import os
+import re
 from pathlib import Path
 
 from rankclip_jax.common import storage, tables
 from rankclip_jax.common.errors import InputError
 
+# As TensorFlow names shards, perhaps with wildcards: a.tfrecord-00000-of-00002, a.tfrecord*.
+_SHARD = re.compile(r"\.(tar|tfrecords?|parquet)(\*|-[\d*?{}.,]+(-of-[\d*?]+)?)?$")
 SHARDS = dict(tar="webdataset", tfrecord="tfrecord", tfrecords="tfrecord", parquet="parquet")
 
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
@@ -21,15 +24,14 @@ def guess_format(source: str) -> str:
         return "csv"
     folder = Path(os.path.expanduser(source))
     if folder.is_dir():
-        shards = {ending: list(folder.glob(f"*.{ending}")) for ending in SHARDS}
+        shards = {end: [*folder.glob(f"*.{end}"), *folder.glob(f"*.{end}-[0-9]*-of-*")] for end in SHARDS}
         if all((folder / table.stem).is_dir() for table in shards["parquet"]):
             del shards["parquet"]  # of img2dataset, about the folders of pictures beside
         return next((SHARDS[ending] for ending, files in shards.items() if files), "folder")
-    kind = SHARDS.get(source.rpartition(".")[2].lower())
-    if kind:
-        return kind
+    if shard := _SHARD.search(source.lower()):
+        return SHARDS[shard[1]]
     if storage.is_remote(source) and storage.is_folder(source):
-        endings = {file.path.rpartition(".")[2] for file in storage.files_in(source)}
+        endings = {shard[1] for file in storage.files_in(source) if (shard := _SHARD.search(file.path))}
         return next((kind for ending, kind in SHARDS.items() if ending in endings), "folder")
     if source.lower().endswith(_COMPRESSED):
         raise InputError(f"{source} is compressed, so its samples cannot be read by number; decompress it first")

@@ -19,9 +19,10 @@ _SIDE = 256  # pixels of a drawn picture, at most
 
 
 def best(chunks: Iterable[Embeddings], z_txt_TxD: np.ndarray, top: int) -> tuple[Embeddings, np.ndarray, np.ndarray]:
-    """The k = min(top, n) nearest rows of each text, nearest first; ties in the order of the chunks.
+    """The k = min(top, n) nearest images of each text, nearest first; ties in the order of the chunks.
 
-    One chunk at a time is in memory.
+    An image of several rows, as in a table with a row for each caption, counts once, with its first row. One chunk at
+    a time is in memory.
 
     Returns:
       The matches; indices into them, and cosines, (T, k).
@@ -29,15 +30,25 @@ def best(chunks: Iterable[Embeddings], z_txt_TxD: np.ndarray, top: int) -> tuple
     best_T: list[list[tuple[float, int, str]]] = [[] for _ in z_txt_TxD]
     for chunk in chunks:
         scores_TxN = z_txt_TxD @ chunk.z.T
-        found_TxK = np.argsort(-scores_TxN, axis=1, kind="stable")[:, :top]
-        for text, found_K in enumerate(found_TxK):
-            new = [(float(scores_TxN[text, i]), int(chunk.rows[i]), chunk.names[i]) for i in found_K]
-            best_T[text] = sorted([*best_T[text], *new], key=lambda match: -match[0])[:top]  # which is stable
+        for text, order_N in enumerate(np.argsort(-scores_TxN, axis=1, kind="stable")):
+            new = ((float(scores_TxN[text, i]), int(chunk.rows[i]), chunk.names[i]) for i in order_N)
+            both = sorted([*best_T[text], *_first_of_each(new, top)], key=lambda match: -match[0])  # which is stable
+            best_T[text] = _first_of_each(both, top)
     cosines_TxK = np.array([[cosine for cosine, _, _ in best] for best in best_T])
     matches = [match for best in best_T for match in best]
     found_TxK = np.arange(len(matches)).reshape(cosines_TxK.shape)
     rows, names = np.array([row for _, row, _ in matches], np.int64), [name for *_, name in matches]
     return Embeddings(np.zeros((len(matches), 0), np.float32), rows, names, {}), found_TxK, cosines_TxK
+
+
+def _first_of_each(matches: Iterable[tuple[float, int, str]], top: int) -> list[tuple[float, int, str]]:
+    """The first match of each name, of `top` names."""
+    found: dict[str, tuple[float, int, str]] = {}
+    for match in matches:
+        found.setdefault(match[2], match)
+        if len(found) == top:
+            break
+    return list(found.values())
 
 
 def table(text: str, embeddings: Embeddings, found_K: np.ndarray, cosines_K: np.ndarray) -> str:

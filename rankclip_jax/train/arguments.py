@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def read(flags: argparse.Namespace, keys: Sequence[str]) -> Given:
       InputError: WHAT, or a set, is nothing that this command can use.
     """
     config, workdir, what = flags.config, flags.workdir, flags.what
+    given = dict(key.split("=", 1) for key in keys if "=" in key)
     overrides = []
     if flags.mode == "eval":
         if what and not workdir and _is_run(what):
@@ -107,12 +109,15 @@ def read(flags: argparse.Namespace, keys: Sequence[str]) -> Given:
         if flags.mode == "plan" and not (storage.is_remote(what) or set(what) & set("*?[{") or storage.exists(what)):
             raise InputError(f"no such file: {located(what)}")
         config = config or "own"
-        overrides += [f"data.train={what!r}", f"data.format={_format(what)!r}"]
+        overrides.append(f"data.train={what!r}")
+        if "data.format" not in given:
+            overrides.append(f"data.format={_format(what)!r}")
         workdir = workdir or Path("runs") / name_of(what)
     if flags.val:
-        overrides.append(f"data.val={_validation(flags.val, what)!r}")
+        overrides.append(f"data.val={flags.val if 'data.format' in given else _validation(flags.val, what)!r}")
     tables_of_val = [path for path in [flags.val] if path and _is_table(path)]
     overrides += sets(flags, alone=flags.mode == "eval", otherwise=tables_of_val)
+    overrides += _read_as_data(flags, [flags.val, what], tables_of_val, given)
     if flags.tokenizer:
         overrides.append(f"tokenizer.path={flags.tokenizer!r}")
     if config and not workdir and flags.mode != "eval":
@@ -184,6 +189,21 @@ def _validation(val: str, train: str | None) -> str | dict:
     return {"val": {"path": val, "format": guess_format(val)}}
 
 
+def _read_as_data(
+    flags: argparse.Namespace, data: list[str | None], otherwise: list[str], given: dict[str, str]
+) -> list[str]:
+    """Overrides by which a set in the table that is trained or validated on has its columns and its folder."""
+    captioned = dict(map(_captioned, flags.retrieval or otherwise))
+    sets = {"retrieval": captioned, "zero_shot": _by_name("--labels", map(_labelled, flags.labels))}
+    return [
+        f"eval.{kind}.{name}.{key}={given[f'data.{key}']}"
+        for kind, named in sets.items()
+        for name, fields in named.items()
+        for key in ("image_key", "caption_key", "image_folder", "delimiter", "encoding")
+        if fields["path"] in data and f"data.{key}" in given and (kind, key) != ("zero_shot", "caption_key")
+    ]
+
+
 def _by_name(flag: str, sets: Iterable[tuple[str, dict]]) -> dict[str, dict]:
     """Name -> set; columns of one table, or of tables of one name, have the column in their names. Raises InputError
     where two have one name all the same."""
@@ -208,9 +228,9 @@ def _captioned(path: str) -> tuple[str, dict]:
 
 
 def _labelled(text: str) -> tuple[str, dict]:
-    path, colon, column = text.rpartition(":")
-    if colon and column and _is_table(path):
-        return name_of(path), {"path": path, "label_key": column}
+    endings = "|".join(map(re.escape, tables.ENDINGS))
+    if table := re.fullmatch(rf"(.+?(?:{endings})):(.+)", text, re.IGNORECASE):  # a column may be a path: meta:label
+        return name_of(table[1]), {"path": table[1], "label_key": table[2]}
     if storage.is_folder(text):
         return name_of(text), {"path": text, "format": "folder"}
     raise InputError(f"--labels {text}: expected TABLE:COLUMN, for example heldout.csv:label, or a folder of folders")

@@ -103,6 +103,24 @@ def test_files_to_validate_and_evaluate_on(started):
     assert config.data.val == 3 and not len(configs.load("own").eval.retrieval)
 
 
+def test_a_format_that_is_given_is_not_guessed(started):
+    config = started("train captions.txt --val held.txt --config.data.format=csv")[1]
+    assert (config.data.train, config.data.val, config.data.format) == ("captions.txt", "held.txt", "csv")
+
+
+def test_a_set_in_the_table_of_the_data_has_its_columns_and_its_folder(started):
+    words = "train mine.csv --val held.csv --labels held.csv:group other.csv:group mine.csv:meta:kind"
+    config = started(
+        f"{words} --config.data.image_key=filepath --config.data.caption_key=title --config.data.image_folder=../pics "
+        "--config.data.delimiter=; --config.data.encoding=cp1252 --config.eval.retrieval.held.caption_key=other"
+    )[1]
+    given = dict(image_key="filepath", image_folder="../pics", delimiter=";", encoding="cp1252")
+    sets = config.eval.zero_shot
+    assert config.eval.retrieval.held.to_dict().items() >= (given | {"caption_key": "other"}).items()
+    assert sets.held.to_dict().items() >= given.items() and sets.other.image_key is None
+    assert sets.mine.to_dict().items() >= (given | {"path": "mine.csv", "label_key": "meta:kind"}).items()
+
+
 def test_a_key_with_spaces_is_a_key_wherever_it_stands(started):
     mode, config, workdir = started("train --config.mesh={'data':1,␣'fsdp':␣-1} shapes --config.optim.lr=0.5")
     assert (mode, config.mesh.to_dict(), config.optim.lr) == ("train", {"data": 1, "fsdp": -1}, 0.5)

@@ -321,3 +321,14 @@ def test_the_three_lines_of_the_docs_fill_an_index(run, photos, tmp_path, monkey
     exec(code.replace("512", str(D)), found)
     cosines, rows = found["index"].search(FakeModel.of(6)[None], 2)
     assert rows[0, 0] == 6 and abs(cosines[0, 0] - 1) < 1e-6 and isinstance(found["index"], faiss.Index)
+
+
+def test_an_image_of_several_rows_is_found_once():
+    def chunk(first, names, cosines):
+        z = np.array([[cosine, (1 - cosine**2) ** 0.5] for cosine in cosines], np.float32)
+        return store.Embeddings(z, np.arange(first, first + len(names)), names, {})
+
+    chunks = [chunk(0, list("aaba"), [0.5, 0.5, 0.25, 0.5]), chunk(4, list("ccab"), [0.75, 0.75, 0.5, 0.25])]
+    matches, found, cosines = search.best(chunks, np.float32([[1, 0], [0, 1]]), 3)
+    assert [[matches.names[i] for i in row] for row in found] == [["c", "a", "b"], ["b", "a", "c"]]
+    assert matches.rows[found[0]].tolist() == [4, 0, 2] and cosines[0].tolist() == [0.75, 0.5, 0.25]

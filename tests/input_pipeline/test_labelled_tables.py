@@ -117,3 +117,19 @@ def test_one_image_may_be_written_in_two_ways(tmp_path):
     found = open_captioned(path=str(tmp_path / "c.csv"))
     assert found.source.size == 2 and found.captions == ["one", "two", "three", "four"]
     assert found.image_of_text.tolist() == [0, 0, 1, 1]
+
+
+def test_of_labels_and_classes_the_label_that_is_lacking_is_named(tmp_path):
+    (tmp_path / "classes.json").write_text('["cat", "dog", "cow"]')
+    (tmp_path / "data.csv").write_text("image,label\na.jpg,cat\nb.jpg,horse\n")
+    fields = dict(path=str(tmp_path / "data.csv"), classes=str(tmp_path / "classes.json"))
+    with pytest.raises(InputError, match="row 1: .*label 'horse' is not in "):
+        labelled.open_labelled(spec(**fields), image_side=8)
+
+
+def test_folders_of_splits_are_no_classes(tmp_path):
+    for name in ("train", "Val"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").touch()
+    with pytest.raises(InputError, match="its folders Val, train are splits, no classes; give one of them"):
+        labelled.open_labelled(spec(format="folder", path=str(tmp_path)), image_side=8)

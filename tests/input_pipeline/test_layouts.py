@@ -228,3 +228,66 @@ def test_reading_each_row_names_the_first_that_cannot_be_read():
     with pytest.raises(InputError, match="row 2 cannot be read: two is refused"):
         found.extend(read_each(read, 5, "row {}".format, None))
     assert found == [0, 1]
+
+
+def refused(kind, path, **keys):
+    with pytest.raises(InputError) as error:
+        read(kind, path, **keys)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("captions", ["\"['a cat', 'a pet']\"", '"[""a cat"", ""a pet""]"'])
+def test_lists_that_a_csv_has_as_text_are_no_captions(captions, tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text("image,caption\n" + f"a.jpg,{captions}\n" * 3)
+    assert f"{path} row 0: the captions are lists written as text" in refused("csv", path)
+    path.write_text("image,caption\n" + "a.jpg,[a cat]\nb.jpg,['sic'] a dog\n" + f"c.jpg,{captions}\n")
+    assert len(sources.open_source(complete({"data": {"format": "csv"}}).data, str(path), image_side=8).captions()) == 3
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("a.tar", "webdataset"), ("a.parquet", "parquet"), ("a.tfrecord", "tfrecord"), ("a.csv", "csv"), ("a.jsonl", "csv"),
+])  # fmt: skip
+def test_a_pointer_of_git_lfs_is_named(name, kind, tmp_path):
+    text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n"
+    (tmp_path / name).write_text(text)
+    said = refused(kind, tmp_path / name)
+    assert "is a Git LFS pointer to 123,456 bytes that are not here; run `git lfs pull`" in said
+
+
+def test_a_folder_without_a_caption_says_what_else_is_there(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    assert refused("folder", tmp_path) == f"{tmp_path}: no image has a caption, a .txt of its name beside it"
+    (tmp_path / "metadata.jsonl").write_text("")
+    assert refused("folder", tmp_path).endswith(f"; give its table, {tmp_path / 'metadata.jsonl'}")
+
+
+def test_a_folder_of_arrow_files_says_how_to_save_it_again(tmp_path):
+    for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json"):
+        (tmp_path / name).write_text("{}")
+    how = "save its .arrow files as Parquet (in Python data.to_parquet('data.parquet')) and give that"
+    assert refused("folder", tmp_path).endswith(how)
+    (tmp_path / "data-00000-of-00001.arrow").unlink()
+    assert "give its table" not in refused("folder", tmp_path)
+
+
+def test_an_image_in_base64_is_a_bad_sample_of_few_words(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"image": "/9j/" + "A" * 50_000, "caption": "a"}) + "\n")
+    spec = complete({"data": dict(format="csv", train=str(path))}).data
+    source = sources.open_source(spec, spec.train, image_side=8)
+    (row,) = read_rows(source, range(1))
+    assert row.reason == "not a path but perhaps an image in base64, which is not read"
+    assert row.detail == f"/9j/{'A' * 36}... (50,004 letters)" and len(source.where(0)) < 300
+
+
+def test_shards_as_tensorflow_names_them(tmp_path):
+    from input_pipeline.sources.paths import expand
+
+    names = [f"a.tfrecord-{i:05}-of-00002" for i in range(2)]
+    for name in names:
+        (tmp_path / name).touch()
+    found = [str(tmp_path / name) for name in names]
+    for pattern in (str(tmp_path), f"{tmp_path}/a.tfrecord*"):
+        assert expand(pattern, endings=(".tfrecord",)) == found
