@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import sys
+import unicodedata
 from collections.abc import Callable
 
 import numpy as np
@@ -32,7 +33,7 @@ def labels(spec: ConfigDict, path: str) -> tuple[Source, list[str]]:
       InputError: as tables.read_table; numbers and names in one column, or a name that `classes` lacks.
     """
     rows = _filled_rows(spec, path, (spec.label_key,), "label")
-    coded = rows.texts.dictionary_encode()
+    coded = pc.utf8_normalize(rows.texts, form="NFC").dictionary_encode()  # of equal looks, equal classes
     values, codes_N = coded.dictionary.to_pylist(), coded.indices.to_numpy()
     first = dict(zip(values, np.unique(codes_N, return_index=True)[1], strict=True))
     names, number_of = _classes_of(spec, path, values, lambda label: rows.where(first[label]))
@@ -160,7 +161,7 @@ def read_list(path: str, key: str) -> list[str]:
         raise InputError(f"{path} is not valid {'Python' if path.endswith('.py') else 'JSON'}: {error}") from None
     if not (isinstance(items, list) and items and all(isinstance(item, str) for item in items)):
         raise InputError(f"{path}: expected a JSON list of strings")
-    return items
+    return [unicodedata.normalize("NFC", item) for item in items]
 
 
 def _classes_in_python(text: str) -> list[str] | None:

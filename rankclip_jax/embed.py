@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--caption-key", help="the same of the caption, whose cosine is written beside the embedding")
     parser.add_argument("--delimiter", default=",", help="separator of a csv (default ,; a tab is '\\t')")
     parser.add_argument("--encoding", help="of a table that is not UTF-8, for example latin-1")
+    parser.add_argument("--image-folder", help="what a table's paths are relative to, itself relative to the table")
     parser.add_argument("--tokenizer", help="a tokenizer.json or hub id, if MODEL has none")
     parser.add_argument("--activation", choices=["quick_gelu", "gelu"], default="quick_gelu", help="as in convert")
     parser.add_argument("--workers", type=int, default=1, help="processes that write a folder's shards (1)")
@@ -95,6 +96,8 @@ def _embed(model: Model, flags: argparse.Namespace) -> None:
         "delimiter": flags.delimiter,
         "encoding": flags.encoding,
     } | model.identity()
+    if flags.image_folder:
+        about["image_folder"] = flags.image_folder
     opening = _opening(flags)
     pictures = open_pictures(*opening)
     about |= {"size": pictures.size, "names": pictures.fingerprint()}
@@ -117,14 +120,14 @@ def _embed(model: Model, flags: argparse.Namespace) -> None:
 
 
 def _opening(flags: argparse.Namespace) -> tuple:
-    return flags.data, flags.image_key, flags.delimiter, flags.encoding, flags.caption_key
+    return flags.data, flags.image_key, flags.delimiter, flags.encoding, flags.caption_key, flags.image_folder
 
 
 def _stored(model: Model, path: str) -> tuple[Iterable[store.Embeddings], Callable[[], Pictures]]:
     about = store.about_of(path)
     if any(about.get(key, value) != value for key, value in model.identity().items()):  # older ones have fewer keys
         raise InputError(f"{path} was embedded with another model than {model.source.path}; embed the collection again")
-    keys = about["image_key"], about["delimiter"], about.get("encoding"), about.get("caption_key")
+    keys = about["image_key"], about["delimiter"], *map(about.get, ("encoding", "caption_key", "image_folder"))
     return store.chunks(path), lambda: open_pictures(about["data"], *keys)
 
 

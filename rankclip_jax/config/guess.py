@@ -14,6 +14,12 @@ SHARDS = dict(tar="webdataset", tfrecord="tfrecord", tfrecords="tfrecord", parqu
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 
 
+def of_shards(source: str) -> str | None:
+    """The format of shards by the ending of a name, glob or range; None: it is not theirs."""
+    shard = _SHARD.search(source.lower())
+    return SHARDS[shard[1]] if shard else None
+
+
 def guess_format(source: str) -> str:
     """The format suggested by a path, glob or range: of its ending, or of what the folder holds.
 
@@ -28,11 +34,11 @@ def guess_format(source: str) -> str:
         if all((folder / table.stem).is_dir() for table in shards["parquet"]):
             del shards["parquet"]  # of img2dataset, about the folders of pictures beside
         return next((SHARDS[ending] for ending, files in shards.items() if files), "folder")
-    if shard := _SHARD.search(source.lower()):
-        return SHARDS[shard[1]]
+    if kind := of_shards(source):
+        return kind
     if storage.is_remote(source) and storage.is_folder(source):
-        endings = {shard[1] for file in storage.files_in(source) if (shard := _SHARD.search(file.path))}
-        return next((kind for ending, kind in SHARDS.items() if ending in endings), "folder")
+        found = {of_shards(file.path) for file in storage.files_in(source)}
+        return next((kind for kind in SHARDS.values() if kind in found), "folder")
     if source.lower().endswith(_COMPRESSED):
         raise InputError(f"{source} is compressed, so its samples cannot be read by number; decompress it first")
     raise InputError(

@@ -7,13 +7,14 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from rankclip_jax import config as configs
 from rankclip_jax.common import folders, storage, tables
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, located
 from rankclip_jax.common.pictures import ENDINGS, MAX_FILE_MB, BadImageError, opened
 from rankclip_jax.common.regular_files import read_regular
-from rankclip_jax.config.guess import SHARDS, guess_format
+from rankclip_jax.config.guess import SHARDS, guess_format, of_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,7 @@ def open_pictures(
     delimiter: str = ",",
     encoding: str | None = None,
     caption_key: str | None = None,
+    image_folder: str | None = None,
 ) -> Pictures:
     """Opens a collection.
 
@@ -69,7 +71,7 @@ def open_pictures(
         (common/tables.py), or shards: a .tar, .tfrecord or .parquet, also as a glob or {00000..00099} range. They need
         TensorFlow.
       image_key, caption_key: column, feature or member; None: the format's default.
-      delimiter, encoding: of a table, as tables.read_table.
+      delimiter, encoding, image_folder: of a table, as tables.read_table.
 
     Raises:
       InputError: no images, or an unknown kind.
@@ -79,9 +81,11 @@ def open_pictures(
     if path.is_dir() if not storage.is_remote(data) else storage.is_folder(data):
         return _folder(data, image_key, caption_key)
     if data.lower().endswith(tables.ENDINGS):
-        return _table(data, image_key, delimiter, encoding, caption_key)
-    if kind := SHARDS.get(path.suffix[1:].lower()):
+        return _table(data, image_key, delimiter, encoding, caption_key, image_folder)
+    if kind := of_shards(data):
         return _shards(data, kind, image_key, caption_key)
+    if not storage.is_remote(data) and not path.suffix and not path.exists():
+        raise InputError(f"no such file or folder: {located(data)}")
     shards = ", ".join(f".{ending}" for ending in SHARDS)
     known = f"a folder, a table ({', '.join(tables.ENDINGS)}), or shards ({shards})"
     raise InputError(f"cannot open {data}. Expected {known}")
@@ -147,11 +151,17 @@ def _file(path: str) -> object:
 
 
 def _table(
-    file: str, image_key: str | None, delimiter: str, encoding: str | None, caption_key: str | None
+    file: str,
+    image_key: str | None,
+    delimiter: str,
+    encoding: str | None,
+    caption_key: str | None,
+    image_folder: str | None,
 ) -> Pictures:
     keys = (image_key,) if image_key else tables.IMAGE_KEYS
     data = storage.read(file) if storage.is_remote(file) else None
-    table = tables.read_table(file, keys, None, delimiter=delimiter, encoding=encoding, data=data)
+    how: dict[str, Any] = dict(delimiter=delimiter, encoding=encoding, data=data, image_folder=image_folder)
+    table = tables.read_table(file, keys, None, **how)
     names = table.images
 
     def name(row):
@@ -161,7 +171,7 @@ def _table(
     def texts():
         named = (caption_key,) if caption_key else tables.CAPTION_KEYS
         try:
-            rows = tables.read_table(file, keys, named, delimiter=delimiter, encoding=encoding, data=data)
+            rows = tables.read_table(file, keys, named, **how)
         except InputError:  # a table of images alone
             if caption_key:
                 raise

@@ -221,6 +221,18 @@ def test_shards_give_what_the_folder_gives(model, workdir, folder, tmp_path):
         open_pictures(str(tmp_path / "9*.tar"))
 
 
+def test_the_paths_of_a_table_may_be_below_another_folder(run, folder, tmp_path):
+    names, table = names_below(folder), tmp_path / "tables" / "a.csv"
+    table.parent.mkdir()
+    table.write_text("\n".join(["image", *names, ""]))
+    below = os.path.relpath(folder, table.parent)
+    run(table, "--image-folder", below, "--out", tmp_path / "e.npz", "--search", "a cat", "--png", tmp_path / "e.png")
+    stored = store.read(tmp_path / "e.npz")
+    assert stored.names == names and stored.about["image_folder"] == below and (tmp_path / "e.png").exists()
+    with pytest.raises(InputError, match="no such file or folder: .*/gone"):
+        open_pictures(str(tmp_path / "gone"))
+
+
 def test_bad_rows_of_a_table_are_listed(run, folder, tmp_path):
     names = names_below(folder)
     lines = [f"{name}|x" if i != 4 else f"{name}|x|y" for i, name in enumerate(names)]

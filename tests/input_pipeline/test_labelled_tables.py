@@ -133,3 +133,9 @@ def test_folders_of_splits_are_no_classes(tmp_path):
         (tmp_path / name / "a.jpg").touch()
     with pytest.raises(InputError, match="its folders Val, train are splits, no classes; give one of them"):
         labelled.open_labelled(spec(format="folder", path=str(tmp_path)), image_side=8)
+
+
+def test_labels_that_look_the_same_are_one_class(tmp_path):
+    (tmp_path / "data.csv").write_text("image,label\na.jpg,caf\u00e9\nb.jpg,cafe\u0301\nc.jpg,bar\n", encoding="utf-8")
+    found = labelled.open_labelled(spec(path=str(tmp_path / "data.csv")), image_side=16)
+    assert found.names == ["bar", "caf\u00e9"] and found.source.labels.tolist() == [1, 1, 0]
