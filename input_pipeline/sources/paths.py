@@ -1,5 +1,6 @@
 """Expands paths of a configuration: brace ranges, globs, folders and lists, local or in a bucket."""
 
+import contextlib
 import fnmatch
 import glob
 import os
@@ -47,7 +48,8 @@ def expand(pattern: str | Sequence[str], *, endings: tuple[str, ...], hint: str 
             raise InputError(f"no such file: {located(path)}" + (f"; {hint}" if hint else ""))
         paths += found
     if not storage.is_remote(paths[0]) and os.path.isfile(paths[0]):
-        refuse_pointer(Path(paths[0]))
+        with contextlib.suppress(OSError):  # of which the reader speaks
+            refuse_pointer(Path(paths[0]))
     return paths
 
 

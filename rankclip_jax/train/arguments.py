@@ -114,7 +114,7 @@ def read(flags: argparse.Namespace, keys: Sequence[str]) -> Given:
             overrides.append(f"data.format={_format(what)!r}")
         workdir = workdir or Path("runs") / name_of(what)
     if flags.val:
-        overrides.append(f"data.val={flags.val if 'data.format' in given else _validation(flags.val, what)!r}")
+        overrides.append(f"data.val={_validation(flags.val, what, given.get('data.format'))!r}")
     tables_of_val = [path for path in [flags.val] if path and _is_table(path)]
     overrides += sets(flags, alone=flags.mode == "eval", otherwise=tables_of_val)
     overrides += _read_as_data(flags, [flags.val, what], tables_of_val, given)
@@ -182,11 +182,18 @@ def _format(what: str) -> str:
         ) from None
 
 
-def _validation(val: str, train: str | None) -> str | dict:
-    """As config.data.val: a mixture of one where it has another format than the training data."""
-    if train is None or _is_experiment(train) or guess_format(val) == guess_format(train):
+def _validation(val: str, train: str | None, kind: str | None) -> str | dict:
+    """As config.data.val: a mixture of one where it has another format than the training data, which is `kind`, or
+    guessed. Raises InputError where there is nothing to guess by."""
+    if train is None or _is_experiment(train):
         return val
-    return {"val": {"path": val, "format": guess_format(val)}}
+    try:
+        own = guess_format(val)
+    except InputError:
+        if kind:
+            return val
+        raise
+    return val if own == (kind or guess_format(train)) else {"val": {"path": val, "format": own}}
 
 
 def _read_as_data(

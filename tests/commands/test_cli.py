@@ -106,6 +106,8 @@ def test_files_to_validate_and_evaluate_on(started):
 def test_a_format_that_is_given_is_not_guessed(started):
     config = started("train captions.txt --val held.txt --config.data.format=csv")[1]
     assert (config.data.train, config.data.val, config.data.format) == ("captions.txt", "held.txt", "csv")
+    config = started("train shards.d --val held.csv --config.data.format=webdataset")[1]
+    assert config.data.val.val.to_dict().items() >= {"path": "held.csv", "format": "csv"}.items()
 
 
 def test_a_set_in_the_table_of_the_data_has_its_columns_and_its_folder(started):
