@@ -38,10 +38,12 @@ _LOWER = re.compile(
 )
 # What a store, a credential or a full memory says, and damage does not.
 _NOT_NOW = re.compile(
-    r"UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|[Tt]imed? ?out|"
+    r"\b(UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED)\b|"
+    r"CURL error|[Tt]imed? ?out|"
     r"\b(ServiceUnavailable|TooManyRequests|Forbidden|Unauthorized|InternalServerError|BadGateway|RetryError|"
     r"RefreshError|TransportError)\b"
 )
+_ERRORS_NOW = MemoryError, ConnectionError, TimeoutError, PermissionError
 _VARIABLES = "params", "batch_stats", "ema"  # of a state; the last only with config.optim.ema
 
 
@@ -108,9 +110,11 @@ def _first_whole(folder, candidates, read, alone=False) -> Restored | None:
         except InputError:
             raise
         except Exception as error:  # whatever Orbax, TensorStore or JSON raise on damage of every kind
-            problem = one_line(error, kind=True)
-            not_now = MemoryError, ConnectionError, TimeoutError, PermissionError
-            if isinstance(error, not_now) or _NOT_NOW.search(problem):
+            problem, cause = one_line(error, kind=True), error
+            while cause.__cause__ is not None:  # what Orbax raises says where, and not what TensorStore said
+                cause = cause.__cause__
+            if isinstance(cause, _ERRORS_NOW) or _NOT_NOW.search(one_line(cause, kind=True)):
+                problem = one_line(cause, kind=True)
                 raise InputError(
                     f"checkpoint {folder / str(step)} cannot be read now ({problem}). It may be whole, so none before "
                     "it is taken: start again to resume, or move it away"
@@ -141,8 +145,7 @@ def _read_data(folder) -> dict:
 
 def _check_model(folder, abstract) -> None:
     """Raises InputError where a checkpoint is not of the shapes asked for: that is no damage."""
-    with _quiet(), ocp.PyTreeCheckpointer() as reader:
-        saved = {name: leaf.shape for name, leaf in by_name(reader.metadata(folder).item_metadata.tree).items()}
+    saved = {name: leaf.shape for name, leaf in by_name(_saved_tree(folder)).items()}
     for name, leaf in by_name(abstract).items():
         if name.partition("/")[0] not in _VARIABLES:
             continue  # what an optimizer keeps follows from them, and from the configuration
@@ -151,9 +154,15 @@ def _check_model(folder, abstract) -> None:
             raise InputError(f"{folder.parent} is of another model: {name} is {there} there, {leaf.shape} here")
 
 
+def _saved_tree(folder):
+    """Shapes and dtypes of what is saved. A PyTreeCheckpointer would make None of most errors."""
+    with _quiet():
+        return ocp.PyTreeCheckpointHandler().metadata(folder).tree
+
+
 def _read_variables(folder, data, names):
+    tree = _saved_tree(folder)
     with _quiet(), ocp.PyTreeCheckpointer() as reader:
-        tree = reader.metadata(folder).item_metadata.tree
         wanted = {name: tree[name] for name in names if tree.get(name)}
         numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         variables = reader.restore(
@@ -194,10 +203,15 @@ def folder_of(workdir, config) -> epath.Path:
 
 
 def steps(folder: epath.Path) -> list[int]:
-    """Complete checkpoints, newest first."""
-    if not folder.is_dir():
+    """Complete checkpoints, newest first. Raises InputError where a bucket cannot be listed."""
+    if not storage.is_folder(str(folder)):  # of a bucket that refuses, TensorFlow's is_dir says that there is none
         return []
-    return sorted((found.step for found in ocp.path.step.standard_name_format().find_all(folder)), reverse=True)
+    try:
+        return sorted((found.step for found in ocp.path.step.standard_name_format().find_all(folder)), reverse=True)
+    except OSError:
+        raise
+    except Exception as error:  # of TensorFlow
+        raise InputError(f"{folder} cannot be listed: {one_line(error)}") from None
 
 
 def scores(folder: epath.Path, metric: str | None) -> dict[int, float]:
@@ -215,6 +229,8 @@ def scores(folder: epath.Path, metric: str | None) -> dict[int, float]:
         return found | {int(step): float(value) for step, value in listed.items()}
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return found
+    except Exception as error:  # else the best would be forgotten, and removed
+        raise InputError(f"{folder / SCORES} cannot be read: {one_line(error)}") from None
 
 
 def _by_worth(folder, metric) -> tuple[epath.Path, list[int]]:

@@ -117,7 +117,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capf
 
 
 NOT_NOW = [
-    ValueError("UNAVAILABLE: Error reading gs://b/run/checkpoints/3/state: CURL error Timeout was reached"),
+    ValueError("ABORTED: Error reading gs://b/0: All 32 retry attempts failed: refused [http_response_code='503']"),
+    ValueError("PERMISSION_DENIED: Error reading gs://b/0: refused [http_response_code='403']"),
     RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes."),
     TimeoutError("The read operation timed out"),
     MemoryError(),
@@ -126,13 +127,16 @@ NOT_NOW = [
 ]
 
 
+@pytest.mark.parametrize("what", ["arrays", "metadata"])
 @pytest.mark.parametrize("error", NOT_NOW, ids=lambda error: type(error).__name__)
-def test_what_cannot_be_read_now_is_no_damage(error, tmp_path, monkeypatch):
+def test_what_cannot_be_read_now_is_no_damage(error, what, tmp_path, monkeypatch):
     save(tmp_path, {step: state_of(step) for step in (1, 2, 3)})
 
     def restore(*_, **__):
-        raise error
+        raise Exception("Encountered error while reading array index: (slice(0, 40, 1),)") from error
 
+    if what == "metadata":
+        monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "metadata", restore)
     monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", restore)
     monkeypatch.setattr(ocp.PyTreeCheckpointer, "restore", restore)
     for read in (
@@ -142,6 +146,19 @@ def test_what_cannot_be_read_now_is_no_damage(error, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=r"checkpoint .*/3 cannot be read now \(.*start again to resume, or move"):
             read()
     assert saved_steps(tmp_path) == [1, 2, 3]
+
+
+def test_a_bucket_that_refuses_is_no_run_without_checkpoints(bucket):
+    bucket.refused = 403
+    with pytest.raises(InputError, match="gs://mine/run/checkpoints: no permission in gs://mine"):
+        checkpoint.restore("/tmp", config(folder="gs://mine/run/checkpoints"), abstract(state_of(0)))
+
+
+def test_a_list_of_scores_that_cannot_be_read_is_not_forgotten(tmp_path):
+    save(tmp_path, {1: state_of(1)})
+    (tmp_path / "checkpoints" / "scores.json").mkdir()
+    with pytest.raises(InputError, match=r"scores\.json cannot be read: .*[Ii]s a directory"):
+        checkpoint.scores(checkpoint.folder_of(tmp_path, config()), "top1")
 
 
 def test_weights_are_read_where_jax_may_not_use_the_cpu(tmp_path, monkeypatch):
