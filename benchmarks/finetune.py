@@ -93,7 +93,7 @@ def costs(workdir: Path) -> dict:
     config = configs.complete(workdirs.stored_config(workdir).to_dict())
     session = Session(config, Tokenizer.load(str(workdir / "tokenizer.json")))
     tx = optim.make_optimizer(config.optim, config.steps)
-    state = steps.abstract_state(session.model, tx, session.mesh, config.sharding, config.optim)
+    state = steps.Fresh(session.model, tx, 0, session.mesh, config.sharding, config.optim).abstract
     size = sum(x.dtype.itemsize * math.prod(x.shape) for x in jax.tree.leaves((state.params, state.opt_state)))
     rates = [row["images_per_second"] for row in read_metrics(workdir) if "images_per_second" in row][1:]
     each = 1000 * config.batch_size / statistics.median(rates) if rates else math.nan

@@ -38,7 +38,7 @@ def fresh(tower: str):
 
     tx = optim.make_optimizer(configs.complete(CONFIG).optim, 100)
     on_cpu = make_mesh({"data": -1}, jax.devices("cpu")[:1])
-    return jax.device_get(steps.init_state(models.build(**TINY[tower], text=TEXT), tx, 0, on_cpu, None))
+    return jax.device_get(steps.Fresh(models.build(**TINY[tower], text=TEXT), tx, 0, on_cpu, None).state())
 
 
 def tiny(tower: str, dtype: str, attention: str, device):
@@ -57,7 +57,7 @@ def tiny(tower: str, dtype: str, attention: str, device):
     model = models.build(**TINY[tower], text=TEXT, dtype=dtype, attention=attention, devices=devices_of(mesh))
     config = configs.complete(CONFIG)
     tx = optim.make_optimizer(config.optim, 100)
-    where = state_shardings(steps.abstract_state(model, tx, mesh, None), mesh, None)
+    where = state_shardings(steps.Fresh(model, tx, 0, mesh, None).abstract, mesh, None)
     state = jax.device_put(fresh(tower), where)
     train = steps.make_train_step(model, tx, config, mesh, total_steps=5, steps_per_epoch=1)
     side, text = model.config.vision.image_size, model.config.text

@@ -68,7 +68,7 @@ def ours(name: str, objective: str, batch: int, form: str = ""):
     mesh = make_mesh({"data": -1}, jax.devices()[:1])
     model = models.build(name, dtype="float32" if on_cpu else "bfloat16", devices=devices_of(mesh))
     tx = optim.make_optimizer(config.optim, 100_000)
-    state = steps.init_state(model, tx, 0, mesh, config.sharding)
+    state = steps.Fresh(model, tx, 0, mesh, config.sharding).state()
     train_step = steps.make_train_step(model, tx, config, mesh, total_steps=100_000, steps_per_epoch=1_000)
     text = model.config.text
     pixels, tokens = made_batch(batch, model.config.vision.image_size, text.context_length, text.vocab_size)

@@ -79,7 +79,8 @@ def _classes_of(
     numbers = {label: int(float(label)) for label in found if _NUMBER.fullmatch(label) and len(label) < 12}
     others = [label for label in found if label not in numbers]
     if others and classes:
-        wrong = next(label for label in found if label not in classes)
+        known = set(classes)
+        wrong = next(label for label in found if label not in known)
         raise InputError(f"{where(wrong)}: label {wrong!r} is not in {spec.classes}")
     if others and numbers:
         number = next(iter(numbers))

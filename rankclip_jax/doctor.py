@@ -121,7 +121,7 @@ def small_program(where: Sequence) -> tuple:
     model = models.build("ViT-tiny", image_size=32, context_length=8, vocab_size=64, eot_id=63, scan_layers=True)
     mesh = make_mesh({"data": 1}, where)
     tx = optim.make_optimizer(config.optim, 10)
-    state = steps.init_state(model, tx, 0, mesh, None)
+    state = steps.Fresh(model, tx, 0, mesh, None).state()
     step = steps.make_train_step(model, tx, config, mesh, total_steps=10, steps_per_epoch=10)
     rng = np.random.default_rng(0)
     batch = {

@@ -20,6 +20,10 @@ def of_shards(source: str) -> str | None:
     return SHARDS[shard[1]] if shard else None
 
 
+def _of_folder(kinds: set[str | None]) -> str:
+    return next((kind for kind in SHARDS.values() if kind in kinds), "folder")
+
+
 def guess_format(source: str) -> str:
     """The format suggested by a path, glob or range: of its ending, or of what the folder holds.
 
@@ -30,15 +34,13 @@ def guess_format(source: str) -> str:
         return "csv"
     folder = Path(os.path.expanduser(source))
     if folder.is_dir():
-        shards = {end: [*folder.glob(f"*.{end}"), *folder.glob(f"*.{end}-[0-9]*-of-*")] for end in SHARDS}
-        if all((folder / table.stem).is_dir() for table in shards["parquet"]):
-            del shards["parquet"]  # of img2dataset, about the folders of pictures beside
-        return next((SHARDS[ending] for ending, files in shards.items() if files), "folder")
+        kinds = {name: of_shards(name) for name in os.listdir(folder)}
+        about = {name for name in kinds if (folder / Path(name).stem).is_dir()}  # img2dataset's tables of such folders
+        return _of_folder({kind for name, kind in kinds.items() if kind != "parquet" or name not in about})
     if kind := of_shards(source):
         return kind
     if storage.is_remote(source) and storage.is_folder(source):
-        found = {of_shards(file.path) for file in storage.files_in(source)}
-        return next((kind for kind in SHARDS.values() if kind in found), "folder")
+        return _of_folder({of_shards(file.path) for file in storage.files_in(source)})
     if source.lower().endswith(_COMPRESSED):
         raise InputError(f"{source} is compressed, so its samples cannot be read by number; decompress it first")
     raise InputError(

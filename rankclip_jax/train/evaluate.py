@@ -97,7 +97,7 @@ def _workdir(config: ConfigDict, workdir: Path) -> tuple[Session, steps.TrainSta
             raise InputError(f"{workdir} has no tokenizer.json; restore it")
         raise InputError(f"{workdir} holds no trained run; train there first")
     session = Session(config, Tokenizer.load(str(workdir / "tokenizer.json")), trains=False)
-    abstract = steps.abstract_state(session.model, identity(), session.mesh, config.sharding, config.optim)
+    abstract = steps.Fresh(session.model, identity(), 0, session.mesh, config.sharding, config.optim).abstract
     kept = [field.name for field in dataclasses.fields(abstract) if field.name not in ("step", "opt_state")]
     variables = {name: getattr(abstract, name) for name in kept}
     restored = checkpoint.restore_variables(workdir, config.checkpoint, variables)

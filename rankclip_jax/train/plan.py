@@ -233,7 +233,7 @@ def _describe(config: ConfigDict, target: Target | None) -> dict:
     total = _total_steps(config) or config.optim.warmup_steps + (config.optim.decay_steps or 2)
     a_epoch = config.plan.samples // config.batch_size if config.plan.samples else 1
     tx = optim.make_optimizer(config.optim, total, a_epoch)
-    state = steps.abstract_state(model, tx, mesh, config.sharding, config.optim)
+    state = steps.Fresh(model, tx, 0, mesh, config.sharding, config.optim).abstract
     vision, kept = config.model.vision, model.config.kept_patches(config.model.vision.patch_dropout)
     dropping = vision.patch_dropout_until if kept else 0.0
     tflop = {whole: session.step_tflop(session.packs, whole) for whole in (False, True)}

@@ -41,7 +41,7 @@ class Programs:
         return Program(isinstance(batch["tokens"], Packed), step > self._dropping)
 
     def compile_ahead(self, step: int, state: steps.TrainState) -> None:
-        """Begins to compile the program of `step`. `state`: shapes and shardings, as abstract_state gives them."""
+        """Begins to compile the program of `step`. `state`: shapes and shardings, as Fresh.abstract has them."""
         batch = batch_shapes(self._session)
         program = self.of(step, batch)
         print("compiling the step ...", flush=True)

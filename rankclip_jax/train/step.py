@@ -58,7 +58,11 @@ def averaged(state: AveragedState) -> AveragedState:
 
 
 class Fresh:
-    """A state before its first step: its shapes at once, its numbers when they are asked for. Traced once for both."""
+    """A state before its first step: its shapes at once, its numbers when they are asked for. Traced once for both.
+
+    Attributes:
+      abstract: shapes, dtypes and shardings, nothing allocated: what a checkpoint is restored into.
+    """
 
     def __init__(
         self,
@@ -69,7 +73,7 @@ class Fresh:
         sharding: str | Sequence | None,
         optim: ConfigDict | None = None,
     ):
-        """`sharding`: config.sharding, what the state is born with. `optim`: as fresh_state."""
+        """`sharding`: config.sharding, with which the state is born. `optim`: as fresh_state."""
         self._init, self._mesh = (lambda: fresh_state(model, tx, seed, optim)), mesh
         shapes = jax.eval_shape(self._init)
         self._shardings = state_shardings(shapes, mesh, sharding)
@@ -85,29 +89,6 @@ class Fresh:
         if whole and jax.process_count() == 1:  # each device has room for all of it
             return jax.device_put(draw(jitted, self._mesh.devices.flat[0]), self._shardings)
         return jitted()
-
-
-def init_state(
-    model: CLIP | Adapted,
-    tx: optax.GradientTransformation,
-    seed: int,
-    mesh: jax.sharding.Mesh,
-    sharding: str | Sequence | None,
-    optim: ConfigDict | None = None,
-) -> TrainState:
-    """A fresh state, born with the shardings that `sharding` (config.sharding) gives it. `optim`: as fresh_state."""
-    return Fresh(model, tx, seed, mesh, sharding, optim).state()
-
-
-def abstract_state(
-    model: CLIP | Adapted,
-    tx: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh,
-    sharding: str | Sequence | None,
-    optim: ConfigDict | None = None,
-) -> TrainState:
-    """The state's shapes, dtypes and shardings, without allocating it: what a checkpoint is restored into."""
-    return Fresh(model, tx, 0, mesh, sharding, optim).abstract
 
 
 def fresh_state(

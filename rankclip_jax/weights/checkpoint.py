@@ -110,15 +110,8 @@ def _first_whole(folder, candidates, read, alone=False) -> Restored | None:
         except InputError:
             raise
         except Exception as error:  # whatever Orbax, TensorStore or JSON raise on damage of every kind
-            problem, cause = one_line(error, kind=True), error
-            while cause.__cause__ is not None:  # what Orbax raises says where, and not what TensorStore said
-                cause = cause.__cause__
-            if isinstance(cause, _ERRORS_NOW) or _NOT_NOW.search(one_line(cause, kind=True)):
-                problem = one_line(cause, kind=True)
-                raise InputError(
-                    f"checkpoint {folder / str(step)} cannot be read now ({problem}). It may be whole, so none before "
-                    "it is taken: start again to resume, or move it away"
-                ) from None
+            _refuse_if_not_now(folder / str(step), error)
+            problem = one_line(error, kind=True)
         # A file that one process cannot read, another may not need; all resume from the same step.
         if (alone and problem is None) or (not alone and min(processes.of_all(problem is None))):
             problem = check()
@@ -132,6 +125,18 @@ def _first_whole(folder, candidates, read, alone=False) -> Restored | None:
             "deleted. Bring one back from a copy, or start in a new --workdir"
         )
     return None
+
+
+def _refuse_if_not_now(folder: epath.Path, error: BaseException) -> None:
+    """Raises InputError where an error says that a checkpoint cannot be read now, which is no damage."""
+    while error.__cause__ is not None:  # what Orbax raises says where, and not what TensorStore said
+        error = error.__cause__
+    said = one_line(error, kind=True)
+    if isinstance(error, _ERRORS_NOW) or _NOT_NOW.search(said):
+        raise InputError(
+            f"checkpoint {folder} cannot be read now ({said}). It may be whole, so none before it is taken: start "
+            "again to resume, or move it away"
+        ) from None
 
 
 def _read_data(folder) -> dict:

@@ -44,7 +44,7 @@ def made(mesh: Mesh, devices: Devices, model: dict = VIT, **changes):
     model = models.build(devices=devices, text=TEXT, **fields, **WORDS)
     model = Adapted(model, config.optim.lora) if config.optim.lora else model
     tx = optim.make_optimizer(config.optim, 100)
-    state = steps.abstract_state(model, tx, mesh, config.sharding, config.optim)
+    state = steps.Fresh(model, tx, 0, mesh, config.sharding, config.optim).abstract
     side, views = model.config.vision.image_size, 1 + config.data.two_views
     array = functools.partial(abstract, mesh)
     batch = {"tokens": array((BATCH, *[2] * (views - 1), WORDS["context_length"]), jnp.int32)}

@@ -61,7 +61,7 @@ def drawn_like(shapes, seed=0):
 
 def made_state(model, tx, mesh, sharding=None):
     """A state before its first step: parameters as of drawn, moments of zero. Nothing is compiled."""
-    abstract = steps.abstract_state(model, tx, mesh, sharding)
+    abstract = steps.Fresh(model, tx, 0, mesh, sharding).abstract
     params = drawn_like(abstract.params)
     params["logit_scale"] = np.float32(model.initial_scale)
     if "logit_bias" in params:

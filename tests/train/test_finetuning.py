@@ -53,9 +53,9 @@ def prepared(optimiser, devices=8, scan=False, siglip=False, layers=2, start=Non
     model = lora.Adapted(model, config.optim.lora) if config.optim.lora else model
     mesh, tx = make_mesh(axes, jax.devices()[:devices]), optim.make_optimizer(config.optim, 100)
     if start is None:
-        state = steps.init_state(model, tx, 0, mesh, kind, config.optim)
+        state = steps.Fresh(model, tx, 0, mesh, kind, config.optim).state()
     else:
-        where = steps.abstract_state(model, tx, mesh, kind, config.optim)
+        where = steps.Fresh(model, tx, 0, mesh, kind, config.optim).abstract
         state = jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), start, where)
     return config, state, steps.make_train_step(model, tx, config, mesh, total_steps=100, steps_per_epoch=2), mesh
 
@@ -156,7 +156,7 @@ def flops(case):
     config = complete(dict(batch_size=16, optim={"warmup_steps": 1} | optimiser, loss=dict(objective="clip")))
     model = models.build("ViT-tiny", text=TEXT, scan_layers="scanned" in case, **MODEL)
     mesh, tx = make_mesh({"data": 1}, jax.devices()[:1]), optim.make_optimizer(config.optim, 100)
-    state = steps.abstract_state(model, tx, mesh, None, config.optim)
+    state = steps.Fresh(model, tx, 0, mesh, None, config.optim).abstract
     step = steps.make_train_step(model, tx, config, mesh, total_steps=100, steps_per_epoch=2)
     moments = sum(x.size for name, x in by_name(state.opt_state).items() if "/mu/" in name or "/nu/" in name)
     return step.lower(state, batch(0, mesh)).cost_analysis()["flops"], moments, state.params

@@ -30,7 +30,7 @@ def start(config):
     tokenizer = init_from.tokenizer(origin, config) or origin.tokenizer or Tokenizer.train(["a", "b"], 300)
     model, tx = build_model(config, tokenizer), optim.make_optimizer(config.optim, 10)
     mesh = make_mesh(config.mesh)
-    abstract = steps.abstract_state(model, tx, mesh, config.sharding)
+    abstract = steps.Fresh(model, tx, 0, mesh, config.sharding).abstract
     fresh = jax.tree.map(lambda x: jax.device_put(np.full(x.shape, 0.25, x.dtype), x.sharding), abstract)
     return fresh, init_from.apply(fresh, origin, model.config, config)
 

@@ -161,7 +161,7 @@ def test_no_row_of_the_tower_leaves_its_device():
     run = session(8, (3, 4), {"text": MODEL["text"] | {"layers": 1}}, loss={"objective": "clip"})
     batch = batch_of(some_lengths())
     tx = optim.make_optimizer(run.config.optim, 10)
-    state = steps.abstract_state(run.model, tx, run.mesh, None)
+    state = steps.Fresh(run.model, tx, 0, run.mesh, None).abstract
     step = steps.make_train_step(run.model, tx, run.config, run.mesh, total_steps=10, steps_per_epoch=2)
     padded, packed = (
         collectives(step.lower(state, to_devices(batch | {"tokens": tokens}, run.mesh)).compile().as_text())

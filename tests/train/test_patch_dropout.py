@@ -175,7 +175,7 @@ def test_nothing_more_moves_between_devices(parts):
     batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for key, x in made_batch().items()}
     for dropout in (0.0, 0.5):
         config = config_of(dropout, accumulate=parts, loss={"objective": "clip"})
-        state = steps.abstract_state(model, sgd(1.0), mesh, None)
+        state = steps.Fresh(model, sgd(1.0), 0, mesh, None).abstract
         step = steps.make_train_step(model, sgd(1.0), config, mesh, total_steps=9, steps_per_epoch=9)
         moved.append(collectives(step.lower(state, batch).compile().as_text()))
     assert moved[0] == moved[1] and "all-reduce" in moved[0]

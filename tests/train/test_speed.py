@@ -28,7 +28,7 @@ def make(dtype="float32", remat=False, name="ViT-tiny"):
     model = models.build(name, text=TEXT, **SMALL[name], dtype=dtype, remat=remat)
     mesh = make_mesh({"data": -1}, jax.devices()[:1])
     tx = optim.make_optimizer(config.optim, 100)
-    state = steps.abstract_state(model, tx, mesh, None)
+    state = steps.Fresh(model, tx, 0, mesh, None).abstract
     batch = {
         "image": jax.ShapeDtypeStruct((16, 16, 16, 3), jnp.uint8),
         "tokens": jax.ShapeDtypeStruct((16, 8), jnp.int32),

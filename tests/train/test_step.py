@@ -160,7 +160,7 @@ def test_objectives_compute_only_their_terms(loss, parts):
     tx = optim.make_optimizer(config.optim, 100)
     step = steps.make_train_step(model, tx, config, mesh, total_steps=100, steps_per_epoch=2)
     batch = {"image": jax.ShapeDtypeStruct((16, 16, 16, 3), "uint8"), "tokens": jax.ShapeDtypeStruct((16, 8), "int32")}
-    _, metrics = jax.eval_shape(step, steps.abstract_state(model, tx, mesh, None), batch)
+    _, metrics = jax.eval_shape(step, steps.Fresh(model, tx, 0, mesh, None).abstract, batch)
     assert {key for key in metrics if key.startswith(("clip", "rank_")) and key != "rank_weight"} == parts
 
 
@@ -177,7 +177,7 @@ def test_a_fresh_state_compiled_quickly_has_the_usual_bits():
         "deep = dict(width=16, heads=1, layers=12)\n"
         "models_of.append(models.build('ViT-tiny', image_size=16, vision=deep, text=TEXT | deep))\n"
         "for model in models_of:\n"
-        "    quick = step.init_state(model, tx, 3, make_mesh({'data': -1}, jax.devices()[:1]), None)\n"
+        "    quick = step.Fresh(model, tx, 3, make_mesh({'data': -1}, jax.devices()[:1]), None).state()\n"
         "    usual = jax.jit(lambda: step.fresh_state(model, tx, 3))()\n"
         "    jax.tree.map(np.testing.assert_array_equal, quick, usual)\n"
         "print('equal')"
@@ -197,7 +197,7 @@ def test_on_a_cpu_no_weight_is_copied_in_a_step(monkeypatch):
 
     def copied():
         step = steps.make_train_step(model, tx, config, mesh, total_steps=100, steps_per_epoch=2)
-        state = steps.abstract_state(model, tx, mesh, None)
+        state = steps.Fresh(model, tx, 0, mesh, None).abstract
         program = step.lower(state, {"image": pictures, "tokens": tokens}).compile().as_text()
         return re.findall(r" copy\(%\S*kernel", program)
 
