@@ -28,8 +28,12 @@ def names(config: ConfigDict) -> list[str]:
 
 
 def _name(kind: str, name: str) -> str:
-    plain = re.sub(r"[/\\]", "_", name)
-    return f"{kind}_{plain}.{'json' if kind in ('retrieval', 'examples') else 'npz'}"
+    return f"{kind}_{plain(name)}.{'json' if kind in ('retrieval', 'examples') else 'npz'}"
+
+
+def plain(name: str) -> str:
+    """The name of a set as those of its files have it."""
+    return re.sub(r"[/\\]", "_", name)
 
 
 class Artifacts:

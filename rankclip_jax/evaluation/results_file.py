@@ -17,6 +17,11 @@ from rankclip_jax.common.files import write_whole
 RUN = "run"
 
 
+def key(model: str | None) -> str:
+    """The name of a model given by its path; None: the workdir's own. One in a folder "run" is "./run"."""
+    return RUN if model is None else f"./{model}" if model == RUN else model
+
+
 def read(path: Path) -> dict[str, dict[str, dict]]:
     """Model -> step -> results; empty where there is no file. Raises InputError for a file of another kind."""
     try:

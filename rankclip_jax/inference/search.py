@@ -11,7 +11,7 @@ from rankclip_jax import figures
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.pictures import read, read_file, rgb
-from rankclip_jax.figures.words import any_script, lines
+from rankclip_jax.figures.words import any_script, lines, printable
 from rankclip_jax.inference.pictures import Pictures
 from rankclip_jax.inference.store import Embeddings
 
@@ -53,9 +53,9 @@ def _first_of_each(matches: Iterable[tuple[float, int, str]], top: int) -> list[
 
 def table(text: str, embeddings: Embeddings, found_K: np.ndarray, cosines_K: np.ndarray) -> str:
     """The matches of one text, one line each: rank, cosine, name."""
-    lines = [f'"{text}"']
+    lines = [f'"{printable(text)}"']
     for rank, (i, cosine) in enumerate(zip(found_K, cosines_K, strict=True), 1):
-        lines.append(f"{rank:5}  {cosine:7.4f}  {embeddings.names[i]}")
+        lines.append(f"{rank:5}  {cosine:7.4f}  {printable(embeddings.names[i])}")
     return "\n".join(lines)
 
 

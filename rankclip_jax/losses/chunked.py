@@ -98,7 +98,7 @@ def _add_chunk(before, rows, columns, labels_R, job):
         d_rows[a] += _mix(grad, col[b], job.platform)
         d_all[b] += job.scale * _mix(grad.mT, row[a], job.platform)
     # <row, d score / d row> summed is the gradient of the scale; it saves a pass over the scores.
-    d_scale = before.d_scale + (jnp.sum(d_rows["i"] * row["i"]) + jnp.sum(d_rows["t"] * row["t"]))
+    d_scale = before.d_scale + sum(jnp.sum(d_rows[a] * x.astype(jnp.float32)) for a, x in row.items())
     after = Sums(sums, (d_all["i"], d_all["t"]), d_scale, before.d_bias + new_d_bias)
     return after, (job.scale * d_rows["i"], job.scale * d_rows["t"])
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from rankclip_jax.losses.sharded import Placement, weighted_terms
 from rankclip_jax.losses.spec import RANK_TERMS, LossSpec
@@ -161,6 +163,9 @@ def weighted_loss(
       ValueError: shapes, options, or a batch that the devices or list_size do not divide.
     """
     place = _placement(image_embeds, text_embeds, mesh, axes, chunk)
+    if place.mesh and AxisType.Explicit in place.mesh.axis_types:  # no array moves by itself
+        by_row = NamedSharding(place.mesh, P(place.axes))
+        image_embeds, text_embeds = jax.reshard(image_embeds, by_row), jax.reshard(text_embeds, by_row)
     if spec.list_size and image_embeds.shape[0] % spec.list_size:
         raise ValueError(f"list_size={spec.list_size} does not divide the batch of {image_embeds.shape[0]}")
     scale, bias = jnp.asarray(logit_scale, jnp.float32), jnp.asarray(logit_bias, jnp.float32)

@@ -8,6 +8,7 @@ from typing import Any
 
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.trees import flatten
+from rankclip_jax.evaluation.artifacts import plain
 from rankclip_jax.figures import names
 from rankclip_jax.report.files import Files
 
@@ -75,16 +76,22 @@ def read_run(workdir: str | Path) -> Run:
         raise InputError(f"{what}; give the workdir of a run")
     files = Files(folder)
     rows = files.metrics()
+    results = files.evaluations()
+
+    def drawn(kind: str, found: dict) -> dict:
+        """Without the drawings of sets that only another step or model was evaluated on."""
+        return {name: one for name, one in found.items() if not results or name in map(plain, results.get(kind, {}))}
+
     run = Run(
         name=folder.resolve().name,
         rows=rows,
         config=files.config(),
         samples=files.samples(),
-        results=files.evaluations() or _while_training(files, rows),
-        confusion=files.confusion(),
-        examples=files.examples(),
-        geometry=files.geometry(),
-        retrieval=files.retrieval(),
+        results=results or _while_training(files, rows),
+        confusion=drawn("zero_shot", files.confusion()),
+        examples=drawn("zero_shot", files.examples()),
+        geometry=drawn("geometry", files.geometry()),
+        retrieval=drawn("retrieval", files.retrieval()),
         bad=files.bad(),
         unreadable=files.unreadable,
     )
@@ -104,19 +111,19 @@ def differences(runs: list[Run]) -> list[tuple[str, list]]:
 def _while_training(files: Files, rows: list[dict]) -> dict:
     """What training evaluated last, as eval.json would have it."""
     found: dict[str, dict] = {}
-    step = None
+    steps: dict[str, int] = {}
     for row in rows:
         for key, value in row.items():
             if parts := names.split(key):
                 kind, name, number = parts
                 found.setdefault(kind, {}).setdefault(name, {})[number] = value
-                step = row["step"]
+                steps[kind] = row["step"]
         for key, counts in row.get("counts", {}).items():
             kind, _, name = key.partition("/")
             if isinstance(counts, dict) and name in found.get(kind, {}):
                 found[kind][name] |= counts
     results = files.checked("metrics.jsonl", found)
-    return results | {"model": None, "step": step} if results else {}
+    return results | {"model": None, "step": max(steps.values()), "steps": steps} if results else {}
 
 
 def _no_run(folder: Path, unreadable: dict[str, list[str]]) -> str:

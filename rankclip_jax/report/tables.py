@@ -93,8 +93,10 @@ def _evaluated(run: Run) -> str:
         return ""
     step, model, of = run.results["step"], run.results["model"], run.results.get("evaluated", {})
     what = f"step {step:,}" if model in (None, "run") else model
+    steps = run.results.get("steps", {})
+    older = [f"{kind.replace('_', ' ')} at step {at:,}" for kind, at in steps.items() if at < step]
     return _words(
-        what, "during training (--mode=eval shows more)" if model is None else of.get("date"), of.get("device")
+        what, *older, "during training (--mode=eval shows more)" if model is None else of.get("date"), of.get("device")
     )
 
 

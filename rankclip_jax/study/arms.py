@@ -30,6 +30,8 @@ _MUST_BE = (
 # What is read and made once for all arms: no condition may change it.
 _OF_ALL = ("data.val", "data.canvas", "data.squash", "tokenizer", "eval.zero_shot", "eval.suite", "eval.data_dir")
 
+_OF_DATA = {"limit", "mismatched", "duplicates"}  # keys of config.study that a condition may change
+
 
 class Arm(NamedTuple):
     """An objective under a condition ("": the configuration as it is); `str` gives it as config.study names it."""
@@ -73,9 +75,11 @@ def config_of(config: ConfigDict, arm: Arm) -> ConfigDict:
             raise InputError(f"config.{key}={_at(made, key)!r} is not for a study, which {how}")
     if made.eval.every_epochs is None:
         raise InputError("config.eval.every_epochs=None. Expected a number: a study does not settle it")
-    for key in _OF_ALL:
+    of_study = [f"study.{key}" for key in config.study if key not in _OF_DATA]
+    for key in (*_OF_ALL, *of_study, *(["optim.lr"] if len(config.study.lrs) else [])):
         if _at(made, key) != _at(config, key):
-            raise InputError(f"config.study.conditions.{arm.condition} changes config.{key}, which is one for all arms")
+            how = "is chosen from config.study.lrs" if key == "optim.lr" else "is one for all arms"
+            raise InputError(f"config.study.conditions.{arm.condition} changes config.{key}, which {how}")
     if _architecture(made) != _architecture(config):
         raise InputError(f"config.study.conditions.{arm.condition} changes the network. A study compares one network")
     if (made.loss.ramp_epochs or made.epochs) == 1 and (terms := loss_spec(made).ramped()):

@@ -46,6 +46,8 @@ class Study:
         self._programs: dict[str, Programs] = {}
         self._configs = {arm: config_of(config, arm) for arm in self.arms}
         questions.check(study.questions, self.arms)
+        if len(study.lrs) > 1 and study.search_seed < (end := max(map(self._seeds, self.arms))):
+            raise InputError(f"config.study.search_seed={study.search_seed} is a seed of the study. Expected >= {end}")
         self.tokenizer = (
             Tokenizer.load(config.tokenizer.path)
             if config.tokenizer.path
@@ -108,7 +110,7 @@ class Study:
 
     def _search(self, arm: Arm, clock: "Clock") -> float:
         """The rate with the best mean zero-shot top-1 on the selecting parts; the lower one wins a tie."""
-        lrs = sorted(self.config.study.lrs) or [self.config.optim.lr]
+        lrs = sorted(self.config.study.lrs) or [self._configs[arm].optim.lr]
         if len(lrs) == 1:
             return lrs[0]
         jobs = [Job(lr, self.config.study.search_seed) for lr in lrs]

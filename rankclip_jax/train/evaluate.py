@@ -68,7 +68,7 @@ def evaluate(config: ConfigDict, workdir: str | Path | None, out: Path | None = 
         raise InputError("; ".join(results["missing"].values()) or "config.eval names no set to evaluate on")
     if file:
         results |= {"evaluated": {"date": now(), "device": str(session.devices)}}
-        results_file.add(file, results_file.RUN if own else config.eval.model, step, results)
+        results_file.add(file, results_file.key(config.eval.model), step, results)
     of = config.eval.model or f"step {step} of {workdir and storage.shown(workdir)}"
     print(f"{of}\n{evaluation.text(results)}", end="")
     return results

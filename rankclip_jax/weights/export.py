@@ -22,6 +22,7 @@ _WEIGHTS = {  # layout -> files
     "openai": ("open_clip_config.json", "open_clip_model.safetensors"),
     "orbax": (orbax_folder.CONFIG, orbax_folder.UNFINISHED),
 }
+_TEXTS = ("tokenizer.json", "tokenizer_config.json")
 LAYOUTS = tuple(_WEIGHTS)
 
 
@@ -41,6 +42,9 @@ def write(model: Pretrained, folder: str | Path, layout: str) -> None:
         raise InputError(f"unknown layout {layout!r}. Expected one of {', '.join(LAYOUTS)}")
     if layout == "hf" and isinstance(model.config.vision, ResNetConfig):
         raise InputError(f"{model.path} has a ResNet, which Hugging Face's CLIP does not support; use --to openai")
+    if layout == "openai" and model.view.resize != model.view.crop:
+        sizes = f"resizes to {model.view.resize} and crops {model.view.crop}"
+        raise InputError(f"{model.path} {sizes} pixels, for which open_clip has one size; use --to hf or orbax")
     if layout == "openai" and not model.config.text.causal:
         raise InputError(f"{model.path} is a SigLIP, whose towers open_clip has under other names; use --to hf")
     owned = Owned(folder, "convert")
@@ -56,6 +60,7 @@ def write(model: Pretrained, folder: str | Path, layout: str) -> None:
     if layout == "orbax":  # Orbax deletes any folder in its way
         owned.clear([orbax_folder.UNFINISHED])
         owned.remove(orbax_folder.ARRAYS)
+    owned.clear([name for name in _TEXTS if name not in names])  # of the model that was here before
     try:
         owned.claim(names)
         if layout == "hf":
@@ -82,8 +87,7 @@ def write(model: Pretrained, folder: str | Path, layout: str) -> None:
 
 
 def _names(layout: str, tokenizer: bool) -> list[str]:
-    texts = ("tokenizer.json", "tokenizer_config.json") if tokenizer else ()
-    return [*_WEIGHTS[layout], "preprocessor_config.json", *texts, "README.md"]
+    return [*_WEIGHTS[layout], "preprocessor_config.json", *(_TEXTS if tokenizer else ()), "README.md"]
 
 
 def _special(model: Pretrained) -> dict[str, str]:
@@ -120,8 +124,8 @@ def _complete_open_clip_config(path: Path, view: preprocess.View, has_tokenizer:
         "mode": "RGB",
         "mean": list(view.mean),
         "std": list(view.std),
-        "interpolation": "bicubic",
-        "resize_mode": "shortest",
+        "interpolation": "bilinear" if view.squash == "bilinear" else "bicubic",
+        "resize_mode": "shortest" if view.squash == "no" else "squash",
     }
     if has_tokenizer and "model_cfg" in described:
         # Any name makes open_clip read the tokenizer in this folder instead of OpenAI's.

@@ -37,6 +37,12 @@ def test_the_last_evaluation_counts_and_the_runs_own_before_others(tmp_path):
     assert (results_file.latest(path)["model"], results_file.latest(path)["step"]) == ("run", 8)
 
 
+def test_a_model_in_a_folder_of_this_name_is_not_the_workdirs_own(tmp_path):
+    assert [results_file.key(model) for model in (None, "run", "runs/run", "x.pt")] == [
+        "run", "./run", "runs/run", "x.pt"
+    ]  # fmt: skip
+
+
 def test_a_file_of_one_evaluation_as_it_was_at_first(tmp_path):
     path = tmp_path / "eval.json"
     path.write_text(json.dumps({"step": 8, "zero_shot": {"a": {"top1": 0.5}}, "missing": {}}))

@@ -114,6 +114,16 @@ def test_search_finds_the_nearest(run, model, folder, tmp_path, capsys):
         assert drawn.width > 500 and len(drawn.convert("RGB").getcolors(10**7)) > 1000  # noise pictures are drawn
 
 
+def test_a_name_is_one_line_of_the_table():
+    named = store.Embeddings(np.zeros((1, 0)), np.arange(1), ["a\n\x1b[31mb.png"], {})
+    assert search.table("x\ny", named, np.array([0]), np.array([0.5])) == '"x y"\n    1   0.5000  a  [31mb.png'
+
+
+def test_a_folder_of_embeddings_may_have_a_dot_in_its_name(run, folder, tmp_path):
+    run(folder, "--out", f"{tmp_path}/my.photos/")
+    assert store.is_store(str(tmp_path / "my.photos")) and store.about_of(str(tmp_path / "my.photos"))["size"] == 11
+
+
 def test_ties_come_in_the_files_order_and_top_may_exceed():
     same = np.tile(np.float32([[0.6, 0.8]]), (3, 1))
     stored = store.Embeddings(same, np.arange(3), list("abc"), {})

@@ -188,6 +188,27 @@ def test_eight_devices_give_what_one_gives(shape, axes):
     np.testing.assert_allclose(values, want[0][0], rtol=1e-5)
 
 
+def test_a_mesh_as_jax_makes_it_takes_arrays_from_anywhere():
+    mesh, some = jax.make_mesh((8,), ("data",)), embeddings(64)  # its axes are Explicit
+    assert mesh.axis_types == (AxisType.Explicit,)
+    gradients = [
+        jax.jit(jax.value_and_grad(lambda *z, mesh=mesh: objective_loss(*z, 40.0, mesh=mesh)[0], (0, 1)))(*z)
+        for mesh, z in ((None, some), (mesh, some), (mesh, jax.device_put(some, NamedSharding(mesh, PartitionSpec()))))
+    ]
+    for got in gradients[1:]:
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(gradients[0]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+
+def test_float64_embeddings_have_gradients():
+    with jax.enable_x64():
+        img, txt = (jnp.asarray(z, jnp.float64) for z in embeddings(8))
+        got = jax.grad(lambda z: objective_loss(z, txt, 40.0)[0])(img)
+    want = jax.grad(lambda z: objective_loss(z, embeddings(8)[1], 40.0)[0])(embeddings(8)[0])
+    assert got.dtype == jnp.float64
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 def collectives(compiled):
     """(kind, shape) of every collective in a compiled program."""
     pattern = re.compile(

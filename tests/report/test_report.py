@@ -18,6 +18,7 @@ from PIL import Image
 
 from rankclip_jax import figures
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.evaluation import results_file
 from rankclip_jax.report import page, results, runs
 
 EVIL = '</script><img src=x onerror="alert(1)">'
@@ -113,6 +114,13 @@ def test_every_section_shows_what_the_files_say(tmp_path):
     assert bad_row[1] == "2"  # the torn third line is left out
 
 
+def test_drawings_are_of_the_evaluation_that_is_shown(tmp_path):
+    folder = write_run(tmp_path / "first")
+    results_file.add(folder / "eval.json", "run", 60, {"zero_shot": {"cars": {"top1": 1.0, "n": 20, "classes": 2}}})
+    found = runs.read_run(folder)
+    assert (found.results["step"], found.confusion, found.examples, found.retrieval, found.geometry) == (60, *[{}] * 4)
+
+
 def test_nothing_is_fetched_and_what_files_say_is_never_code(tmp_path):
     text, found = rendered(write_run(tmp_path / "run", evil=EVIL))
     for tag, attributes in found.tags:
@@ -186,6 +194,9 @@ def test_without_an_evaluation_the_results_are_those_of_training(tmp_path):
     found = runs.read_run(run).results
     assert found["zero_shot"] == {"toys": {"top1": 0.5, "n": 1234, "classes": 40}} and found["step"] == 30
     assert "step 30, during training" in rendered(run)[1].text
+    with (run / "metrics.jsonl").open("a") as out:
+        out.write(json.dumps({"step": 40, "retrieval/pairs/image_to_text_r1": 0.5}) + "\n")
+    assert "step 40, zero shot at step 30, during training" in rendered(run)[1].text
 
 
 def run_of(found):

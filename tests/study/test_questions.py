@@ -63,6 +63,12 @@ def test_a_condition_changes_what_it_names_and_trains_what_it_lists():
         ({"conditions": {"a": {"data": {"squash": "bicubic"}}}}, "conditions.a changes config.data.squash, which"),
         ({"conditions": {"a": {"tokenizer": {"vocab_size": 300}}}}, "conditions.a changes config.tokenizer, which"),
         ({"conditions": {"a": {"optim": {"rate": 1}}}}, "optim.rate"),
+        ({"conditions": {"a": {"study": {"seeds": 2}}}}, "conditions.a changes config.study.seeds, which is one for"),
+        ({"conditions": {"a": {"study": {"probe_l2": 2.0}}}}, "conditions.a changes config.study.probe_l2, which is"),
+        (
+            {"lrs": (1e-3, 1e-2), "conditions": {"a": {"optim": {"lr": 1.0}}}},
+            "conditions.a changes config.optim.lr, which is chosen from config.study.lrs",
+        ),
         ({"conditions": {"a": 3}}, "conditions.a=3. Expected changed groups of the configuration"),
         ({"objectives": {"clip": 3}}, "objectives.clip=3. Expected changed keys of config.loss"),
     ],
@@ -93,6 +99,11 @@ def test_a_contrast_is_taken_seed_by_seed():
     (found,) = questions.answers(made.study.questions, arms_of(made), runs)
     assert found.estimate.n == 4 and found.estimate.mean == pytest.approx(gain[:4].mean())
     assert found.p == pytest.approx(scipy.stats.ttest_rel(luck[:4] + gain[:4], luck[:4]).pvalue) == found.holm
+
+
+def test_the_seed_that_chooses_rates_is_none_of_the_reported(tmp_path):
+    with pytest.raises(InputError, match="search_seed=4 is a seed of the study. Expected >= 5$"):
+        Study(config(lrs=(1e-3, 1e-2), search_seed=4, more_seeds={"clip": 5}), tmp_path)
 
 
 @pytest.mark.parametrize("asked", [3, {"metric": "m"}, {"contrasts": {}}, {"metric": "m", "contrasts": "clip"}])

@@ -230,6 +230,24 @@ def test_what_the_card_cannot_read_is_said_before_anything_is_written(source, wo
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_without_tokenizer_does_not_get_that_of_the_one_before(source, tmp_path):
+    export.write(source, tmp_path, "hf")
+    export.write(dataclasses.replace(source, tokenizer=None), tmp_path, "hf")
+    assert not list(tmp_path.glob("tokenizer*")) and pretrained.read(tmp_path).tokenizer is None
+
+
+def test_open_clip_is_told_how_pictures_were_resized(source, tmp_path):
+    for squash, mode, how in (("no", "shortest", "bicubic"), ("bilinear", "squash", "bilinear"),
+                              ("bicubic", "squash", "bicubic")):  # fmt: skip
+        view = dataclasses.replace(source.view, squash=squash)
+        export.write(dataclasses.replace(source, view=view), tmp_path / squash, "openai")
+        described = json.loads((tmp_path / squash / "open_clip_config.json").read_text())["preprocess_cfg"]
+        assert (described["resize_mode"], described["interpolation"]) == (mode, how)
+    view = dataclasses.replace(source.view, resize=source.view.crop + 4)
+    with pytest.raises(InputError, match="pixels, for which open_clip has one size; use --to hf or orbax"):
+        export.write(dataclasses.replace(source, view=view), tmp_path / "other", "openai")
+
+
 def test_files_without_tokenizer_convert_and_say_so(source, tmp_path, monkeypatch, capsys):
     """As an OpenAI .pt: weights alone, and the tokenizer given or not."""
     export.write(source, tmp_path / "oc", "openai")
