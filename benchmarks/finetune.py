@@ -191,8 +191,8 @@ def main() -> None:
     flags = parser.parse_args()
     folder, work = flags.folder.resolve(), flags.work.resolve()
     about = (
-        f"`python -m benchmarks.finetune`: {flags.start_steps} steps on shapes, then {flags.steps} on CIFAR-10 with "
-        f"captions, {flags.rows:,} test pictures, {flags.seeds} seeds, {os.cpu_count()} CPU cores. "
+        f"`python -m benchmarks.finetune FOLDER`: {flags.start_steps} steps on shapes, then {flags.steps} on CIFAR-10 "
+        f"with captions, {flags.rows:,} test pictures, {flags.seeds} seeds, {os.cpu_count()} CPU cores. "
         "Means with 95 % intervals (Student's t); [finetuning.csv](finetuning.csv) has each run."
     )
     sizes = dict(steps=flags.steps, start_steps=flags.start_steps, seeds=flags.seeds, rows=flags.rows)

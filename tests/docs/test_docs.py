@@ -120,9 +120,10 @@ def call(module: str, words: list[str], monkeypatch) -> None:
 
 
 def check_training(words: list[str], monkeypatch) -> None:
-    """Flags, configuration, and that the data opens that is trained on."""
+    """Flags, configuration, and that the data open, or a model to evaluate with its tokenizer."""
     from input_pipeline import sources
     from rankclip_jax.train import __main__ as train
+    from rankclip_jax.weights import pretrained
 
     seen = []
     monkeypatch.setattr(train.plan, "plan", seen.append)
@@ -130,8 +131,11 @@ def check_training(words: list[str], monkeypatch) -> None:
     monkeypatch.setattr(train.evaluate, "evaluate", lambda config, workdir, out: seen.append(config))
     call("rankclip_jax.train", words, monkeypatch)
     (config,) = seen
+    if Path(config.eval.model or "").suffix == ".pt":
+        assert pretrained.read(config.eval.model, config.tokenizer.path).tokenizer
     if not any(word.startswith("--mode") for word in words) and config.data.format != "tfds":
-        assert sources.open_source(config.data, config.data.train, image_side=32).size
+        for path, split in (config.data.train, "train"), (config.data.val, "val"):
+            assert path is None or sources.open_source(config.data, path, image_side=32, split=split).size
 
 
 def check_study(words: list[str], monkeypatch) -> None:
