@@ -108,7 +108,8 @@ def _matches_remote(path, endings):
     if _is_glob(path):
         root = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
         levels = path[len(root) + 1 :].split("/")
-        return [file.path for file in storage.files_below(root) if _fits(file.path[len(root) + 1 :], levels)]
+        listed = storage.files_in if len(levels) == 1 else storage.files_below
+        return [file.path for file in listed(root) if _fits(file.path[len(root) + 1 :], levels)]
     if not storage.is_folder(path):
         return []
     return _with_ending(path, [file.path for file in storage.files_in(path)], endings)

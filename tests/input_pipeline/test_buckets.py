@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from input_pipeline import labelled, pipeline, sources
+from input_pipeline.sources.paths import expand
 from input_pipeline.sources.source import _BLOCK_ROWS, _BLOCKS
 from rankclip_jax import config
 from rankclip_jax.common import storage
@@ -66,6 +67,16 @@ def test_folders_wildcards_and_lists_of_names(bucket):
     with pytest.raises(InputError, match=r"no such file: gs://mine/000\d\d.tar"):
         opened("webdataset", "gs://mine/{00000..00063}.tar")
     assert sum(kind in ("list", "stat") for kind, _, _ in bucket.requests) < 6  # one listing, not one request a shard
+
+
+def test_a_wildcard_in_a_name_lists_no_folder_below(bucket):
+    write_tar(bucket.folder, samples(8))
+    (bucket.folder / "pictures").mkdir()
+    for i in range(50):
+        (bucket.folder / "pictures" / f"{i}.tar").touch()
+    assert expand("gs://mine/*.tar", endings=(".tar",)) == ["gs://mine/00000.tar", "gs://mine/00001.tar"]
+    assert [objects for kind, _, objects in bucket.requests if kind == "list"] == [2]
+    assert len(expand("gs://mine/*/*.tar", endings=(".tar",))) == 50
 
 
 def test_a_tokenizer_of_a_large_set_reads_few_blocks_and_no_pictures(bucket, monkeypatch):

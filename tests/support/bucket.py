@@ -40,7 +40,8 @@ class Bucket:
     """Serves a folder until the end of the block.
 
     Attributes:
-      requests: (kind, name, bytes) of each: "read", "stat", "list", "write", "delete"; or ("fault", kind, 0).
+      requests: (kind, name, bytes) of each: "read", "stat", "write", "delete"; ("list", prefix, objects in the answer);
+        or ("fault", kind, 0).
       faults: share of the reads that fail, in the ways of FAULTS in turn.
       latency: seconds before each answer.
       late: seconds by which a "late" answer is.
@@ -180,12 +181,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def list(self, bucket, prefix, delimiter):
-        self.bucket.note("list", prefix)
         items, folders = [], set()
         for name in self.bucket.names():
             if name.startswith(prefix):
                 head, found, _ = name[len(prefix) :].partition(delimiter) if delimiter else ("", "", "")
                 folders.add(prefix + head + delimiter) if found else items.append(self.bucket.described(name, bucket))
+        self.bucket.note("list", prefix, len(items))
         self.answer(200, dict(kind="storage#objects", items=items, prefixes=sorted(folders)))
 
     def read(self, name):
