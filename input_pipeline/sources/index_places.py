@@ -74,7 +74,7 @@ def cache_folder(cache_dir: str | None) -> str:
 def places(path: str, cache_dir: str | None) -> tuple[list[Place], list[Place]]:
     """(where to look for an index; where to write one: the first that can be written). `path`: of the first shard."""
     cache, folder = Place(cache_folder(cache_dir)), storage.parent(path)
-    beside = [] if path.startswith("http") else [Place(storage.join(folder, INDEX), folder)]
+    beside = [] if storage.is_http(path) else [Place(storage.join(folder, INDEX), folder)]
     return [*beside, cache], [cache] if cache_dir else [*beside, cache]
 
 

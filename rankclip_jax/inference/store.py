@@ -82,7 +82,7 @@ def _checked(path: str | Path, found: Embeddings) -> Embeddings:
 
 def is_folder(path: str) -> bool:
     """Whether a path names a folder, as one of shards is: it is one, ends in a slash, or its name has no ending."""
-    return not path.startswith("http") and (path.endswith("/") or not Path(path).suffix or os.path.isdir(path))
+    return not storage.is_http(path) and (path.endswith("/") or not Path(path).suffix or os.path.isdir(path))
 
 
 def shard(number: int) -> str:

@@ -16,7 +16,10 @@ from rankclip_jax.study import __main__ as study
 
 @pytest.fixture
 def server():
-    """Answers HEAD for every path but /none with the path's length, and with the date that its query names."""
+    """Answers HEAD for every path but /none with the path's length, and with the date that its query names.
+
+    GET is answered with what was asked for; /gone with 410, /long with 414, /no with 403.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -27,6 +30,13 @@ def server():
             if date:
                 self.send_header("Last-Modified", date)
             self.end_headers()
+
+        def do_GET(self):
+            asked = self.path.encode()
+            self.send_response({b"/gone": 410, b"/long": 414, b"/no": 403}.get(asked, 200))
+            self.send_header("Content-Length", str(len(asked)))
+            self.end_headers()
+            self.wfile.write(asked)
 
         def log_message(self, *_):
             pass
@@ -51,6 +61,56 @@ def test_what_a_server_says_of_its_time_and_length_may_be_anything(server):
         storage.stat([f"{server}/none"])
     with pytest.raises(InputError, match="not a valid address"):
         storage.stat(["http://[bad/x"])
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://",
+        "http:///a.jpg",
+        "http://exa mple.com/a.jpg",
+        "http://exa\0mple.com/a.jpg",
+        "http://mine\\a.jpg",
+        "http://mine:abc/a.jpg",
+        "http://mine:99999/a.jpg",
+        "http://mine..example/a.jpg",
+        "http://[::1/a.jpg",
+        "http://mine/a.jpg?\ud800",
+        "http://mine/" + "a" * 9_000_000,
+    ],
+    ids=lambda address: ascii(address[:40]),
+)
+def test_an_address_that_cannot_be_is_refused_without_a_request(address):
+    with pytest.raises(storage.NoPlaceError, match="not a valid address") as refused:
+        storage.read(address)
+    assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "address, root",
+    [
+        ("HTTP://mine/a.jpg", "mine"),
+        ("https://bücher.example:81/a.jpg", "xn--bcher-kva.example:81"),
+        ("http://[::1]:81/a.jpg#part", "[::1]:81"),
+        ("http://a user:word@mine/a.jpg", "a%20user:word@mine"),
+    ],
+)
+def test_a_host_is_written_as_the_network_names_it(address, root):
+    assert place.place_of(address)[1:] == (root, "a.jpg", "")
+    assert storage.is_http(address) and not storage.is_http("https_pictures/a.jpg")
+
+
+def test_one_odd_address_ends_no_other_read(server):
+    ahead = storage.ReadAhead()
+    assert ahead.take(f"{server}/a.jpg?t=a b&u=ü%20+[1]") == b"/a.jpg?t=a%20b&u=%C3%BC%20+[1]"
+    for path, error in (("/gone", storage.MissingError), ("/long", storage.NoPlaceError)):
+        with pytest.raises(error):
+            ahead.take(server + path)
+    assert ahead.take(f"{server}/a.jpg") == b"/a.jpg" and ahead.failed is None
+    with pytest.raises(InputError, match="cannot be reached: .*403"):
+        ahead.take(f"{server}/no")
+    with pytest.raises(InputError, match="cannot be reached: .*403"):
+        ahead.take(f"{server}/a.jpg")
 
 
 def test_what_fetches_pictures_from_many_sites_is_named_where_one_cannot_be_reached():

@@ -17,7 +17,7 @@ from rankclip_jax.common.storage.copies import (
 )
 from rankclip_jax.common.storage.holding import Held
 from rankclip_jax.common.storage.listing import File, check_bucket, exists, files_below, files_in, is_folder, stat
-from rankclip_jax.common.storage.place import NoPlaceError, is_remote, join, local, name_of, parent
+from rankclip_jax.common.storage.place import NoPlaceError, is_http, is_remote, join, local, name_of, parent
 from rankclip_jax.common.storage.reading import MissingError, ReadAhead, RemoteFile, delete, read, write
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "files_below",
     "files_in",
     "is_folder",
+    "is_http",
     "is_remote",
     "join",
     "local",

@@ -22,7 +22,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
 from rankclip_jax.common.ownership import INDEX, MARKER, ORIGIN, listed
 from rankclip_jax.common.storage import listing, reading
-from rankclip_jax.common.storage.place import is_remote, join, name_of, parent, place_of
+from rankclip_jax.common.storage.place import is_http, is_remote, join, name_of, parent, place_of
 
 CHECKPOINTS = "checkpoints"
 _OWNER = ".lock"  # in the bucket: who took the folder last; here the file of that name is of another use
@@ -44,7 +44,7 @@ def fetched(path: str) -> Path:
     single = listing.stat([path])[0]
     if single:
         local = _temporary(name_of(parent(path)) or "copy")
-        beside = [] if path.startswith("http") else listing.files_in(parent(path))
+        beside = [] if is_http(path) else listing.files_in(parent(path))
         for file in [single, *(file for file in beside if file.path.endswith(_BESIDE))]:
             _copy(file, local / name_of(file.path))
         return local / name_of(path)

@@ -21,6 +21,7 @@ from rankclip_jax.common.storage.place import (
     answer_of,
     endpoint,
     explained,
+    is_http,
     is_remote,
     parent,
     place_of,
@@ -47,7 +48,7 @@ def stat(paths: Sequence[str]) -> list[File | None]:
       InputError: the store cannot be reached or may not be listed; or a local file cannot be read.
     """
     found: dict[str, File | None] = {}
-    remote = [path for path in paths if is_remote(path) and not path.startswith("http")]
+    remote = [path for path in paths if is_remote(path) and not is_http(path)]
     folders = [folder for folder, count in Counter(map(parent, remote)).items() if count > _MANY]
     for folder in folders:
         found |= dict.fromkeys((path for path in remote if parent(path) == folder), None)

@@ -20,6 +20,8 @@ _PATIENCE = 30.0  # seconds, after which a wait is worth a line
 _CONCURRENCY = {"limit": 256}  # requests at once; TensorStore's own 32 are 640 a second at 50 ms
 # By default a read waits for ever for an answer that never comes.
 _LOW_SPEED = {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "20", "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1"}
+_STAYS = ":/?[]@!$&'()*+,;=%~"  # of an address, beside letters and digits; also what is quoted already
+_LONGEST = 2**16  # characters of an address; at eight million bytes curl ends the process
 _GOOGLE = "GOOGLE_APPLICATION_CREDENTIALS, gcloud's application_default_credentials.json, the machine's metadata server"
 _AMAZON = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws/credentials, the machine's metadata server"
 
@@ -42,6 +44,11 @@ def is_remote(path: Any) -> bool:
     return "://" in str(path)
 
 
+def is_http(path: str) -> bool:
+    """Whether the path is a web address; its scheme may be in capitals, as any."""
+    return path[:8].lower().startswith(("http://", "https://"))
+
+
 def local(path: str, what: str) -> Path:
     """A path to write to; ~ is the home folder, also where no shell says so, as in --out=~/x.
 
@@ -56,14 +63,10 @@ def local(path: str, what: str) -> Path:
 
 
 def place_of(path: str) -> Place:
-    """Raises NoPlaceError where the scheme is none that can be read, or no bucket is named."""
+    """Raises NoPlaceError where the scheme is none that can be read, or no bucket or no possible host is named."""
+    if is_http(path):
+        return _web_place(path)
     scheme, _, rest = path.partition("://")
-    if scheme in ("http", "https"):
-        try:
-            parts = urllib.parse.urlsplit(path)
-        except ValueError as error:
-            raise NoPlaceError(f"{path}; not a valid address: {error}") from None
-        return Place(scheme, parts.netloc, urllib.parse.unquote(parts.path.lstrip("/")), parts.query)
     if scheme not in _BUCKETS:
         raise NoPlaceError(
             f"{path}; {scheme}:// is not supported: copy or mount it, or give a local path, gs://, s3:// or http(s)://"
@@ -72,6 +75,22 @@ def place_of(path: str) -> Place:
     if not bucket:
         raise NoPlaceError(f"{path}; no bucket is named. Expected {scheme}://BUCKET/NAME")
     return Place(scheme, bucket, key)
+
+
+def _web_place(path: str) -> Place:
+    if len(path) > _LONGEST:
+        raise NoPlaceError(f"{path[:100]}...; not a valid address: {len(path)} characters long")
+    try:
+        parts = urllib.parse.urlsplit(path)
+        user, at, _ = parts.netloc.rpartition("@")
+        host = (parts.hostname or "").encode("idna").decode()  # as the network names a host in any script
+        if not re.fullmatch(r"[\w.~%:-]+", host, re.ASCII):
+            raise ValueError("it names no host" if not host else "no host has this name")
+        site = (f"[{host}]" if ":" in host else host) + (f":{parts.port}" if parts.port is not None else "")
+        user, query = (urllib.parse.quote(part, safe=_STAYS) for part in (user, parts.query))
+        return Place(parts.scheme, user + at + site, urllib.parse.unquote(parts.path.lstrip("/")), query)
+    except ValueError as error:
+        raise NoPlaceError(f"{path}; not a valid address: {error}") from None
 
 
 def join(folder: str, *names: str) -> str:

@@ -92,7 +92,10 @@ def _result(path: str, begin: int, end: int | None, started: Any) -> bytes:
         except ValueError as error:
             if "OUT_OF_RANGE" in str(error):
                 raise MissingError(f"{path} ends before byte {end or begin}: {one_line(error)}") from None
-            if re.search(r"Invalid \w+ object name", str(error)):  # TensorStore's: too long, or with a line end in it
+            if "[HTTP code 410]" in str(error):  # gone
+                raise MissingError(f"no such file: {path}") from None
+            # TensorStore's words for a name that is too long or has a line end in it, curl's, a server's for too long.
+            if re.search(r"Invalid \w+ object name|URL rejected|\[HTTP code 414\]", str(error)):
                 raise NoPlaceError(f"{path}; {one_line(error)}") from None
             raise explained(path, error) from None
         if answer.state != "value":
