@@ -48,7 +48,8 @@ def server():
 
 
 @pytest.mark.parametrize(
-    "path, sent", [("/a b.jpg", "/a%20b.jpg"), ("/ä.jpg", "/%C3%A4.jpg"), ("/a%20b.jpg", "/a%20b.jpg")]
+    "path, sent",
+    [("/a b.jpg", "/a%20b.jpg"), ("/ä.jpg", "/%C3%A4.jpg"), ("/a%20b.jpg", "/a%20b.jpg"), ("/a%2Fb%E9", "/a%2Fb%E9")],
 )
 def test_an_address_may_have_blanks_and_letters_of_any_script(server, path, sent):
     (found,) = storage.stat([server + path])
@@ -96,8 +97,34 @@ def test_an_address_that_cannot_be_is_refused_without_a_request(address):
     ],
 )
 def test_a_host_is_written_as_the_network_names_it(address, root):
-    assert place.place_of(address)[1:] == (root, "a.jpg", "")
+    assert place.place_of(address)[1:] == (root, "/a.jpg", "")
     assert storage.is_http(address) and not storage.is_http("https_pictures/a.jpg")
+
+
+def test_a_server_is_asked_for_the_address_as_it_is_written(server):
+    for path in (
+        "/v0/b/shop/o/images%2F1.jpg?alt=media&token=%2F",
+        "/images%2Fa%E9.jpg",
+        "/images%2Fa/b%E9/c%20d.jpg",
+        "/a%E9.jpg",
+        "/%21%24%26%27%28%29%2A%2B%2C%3A%3B%3D.jpg",
+        "/!$&'()*+,:;=-._~.jpg",
+        "/a%252Fb%25.jpg",
+        "/a%3Fb%23c%40d%5B.jpg",
+        "/a%2Bb//c.jpg",
+        "/a//b.jpg",
+        "/a%2Fb/",
+        "/%00.jpg",
+    ):
+        assert storage.read(server + path).decode() == path
+    quoted = {
+        "": "/",
+        "?a=b": "/?a=b",
+        "/ü%2F ü.jpg#part": "/%C3%BC%2F%20%C3%BC.jpg",
+        "/100%.jpg": "/100%25.jpg",
+        "/a|b\\c.jpg": "/a%7Cb%5Cc.jpg",
+    }
+    assert {path: storage.read(server + path).decode() for path in quoted} == quoted
 
 
 def test_one_odd_address_ends_no_other_read(server):

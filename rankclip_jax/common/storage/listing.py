@@ -98,7 +98,7 @@ def _stat(path: str) -> File | None:
         return File(path, found.st_size, found.st_mtime_ns)
     place = place_of(path)
     if place.scheme.startswith("http"):
-        return _head(path)
+        return _head(path, place)
     info = _info(path, place, f"{place.root}/{place.key}")
     return _file(path, info) if info.is_file else None
 
@@ -183,9 +183,8 @@ def _amazon(fs: Any, bucket: str, address: str | None) -> Any:
     return fs.S3FileSystem(**options)
 
 
-def _head(path: str) -> File | None:
-    begin = time.monotonic()
-    address = urllib.parse.quote(path, safe=":/?#[]@!$&'()*+,;=%~")  # blanks and letters that are not ASCII
+def _head(path: str, place: Place) -> File | None:
+    begin, address = time.monotonic(), f"{place.scheme}://{place.root}{place.key}{place.query}"
     for wait in (1, 2, 4, 8, 16, 0):
         try:
             with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=20) as answer:

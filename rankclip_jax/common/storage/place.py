@@ -21,13 +21,19 @@ _CONCURRENCY = {"limit": 256}  # requests at once; TensorStore's own 32 are 640 
 # By default a read waits for ever for an answer that never comes.
 _LOW_SPEED = {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "20", "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1"}
 _STAYS = ":/?[]@!$&'()*+,;=%~"  # of an address, beside letters and digits; also what is quoted already
+# TensorStore quotes a key, but for /!$&'()*+,:;= which may not mean the same as %2F and so on (S3 reads + as a blank).
+# Of its base_url it keeps what is quoted, up to the last folder or name with one of these.
+_KEPT = re.compile(r"^((?:.*%(?:2[1467-9A-CF]|3[ABD])[^/]*)?)(.*)", re.IGNORECASE)
 _LONGEST = 2**16  # characters of an address; at eight million bytes curl ends the process
 _GOOGLE = "GOOGLE_APPLICATION_CREDENTIALS, gcloud's application_default_credentials.json, the machine's metadata server"
 _AMAZON = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, ~/.aws/credentials, the machine's metadata server"
 
 
 class Place(NamedTuple):
-    """scheme://root/key: `root` is a bucket, or a host; `query` of an http address."""
+    """scheme://root/key: `root` is a bucket, or a host.
+
+    An http address is as it is sent: `key` with its first slash, `query` with its question mark.
+    """
 
     scheme: str
     root: str
@@ -87,8 +93,8 @@ def _web_place(path: str) -> Place:
         if not re.fullmatch(r"[\w.~%:-]+", host, re.ASCII):
             raise ValueError("it names no host" if not host else "no host has this name")
         site = (f"[{host}]" if ":" in host else host) + (f":{parts.port}" if parts.port is not None else "")
-        user, query = (urllib.parse.quote(part, safe=_STAYS) for part in (user, parts.query))
-        return Place(parts.scheme, user + at + site, urllib.parse.unquote(parts.path.lstrip("/")), query)
+        user, key, query = (urllib.parse.quote(part, safe=_STAYS) for part in (user, parts.path, parts.query))
+        return Place(parts.scheme, user + at + site, key, f"?{query}" if query else "")
     except ValueError as error:
         raise NoPlaceError(f"{path}; not a valid address: {error}") from None
 
@@ -108,9 +114,12 @@ def name_of(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
 
 
-def store_of(place: Place) -> tuple[Any, str]:
+def store_of(place: Place) -> tuple[Any, str | bytes]:
     """(the open tensorstore.KvStore, the key in it)"""
-    return _opened(place.scheme, place.root, place.query, endpoint(place.scheme)), place.key
+    if place.scheme in _BUCKETS:
+        return _opened(place.scheme, place.root, "", endpoint(place.scheme)), place.key
+    kept, rest = _KEPT.findall(place.key)[0]
+    return _opened(place.scheme, place.root + kept, place.query, None), urllib.parse.unquote_to_bytes(rest)
 
 
 def endpoint(scheme: str) -> str | None:
@@ -128,7 +137,7 @@ def _opened(scheme: str, root: str, query: str, address: str | None) -> Any:
     kind = {"gs": "gcs", "s3": "s3"}.get(scheme, "http")
     context = tensorstore.Context({f"{kind}_request_retries": _RETRIES, f"{kind}_request_concurrency": _CONCURRENCY})
     if kind == "http":
-        spec = {"driver": "http", "base_url": f"{scheme}://{root}" + (f"?{query}" if query else "")}
+        spec = {"driver": "http", "base_url": f"{scheme}://{root}{query}"}
     else:
         spec = {"driver": kind, "bucket": root} | (_amazon(address) if kind == "s3" else {})
     try:
