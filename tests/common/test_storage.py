@@ -5,6 +5,7 @@ import re
 import threading
 
 import pytest
+import tensorstore
 
 from rankclip_jax import convert, embed
 from rankclip_jax.common import files, storage
@@ -41,7 +42,10 @@ def server():
         def log_message(self, *_):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+    class Server(http.server.ThreadingHTTPServer):
+        request_queue_size = 512
+
+    with Server(("127.0.0.1", 0), Handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
@@ -138,6 +142,16 @@ def test_one_odd_address_ends_no_other_read(server):
         ahead.take(f"{server}/no")
     with pytest.raises(InputError, match="cannot be reached: .*403"):
         ahead.take(f"{server}/a.jpg")
+
+
+def test_addresses_with_queries_of_their_own_share_one_context_and_leave_few_stores_open(server, monkeypatch):
+    made, real = [], tensorstore.Context
+    monkeypatch.setattr(tensorstore, "Context", lambda *options: made.append(options) or real(*options))
+    ahead, addresses = storage.ReadAhead(), [f"/a.jpg?signature={number}" for number in range(300)]
+    for address in addresses:
+        ahead.start(server + address)
+    assert [ahead.take(server + address).decode() for address in addresses] == addresses
+    assert len(made) <= 1 and place._opened.cache_info().currsize <= 128
 
 
 def test_what_fetches_pictures_from_many_sites_is_named_where_one_cannot_be_reached():

@@ -128,14 +128,12 @@ def endpoint(scheme: str) -> str | None:
     return next((os.environ[name] for name in names if os.environ.get(name)), None)
 
 
-@functools.cache
+@functools.lru_cache(128)  # each query of an http address is a store of its own; a read holds its store
 def _opened(scheme: str, root: str, query: str, address: str | None) -> Any:
-    for name, value in _LOW_SPEED.items():
-        os.environ.setdefault(name, value)
+    kind = {"gs": "gcs", "s3": "s3"}.get(scheme, "http")
+    context = _context(kind, address)
     import tensorstore
 
-    kind = {"gs": "gcs", "s3": "s3"}.get(scheme, "http")
-    context = tensorstore.Context({f"{kind}_request_retries": _RETRIES, f"{kind}_request_concurrency": _CONCURRENCY})
     if kind == "http":
         spec = {"driver": "http", "base_url": f"{scheme}://{root}{query}"}
     else:
@@ -144,6 +142,15 @@ def _opened(scheme: str, root: str, query: str, address: str | None) -> Any:
         return tensorstore.KvStore.open(spec, context=context).result()
     except ValueError as error:
         raise explained(f"{scheme}://{root}", error) from None
+
+
+@functools.cache  # one for all stores of an endpoint, or each would have as many requests at once
+def _context(kind: str, address: str | None) -> Any:
+    for name, value in _LOW_SPEED.items():
+        os.environ.setdefault(name, value)
+    import tensorstore
+
+    return tensorstore.Context({f"{kind}_request_retries": _RETRIES, f"{kind}_request_concurrency": _CONCURRENCY})
 
 
 def _amazon(address: str | None) -> dict[str, Any]:
