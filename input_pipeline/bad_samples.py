@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from input_pipeline.sources import Ahead, Source, told
 from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common.errors import InputError, printable
@@ -16,8 +18,8 @@ from rankclip_jax.common.errors import InputError, printable
 class BadSamples:
     """Finds samples dropped by tf.data's `ignore_errors`, by the gaps in the positions, and writes a line for each row.
 
-    The hot path stays in the graph: only a dropped sample is read once more, alone, to find the reason. Samples that
-    the source cannot reach at all (Source.lost) are recorded and counted at the start.
+    The hot path stays in the graph: only a dropped row is read once more, alone, to find the reason; not again in later
+    epochs. Samples that the source cannot reach at all (Source.lost) are recorded and counted at the start.
 
     Attributes:
       seen: samples read so far.
@@ -33,7 +35,7 @@ class BadSamples:
         """
         self.count, self.seen = 0, 0
         self._source, self._path, self._max_fraction = source, path, max_fraction
-        self._named, self.reasons = set(), Counter()
+        self._named, self._rows, self.reasons = set(), set(), Counter()  # _rows: whose place and reason are known
         if path and path.exists():
             text = path.read_text()
             if text and not text.endswith("\n"):  # the torn last line of a killed run
@@ -55,15 +57,20 @@ class BadSamples:
     def check(self, good: int, dropped: list[int], row_of: Callable, sample: Callable) -> None:
         """Counts `good` samples and records those at the positions `dropped`.
 
+        `row_of`: positions, int64 (n,) -> rows. `sample`: reads that at a position.
+
         Raises:
           InputError: more than `max_fraction` of at least 100 samples were bad.
         """
         self.seen += good + len(dropped)
         self.count += len(dropped)
-        for position in dropped:
-            row = int(row_of(position))
+        rows = np.asarray(row_of(np.array(dropped, np.int64))).tolist() if dropped else []
+        for row, position in zip(rows, dropped, strict=True):
+            if row in self._rows:
+                continue
             detail, reason = why_dropped(sample, position, self._source.ahead)
             self._name(row, self._source.where(row), reason, detail)
+            self._rows.add(row)
         if dropped and self.seen >= 100 and self.count > self._max_fraction * self.seen:
             raise InputError(self._too_many(f"{self.count} of {self.seen} samples are unusable"))
 

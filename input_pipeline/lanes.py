@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -112,10 +113,10 @@ class LaneStream:
         for positions, _ in self._order.after(lane, self.position[0]):
             yield from (positions * self._order.lanes + lane).tolist()
 
-    def row_of(self, place: int) -> int:
-        """The row at a place."""
-        position, lane = divmod(int(place), self._order.lanes)
-        return self._order.row_at(lane, position)
+    def row_of(self, place: Any) -> Any:
+        """The row at a place, or the rows at several."""
+        position, lane = np.divmod(np.asarray(place), self._order.lanes)
+        return np.vectorize(self._order.row_at, otypes=[np.int64])(lane, position)[()]  # of one place a number
 
     def passed(self, places: np.ndarray) -> list[int]:
         """Moves `position` behind a batch with samples of these places; returns the places that were passed over."""

@@ -92,7 +92,7 @@ class RowStream:
             yield place_of(position, self._batch_size, self._process)
 
     def row_of(self, place: tf.Tensor) -> tf.Tensor:
-        """The row at a place."""
+        """The row at a place, or the rows at several."""
         return row_at(self._source, place, self._seed)
 
     def passed(self, places: np.ndarray) -> list[int]:

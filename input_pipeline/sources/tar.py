@@ -66,12 +66,9 @@ class Members:
         """The location of a sample: file and key."""
         file = self.index.file_of(row)
         path, (record,) = self.index.paths[file], self.index.of_rows([row])[1]
-        begins = record[: len(record) // 2]
-        if storage.is_remote(path):  # without reading all of the tar; a long name is cut off
-            names = tar_index.names_before(path, [int(begin) for begin in begins if begin >= headers.BLOCK])
-        else:
-            names = tar_index.names_by_begin(path, self.index.sizes[file])
-        found = [names.get(begin, "unknown: the tar has changed") for begin in begins if begin >= 0]
+        begins = [int(begin) for begin in record[: len(record) // 2] if begin >= headers.BLOCK]
+        names = tar_index.names_before(path, begins)
+        found = [names.get(begin, "unknown: the tar has changed") for begin in begins]
         common = os.path.commonprefix(found)  # noqa: RUF071 (of letters)
         return f"{path} key {common.rpartition('.')[0] or found[0]}"
 

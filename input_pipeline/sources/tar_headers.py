@@ -35,12 +35,8 @@ def members(data: Bytes, size: int, path: str) -> Iterator[tuple[str, int, int]]
             # The end mark. Concatenated tars also have one in the middle.
             at, ended = at + BLOCK, True
             continue
-        stored, length = _number(head[148:156]), _number(head[124:136])
-        # The sum of all bytes, with spaces in the checksum field. Adler-32 starts with this sum, and is computed in C.
-        if (
-            None in (stored, length)
-            or zlib.adler32(head) % 65536 != (1 + stored - 8 * ord(" ") + sum(head[148:156])) % _ADLER_PRIME
-        ):
+        length = _length(head)
+        if length is None:
             raise TornError("a broken header", at, cut_off=False)
         kind, begin, ended = head[156:157], at + BLOCK, False
         if kind in (b"0", b"\0", b"7") and long_size is not None:
@@ -48,7 +44,7 @@ def members(data: Bytes, size: int, path: str) -> Iterator[tuple[str, int, int]]
         more = kind == b"S" and head[482]
         while more:  # GNU: further headers of a sparse file
             more, begin = begin + BLOCK <= size and data[begin + 504], begin + BLOCK
-        end = begin + -(-length // BLOCK) * BLOCK
+        end = begin + _padded(length)
         if begin + length > size:
             raise TornError("truncated inside the member that starts", at)
         if kind == b"x":  # pax: the next member's name or size, if they do not fit into its header
@@ -59,7 +55,7 @@ def members(data: Bytes, size: int, path: str) -> Iterator[tuple[str, int, int]]
                 if long_size is None:
                     raise TornError("a size that is not a number", at, cut_off=False)
         elif kind == b"L":  # GNU: the same for its name
-            long_name = bytes(data[begin : begin + length]).rstrip(b"\0").decode(errors="replace")
+            long_name = _long_name(bytes(data[begin : begin + length]))
         else:
             if kind in (b"0", b"\0", b"7"):  # a regular file
                 yield long_name or name_of(head), begin, length
@@ -69,6 +65,43 @@ def members(data: Bytes, size: int, path: str) -> Iterator[tuple[str, int, int]]
         at = end
     if not ended:
         raise TornError("no end mark, so it may be truncated", min(at, size))
+
+
+def name_before(data: bytes) -> str | None:
+    """The name of the member whose header ends `data`; a long one, of the pax or GNU header before, if that is there.
+
+    None: there is no such header.
+    """
+    name, begin = None, len(data)
+    for at in range(len(data) - BLOCK, -1, -BLOCK):
+        head = data[at : at + BLOCK]
+        kind, length = head[156:157], _length(head)
+        if length is None:
+            continue
+        if name is None and (at + BLOCK == begin or kind == b"S"):  # of a sparse file further headers can follow
+            name, begin = name_of(head), at
+        elif name is not None and kind in (b"x", b"L") and at + BLOCK + _padded(length) == begin:
+            content = data[at + BLOCK : at + BLOCK + length]
+            return _long_name(content) if kind == b"L" else _pax_records(content).get("path", name)
+    return name
+
+
+def _length(head):
+    """The length of what follows a header; None: it is broken."""
+    stored, length = _number(head[148:156]), _number(head[124:136])
+    # The sum of all bytes, with spaces in the checksum field. Adler-32 starts with this sum, and is computed in C.
+    whole = None not in (stored, length) and (
+        zlib.adler32(head) % 65536 == (1 + stored - 8 * ord(" ") + sum(head[148:156])) % _ADLER_PRIME
+    )
+    return length if whole else None
+
+
+def _padded(length):
+    return -(-length // BLOCK) * BLOCK
+
+
+def _long_name(content):
+    return content.rstrip(b"\0").decode(errors="replace")
 
 
 def _number(field):

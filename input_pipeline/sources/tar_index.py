@@ -8,12 +8,14 @@ import numpy as np
 
 from input_pipeline.sources import tar_headers as headers
 from input_pipeline.sources.index_places import Kind
-from input_pipeline.sources.offset_index import Bytes, Scan, open_slices
+from input_pipeline.sources.offset_index import Bytes, Scan
 from input_pipeline.sources.source import Lost
 from input_pipeline.sources.tar_samples import Pairing
 from rankclip_jax.common import storage
+from rankclip_jax.common.errors import InputError
 
 LARGEST = 2**31 - 1  # bytes of a member in the index; larger members have this length too, and are bad samples
+_BEFORE = 16 * headers.BLOCK  # bytes before a member: its header, and one with a name of the longest that Linux has
 
 
 def kind(wanted: Mapping[str, tuple[str, ...]], optional: tuple[str, ...]) -> Kind:
@@ -48,22 +50,11 @@ def _scan(wanted: Mapping[str, tuple[str, ...]], optional: tuple[str, ...], data
 
 
 def names_before(path: str, begins: Sequence[int]) -> dict[int, str]:
-    """First byte of a member -> the name in the header before it, of those that are still there."""
+    """First byte of a member -> its name, of those that are still there: the headers alone are read, not the tar's."""
     found = {}
     for begin in begins:
-        with contextlib.suppress(storage.MissingError):
-            found[begin] = headers.name_of(storage.read(path, begin - headers.BLOCK, begin))
-    return found
-
-
-@functools.lru_cache(8)
-def names_by_begin(path: str, size: int) -> dict[int, str]:
-    """First byte of a member -> its name."""
-    found = {}
-    with open_slices(path, size) as data:
-        try:
-            for name, begin, _ in headers.members(data, size, path):
+        with contextlib.suppress(InputError):
+            name = headers.name_before(storage.read(path, max(0, begin - _BEFORE), begin))
+            if name is not None:
                 found[begin] = name
-        except headers.TornError:
-            pass
     return found

@@ -1,5 +1,6 @@
 """Each case of tests/support/cases.py by its name, with what it gives; and one table, one tar through every reader."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -181,6 +182,23 @@ def test_a_thousand_bad_rows_are_a_short_line(tmp_path, capsys):
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 1000
     with pytest.raises(InputError, match=r"^1000 of about 1001 samples are lost, more than config.data.max_bad_fra"):
         BadSamples(source, max_fraction=0.1)
+
+
+def test_a_row_that_is_bad_in_every_epoch_is_looked_at_once(made, tmp_path):
+    asked, spec = [], data("csv", made / "tables/five.csv")
+    source = sources.open_source(spec, spec.train, image_side=8)
+    source = dataclasses.replace(source, where=lambda row: asked.append(f"where {row}") or f"row {row}")
+    bad = BadSamples(source, tmp_path / "bad.jsonl")
+
+    def sample(position):
+        asked.append(f"read {int(position)}")
+        raise InputError("broken")
+
+    for epoch in range(3):  # positions of rows 1 and 3
+        bad.check(3, [5 * epoch + 1, 5 * epoch + 3], lambda position: position % 5, sample)
+    assert asked == ["read 1", "where 1", "read 3", "where 3"]
+    assert bad.seen == 15 and bad.count == 6 and bad.reasons == {"broken": 2}
+    assert [json.loads(line)["row"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()] == [1, 3]
 
 
 def test_prepare_lists_the_rows_that_it_could_not_reach(made, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from input_pipeline.bad_samples import reason_of_failure
 from input_pipeline.sources import index_places, offset_index, paths, tfrecord
+from rankclip_jax.common import storage
 from rankclip_jax.common.tokenizer import Tokenizer
 from tests.input_pipeline.test_mixtures import stream
 from tests.input_pipeline.test_sources import opened
@@ -124,6 +125,28 @@ def test_tars_of_every_dialect(tmp_path):
         assert reason_of_failure(source.read, 0) == reason_of_failure(source.read, 4) == LINKED
         good = [next(iter(tf.data.Dataset.from_tensors(row).map(source.read))) for row in (1, 2, 3, 5, 6, 7)]
         assert [(one["image"].numpy(), one["caption"].numpy().decode()) for one in good] == [(image, caption)] * 6
+
+
+def test_the_place_of_a_row_is_named_without_reading_its_tar(tmp_path, monkeypatch):
+    keys = ["plain", "n" * 140, "sparse"]
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for key, ending in ((key, ending) for key in keys for ending in ("jpg", "txt")):
+            member = tarfile.TarInfo(f"{key}.{ending}")
+            member.size = 100_000
+            tar.addfile(member, io.BytesIO(b"x" * member.size))
+    data = bytearray((tmp_path / "0.tar").read_bytes())
+    at = data.index(b"sparse.jpg")
+    data[at + 156 : at + 157], data[at + 482] = b"S", 1  # a further header follows
+    data[at + 148 : at + 156] = b"%06o\0 " % (sum(data[at : at + 148]) + 8 * 32 + sum(data[at + 156 : at + 512]))
+    data[at + 512 : at + 512] = bytes(512)
+    (tmp_path / "0.tar").write_bytes(data)
+    source, read, asked = opened("webdataset", str(tmp_path)), storage.read, []
+    monkeypatch.setattr(storage, "read", lambda path, begin, end: asked.append(end - begin) or read(path, begin, end))
+    assert [source.where(row) for row in range(3)] == [f"{tmp_path}/0.tar key {key}" for key in keys]
+    assert len(asked) == 6 and max(asked) <= 8192
+    with open(tmp_path / "0.tar", "r+b") as shard:
+        shard.truncate(1000)
+    assert source.where(1) == f"{tmp_path}/0.tar key unknown: the tar has changed"
 
 
 LINKED = "the image is a link in the tar, or sparse; write it with tar -h --hard-dereference"
