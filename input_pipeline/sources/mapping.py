@@ -13,6 +13,7 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64
 _libc.munmap.argtypes = ctypes.c_void_p, ctypes.c_size_t
 _FAILED = ctypes.c_void_p(-1).value
+_MAPPINGS, _MOST = "/proc/self/maps", "/proc/sys/vm/max_map_count"  # of this process, one a line; how many it may have
 
 
 class _Mapping:
@@ -33,6 +34,15 @@ class _Mapping:
     def __del__(self) -> None:
         if self._span[0] is not None:
             _libc.munmap(*self._span)
+
+
+def may_map(files: int) -> bool:
+    """Whether the system lets this process map so many files and still have a quarter of its mappings for all else."""
+    try:
+        with open(_MAPPINGS, "rb") as now, open(_MOST, "rb") as most:
+            return sum(1 for _ in now) + files <= int(most.read()) * 3 // 4
+    except OSError:  # not Linux
+        return True
 
 
 def mapped(path: str | os.PathLike, size: int | None = None) -> np.ndarray:

@@ -1,8 +1,8 @@
 """WebDataset tars: members whose names are equal up to the first dot form a sample (00012.jpg, 00012.txt).
 
 The headers of the tars are scanned once (tar_index.py). After that a sample is one range of bytes, read inside the
-graph from local files (byte_ranges.py), otherwise by Python (together.py). `open_members` opens samples with any
-members:
+graph from local files (byte_ranges.py), otherwise by Python (together.py), as also from more local files than can be
+mapped. `open_members` opens samples with any members:
 
   members = open_members(["test/0.tar"], {"image": ("jpg", "png", "webp"), "cls": ("cls",)})
   members.read(row)     ops: {"image": bytes, "cls": bytes}; a row without one of them is a bad row
@@ -21,6 +21,7 @@ from input_pipeline.sources import tar_headers as headers
 from input_pipeline.sources import tar_index
 from input_pipeline.sources.byte_ranges import ahead_of, byte_ranges
 from input_pipeline.sources.index_places import Kind
+from input_pipeline.sources.mapping import may_map
 from input_pipeline.sources.offset_index import Peers, offset_index
 from input_pipeline.sources.offsets import OffsetIndex
 from input_pipeline.sources.paths import expand
@@ -179,7 +180,7 @@ class _Reader:
         self._index, self._wanted, self._required = index, wanted, required
         self._most = min((spec.get("max_file_mb") or MAX_FILE_MB) * 1_000_000, tar_index.LARGEST - 1)
         self._held = shard_blocks(spec, index, self._range_of_block, index.reads)
-        in_python = self._held is not None or any(map(storage.is_remote, index.paths))
+        in_python = self._held is not None or any(map(storage.is_remote, index.paths)) or not may_map(len(index.paths))
         self._slice_of = None if in_python else byte_ranges(index.paths)
         self.blocks = self._held.blocks if self._held else None
         self.together = row_by_row(len(wanted), self._take_members, self._places) if in_python else None

@@ -1,6 +1,7 @@
 """More shards than a process may open files: read all the same."""
 
 import contextlib
+import dataclasses
 import errno
 import io
 import os
@@ -13,9 +14,11 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from input_pipeline import sources
+from input_pipeline.bad_samples import reason_of_failure
+from input_pipeline.sources import mapping
 from input_pipeline.sources.mapping import mapped
 from rankclip_jax.common import commands
-from tests.support.source_files import KEYS, samples
+from tests.support.source_files import KEYS, read_all, samples, write_tar
 
 
 @contextlib.contextmanager
@@ -43,6 +46,23 @@ def test_a_hundred_tars_with_thirty_open_files(tmp_path):
         source = sources.open_source(spec, str(tmp_path), image_side=8)
         images = [source.read(tf.constant(row, tf.int64))["image"].numpy() for row in range(100)]
     assert images == [image for image, _ in made] and not source.lost
+
+
+def test_more_tars_than_a_process_may_map_are_read_by_python(tmp_path, monkeypatch):
+    made, spec = samples(12), ConfigDict(KEYS | dict(format="webdataset"))
+    write_tar(tmp_path, made)
+    assert sources.open_source(spec, str(tmp_path), image_side=8).together is None
+    (tmp_path / "now").write_text("one\n" * 28)
+    for most, in_python in ((40, False), (39, True)):  # of which three quarters are for 28 others and 2 tars
+        (tmp_path / "most").write_text(f"{most}\n")
+        monkeypatch.setattr(mapping, "_MAPPINGS", str(tmp_path / "now"))
+        monkeypatch.setattr(mapping, "_MOST", str(tmp_path / "most"))
+        source = sources.open_source(spec, str(tmp_path), image_side=8)
+        assert read_all(source) == made and (source.together is not None) == in_python and source.ahead is None
+    with open(tmp_path / "00001.tar", "r+b") as shard:  # of what Python reads, what is gone is a bad row
+        shard.truncate(1000)
+    assert reason_of_failure(source.read, 11).startswith(f"{tmp_path}/00001.tar ends before byte ")
+    assert read_all(dataclasses.replace(source, size=1)) == made[:1]
 
 
 def test_a_mapped_file_is_its_bytes_and_is_not_written(tmp_path):
