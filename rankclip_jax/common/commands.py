@@ -15,6 +15,7 @@ command, or in a context that puts it back; never by importing a module or makin
 import contextlib
 import ctypes
 import errno
+import faulthandler
 import gc
 import importlib
 import os
@@ -41,7 +42,10 @@ def prog(module: str) -> str:
 @contextlib.contextmanager
 def exit_codes(interrupted: str = "stopped") -> Iterator[None]:
     """Ends the process with 1 and a line for an InputError or what the system `refused`, with 130 and the line
-    `interrupted` for Ctrl-C."""
+    `interrupted` for Ctrl-C. A signal that no program survives is named: SIGBUS where a mapped file became shorter."""
+    enabled = faulthandler.is_enabled()
+    if not enabled:
+        faulthandler.enable(2, all_threads=False)  # stderr, also where sys.stderr is no file
     try:
         yield
         print(end="", flush=True)
@@ -59,6 +63,9 @@ def exit_codes(interrupted: str = "stopped") -> Iterator[None]:
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         sys.exit(130)
+    finally:
+        if not enabled:
+            faulthandler.disable()
 
 
 def _unread() -> bool:

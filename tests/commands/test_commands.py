@@ -5,6 +5,7 @@ import gc
 import importlib
 import os
 import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,21 @@ def test_an_output_that_is_closed_from_the_start_changes_nothing():
     script = "from rankclip_jax.common import commands\nwith commands.exit_codes(): print(1)"
     done = subprocess.run(f"{sys.executable} -c '{script}' >&-", shell=True, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_signal_that_ends_a_command_is_named():
+    """SIGBUS: of a mapped tar that became shorter, or whose disk failed."""
+    lines = (
+        "import faulthandler, os, signal",
+        "from rankclip_jax.common.commands import exit_codes",
+        "with exit_codes():",
+        "    assert faulthandler.is_enabled()",
+        "assert not faulthandler.is_enabled()",
+        "with exit_codes():",
+        "    os.kill(os.getpid(), signal.SIGBUS)",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGBUS and done.stderr.startswith("Fatal Python error: Bus error\n")
 
 
 def test_another_broken_pipe_is_shown():
