@@ -1,14 +1,18 @@
 """Parquet files unpacked once into tars, which the graph reads by row (tar.py).
 
-The tars are next to the data, or in config.data.cache_dir, and take as much space as the images.
+The tars are next to the data, or in config.data.cache_dir, and take as much space as the images. Processes that need
+the same tars, of one run or of several, divide the work by locks, which need no agreement: some have another disk.
 """
 
+import contextlib
 import hashlib
 import io
 import os
 import shutil
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from tqdm import tqdm
 
@@ -21,6 +25,7 @@ from rankclip_jax.common.files import whole
 from rankclip_jax.common.progress import progress
 
 _ROWS = 256  # rows unpacked at a time
+_LOCKS = ".unpacking"  # beside the tars; each has a byte of it
 
 
 def _cache_key(columns: Columns) -> tuple:
@@ -47,10 +52,10 @@ def unpacked(files: list[str], columns: list[Columns], cache_dir: str | None) ->
     if folder is None:
         raise InputError(f"{files[0]} must be unpacked, but {folders[0]} is not writable; set config.data.cache_dir")
     missing = [i for i, name in enumerate(names) if not (folder / name).exists()]
-    rows = needed = 0
+    rows, needed = {}, 0
     for i in missing:
         with opened(files[i]) as parquet:
-            rows += parquet.metadata.num_rows
+            rows[i] = parquet.metadata.num_rows
             for group in map(parquet.metadata.row_group, range(parquet.metadata.num_row_groups)):
                 needed += sum(group.column(c).total_uncompressed_size for c in range(group.num_columns))
     free = shutil.disk_usage(folder).free
@@ -60,10 +65,44 @@ def unpacked(files: list[str], columns: list[Columns], cache_dir: str | None) ->
             "free; set config.data.cache_dir to a larger disk"
         )
     print(f"unpacking {len(missing):,} Parquet files, {needed / 1e9:.3g} GB, once, into {folder}", flush=True)
-    with progress("unpack Parquet", rows, unit="rows") as bar:
-        for i in missing:
-            _unpack(files[i], columns[i], folder / names[i], bar)
+    with progress("unpack Parquet", sum(rows.values()), unit="rows") as bar, _locks(folder / _LOCKS) as locks:
+        for wait in (False, True):  # last what others are at, who may not come to its end
+            for i in list(rows):
+                with _turn(locks, names[i], wait) as ours:
+                    if ours and not (folder / names[i]).exists():
+                        _unpack(files[i], columns[i], folder / names[i], bar)
+                    elif ours:
+                        bar.update(rows[i])
+                if ours:
+                    del rows[i]
     return [str(folder / name) for name in names]
+
+
+def _locks(path: Path) -> BinaryIO:
+    try:
+        return open(path, "ab")
+    except PermissionError:  # of another user: without locks
+        return open(path, "rb")
+
+
+@contextlib.contextmanager
+def _turn(locks: BinaryIO, name: str, wait: bool) -> Iterator[bool]:
+    """Whether it is this process's turn to unpack a tar, until the end of the block; always with `wait`."""
+    import fcntl  # Windows has none
+
+    place = int(name[:8], 16)
+    try:
+        fcntl.lockf(locks, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
+    except (BlockingIOError, PermissionError):  # a system may say either
+        yield False
+        return
+    except OSError:  # a file system without locks: each process unpacks what is missing at its turn
+        yield True
+        return
+    try:
+        yield True
+    finally:
+        fcntl.lockf(locks, fcntl.LOCK_UN, 1, place)
 
 
 def _unpack(file: str, columns: Columns, target: Path, bar: tqdm) -> None:

@@ -7,6 +7,8 @@ import json
 import lzma
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from ml_collections import ConfigDict
 
 from input_pipeline import bad_samples, pipeline, sources
 from input_pipeline.graph import require
-from input_pipeline.sources import paths
+from input_pipeline.sources import parquet_unpacked, paths
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import NO_IMAGE
 from rankclip_jax.common.tokenizer import Tokenizer
@@ -291,6 +293,39 @@ def test_parquet_is_unpacked_once_and_needs_room(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: type("", (), dict(free=10)))
     with pytest.raises(InputError, match=r"GB, but .*mine has 0.0 GB free; set config.data.cache_dir"):
         opened("parquet", path, cache_dir=str(tmp_path / "mine"))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_parquet_that_another_process_unpacks_is_left_to_it(finished, tmp_path, monkeypatch):
+    made, unpack, done = samples(10), parquet_unpacked._unpack, []
+    path, kept = write_parquet(tmp_path, made), tmp_path / ".rankclip_index"
+    opened("parquet", path)
+    tars = sorted(kept.glob("*.tar"), key=lambda tar: made[0][0] not in tar.read_bytes())  # of 0.parquet, of 1.parquet
+    whole = tars[0].read_bytes()
+    for tar in tars:
+        tar.unlink()
+    script = (
+        "import fcntl, sys\n"
+        "with open(sys.argv[1], 'ab') as locks:\n"
+        "    fcntl.lockf(locks, fcntl.LOCK_EX, 1, int(sys.argv[2], 16))\n"
+        "    print('held', flush=True)\n"
+        "    input()"
+    )
+    command, pipe = [sys.executable, "-c", script, kept / ".unpacking", tars[0].name[:8]], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as other:
+        assert other.stdout.readline() == b"held\n"
+
+        def noted(file, *rest):
+            done.append(Path(file).name)
+            unpack(file, *rest)
+            if len(done) == 1:  # the other comes to its end, or is killed before
+                if finished:
+                    tars[0].write_bytes(whole)
+                other.kill()
+
+        monkeypatch.setattr(parquet_unpacked, "_unpack", noted)
+        assert read_all(opened("parquet", path)) == made
+    assert done == (["1.parquet"] if finished else ["1.parquet", "0.parquet"])
 
 
 def test_a_reason_is_the_same_in_a_graph_and_alone():
