@@ -14,6 +14,8 @@ from input_pipeline.sources import Ahead, Source, told
 from input_pipeline.tensorflow_import import tf
 from rankclip_jax.common.errors import InputError, printable
 
+_SHOWN = 20  # of each reason, on the console; a file has them all
+
 
 class BadSamples:
     """Finds samples dropped by tf.data's `ignore_errors`, by the gaps in the positions, and writes a line for each row.
@@ -102,7 +104,10 @@ class BadSamples:
             return
         self._named.add(where)
         self.reasons[reason] += 1
-        print(f"bad sample skipped: {printable(where)}: {detail + '; ' if detail else ''}{reason}", file=sys.stderr)
+        if self.reasons[reason] <= _SHOWN:
+            print(f"bad sample skipped: {printable(where)}: {detail + '; ' if detail else ''}{reason}", file=sys.stderr)
+        elif self.reasons[reason] == _SHOWN + 1:
+            print(f"bad samples skipped: more for the same reason, {reason}", file=sys.stderr)
         if self._path:
             entry = {"row": row, "where": where, "reason": reason, "detail": detail}
             with open(self._path, "a") as out:

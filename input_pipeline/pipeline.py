@@ -15,6 +15,7 @@ Batches of b images have one of two forms (made by transforms.py, used by rankcl
 
 import functools
 import itertools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,8 @@ def eval_batches(
         position = batch.pop("position")
         yield batch | {"caption": captions, "row": np.where(mask, row_of(position), -1), "mask": mask}
     bad.check(len(came), sorted(set(range(mine)) - set(came)), row_of, sample)
+    if bad.reasons:
+        print(bad.summary(), file=sys.stderr)
 
 
 def resume_at(positions: list[int], batch_size: int, process: tuple[int, int]) -> tuple[int, int]:

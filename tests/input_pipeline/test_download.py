@@ -218,6 +218,8 @@ def test_wrong_input_is_said_in_one_line(tmp_path, monkeypatch):
 
     assert refused(tmp_path / "gone.tsv", tmp_path / "out") == f"error: {tmp_path}/gone.tsv: No such file or directory"
     (tmp_path / "list.tsv").write_text("a cat\thttp://a/1.jpg\n")
+    message = "error: OUT_DIR must be a local path; copy it to gs://mine/cc3m when it is complete"
+    assert refused(tmp_path / "list.tsv", "gs://mine/cc3m") == message
     assert "Not a directory" in refused(tmp_path / "list.tsv", tmp_path / "list.tsv/out")
     assert "no column 'x'" in refused(tmp_path / "list.tsv", tmp_path / "out", "--url-column", "x")
     for wrong in ("--quality=0", "--threads=0", "--retries=-1"):

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from input_pipeline import pipeline, sources
+from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import NO_IMAGE
 from rankclip_jax.common.tokenizer import Tokenizer
@@ -112,6 +113,17 @@ def test_bad_samples_are_passed_over_named_and_counted(captioned, tokenizer, tmp
     resumed = batches(captioned, tokenizer, start=iterator.position)
     whole = batches(captioned, tokenizer)
     assert same(take(resumed, 2), take(whole, 20)[18:])
+
+
+def test_the_console_names_the_first_of_a_reason(captioned, tokenizer, tmp_path, capsys):
+    for i in range(25):
+        (tmp_path / "images" / f"{i}.png").unlink()
+    source = sources.open_source(configs.complete({"data": {"format": "csv"}}).data, str(captioned), image_side=8)
+    assert sum(batch["mask"].sum() for batch in pipeline.eval_batches(source, batch_size=8, image_side=8)) == 15
+    *named, more, total = [line for line in capsys.readouterr().err.splitlines() if "no such file" in line]
+    assert [line.startswith("bad sample skipped: ") for line in named] == [True] * 20
+    assert more == "bad samples skipped: more for the same reason, no such file"
+    assert total == "25 unusable samples skipped: 25 no such file"
 
 
 def test_a_torn_line_of_a_killed_run_hides_no_later_one(captioned, tokenizer, tmp_path):
