@@ -1,10 +1,15 @@
 """manifest.json and bad_samples.jsonl of a folder of shards: finished shards with checksums, and skipped rows.
 
+manifest.json is written when work begins and when all is done. In between each finished shard is a line of
+manifest.jsonl: with all of them written for each, N shards would cost N x N.
+
 Of a folder in a bucket, `folder` is the local copy of storage.output; the shards are in the bucket.
 """
 
+import bisect
 import hashlib
 import json
+import os
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +20,8 @@ from rankclip_jax.common import files, storage
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.progress import progress
+
+_LINES = "manifest.jsonl"
 
 
 class Manifest:
@@ -38,6 +45,7 @@ class Manifest:
           InputError: `folder` cannot be written, has shards of other settings, or files that `prepare` did not write.
         """
         self._folder, self.settings, self.shards = folder, settings, []
+        self._counted, self._so_far = 0, (0, 0)  # of so_far: each shard is counted once
         old = self._read()
         if old is None and (strangers := sorted(path.name for path in folder.glob("*.tfrecord"))):
             raise InputError(f"{folder} has shards ({strangers[0]} ...) but no manifest.json; give another folder")
@@ -48,11 +56,12 @@ class Manifest:
         self._owned = Owned(folder, "prepare", alone="give a new OUT_DIR")
         names = shards.names(settings["rows"], settings["shard_size"])
         self._parts = [shards.part_of(folder / name).name for name in names]
-        self._owned.claim(["manifest.json", "bad_samples.jsonl", *others, *names, *self._parts])
+        self._owned.claim(["manifest.json", _LINES, "bad_samples.jsonl", *others, *names, *self._parts])
         self.remove_parts()
         if old is not None:
-            self.shards = self._intact(old["shards"], there)
+            self.shards = self._intact(self._with_lines(old["shards"]), there)
         self._write(complete=False)
+        files.write_whole(folder / _LINES, "")  # not removed: a bucket keeps what this copy of it does not replace
         self._take_back_bad_samples()
 
     def remove_parts(self) -> None:
@@ -72,6 +81,16 @@ class Manifest:
     def left_out(self) -> Counter:
         return sum((Counter(shard.get("left_out", {})) for shard in self.shards), Counter())
 
+    def so_far(self) -> tuple[int, int]:
+        """(rows that are not left out, bad ones) of the finished shards before the first that is not."""
+        size = self.settings["shard_size"]
+        while self._counted < len(self.shards) and self.shards[self._counted]["rows"][0] == self._counted * size:
+            shard = self.shards[self._counted]
+            bad = sum(shard["bad"].values())
+            self._so_far = self._so_far[0] + shard["samples"] + bad, self._so_far[1] + bad
+            self._counted += 1
+        return self._so_far
+
     def add(self, shard: dict, bad_samples: list[dict]) -> None:
         """Records a finished shard and its bad samples, dicts of row, where, reason, detail.
 
@@ -79,15 +98,16 @@ class Manifest:
           InputError: the disk is full or not writable.
         """
         shard["bad"] = dict(Counter(sample["reason"] for sample in bad_samples))
-        path = self._folder / "bad_samples.jsonl"
-        try:
-            # Before the manifest: if the run stops in between, the next start removes these lines.
-            with open(path, "a", encoding="utf-8") as out:
-                out.writelines(json.dumps(sample) + "\n" for sample in bad_samples)
-        except OSError as error:
-            raise files.cannot_write(path, error) from None
-        self.shards = sorted([*self.shards, shard], key=lambda shard: shard["rows"])
-        self._write(complete=False)
+        # Before the shard's line: if the run stops in between, the next start removes these.
+        for path, lines in ((self._folder / "bad_samples.jsonl", bad_samples), (self._folder / _LINES, [shard])):
+            try:
+                with open(path, "a", encoding="utf-8") as out:
+                    out.writelines(json.dumps(line) + "\n" for line in lines)
+                    out.flush()
+                    os.fsync(out.fileno())
+            except OSError as error:
+                raise files.cannot_write(path, error) from None
+        bisect.insort(self.shards, shard, key=lambda shard: shard["rows"])
 
     def add_lost(self, lost: list[dict]) -> None:
         """Lists what has no row in bad_samples.jsonl, from which the next start removes it. Raises as `add`."""
@@ -102,6 +122,10 @@ class Manifest:
         row_of = {line: json.loads(line)["row"] for line in lines}
         files.write_whole(path, "".join(sorted(lines, key=lambda line: -1 if row_of[line] is None else row_of[line])))
         self._write(complete=True)
+        storage.push(self._folder)  # before the lines go
+        self._owned.remove(_LINES)
+        if self._url:
+            storage.delete(storage.join(self._url, _LINES))
 
     def _read(self):
         path = self._folder / "manifest.json"
@@ -112,6 +136,17 @@ class Manifest:
             return None
         except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             raise InputError(f"{path} is not a manifest of prepare: {error!r}; give another folder") from None
+
+    def _with_lines(self, old):
+        """`old` and the shards that were finished since manifest.json was written, in order."""
+        path = self._folder / _LINES
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+            whole = [json.loads(line) for line in lines if line.endswith("\n")]  # the last line may be torn
+            since = _checked({"settings": self.settings, "shards": whole})
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+            raise InputError(f"{path} is not a list of prepare's shards: {error!r}; give another folder") from None
+        return sorted({shard["name"]: shard for shard in [*old, *since]}.values(), key=lambda shard: shard["rows"])
 
     def _check_settings(self, old):
         where, new = storage.shown(self._folder), self.settings

@@ -136,12 +136,7 @@ def _missing(source, options, manifest, left_out):
 
 def _check_bad(manifest, options, bad_samples):
     """Raises InputError for too many bad rows in the finished shards before the first that is not."""
-    rows = bad = end = 0
-    for shard in manifest.shards:
-        if shard["rows"][0] != end:
-            break
-        here = sum(shard["bad"].values())
-        end, rows, bad = shard["rows"][1], rows + shard["samples"] + here, bad + here
+    rows, bad = manifest.so_far()
     if bad_samples and rows >= 100 and bad > options.max_bad_fraction * rows:
         raise too_many(bad, rows, options, bad_samples[-1])
 

@@ -68,7 +68,10 @@ OWN = {
     "hf": lambda config: export._names("hf", True),
     "openai": lambda config: export._names("openai", True),
     "orbax": lambda config: [*export._names("orbax", True), "variables/x", "variables.orbax-checkpoint-tmp/x"],
-    "prepare": lambda config: ["x", "00003.tfrecord.part", "bad_samples.jsonl", "manifest.json", "manifest.json/x"],
+    "prepare": lambda config: [
+        *("x", "00003.tfrecord.part", "bad_samples.jsonl"),
+        *("manifest.json", "manifest.json/x", "manifest.jsonl"),
+    ],
     "download": lambda config: ["urls.parquet", "00000.tar", "00000_stats.json", "_tmp/0.feather", "_download/x"],
     "embed": lambda config: ["photos.npz", "photos.npz.bad_samples.jsonl", "photos.npz.parts/0.npz"],
 }
@@ -227,7 +230,7 @@ def test_links_are_not_followed(run, world, tmp_path):
         assert contents(tmp_path / "victim") == before, name
 
     out = tmp_path / "copy"
-    for name in ("00001.tfrecord", "00001.tfrecord.part", "bad_samples.jsonl", "manifest.json"):
+    for name in ("00001.tfrecord", "00001.tfrecord.part", "bad_samples.jsonl", "manifest.json", "manifest.jsonl"):
         refused(name, tmp_path / "made", *COMMANDS["prepare"](world, out), "--shard-size=3")
     for name in ("metrics.jsonl", "bad_samples.jsonl", "curves.png", "checkpoints"):
         refused(name, world / "run", *COMMANDS["train"](world, out))
