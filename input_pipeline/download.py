@@ -167,8 +167,9 @@ def _remove_unfinished(owned, shards):
 def _run(python, arguments, environment, out_dir, log, total):
     """Runs img2dataset with its output in `log`, and shows the progress by finished shards."""
     driver, index = Path(__file__).with_name("img2dataset_driver.py"), _Index(out_dir)
-    done = sum(stats["count"] for stats in download_stats.finished(out_dir))
-    with open(log, "w") as out, progress("download", total, unit="URLs", done=done) as bar:
+    finished = download_stats.Finished(out_dir)
+    new = finished.new()
+    with open(log, "w") as out, progress("download", total, unit="URLs", done=finished.urls) as bar:
         # A session of its own, so that all of its processes can be ended at once.
         child = subprocess.Popen(
             [python, driver, json.dumps(arguments)],
@@ -181,13 +182,11 @@ def _run(python, arguments, environment, out_dir, log, total):
         try:
             while child.poll() is None:
                 time.sleep(0.5)
-                finished = download_stats.finished(out_dir)
-                index.add_finished()
-                done = sum(stats["count"] for stats in finished)
-                images = sum(stats["successes"] for stats in finished)
-                bar.set_postfix_str(f"{images / done:.0%} of them images" if done else "", refresh=False)
+                index.add(new)
+                new, done = finished.new(), finished.urls
+                bar.set_postfix_str(f"{finished.images / done:.0%} of them images" if done else "", refresh=False)
                 bar.update(done - bar.n)
-            index.add_finished()
+            index.add(new | finished.new())
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
@@ -202,11 +201,10 @@ class _Index:
     """The index of the tars with the usual keys, written as they are finished."""
 
     def __init__(self, out_dir: Path):
-        self._out_dir, self._known, self._indexer = out_dir, set(), None
+        self._out_dir, self._indexer = out_dir, None
 
-    def add_finished(self):
-        new = [name for name in download_stats.names(self._out_dir) if name not in self._known]
-        self._known.update(new)
+    def add(self, names):
+        new = [name for name in names if (self._out_dir / name).is_file()]
         if new and self._indexer is None:
             from input_pipeline.sources import tar  # and TensorFlow, while img2dataset is at work
             from input_pipeline.sources.offset_index import Indexer

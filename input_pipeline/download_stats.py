@@ -1,6 +1,7 @@
 """What became of a list's URLs, from the _stats.json that img2dataset writes next to each finished shard."""
 
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -21,17 +22,24 @@ _REASONS = (
 )
 
 
-def finished(out_dir: Path) -> list[dict]:
-    """The contents of each finished shard's _stats.json."""
-    paths = (path for path in out_dir.glob("*_stats.json") if NAME.fullmatch(path.name))
-    return [stats for path in paths if (stats := read(path)) is not None]
+class Finished:
+    """The finished shards of a folder. Each _stats.json is read once: img2dataset writes it last.
 
+    Attributes: urls, images: of the shards found so far.
+    """
 
-def names(out_dir: Path) -> list[str]:
-    """The names of the finished shards' tars."""
-    paths = (path for path in sorted(out_dir.glob("*_stats.json")) if NAME.fullmatch(path.name))
-    tars = ((path, path.name.removesuffix("_stats.json") + ".tar") for path in paths)
-    return [name for path, name in tars if (out_dir / name).is_file() and read(path) is not None]
+    def __init__(self, out_dir: Path):
+        self._out_dir, self._known = out_dir, set[str]()
+        self.urls = self.images = 0
+
+    def new(self) -> dict[str, dict]:
+        """The names of the tars of the shards that were finished since the last call, and their stats."""
+        names = sorted(name for name in set(os.listdir(self._out_dir)) - self._known if NAME.fullmatch(name))
+        found = {name: stats for name in names if (stats := read(self._out_dir / name)) is not None}
+        self._known.update(found)
+        self.urls += sum(stats["count"] for stats in found.values())
+        self.images += sum(stats["successes"] for stats in found.values())
+        return {name.removesuffix("_stats.json") + ".tar": stats for name, stats in found.items()}
 
 
 def read(path: Path) -> dict | None:
@@ -46,7 +54,7 @@ def read(path: Path) -> dict | None:
 def count(out_dir: Path, total: int) -> Counter:
     """Counts of `total` URLs: "images", each reason for a loss, and "shards not finished"."""
     counts = Counter()
-    for stats in finished(out_dir):
+    for stats in Finished(out_dir).new().values():
         counts["images"] += stats["successes"]
         # img2dataset may fail on a sample before it counts the failure: such samples are only in its total.
         named = sum(stats["status_dict"].values())

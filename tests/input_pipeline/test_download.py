@@ -181,6 +181,26 @@ def test_the_table_adds_up(tmp_path):
     assert "the same command resumes" in text and "train with" not in text
 
 
+def test_each_stats_file_is_read_once_when_it_is_whole(tmp_path, monkeypatch):
+    def write(shard, images, torn=False):
+        text = json.dumps({"count": 10, "successes": images, "status_dict": {"success": images}})
+        (tmp_path / f"{shard:05d}_stats.json").write_text(text[: len(text) // (1 + torn)])
+
+    read, whole = [], download_stats.read
+    monkeypatch.setattr(download_stats, "read", lambda path: read.append(path.name) or whole(path))
+    finished = download_stats.Finished(tmp_path)
+    assert finished.new() == {} and (finished.urls, finished.images) == (0, 0)
+    write(1, 7)
+    write(0, 4)
+    write(2, 9, torn=True)
+    (tmp_path / "notes_stats.json").write_text("{}")
+    assert list(finished.new()) == ["00000.tar", "00001.tar"]
+    write(2, 9)
+    assert list(finished.new()) == ["00002.tar"] and finished.new() == {}
+    assert (finished.urls, finished.images) == (30, 20)
+    assert read == [f"{shard:05d}_stats.json" for shard in (0, 1, 2, 2)]
+
+
 def test_an_environment_that_has_img2dataset_is_used(tmp_path, monkeypatch):
     def environment(name, has_it):
         python = tmp_path / name / "bin/python"
