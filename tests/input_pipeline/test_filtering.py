@@ -305,6 +305,31 @@ def test_alike_is_what_a_comparison_of_all_pairs_finds():
     np.testing.assert_array_equal(looks.alike(), alike)
 
 
+@pytest.mark.parametrize("set_bits", [0.0, 0.03, 0.12, 0.5])
+def test_alike_compares_each_pair_once_however_few_bits_are_set(set_bits, monkeypatch):
+    """Products on white: most cells are even, and those at the edges always are."""
+    rng = np.random.default_rng(0)
+    rows, looks, compared = 300, duplicates.Looks(300), []
+    same = duplicates.Looks._same
+    monkeypatch.setattr(duplicates, "_ROWS", 7)
+    monkeypatch.setattr(duplicates, "_NEIGHBOURS", 16)
+    count = lambda self, a, b: compared.extend(map(frozenset, zip(a.tolist(), b.tolist(), strict=True)))  # noqa: E731
+    monkeypatch.setattr(duplicates.Looks, "_same", lambda self, a, b: count(self, a, b) or same(self, a, b))
+    inside = np.arange(64) % 8 % 7 > 0
+    bits = np.packbits((rng.random((rows, 64)) < set_bits) & inside, axis=1).view(np.uint64).ravel()
+    bits[200:] = bits[:100] ^ np.uint64(2**40 + 2**20)
+    colours = np.clip(rng.integers(0, 9, (rows, 1)) + rng.normal(225, 5, (rows, 48)), 0, 255).astype(np.uint8)
+    alike = np.zeros(rows, bool)
+    for row in range(rows):
+        looks.add(row, duplicates.Look(row, int(bits[row]), colours[row]))
+        near = (np.bitwise_count(bits[:row] ^ bits[row]) <= 5) & ~alike[:row]
+        alike[row] = (near & (np.abs(colours[:row].astype(int) - colours[row]).sum(axis=1) <= 6 * 48)).any()
+    assert 10 < alike.sum() < 295
+    np.testing.assert_array_equal(looks.alike(), alike)
+    assert len(compared) == len(set(compared)) <= np.sum(np.bitwise_count(bits[:, None] ^ bits) <= 5) // 2
+    assert duplicates.Looks(3).alike().tolist() == [False] * 3
+
+
 def test_a_look_survives_size_and_quality_and_differs_otherwise():
     def differ(a, b):
         a, b = map(duplicates.look, (a, b))
