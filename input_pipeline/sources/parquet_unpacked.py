@@ -8,8 +8,10 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import shutil
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +27,8 @@ from rankclip_jax.common.files import whole
 from rankclip_jax.common.progress import progress
 
 _ROWS = 256  # rows unpacked at a time
+_LEFT = re.compile(r"\.([0-9a-f]{20}\.tar)\.[0-9a-f]{16}\.part")  # what a kill leaves (common/files.py)
+_STALE = 600  # seconds without a write; a file system without locks does not tell who is still at work
 _LOCKS = ".unpacking"  # beside the tars; each has a byte of it
 
 
@@ -46,6 +50,7 @@ def unpacked(files: list[str], columns: list[Columns], cache_dir: str | None) ->
         for file, stamp, one in zip(files, stamps(files), columns, strict=True)
     ]
     for folder in folders:
+        _remove_left(folder, set(names))
         if all((folder / name).exists() for name in names):
             return [str(folder / name) for name in names]
     folder = next((folder for folder in folders if _writable(folder)), None)
@@ -76,6 +81,15 @@ def unpacked(files: list[str], columns: list[Columns], cache_dir: str | None) ->
                 if ours:
                     del rows[i]
     return [str(folder / name) for name in names]
+
+
+def _remove_left(folder: Path, names: set[str]) -> None:
+    """Removes what killed processes left of these tars."""
+    with contextlib.suppress(OSError):  # no such folder, or another's
+        for entry in list(os.scandir(folder)):
+            part = _LEFT.fullmatch(entry.name)
+            if part and part[1] in names and time.time() - entry.stat().st_mtime > _STALE:
+                os.unlink(entry)
 
 
 def _locks(path: Path) -> BinaryIO:

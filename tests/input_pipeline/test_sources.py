@@ -328,6 +328,19 @@ def test_parquet_that_another_process_unpacks_is_left_to_it(finished, tmp_path, 
     assert done == (["1.parquet"] if finished else ["1.parquet", "0.parquet"])
 
 
+def test_what_a_kill_left_of_unpacked_parquet_is_removed(tmp_path):
+    path, kept = write_parquet(tmp_path, samples(10)), tmp_path / ".rankclip_index"
+    opened("parquet", path)
+    tar = next(kept.glob("*.tar")).name
+    names = [f".{tar}.{16 * '0'}.part", f".{tar}.{16 * '1'}.part", f".{20 * '0'}.tar.{16 * '0'}.part", f".{tar}.part"]
+    for name in names:
+        (kept / name).write_bytes(b"half of it")
+        os.utime(kept / name, ns=(0, 0))
+    os.utime(kept / names[1])  # somebody may be at it
+    opened("parquet", path)
+    assert [(kept / name).exists() for name in names] == [False, True, True, True] and (kept / tar).exists()
+
+
 def test_a_reason_is_the_same_in_a_graph_and_alone():
     def read(row):
         require(row < 0, "no [usual] image")
