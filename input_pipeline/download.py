@@ -219,6 +219,13 @@ class _Index:
             self._indexer.close()
 
 
+def _out_dir(path: str) -> Path:
+    try:
+        return storage.local(path, "OUT_DIR")
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _flags():
     parser = argparse.ArgumentParser(
         prog=commands.prog("input_pipeline.download"),
@@ -228,7 +235,7 @@ def _flags():
     parser.add_argument(
         "urls", metavar="URLS", type=Path, help="table (.csv, .tsv, .jsonl, also .gz) or .parquet of URLs"
     )
-    parser.add_argument("out_dir", metavar="OUT_DIR", help="folder of the shards, local")
+    parser.add_argument("out_dir", metavar="OUT_DIR", type=_out_dir, help="folder of the shards, local")
     parser.add_argument("--url-column", help="its name in the header; default: found by what is in it")
     parser.add_argument("--caption-column", help="its name in the header; default: the only other, or caption, text")
     parser.add_argument("--encoding", help="of a table that is not UTF-8, for example latin-1")
@@ -265,9 +272,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that img2dataset is ended too
     with commands.exit_codes("stopped; the same command resumes after the finished shards"):
         flags.encoding = encoding(None).check(flags.encoding, "--encoding")
-        out_dir = storage.local(flags.out_dir, "OUT_DIR")
-        counts, total = download(flags.urls, out_dir, flags)
-        print(download_stats.summary(counts, out_dir, total))
+        counts, total = download(flags.urls, flags.out_dir, flags)
+        print(download_stats.summary(counts, flags.out_dir, total))
         if not (counts["images"] or counts["shards not finished"]):
             raise InputError(f"none of the URLs of {flags.urls} gave an image")
 

@@ -229,7 +229,7 @@ def test_an_environment_that_has_img2dataset_is_used(tmp_path, monkeypatch):
     assert download.INSTALL.format("~/.cache/rankclip_jax/img2dataset").replace(" && ", "\n") in documented
 
 
-def test_wrong_input_is_said_in_one_line(tmp_path, monkeypatch):
+def test_wrong_input_is_said_in_one_line(tmp_path, monkeypatch, capsys):
     def refused(*arguments):
         monkeypatch.setattr(sys, "argv", ["download", *map(str, arguments), "--env", str(tmp_path / "env")])
         with pytest.raises(SystemExit) as stop:
@@ -238,8 +238,9 @@ def test_wrong_input_is_said_in_one_line(tmp_path, monkeypatch):
 
     assert refused(tmp_path / "gone.tsv", tmp_path / "out") == f"error: {tmp_path}/gone.tsv: No such file or directory"
     (tmp_path / "list.tsv").write_text("a cat\thttp://a/1.jpg\n")
-    message = "error: OUT_DIR must be a local path; copy it to gs://mine/cc3m when it is complete"
-    assert refused(tmp_path / "list.tsv", "gs://mine/cc3m") == message
+    assert refused(tmp_path / "list.tsv", "gs://mine/cc3m") == 2
+    message = "OUT_DIR must be a local path; copy it to gs://mine/cc3m when it is complete"
+    assert message in capsys.readouterr().err and not (tmp_path / "gs:").exists()
     assert "Not a directory" in refused(tmp_path / "list.tsv", tmp_path / "list.tsv/out")
     assert "no column 'x'" in refused(tmp_path / "list.tsv", tmp_path / "out", "--url-column", "x")
     for wrong in ("--quality=0", "--threads=0", "--retries=-1"):
