@@ -107,7 +107,7 @@ def _workdir(config: ConfigDict, workdir: Path) -> tuple[Session, steps.TrainSta
 
 
 def _model(config: ConfigDict) -> tuple[Session, steps.TrainState]:
-    read = pretrained.read(config.eval.model, config.tokenizer.path)
+    read = pretrained.read(config.eval.model, config.tokenizer.path, config.model.activation or "quick_gelu")
     session = session_of(config, read)
     return session, state_of(session, read)
 

@@ -16,7 +16,7 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.common.trees import by_name, path_name
 from rankclip_jax.models import ClipConfig
-from rankclip_jax.train import average
+from rankclip_jax.train import average, rules
 from rankclip_jax.train.step import AveragedState, TrainState
 from rankclip_jax.weights import pretrained
 
@@ -98,9 +98,12 @@ class _Taking:
     def _leaf(self, name, fresh, theirs):
         if name.split("/")[0] not in self._towers:
             return fresh
-        matching = {pattern for pattern in self._config.init_skip if re.search(pattern, name)}
-        self._unused.difference_update(matching)
-        if matching:
+        skip = self._config.init_skip
+        matching = [[p for p in skip if re.search(p, one)] for one in rules.block_names(name, fresh)]
+        self._unused.difference_update(*matching)
+        if any(matching):
+            if not all(matching):
+                self.misfits.append(f"{name}: config.init_skip names a part; set config.model.scan_layers=False")
             self.notes.append(f"{name} fresh")
             return fresh
         value = self._fitting(name, theirs.get(name), fresh.shape)

@@ -46,6 +46,9 @@ def main() -> None:
     )
     parser.add_argument("--to", choices=export.LAYOUTS, help="as of rankclip export; default: hf, of a ResNet openai")
     parser.add_argument("--tokenizer", help="a tokenizer.json or hub id, for weights that have none")
+    parser.add_argument(
+        "--activation", choices=["quick_gelu", "gelu"], default="quick_gelu", help="of weights without a config"
+    )
     parser.add_argument("--config", help="name or file of an experiment, whose evaluation sets are taken")
     arguments.add_sets(parser)
     keys = [word for word in sys.argv[1:] if word.startswith("--config.")]  # argparse would take a space for a word
@@ -57,11 +60,13 @@ def main() -> None:
         out = storage.local(flags.out, "--out")
         if out.resolve() in (Path(flags.a).resolve(), Path(flags.b).resolve()):
             raise InputError(f"--out {flags.out} is one of the two models; give another folder")
-        overrides = [*arguments.sets(flags, alone=True), *(key.removeprefix("--config.") for key in keys)]
-        a, b = (pretrained.read(path, flags.tokenizer) for path in (flags.a, flags.b))
+        given = [*arguments.sets(flags, alone=True), *(key.removeprefix("--config.") for key in keys)]
+        if (given or flags.config) and not flags.alphas:
+            raise InputError(f"nothing is evaluated without --alphas; give it, or leave out {flags.config or given[0]}")
+        a, b = (pretrained.read(path, flags.tokenizer, flags.activation) for path in (flags.a, flags.b))
         try:
             if flags.alphas:
-                config = evaluate.settings(flags.config, None, overrides)
+                config = evaluate.settings(flags.config, None, given)
                 print(curve(config, a, b, flags.alphas, out))
             if flags.alpha is not None or not flags.alphas:
                 alpha = 0.5 if flags.alpha is None else flags.alpha

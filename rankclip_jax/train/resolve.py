@@ -117,6 +117,8 @@ def settle_view(config: ConfigDict, seen: view.View | None = None) -> None:
     kind."""
     if seen is None:
         seen = view.usual(vision_tower(config))
+    elif seen.resize != seen.crop:
+        print(f"pictures are resized to the crop's side; the start resized to {seen.resize} and cropped {seen.crop}")
     with config.ignore_type():
         for key, of_clip in (("mean", view.MEAN), ("std", view.STD)):
             theirs = tuple(getattr(seen, key))

@@ -58,7 +58,7 @@ def treatments(config: ConfigDict, params: Mapping) -> dict[str, Treatment]:
       InputError: a rule that is no trainable parameter's first, or nothing is left to train.
     """
     leaves = by_name(params)
-    singles = {name: _singles(name, leaf) for name, leaf in leaves.items()}
+    singles = {name: block_names(name, leaf) for name, leaf in leaves.items()}
     rules: list[tuple[str, Mapping[str, Any]]] = list(config.rules)
     if config.freeze is not None:
         rules.append((f"^{FROZEN[config.freeze]}/", {"freeze": True}))
@@ -124,7 +124,7 @@ def trained_names(config: ConfigDict, params: Mapping) -> set[str]:
     """Names of the trained parameters, of each block; of an adapter that of its matrix, whose gradient is computed."""
     found, treated = set(), treatments(config, params)
     for name, leaf in by_name(params).items():
-        singles, frozen = _singles(name, leaf), treated[name].frozen
+        singles, frozen = block_names(name, leaf), treated[name].frozen
         flags = frozen if isinstance(frozen, tuple) else [frozen] * len(singles)
         found.update(single for single, stays in zip(singles, flags, strict=True) if not stays)
     return found
@@ -194,7 +194,7 @@ def _runs(flags: tuple[bool, ...]) -> list[tuple[int, int, bool]]:
     return [(begin, end, flags[begin]) for begin, end in zip(starts, [*starts[1:], len(flags)], strict=True)]
 
 
-def _singles(name: str, leaf: Any) -> list[str]:
+def block_names(name: str, leaf: Any) -> list[str]:
     """The names that a leaf has in rules: one for each of its blocks."""
     name = lora.matrix(name)
     return [name.replace(_STACK, f"/resblocks_{i}/") for i in range(leaf.shape[0])] if _STACK in name else [name]

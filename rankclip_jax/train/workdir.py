@@ -122,7 +122,8 @@ def check_length(workdir: Path, step: int, old: tuple[int, float], new: tuple[in
             f"{workdir} is at step {step} of {total}, and for {new_total} steps it would have differed "
             f"from step {int(min(free, new_free)) + 1} on. Give the old config.epochs and config.steps to resume it; "
             f"or, to train for longer from its weights, a new --workdir with --config.init_from={workdir}. Runs "
-            "with config.optim.schedule=constant, or wsd until it decays, can be made longer"
+            "with config.optim.schedule=constant, or wsd until it decays, can be made longer; with "
+            "config.model.vision.patch_dropout_until, before their whole images begin"
         )
 
 

@@ -147,6 +147,8 @@ def _read_state(path: Path) -> dict[str, np.ndarray]:
             return safetensors.numpy.load_file(path)
         except (safetensors.SafetensorError, KeyError) as e:
             raise ValueError(f"{path.name} is damaged or truncated ({one_line(e)}); download it again") from e
+        except (AttributeError, TypeError) as e:  # of a type that NumPy lacks
+            raise ValueError(f"{path.name} cannot be read ({one_line(e)}); save it as float32 or bfloat16") from e
     raise ValueError(
         f"{path.name} is neither safetensors nor a PyTorch archive{beginning(path)}; if it is older than PyTorch 1.6, "
         "load and save it with a newer PyTorch"
@@ -167,7 +169,8 @@ def _without_wrappers(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     towers = {match[1] for name in state if (match := re.match(r"(.*?)(visual|vision_model)\.", name))}
     holders = [holder for holder in with_scale if holder in towers]
     if len(holders) > 1:
-        raise ValueError(f"holds several models: {', '.join(sorted(holders))}; save the one that you mean alone")
+        names = ", ".join(holder or "without a prefix" for holder in sorted(holders))
+        raise ValueError(f"holds several models: {names}; save the one that you mean alone")
     holder = holders[0] if holders else ""
     state = {name.removeprefix(holder): value for name, value in state.items() if name.startswith(holder)}
     return {name.removeprefix("text."): value for name, value in state.items()}

@@ -148,6 +148,8 @@ def from_state(state: Mapping[str, np.ndarray], config: ClipConfig, layout: Layo
             expected = (3 * expected[0], *expected[1:])
         if theirs.shape != expected and not (expected == () and theirs.size == 1):
             raise ValueError(f"{place.key} has shape {theirs.shape}; expected {expected} for this architecture")
+        if not jax.dtypes.issubdtype(theirs.dtype, np.floating):
+            raise ValueError(f"{place.key} is {theirs.dtype}. Expected floating point: quantised weights are not read")
         if place.part is not None:
             theirs = fused.setdefault(place.key, np.split(theirs, 3))[place.part]
         value = theirs.transpose(np.argsort(place.axes)) if place.axes else theirs

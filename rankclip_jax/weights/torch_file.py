@@ -120,7 +120,9 @@ class _Unused:
         pass
 
 
-def _rebuild_tensor(storage, offset, shape, strides, *_):
+def _rebuild_tensor(storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None):
+    if metadata:
+        raise RefusedError(f"a tensor with {', '.join(map(str, metadata))} still to be applied; save it resolved")
     ints = (offset, *shape, *strides)
     valid = isinstance(storage, _Storage) and len(shape) == len(strides)
     if not valid or not all(type(n) is int and n >= 0 for n in ints):

@@ -140,6 +140,14 @@ def test_skipped_parameters_start_fresh(workdirs, capsys):
     assert_same(mlp, fresh_mlp)
     assert_same(visual["proj"], source["visual"]["proj"])
     assert "visual/transformer/resblocks_1/mlp/c_fc/kernel fresh" in capsys.readouterr().out
+    small.model.scan_layers = True  # the same names
+    _, scanned = start(small)
+    stacked = scanned.params["visual"]["transformer"]["resblocks"]["mlp"]["c_fc"]["kernel"]
+    assert stacked.shape[1:] == (64, 100)
+    small.init_skip = (r"^visual/.*mlp/c_(fc|proj)/(kernel|bias)", "visual/transformer/resblocks_0/ln_1")
+    with pytest.raises(InputError, match=r"resblocks/ln_1/scale: config.init_skip names a part; set config"):
+        start(small)
+    small.model.scan_layers = False
     small.init_skip = (*small.init_skip, "vishual")
     with pytest.raises(InputError, match=r"config.init_skip: 'vishual' matches no parameter"):
         start(small)

@@ -12,7 +12,7 @@ from rankclip_jax import cli, figures
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.train import evaluate
-from rankclip_jax.weights import mixing, pretrained
+from rankclip_jax.weights import export, mixing, pretrained
 from tests.support.made_models import CAPTIONS, RESNET, VIT, make_workdir
 
 
@@ -97,6 +97,9 @@ def test_what_does_not_mix_is_one_line(mix, folder, capsys):
         ("a b --out gs://bucket/x", "--out must be a local path"),
         ("a b --out ./b/", "--out ./b/ is one of the two models; give another folder"),
         ("a b --alphas 0,1 --out x", "name sets to evaluate on: --labels TABLE:COLUMN"),
+        ("a b --labels l.csv:x --out x", "nothing is evaluated without --alphas; give it, or leave out eval."),
+        ("a b --config shapes --out x", "nothing is evaluated without --alphas; give it, or leave out shapes"),
+        ("a b --config.nonsense=1 --out x", "nothing is evaluated without --alphas; give it, or leave out nonsense=1"),
         ("a b --alphas 0,1 --labels none.csv --out x", "--labels none.csv: expected TABLE:COLUMN"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -108,6 +111,17 @@ def test_what_does_not_mix_is_one_line(mix, folder, capsys):
         with pytest.raises(SystemExit) as stop:
             mix(words)
         assert stop.value.code == 2 and capsys.readouterr().err
+
+
+def test_weights_without_a_config_are_evaluated_and_mixed_with_the_activation_that_is_given(mix, folder):
+    model = pretrained.read(folder / "a")
+    export.write(model, folder / "bare", "openai")
+    weights, words = folder / "bare" / "open_clip_model.safetensors", folder / "bare" / "tokenizer.json"
+    given = [f"eval.model={str(weights)!r}", f"tokenizer.path={str(words)!r}", "model.activation='gelu'"]
+    session, _ = evaluate._model(evaluate.settings(None, None, given))
+    assert session.model.config.vision.activation == session.model.config.text.activation == "gelu"
+    mix(f"{weights} {weights} --activation gelu --tokenizer {words} --out gelu")
+    assert pretrained.read(folder / "gelu").config.vision.activation == "gelu"
 
 
 def test_another_tokenizer_or_view_does_not_mix(folder):

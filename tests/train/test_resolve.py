@@ -233,6 +233,14 @@ def test_the_view_comes_along_and_stays_in_what_is_exported(tmp_path, captioned,
     assert 0 < np.abs(after - before).max() < 1e-4  # one step of 1e-5
 
 
+def test_another_resize_of_the_start_is_said(capsys):
+    config = configs.complete({})
+    resolve.settle_view(config, view.View(resize=32, crop=32))
+    assert capsys.readouterr().out == ""
+    resolve.settle_view(config, view.View(resize=40, crop=32))
+    assert "resized to the crop's side; the start resized to 40 and cropped 32" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_forty_pairs_train_resume_and_export(tmp_path, captioned, one_device):
     """As `rankclip train data.csv` does it, but for its length."""

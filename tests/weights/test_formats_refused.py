@@ -89,6 +89,20 @@ def test_what_lies_beside_the_model_is_left_out_and_two_models_are_refused(tmp_p
     save(tmp_path / "b.safetensors", held | {f"teacher.{k}": v for k, v in state.items()})
     with pytest.raises(ValueError, match=r"b\.safetensors: holds several models: model\., teacher\.; save the one"):
         read(tmp_path / "b.safetensors")
+    save(tmp_path / "c.safetensors", state | {f"ema.{k}": v for k, v in state.items()})
+    with pytest.raises(ValueError, match=r"holds several models: without a prefix, ema\.; save the one"):
+        read(tmp_path / "c.safetensors")
+
+
+def test_quantised_weights_are_no_weights(tmp_path, state):
+    for dtype in (np.int8, np.bool_, np.uint8):
+        save(tmp_path / "a.safetensors", state | {"visual.proj": (state["visual.proj"] * 100).astype(dtype)})
+        with pytest.raises(ValueError, match=rf"visual\.proj is {np.dtype(dtype)}\. Expected floating point: "):
+            read(tmp_path / "a.safetensors")
+    header = json.dumps({"weight": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "b.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ValueError, match=r"b\.safetensors cannot be read \(.*\); save it as float32 or bfloat16$"):
+        read(tmp_path / "b.safetensors")
 
 
 def test_the_bias_of_siglips_loss_is_left_aside(open_clip, tmp_path, state):

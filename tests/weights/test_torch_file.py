@@ -42,6 +42,12 @@ def test_every_dtype_stride_and_view(tmp_path):
         _same(ours[name], tensor)
 
 
+def test_a_sign_that_is_still_to_be_applied_is_not_left_out(tmp_path):
+    torch.save({"w": torch._neg_view(torch.ones(3))}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="a tensor with neg still to be applied; save it resolved"):
+        read_torch_file(tmp_path / "a.pt")
+
+
 def test_the_tests_own_archive_is_torchs(tmp_path):
     state = {"scale": np.float32(3), "w": np.arange(6, dtype=np.float32).reshape(2, 3), "none": np.zeros((0, 4), "f4")}
     torch_archive.write(tmp_path / "a.pt", state)
