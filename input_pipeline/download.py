@@ -15,6 +15,7 @@ from pathlib import Path
 
 from input_pipeline import download_stats, url_list
 from rankclip_jax.common import commands, storage
+from rankclip_jax.common.cache import user_cache
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import write_whole
 from rankclip_jax.common.ownership import Owned, at_work
@@ -22,7 +23,7 @@ from rankclip_jax.common.progress import progress
 from rankclip_jax.common.tasks import cores
 from rankclip_jax.config.key import encoding
 
-ENV = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankclip_jax" / "img2dataset"
+ENV = user_cache() / "rankclip_jax" / "img2dataset"
 # img2dataset imports imghdr, which Python 3.13 removed.
 INSTALL = "python3 -m venv {0} && {0}/bin/pip install 'img2dataset>=1.47,<2' standard-imghdr"
 

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -175,11 +176,11 @@ def summary(manifest: Manifest, out_dir: str) -> str:
         lines += caption_lengths.histogram(lengths, unit)
         if unit == "tokens":
             lines.append(caption_lengths.packed(lengths, manifest.settings["context_length"]))
-    train = f"--config.data.format=tfrecord '--config.data.train={out_dir}/*.tfrecord'"
+    train = ["--config.data.format=tfrecord", f"--config.data.train={out_dir}"]
     if "tokenizer" in manifest.settings:
-        train += f" --config.tokenizer.path={storage.join(out_dir, 'tokenizer.json')}"
-        train += f" --config.model.context_length={manifest.settings['context_length']}"
-    return "\n".join([*lines, f"train with: {train}"])
+        train.append(f"--config.tokenizer.path={storage.join(out_dir, 'tokenizer.json')}")
+        train.append(f"--config.model.context_length={manifest.settings['context_length']}")
+    return "\n".join([*lines, f"train with: {shlex.join(train)}"])
 
 
 def _flags():

@@ -29,12 +29,9 @@ COMMANDS = {
 def main() -> None:
     """Exit codes: those of the command; 2 for an unknown word."""
     words = sys.argv[1:]
-    if words == ["--version"]:
-        print(f"rankclip_jax {jax_install.version('rankclip_jax') or '(a checkout that is not installed)'}")
-        return
-    if not words or words[0] in ("-h", "--help"):
-        print("usage: rankclip COMMAND ...   (rankclip COMMAND --help; rankclip --version)\n")
-        print("\n".join(f"  {word:10}{said}" for word, (*_, said) in COMMANDS.items()))
+    if words == ["--version"] or not words or words[0] in ("-h", "--help"):
+        with commands.exit_codes():
+            print(_version() if words == ["--version"] else _usage())
         return
     word, *rest = words
     if word not in COMMANDS:
@@ -49,6 +46,15 @@ def main() -> None:
     with commands.exit_codes():  # Ctrl-C in the seconds that imports take
         (command,) = commands.imported(module)
     command.main()
+
+
+def _version() -> str:
+    return f"rankclip_jax {jax_install.version('rankclip_jax') or '(a checkout that is not installed)'}"
+
+
+def _usage() -> str:
+    lines = [f"  {word:10}{said}" for word, (*_, said) in COMMANDS.items()]
+    return "\n".join(["usage: rankclip COMMAND ...   (rankclip COMMAND --help; rankclip --version)\n", *lines])
 
 
 if __name__ == "__main__":

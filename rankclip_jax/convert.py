@@ -34,6 +34,7 @@ def main() -> None:
         "--ema", action="store_true", help="the averaged weights of a run with config.optim.ema, instead of its last"
     )
     flags = parser.parse_args()
+    commands.usual_numbers()
     # Nothing is computed, so an accelerator need not be free. (JAX makes its options as it starts, unseen by mypy.)
     if not jax.config.jax_platforms:  # type: ignore[attr-defined]
         jax.config.update("jax_platforms", "cpu")

@@ -62,6 +62,7 @@ def main() -> None:
         parser.error(f"--workers {flags.workers}: expected at least 1")
     if flags.top < 1:
         parser.error(f"--top {flags.top}: expected at least 1")
+    commands.usual_numbers()
     commands.keep_freed_memory()
     commands.quiet_tensorflow()  # for shards
     with commands.exit_codes("stopped; the same command resumes"):

@@ -19,6 +19,7 @@ import numpy as np
 from input_pipeline.sources import index_file
 from input_pipeline.sources.index_file import IndexFile, Shard
 from rankclip_jax.common import storage
+from rankclip_jax.common.cache import user_cache
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.files import whole
 from rankclip_jax.common.ownership import INDEX
@@ -67,8 +68,7 @@ class Entry(NamedTuple):
 
 def cache_folder(cache_dir: str | None) -> str:
     """config.data.cache_dir, or the user's cache."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rankclip_jax"
-    return cache_dir or str(home)
+    return cache_dir or str(user_cache() / "rankclip_jax")
 
 
 def places(path: str, cache_dir: str | None) -> tuple[list[Place], list[Place]]:

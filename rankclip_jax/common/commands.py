@@ -33,6 +33,9 @@ _REFUSED |= dict.fromkeys(_FULL, ("written", "make room, and start the same comm
 _REFUSED |= dict.fromkeys(_DENIED, ("used", "give this user the permission, or give another path"))
 _REFUSED |= dict.fromkeys((errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP), ("used", "give another path"))
 
+_USUAL = {"jax_enable_x64": False, "jax_numpy_dtype_promotion": "standard", "jax_numpy_rank_promotion": "allow"}
+_USUAL |= {"jax_transfer_guard": "allow"}
+
 
 def prog(module: str) -> str:
     """How the command was called, for its usage line: `rankclip WORD`, or as `python -m` does."""
@@ -43,6 +46,13 @@ def prog(module: str) -> str:
 def exit_codes(interrupted: str = "stopped") -> Iterator[None]:
     """Ends the process with 1 and a line for an InputError or what the system `refused`, with 130 and the line
     `interrupted` for Ctrl-C. A signal that no program survives is named: SIGBUS where a mapped file became shorter."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        sys.exit("error: the current folder is gone; cd to one that is there")
+    letters = getattr(sys.stdout, "errors", None)
+    if letters == "strict" and hasattr(sys.stdout, "reconfigure"):  # a name that the console has no letters for
+        sys.stdout.reconfigure(errors="backslashreplace")
     enabled = faulthandler.is_enabled()
     if not enabled:
         faulthandler.enable(2, all_threads=False)  # stderr, also where sys.stderr is no file
@@ -66,6 +76,8 @@ def exit_codes(interrupted: str = "stopped") -> Iterator[None]:
     finally:
         if not enabled:
             faulthandler.disable()
+        if letters == "strict" and hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors=letters)
 
 
 def _unread() -> bool:
@@ -119,6 +131,15 @@ def imported(*names: str) -> list[ModuleType]:
         modules = [importlib.import_module(name) for name in names]
         gc.freeze()
     return modules
+
+
+def usual_numbers() -> None:
+    """Puts JAX's settings that change numbers and types, or forbid what is usual, to their defaults, whatever
+    JAX_ENABLE_X64 and the like say: a run must not depend on the shell it was started from, nor its checkpoints."""
+    import jax  # as below
+
+    for name, value in _USUAL.items():
+        jax.config.update(name, value)
 
 
 def keep_freed_memory() -> None:

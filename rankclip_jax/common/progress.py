@@ -15,13 +15,14 @@ def progress(what: str, total: int | None, *, unit: str = "images", done: int = 
       total: how many `unit` there are in all; None: not known beforehand.
       done: how many of them an earlier run did; they do not count towards the rate.
     """
-    terminal = sys.stderr.isatty()
+    terminal = sys.stderr is not None and sys.stderr.isatty()
     return tqdm(
         desc=what,
         total=total,
         initial=done,
         unit=f" {unit}",
         delay=2,
+        disable=sys.stderr is None,  # closed, as a service may have it
         mininterval=0.5 if terminal else 10,
         ncols=None if terminal else 79,
         dynamic_ncols=terminal,

@@ -1,9 +1,10 @@
 """Compiled programs are kept on the disk, so that a resumed run does not compile again."""
 
 import os
-from pathlib import Path
 
 import jax
+
+from rankclip_jax.common.cache import user_cache
 
 
 def enable(platform: str) -> None:
@@ -14,4 +15,4 @@ def enable(platform: str) -> None:
     several; and those with a ranking loss sort in a callback, which cannot be stored.
     """
     if platform != "cpu" and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "rankclip_jax" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "rankclip_jax" / "xla"))

@@ -29,6 +29,7 @@ def main() -> None:
         if not flag.startswith("--config."):
             parser.error(f"unknown flag {flag}")
     default = Path("runs") / Path(flags.config.partition(":")[0]).stem
+    commands.usual_numbers()
     commands.keep_freed_memory()
     commands.quiet_tensorflow()
     with commands.exit_codes("stopped; the same command resumes"):

@@ -38,6 +38,7 @@ def main() -> None:
     if flags.mode != "eval":  # which can do with config.eval.model alone
         if not (flags.what or flags.config or flags.workdir):
             parser.error("give an experiment (shapes), data of your own (mine.csv), or the --workdir of a run")
+    commands.usual_numbers()
     commands.keep_freed_memory()
     commands.quiet_tensorflow()
     late_callbacks.quiet_tasks()

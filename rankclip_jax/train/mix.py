@@ -55,6 +55,7 @@ def main() -> None:
     flags = parser.parse_args([word for word in sys.argv[1:] if not word.startswith("--config.")])
     if not flags.alphas and not jax.config.jax_platforms:  # type: ignore[attr-defined]
         jax.config.update("jax_platforms", "cpu")  # nothing is computed, so an accelerator need not be free
+    commands.usual_numbers()
     commands.keep_freed_memory()
     with commands.exit_codes():
         out = storage.local(flags.out, "--out")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -198,8 +199,13 @@ def _write_json(path: Path, contents: dict) -> None:
 
 def _write_weights(path: Path, state: dict[str, np.ndarray]) -> None:
     with whole(path) as part:
-        # transformers refuses files without this metadata.
-        safetensors.numpy.save_file(state, part, metadata={"format": "pt"})
+        try:
+            # transformers refuses files without this metadata.
+            safetensors.numpy.save_file(state, part, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            if refused := re.search(r"os error (\d+)", str(error)):  # which only its words tell
+                raise OSError(int(refused[1]), os.strerror(int(refused[1]))) from None
+            raise
 
 
 def _new_folder(folder: str | Path) -> Path:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rankclip_jax.common.errors import one_line
+from rankclip_jax.common.errors import InputError, one_line
 from rankclip_jax.common.files import write_whole
 from rankclip_jax.common.foreign_files import read_json
 from rankclip_jax.common.trees import by_name, nested
@@ -31,8 +31,12 @@ def write_orbax(folder: str | Path, config: ClipConfig, variables: Mapping) -> N
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: unstack_layers(tree) for name, tree in variables.items() if tree}
     arrays = jax.tree.map(lambda x: np.asarray(x, np.float32), arrays)
-    with ocp.StandardCheckpointer() as writer:
-        writer.save(folder / ARRAYS, arrays)
+    with late_callbacks.one_report(), ocp.StandardCheckpointer() as writer:
+        try:
+            writer.save(folder / ARRAYS, arrays)
+            writer.wait_until_finished()
+        except Exception as error:  # whatever Orbax and TensorStore raise on a full disk
+            raise InputError(f"cannot write {folder / ARRAYS}: {one_line(error)}") from None
     write_whole(folder / CONFIG, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 

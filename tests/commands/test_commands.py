@@ -8,9 +8,11 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import rankclip_jax
@@ -18,7 +20,9 @@ from input_pipeline import download, prepare
 from rankclip_jax import config as configs
 from rankclip_jax import convert, doctor, embed
 from rankclip_jax.common import commands
+from rankclip_jax.common.cache import user_cache
 from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.progress import progress
 from rankclip_jax.parallel import compilation_cache, preemption, processes
 from rankclip_jax.report import runs
 from rankclip_jax.train import loop
@@ -123,6 +127,52 @@ def test_a_signal_that_ends_a_command_is_named():
     )
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGBUS and done.stderr.startswith("Fatal Python error: Bus error\n")
+
+
+def test_a_folder_that_is_gone_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit, match="^error: the current folder is gone; cd to one that is there$"):
+        with commands.exit_codes():
+            raise AssertionError("not reached")
+
+
+def test_letters_that_the_console_lacks_end_no_command():
+    script = "from rankclip_jax.common import commands\nwith commands.exit_codes(): print('\\u732b')"
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\u732b\n", "")
+
+
+def test_a_closed_stderr_shows_no_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress("embed", 3) as bar:
+        bar.update(3)
+
+
+def test_the_shells_settings_for_jax_change_no_numbers():
+    for name, value in (("jax_enable_x64", True), ("jax_numpy_rank_promotion", "raise")):
+        before = getattr(jax.config, name)
+        jax.config.update(name, value)
+        try:
+            commands.usual_numbers()
+            assert jnp.ones(3, float).dtype == jnp.float32 and (jnp.ones(3) + jnp.ones((2, 3))).shape == (2, 3)
+        finally:
+            jax.config.update(name, before)
+
+
+def test_a_cache_is_found_also_without_a_home(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/some/where")
+    assert user_cache() == Path("/some/where")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert user_cache() == Path.home() / ".cache"
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    assert user_cache() == Path(tempfile.gettempdir())
 
 
 def test_another_broken_pipe_is_shown():

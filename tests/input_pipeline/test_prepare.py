@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import tensorflow as tf
 from PIL import Image
 
 from input_pipeline import manifest, prepare, rows, shards, sources
+from rankclip_jax import config as configs
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.ownership import at_work
 from rankclip_jax.common.tokenizer import Tokenizer
@@ -88,6 +90,15 @@ def test_every_good_row_comes_once_with_img2datasets_keys(mixed, tmp_path, monke
         assert [record[f"{o}{side}"] for o in ("", "original_") for side in ("width", "height")] == [40, 30, 40, 30]
     assert "jpg" not in got[24] and Image.open(io.BytesIO(got[24]["png"])).mode == "RGB"
     assert "25 samples in 4 shards" in capsys.readouterr().out
+
+
+def test_the_words_to_train_with_can_be_pasted(mixed, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "it's [1] {a,b}"
+    run(monkeypatch, mixed, out, "--shard-size", 7, *ALL)
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("train with: "))
+    assert words == ["--config.data.format=tfrecord", f"--config.data.train={out}"]
+    data = configs.complete({"data": {"format": "tfrecord"}}).data
+    assert sources.open_source(data, str(out), image_side=8).size == 25
 
 
 def test_bad_rows_are_counted_and_named(mixed, tmp_path, monkeypatch, capsys):

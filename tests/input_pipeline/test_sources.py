@@ -226,6 +226,14 @@ def test_wrong_files_are_refused_by_name(tmp_path):
         opened("zip", "x")
 
 
+def test_a_folder_whose_name_is_not_utf8_is_named(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / "a.csv").write_text("image,caption\n0.png,a cat\n")
+    with pytest.raises(InputError, match=r"caf\?/: its name is not UTF-8; rename it, or go to it by a link"):
+        opened("csv", str(folder / "a.csv"))
+
+
 def test_a_csv_counts_its_rows_as_they_stand_in_the_file(tmp_path):
     (tmp_path / "a.csv").write_bytes(
         b"\xef\xbb\xbfimage,caption\n"  # a byte order mark, as Excel writes it

@@ -6,7 +6,9 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 import rankclip_jax
@@ -273,6 +275,20 @@ def test_wrong_input_is_one_line(tmp_path, monkeypatch, source):
     export.write(source, tmp_path / "file", "orbax")
     with pytest.raises(SystemExit, match=r"^error: cannot write .*README\.md: File exists$"):
         run_convert(monkeypatch, tmp_path / "file", tmp_path / "file" / "README.md", "--to", "hf")
+
+
+@pytest.mark.parametrize("layout", export.LAYOUTS)
+def test_a_full_disk_is_one_line_about_where_it_was_written(source, tmp_path, monkeypatch, layout):
+    def full(*_, **__):
+        if layout == "orbax":
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", full)
+    with pytest.raises(InputError, match=rf"^cannot write {tmp_path}/out/.*: .*No space left on device") as error:
+        export.write(source, tmp_path / "out", layout)
+    assert str(source.path) not in str(error.value)
 
 
 def test_a_damaged_orbax_folder_is_named(source, tmp_path):
