@@ -74,12 +74,9 @@ def unpacked(files: list[str], columns: list[Columns], cache_dir: str | None) ->
         for wait in (False, True):  # last what others are at, who may not come to its end
             for i in list(rows):
                 with _turn(locks, names[i], wait) as ours:
-                    if ours and not (folder / names[i]).exists():
-                        _unpack(files[i], columns[i], folder / names[i], bar)
-                    elif ours:
-                        bar.update(rows[i])
-                if ours:
-                    del rows[i]
+                    if ours:
+                        count, target = rows.pop(i), folder / names[i]
+                        bar.update(count) if target.exists() else _unpack(files[i], columns[i], target, bar)
     return [str(folder / name) for name in names]
 
 
@@ -107,8 +104,8 @@ def _turn(locks: BinaryIO, name: str, wait: bool) -> Iterator[bool]:
     place = int(name[:8], 16)
     try:
         fcntl.lockf(locks, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
-    except (BlockingIOError, PermissionError):  # a system may say either
-        yield False
+    except (BlockingIOError, PermissionError):  # a system may say either; some have no locks, and say the second
+        yield wait
         return
     except OSError:  # a file system without locks: each process unpacks what is missing at its turn
         yield True

@@ -6,11 +6,13 @@ from pathlib import Path
 
 
 def user_cache() -> Path:
-    """XDG_CACHE_HOME or ~/.cache; where a user has no home, as in a container under a foreign number, the system's
-    folder for temporary files."""
+    """XDG_CACHE_HOME or ~/.cache; of a user without a home, as in a job that runs under a foreign number, a folder of
+    their own among the temporary ones."""
     if given := os.environ.get("XDG_CACHE_HOME"):
         return Path(given)
     try:
         return Path.home() / ".cache"
     except RuntimeError:
-        return Path(tempfile.gettempdir())
+        own = Path(tempfile.gettempdir(), f"cache-{os.getuid()}")
+        strange = os.path.lexists(own) and own.lstat().st_uid != os.getuid()  # programs are run from there
+        return own.with_name(f"{own.name}-{os.getpid()}") if strange else own

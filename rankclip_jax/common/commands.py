@@ -6,7 +6,7 @@
   75   a training was asked to stop: all is saved, and the same command resumes (EX_TEMPFAIL of sysexits.h)
   130  Ctrl-C, of a training the second: what is finished is kept (128 + SIGINT)
   141  what reads the output of the command has closed it, as head does (128 + SIGPIPE)
-  143  a download got SIGTERM: as 130 (128 + SIGTERM)
+  143  a download got SIGTERM: as 130 (128 + SIGTERM); a training got it before its first step
 
 What belongs to the whole process (signals, environment, hooks and filters, malloc, sys.stdout) is set by `main()` of a
 command, or in a context that puts it back; never by importing a module or making an object.
@@ -18,6 +18,7 @@ import errno
 import faulthandler
 import gc
 import importlib
+import io
 import os
 import select
 import sys
@@ -34,6 +35,7 @@ _REFUSED |= dict.fromkeys(_DENIED, ("used", "give this user the permission, or g
 _REFUSED |= dict.fromkeys((errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP), ("used", "give another path"))
 
 _USUAL = {"jax_enable_x64": False, "jax_numpy_dtype_promotion": "standard", "jax_numpy_rank_promotion": "allow"}
+_USUAL |= {"jax_default_prng_impl": "threefry2x32", "jax_threefry_partitionable": True, "jax_random_seed_offset": 0}
 _USUAL |= {"jax_transfer_guard": "allow"}
 
 
@@ -50,10 +52,10 @@ def exit_codes(interrupted: str = "stopped") -> Iterator[None]:
         os.getcwd()
     except FileNotFoundError:
         sys.exit("error: the current folder is gone; cd to one that is there")
-    letters = getattr(sys.stdout, "errors", None)
-    if letters == "strict" and hasattr(sys.stdout, "reconfigure"):  # a name that the console has no letters for
-        sys.stdout.reconfigure(errors="backslashreplace")
-    enabled = faulthandler.is_enabled()
+    console = sys.stdout if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict" else None
+    if console:  # which has not the letters of every name
+        console.reconfigure(errors="backslashreplace")
+    enabled = faulthandler.is_enabled() or sys.__stderr__ is None  # closed: 2 may be any file
     if not enabled:
         faulthandler.enable(2, all_threads=False)  # stderr, also where sys.stderr is no file
     try:
@@ -76,8 +78,8 @@ def exit_codes(interrupted: str = "stopped") -> Iterator[None]:
     finally:
         if not enabled:
             faulthandler.disable()
-        if letters == "strict" and hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors=letters)
+        if console:
+            console.reconfigure(errors="strict")
 
 
 def _unread() -> bool:
@@ -134,8 +136,11 @@ def imported(*names: str) -> list[ModuleType]:
 
 
 def usual_numbers() -> None:
-    """Puts JAX's settings that change numbers and types, or forbid what is usual, to their defaults, whatever
-    JAX_ENABLE_X64 and the like say: a run must not depend on the shell it was started from, nor its checkpoints."""
+    """Puts JAX's settings of types and randomness, or that forbid what is usual, to their defaults, whatever
+    JAX_ENABLE_X64 and the like say: a run must not depend on the shell it was started from, nor its checkpoints.
+
+    JAX_DEFAULT_MATMUL_PRECISION stays the user's.
+    """
     import jax  # as below
 
     for name, value in _USUAL.items():

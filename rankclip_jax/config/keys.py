@@ -94,7 +94,7 @@ KEYS = dict(
         terms={},
         lambda_in=real(1 / 16, 0),  # weight of the in-modal ranking term. [p] [c]
         lambda_cross=real(1 / 16, 0),  # weight of the cross-modal ranking term. [p] [c]
-        # ramp: 0 in the first epoch, to 2 over the others | constant: 1 | None: ramp, of a run of one epoch constant.
+        # ramp: 0 in the first epoch, to 2 over the others | constant: 1 | None: ramp; constant for a run of one epoch.
         # [c]; [p] v2 constant
         schedule=choice("ramp", *SCHEDULES, None),
         # epochs of the ramp, which then keeps its last weight; None: those of the run

@@ -88,6 +88,8 @@ def settings(spec: str | None, workdir: Path | None, overrides: list[str]) -> Co
     if old is not None and workdir and given.eval.model is None:
         workdirs.check_same_config(workdir, old, given)
         return configs.with_stored(given, old)
+    if not any(override.startswith("model.activation=") for override in overrides):
+        given.model.activation = None  # the run's is not that of another model
     return given
 
 

@@ -99,11 +99,12 @@ class _Taking:
         if name.split("/")[0] not in self._towers:
             return fresh
         skip = self._config.init_skip
-        matching = [[p for p in skip if re.search(p, one)] for one in rules.block_names(name, fresh)]
+        names = rules.block_names(name, fresh)
+        matching = [[p for p in skip if re.search(p, one) or re.search(p, name)] for one in names]
         self._unused.difference_update(*matching)
         if any(matching):
             if not all(matching):
-                self.misfits.append(f"{name}: config.init_skip names a part; set config.model.scan_layers=False")
+                self.misfits.append(f"{name}: config.init_skip names a part of it; name all, or do not scan layers")
             self.notes.append(f"{name} fresh")
             return fresh
         value = self._fitting(name, theirs.get(name), fresh.shape)

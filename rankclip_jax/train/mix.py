@@ -63,7 +63,7 @@ def main() -> None:
             raise InputError(f"--out {flags.out} is one of the two models; give another folder")
         given = [*arguments.sets(flags, alone=True), *(key.removeprefix("--config.") for key in keys)]
         if (given or flags.config) and not flags.alphas:
-            raise InputError(f"nothing is evaluated without --alphas; give it, or leave out {flags.config or given[0]}")
+            raise InputError("nothing is evaluated without --alphas; give it, or leave out --config and the sets")
         a, b = (pretrained.read(path, flags.tokenizer, flags.activation) for path in (flags.a, flags.b))
         try:
             if flags.alphas:

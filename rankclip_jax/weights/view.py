@@ -94,10 +94,16 @@ def _of_folder(folder: Path, vision: VitConfig | ResNetConfig) -> View:
         siglip = str(described.get("image_processor_type", "")).startswith("Siglip")
         return (_of_siglip if siglip else _of_hugging_face)(described, vision.image_size)
     described = _read(folder / "open_clip_config.json").get("preprocess_cfg") or {}
-    for key, ours in (("interpolation", "bicubic"), ("resize_mode", "shortest"), ("mode", "RGB")):
-        if described.get(key, ours) != ours:
-            raise ValueError(f"open_clip_config.json: unsupported {key} = {described[key]!r}; expected {ours!r}")
+    squash = described.get("resize_mode") == "squash"
+    known = {"resize_mode": ("shortest", "squash"), "mode": ("RGB",)}
+    known["interpolation"] = ("bicubic", "bilinear") if squash else ("bicubic",)
+    for key, ours in known.items():
+        if described.get(key, ours[0]) not in ours:
+            expected = " or ".join(map(repr, ours))
+            raise ValueError(f"open_clip_config.json: unsupported {key} = {described[key]!r}; expected {expected}")
     own = usual(vision)
+    if squash:
+        own = dataclasses.replace(own, squash=described.get("interpolation", "bicubic"))
     mean, std = (tuple(described.get(key) or getattr(own, key)) for key in ("mean", "std"))
     return dataclasses.replace(own, mean=mean, std=std)
 

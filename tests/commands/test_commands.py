@@ -152,17 +152,19 @@ def test_a_closed_stderr_shows_no_bar(monkeypatch):
 
 
 def test_the_shells_settings_for_jax_change_no_numbers():
-    for name, value in (("jax_enable_x64", True), ("jax_numpy_rank_promotion", "raise")):
+    key = jax.random.key_data(jax.random.key(3)).tolist()
+    for name, value in (("jax_enable_x64", True), ("jax_numpy_rank_promotion", "raise"), ("jax_random_seed_offset", 7)):
         before = getattr(jax.config, name)
         jax.config.update(name, value)
         try:
             commands.usual_numbers()
+            assert jax.random.key_data(jax.random.key(3)).tolist() == key
             assert jnp.ones(3, float).dtype == jnp.float32 and (jnp.ones(3) + jnp.ones((2, 3))).shape == (2, 3)
         finally:
             jax.config.update(name, before)
 
 
-def test_a_cache_is_found_also_without_a_home(monkeypatch):
+def test_a_cache_is_found_also_without_a_home(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/some/where")
     assert user_cache() == Path("/some/where")
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -172,7 +174,11 @@ def test_a_cache_is_found_also_without_a_home(monkeypatch):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", home)
-    assert user_cache() == Path(tempfile.gettempdir())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert user_cache() == tmp_path / f"cache-{os.getuid()}"
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    (tmp_path / "cache-12345").mkdir()  # another user's
+    assert user_cache() == tmp_path / f"cache-12345-{os.getpid()}"
 
 
 def test_another_broken_pipe_is_shown():

@@ -97,9 +97,9 @@ def test_what_does_not_mix_is_one_line(mix, folder, capsys):
         ("a b --out gs://bucket/x", "--out must be a local path"),
         ("a b --out ./b/", "--out ./b/ is one of the two models; give another folder"),
         ("a b --alphas 0,1 --out x", "name sets to evaluate on: --labels TABLE:COLUMN"),
-        ("a b --labels l.csv:x --out x", "nothing is evaluated without --alphas; give it, or leave out eval."),
-        ("a b --config shapes --out x", "nothing is evaluated without --alphas; give it, or leave out shapes"),
-        ("a b --config.nonsense=1 --out x", "nothing is evaluated without --alphas; give it, or leave out nonsense=1"),
+        ("a b --labels l.csv:x --out x", "nothing is evaluated without --alphas; give it, or leave"),
+        ("a b --config shapes --out x", "nothing is evaluated without --alphas; give it, or leave"),
+        ("a b --config.nonsense=1 --out x", "nothing is evaluated without --alphas; give it, or leave"),
         ("a b --alphas 0,1 --labels none.csv --out x", "--labels none.csv: expected TABLE:COLUMN"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -121,6 +121,9 @@ def test_weights_without_a_config_are_evaluated_and_mixed_with_the_activation_th
     given = [f"eval.model={str(weights)!r}", f"tokenizer.path={str(words)!r}", "model.activation='gelu'"]
     session, _ = evaluate._model(evaluate.settings(None, None, given))
     assert session.model.config.activation == "gelu"
+    made = make_workdir(folder / "gelu_run", VIT | {"activation": "gelu"})  # whose activation is not the other's
+    session, _ = evaluate._model(evaluate.settings(None, made, given[:2]))
+    assert session.model.config.activation == "quick_gelu"
     mix(f"{weights} {weights} --activation gelu --tokenizer {words} --out gelu")
     assert pretrained.read(folder / "gelu").config.activation == "gelu"
 

@@ -245,6 +245,8 @@ def test_open_clip_is_told_how_pictures_were_resized(source, tmp_path):
         export.write(dataclasses.replace(source, view=view), tmp_path / squash, "openai")
         described = json.loads((tmp_path / squash / "open_clip_config.json").read_text())["preprocess_cfg"]
         assert (described["resize_mode"], described["interpolation"]) == (mode, how)
+        (tmp_path / squash / "preprocessor_config.json").unlink()  # which comes before it
+        assert pretrained.read(tmp_path / squash).view == view
     view = dataclasses.replace(source.view, resize=source.view.crop + 4)
     with pytest.raises(InputError, match="pixels, for which open_clip has one size; use --to hf or orbax"):
         export.write(dataclasses.replace(source, view=view), tmp_path / "other", "openai")

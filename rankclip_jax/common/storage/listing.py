@@ -72,7 +72,7 @@ def is_folder(path: str) -> bool:
     if not is_remote(path):
         return os.path.isdir(path)
     place = place_of(path)
-    if place.scheme.startswith("http"):
+    if place.web:
         return False
     return _info(path, place, f"{place.root}/{place.key}".rstrip("/")).type.name == "Directory"
 
@@ -97,7 +97,7 @@ def _stat(path: str) -> File | None:
             raise InputError(f"{path} cannot be read: {error.strerror}") from None
         return File(path, found.st_size, found.st_mtime_ns)
     place = place_of(path)
-    if place.scheme.startswith("http"):
+    if place.web:
         return _head(path, place)
     info = _info(path, place, f"{place.root}/{place.key}")
     return _file(path, info) if info.is_file else None
@@ -106,7 +106,7 @@ def _stat(path: str) -> File | None:
 def check_bucket(path: str) -> None:
     """Raises InputError where the bucket of a path is not there, as far as that can be seen."""
     place = place_of(path)
-    if not place.scheme.startswith("http"):
+    if not place.web:
         with contextlib.suppress(OSError):  # whoever may read may not always look at the bucket itself
             store = _file_system(place.scheme, place.root, endpoint(place.scheme))
             if store.get_file_info(place.root).type.name == "NotFound":
@@ -115,7 +115,7 @@ def check_bucket(path: str) -> None:
 
 def _listed(folder: str, recursive: bool) -> list[File]:
     place = place_of(folder)
-    if place.scheme.startswith("http"):
+    if place.web:
         raise InputError(f"{folder}: there are no listings over http; name the files, for example {{00000..00331}}.tar")
     from pyarrow import fs
 

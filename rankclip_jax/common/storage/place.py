@@ -40,6 +40,11 @@ class Place(NamedTuple):
     key: str
     query: str = ""
 
+    @property
+    def web(self) -> bool:
+        """Whether it is an http address, which has no listing."""
+        return self.scheme not in _BUCKETS
+
 
 class NoPlaceError(InputError):
     """A path that names nothing that can be read: its own fault, not the store's."""
@@ -116,7 +121,7 @@ def name_of(path: str) -> str:
 
 def store_of(place: Place) -> tuple[Any, str | bytes]:
     """(the open tensorstore.KvStore, the key in it)"""
-    if place.scheme in _BUCKETS:
+    if not place.web:
         return _opened(place.scheme, place.root, "", endpoint(place.scheme)), place.key
     kept, rest = _KEPT.findall(place.key)[0]
     return _opened(place.scheme, place.root + kept, place.query, None), urllib.parse.unquote_to_bytes(rest)
@@ -185,7 +190,7 @@ def explained(path: str, error: Exception) -> InputError:
     looked = _GOOGLE if google else _AMAZON
     if re.search(r"NoSuchBucket|specified bucket|no such bucket|NO_SUCH_BUCKET|bucket does not exist", said, re.I):
         return InputError(f"{path}: there is no bucket {place.root}")
-    if place.scheme in _BUCKETS:
+    if not place.web:
         if re.search(
             r"access token|credential|UNAUTHENTICATED|\b401\b|anonymous|InvalidAccessKey|SignatureDoes", said, re.I
         ):

@@ -52,7 +52,7 @@ def delete(path: str) -> None:
 def writable(path: str) -> Place:
     """`place_of` a path that is to be written. Raises InputError for an http address."""
     place = place_of(path)
-    if place.scheme.startswith("http"):
+    if place.web:
         raise InputError(f"{path}: nothing can be written to an http address; give a local path, gs:// or s3://")
     return place
 
