@@ -17,7 +17,7 @@ from input_pipeline.sources.paths import expand
 from input_pipeline.sources.source import Lost, Reading, Source, keys
 from rankclip_jax.common import storage, tables
 from rankclip_jax.common.delimited import NoColumnError
-from rankclip_jax.common.errors import InputError, printable
+from rankclip_jax.common.errors import InputError, check_utf8
 
 _LIST = r"""(?s)^\[\s*(".*"|'.*')\s*\]$"""  # as pandas writes lists into a csv: ['a cat', 'a pet']
 
@@ -109,8 +109,7 @@ def open_rows(spec: ConfigDict, path: str | Sequence[str], text_keys: tuple[str,
     starts_F = np.cumsum([0] + [len(table.numbers) for table in read[:-1]])
     folders = [f"{table.folder.rstrip('/')}/" if table.folder else "" for table in read]
     for folder in folders:
-        if re.search("[\ud800-\udfff]", folder):  # as Python writes such bytes
-            raise InputError(f"{printable(folder)}: its name is not UTF-8; rename it, or go to it by a link")
+        check_utf8(folder)
     folders_F, absolute = [folder.encode() for folder in folders], re.compile(tables.ABSOLUTE.encode())
 
     def path_of(row):

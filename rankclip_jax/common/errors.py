@@ -1,6 +1,7 @@
 """The one exception for wrong input, and what exceptions and other people's names are in one line."""
 
 import os
+import re
 
 
 class InputError(ValueError):
@@ -15,6 +16,12 @@ def located(path: str | os.PathLike) -> str:
     than that of the run that is resumed."""
     path = os.fspath(path)
     return path if os.path.isabs(path) or "://" in path else f"{path} (in {os.getcwd()})"
+
+
+def check_utf8(path: str | os.PathLike) -> None:
+    """Raises InputError for a path that is not UTF-8, in which Arrow and TensorBoard can name nothing."""
+    if re.search("[\ud800-\udfff]", os.fspath(path)):  # as Python writes such bytes
+        raise InputError(f"{printable(os.fspath(path))}: its name is not UTF-8; rename it, or go to it by a link")
 
 
 def printable(text: str) -> str:

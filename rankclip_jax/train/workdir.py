@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from rankclip_jax import config as configs
 from rankclip_jax.common import storage
-from rankclip_jax.common.errors import InputError
+from rankclip_jax.common.errors import InputError, check_utf8
 from rankclip_jax.common.files import write_whole
 from rankclip_jax.common.ownership import Owned, at_work
 from rankclip_jax.common.tokenizer import Tokenizer
@@ -204,8 +204,9 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
     where a lock would outlast its machine, another start takes it over, and this one stops at its next save.
 
     Raises:
-      InputError: files of others are in the way, or another start is at work.
+      InputError: files of others are in the way, another start is at work, or the name is not UTF-8.
     """
+    check_utf8(workdir)
     if not processes.is_first():
         yield
         return

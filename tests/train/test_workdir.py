@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 from PIL import Image
@@ -111,3 +112,10 @@ def test_data_may_move_and_must_not_change(tmp_path, one_device, compiled_once):
     (run / "data.json").unlink()  # of a run that is older than this file: the path alone tells
     with pytest.raises(InputError, match=r"config.data.train: .*there/b.csv' -> .*here/a.csv'"):
         loop.train(quick(*common, f"data.train={str(tmp_path / 'here' / 'a.csv')!r}"), run)
+
+
+def test_a_workdir_whose_name_is_not_utf8_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"r\?n: its name is not UTF-8; rename it, or go to it by a link"):
+        with workdirs.claimed(tmp_path / os.fsdecode(b"r\xfcn"), configs.complete({})):
+            raise AssertionError("not reached")
+    assert not list(tmp_path.iterdir())
