@@ -27,7 +27,7 @@ class BadSamples:
       seen: samples read so far.
       count: samples skipped so far; repeated rows count each time.
       reasons: reason -> number of distinct rows, including earlier parts of the run.
-      told: the same of this process alone; the console names the first SHOWN of each.
+      found: the same of this process alone; the console names the first SHOWN of each.
     """
 
     def __init__(self, source: Source, path: Path | None = None, max_fraction: float = 1.0):
@@ -39,7 +39,7 @@ class BadSamples:
         self.count, self.seen = 0, 0
         self._source, self._path, self._max_fraction = source, path, max_fraction
         self._named, self._rows = set(), set()  # _rows: whose place and reason are known
-        self.reasons, self.told = Counter(), Counter()
+        self.reasons, self.found = Counter(), Counter()
         if path and path.exists():
             text = path.read_text()
             if text and not text.endswith("\n"):  # the torn last line of a killed run
@@ -106,10 +106,10 @@ class BadSamples:
             return
         self._named.add(where)
         self.reasons[reason] += 1
-        self.told[reason] += 1
-        if self.told[reason] <= SHOWN:
+        self.found[reason] += 1
+        if self.found[reason] <= SHOWN:
             print(f"bad sample skipped: {printable(where)}: {detail + '; ' if detail else ''}{reason}", file=sys.stderr)
-        elif self.told[reason] == SHOWN + 1:
+        elif self.found[reason] == SHOWN + 1:
             print(f"bad samples skipped: more for the same reason, {reason}", file=sys.stderr)
         if self._path:
             entry = {"row": row, "where": where, "reason": reason, "detail": detail}

@@ -84,16 +84,16 @@ class Looks:
                 place_M = run_M * 2**15 + light_M[order_M]  # 2**15: more than the brightness of any two rows
                 end_M = np.searchsorted(place_M, place_M + _CELLS * _LEVELS, side="right")
                 for i in range(0, len(rows_M), _ROWS):
-                    some = slice(i, min(i + _ROWS, len(rows_M)))
-                    for j in range(i, end_M[some.stop - 1], _NEIGHBOURS):
-                        others = slice(j, min(j + _NEIGHBOURS, end_M[some.stop - 1]))
+                    some, end = slice(i, i + _ROWS), end_M[i : i + _ROWS][-1]
+                    for j in range(i, end, _NEIGHBOURS):
+                        others = slice(j, min(j + _NEIGHBOURS, end))
                         differ = (bits_M[some, None] ^ bits_M[others]).ravel()
                         close_P = np.flatnonzero(np.bitwise_count(differ) <= _BITS)
                         same_GxP = (differ[close_P] & np.array(groups[: number + 1])[:, None]) == 0
                         close_P = close_P[same_GxP[-1] & ~same_GxP[:-1].any(axis=0)]  # each pair in one group
                         a_P, b_P = np.divmod(close_P, others.stop - j) + np.array([[i], [j]])
                         found.append(self._same(sorted_M[a_P[a_P < b_P]], sorted_M[b_P[a_P < b_P]]))
-                    bar.update(some.stop - i)
+                    bar.update(len(bits_M[some]))
         pairs = np.concatenate(found)
         return pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))].tolist()
 

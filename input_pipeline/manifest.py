@@ -22,6 +22,8 @@ from rankclip_jax.common.ownership import Owned
 from rankclip_jax.common.progress import progress
 
 _LINES = "manifest.jsonl"
+# What reading a file of another kind, or a damaged one, raises.
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError)
 
 
 class Manifest:
@@ -134,7 +136,7 @@ class Manifest:
             return {"settings": dict(manifest["settings"]), "shards": _checked(manifest)}
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+        except _DAMAGED as error:
             raise InputError(f"{path} is not a manifest of prepare: {error!r}; give another folder") from None
 
     def _with_lines(self, old):
@@ -144,7 +146,7 @@ class Manifest:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
             whole = [json.loads(line) for line in lines if line.endswith("\n")]  # the last line may be torn
             since = _checked({"settings": self.settings, "shards": whole})
-        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+        except _DAMAGED as error:
             raise InputError(f"{path} is not a list of prepare's shards: {error!r}; give another folder") from None
         return sorted({shard["name"]: shard for shard in [*old, *since]}.values(), key=lambda shard: shard["rows"])
 

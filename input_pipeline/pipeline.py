@@ -210,7 +210,7 @@ def eval_batches(
         position = batch.pop("position")
         yield batch | {"caption": captions, "row": np.where(mask, row_of(position), -1), "mask": mask}
     bad.check(len(came), sorted(set(range(mine)) - set(came)), row_of, sample)
-    if any(count > SHOWN for count in bad.told.values()):
+    if any(count > SHOWN for count in bad.found.values()):
         print(bad.summary(), file=sys.stderr)
 
 

@@ -29,9 +29,10 @@ COMMANDS = {
 def main() -> None:
     """Exit codes: those of the command; 2 for an unknown word."""
     words = sys.argv[1:]
-    if words == ["--version"] or not words or words[0] in ("-h", "--help"):
+    asked = {"--version": _version, "-h": _usage, "--help": _usage}
+    if not words or words[0] in asked:
         with commands.exit_codes():
-            print(_version() if words == ["--version"] else _usage())
+            print(asked[words[0]]() if words else _usage())
         return
     word, *rest = words
     if word not in COMMANDS:

@@ -76,7 +76,10 @@ def unpacked(files: list[str], columns: list[Columns], cache_dir: str | None) ->
                 with _turn(locks, names[i], wait) as ours:
                     if ours:
                         count, target = rows.pop(i), folder / names[i]
-                        bar.update(count) if target.exists() else _unpack(files[i], columns[i], target, bar)
+                        if target.exists():  # by another
+                            bar.update(count)
+                        else:
+                            _unpack(files[i], columns[i], target, bar)
     return [str(folder / name) for name in names]
 
 

@@ -12,7 +12,6 @@ from input_pipeline.sources.offset_index import Bytes, Scan
 from input_pipeline.sources.source import Lost
 from input_pipeline.sources.tar_samples import Pairing
 from rankclip_jax.common import storage
-from rankclip_jax.common.errors import InputError
 
 LARGEST = 2**31 - 1  # bytes of a member in the index; larger members have this length too, and are bad samples
 _BEFORE = 16 * headers.BLOCK  # bytes before a member: its header, and one with a name of the longest that Linux has
@@ -53,7 +52,7 @@ def names_before(path: str, begins: Sequence[int]) -> dict[int, str]:
     """First byte of a member -> its name, of those that are still there: the headers alone are read, not the tar's."""
     found = {}
     for begin in begins:
-        with contextlib.suppress(InputError):
+        with contextlib.suppress(storage.MissingError):  # a store that fails ends the run
             name = headers.name_before(storage.read(path, max(0, begin - _BEFORE), begin))
             if name is not None:
                 found[begin] = name

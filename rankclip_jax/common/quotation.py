@@ -36,7 +36,7 @@ def _positions(array: np.ndarray, characters: str) -> np.ndarray:
 def is_quoted(data: Any, header: list[str]) -> bool:
     """Whether a tsv is quoted as programs write it: its header is, or the fields that must be and no others.
 
-    Excel also quotes what has a comma. A text that only has marks around it is none of these.
+    Excel also quotes a field with a comma. A text that merely stands in quotation marks does not count.
     """
     names = "".join(header).strip()
     if names.startswith('"') and names.endswith('"'):

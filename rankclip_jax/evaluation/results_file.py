@@ -19,7 +19,9 @@ RUN = "run"
 
 def key(model: str | None) -> str:
     """The name of a model given by its path; None: the workdir's own. One in a folder "run" is "./run"."""
-    return RUN if model is None else f"./{model}" if model == RUN else model
+    if model is None:
+        return RUN
+    return f"./{model}" if model == RUN else model
 
 
 def read(path: Path) -> dict[str, dict[str, dict]]:
