@@ -267,7 +267,8 @@ def test_the_wheel_trains_in_an_empty_folder(tmp_path):
     script = target / "bin" / "rankclip"
     small = ["--config.steps=2", "--config.batch_size=8", "--config.data.train=64", "--config.data.val=None"]
     small += ["--config.optim.warmup_steps=1", "--config.model.image_size=16", "--config.eval.zero_shot={}"]
-    small += ["--config.model.vision={'layers':(1,1),'width':8,'stem':'small'}", "--config.model.text={'layers':1}"]
+    small += ["--config.model.name=ViT-tiny", "--config.loss.objective=clip", "--config.model.text={'layers':1}"]
+    small += ["--config.model.vision={'layers':1,'width':32,'heads':2,'patch_size':8}"]
     small += ["--config.eval.retrieval={}", "--config.eval.geometry={}"]
     env = os.environ | {"PYTHONPATH": str(target), "XLA_FLAGS": XLA_FLAGS}
     done = subprocess.run(

@@ -66,7 +66,8 @@ def test_workdirs_and_studies_of_before_are_recognised(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_works_and_resumes_beside_files_of_others_also_a_run_of_before(run, tmp_path, capsys, one_device):
+@pytest.mark.usefixtures("one_device", "compiled_once")
+def test_training_works_and_resumes_beside_files_of_others_also_a_run_of_before(run, tmp_path, capsys):
     before = contents(fill(tmp_path / "run", BESIDE))
     assert run(train, *training(tmp_path / "run")) is None
     assert contents(tmp_path / "run").items() >= before.items()

@@ -47,12 +47,14 @@ def small():
         "loss.objective": "clip", "tokenizer.vocab_size": 300, "model.image_size": 8,
         "model.name": "ViT-tiny", "model.vision": {"layers": 1, "width": 32, "heads": 2, "patch_size": 4},
         "model.text": {"layers": 1, "width": 32, "heads": 2},
+        "eval.zero_shot.seen.path": "seen:32", "eval.zero_shot.held_out.path": "held_out:32",
+        "eval.retrieval.scenes.path": 16, "eval.geometry.scenes.path": 16,
     }  # fmt: skip
     return configs.load(str(REPO / "configs/shapes.py"), [f"{key}={value}" for key, value in settings.items()])
 
 
 @pytest.mark.slow
-def test_a_training_leaves_the_process_as_it_was(tmp_path, monkeypatch, one_device):
+def test_a_training_leaves_the_process_as_it_was(tmp_path, monkeypatch, one_device, compiled_once):
     """Asked to stop, to its end, interrupted."""
     take, before = recorder.Recorder.take, state()
 
@@ -64,10 +66,10 @@ def test_a_training_leaves_the_process_as_it_was(tmp_path, monkeypatch, one_devi
 
     monkeypatch.setattr(recorder.Recorder, "take", stop)
     with pytest.raises(Preempted, match="saved step 1 in"):
-        loop.train(small(), tmp_path)
+        loop.train(small(), tmp_path / "run")
     before = state()  # what libraries changed when they were imported is theirs
     monkeypatch.setattr(recorder.Recorder, "take", take)
-    loop.train(small(), tmp_path)
+    loop.train(small(), tmp_path / "run")
     assert state() == before
 
     def interrupt(self, *_):

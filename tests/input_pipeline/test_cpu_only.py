@@ -82,9 +82,9 @@ def test_again_and_when_tensorflow_is_at_work_already_it_is_no_error_without_gpu
     assert health.gpus_of_tensorflow() == 0
 
 
-# TensorFlow must not start before it was told.
+# TensorFlow must not start before it was told. Imported once, it starts in a process of each command, forked before.
 GUARD = """
-import sys
+import os, sys
 import tensorflow as tf
 from tensorflow.python.eager import context
 
@@ -99,7 +99,16 @@ context.Context.ensure_initialized = guarded
 try:
     tf.constant(1)
 except AssertionError:
-    print("guarded")
+    print("guarded", flush=True)
+
+def alone(command):
+    if not (child := os.fork()):
+        exec(command)
+        assert asked
+        sys.stdout.flush()
+        os._exit(0)
+    assert not os.waitpid(child, 0)[1], command
+
 """
 COMMANDS = {
     "prepare": 'sys.argv[1:] = ["{data}", "{out}"]; from input_pipeline import prepare; prepare.main()',
@@ -109,11 +118,13 @@ COMMANDS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
-def test_no_command_starts_tensorflow_before(command, captioned, tmp_path):
+def test_no_command_starts_tensorflow_before(captioned, tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         tar.add(captioned.parent / "images" / "0.png", "0.png")
         tar.add(captioned, "0.txt")
-    script = COMMANDS[command].format(data=captioned, out=tmp_path / "out", tar=tmp_path / "0.tar")
-    done = subprocess.run([sys.executable, "-c", GUARD + script], cwd=REPO, capture_output=True, text=True)
+    script = GUARD
+    for command in COMMANDS.values():
+        filled = command.format(data=captioned, out=tmp_path / "out", tar=tmp_path / "0.tar")
+        script += f"alone({filled!r})\n"
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("guarded"), done.stderr
