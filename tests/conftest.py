@@ -62,15 +62,17 @@ def one_device(monkeypatch):
 
 
 @pytest.fixture
-def compiled_once(tmp_path):
-    """JAX keeps this test's programs, where it trains the same several times. Those that call the host it never does.
+def compiled_once(tmp_path_factory):
+    """JAX keeps the programs of the tests that ask for this, which train the same. Those that call the host it never
+    does.
 
     Their rankings do (losses/sorting.py): with the objective clip there are none.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    settings = dict(jax_compilation_cache_dir=str(tmp_path / "compiled"), jax_persistent_cache_min_compile_time_secs=0)
+    folder = tmp_path_factory.getbasetemp() / "compiled"  # of this process of this run
+    settings = dict(jax_compilation_cache_dir=str(folder), jax_persistent_cache_min_compile_time_secs=0)
     before = {name: getattr(jax.config, name) for name in settings}
     for values in settings, before:
         compilation_cache.reset_cache()  # JAX asks for the folder once

@@ -157,7 +157,7 @@ def test_a_run_that_is_cut_off_has_the_numbers_of_one_that_is_not(kind, tmp_path
     path = WRITERS[kind](tmp_path / "data", made)
     flags = [f"data.train={path!r}", f"data.format={kind}", "data.shuffle=blocks", "data.block_rows=4", "epochs=2"]
     flags += ["loss.objective=clip"]  # sooner compiled
-    config = quick(*flags, "batch_size=16", "data.lanes=8", "checkpoint.every_steps=1", "checkpoint.keep=50")
+    config = quick(*flags, "batch_size=16", "data.lanes=8", "checkpoint.every_steps=5", "checkpoint.keep=50")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     loop.train(config, whole)
     said = capsys.readouterr().out
@@ -178,11 +178,11 @@ def test_processes_train_on_blocks_as_one_does(tmp_path):
     path = WRITERS["webdataset"](tmp_path, pictures(96, side=24))
     flags = [f"data.train={path}", "data.format=webdataset", "data.shuffle=blocks", "data.block_rows=4"]
     flags += ["data.lanes=8", "epochs=2", "loss.objective=clip"]
-    flags = [f"--config.{flag}" for flag in flags] + TRANSFORMER + NO_EVALUATION
+    flags = [*trainings.SMALL[1:], *(f"--config.{flag}" for flag in flags), *TRANSFORMER, *NO_EVALUATION]
     one, two = tmp_path / "one", tmp_path / "two"
-    trainings.train(one, 1, 4, *flags)
+    loop.train(configs.load("configs/shapes.py", [flag.removeprefix("--config.") for flag in flags]), one)  # this one
     cut_off(one, two, 3)  # two resume what one has saved
-    said, _ = trainings.train(two, 2, 4, *flags)
+    said, _ = trainings.train(two, 2, jax.device_count(), *flags)
     assert "resuming from step 3 of 6" in said and "of 2 processes" in said
     losses = [[row["loss"] for row in numbers(workdir) if "loss" in row] for workdir in (one, two)]
     np.testing.assert_allclose(*losses, rtol=trainings.RTOL_NUMBERS)

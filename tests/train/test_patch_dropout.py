@@ -17,7 +17,6 @@ from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.metrics_file import read_metrics
 from rankclip_jax.models import images
 from rankclip_jax.parallel.mesh import batch_sharding, make_mesh, to_devices
-from rankclip_jax.parallel.preemption import Notice, Preempted
 from rankclip_jax.train import flops, loop, opening, optim, plan
 from rankclip_jax.train import step as steps
 from rankclip_jax.train import workdir as workdirs
@@ -28,6 +27,7 @@ from rankclip_jax.train.session import Session, Vocabulary
 from rankclip_jax.weights import export
 from tests.commands.test_train import numbers
 from tests.support.made_models import drawn, made_state
+from tests.train.test_block_order import cut_off
 from tests.train.test_step import TEXT, flat
 from tests.train.test_workdir import quick
 
@@ -275,31 +275,26 @@ def test_the_last_checkpoint_from_which_a_run_can_be_lengthened_stays():
 
 
 @pytest.mark.slow
-def test_a_constant_run_is_lengthened_from_before_its_whole_images(tmp_path, one_device, compiled_once):
+def test_a_run_leaves_patches_out_until_it_does_not_and_is_lengthened_and_resumed(
+    tmp_path, capsys, one_device, compiled_once
+):
     changes = ["loss.objective='clip'", "optim.schedule='constant'", "model.vision.patch_dropout=0.5"]
-    changes += ["model.vision.patch_dropout_until=0.67", "checkpoint.every_steps=1", "checkpoint.keep=1"]
-    loop.train(quick("epochs=2", *changes), tmp_path / "run")  # 6 steps, 4 of them with half of the patches
-    there = tmp_path / "run/checkpoints"
+    changes += ["model.vision.patch_dropout_until=0.74", "checkpoint.every_steps=1"]
+    run, whole, cut = tmp_path / "run", tmp_path / "whole", tmp_path / "cut"
+    loop.train(quick(*changes, "epochs=2", "checkpoint.keep=1"), run)  # 6 steps, 4 of them with half of the patches
+    there = run / "checkpoints"
     assert sorted(int(path.name) for path in there.iterdir() if path.name.isdigit()) == [4, 6]
-    shutil.rmtree(there / "6")
-    loop.train(quick("epochs=3", *changes), tmp_path / "run")  # 9 steps, 6 of them
-    loop.train(quick("epochs=3", *changes), tmp_path / "whole")
-    rows = [[row for row in numbers(tmp_path / name) if "loss" in row] for name in ("run", "whole")]
-    assert rows[0] == rows[1] and len(rows[0]) == 9
-
-
-@pytest.mark.slow
-def test_a_run_leaves_patches_out_until_it_does_not_and_resumes(tmp_path, capsys, one_device, compiled_once):
-    changes = ["epochs=2", "loss.objective='clip'", "optim.schedule='constant'", "model.vision.patch_dropout=0.5"]
-    changes += ["model.vision.patch_dropout_until=0.67", "checkpoint.every_steps=1", "checkpoint.keep=9"]
-    loop.train(quick(*changes), tmp_path / "whole")  # 6 steps, 4 of them with half of the patches
+    shutil.rmtree(there / "6")  # so that it goes on among the steps with half of the patches: 9 steps, 7 of them
+    loop.train(quick(*changes, "epochs=3", "checkpoint.keep=1"), run)
+    capsys.readouterr()
+    loop.train(quick(*changes, "epochs=3", "checkpoint.keep=9"), whole)
     assert capsys.readouterr().out.count("compiling the step") == 2
-    for end in (3, 4):
-        part = tmp_path / str(end)
-        stop_after(part, quick(*changes), end)
-        loop.train(quick(*changes), part)
-        rows = [[row for row in numbers(folder) if "loss" in row] for folder in (tmp_path / "whole", part)]
-        assert rows[0] == rows[1] and len(rows[0]) == 6
+    cut_off(whole, cut, 7)  # and here with the first whole images
+    loop.train(quick(*changes, "epochs=3", "checkpoint.keep=9"), cut)
+    said = capsys.readouterr().out
+    assert "resuming from step 7 of 9" in said and said.count("compiling the step") == 1
+    rows = [[row for row in numbers(folder) if "loss" in row] for folder in (run, whole, cut)]
+    assert rows[0] == rows[1] == rows[2] and len(rows[0]) == 9
 
 
 def test_the_speed_is_of_the_operations_that_were_done(tmp_path):
@@ -327,10 +322,3 @@ def test_a_plan_says_what_is_left_out():
         config = configs.complete({"model": {"vision": {"patch_dropout": 0.5, "patch_dropout_until": until}}})
         assert plan._image(config, [98, 196]).startswith(said)
     assert plan._image(config, None) is None
-
-
-def stop_after(workdir, config, step):
-    """Trains in `workdir` as far as `step`, as if SIGTERM had come."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted):
-        patch.setattr(Notice, "reached", lambda self, at: at >= step)
-        loop.train(config, workdir)
