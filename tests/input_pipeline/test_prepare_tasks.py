@@ -1,13 +1,13 @@
 """prepare's shards as tasks: on many workers, killed ones among them, and to buckets; the bytes are the same."""
 
 import csv
-import functools
 import json
 import os
 import pickle
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -51,36 +51,36 @@ def files(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
+LAST = (ROWS - 1) // SIZE
+
+
 class KillsItsWorker:
-    """A shard_tasks.Worker that is killed once, in the middle of shard 2."""
+    """A shard_tasks.Worker that is killed once, in the middle of the last shard.
+
+    The others are there by then: one worker comes after the killed ones, and not two, which take seconds to start.
+    """
 
     def __init__(self, worker, marker):
         self.worker, self.marker = worker, marker
 
     def __call__(self, task, threads):
-        if task.number == 2 and not os.path.exists(self.marker):
+        if task.number == LAST and not os.path.exists(self.marker):
             Path(self.marker).touch()
-            part = shards.part_of(Path(self.worker.where, shards.name(2)))
-            part.write_bytes(b"half a shard")
+            where, end = Path(self.worker.where), time.monotonic() + 60
+            while len(list(where.glob("*.tfrecord"))) < LAST and time.monotonic() < end:
+                time.sleep(0.05)
+            shards.part_of(where / shards.name(LAST)).write_bytes(b"half a shard")
             os.kill(os.getpid(), signal.SIGKILL)
         return self.worker(task, threads)
 
 
-def prepared_with_a_kill(data, out, run, marker):
-    """The manifest of a run whose worker of shard 2 is killed once."""
-    spec = prepare.configs.complete({"data": {"format": "csv", "train": str(data)}}).data
-    source = sources.open_source(spec, spec.train, image_side=64)
-    options = prepare.Options(shard_size=SIZE, max_bad_fraction=0.5)
-    worker = KillsItsWorker(shard_tasks.Worker(spec.to_json(), source.size, options, str(out)), str(marker))
-    described = {"source": str(data), "format": "csv", "keys": ["--config.data.max_bad_fraction=0.5"]}
-    return prepare.prepare(source, out, options, described, 1, functools.partial(run, worker))
-
-
-@pytest.mark.slow  # below and tests/common/test_tasks.py: each half of it
-def test_two_processes_write_what_one_does(data, tmp_path, monkeypatch):
-    for folder, workers in ("one", 1), ("two", 2):
-        run(monkeypatch, data, tmp_path / folder, "--workers", workers)
-    assert files(tmp_path / "two") == files(tmp_path / "one")
+def run_with_a_kill(monkeypatch, marker, *arguments):
+    """`run`, in which the worker of the last shard is killed once."""
+    with monkeypatch.context() as patched:
+        kills = lambda *given: KillsItsWorker(shard_tasks.Worker(*given), str(marker))  # noqa: E731
+        patched.setattr(prepare, "Worker", kills)
+        run(patched, *arguments)
+    assert marker.exists()
 
 
 def test_half_a_shard_is_written_again(data, tmp_path, monkeypatch):
@@ -92,12 +92,10 @@ def test_half_a_shard_is_written_again(data, tmp_path, monkeypatch):
     assert files(tmp_path / "two") == files(tmp_path / "one")
 
 
-@pytest.mark.slow  # tests/common/test_tasks.py: the same without shards
-def test_a_killed_process_changes_nothing(data, tmp_path, monkeypatch):
-    run(monkeypatch, data, tmp_path / "one")
-    by_two = functools.partial(tasks.run, workers=2, threads=1)
-    prepared_with_a_kill(data, tmp_path / "two", by_two, tmp_path / "killed")
-    assert (tmp_path / "killed").exists()
+@pytest.mark.slow  # above and tests/common/test_tasks.py: each half of it
+def test_two_processes_one_of_which_is_killed_write_what_one_does(data, tmp_path, monkeypatch):
+    run(monkeypatch, data, tmp_path / "one", "--workers", 1)
+    run_with_a_kill(monkeypatch, tmp_path / "killed", data, tmp_path / "two", "--workers", 2)
     assert files(tmp_path / "two") == files(tmp_path / "one")
     lines = (tmp_path / "two/bad_samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in lines] == list(BAD)
@@ -107,9 +105,7 @@ def test_a_killed_worker_of_ray_changes_nothing(data, tmp_path, monkeypatch):
     pytest.importorskip("ray")
     run(monkeypatch, data, tmp_path / "one")
     with two_workers_of_ray(monkeypatch):
-        by_ray = functools.partial(tasks.run_by_ray, address="", threads=1)
-        prepared_with_a_kill(data, tmp_path / "two", by_ray, tmp_path / "killed")
-        assert (tmp_path / "killed").exists()
+        run_with_a_kill(monkeypatch, tmp_path / "killed", data, tmp_path / "two", "--ray", "--threads", 1)
         assert files(tmp_path / "two") == files(tmp_path / "one")
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").glob("*.tfrecord")}
         (tmp_path / "two/00004.tfrecord").unlink()
@@ -119,7 +115,8 @@ def test_a_killed_worker_of_ray_changes_nothing(data, tmp_path, monkeypatch):
         assert changed == ["00004.tfrecord"]
         with pytest.raises(InputError, match="every machine needs the same source"):
             worker = shard_tasks.Worker(_spec(data).to_json(), ROWS + 1, prepare.Options(), str(tmp_path))
-            list(by_ray(worker, [shard_tasks.Task(0, range(2), range(2), None)]))
+            task = shard_tasks.Task(0, range(2), range(2), None)
+            list(tasks.run_by_ray(worker, [task], address="", threads=1))
 
 
 def _spec(data):
