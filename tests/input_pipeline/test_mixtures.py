@@ -31,7 +31,7 @@ def mixed(parts, weights):
 
 def stream(source, count, start=0, seed=3):
     rows = tf.data.Dataset.range(start, start + count).map(lambda place: order.row_at(source, place, seed))
-    return np.array(list(rows.as_numpy_iterator()))
+    return np.concatenate(list(rows.batch(1000).as_numpy_iterator()))  # quicker than one by one
 
 
 @pytest.mark.parametrize("seed", [0, 3, 2**40 + 1])
