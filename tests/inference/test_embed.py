@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.quick_compile import XLA_FLAGS
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.pictures import BadImageError
 from rankclip_jax.inference import collection, search, store
@@ -220,7 +221,7 @@ def test_shards_give_what_the_folder_gives(model, workdir, folder, tmp_path):
                 tar.addfile(member, io.BytesIO(data))
     out = tmp_path / "e.npz"
     command = [sys.executable, "-m", "rankclip_jax.embed", workdir, shards, "--out", out]
-    env = os.environ | {"XLA_FLAGS": ""}
+    env = os.environ | {"XLA_FLAGS": XLA_FLAGS}
     subprocess.run(list(map(str, [*command, "--search", "a cat"])), cwd=REPO, env=env, check=True)
     stored = store.read(out)
     assert stored.rows.tolist() == [i for i in range(11) if i != 5]

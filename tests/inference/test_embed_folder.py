@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import rankclip_jax
+from benchmarks.quick_compile import XLA_FLAGS
 from rankclip_jax import embed
 from rankclip_jax.common import storage, tasks
 from rankclip_jax.common.errors import InputError
@@ -83,8 +84,11 @@ def run(model, monkeypatch):
 
 @pytest.fixture
 def photos(tmp_path):
-    """12 pictures, two of which (5, and 8 to 11: a whole shard) are none."""
-    folder = tmp_path / "photos"
+    return made_photos(tmp_path / "photos")
+
+
+def made_photos(folder):
+    """12 pictures, some of which (5, and 8 to 11: a whole shard) are none."""
     folder.mkdir()
     for i in range(12):
         if i == 5 or i >= 8:
@@ -274,41 +278,62 @@ class KillsItsWorker:
         return self.worker(number, threads)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["processes", "ray"])
-def test_a_killed_worker_changes_nothing(engine, photos, tmp_path, monkeypatch):
-    if engine == "ray":
-        pytest.importorskip("ray")
+def small_shards(monkeypatch):
+    """And the flags of the workers: they have one device, and programs that are compiled soon."""
     monkeypatch.setattr(store, "SHARD", 4)
-    jax.devices()  # eight, for all tests of this process; the workers have one
-    monkeypatch.setenv("XLA_FLAGS", "")
-    workdir = make_workdir(tmp_path / "run", VIT)
+    jax.devices()  # eight, for all tests of this process
+    monkeypatch.setenv("XLA_FLAGS", XLA_FLAGS)
+
+
+@pytest.fixture(scope="module")
+def embedding(tmp_path_factory):
+    """A small model, what its workers need, and what one worker, which was killed once, has written."""
+    folder = tmp_path_factory.mktemp("made")
+    photos, workdir = made_photos(folder / "photos"), make_workdir(folder / "run", VIT)
     model, opening = rankclip_jax.load(workdir), (str(photos), None, ",", None)
     pictures = collection.open_pictures(*opening)
     about = {"data": str(photos), "image_key": None, "delimiter": ",", "size": 12}
     about |= model.identity() | {"names": pictures.fingerprint()}
 
-    def made(folder, run):
-        worker = collection.Worker((str(workdir), None, "quick_gelu"), opening, about, str(folder))
-        work = KillsItsWorker(worker, str(tmp_path / "killed"))
-        collection.embed_to_folder(model, pictures, folder, about, functools.partial(run, work))
-        return {name: (folder / name).read_bytes() for name in names(folder)}
+    def worker(out="", **changes):
+        return collection.Worker((str(workdir), None, "quick_gelu"), opening, about | changes, str(out))
 
-    two = made(tmp_path / "two", functools.partial(tasks.run, workers=2, threads=1))
-    assert (tmp_path / "killed").exists()
-    assert made(tmp_path / "one", functools.partial(tasks.run, workers=1, threads=1)) == two
+    def made(name, run, killed):
+        out, marker = folder / name, folder / f"{name} killed"
+        if not killed:
+            marker.touch()
+        work = functools.partial(run, KillsItsWorker(worker(out), str(marker)))
+        collection.embed_to_folder(model, pictures, out, about, work)
+        assert marker.exists()
+        return {name: (out / name).read_bytes() for name in names(out)}
+
+    with pytest.MonkeyPatch.context() as patched:
+        small_shards(patched)
+        one = made("one", functools.partial(tasks.run, workers=1, threads=1), killed=True)
+    return types.SimpleNamespace(folder=folder, photos=photos, model=model, worker=worker, made=made, one=one)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_and_two_at_once_change_nothing(embedding, monkeypatch):
+    small_shards(monkeypatch)
+    two = embedding.made("two", functools.partial(tasks.run, workers=2, threads=1), killed=False)
+    assert two == embedding.one
     np.testing.assert_allclose(
-        np.concatenate([chunk.z for chunk in store.chunks(str(tmp_path / "two"))]),
-        model.encode_image([photos / f"{i:02}.png" for i in GOOD]),
+        np.concatenate([chunk.z for chunk in store.chunks(str(embedding.folder / "two"))]),
+        embedding.model.encode_image([embedding.photos / f"{i:02}.png" for i in GOOD]),
         atol=1e-6,
     )
-    if engine == "ray":
-        (tmp_path / "killed").unlink()
-        with two_workers_of_ray(monkeypatch):
-            assert made(tmp_path / "ray", functools.partial(tasks.run_by_ray, address="", threads=1)) == two
-        assert (tmp_path / "killed").exists()
     with pytest.raises(InputError, match="another model or collection"):
-        collection.Worker((str(workdir), None, "quick_gelu"), opening, about | {"names": "00000000"}, "")(0, 1)
+        embedding.worker(names="00000000")(0, 1)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_of_ray_changes_nothing(embedding, monkeypatch):
+    pytest.importorskip("ray")
+    small_shards(monkeypatch)
+    with two_workers_of_ray(monkeypatch):
+        by_ray = functools.partial(tasks.run_by_ray, address="", threads=1)
+        assert embedding.made("ray", by_ray, killed=True) == embedding.one
 
 
 def test_the_three_lines_of_the_docs_fill_an_index(run, photos, tmp_path, monkeypatch):

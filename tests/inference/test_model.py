@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import rankclip_jax
+from benchmarks.quick_compile import XLA_FLAGS
 from rankclip_jax.common import progress
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.tokenizer import Tokenizer
@@ -354,7 +355,7 @@ model = rankclip_jax.load({str(workdir)!r})
 from PIL import Image
 print(model.zero_shot(Image.new("RGB", (40, 30)), ["cat", "dog"]).sum())
 """
-    env = os.environ | {"XLA_FLAGS": ""}
+    env = os.environ | {"XLA_FLAGS": XLA_FLAGS}
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert float(result.stdout) == pytest.approx(1)
     assert "WARNING" not in result.stderr
