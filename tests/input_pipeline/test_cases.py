@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from input_pipeline import labelled, pipeline, prepare, sources
+from input_pipeline import contact_sheet, labelled, pipeline, prepare, sources
 from input_pipeline.bad_samples import BadSamples
 from input_pipeline.rows import read_rows
 from rankclip_jax.common.errors import InputError
@@ -276,6 +276,7 @@ def test_one_table_through_every_reader(made, name, keys, pairs, tmp_path, monke
 
 
 def inspected(path, folder, flags, monkeypatch, capsys):
+    monkeypatch.setattr(contact_sheet, "EXAMPLES", 1)  # drawing them takes longer than all the readers
     monkeypatch.setattr(sys, "argv", ["prepare", str(path), str(folder / "look"), "--inspect", *flags])
     capsys.readouterr()
     prepare.main()
