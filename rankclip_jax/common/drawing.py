@@ -12,7 +12,7 @@ from jax.interpreters import partial_eval
 
 # These have alone the bits that they have in a larger program. A draw is a jitted initializer (models/layers.py).
 _ALONE = {"random_seed", "random_fold_in", "random_wrap", "random_unwrap", "broadcast_in_dim", "copy", "jit"}
-_ALIKE = 4  # draws of a kind, on average, from which on this is quicker: ViT-B/32 has 12, ViT-tiny 4.4, RN50 2.2
+_ALIKE = 3  # draws of a kind, on average, from which on this is quicker: ViT-B/32 has 12, ViT-tiny 4.4, RN50 2.2
 
 
 def draw(init: jax.stages.Wrapped, device: jax.Device) -> Any:

@@ -17,7 +17,7 @@ from rankclip_jax.common.tokenizer import Tokenizer
 from rankclip_jax.common.trees import by_name, path_name
 from rankclip_jax.models import ClipConfig
 from rankclip_jax.train import average, rules
-from rankclip_jax.train.step import AveragedState, TrainState
+from rankclip_jax.train.step import AveragedState, Fresh, TrainState
 from rankclip_jax.weights import pretrained
 
 TOWERS = {"both": ("visual", "text", "logit_scale", "logit_bias"), "vision": ("visual",), "text": ("text",)}
@@ -48,30 +48,30 @@ def tokenizer(start: pretrained.Pretrained, config: ConfigDict) -> Tokenizer | N
     return start.tokenizer
 
 
-def apply(state: TrainState, start: pretrained.Pretrained, ours: ClipConfig, config: ConfigDict) -> TrainState:
-    """A fresh state with the parameters (and batch statistics) of `start` in place of its own.
+def apply(fresh: Fresh, start: pretrained.Pretrained, ours: ClipConfig, config: ConfigDict) -> TrainState:
+    """A fresh state with the parameters (and batch statistics) of `start` in place of its own, which are not drawn.
 
     A vision tower's position embeddings are resized to another image size, a text tower's cut to a shorter context.
     What config.init_skip (regexes over paths such as visual/proj) matches stays fresh. Prints what came from where.
 
     Args:
-      state: a fresh TrainState of the model, which may be sharded.
+      fresh: the state of the model before its first step.
       ours: the model's architecture.
 
     Raises:
       InputError: names every parameter that does not fit, or a pattern of config.init_skip that matches none.
     """
     taking = _Taking(start, ours, config)
-    taken: dict[str, Any] = {
-        collection: taking.of(collection, fresh)
-        for collection, fresh in (("params", state.params), ("batch_stats", state.batch_stats))
-    }
+    taken: dict[str, Any] = {name: taking.of(name, getattr(fresh.abstract, name)) for name in ("params", "batch_stats")}
     taking.check()
     step = "" if start.step is None else f", step {start.step}"
     print(f"starting from {start.path}{step} ({config.init_towers})" + "".join(f"; {note}" for note in taking.notes))
+    if isinstance(fresh.abstract, AveragedState):
+        taken["ema"] = jax.tree.map(lambda _: 0, fresh.abstract.ema)  # below, when all parameters are there
+    state = fresh.state(dataclasses.replace(fresh.abstract, **taken))  # moments are zero whatever the parameters
     if isinstance(state, AveragedState):
-        taken["ema"] = average.begin(taken["params"], taken["batch_stats"], config.optim)
-    return dataclasses.replace(state, **taken)  # moments start at zero whatever the parameters
+        return dataclasses.replace(state, ema=average.begin(state.params, state.batch_stats, config.optim))
+    return state
 
 
 class _Taking:
@@ -84,7 +84,7 @@ class _Taking:
         self.notes, self.misfits = [], _unlike(ours, start.config, self._towers)
 
     def of(self, collection: str, fresh: dict) -> dict:
-        """The tree `fresh`, with the start's values where they are taken."""
+        """The tree of shapes `fresh`, with the start's values where they are taken."""
         theirs = self._start.variables.get(collection, {})
         if collection == "params" and self._start.loss_bias is not None:
             theirs = theirs | {"logit_bias": self._start.loss_bias}

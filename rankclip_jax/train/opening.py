@@ -160,9 +160,7 @@ def open_state(
     if restored:
         print(f"resuming from step {restored.step} of {data.total_steps} in {storage.shown(workdir)}")
         return Start(restored.state, restored.step, _place(restored, session), True)
-    state = fresh.state()
-    if origin:
-        state = init_from.apply(state, origin, session.model.config, config)
+    state = init_from.apply(fresh, origin, session.model.config, config) if origin else fresh.state()
     return Start(state, 0, 0, False)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import flax.struct
@@ -81,14 +82,23 @@ class Fresh:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self._shardings
         )
 
-    def state(self) -> TrainState:
-        """Drawn from the seed."""
+    def state(self, taken: TrainState | None = None) -> TrainState:
+        """Drawn from the seed. `taken`: `abstract` with some arrays in place of shapes; they stay and are not drawn."""
+        leaves, tree = jax.tree.flatten(self.abstract if taken is None else taken)
+        missing = [isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
+        shardings = list(itertools.compress(jax.tree.leaves(self._shardings), missing))
+
+        def init():
+            return list(itertools.compress(jax.tree.leaves(self._init()), missing))
+
         options = compiler_options(devices_of(self._mesh).platform)
-        jitted = jax.jit(self._init, out_shardings=self._shardings, compiler_options=options)
-        whole = all(sharding.is_fully_replicated for sharding in jax.tree.leaves(self._shardings))
-        if whole and jax.process_count() == 1:  # each device has room for all of it
-            return jax.device_put(draw(jitted, self._mesh.devices.flat[0]), self._shardings)
-        return jitted()
+        jitted = jax.jit(init, out_shardings=shardings, compiler_options=options)
+        if jax.process_count() == 1 and all(sharding.is_fully_replicated for sharding in shardings):
+            drawn = jax.device_put(draw(jitted, self._mesh.devices.flat[0]), shardings)  # it has room for all of it
+        else:
+            drawn = jitted()
+        drawn = iter(drawn)
+        return jax.tree.unflatten(tree, [next(drawn) if lacks else x for x, lacks in zip(leaves, missing, strict=True)])
 
 
 def fresh_state(

@@ -1,4 +1,4 @@
-"""A short fault campaign (benchmarks/faults.py, whose full table is in docs/reliability.md)."""
+"""The shortest fault campaign (benchmarks/faults.py): .ci/run has more of it, docs/reliability.md the whole table."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = ("SIGKILL at", "SIGTERM at", "every moment", "first save", "index", "NaN", "vanish")
+CASES = ("SIGKILL at", "SIGTERM at", "full at the first save")
 
 
 @pytest.mark.slow
@@ -15,12 +15,7 @@ def test_whatever_happens_to_a_run_it_ends_with_the_same_numbers():
     command = [sys.executable, "-m", "benchmarks.faults", "--seed=1", "--kills=2", "--only", *CASES]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    killed, terminated, stopped, disk_full, index, nan, vanished = done.stdout.splitlines()[2:-2]
+    killed, terminated, disk_full = done.stdout.splitlines()[2:-2]
     assert "2 kills" in killed and "all resumed with the same numbers" in killed
     assert "exit 75 with step" in terminated and terminated.endswith("resumed with the same numbers |")
-    assert stopped.endswith("resumed with the same numbers |")
     assert disk_full.endswith(("then same numbers |", "needs root |"))
-    # SIGKILL in the middle of a write leaves its hidden .part.
-    assert index.endswith(("end with the same numbers; 0 files left over |", "same numbers; 1 files left over |"))
-    assert "gradient norm nan; stopped" in nan and nan.endswith("then same numbers |")
-    assert "not one batch of good samples" in vanished and vanished.endswith("then same numbers |")

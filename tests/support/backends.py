@@ -23,7 +23,7 @@ from rankclip_jax.weights.lora import Adapted
 H100 = Devices("gpu", "NVIDIA H100 80GB HBM3", 9.0, 8)
 V5E = Devices("tpu", "TPU v5 lite", None, 8)
 VIT = dict(name="ViT-tiny", image_size=32, vision=dict(width=64, layers=1, heads=1))
-RESNET = dict(name="RN-tiny", image_size=16, vision=dict(width=8, layers=(1,)))
+RESNET = dict(name="RN-tiny", image_size=16, vision=dict(width=8, layers=(1, 1)))
 SIGLIP = dict(name="SigLIP-B/16", image_size=32, embed_dim=64, vision=VIT["vision"])
 TEXT = dict(width=64, heads=1, layers=1)
 BATCH, WORDS = 64, dict(vocab_size=64, eot_id=63, context_length=9)  # an odd length, as CLIP's is

@@ -1,8 +1,10 @@
 """Starting from trained models: which parameters come along, which do not fit, what stays frozen, who learns slowly."""
 
 import dataclasses
+import operator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,9 +32,37 @@ def start(config):
     tokenizer = init_from.tokenizer(origin, config) or origin.tokenizer or Tokenizer.train(["a", "b"], 300)
     model, tx = build_model(config, tokenizer), optim.make_optimizer(config.optim, 10)
     mesh = make_mesh(config.mesh)
-    abstract = steps.Fresh(model, tx, 0, mesh, config.sharding).abstract
-    fresh = jax.tree.map(lambda x: jax.device_put(np.full(x.shape, 0.25, x.dtype), x.sharding), abstract)
-    return fresh, init_from.apply(fresh, origin, model.config, config)
+    fresh = Constant(model, tx, 0, mesh, config.sharding)
+    return fresh.state(), init_from.apply(fresh, origin, model.config, config)
+
+
+class Constant(steps.Fresh):
+    """All that is not taken is 0.25, which takes no program."""
+
+    def state(self, taken=None):
+        def leaf(x):
+            shape = isinstance(x, jax.ShapeDtypeStruct)
+            return jax.device_put(np.full(x.shape, 0.25, x.dtype), x.sharding) if shape else x
+
+        return jax.tree.map(leaf, self.abstract if taken is None else taken)
+
+
+@pytest.mark.parametrize(("devices", "kind"), [(1, None), (8, "fsdp")])
+def test_what_is_taken_is_not_drawn_and_the_rest_has_its_usual_bits(devices, kind, monkeypatch):
+    config = make_config(VIT, optim={"ema": 0.9, "warmup_steps": 1}, mesh={"data": 1, "fsdp": devices}, sharding=kind)
+    model = build_model(config, Tokenizer.train(["a", "b"], 300))
+    tx, mesh = optim.make_optimizer(config.optim, 10), make_mesh(config.mesh, jax.devices()[:devices])
+    fresh = steps.Fresh(model, tx, 0, mesh, kind, config.optim)
+    usual, programs = fresh.state(), []
+    jit = jax.jit
+    monkeypatch.setattr(jax, "jit", lambda *args, **options: programs.append(made := jit(*args, **options)) or made)
+    visual = jax.tree.map(jnp.ones_like, usual.params["visual"])
+    state = fresh.state(dataclasses.replace(fresh.abstract, params=fresh.abstract.params | {"visual": visual}))
+    assert all(map(operator.is_, jax.tree.leaves(state.params["visual"]), jax.tree.leaves(visual)))
+    assert_same(dataclasses.replace(state, params=state.params | {"visual": usual.params["visual"]}), usual)
+    assert jax.tree.map(lambda x: x.sharding, state.opt_state) == jax.tree.map(lambda x: x.sharding, usual.opt_state)
+    drawn = jax.tree.leaves(programs[0].eval_shape())
+    assert len(drawn) == len(jax.tree.leaves(usual)) - len(jax.tree.leaves(visual))
 
 
 def leaves(tree):
