@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -189,7 +188,9 @@ class Session:
         """
         batches = evaluation.agreed(self.eval_batches(source, self.local_batch))
         parts, numbers = [], {}
-        for batch in itertools.islice(batches, max(1, source.size // self.config.batch_size)):
+        for number, batch in enumerate(batches):
+            if number >= max(1, source.size // self.config.batch_size):
+                continue  # the rest is read, so that its bad samples are named, and those of the batches before
             tokens = self.tokenizer(batch["caption"], self.context_length)
             packed = self.pack(tokens)
             states = processes.of_all(2 * int(batch["mask"].all()) + (packed is not None))
