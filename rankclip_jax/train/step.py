@@ -84,21 +84,24 @@ class Fresh:
 
     def state(self, taken: TrainState | None = None) -> TrainState:
         """Drawn from the seed. `taken`: `abstract` with some arrays in place of shapes; they stay and are not drawn."""
-        leaves, tree = jax.tree.flatten(self.abstract if taken is None else taken)
+        if taken is None:
+            return self._drawn(self._init, self._shardings)
+        leaves, tree = jax.tree.flatten(taken)
         missing = [isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
-        shardings = list(itertools.compress(jax.tree.leaves(self._shardings), missing))
 
-        def init():
-            return list(itertools.compress(jax.tree.leaves(self._init()), missing))
+        def some(state):
+            return list(itertools.compress(jax.tree.leaves(state), missing))
 
+        drawn = iter(self._drawn(lambda: some(self._init()), some(self._shardings)))
+        return jax.tree.unflatten(tree, [next(drawn) if lacks else x for x, lacks in zip(leaves, missing, strict=True)])
+
+    def _drawn(self, init, shardings):
         options = compiler_options(devices_of(self._mesh).platform)
         jitted = jax.jit(init, out_shardings=shardings, compiler_options=options)
-        if jax.process_count() == 1 and all(sharding.is_fully_replicated for sharding in shardings):
-            drawn = jax.device_put(draw(jitted, self._mesh.devices.flat[0]), shardings)  # it has room for all of it
-        else:
-            drawn = jitted()
-        drawn = iter(drawn)
-        return jax.tree.unflatten(tree, [next(drawn) if lacks else x for x, lacks in zip(leaves, missing, strict=True)])
+        whole = all(sharding.is_fully_replicated for sharding in jax.tree.leaves(shardings))
+        if whole and jax.process_count() == 1:  # each device has room for all of it
+            return jax.device_put(draw(jitted, self._mesh.devices.flat[0]), shardings)
+        return jitted()
 
 
 def fresh_state(
