@@ -292,3 +292,15 @@ def test_each_process_needs_rows_of_its_own_in_an_evaluation_too(trains, monkeyp
     config = complete({"batch_size": 8, "model": {"name": "ViT-tiny"}, "mesh": {"data": 1, "model": -1}})
     with pytest.raises(InputError, match="splits a batch in 1, over 2 processes"):
         Session(config, Vocabulary(None, None), trains=trains)
+
+
+def test_a_start_traces_its_initialisation_once(monkeypatch):
+    """A second or two of a large model's."""
+    traced, fresh_state = [], steps.fresh_state
+    monkeypatch.setattr(steps, "fresh_state", lambda *given: traced.append(1) or fresh_state(*given))
+    monkeypatch.setattr(steps, "draw", lambda init, device: init.trace() and 1 / 0)
+    tx = optim.make_optimizer(complete({"optim": {"warmup_steps": 2}}).optim, 100)
+    model = models.build("ViT-tiny", text=TEXT)
+    with pytest.raises(ZeroDivisionError):
+        steps.Fresh(model, tx, 0, make_mesh({"data": -1}, jax.devices()[:1]), None).state()
+    assert traced == [1]
