@@ -4,6 +4,7 @@ XLA compiles each of a model's hundreds of draws anew, and the key of each, thou
 """
 
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +28,13 @@ def draw(init: jax.stages.Wrapped, device: jax.Device) -> Any:
     with jax.default_device(device):
         leaves = _computed(jaxpr, traced.jaxpr.consts, kinds, device.platform)
     return jax.tree.unflatten(jax.tree.structure(traced.out_info), leaves)
+
+
+def only(init: Callable[[], Any], wanted: Sequence[bool]) -> Callable[[], list]:
+    """A function that returns the wanted leaves of init() alone. What jax.eval_shape has traced is not traced again."""
+    closed = jax.jit(init).trace().jaxpr
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, list(wanted))
+    return core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, closed.consts))
 
 
 def compiler_options(platform: str) -> dict | None:

@@ -13,7 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from rankclip_jax.common.devices import devices_of
-from rankclip_jax.common.drawing import compiler_options, draw
+from rankclip_jax.common.drawing import compiler_options, draw, only
 from rankclip_jax.common.errors import InputError
 from rankclip_jax.common.trees import overlaid
 from rankclip_jax.losses import RANKING, LossSpec, clip_loss, rank_weight, weighted_loss
@@ -88,11 +88,8 @@ class Fresh:
             return self._drawn(self._init, self._shardings)
         leaves, tree = jax.tree.flatten(taken)
         missing = [isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves]
-
-        def some(state):
-            return list(itertools.compress(jax.tree.leaves(state), missing))
-
-        drawn = iter(self._drawn(lambda: some(self._init()), some(self._shardings)))
+        shardings = list(itertools.compress(jax.tree.leaves(self._shardings), missing))
+        drawn = iter(self._drawn(only(self._init, missing), shardings))
         return jax.tree.unflatten(tree, [next(drawn) if lacks else x for x, lacks in zip(leaves, missing, strict=True)])
 
     def _drawn(self, init, shardings):

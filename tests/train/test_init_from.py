@@ -52,17 +52,19 @@ def test_what_is_taken_is_not_drawn_and_the_rest_has_its_usual_bits(devices, kin
     config = make_config(VIT, optim={"ema": 0.9, "warmup_steps": 1}, mesh={"data": 1, "fsdp": devices}, sharding=kind)
     model = build_model(config, Tokenizer.train(["a", "b"], 300))
     tx, mesh = optim.make_optimizer(config.optim, 10), make_mesh(config.mesh, jax.devices()[:devices])
+    traced, fresh_state, jit = [], steps.fresh_state, jax.jit
+    monkeypatch.setattr(steps, "fresh_state", lambda *given: traced.append(1) or fresh_state(*given))
     fresh = steps.Fresh(model, tx, 0, mesh, kind, config.optim)
     usual, programs = fresh.state(), []
-    jit = jax.jit
     monkeypatch.setattr(jax, "jit", lambda *args, **options: programs.append(made := jit(*args, **options)) or made)
     visual = jax.tree.map(jnp.ones_like, usual.params["visual"])
     state = fresh.state(dataclasses.replace(fresh.abstract, params=fresh.abstract.params | {"visual": visual}))
     assert all(map(operator.is_, jax.tree.leaves(state.params["visual"]), jax.tree.leaves(visual)))
     assert_same(dataclasses.replace(state, params=state.params | {"visual": usual.params["visual"]}), usual)
     assert jax.tree.map(lambda x: x.sharding, state.opt_state) == jax.tree.map(lambda x: x.sharding, usual.opt_state)
-    drawn = jax.tree.leaves(programs[0].eval_shape())
-    assert len(drawn) == len(jax.tree.leaves(usual)) - len(jax.tree.leaves(visual))
+    whole, drawn = (len(jax.tree.leaves(program.eval_shape())) for program in programs[:2])
+    assert (whole, drawn) == (len(jax.tree.leaves(usual)), whole - len(jax.tree.leaves(visual)))
+    assert traced == [1]  # of a large model it takes a third of a second
 
 
 def leaves(tree):
