@@ -7,9 +7,11 @@ is named, passed over, never deleted. saving.py writes them.
 """
 
 import contextlib
+import errno
 import functools
 import json
 import logging
+import os
 import re
 import sys
 import zlib
@@ -131,12 +133,21 @@ def _refuse_if_not_now(folder: epath.Path, error: BaseException) -> None:
     """Raises InputError where an error says that a checkpoint cannot be read now, which is no damage."""
     while error.__cause__ is not None:  # what Orbax raises says where, and not what TensorStore said
         error = error.__cause__
+    error = _closed(folder) or error
     said = one_line(error, kind=True)
     if isinstance(error, _ERRORS_NOW) or _NOT_NOW.search(said):
         raise InputError(
             f"checkpoint {folder} cannot be read now ({said}). It may be whole, so none before it is taken: start "
             "again to resume, or move it away"
         ) from None
+
+
+def _closed(folder: epath.Path) -> PermissionError | None:
+    """The error of a local folder of a checkpoint that this user may not open: to Orbax its files are absent."""
+    for path in (str(folder), *(os.path.join(at, name) for at, names, _ in os.walk(folder) for name in names)):
+        if os.path.exists(path) and not os.access(path, os.R_OK | os.X_OK):
+            return PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+    return None
 
 
 def _read_data(folder) -> dict:

@@ -2,6 +2,7 @@ import asyncio
 import gc
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -146,6 +147,17 @@ def test_what_cannot_be_read_now_is_no_damage(error, what, tmp_path, monkeypatch
         with pytest.raises(InputError, match=r"checkpoint .*/3 cannot be read now \(.*start again to resume, or move"):
             read()
     assert saved_steps(tmp_path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("part", ["", "data", "state"])
+def test_a_folder_that_this_user_may_not_open_is_no_damage(part, tmp_path, monkeypatch):
+    save(tmp_path, {step: state_of(step) for step in (1, 2, 3)})
+    closed = tmp_path / "checkpoints" / "3" / part
+    shutil.rmtree(closed)
+    closed.mkdir(0)  # and root, as whom tests may run, is as others: to them it seems to hold nothing
+    monkeypatch.setattr(os, "access", lambda path, _: os.stat(path).st_mode & 0o500 == 0o500)
+    with pytest.raises(InputError, match=rf"cannot be read now \(PermissionError: .*{closed.name}'\)"):
+        checkpoint.restore(tmp_path, config(), abstract(state_of(0)))
 
 
 def test_a_bucket_that_refuses_is_no_run_without_checkpoints(bucket):
