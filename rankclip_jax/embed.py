@@ -37,7 +37,12 @@ def main() -> None:
     parser.add_argument("queries", nargs="*", metavar="QUERY", help="as --search")
     parser.add_argument("--out", help="the file to write: .npz or .parquet; or a folder of Parquet, also gs:// or s3://")
     parser.add_argument(
-        "--search", nargs="+", metavar="QUERY", default=[], help="print the best matches of each text or image file"
+        "--search",
+        action="extend",  # also where it is given again
+        nargs="+",
+        metavar="QUERY",
+        default=[],
+        help="print the best matches of each text or image file",
     )
     parser.add_argument("--top", type=int, default=10, help="number of matches (default 10)")
     parser.add_argument("--png", help="also draw the matches into this file")

@@ -51,13 +51,13 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 def add_sets(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """The flags that `sets` knows."""
     data = parser.add_argument_group("data of your own (docs/tutorials.md)")
-    data.add_argument("--retrieval", nargs="+", metavar="TABLE", default=[], help="evaluate retrieval on these pairs")
+    many: dict[str, Any] = dict(action="extend", nargs="+", default=[])  # a flag that is given again adds its sets
+    data.add_argument("--retrieval", metavar="TABLE", help="evaluate retrieval on these pairs", **many)
     data.add_argument(
         "--labels",
-        nargs="+",
         metavar="TABLE:COLUMN",
-        default=[],
         help="evaluate classification into the classes of a column; or a folder with a folder a class",
+        **many,
     )
     data.add_argument("--imagenet", metavar="FOLDER", help="evaluate classification on ImageNet's validation images")
     return data

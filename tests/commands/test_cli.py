@@ -99,6 +99,9 @@ def test_files_to_validate_and_evaluate_on(started):
     keys = {name: (one.path, one.label_key) for name, one in config.eval.zero_shot.items()}
     held = {f"held-{column}": ("held.csv", column) for column in ("group", "kind")}
     assert keys == held | {"other": ("other.csv", "kind")}
+    again = "eval a.pt --labels held.csv:group --retrieval held.csv --labels held.csv:kind other.csv:kind"
+    again = started(f"{again} --retrieval wds")[1].eval
+    assert again.zero_shot == config.eval.zero_shot and list(again.retrieval) == ["held", "wds"]
     config = started("train shapes --val shards --config.data.val=3")[1]
     assert config.data.val == 3 and not len(configs.load("own").eval.retrieval)
 
