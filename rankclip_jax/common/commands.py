@@ -108,7 +108,8 @@ def refused(error: Exception) -> InputError | None:
 
 def quiet_tensorflow() -> None:
     """Keeps TensorFlow's greetings, oneDNN's among them, off the console: it only reads files. Before its import."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # JAX's import sets 1: a traceback for each bad picture
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 

@@ -262,7 +262,7 @@ def _cannot_save(folder: epath.Path, error: Exception) -> Exception:
     if isinstance(error, InputError):
         return error
     said = next((words for words in _FULL if words in str(error)), one_line(error))
+    remedy = "allow more: ulimit -n 8192" if "Too many open files" in said else "make room or make it writable"
     return InputError(
-        f"cannot save in {folder}: {said}. The checkpoints before are as they were; "
-        "make room or make it writable, and start again to resume"
+        f"cannot save in {folder}: {said}. The checkpoints before are as they were; {remedy}, and start again to resume"
     )

@@ -198,6 +198,14 @@ def test_tensorflow_is_quiet_unless_somebody_wants_to_hear_it(monkeypatch):
     assert os.environ == {"TF_CPP_MIN_LOG_LEVEL": "0", "TF_ENABLE_ONEDNN_OPTS": "0"}
 
 
+@pytest.mark.parametrize("imported", ["", "import jax; "])
+def test_tensorflow_is_quiet_also_where_jax_was_imported_before(imported):
+    script = f"import os; {imported}from rankclip_jax.common import commands; commands.quiet_tensorflow(); "
+    env = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
+    command = [sys.executable, "-c", f"{script}print(os.environ['TF_CPP_MIN_LOG_LEVEL'])"]
+    assert subprocess.run(command, env=env, capture_output=True, text=True).stdout == "2\n"
+
+
 def test_whoever_imports_the_commands_may_still_set_what_jax_reads_at_its_import():
     script = "import sys, rankclip_jax.common.commands; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -1,4 +1,5 @@
 import asyncio
+import errno
 import gc
 import json
 import logging
@@ -267,6 +268,15 @@ def test_checkpoints_may_lie_elsewhere(tmp_path):
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(InputError, match=r"cannot save in .*checkpoints: .*The checkpoints before are as they were"):
+        save(tmp_path, {1: state_of(1)})
+
+
+def test_the_remedy_is_that_of_what_failed(tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", refused)
+    with pytest.raises(InputError, match=r"Too many open files.*; allow more: ulimit -n 8192, and start again"):
         save(tmp_path, {1: state_of(1)})
 
 
