@@ -207,12 +207,14 @@ class Campaign:
     def nan_gradient(self) -> str:
         workdir = self.workdir()
         said = self._stops(workdir, before=lambda: damage.nan_in_step(self.random.randrange(3, STEPS)))
+        assert "gradient norm nan; stopped" in said, said
         return f"{said}; then {self.resumes(workdir)}"
 
     def data_vanishes(self) -> str:
         workdir, images, gone = self.workdir(), self.folder / "images", self.folder / "gone"
         said = self._stops(workdir, before=lambda: moments.before_step_ends(7, lambda: images.rename(gone)))
         gone.rename(images)
+        assert "not one batch of good samples" in said, said
         return f"{said}; then {self.resumes(workdir)}"
 
     def pair(self, workdir: Path) -> list[Start]:

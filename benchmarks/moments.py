@@ -175,6 +175,7 @@ def index_of_two(campaign: "Campaign") -> str:
     outcomes = [outcome_of(workdir) for workdir in workdirs[1:]] + [campaign.finished(workdirs[0], more=more)]
     assert all(one == outcomes[0] for one in outcomes[1:]), "the runs have other numbers"
     left = [path.name for path in folder.rglob("*") if path.name.endswith((".part", ".tmp"))]
+    assert len(left) <= 1, left  # SIGKILL in the middle of a write leaves its hidden .part
     return f"both others, and the killed one started again, end with the same numbers; {len(left)} files left over"
 
 

@@ -63,10 +63,9 @@ def one_device(monkeypatch):
 
 @pytest.fixture
 def compiled_once(tmp_path_factory):
-    """JAX keeps the programs of the tests that ask for this, which train the same. Those that call the host it never
-    does.
+    """JAX keeps the programs of the tests that ask for this, which train the same.
 
-    Their rankings do (losses/sorting.py): with the objective clip there are none.
+    It never keeps one that calls the host, as rankings do (losses/sorting.py): with the objective clip there are none.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache

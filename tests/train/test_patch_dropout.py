@@ -284,7 +284,7 @@ def test_a_run_leaves_patches_out_until_it_does_not_and_is_lengthened_and_resume
     loop.train(quick(*changes, "epochs=2", "checkpoint.keep=1"), run)  # 6 steps, 4 of them with half of the patches
     there = run / "checkpoints"
     assert sorted(int(path.name) for path in there.iterdir() if path.name.isdigit()) == [4, 6]
-    shutil.rmtree(there / "6")  # so that it goes on among the steps with half of the patches: 9 steps, 7 of them
+    shutil.rmtree(there / "6")  # so that it resumes among the steps with half of the patches: 7 of its 9
     loop.train(quick(*changes, "epochs=3", "checkpoint.keep=1"), run)
     capsys.readouterr()
     loop.train(quick(*changes, "epochs=3", "checkpoint.keep=9"), whole)
