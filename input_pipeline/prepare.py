@@ -202,9 +202,10 @@ def _flags():
     parser.add_argument("--context-length", type=int, default=77, help="ids per caption (77)")
     parser.add_argument("--min-score", metavar="FILE:COSINE", help="leave out pairs below a cosine in a file of embed")
     parser.add_argument("--dedup", choices=filtering.DEDUP, help="leave out repeated pictures: same bytes, or alike")
-    parser.add_argument("--workers", type=int, help="processes that write shards (one per 8 cores)")
-    parser.add_argument("--threads", type=int, help="threads of each of them (its share of the cores)")
-    parser.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=tasks.RAY_HELP)
+    parser.add_argument("--threads", type=int, help="threads of each process that writes (its share of the cores)")
+    by = parser.add_mutually_exclusive_group()
+    by.add_argument("--workers", type=int, help="processes that write shards (one per 8 cores)")
+    by.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=tasks.RAY_HELP)
     return parser
 
 

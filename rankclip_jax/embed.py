@@ -53,8 +53,9 @@ def main() -> None:
     parser.add_argument("--image-folder", help="what a table's paths are relative to, itself relative to the table")
     parser.add_argument("--tokenizer", help="a tokenizer.json or hub id, if MODEL has none")
     parser.add_argument("--activation", choices=["quick_gelu", "gelu"], default="quick_gelu", help="as in convert")
-    parser.add_argument("--workers", type=int, default=1, help="processes that write a folder's shards (1)")
-    parser.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=tasks.RAY_HELP)
+    by = parser.add_mutually_exclusive_group()
+    by.add_argument("--workers", type=int, default=1, help="processes that write a folder's shards (1)")
+    by.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help=tasks.RAY_HELP)
     flags = parser.parse_intermixed_args()
     queries = [*flags.search, *flags.queries]
     if not (flags.out or queries):

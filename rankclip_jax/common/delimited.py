@@ -124,7 +124,11 @@ def first_rows(text: EncodedText, delimiter: str, count: int) -> list[list[str]]
         head = list(itertools.islice(lines, count))
         quoted = delimiter != "\t" or is_quoted(text.data, head[: _header(head, delimiter).lines])
         rows = [fields for fields in _records(iter(head), delimiter, quoted, False) if fields and any(fields)]
-    return rows[1:] if rows and rows[0][0].startswith("sep=") else rows
+    return rows[1:] if rows and _is_excels(rows[0][0]) else rows
+
+
+def _is_excels(line: str) -> bool:  # its first line, which names the separator
+    return line.lower().startswith("sep=")
 
 
 @contextlib.contextmanager
@@ -145,7 +149,7 @@ def _header(head: list[str], delimiter: str) -> _Header:
         begin, names = reader.line_num, [name.strip() for name in fields]
         while names and not names[-1]:
             names.pop()
-        if names and not (len(names) == 1 and names[0].startswith("sep=")):  # Excel's line
+        if names and not (len(names) == 1 and _is_excels(names[0])):
             return _Header(reader.line_num, names, blanks)
     return _Header(len(head), [], False)
 

@@ -75,6 +75,7 @@ GOOD = [("0.png", "first")]
         ("a.tsv", 'image\tcaption\n0.png\tfirst\n1.png\t"a ""b"" c"\n2.png\t"two\nlines"\n', [0, 1, 2], {}),
         ("a.csv", "image;caption\n0.png;first\n1.png;a, b\n", [0, 1], {}),
         ("a.csv", "sep=;\nimage;caption\n0.png;first\n1.png;a, b\n", [0, 1], {}),
+        ("a.csv", "SEP=;\nimage;caption\n0.png;first\n1.png;a, b\n", [0, 1], {}),
         ("a.csv", "image|x|caption\n0.png||first\n", [0], {}),
         ("a.csv", 'image\tcaption\n0.png\tfirst\n1.png\tthe "end"\n', [0, 1], {}),
         ("a.csv", "file_name,text,\n0.png,first,\n1.png,x\n", [0, 1], {}),

@@ -189,9 +189,10 @@ def test_what_is_not_ours_or_not_complete_is_refused(run, photos, tmp_path):
     (out / store.ABOUT).write_text("[]")
     with pytest.raises(SystemExit, match="made is not a file of embeddings"):
         run(out, "--search", "a dog")
-    with pytest.raises(SystemExit) as stop:
-        run(photos, "--out", tmp_path / "e.npz", "--workers", 2)
-    assert stop.value.code == 2
+    for flags in (["e.npz", "--workers", 2], ["e", "--workers", 2, "--ray"]):
+        with pytest.raises(SystemExit) as stop:
+            run(photos, "--out", tmp_path / flags[0], *flags[1:])
+        assert stop.value.code == 2
 
 
 def test_none_can_be_used(run, photos, tmp_path):

@@ -305,9 +305,9 @@ def test_wrong_input_is_said_in_one_line(mixed, tmp_path, monkeypatch):
     assert "cannot write to" in refused(monkeypatch, mixed, tmp_path / "file/out")
     key = refused(monkeypatch, mixed, tmp_path / "out", "--config.data.imag_key=x")
     assert "config.data.imag_key does not exist; the nearest key is config.data.image_key" in key
-    for flags in (["--short-side", "0"], ["--quality", "101"], ["--shard-size", "-1"], ["--nothing"]):
+    for flags in ("--short-side 0", "--quality 101", "--shard-size -1", "--nothing", "--ray --workers 2"):
         with pytest.raises(SystemExit) as stop:
-            run(monkeypatch, mixed, tmp_path / "out", *flags)
+            run(monkeypatch, mixed, tmp_path / "out", *flags.split())
         assert stop.value.code == 2
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, mixed)
