@@ -28,7 +28,7 @@ def reader(source: Source) -> Callable[[int], bytes]:
 
 def _traced(read):
     """Once, before threads call it."""
-    return tf.function(read).get_concrete_function(tf.TensorSpec((), tf.int64))
+    return tf.function(read, autograph=False).get_concrete_function(tf.TensorSpec((), tf.int64))
 
 
 def _check(ahead):

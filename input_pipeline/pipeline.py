@@ -115,11 +115,11 @@ class TrainBatches:
         return self.bad.seen
 
     def _one_good(self):
-        reasons = []
+        good, reasons = [], []
         for place in itertools.islice(self._stream.places(), min(self._source.size, 100)):
-            reason = reason_of_failure(self._sample, place, self._source.ahead)
+            reason = reason_of_failure(lambda x: good.append(self._sample(x)), place, self._source.ahead)
             if reason is None:
-                return self._sample(tf.constant(place, tf.int64))
+                return good[0]
             reasons.append(f"{self._source.where(int(self._stream.row_of(place)))}: {reason}")
         raise InputError(f"the first {len(reasons)} samples are all unusable; for example {reasons[0]}")
 

@@ -115,7 +115,7 @@ class _Reader:
         self._folders_F = tf.constant([f"{file.rpartition('/')[0]}/" if "/" in file else "" for file in files])
         self._starts_F = tf.constant(rows.starts)
         self._pictures = Files(remote=rows.has_paths, max_mb=max_file_mb)  # which may lie anywhere
-        path_of = tf.function(self._path, [tf.TensorSpec([], tf.int64)])
+        path_of = tf.function(self._path, [tf.TensorSpec([], tf.int64)], autograph=False)
         self.ahead = all_ahead([rows.ahead, self._pictures.ahead(lambda row: path_of(row).numpy())])
 
     def read(self, row: tf.Tensor, *given: tf.Tensor) -> dict[str, tf.Tensor]:

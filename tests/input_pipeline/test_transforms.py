@@ -10,6 +10,7 @@ import tensorflow as tf
 from PIL import Image
 
 from input_pipeline import transforms
+from input_pipeline.graph import mapped
 from rankclip_jax.models import images
 
 
@@ -226,9 +227,7 @@ def test_a_window_that_fits_is_cut_out_exactly_and_a_larger_one_is_close():
 
 @pytest.mark.parametrize("size, scale", [((300, 400), (0.3, 0.6)), ((97, 33), (0.08, 1.0)), ((40, 40), (0.9, 1.0))])
 def test_random_windows_keep_scale_and_shape_and_lie_inside(size, scale):
-    seeds = tf.data.Dataset.range(400).map(
-        lambda i: random_windows(size, scale, tf.stack([7, i]))[0], num_parallel_calls=2
-    )
+    seeds = mapped(tf.data.Dataset.range(400), lambda i: random_windows(size, scale, tf.stack([7, i]))[0])
     top, left, height, width = np.stack(list(seeds.as_numpy_iterator())).T
     assert (top >= 0).all() and (left >= 0).all() and (height >= 1).all() and (width >= 1).all()
     assert (top + height <= size[0]).all() and (left + width <= size[1]).all()
@@ -244,7 +243,7 @@ def test_random_windows_keep_scale_and_shape_and_lie_inside(size, scale):
 def test_random_windows_are_distributed_as_torchvisions():
     """In a large square no draw of the area or the ratio is refused, so their laws are those they were drawn from."""
     draw = lambda i: random_windows((4000, 4000), (0.2, 0.5), tf.stack([3, i]), count=2)  # noqa: E731
-    windows = np.stack(list(tf.data.Dataset.range(700).map(draw, num_parallel_calls=2).as_numpy_iterator()))
+    windows = np.stack(list(mapped(tf.data.Dataset.range(700), draw).as_numpy_iterator()))
     top, left, height, width = np.moveaxis(windows, -1, 0)
     for values, low, high in (
         (height * width / 4000**2, 0.2, 0.5),

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from input_pipeline import sources
+from input_pipeline.graph import mapped
 
 LAYOUTS = ("csv", "tfrecord", "webdataset", "folder", "parquet", "tfds", "tfds_array_record")
 KEYS = dict(image_key=None, caption_key=None, delimiter=",", data_dir=None, cache_dir=None)
@@ -40,7 +41,7 @@ def open_as(layout, folder, made, **options):
 
 def read_all(source):
     """[(image bytes, caption or list of several)] of all rows, read inside a graph; raises at the first bad one."""
-    data = tf.data.Dataset.range(source.size).map(source.read, num_parallel_calls=2)
+    data = mapped(tf.data.Dataset.range(source.size), source.read, at_once=2)
     return [(sample["image"], texts(sample["caption"])) for sample in data.as_numpy_iterator()]
 
 
