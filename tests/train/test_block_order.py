@@ -1,5 +1,8 @@
 """The order of a run, settled at its first start; and small runs of blocks that are cut off and resumed."""
 
+import contextlib
+import functools
+import io
 import json
 import shutil
 import types
@@ -15,7 +18,6 @@ from rankclip_jax.train import loop, opening, resolve
 from tests.commands.test_train import NO_EVALUATION, TRANSFORMER, numbers
 from tests.input_pipeline.test_block_sources import pictures
 from tests.support.source_files import WRITERS
-from tests.train.test_workdir import quick
 
 TARS, REMOTE = "data.train=/data/*.tar", "data.train=gs://bucket/*.tar"
 PART = {"path": "gs://b/*.tar", "format": "webdataset"}
@@ -147,24 +149,42 @@ def cut_off(whole, cut, step):
     (cut / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory):
+    """run(kind) -> (its flags, the workdir of a run on one device over pictures of which one is bad, what it said)."""
+
+    @functools.cache
+    def run(kind):
+        folder, made = tmp_path_factory.mktemp(kind), pictures(96, side=24)
+        made[5] = (b"no picture", made[5][1])
+        (folder / "data").mkdir()
+        flags = [f"data.train={WRITERS[kind](folder / 'data', made)}", f"data.format={kind}", "data.shuffle=blocks"]
+        flags += ["data.block_rows=4", "data.lanes=8", "batch_size=16", "epochs=2", "checkpoint.every_steps=5"]
+        flags += ["checkpoint.keep=50", "loss.objective=clip"]  # sooner compiled
+        flags = [*TRANSFORMER, *NO_EVALUATION, *(f"--config.{flag}" for flag in flags)]
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            loop.train(config_of(flags), folder / "whole")
+        return flags, folder / "whole", said.getvalue()
+
+    return run
+
+
+def config_of(flags):
+    return configs.load(
+        "configs/shapes.py", [flag.removeprefix("--config.") for flag in (*trainings.SMALL[1:], *flags)]
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["webdataset", "parquet"])
 @pytest.mark.usefixtures("one_device", "compiled_once")
-def test_a_run_that_is_cut_off_has_the_numbers_of_one_that_is_not(kind, tmp_path, capsys):
-    made = pictures(96, side=24)
-    made[5] = (b"no picture", made[5][1])
-    (tmp_path / "data").mkdir()
-    path = WRITERS[kind](tmp_path / "data", made)
-    flags = [f"data.train={path!r}", f"data.format={kind}", "data.shuffle=blocks", "data.block_rows=4", "epochs=2"]
-    flags += ["loss.objective=clip"]  # sooner compiled
-    config = quick(*flags, "batch_size=16", "data.lanes=8", "checkpoint.every_steps=5", "checkpoint.keep=50")
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    loop.train(config, whole)
-    said = capsys.readouterr().out
+def test_a_run_that_is_cut_off_has_the_numbers_of_one_that_is_not(kind, whole_runs, tmp_path, capsys):
+    flags, whole, said = whole_runs(kind)
+    cut = tmp_path / "cut"
     blocks = "14 blocks of up to 7 rows" if kind == "parquet" else "24 blocks of up to 4 rows"
     assert f"{blocks}, in 8 lanes with windows of" in said
     cut_off(whole, cut, 5)
-    loop.train(config, cut)
+    loop.train(config_of(flags), cut)
     assert "resuming from step 5 of 12" in capsys.readouterr().out
     assert numbers(cut) == numbers(whole) and len(numbers(whole)) >= 12
     positions = [trainings._positions(workdir, 12) for workdir in (whole, cut)]
@@ -174,19 +194,16 @@ def test_a_run_that_is_cut_off_has_the_numbers_of_one_that_is_not(kind, tmp_path
 
 
 @pytest.mark.slow
-def test_processes_train_on_blocks_as_one_does(tmp_path):
-    path = WRITERS["webdataset"](tmp_path, pictures(96, side=24))
-    flags = [f"data.train={path}", "data.format=webdataset", "data.shuffle=blocks", "data.block_rows=4"]
-    flags += ["data.lanes=8", "epochs=2", "loss.objective=clip"]
-    flags = [*trainings.SMALL[1:], *(f"--config.{flag}" for flag in flags), *TRANSFORMER, *NO_EVALUATION]
-    one, two = tmp_path / "one", tmp_path / "two"
-    loop.train(configs.load("configs/shapes.py", [flag.removeprefix("--config.") for flag in flags]), one)  # this one
-    cut_off(one, two, 3)  # two resume what one has saved
-    said, _ = trainings.train(two, 2, jax.device_count(), *flags)
-    assert "resuming from step 3 of 6" in said and "of 2 processes" in said
+@pytest.mark.usefixtures("one_device", "compiled_once")
+def test_processes_train_on_blocks_as_one_does(whole_runs, tmp_path):
+    flags, one, _ = whole_runs("webdataset")
+    two = tmp_path / "two"
+    cut_off(one, two, 5)  # two resume what one has saved
+    said, _ = trainings.train(two, 2, 2, *flags)
+    assert "resuming from step 5 of 12" in said and "of 2 processes" in said
     losses = [[row["loss"] for row in numbers(workdir) if "loss" in row] for workdir in (one, two)]
     np.testing.assert_allclose(*losses, rtol=trainings.RTOL_NUMBERS)
     (_, state), (_, theirs) = (trainings._last_state(workdir) for workdir in (one, two))
-    assert len(losses[0]) == 6
+    assert len(losses[0]) == 12
     assert max(np.abs(state[name] - theirs[name]).max() for name in state) < trainings.ATOL_STATE
-    assert trainings._positions(one, 6) == trainings._positions(two, 6)
+    assert trainings._positions(one, 12) == trainings._positions(two, 12)
