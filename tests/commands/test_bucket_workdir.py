@@ -38,12 +38,14 @@ OF_TARS = [flag for flag in SMALL if ".data." not in flag and ".eval." not in fl
 
 
 # Commands of one process, which has its imports once; each one's output ends with a line of its exit code, or error.
+# Each waits for a line of the input.
 IN_TURN = """
 import importlib, json, sys
 from rankclip_jax.parallel import processes
 processes.start = lambda *flags: None  # only a fresh process may join others
 for name, flags in json.loads(sys.argv[1]):
     sys.argv = [name, *flags]
+    input()
     try:
         code = importlib.import_module(f"rankclip_jax.{name}").main() or 0
     except SystemExit as stop:
@@ -136,7 +138,8 @@ def test_the_last_training_that_comes_has_a_workdir_in_a_bucket(bucket, capsys):
 
 
 @pytest.mark.slow
-def test_a_training_that_lost_its_workdir_in_a_bucket_stops_before_it_saves(bucket, capsys, monkeypatch, one_device):
+@pytest.mark.usefixtures("one_device", "compiled_once")
+def test_a_training_that_lost_its_workdir_in_a_bucket_stops_before_it_saves(bucket, capsys, monkeypatch):
     monkeypatch.setattr(saving, "probe", lambda folder: None)  # Orbax's client has no part in this
     saved = []
 
@@ -154,7 +157,7 @@ def test_a_training_that_lost_its_workdir_in_a_bucket_stops_before_it_saves(buck
     monkeypatch.setattr(loop, "Checkpoints", Checkpoints)
     monkeypatch.setattr(loop.opening.checkpoint, "restore", lambda *_: None)
     fields = [flag.removeprefix("--config.") for flag in (*SMALL[1:], *TRANSFORMER, *NO_EVALUATION)]
-    fields.append("loss.objective=clip")  # which compiles faster
+    fields += ["loss.objective=clip", "epochs=1"]  # a program that is kept for the run below
     with pytest.raises(InputError, match="^another training began in gs://mine/run"):
         with storage.workdir("gs://mine/run") as folder:
             loop.train(configs.load("configs/shapes.py", fields), folder)
@@ -199,34 +202,38 @@ def test_a_run_in_a_bucket_loses_its_machine_and_has_the_numbers_of_a_local_one(
             (tmp_path / name).mkdir()
             env.update(XDG_CACHE_HOME=str(tmp_path / name / "cache"), TMPDIR=str(tmp_path / name))
 
-        def command(module, *flags):
-            return [*enter, sys.executable, "-m", f"rankclip_jax.{module}", *flags]
-
-        def run(module, *flags):
-            done = subprocess.run(command(module, *flags), cwd=REPO, env=env, capture_output=True, text=True)
-            return done.returncode, done.stdout + done.stderr
+        def command(*commands):
+            return [*enter, sys.executable, "-c", IN_TURN, json.dumps(commands)]
 
         def in_turn(*commands):
-            made = [*enter, sys.executable, "-c", IN_TURN, json.dumps(commands)]
-            done = subprocess.run(made, cwd=REPO, env=env, capture_output=True, text=True)
+            lines = "\n" * len(commands)
+            done = subprocess.run(command(*commands), cwd=REPO, env=env, input=lines, capture_output=True, text=True)
             said = done.stdout.split("exit: ")
             assert done.returncode == 0 and len(said) == len(commands) + 1, done.stdout + done.stderr
             return said
 
         local = tmp_path / "local"
         on_machine("one")
-        code, said = run("train", *OF_TARS, f"--config.data.train={folder}/tars/*.tar", f"--workdir={local}")
-        assert code == 0, said
-        assert not seen.requests
         train = [*OF_TARS, "--config.data.train=gs://mine/tars/*.tar", "--workdir=gs://mine/run"]
-        first = subprocess.Popen(
-            command("train", *train), cwd=REPO, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        for _ in range(6000):
-            if first.poll() is not None or list(folder.glob("run/checkpoints/[468]/commit_success.txt")):
-                break
-            time.sleep(0.1)
-        assert first.poll() is None, "it ended before it could be cut off"
+        train_here = [*OF_TARS, f"--config.data.train={folder}/tars/*.tar", f"--workdir={local}"]
+        with open(tmp_path / "said", "w") as said:
+            first = subprocess.Popen(
+                command(("train.__main__", train_here), ("train.__main__", train)),
+                cwd=REPO, env=env, stdin=subprocess.PIPE, stdout=said, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+
+        def go_on(until):
+            first.stdin.write("\n")
+            first.stdin.flush()
+            for _ in range(6000):
+                if first.poll() is not None or until():
+                    break
+                time.sleep(0.1)
+            assert first.poll() is None, f"it ended before it could be cut off: {(tmp_path / 'said').read_text()}"
+
+        go_on(lambda: "exit: " in (tmp_path / "said").read_text())
+        assert "exit: 0\n" in (tmp_path / "said").read_text() and not seen.requests
+        go_on(lambda: list(folder.glob("run/checkpoints/[468]/commit_success.txt")))
         first.send_signal(signal.SIGKILL)
         first.wait()
         shutil.rmtree(tmp_path / "one")

@@ -105,7 +105,7 @@ BESIDE += ["my.orbax-checkpoint-tmp", "config.json.part", "metrics.part", "profi
     ],
 )
 def test_where_none_of_its_names_is_taken_a_command_works_and_leaves_the_rest(
-    command, names, run, world, tmp_path, one_device
+    command, names, run, world, tmp_path, one_device, compiled_once
 ):
     before = contents(fill(tmp_path / "out", names))
     for _ in range(1 if command == "embed" else 2):  # its own files it replaces

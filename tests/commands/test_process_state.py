@@ -82,7 +82,7 @@ def test_a_training_leaves_the_process_as_it_was(tmp_path, monkeypatch, one_devi
 
 
 @pytest.mark.slow
-def test_a_second_sigterm_waits_until_the_first_ones_state_is_written(tmp_path, monkeypatch, one_device):
+def test_a_second_sigterm_waits_until_the_first_ones_state_is_written(tmp_path, monkeypatch, one_device, compiled_once):
     def again(self):
         signal.raise_signal(signal.SIGTERM)
         return close(self)
