@@ -24,6 +24,7 @@ H100 = Devices("gpu", "NVIDIA H100 80GB HBM3", 9.0, 8)
 V5E = Devices("tpu", "TPU v5 lite", None, 8)
 VIT = dict(name="ViT-tiny", image_size=32, vision=dict(width=64, layers=1, heads=1))
 RESNET = dict(name="RN-tiny", image_size=16, vision=dict(width=8, layers=(1, 1)))
+SHORT = dict(vision=dict(width=8, layers=(1,)))  # its second stage takes long to compile
 SIGLIP = dict(name="SigLIP-B/16", image_size=32, embed_dim=64, vision=VIT["vision"])
 TEXT = dict(width=64, heads=1, layers=1)
 BATCH, WORDS = 64, dict(vocab_size=64, eot_id=63, context_length=9)  # an odd length, as CLIP's is
@@ -114,7 +115,12 @@ def restoring(mesh: Mesh, devices: Devices) -> tuple[Callable, tuple]:
 
 def doctors_step(mesh: Mesh, devices: Devices) -> tuple[Callable, tuple]:
     """The step that the doctor runs, on one device."""
-    step, state, batch = doctor.small_program(mesh.devices.flat[:1])
+    return _doctors_step(mesh.devices.flat[0])
+
+
+@functools.cache
+def _doctors_step(device: jax.Device) -> tuple[Callable, tuple]:
+    step, state, batch = doctor.small_program([device])  # draws its state
     return step, (state, batch)
 
 
@@ -149,6 +155,7 @@ TRAIN = {
     "muon": dict(optim={"warmup_steps": 1, "name": "muon"}, fields=dict(scan_layers=True), sharding="fsdp"),
     "lora, two views": dict(optim={"warmup_steps": 1, "lora": 4}, init_from="a model", data={"two_views": True}),
     "packed": dict(packed_rows=2),
+    "ResNet, packed, clip": dict(model=RESNET | SHORT, packed_rows=2, loss={"objective": "clip"}),
     "packed, in parts": dict(packed_rows=2, accumulate=2, data={"two_views": True}, fields=dict(scan_layers=True)),
     "host resize": dict(data={"resize": "host", "flip": True, "color_jitter": (0.1, 0.1, 0.1)}),
     **{name: dict(loss={"objective": name}) for name in ("clip", "rank", "cyclip")},
