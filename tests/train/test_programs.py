@@ -10,6 +10,7 @@ from rankclip_jax.parallel.mesh import to_devices
 from rankclip_jax.train import loop, opening
 from rankclip_jax.train.packed_batches import PackedBatches
 from rankclip_jax.train.programs import batch_shapes
+from tests.support.one_device import on_one_device
 from tests.train.test_workdir import quick
 
 VIT = ["model.name=ViT-tiny", "model.vision={'patch_size': 8, 'width': 32, 'layers': 1, 'heads': 2}"]
@@ -39,7 +40,9 @@ def test_batches_have_the_shapes_that_are_compiled_for(tmp_path, changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", [[], ["sharding=fsdp", "mesh={'data': 2, 'fsdp': 4}"]])
-def test_a_run_compiles_its_step_once_and_so_does_one_that_resumes(tmp_path, caplog, capsys, fields):
+def test_a_run_compiles_its_step_once_and_so_does_one_that_resumes(tmp_path, caplog, capsys, monkeypatch, fields):
+    if not fields:
+        on_one_device(monkeypatch)
     caplog.set_level(logging.DEBUG, "jax._src.dispatch")
     for epochs in (1, 2):
         changes = [*fields, f"epochs={epochs}", "optim.schedule='constant'", "optim.ema=0.9"]
