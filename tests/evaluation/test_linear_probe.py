@@ -31,7 +31,7 @@ def test_weights_are_scikit_learns(l2):
 
 
 @pytest.mark.parametrize(
-    ("n", "l2"), [(50, 1e-2), (50, 1e2), pytest.param(2000, 1e-3, marks=pytest.mark.slow), (2000, 1.0), (2000, 1e4)]
+    ("n", "l2"), [(50, 1e-2), (50, 1e2), pytest.param(1000, 1e-3, marks=pytest.mark.slow), (1000, 1.0), (1000, 1e4)]
 )
 def test_weights_are_scikit_learns_where_features_vary_little_or_outnumber_the_rows(n, l2, monkeypatch):
     monkeypatch.setattr(linear_probe, "_BLOCK", 64 * 300)  # blocks of 300 rows, the last one shorter
