@@ -267,17 +267,17 @@ def test_a_damaged_file_never_stops_the_report(tmp_path, whole_run, file):
             assert found.unreadable[file], name
 
 
-@pytest.mark.parametrize(
-    "kind", [np.uint8, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (np.int8, np.uint64))]
-)
-def test_counts_of_any_whole_numbers_are_the_same_counts(tmp_path, kind):
-    run = write_run(tmp_path / "run")
+def test_counts_of_any_whole_numbers_are_the_same_counts(tmp_path):
+    run = tmp_path / "run"  # with little else in it: drawing takes its time
+    (run / "eval").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    (run / "eval.json").write_text('{"step": 1, "zero_shot": {"toys": {"top1": 0.5}}}')
     pages = []
-    for dtype in (np.int64, kind):
+    for dtype in (np.int64, np.uint8, np.int8, np.uint64):
         counts = np.array([[3, 100], [0, 5]], dtype)
-        np.savez(run / "eval" / "zero_shot_toys.npz", classes=["a", "b"], confusion=counts)
+        np.savez(run / "eval" / "zero_shot_toys.npz", classes=["ball", "cube"], confusion=counts)
         pages.append(page.render([runs.read_run(run)]))
-    assert pages[0] == pages[1]
+    assert "ballcube10097.09 %" in Page(pages[0]).text and pages == pages[:1] * 4
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -377,8 +377,11 @@ def test_the_command_line_writes_the_page_and_says_one_line_about_wrong_input(tm
     )
     assert done.returncode == 0 and "opens in any browser" in done.stdout, done.stderr
     assert (tmp_path / "new" / "r.html").read_text().startswith("<!doctype html>")
-    done = subprocess.run([*command, tmp_path / "gone"], cwd=repo, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: no folder") and done.stderr.count("\n") == 1
-    monkeypatch.setattr(sys, "argv", ["report", str(run), "--out", str(run / "metrics.jsonl")])
-    with pytest.raises(SystemExit, match="^error: .* the page's name must end in .html$"):  # a text: exit code 1
-        report_main.main()
+    for words, said in (
+        ([tmp_path / "gone"], "no folder .*gone; give the workdir of a run"),
+        ([run, "--out", run / "metrics.jsonl"], ".* the page's name must end in .html"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["report", *map(str, words)])
+        with pytest.raises(SystemExit, match=rf"^error: {said}$") as stopped:  # a text: to stderr, exit code 1
+            report_main.main()
+        assert "\n" not in stopped.value.code
