@@ -179,7 +179,9 @@ def test_a_step_leaves_a_scale_above_clips_limit():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["clip", "siglip"])
-def test_trained_from_a_folder_and_back_to_transformers(objective, tmp_path, png, captioned, one_device):
+def test_trained_from_a_folder_and_back_to_transformers(
+    objective, tmp_path, png, captioned, one_device, compiled_once
+):
     folder(tmp_path / "in")
     changes = [f"data.train={captioned}", f"init_from={tmp_path / 'in'}", "steps=3", "batch_size=8"]
     changes += [f"loss.objective={objective}", "optim.warmup_steps=0", "log_every=1", "optim.lr=1e-3"]
