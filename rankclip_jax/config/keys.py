@@ -247,7 +247,8 @@ KEYS = dict(
         max_bad_fraction=real(0.1, 0, 1),  # stop when the share of unusable samples exceeds this
     ),
     eval=dict(
-        # images or texts at a time, over all devices; None: the training batch, at most 256 a device
+        # images or texts at a time, over all devices; None: the training batch, at most 256 a device, and without
+        # a training 256 a device, 32 a CPU
         batch_size=integer(None, 1),
         # epochs between zero-shot evaluations during training; None: about 10 of them
         every_epochs=integer(1, 1, optional=True),

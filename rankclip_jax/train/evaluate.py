@@ -136,6 +136,7 @@ def session_of(config: ConfigDict, read: pretrained.Pretrained) -> Session:
     with config.ignore_type():
         config.data.mean, config.data.std = tuple(read.view.mean), tuple(read.view.std)
         config.data.squash = read.view.squash
+        config.batch_size = None  # of a training, which this is not
     return Session(config, read.tokenizer, architecture=read.config, trains=False)
 
 

@@ -26,6 +26,7 @@ from rankclip_jax.weights import view as weights_view
 from rankclip_jax.weights.lora import Adapted
 
 _EVAL_ROWS = 256  # a device
+_EVAL_ROWS_OF_A_CPU = 32  # as fast as more; and a small set is filled up to one batch
 
 
 class Vocabulary(NamedTuple):
@@ -271,8 +272,8 @@ def _eval_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> int:
     """Rows of an evaluation batch, over all devices. Without activations to keep, a device holds _EVAL_ROWS of any
     preset; and no more than training's, which was seen to fit."""
     shards = batch_shards(mesh)
-    most = _EVAL_ROWS * shards
-    rows = config.eval.batch_size or min(config.batch_size or most, most)
+    usual = _EVAL_ROWS_OF_A_CPU if mesh.devices.flat[0].platform == "cpu" else _EVAL_ROWS
+    rows = config.eval.batch_size or min(config.batch_size or usual * shards, _EVAL_ROWS * shards)
     return -(-rows // shards) * shards
 
 

@@ -34,7 +34,6 @@ UNRANKED = re.compile(r"runs/(adapted|tenth|start|last|lora|lit|recipe[1-9]\d*)"
 # No evaluation: runs/tuned has one on the same pairs, runs/full and runs/lora on the same classes.
 UNEVALUATED = {"runs/adapted": "retrieval", "runs/tenth": "retrieval"}
 UNEVALUATED |= {"runs/last": "zero_shot", "runs/lit": "zero_shot"}
-FEW_AT_A_TIME = "--config.eval.batch_size=8"  # where no run has a batch size: sets of 16 are filled up to 256
 FEW_SCENES = "--config.eval.zero_shot.shapes.path=seen:32"  # of configs/finetune.py, which has 896
 # Not ours to test: what installs, fetches, and speaks to a cluster.
 MADE = (["python", "docs/config_page.py"], ["python", "docs/study_page.py"])  # with tests of their own
@@ -189,8 +188,6 @@ def run(words: list[str], monkeypatch, training=check_training) -> None:
         module, flags, first, _ = cli.COMMANDS[words[1]]
         words = [*flags, *([first] if first and words[2:] and words[2][0] != "-" else []), *words[2:]]
         words = ["python", "-m", module.removesuffix(".__main__"), *words]
-    if "--alphas" in words:
-        words.append(FEW_AT_A_TIME)
     if words[:2] == ["python", "-m"] and re.fullmatch(OURS, words[2]):
         module, words = words[2], words[3:]
         if not words and module != "rankclip_jax.doctor":
@@ -251,7 +248,7 @@ def check_download(words: list[str], monkeypatch) -> None:
 
 def short_training(words: list[str], monkeypatch) -> None:
     """On the documented data, for an epoch of two steps on one device; a new model has one layer instead of several."""
-    few = ["--config.steps=2", "--config.optim.warmup_steps=1", "--config.batch_size=8", FEW_AT_A_TIME]
+    few = ["--config.steps=2", "--config.optim.warmup_steps=1", "--config.batch_size=8"]
     if words[0] == "shapes":
         few += ["--config.data.train=16", "--config.data.val=16"]
         few += [f"--config.eval.zero_shot.{name}.path={name}:32" for name in ("seen", "held_out")]
