@@ -92,20 +92,17 @@ def test_well_separated_at_scale_100_in_a_large_batch():
     check(*embeddings(320, width=64, share=0.8), 100.0)
 
 
+@functools.cache
+def in_chunks(chunk):
+    found = jax.jit(jax.value_and_grad(lambda *a: objective_loss(*a, chunk=chunk)[0], (0, 1, 2)))
+    return jax.tree.leaves(found(*embeddings(24), 30.0))
+
+
 @pytest.mark.parametrize(
     "chunk", [7, pytest.param(1, marks=pytest.mark.slow), pytest.param(40, marks=pytest.mark.slow)]
 )
 def test_chunks_do_not_matter(chunk):
-    img, txt = embeddings(24)
-
-    def f(*args, chunk):
-        return jax.jit(jax.value_and_grad(lambda *a: objective_loss(*a, chunk=chunk)[0], (0, 1, 2)))(*args)
-
-    for whole, parts in zip(
-        jax.tree.leaves(f(img, txt, 30.0, chunk=24)),
-        jax.tree.leaves(f(img, txt, 30.0, chunk=chunk)),
-        strict=True,
-    ):
+    for whole, parts in zip(in_chunks(24), in_chunks(chunk), strict=True):
         np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-6)
 
 
@@ -164,6 +161,15 @@ def sharded(mesh_shape, axes, batch=64):
     return mesh, [jax.device_put(z, where) for z in embeddings(batch)]
 
 
+def with_options(*args, **where):
+    return objective_loss(*args, rank_weight=2.0, decay="log", keep_self=False, chunk=3, **where)
+
+
+@functools.cache
+def on_one_device():
+    return jax.jit(jax.value_and_grad(with_options, (0, 1, 2), has_aux=True))(*embeddings(64), 40.0)
+
+
 @pytest.mark.parametrize(
     ("shape", "axes"),
     [
@@ -174,17 +180,13 @@ def sharded(mesh_shape, axes, batch=64):
 )
 def test_eight_devices_give_what_one_gives(shape, axes):
     mesh, (img, txt) = sharded(shape, axes)
-    options = dict(decay="log", keep_self=False, chunk=3)
-
-    def f(*args, **kw):
-        return objective_loss(*args, rank_weight=2.0, **options, **kw)
-
-    want = jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(*embeddings(64), 40.0)
-    got = jax.jit(jax.value_and_grad(lambda *a: f(*a, mesh=mesh, axes=axes), (0, 1, 2), has_aux=True))(img, txt, 40.0)
+    f = functools.partial(with_options, mesh=mesh, axes=axes)
+    want = on_one_device()
+    got = jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(img, txt, 40.0)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         # The sums run in another order, and the gradients hold scale * rounding.
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
-    values = jax.jit(lambda *a: f(*a, mesh=mesh, axes=axes)[0])(img, txt, 40.0)
+    values = jax.jit(lambda *a: f(*a)[0])(img, txt, 40.0)
     np.testing.assert_allclose(values, want[0][0], rtol=1e-5)
 
 
@@ -203,8 +205,8 @@ def test_a_mesh_as_jax_makes_it_takes_arrays_from_anywhere():
 def test_float64_embeddings_have_gradients():
     with jax.enable_x64():
         img, txt = (jnp.asarray(z, jnp.float64) for z in embeddings(8))
-        got = jax.grad(lambda z: objective_loss(z, txt, 40.0)[0])(img)
-    want = jax.grad(lambda z: objective_loss(z, embeddings(8)[1], 40.0)[0])(embeddings(8)[0])
+        got = jax.jit(jax.grad(lambda z: objective_loss(z, txt, 40.0)[0]))(img)
+    want = jax.jit(jax.grad(lambda z: objective_loss(z, embeddings(8)[1], 40.0)[0]))(embeddings(8)[0])
     assert got.dtype == jnp.float64
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 

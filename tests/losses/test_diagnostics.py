@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -6,6 +8,8 @@ from scipy.stats import spearmanr
 
 from rankclip_jax.losses import embedding_diagnostics, gradient_cosine
 from tests.support import oracle
+
+DIAGNOSTICS = jax.jit(embedding_diagnostics)
 
 
 def embeddings(batch=30, share=0.5):
@@ -16,7 +20,7 @@ def embeddings(batch=30, share=0.5):
 
 def test_agreement_equals_scipy():
     img, txt = embeddings()
-    got = embedding_diagnostics(img, txt, top_k=5)
+    got = jax.jit(functools.partial(embedding_diagnostics, top_k=5))(img, txt)
     n = len(img)
     ii, tt, it = img @ img.T, txt @ txt.T, img @ txt.T
     others = ~np.eye(n, dtype=bool)
@@ -30,7 +34,7 @@ def test_agreement_equals_scipy():
 
 def test_geometry_by_the_formulas():
     img, txt = (z.astype(np.float64) for z in embeddings())
-    got = embedding_diagnostics(*embeddings())
+    got = DIAGNOSTICS(*embeddings())
     others = ~np.eye(len(img), dtype=bool)
     distance = ((img[:, None] - img[None]) ** 2).sum(-1)
     want = {
@@ -46,7 +50,7 @@ def test_geometry_by_the_formulas():
 
 def test_identical_modalities_agree_entirely():
     img, _ = embeddings()
-    got = embedding_diagnostics(img, img)
+    got = DIAGNOSTICS(img, img)
     for name in ("spearman_in_modal", "spearman_cross_modal", "overlap_in_modal", "overlap_cross_modal"):
         assert float(got[name]) == pytest.approx(1, abs=1e-6), name
     assert float(got["modality_gap"]) == 0
@@ -76,7 +80,7 @@ def test_on_eight_devices_as_on_one_and_only_a_sample():
         cosine = gradient_cosine(img, txt, 20.0, sample=24)
         return embedding_diagnostics(img, txt, sample=24) | {"gradient_cosine": cosine}
 
-    got, want = jax.jit(both)(*spread), both(img[:24], txt[:24])
+    got, want = jax.jit(both)(*spread), jax.jit(both)(img[:24], txt[:24])
     for name in want:
         assert float(got[name]) == pytest.approx(float(want[name]), abs=1e-5), name
 
@@ -96,4 +100,4 @@ def test_similarities_are_in_full_float32_also_where_the_default_is_less():
 def test_a_gradient_that_is_not_finite_has_no_cosine():
     img, txt = embeddings()
     img[3, 2] = np.nan
-    assert np.isnan(gradient_cosine(img, txt, 30.0))
+    assert np.isnan(jax.jit(gradient_cosine)(img, txt, 30.0))

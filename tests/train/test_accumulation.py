@@ -32,9 +32,7 @@ def problem(rows=32, width=8, seed=0):
 
 OPTIONS = [
     dict(objective="rankclip"),
-    dict(objective="rankclip", decay="log", rank_weight=0.5),
-    dict(objective="rankclip", top_k=5),
-    dict(objective="rankclip", keep_self=False),
+    dict(objective="rankclip", top_k=5, decay="log", rank_weight=0.5, keep_self=False),
     dict(objective="rankclip", form="released"),
     dict(objective="rankclip", list_size=4),
     dict(objective="rankclip", lambda_in=0.0, terms={"siglip": 0.5}),
@@ -63,9 +61,9 @@ def test_parts_give_the_gradient_of_the_whole(devices, options):
     def constrain(tree):
         return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, where), tree)
 
-    # How many parts there are matters to no objective: the first goes in all of them.
-    every = options == OPTIONS[0]
-    assert_parts_are_the_whole(embed, loss, params, batch, constrain, (2, 4, 8) if every else (4,))
+    # How many parts there are matters to no objective: the first goes in all of them, and in rows of each device.
+    counts = ((2, 4, 8) if devices == 1 else (8,)) if options == OPTIONS[0] else (4,)
+    assert_parts_are_the_whole(embed, loss, params, batch, constrain, counts)
 
 
 def assert_parts_are_the_whole(embed, loss, params, batch, constrain=lambda tree: tree, counts=(4,)):

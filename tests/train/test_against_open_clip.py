@@ -77,22 +77,13 @@ def ours(values, model_config, config, batches):
 RELEASED = ("bn", "ln", "bias", "logit_scale")
 
 
-@pytest.fixture
-def one_thread():
-    """Torch's other threads wait busily for the next of these small arrays."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "model_config, recipe, start",
     [(VIT, "standard", 1e-3), (VIT, "released", np.log(1 / 0.07)), (RESNET, "released", np.log(1 / 0.07))],
     ids=["vit", "vit_released", "resnet_released"],
 )
-def test_twenty_steps_agree(open_clip, one_thread, model_config, recipe, start):
+def test_twenty_steps_agree(open_clip, model_config, recipe, start):
     # The decay is large, so that one in the wrong place is seen; b2 and eps as open_clip has them for transformers.
     fields = dict(recipe=recipe, lr=1e-3, warmup_steps=WARMUP, weight_decay=5.0, b2=0.98, eps=1e-6)
     config = complete({"batch_size": BATCH, "loss": {"objective": "clip"}, "optim": fields})

@@ -21,7 +21,7 @@ from rankclip_jax.train.hlo import collectives
 from rankclip_jax.train.packed_batches import PackedBatches
 from rankclip_jax.train.session import Session, Vocabulary
 from tests.common.test_packing import EOT, captions
-from tests.support.made_models import made_state
+from tests.support.made_models import drawn, made_state
 from tests.train.test_block_order import cut_off
 
 BATCH, LENGTH = 32, 77
@@ -63,8 +63,7 @@ CASES = {
 
 @functools.cache
 def parameters():
-    model = session().model
-    return jax.device_get(jax.jit(model.init)(jax.random.key(0), *model.example_inputs())["params"])
+    return drawn(session().model)["params"]
 
 
 @functools.cache
@@ -128,13 +127,12 @@ SCANNED = {"scan_layers": True, "remat": "dots_saveable", "text": MODEL["text"]}
 FORMS = {  # with each objective, but not each with each: all read the same embeddings
     "clip": of("clip"),
     "accumulated, two views": of("clip") | dict(accumulate=2, data={"two_views": True}),
-    "rankclip, rematerialised": of("rankclip") | dict(model={"remat": True}),
-    "scanned, rematerialised": of("clip") | dict(model=SCANNED),
-    "siglip, fsdp": of("siglip") | dict(mesh={"data": 2, "fsdp": 4}, sharding="fsdp"),
-    "cyclip, tensor": of("cyclip") | dict(mesh={"data": 4, "model": 2}, sharding="tensor"),
-    "rank, fsdp+tensor": of("rank") | dict(mesh={"data": 2, "fsdp": 2, "model": 2}, sharding="fsdp+tensor"),
-    "accumulated, fsdp": of("clip") | dict(accumulate=2, mesh={"data": 1, "fsdp": 4}, sharding="fsdp"),
-    "frozen": of("clip") | dict(optim={"warmup_steps": 1, "freeze": "text"}),
+    "rankclip, frozen": of("rankclip") | dict(optim={"warmup_steps": 1, "freeze": "text"}),
+    "siglip, accumulated, fsdp": of("siglip") | dict(accumulate=2, mesh={"data": 1, "fsdp": 4}, sharding="fsdp"),
+    "cyclip, scanned, rematerialised, tensor": of("cyclip")
+    | dict(model=SCANNED, mesh={"data": 4, "model": 2}, sharding="tensor"),
+    "rank, rematerialised, fsdp+tensor": of("rank")
+    | dict(model={"remat": True}, mesh={"data": 2, "fsdp": 2, "model": 2}, sharding="fsdp+tensor"),
 }
 QUICK = ("clip",)
 

@@ -20,11 +20,12 @@ from rankclip_jax.train import flops, optim
 from rankclip_jax.train import step as steps
 from rankclip_jax.train.profile import Trace
 from rankclip_jax.train.session import Session, Vocabulary, build_model
-from tests.train.test_step import SMALL, TEXT
+from tests.support.made_models import drawn
+from tests.train.test_step import CLIP, SMALL, TEXT
 
 
-def make(dtype="float32", remat=False, name="ViT-tiny"):
-    config = complete({"batch_size": 16, "optim": {"warmup_steps": 2}})
+def make(dtype="float32", remat=False, name="ViT-tiny", **fields):
+    config = complete({"batch_size": 16, "optim": {"warmup_steps": 2}} | fields)
     model = models.build(name, text=TEXT, **SMALL[name], dtype=dtype, remat=remat)
     mesh = make_mesh({"data": -1}, jax.devices()[:1])
     tx = optim.make_optimizer(config.optim, 100)
@@ -39,7 +40,7 @@ def make(dtype="float32", remat=False, name="ViT-tiny"):
 
 @pytest.mark.slow
 def test_the_state_is_donated():
-    _, train_step, state, batch = make()
+    _, train_step, state, batch = make(**CLIP)
     memory = train_step.lower(state, batch).compile().memory_analysis()
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert size <= memory.alias_size_in_bytes <= 1.1 * size
@@ -64,7 +65,7 @@ def test_bfloat16_is_of_the_towers_only(name):
 def test_a_policy_changes_what_is_recomputed_not_the_gradient():
     model = make()[0]
     images, tokens = (jnp.ones_like(x) for x in model.example_inputs(2))
-    params = jax.jit(model.init)(jax.random.key(0), images, tokens)
+    params = drawn(model)
 
     def products(remat):
         model = make(remat=remat)[0]
@@ -134,10 +135,10 @@ def test_utilisation_is_a_share_of_the_peak():
 
 
 def few_layers(name):
-    """At most four in each tower, or stage of one: fields of models.build."""
+    """At most two in each tower, or stage of one: fields of models.build."""
 
     def few(layers):
-        return tuple(map(few, layers)) if isinstance(layers, tuple) else min(layers, 4)
+        return tuple(map(few, layers)) if isinstance(layers, tuple) else min(layers, 2)
 
     preset = models.PRESETS[name]
     return {"vision": {"layers": few(preset.vision.layers)}, "text": {"layers": few(preset.text.layers)}}
