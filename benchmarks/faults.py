@@ -33,7 +33,6 @@ class Campaign:
 
     def __init__(self, folder: Path, seed: int, kills: int = 50):
         self.folder, self.random, self.kills, self._count = folder, random.Random(seed), kills, 0
-        self._seconds = 0.0
 
     @functools.cached_property
     def expected(self) -> tuple:
@@ -43,18 +42,10 @@ class Campaign:
     @functools.cached_property
     def seconds(self) -> float:
         """Those of an uninterrupted run that finds its programs compiled."""
-        kept = (self.folder / "jax_cache").glob("jit_train_step-*")
-        assert self.expected and any(kept), "JAX keeps no programs"
-        if not self._seconds:
-            self.repeats(self.workdir())
-        return self._seconds
-
-    def repeats(self, workdir: Path) -> str:
-        """Starts where nothing is saved, and compares: `seconds` are those of the first such run."""
         expected, begin = self.expected, time.monotonic()
-        assert self.finished(workdir) == expected, f"{workdir}: two uninterrupted runs differ"
-        self._seconds = self._seconds or time.monotonic() - begin
-        return "same numbers"
+        assert any((self.folder / "jax_cache").glob("jit_train_step-*")), "JAX keeps no programs"
+        assert self.finished(self.workdir()) == expected, "two uninterrupted runs differ"
+        return time.monotonic() - begin
 
     @functools.cached_property
     def late(self) -> Path:
@@ -276,9 +267,9 @@ def cases(campaign: Campaign) -> list[tuple[str, Callable[[], str]]]:
     """(what is done, how it went) of every case."""
     c = campaign
     return [
-        *moments.cases(c),  # first: the time of one of its runs tells the next case when to kill
         (f"SIGKILL at {c.kills} random moments, every second one during a save", c.sigkill),
         ("SIGTERM at random steps", c.sigterm),
+        *moments.cases(c),
         *((f"newest checkpoint: {kind}", lambda kind=kind: c.damaged_checkpoint(kind)) for kind in damage.KINDS),
         ("all checkpoints damaged", c.all_checkpoints_damaged),
         *(

@@ -148,7 +148,7 @@ def disk_full_at_first_save(campaign: "Campaign", size: str) -> str:
         shown = len(re.findall(r"^step \d+/", done.stdout, re.MULTILINE))
         assert shown < STEPS
         subprocess.run(["mount", "-o", "remount,size=64m", mounted], check=True)
-        return f"exit 1 by step {shown}: `{short(lines[0])}`; then {campaign.repeats(workdir)}"
+        return f"exit 1 by step {shown}: `{short(lines[0])}`; then {campaign.resumes(workdir)}"
 
 
 def index_of_two(campaign: "Campaign") -> str:

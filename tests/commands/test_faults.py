@@ -15,7 +15,7 @@ def test_whatever_happens_to_a_run_it_ends_with_the_same_numbers():
     command = [sys.executable, "-m", "benchmarks.faults", "--seed=1", "--kills=2", "--only", *CASES]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    disk_full, killed, terminated = done.stdout.splitlines()[2:-2]
+    killed, terminated, disk_full = done.stdout.splitlines()[2:-2]
     assert "2 kills" in killed and "all resumed with the same numbers" in killed
     assert "exit 75 with step" in terminated and terminated.endswith("resumed with the same numbers |")
     assert disk_full.endswith(("then same numbers |", "needs root |"))
