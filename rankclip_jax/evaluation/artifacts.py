@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -115,14 +116,16 @@ class Artifacts:
         if not self._folder and self._shown is None:
             return
 
+        picture = functools.cache(lambda i: _picture(source, rows[i]))  # the answer to many queries, read once
+
         def of_image(i):
             found = nearest(z_img_NxD[i], z_txt_MxD, _ANSWERS)
             answers = [{"caption": captions[t], "right": bool(image_of_text[t] == i)} for t in found]
-            return {"picture": _picture(source, rows[i]), "answers": answers}
+            return {"picture": picture(i), "answers": answers}
 
         def of_text(t):
             found = nearest(z_txt_MxD[t], z_img_NxD, _ANSWERS)
-            answers = [{"picture": _picture(source, rows[i]), "right": bool(image_of_text[t] == i)} for i in found]
+            answers = [{"picture": picture(i), "right": bool(image_of_text[t] == i)} for i in found]
             return {"caption": captions[t], "answers": answers}
 
         content = {}

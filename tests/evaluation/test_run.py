@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from input_pipeline import pipeline
+from input_pipeline import labelled, pipeline
 from rankclip_jax import config as configs
 from rankclip_jax import evaluation
 from rankclip_jax.common import pictures
@@ -227,12 +227,14 @@ def test_what_a_protocol_leaves_out_is_not_counted(tmp_path):
     assert results["zero_shot"]["imagenet_a"]["n"] == 2
 
 
-def test_what_the_report_needs_is_left_in_the_folder(tmp_path):
+def test_what_the_report_needs_is_left_in_the_folder(tmp_path, monkeypatch):
     path = write_set(tmp_path / "x", [(10, "ash"), (40, "bone"), (30, "clay")])
     captions = write_captions(tmp_path, [(10, "some ash"), (20, "a bone"), (30, "dry clay")])
     sets = dict(zero_shot={"x": dict(format="folder", path=path)}, retrieval={"r": captions}, geometry={"g": captions})
-    shown = {}
+    shown, read, thumbnail = {}, [], labelled.thumbnail
+    monkeypatch.setattr(labelled, "thumbnail", lambda of, row: read.append((id(of), row)) or thumbnail(of, row))
     evaluated(config_of(**sets), KnownModel(), folder=tmp_path / "eval", shown=shown)
+    assert len(read) == len(set(read)) == 6  # each picture of x and of r once
     stored = np.load(tmp_path / "eval" / "zero_shot_x.npz")
     assert stored["classes"].tolist() == NAMES
     np.testing.assert_array_equal(stored["confusion"], [[1, 0, 0], [0, 0, 1], [0, 0, 1]])
