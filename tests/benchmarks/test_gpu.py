@@ -1,5 +1,6 @@
 """The command for whoever has a GPU (benchmarks/gpu.py): formulas, time, failures, and a small run on a CPU."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -245,8 +246,11 @@ def test_all_of_it_small(tmp_path):
     assert not any("error" in section for section in found["sections"].values())
     assert [row["ok"] for row in sections["agreement"][:4]] == [True] * 4 and "left_out" in sections["agreement"][4]
     assert sections["checkpoint"][0]["ok"] and sections["checkpoint"][0]["arrays"] > 100
+    has_torch = importlib.util.find_spec("torch") is not None
     for row in sections["loss"]:
-        assert [len(row["found"][name]["seconds"]) for name in gpu.LOSSES[:3]] == [2] * 3
+        *jax_losses, by_torch = [row["found"][name] for name in gpu.LOSSES[:3]]
+        assert [len(found["seconds"]) for found in jax_losses] == [2] * 2
+        assert len(by_torch["seconds"]) == 2 if has_torch else by_torch.startswith("not installed")
     (model,) = sections["training"]
     assert [numbers["step"] for numbers in model["numbers"]][:2] == list(train_contenders.OURS)
     assert model["found"].keys() == set(gpu.BESIDE_PYTORCH)  # the last, or why not: it needs a C++ compiler
