@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from benchmarks import ranking_loss, train_step
 from benchmarks.gpu_report import markdown
-from benchmarks.train_contenders import OURS, PYTORCH, REHEARSED
+from benchmarks.train_contenders import OURS, PYTORCH
 from rankclip_jax.common.errors import one_line
 
 CHECKS = ("agreement", "checkpoint")
@@ -55,12 +55,12 @@ class Sizes(NamedTuple):
     turn: float = 0.2
 
 
-SMALL = Sizes((32,), ((REHEARSED, 4, BESIDE_PYTORCH),), rounds=2, steps=1, turn=0.0)
+SMALL = Sizes((32,), (("ViT-tiny", 4, BESIDE_PYTORCH),), rounds=2, steps=1, turn=0.0)
 
 
-def checks(name: str, end: float = float("inf"), small: bool = False) -> Iterator[dict]:
-    """The rows of a function of gpu_checks.py, in a process of its own, killed at `end`. `small`: of a rehearsal."""
-    command = [sys.executable, "-m", "benchmarks.gpu_checks", name, *(["small"] if small else [])]
+def checks(name: str, end: float = float("inf")) -> Iterator[dict]:
+    """The rows of a function of gpu_checks.py, in a process of its own, killed at `end`."""
+    command = [sys.executable, "-m", "benchmarks.gpu_checks", name]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, train_step.killed_at(process, end):
         for row in map(json.loads, process.stdout):
             if "failed" in row:
@@ -217,7 +217,7 @@ def main() -> int:
             print(f"{name}: at most {part:.0f} s", file=sys.stderr, flush=True)
             until = time.monotonic() + part
             if name in CHECKS:
-                rows = checks(name, until, flags.small)
+                rows = checks(name, until)
             else:
                 rows = training(sizes, until) if name == "training" else loss(sizes, 0.97 * found["memory"], until)
             take(name, rows, report, out)

@@ -1,4 +1,4 @@
-"""The checks of benchmarks/gpu.py, each in a process of its own: python -m benchmarks.gpu_checks agreement [small]."""
+"""The checks of benchmarks/gpu.py, each in a process of its own: python -m benchmarks.gpu_checks agreement."""
 
 import functools
 import json
@@ -25,11 +25,6 @@ CONFIG = {"batch_size": 32, "optim": {"lr": 1e-3, "warmup_steps": 1}}
 TEXT = dict(width=64, heads=1, layers=2, vocab_size=64, eot_id=63, context_length=9)  # odd lengths, as CLIP's are
 
 
-def rehearse() -> None:
-    """Towers of one layer: a rehearsal shows that all of it runs, and half of its time would be the second ones."""
-    TINY["ViT"]["vision"]["layers"], TINY["ResNet"]["vision"]["layers"], TEXT["layers"] = 1, (1,), 1
-
-
 @functools.cache
 def fresh(tower: str):
     """A tower's fresh state with AdamW, made on the CPU."""
@@ -46,10 +41,8 @@ def fresh(tower: str):
     return jax.device_get(steps.Fresh(models.build(**TINY[tower], text=TEXT), tx, 0, on_cpu, None).state())
 
 
-def tiny(tower: str, dtype: str, attention: str, device, **fields):
-    """-> (configuration, state on the device, step, five batches); all that goes in is the same for any device.
-
-    `fields`: of the configuration, beside CONFIG."""
+def tiny(tower: str, dtype: str, attention: str, device):
+    """-> (configuration, state on the device, step, five batches); all that goes in is the same for any device."""
     import jax
 
     from rankclip_jax import config as configs
@@ -62,10 +55,10 @@ def tiny(tower: str, dtype: str, attention: str, device, **fields):
 
     mesh = make_mesh({"data": -1}, [device])
     model = models.build(**TINY[tower], text=TEXT, dtype=dtype, attention=attention, devices=devices_of(mesh))
-    config = configs.complete(CONFIG | fields)
+    config = configs.complete(CONFIG)
     tx = optim.make_optimizer(config.optim, 100)
-    state = fresh(tower)
-    state = jax.device_put(state, state_shardings(state, mesh, None))
+    where = state_shardings(steps.Fresh(model, tx, 0, mesh, None).abstract, mesh, None)
+    state = jax.device_put(fresh(tower), where)
     train = steps.make_train_step(model, tx, config, mesh, total_steps=5, steps_per_epoch=1)
     side, text = model.config.vision.image_size, model.config.text
     pixels, tokens = made_batch(5 * 32, side, text.context_length, text.vocab_size)
@@ -163,8 +156,7 @@ def checkpoint() -> Iterator[dict]:
     from rankclip_jax.weights.checkpoint import restore
     from rankclip_jax.weights.saving import Checkpoints
 
-    # The loss changes no array's shape or place, and CLIP's compiles sooner.
-    config, state, train, batches = tiny("ViT", "float32", "auto", jax.devices()[0], loss={"objective": "clip"})
+    config, state, train, batches = tiny("ViT", "float32", "auto", jax.devices()[0])
     state, _ = train(state, batches[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     with tempfile.TemporaryDirectory() as folder:
@@ -198,8 +190,6 @@ def device() -> Iterator[dict]:
 def main() -> None:
     """In a child: the rows of one check, a line each; {"failed"} where it raised."""
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is not a row
-    if "small" in sys.argv[2:]:
-        rehearse()
     try:
         for row in {f.__name__: f for f in (device, agreement, checkpoint)}[sys.argv[1]]():
             print(json.dumps(row), file=answers, flush=True)

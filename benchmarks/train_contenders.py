@@ -18,7 +18,6 @@ from rankclip_jax import config as configs
 from rankclip_jax.common.errors import one_line
 
 OURS, PYTORCH = ("clip", "rankclip"), ("transformers", "transformers, compiled")
-REHEARSED = "ViT-tiny, one layer"  # MODEL of a rehearsal; all others are presets
 # Tokens: captions, counted with OpenAI's tokenizer and both marks in the first 97 captions of CC3M's validation set
 # (Validation_GCC-1.1.0-Validation.tsv). They have 10.4 words on average, with a deviation of 4.4, and a median of 9;
 # of the whole of CC3M, Sharma et al. 2018 (aclanthology.org/P18-1238) report 10.3, 4.5 and 9.
@@ -41,12 +40,6 @@ def captions(batch: int, length: int, vocabulary: int) -> tuple[np.ndarray, np.n
     for row, count in zip(tokens, rng.choice(lengths, batch), strict=True):
         row[: count - 1], row[count - 1] = rng.integers(1, vocabulary - 1, count - 1), vocabulary - 1
     return tokens, lengths
-
-
-def sizes(name: str) -> dict:
-    """The arguments of models.build for a MODEL."""
-    layer = {"layers": 1}
-    return {"name": "ViT-tiny", "vision": layer, "text": layer} if name == REHEARSED else {"name": name}
 
 
 def ours(name: str, objective: str, batch: int, form: str = ""):
@@ -73,7 +66,7 @@ def ours(name: str, objective: str, batch: int, form: str = ""):
     fields = {"accumulate": parts, "model": {"vision": {"patch_dropout": dropout}}, "loss": {"objective": objective}}
     config = configs.complete({"batch_size": batch} | fields)
     mesh = make_mesh({"data": -1}, jax.devices()[:1])
-    model = models.build(**sizes(name), dtype="float32" if on_cpu else "bfloat16", devices=devices_of(mesh))
+    model = models.build(name, dtype="float32" if on_cpu else "bfloat16", devices=devices_of(mesh))
     tx = optim.make_optimizer(config.optim, 100_000)
     state = steps.Fresh(model, tx, 0, mesh, config.sharding).state()
     train_step = steps.make_train_step(model, tx, config, mesh, total_steps=100_000, steps_per_epoch=1_000)
@@ -119,7 +112,7 @@ def pytorch(name: str, contender: str, batch: int, form: str = ""):
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = batch or (16 if device.type == "cpu" else 256)
-    config = models.configure(**sizes(name))
+    config = models.configure(name)
     model = CLIPModel(CLIPConfig.from_dict(to_hugging_face(config))).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.1, fused=True)
     forward = torch.compile(model) if contender == PYTORCH[1] else model

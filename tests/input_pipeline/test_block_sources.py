@@ -151,7 +151,7 @@ def test_what_is_refused_is_no_bad_sample(kind, bucket, monkeypatch):
     assert batches.bad.count == 0
 
 
-@pytest.mark.parametrize("kind", ["webdataset", "parquet"])  # TFRecord: shard_blocks.py, as tars
+@pytest.mark.parametrize("kind", QUICK)
 def test_bad_rows_are_named_and_a_resumed_run_passes_over_them_too(kind, tmp_path):
     made = pictures(56)
     for row in (3, 17, 40):
